@@ -1,0 +1,85 @@
+# Every target sets up what it needs: .venv is made on the first run and again when
+# pyproject.toml or constraints.txt changes. Needed beforehand: python3 (3.11 or newer), make, git.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# Tests need no network; one torch thread a worker, so that the workers don't fight over the cores;
+# PATH, so that a test finds `accelerate` and `hesso-hf` by name.
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: help setup quickstart test test-slow coverage lint format wheel-test bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
+	@echo
+	@echo "Variables: ARGS='...' is passed on to the command, WORKERS=$(WORKERS) test processes, PYTHON=$(PYTHON)."
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed for constraints.txt; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11" if v < (3, 11) else 0)'
+	@echo "Setting up $(VENV): a few minutes the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## make .venv with the package and the development tools
+
+quickstart: $(STAMP) ## prune the bundled model, end to end
+	$(BIN)/hesso-hf quickstart $(ARGS)
+
+test: $(STAMP) ## the default tests
+	$(PYTEST) $(ARGS)
+
+test-slow: $(STAMP) ## all tests, the slow ones too
+	$(PYTEST) -m "" --timeout 1800 $(ARGS)
+
+coverage: $(STAMP) ## the default tests, with what they leave uncovered
+	$(PYTEST) --cov --cov-report=term-missing $(ARGS)
+
+lint: $(STAMP) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy hesso_hf
+
+format: $(STAMP) ## let ruff fix and format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+# The wheel is built through the sdist and installed with its own dependencies only, so a file or a
+# requirement that is missing from the metadata is missing here too.
+wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use it there
+	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; export LC_ALL=C; unset PYTHONPATH; \
+	mkdir "$$tmp/src" "$$tmp/empty"; \
+	cp -r hesso_hf pyproject.toml README.md LICENSE "$$tmp/src"; \
+	find "$$tmp/src" -name __pycache__ -prune -exec rm -rf {} +; \
+	echo "building the sdist and the wheel"; \
+	$(BIN)/python -m build --outdir "$$tmp/dist" "$$tmp/src" > "$$tmp/build.log" 2>&1 || { cat "$$tmp/build.log"; exit 1; }; \
+	(cd "$$tmp/src"; find hesso_hf -type f | sort) > "$$tmp/expected"; \
+	$(BIN)/python -m zipfile -l "$$tmp"/dist/*.whl | awk '/^hesso_hf\// {print $$1}' | sort > "$$tmp/packed"; \
+	diff "$$tmp/expected" "$$tmp/packed" || { echo "the wheel (>) lacks or adds files (<: the source tree)"; exit 1; }; \
+	grep -q '^hesso_hf/assets/' "$$tmp/packed" || { echo "no hesso_hf/assets in the wheel"; exit 1; }; \
+	echo "installing the wheel in an empty environment"; \
+	$(BIN)/python -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" $(PIP_INSTALL) --no-compile "$$tmp"/dist/*.whl; \
+	"$$tmp/venv/bin/python" -m pip check; \
+	cd "$$tmp/empty"; \
+	"$$tmp/venv/bin/python" -c 'import sys, hesso_hf; heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "numpy"} & set(sys.modules); sys.exit(f"import hesso_hf also imports {sorted(heavy)}" if heavy else 0)'; \
+	"$$tmp/venv/bin/hesso-hf" --help > /dev/null; \
+	echo "wheel-test passed: $$(wc -l < "$$tmp/packed") files in $$(basename "$$tmp"/dist/*.whl)"
+
+bench: $(STAMP) ## benchmarks/stories.py, whose results are committed under benchmarks/results
+	$(BIN)/python benchmarks/stories.py $(ARGS)
+
+clean: ## remove caches and build products (.venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

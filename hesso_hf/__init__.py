@@ -1,0 +1,50 @@
+"""Fine-tune a Hugging Face language model as usual and come out with a smaller one of the same stock class.
+
+The modules in the order of the data flow, each importing only from those before it: errors, config, layout, sizes,
+probe, groups, cut, proof, cost, budget, inspection, schedule, saliency, calibration, agreement, process, optimizer,
+plan, verify, publish, card, export, progress, trainer, and then the command line's.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import HessoConfig
+    from .errors import HessoError
+    from .export import export_pruned
+    from .inspection import inspect_model
+    from .optimizer import HessoOptimizer
+    from .trainer import HessoMixin, HessoTrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "HessoConfig",
+    "HessoError",
+    "HessoMixin",
+    "HessoOptimizer",
+    "HessoTrainer",
+    "export_pruned",
+    "inspect_model",
+]
+
+_HOME = {
+    "HessoConfig": "config",
+    "HessoError": "errors",
+    "HessoMixin": "trainer",
+    "HessoOptimizer": "optimizer",
+    "HessoTrainer": "trainer",
+    "export_pruned": "export",
+    "inspect_model": "inspection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

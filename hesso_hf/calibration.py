@@ -1,0 +1,149 @@
+"""Calibration: what losing a share of each structure's units costs, measured in loss by real removals on a few batches.
+
+The saliencies of different structures aren't comparable (the elementwise Taylor term is off by up to 1.9x between
+them), so the budget splits by these curves instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from .budget import LossFunction
+from .config import HessoConfig
+from .cost import Counts
+from .groups import Axis, PruningGroups, mask_
+from .saliency import UnitSums, accumulate_, needed_sums, saliency_scores
+
+REMOVED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+
+BatchLoss = Callable[[PreTrainedModel, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """Rise of the loss (nats a token) when the lowest units of one structure are zeroed in every layer.
+
+    Attributes:
+        removed: per structure, shares of its units that were zeroed, ascending.
+        rises: per structure, the rise at each of these.
+    """
+
+    removed: dict[str, tuple[float, ...]]
+    rises: dict[str, tuple[float, ...]]
+
+    def loss(self, units: Mapping[str, int]) -> LossFunction:
+        """Return the expected rise of kept units: the structures' curves added up."""
+
+        def loss(kept: Counts) -> np.ndarray:
+            terms = []
+            for name, count in kept.items():
+                share = 1 - np.asarray(count) / units[name]
+                terms.append(np.interp(share, (0.0, *self.removed[name]), (0.0, *self.rises[name])))
+            return np.sum(np.broadcast_arrays(*terms), axis=0)
+
+        return loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def measure_curves(
+    model: PreTrainedModel, groups: PruningGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
+) -> LossCurves:
+    """Score all units on `batches` and measure the loss with the lowest ones zeroed, one structure at a time.
+
+    Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
+    """
+    axes: dict[str, list[tuple[str, int, Axis]]] = {}
+    for name, structure in groups.structures.items():
+        for layer, axis in structure.all_axes():
+            axes.setdefault(axis.parameter, []).append((name, layer, axis))
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            scores = _scores(model, groups, axes, batches, batch_loss, config)
+            before = _mean_loss(model, batches, batch_loss)
+            rises = {
+                name: _rises(model, groups, name, scores[name], batches, batch_loss, before)
+                for name in groups.structures
+            }
+        finally:
+            model.train(was_training)
+            model.zero_grad(set_to_none=True)
+    removed = {
+        name: tuple(count / structure.num_units for count in _counts(structure.num_units))
+        for name, structure in groups.structures.items()
+    }
+    return LossCurves(removed, rises)
+
+
+def _counts(units: int) -> list[int]:
+    """Return the numbers of units to remove: the shares, rounded, without repetition and never all."""
+    return sorted({min(units - 1, max(1, round(share * units))) for share in REMOVED_SHARES})
+
+
+def _scores(
+    model: PreTrainedModel,
+    groups: PruningGroups,
+    axes: Mapping[str, list[tuple[str, int, Axis]]],
+    batches: list[Any],
+    batch_loss: BatchLoss,
+    config: HessoConfig,
+) -> dict[str, torch.Tensor]:
+    parameters = dict(model.named_parameters())
+    sums = UnitSums.zeros(groups, needed_sums(config.saliency_weights), model.device)
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            batch_loss(model, batch).backward()
+        for name, found in axes.items():
+            accumulate_(sums, parameters[name].data, parameters[name].grad, found)
+        sums.batches += 1
+    model.zero_grad(set_to_none=True)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    elements = {name: structure.elements_per_unit(shapes) for name, structure in groups.structures.items()}
+    return saliency_scores(sums, config.saliency_weights, elements, across_layers=False)
+
+
+@torch.no_grad()
+def _rises(
+    model: PreTrainedModel,
+    groups: PruningGroups,
+    name: str,
+    scores: torch.Tensor,
+    batches: list[Any],
+    batch_loss: BatchLoss,
+    before: float,
+) -> tuple[float, ...]:
+    structure = groups.structures[name]
+    parameters = dict(model.named_parameters())
+    touched = {axis.parameter for _, axis in structure.all_axes()}
+    copies = {key: parameters[key].detach().to("cpu", copy=True) for key in touched}
+    order = scores.argsort(dim=1, stable=True)
+    rises: list[float] = []
+    try:
+        for count in _counts(structure.num_units):
+            pruned = torch.zeros_like(order, dtype=torch.bool)
+            pruned.scatter_(1, order[:, :count], True)
+            for layer, axis in structure.all_axes():
+                mask_(parameters[axis.parameter].data, axis, pruned[layer])
+            rise = _mean_loss(model, batches, batch_loss) - before
+            rises.append(max(rise, rises[-1] if rises else 0.0))
+    finally:
+        for key, copy in copies.items():
+            parameters[key].data.copy_(copy)
+    return tuple(rises)
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> float:
+    return sum(float(batch_loss(model, batch)) for batch in batches) / len(batches)

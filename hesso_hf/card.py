@@ -1,0 +1,131 @@
+"""What is published beside the weights: `pruning_report.json` and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .groups import KeptUnits
+from .verify import Verification
+
+REPORT_NAME = "pruning_report.json"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """Everything that says how a smaller model came about.
+
+    Attributes:
+        sizes_before, sizes_after: config sizes that changed.
+        training: config, schedule, steps and history of the run, empty for a bare export.
+    """
+
+    model_class: str
+    base_model: str
+    parameters_before: int
+    parameters_after: int
+    sizes_before: dict[str, int]
+    sizes_after: dict[str, int]
+    kept_units: KeptUnits
+    verification: Verification
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of the parameters that was removed."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "model_class": self.model_class,
+            "base_model": self.base_model,
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "pruning_ratio": self.pruning_ratio,
+            "sizes": {"before": self.sizes_before, "after": self.sizes_after},
+            "verification": self.verification.to_dict(),
+            **self.training,
+            "kept_units": self.kept_units.to_dict(),
+            "versions": versions(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the report and the model card."""
+        (folder / REPORT_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (folder / CARD_NAME).write_text(self.card(), encoding="utf-8")
+
+    def card(self) -> str:
+        """Return the model card: front matter for the Hub and a description."""
+        rows = "\n".join(
+            f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
+        )
+        return _CARD.format(
+            front=_front_matter(self.base_model),
+            name=self.base_model or self.model_class,
+            ratio=self.pruning_ratio,
+            before=self.parameters_before,
+            after=self.parameters_after,
+            rows=rows,
+            model_class=self.model_class,
+            fold=self.verification.fold_error,
+            rounding=self.verification.rounding_error,
+            dtype=self.verification.dtype,
+            report=REPORT_NAME,
+        )
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Count a model's parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this library and of what it ran on."""
+    found = {"python": platform.python_version()}
+    for package in ("hesso_hf", "torch", "transformers", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # running from a source tree that isn't installed
+            found[package] = "unknown"
+    return found
+
+
+def _front_matter(base_model: str) -> str:
+    lines = ["---", "library_name: transformers", "tags:", "- pruned", "- hesso"]
+    if base_model and not Path(base_model).exists():
+        lines.append(f"base_model: {base_model}")
+    return "\n".join([*lines, "---"])
+
+
+_CARD = """{front}
+
+# {name}, pruned
+
+{ratio:.1%} of the parameters were removed by structured pruning with HESSO
+([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. This is a stock `{model_class}`:
+it loads with plain Transformers and nothing else.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
+```
+
+| | before | after |
+|---|---:|---:|
+| parameters | {before:,} | {after:,} |
+{rows}
+
+The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
+error {fold:.1e} in fp32, {rounding:.1e} after rounding to {dtype}. Kept units, schedule and versions are in
+`{report}`.
+"""

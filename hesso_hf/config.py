@@ -1,0 +1,215 @@
+"""The user's choices: what is pruned, how much, when, and by which saliency."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from .errors import HessoError, nearest_name
+
+StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels"]
+SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
+STRUCTURES: tuple[str, ...] = get_args(StructureName)
+SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
+BUDGET_METRICS = ("parameters", "flops", "memory", "latency")
+
+
+@dataclass
+class HessoConfig:
+    """Configuration of pruning with HESSO (arXiv 2409.09085).
+
+    Steps are optimizer steps: a value of 1 or more is a count, a value below 1 a share of the run.
+
+    Raises:
+        HessoError: (a `ValueError`) for a value outside its range or an unknown name, when the config is made.
+
+    Example:
+        >>> HessoConfig(pruning_ratio=0.5, structures=["attention_heads", "mlp_channels"]).pruning_ratio
+        0.5
+    """
+
+    pruning_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the budget metric to remove, in (0, 1); of the model's parameters by default."},
+    )
+    budget_metric: str = field(
+        default="parameters",
+        metadata={"help": "What pruning_ratio is a share of: parameters, flops, memory or latency."},
+    )
+    structures: dict | list | str = field(
+        default="all",
+        metadata={
+            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads, "
+            "mlp_channels, embedding_channels, or a dict of each one's share of the removed parameters."
+        },
+    )
+    target_sizes: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Config sizes to end with, as {"intermediate_size": 4096}; without a ratio, exactly these.'},
+    )
+    layer_widths: str = field(
+        default="uniform",
+        metadata={"help": "uniform: every layer keeps as many units (a stock class); per_layer: ranked across layers."},
+    )
+    round_to: int | None = field(
+        default=None,
+        metadata={"help": "Multiple that MLP and embedding channels keep to (default 8, less for small models)."},
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Ordinary steps before the first scoring (steps)."})
+    pruning_steps: float = field(default=0.15, metadata={"help": "Length of all pruning periods together (steps)."})
+    pruning_periods: int | None = field(
+        default=None, metadata={"help": "Number of pruning periods (default 3, fewer in very short runs)."}
+    )
+    saliency: dict | list | str = field(
+        default="taylor_second_order",
+        metadata={
+            "help": "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
+            "taylor_first_order, taylor_second_order."
+        },
+    )
+    saliency_batches: int = field(
+        default=8, metadata={"help": "Steps before a scoring over which gradients are averaged (steps)."}
+    )
+    calibration_batches: int = field(
+        default=2,
+        metadata={"help": "Batches on which the split between structures is measured; 0 splits evenly (batches)."},
+    )
+    export_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stored dtype of the smaller model: float32, bfloat16, float16; default that of the weights."
+        },
+    )
+    tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Heads and channels stay divisible by this many tensor-parallel ranks."}
+    )
+
+    def __post_init__(self) -> None:
+        self.structures = _parse(self.structures)
+        self.target_sizes = _parse(self.target_sizes)
+        self.saliency = _parse(self.saliency)
+        self._check_budget()
+        self._check_structures()
+        self._check_schedule()
+        _weights_by_name("saliency", self.saliency, SALIENCIES)
+
+    @property
+    def saliency_weights(self) -> dict[str, float]:
+        """Weight of each saliency criterion in use."""
+        return _weights_by_name("saliency", self.saliency, SALIENCIES)
+
+    @property
+    def structure_names(self) -> tuple[str, ...]:
+        """Structures asked for; all known ones for 'all'."""
+        if self.structures == "all":
+            return STRUCTURES
+        return tuple(_weights_by_name("structures", self.structures, STRUCTURES))
+
+    @property
+    def structure_shares(self) -> dict[str, float] | None:
+        """Each structure's share of the removed parameters where the user gave one, summing to one; else None."""
+        if not isinstance(self.structures, dict):
+            return None
+        total = sum(self.structures.values())
+        return {name: share / total for name, share in self.structures.items()}
+
+    @property
+    def pinned_sizes(self) -> dict[str, int]:
+        """`target_sizes`, empty where none are given."""
+        return dict(self.target_sizes) if isinstance(self.target_sizes, dict) else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HessoConfig:
+        """Build a config from a mapping.
+
+        Raises:
+            HessoError: for a key that no field has, naming the nearest known one.
+        """
+        known = list(cls.__dataclass_fields__)
+        for key in values:
+            if key not in known:
+                raise HessoError(f"unknown key `{key}` for HessoConfig{nearest_name(key, known)}; known: {known}")
+        return cls(**values)
+
+    def _check_budget(self) -> None:
+        if self.pruning_ratio is None and not self.target_sizes:
+            raise HessoError("HessoConfig needs `pruning_ratio` (a share in (0, 1)) or `target_sizes`; got neither")
+        if self.pruning_ratio is not None and not 0.0 < self.pruning_ratio < 1.0:
+            raise HessoError(
+                f"`pruning_ratio` ({self.pruning_ratio}) must lie strictly between 0 and 1: it is the share removed, "
+                "0.5 halves the model"
+            )
+        if self.budget_metric not in BUDGET_METRICS:
+            raise HessoError(f"`budget_metric` ({self.budget_metric!r}) must be one of {list(BUDGET_METRICS)}")
+        if self.target_sizes is not None and not isinstance(self.target_sizes, dict):
+            raise HessoError(f"`target_sizes` ({self.target_sizes!r}) must map config sizes to integers")
+        for name, size in (self.target_sizes or {}).items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise HessoError(f"`target_sizes[{name!r}]` ({size!r}) must be an integer of at least 1")
+        if self.layer_widths not in ("uniform", "per_layer"):
+            raise HessoError(f"`layer_widths` ({self.layer_widths!r}) must be 'uniform' or 'per_layer'")
+        for name in ("round_to", "tensor_parallel_size", "saliency_batches"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1")
+        if self.export_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
+        if self.calibration_batches < 0:
+            raise HessoError(f"`calibration_batches` ({self.calibration_batches}) must be 0 or more")
+
+    def _check_structures(self) -> None:
+        if self.structures != "all":
+            _weights_by_name("structures", self.structures, STRUCTURES)
+
+    def _check_schedule(self) -> None:
+        for name, least in (("warmup_steps", 0), ("pruning_steps", None)):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (least is None and value == 0):
+                raise HessoError(
+                    f"`{name}` ({value}) must be a count of steps or, below 1, a share of the run"
+                    + (", and positive" if least is None else "")
+                )
+            if value >= 1 and value != int(value):
+                raise HessoError(f"`{name}` ({value}) must be a whole number of steps, or below 1 for a share")
+        if self.pruning_periods is not None and self.pruning_periods < 1:
+            raise HessoError(f"`pruning_periods` ({self.pruning_periods}) must be at least 1")
+        if self.pruning_periods and 1 <= self.pruning_steps < self.pruning_periods:
+            raise HessoError(
+                f"`pruning_steps` ({int(self.pruning_steps)}) must be at least `pruning_periods` "
+                f"({self.pruning_periods}); raise pruning_steps or lower pruning_periods"
+            )
+
+
+def _parse(value: Any) -> Any:
+    """Turn a JSON string (from a command line) into what it says; leave everything else alone."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise HessoError(f"{value!r} is not valid JSON: {error}") from error
+    if isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def _weights_by_name(argument: str, value: Any, known: tuple[str, ...]) -> dict[str, float]:
+    """Normalise a name, a list of names or a dict of weights to a dict; refuse unknown names."""
+    if isinstance(value, str):
+        value = [value]
+    weights = dict(value) if isinstance(value, dict) else dict.fromkeys(value or (), 1.0)
+    if not weights:
+        raise HessoError(f"`{argument}` ({value!r}) must name at least one of {list(known)}")
+    for name, weight in weights.items():
+        if name not in known:
+            raise HessoError(
+                f"`{argument}`: unknown name {name!r}{nearest_name(name, list(known))}; known: {list(known)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise HessoError(f"`{argument}[{name!r}]` ({weight!r}) must be a positive number")
+    return {name: float(weight) for name, weight in weights.items()}

@@ -1,0 +1,98 @@
+"""Cutting: from a model with pruned units at zero to a smaller model of the same class."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .errors import HessoError, UnsupportedStructureError
+from .groups import Axis, KeptUnits, PruningGroups
+from .sizes import resized_config
+
+
+@torch.no_grad()
+def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: PruningGroups, kept: KeptUnits) -> None:
+    """Fill a smaller model with the kept units of a full one's parameters, folded in fp32, one parameter at a time.
+
+    Raises:
+        UnsupportedStructureError: naming the first parameter that one of the two lacks or whose shape differs.
+    """
+    parameters = dict(small.named_parameters())
+    if parameters.keys() != full.keys():
+        odd = sorted(parameters.keys() ^ full.keys())[0]
+        raise UnsupportedStructureError(f"parameter {odd} exists in only one of the full and the smaller model")
+    cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        for layer, axis in structure.all_axes():
+            if len(layers[layer]) < structure.num_units:
+                cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
+    for name, parameter in parameters.items():
+        tensor = full[name].detach()
+        for axis, units, total in cuts.get(name, ()):
+            tensor = _cut(tensor, axis, units, total)
+        if tensor.shape != parameter.shape:
+            raise UnsupportedStructureError(
+                f"{name} has shape {tuple(tensor.shape)} after cutting, the smaller model {tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensor)
+
+
+def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
+    cut = tensor.index_select(axis.dim, axis.layout.indices(units, total).to(tensor.device))
+    if axis.power:
+        factor = math.sqrt(len(units) / total) ** axis.power
+        cut = (cut.float() + axis.shift) * factor - axis.shift
+    return cut
+
+
+def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
+    """Return the config sizes of a model that keeps these units.
+
+    Raises:
+        HessoError: where the layers of a structure keep different numbers of units, or none.
+    """
+    sizes: dict[str, int] = {}
+    for name, layers in kept.kept.items():
+        counts = sorted({len(layer) for layer in layers})
+        if len(counts) != 1 or counts[0] == 0:
+            raise HessoError(
+                f"{name}: the layers keep between {counts[0]} and {counts[-1]} units; a stock class needs the same "
+                "number, at least one, in every layer"
+            )
+        if counts[0] < groups.structures[name].num_units:
+            sizes |= groups.structures[name].config_sizes(counts[0])
+    return sizes
+
+
+@torch.no_grad()
+def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the smaller model of the same class, on the model's device, folded in fp32 and then cast to `dtype`.
+
+    Raises:
+        HessoError: where the config class refuses the sizes.
+    """
+    config = resized_config(model.config, kept_sizes(groups, kept))
+    small = empty_model(type(model), config, dtype, model.device)
+    load_cut(small, dict(model.named_parameters()), groups, kept)
+    buffers = dict(small.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name in buffers and buffers[name].shape == buffer.shape:
+            buffers[name].copy_(buffer)
+    small.generation_config = copy.deepcopy(model.generation_config)
+    return small.eval()
+
+
+def empty_model(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Build a model with real buffers and uninitialised weights."""
+    with no_init_weights():
+        model = model_class(config)
+    model.tie_weights()
+    return model.to(dtype).to(device)  # type: ignore[call-arg]  # its wrapper hides the signature

@@ -1,0 +1,35 @@
+"""Errors that a user of the library can meet; each message names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+
+class HessoError(ValueError):
+    """Base class of the errors that the library raises for bad input or an impossible request."""
+
+
+class UnsupportedStructureError(HessoError):
+    """A structure of this architecture can't be pruned; the message names the module and the reason."""
+
+
+class BudgetError(HessoError):
+    """No feasible target sizes meet the budget; the message lists the nearest feasible ones."""
+
+
+class CheckpointMismatchError(HessoError):
+    """A checkpoint's pruning state belongs to another model or configuration."""
+
+
+class VerificationError(HessoError):
+    """The exported model doesn't reproduce the trained one; nothing was published."""
+
+
+class TrainingDivergedError(HessoError):
+    """Several steps in a row had a non-finite gradient."""
+
+
+def nearest_name(name: str, known: list[str]) -> str:
+    """Return " (did you mean 'x'?)" for the closest known name, or "" where none is close."""
+    import difflib
+
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" (did you mean '{match[0]}'?)" if match else ""

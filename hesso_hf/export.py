@@ -1,0 +1,175 @@
+"""Export: from a trained model, or a checkpoint of one, to a folder with the smaller stock model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from .card import PruningReport, count_parameters
+from .cut import cut_model
+from .errors import HessoError
+from .groups import KeptUnits, PruningGroups
+from .proof import proved_groups
+from .publish import staged_folder
+from .saliency import UnitSums, accumulate_
+from .sizes import get_size, load_config, model_class_of
+from .verify import Verification, Verifier
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "hesso_state.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_pruned(
+    source: str | os.PathLike[str] | PreTrainedModel,
+    output_dir: str | os.PathLike[str],
+    *,
+    kept_units: KeptUnits | None = None,
+    groups: PruningGroups | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    training: Mapping[str, Any] | None = None,
+) -> PruningReport:
+    """Cut the pruned units out of a model, verify the result and publish it atomically.
+
+    Args:
+        source: a model whose pruned units are at zero, or a checkpoint folder that training wrote.
+        output_dir: files of other kinds in it (`checkpoint-*`, ...) are left alone.
+        kept_units: the decision; by default what the checkpoint says, or the units that aren't exactly zero.
+        groups: the model's groups, where they are at hand already.
+        tokenizer: saved along; a checkpoint's own by default.
+        dtype: stored dtype, float32, bfloat16 or float16; that of the weights by default.
+        training: what the report says about the run.
+
+    Raises:
+        HessoError: where pruning hasn't finished, a unit to be cut isn't zero, or the layers keep different numbers.
+        VerificationError: where the smaller model's logits differ; `output_dir` is untouched then.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise HessoError(f"`dtype` ({dtype!r}) must be one of {list(DTYPES)}")
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        model, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
+    if groups is None:
+        groups = proved_groups(type(model), model.config)[0]
+    zero = zero_units(model, groups)
+    kept = kept_units or KeptUnits(
+        {name: structure.num_units for name, structure in groups.structures.items()},
+        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in zero[name]) for name in zero},
+    )
+    _check_zero(zero, kept)
+    stored = DTYPES[dtype] if dtype else model.dtype
+    return _export(model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {})
+
+
+def _export(
+    model: PreTrainedModel,
+    groups: PruningGroups,
+    kept: KeptUnits,
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    dtype: torch.dtype,
+    max_shard_size: str,
+    training: Mapping[str, Any],
+) -> PruningReport:
+    verifier = Verifier(model, groups, kept)
+    fold_error = verifier.check_fold()
+    small = cut_model(model, groups, kept, dtype)
+    with staged_folder(output_dir) as folder:
+        small.save_pretrained(folder, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        rounding_error = verifier.check_saved(folder, small)
+        name = str(dtype).removeprefix("torch.")
+        verification = Verification(fold_error, rounding_error, name, verifier.input_ids.numel())
+        report = _report(model, small, groups, kept, verification, training)
+        report.write(folder)
+    logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output_dir}, relative error {fold_error:.1e}")
+    return report
+
+
+def _report(
+    model: PreTrainedModel,
+    small: PreTrainedModel,
+    groups: PruningGroups,
+    kept: KeptUnits,
+    verification: Verification,
+    training: Mapping[str, Any],
+) -> PruningReport:
+    names = [size for name in kept.kept for size in groups.structures[name].increments]
+    return PruningReport(
+        model_class=type(model).__name__,
+        base_model=model.config.name_or_path or "",
+        parameters_before=count_parameters(model),
+        parameters_after=count_parameters(small),
+        sizes_before={name: get_size(model.config, name) or 0 for name in names},
+        sizes_after={name: get_size(small.config, name) or 0 for name in names},
+        kept_units=kept,
+        verification=verification,
+        training=training,
+    )
+
+
+@torch.no_grad()
+def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch.Tensor]:
+    """Return, per structure, which units' effective weights are all exactly zero: shape (L, U), bool."""
+    device = next(model.parameters()).device
+    sums = UnitSums.zeros(groups, ("x2",), device)
+    parameters = dict(model.named_parameters())
+    axes: dict[str, list] = {}
+    for name, structure in groups.structures.items():
+        for layer, axis in structure.all_axes():
+            axes.setdefault(axis.parameter, []).append((name, layer, axis))
+    for name, found in axes.items():
+        accumulate_(sums, parameters[name].data, None, found)
+    return {name: (terms["x2"] == 0).cpu() for name, terms in sums.sums.items()}
+
+
+def _check_zero(zero: Mapping[str, torch.Tensor], kept: KeptUnits) -> None:
+    for name, layers in kept.kept.items():
+        for index, layer in enumerate(layers):
+            cut = torch.ones(kept.num_units[name], dtype=torch.bool)
+            cut[list(layer)] = False
+            alive = (cut & ~zero[name][index]).nonzero().flatten().tolist()
+            if alive:
+                raise HessoError(
+                    f"{name}: unit {alive[0]} of layer {index} is to be cut but its weights aren't zero; "
+                    "finish pruning first, or export the checkpoint in which it was finished"
+                )
+
+
+def _read_checkpoint(
+    folder: Path,
+    kept: KeptUnits | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    training: Mapping[str, Any] | None,
+) -> tuple[PreTrainedModel, KeptUnits | None, PreTrainedTokenizerBase | ProcessorMixin | None, Mapping[str, Any]]:
+    """Load a dense checkpoint and the decision that lies beside it."""
+    if not folder.is_dir():
+        raise HessoError(f"`source` ({str(folder)!r}) is no folder; give a checkpoint-* folder that training wrote")
+    state_file = folder / STATE_NAME
+    if state_file.exists():
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        if not state["finished"]:
+            raise HessoError(
+                f"pruning had not finished in {folder}: step {state['step']} of {state['schedule_end']}; "
+                "resume training and export a later checkpoint"
+            )
+        kept = kept or KeptUnits.from_dict(state["kept_units"])
+        training = training or state["training"]
+    elif kept is None:
+        logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
+    model = model_class_of(load_config(folder)).from_pretrained(folder)
+    if tokenizer is None and (folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, kept, tokenizer, training or {}

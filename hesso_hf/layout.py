@@ -1,0 +1,116 @@
+"""Where unit j's indices lie on an axis.
+
+U units share an axis as a sequence of segments. A segment of repeat n and block k holds n*U*k indices; unit j owns
+i*U*k + j*k + r for i < n, r < k. `block` is one segment with n = 1, `stride` one with n > 1, fused QKV three segments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of an axis: `repeat` runs of all units, each owning `block` neighbours; or `fixed` untouched ones."""
+
+    repeat: int = 1
+    block: int = 1
+    fixed: int = 0
+
+    def size(self, units: int) -> int:
+        """Return the number of indices for `units` units."""
+        return self.fixed or self.repeat * units * self.block
+
+    def expand(self, values: torch.Tensor, fixed_value: float) -> torch.Tensor:
+        """Spread one value per unit, shape (U,), over the stretch's indices."""
+        if self.fixed:
+            return values.new_full((self.fixed,), fixed_value)
+        return values.view(1, -1, 1).expand(self.repeat, -1, self.block).reshape(-1)
+
+    def collect(self, sums: torch.Tensor, units: int) -> torch.Tensor:
+        """Add the stretch's per-index sums up per unit: shape (U,)."""
+        if self.fixed:
+            return sums.new_zeros(units)
+        return sums.view(self.repeat, units, self.block).sum((0, 2))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of one axis, in order."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def per_unit(self) -> int:
+        """Number of indices that one unit owns."""
+        return sum(segment.repeat * segment.block for segment in self.segments if not segment.fixed)
+
+    @property
+    def kind(self) -> str:
+        """`block`, `stride` or `segments`."""
+        if len(self.segments) > 1:
+            return "segments"
+        return "block" if self.segments[0].repeat == 1 else "stride"
+
+    def __str__(self) -> str:
+        return f"{self.kind}({', '.join(_segment_text(segment) for segment in self.segments)})"
+
+    def size(self, units: int) -> int:
+        """Return the axis' length for `units` units."""
+        return sum(segment.size(units) for segment in self.segments)
+
+    def expand(self, values: torch.Tensor, fixed_value: float = 1.0) -> torch.Tensor:
+        """Spread one value per unit, shape (U,), over the axis; indices of no unit get `fixed_value`."""
+        if len(self.segments) == 1:
+            segment = self.segments[0]
+            return values if segment.repeat * segment.block == 1 else segment.expand(values, fixed_value)
+        return torch.cat([segment.expand(values, fixed_value) for segment in self.segments])
+
+    def collect(self, sums: torch.Tensor, units: int) -> torch.Tensor:
+        """Add per-index sums, shape (axis length,), up per unit: shape (U,)."""
+        if len(self.segments) == 1:
+            return self.segments[0].collect(sums, units)
+        parts = sums.split([segment.size(units) for segment in self.segments])
+        collected = [segment.collect(part, units) for segment, part in zip(self.segments, parts, strict=True)]
+        return torch.stack(collected).sum(0)
+
+    def indices(self, units: torch.Tensor, num_units: int) -> torch.Tensor:
+        """Return the sorted indices that `units` (and no unit) own on an axis of `num_units` units."""
+        keep = torch.zeros(num_units, dtype=torch.bool)
+        keep[units] = True
+        return self.expand(keep, fixed_value=True).nonzero().flatten()
+
+
+def _segment_text(segment: Segment) -> str:
+    if segment.fixed:
+        return f"fixed {segment.fixed}"
+    if segment.repeat == 1:
+        return str(segment.block)
+    return f"{segment.repeat}x{segment.block}"
+
+
+def block_layout(block: int) -> Layout:
+    """Unit j owns [j*block, (j+1)*block)."""
+    return Layout((Segment(1, block),))
+
+
+def candidate_layouts(slopes: tuple[int, ...], granule: int, fixed: int = 0) -> dict[str, Layout]:
+    """List the layouts that an axis can have, most common first.
+
+    Args:
+        slopes: indices per unit that each part of the axis adds: one number, or (query, key + value) for fused QKV.
+        granule: smallest run of indices that stays together (head_dim for heads, 1 for channels).
+        fixed: indices that belong to no unit (multi-query's shared key and value rows).
+    """
+    slope = sum(slopes)
+    tail = (Segment(fixed=fixed),) if fixed else ()
+    runs = slope // granule if slope % granule == 0 else 1
+    layouts = {"block": Layout((Segment(1, slope), *tail))}
+    if runs > 1:
+        layouts["stride"] = Layout((Segment(runs, granule), *tail))
+    if len(slopes) == 2 and slopes[1] % 2 == 0:
+        half = slopes[1] // 2
+        layouts["segments"] = Layout((Segment(1, slopes[0]), Segment(1, half), Segment(1, half)))
+    return layouts

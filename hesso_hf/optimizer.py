@@ -1,0 +1,165 @@
+"""`HessoOptimizer`: HESSO around the step of any torch optimizer, which it never reimplements."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from .errors import HessoError, TrainingDivergedError
+from .process import PruningProcess
+
+logger = logging.get_logger(__name__)
+
+MAX_SKIPPED_STEPS = 3  # non-finite gradients in a row
+
+
+class HessoOptimizer(Optimizer):
+    """Train with `base` and drive the redundant groups of `process` to zero (algorithm 1 of arXiv 2409.09085).
+
+    The gradient that is scored is the one that stands in `.grad` when `observe_gradients` or, where nobody calls that,
+    `step` begins: a caller that clips calls it before clipping.
+
+    Args:
+        base: any torch optimizer over the model's parameters.
+        process: the pruning state, bound to the same parameters.
+
+    Raises:
+        HessoError: for an optimizer that evaluates the loss inside its step (LBFGS) or acts in backward hooks.
+        TrainingDivergedError: from `step`, when several gradients in a row were not finite.
+    """
+
+    def __init__(self, base: Optimizer, process: PruningProcess) -> None:
+        _refuse(base)
+        self.base, self.process = base, process
+        state = base.state
+        super().__init__(base.param_groups, base.defaults)  # also lands in `base`: both share groups and state
+        base.state = state
+        self.seconds = 0.0  # spent in HESSO, all steps together; on a GPU the time to enqueue
+        self._observed = False
+        self._gradient_norm: float | None = None
+        self._skipped = 0
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """State of the base optimizer."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Parameter groups of the base optimizer."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @torch.no_grad()
+    def observe_gradients(self) -> None:
+        """Take this step's raw gradients for the saliency; call it after unscaling and before clipping."""
+        started = time.perf_counter()
+        self.process.observe_gradients()
+        self._observed = True
+        self._gradient_norm = None
+        self.seconds += time.perf_counter() - started
+
+    def report_gradient_norm(self, norm: float | torch.Tensor) -> None:
+        """Tell the norm of this step's gradient over all processes, so that `step` needn't compute it."""
+        self._gradient_norm = float(norm)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step of the base optimizer and of HESSO; a non-finite gradient skips both, with a warning."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._observed:
+            self.observe_gradients()
+        self._observed = False
+        if not self._gradient_is_finite():
+            return loss
+        started = time.perf_counter()
+        self.process.before_step()
+        before_base = time.perf_counter()
+        self.base.step()
+        after_base = time.perf_counter()
+        self.process.after_step()
+        if self.process.period_ended:
+            self.process.mask_optimizer_state(self.base.state)
+        self.seconds += time.perf_counter() - after_base + before_base - started
+        return loss
+
+    def _gradient_is_finite(self) -> bool:
+        norm = self._gradient_norm
+        if norm is None:
+            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        self._gradient_norm = None
+        if math.isfinite(norm):
+            self._skipped = 0
+            return True
+        self._skipped += 1
+        logger.warning(
+            f"step {self.process.step}: the gradient's norm is {norm}; the step is skipped, base optimizer and pruning "
+            f"alike ({self._skipped} in a row)"
+        )
+        if self._skipped >= MAX_SKIPPED_STEPS:
+            raise TrainingDivergedError(
+                f"{self._skipped} steps in a row had a gradient norm of {norm} at step {self.process.step}; "
+                "lower the learning rate, clip the gradients or check the data"
+            )
+        return False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the base optimizer."""
+        self.base.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base optimizer's state with HESSO's under `hesso`."""
+        return {**self.base.state_dict(), "hesso": self.process.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointMismatchError: where there is no pruning state in it, or one of another model or budget.
+        """
+        state = dict(state_dict)
+        pruning = state.pop("hesso", None)
+        if pruning is None:
+            from .errors import CheckpointMismatchError
+
+            raise CheckpointMismatchError(
+                "the checkpoint holds no pruning state: it was made without HessoOptimizer; "
+                "load its weights as the model and start a new run"
+            )
+        self.base.load_state_dict(state)
+        self.process.load_state_dict(pruning)
+
+    def __repr__(self) -> str:
+        return f"HessoOptimizer({self.base!r})"
+
+
+def _refuse(base: Optimizer) -> None:
+    if isinstance(base, torch.optim.LBFGS):
+        raise HessoError("`optimizer` (LBFGS) evaluates the loss inside its step; use one that steps once per gradient")
+    if type(base).__name__ in ("LayerWiseDummyOptimizer", "LOMO", "AdaLomo"):
+        raise HessoError(
+            f"`optim` ({type(base).__name__}) updates weights in backward hooks, before HESSO can see the gradient; "
+            "use the variant that is not layer-wise"
+        )

@@ -1,0 +1,113 @@
+"""The plan of a run: the model's groups, the budget and the schedule, made before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .budget import LossFunction, TargetSizes, solve_budget
+from .calibration import LossCurves
+from .config import HessoConfig
+from .cost import Cost, build_cost
+from .errors import UnsupportedStructureError
+from .groups import PruningGroups
+from .process import PruningProcess
+from .proof import proved_groups
+from .schedule import Schedule
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PruningPlan:
+    """What a run will do to a model.
+
+    Attributes:
+        groups: the structures that may be pruned.
+        parameters: parameter count of kept units.
+        price: the budget metric, where it isn't the parameter count.
+        target: units to keep; a preview with an even split until `settle` measured one.
+        curves: the measurement that decided the split, if there was one.
+    """
+
+    config: HessoConfig
+    model: PreTrainedModel
+    groups: PruningGroups
+    parameters: Cost
+    target: TargetSizes
+    price: Cost | None = None
+    curves: LossCurves | None = None
+
+    @classmethod
+    def prepare(cls, model: nn.Module, config: HessoConfig) -> PruningPlan:
+        """Prove the model's structures and check that the budget can be met.
+
+        Raises:
+            UnsupportedStructureError: for a model or structure that can't be pruned, with the reason.
+            BudgetError: for a ratio that can't be met.
+        """
+        checked = check_model(model)
+        proved, _, axis_map = proved_groups(type(checked), checked.config)
+        groups = proved.select(config.structure_names, explicit=config.structures != "all")
+        if config.structures == "all":
+            for name, reason in proved.refused.items():
+                logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
+        parameters = build_cost("parameters", groups, axis_map, checked.config)
+        price = None
+        if config.budget_metric in ("flops", "memory"):
+            price = build_cost(config.budget_metric, groups, axis_map, checked.config)
+        target = solve_budget(config, checked.config, groups, parameters, price)
+        return cls(config, checked, groups, parameters, target, price)
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether there is a split between structures to be measured."""
+        free = [name for name in self.groups.structures if name not in self._pinned()]
+        ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
+        return ratio and len(free) > 1 and self.config.calibration_batches > 0
+
+    def settle(self, measure: Callable[[], LossCurves]) -> None:
+        """Measure the split between structures, where there is one to choose."""
+        if self.wants_calibration:
+            self.curves = measure()
+            units = {name: structure.num_units for name, structure in self.groups.structures.items()}
+            self.target = self.solve(self.curves.loss(units))
+
+    def solve(self, loss: LossFunction | None) -> TargetSizes:
+        """Solve the budget for an expected loss."""
+        return solve_budget(self.config, self.model.config, self.groups, self.parameters, self.price, loss)
+
+    def process(self, schedule: Schedule) -> PruningProcess:
+        """Build the pruning state over the model's parameters."""
+        return PruningProcess(dict(self.model.named_parameters()), self.groups, self.target, schedule, self.config)
+
+    def _pinned(self) -> set[str]:
+        sizes = set(self.config.pinned_sizes)
+        return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
+
+
+def check_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model where it can be pruned as it is.
+
+    Raises:
+        UnsupportedStructureError: for anything but an unquantised `PreTrainedModel`.
+    """
+    if not isinstance(model, PreTrainedModel):
+        name = type(model).__name__
+        hint = "; merge the adapter first (`merge_and_unload()`)" if name.startswith("Peft") else ""
+        raise UnsupportedStructureError(f"`model` ({name}) must be a transformers PreTrainedModel{hint}")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedStructureError(
+            f"`model` ({type(model).__name__}) is quantised: packed weights can't be cut. Load it in float32"
+        )
+    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+        logger.warning(
+            f"`model` trains pure {str(model.dtype).removeprefix('torch.')} weights: small updates are rounded away. "
+            "Load it with `dtype=torch.float32` and set `bf16=True` in TrainingArguments for fp32 masters"
+        )
+    return model

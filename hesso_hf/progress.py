@@ -1,0 +1,64 @@
+"""A progress line that says which phase runs and when pruning ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
+
+from .optimizer import HessoOptimizer
+from .process import PruningProcess
+
+logger = logging.get_logger(__name__)
+
+PHASES = ("warmup", "pruning", "recovery")
+
+
+def phase_text(process: PruningProcess) -> str:
+    """Describe where a run is, for people."""
+    schedule, step = process.schedule, process.step
+    phase = schedule.phase(step)
+    if phase == "warmup":
+        return f"warm-up, pruning starts at step {schedule.warmup_steps}"
+    position = schedule.period_step(step)
+    if position is not None:
+        return f"pruning period {position.index + 1}/{schedule.pruning_periods}, ends at step {schedule.end}"
+    return f"recovery, pruned since step {schedule.end}"
+
+
+def metrics(optimizer: HessoOptimizer, parameters: Any) -> dict[str, float]:
+    """Return what is logged: phase (0 warm-up, 1 pruning, 2 recovery), units, ratios, norm, seconds."""
+    process = optimizer.process
+    found = {"hesso/phase": float(PHASES.index(process.schedule.phase(process.step)))}
+    kept = {}
+    for name, scales in process.scales.items():
+        pruned = int((scales == 0).sum())
+        found[f"hesso/pruned_{name}"] = float(pruned)
+        kept[name] = process.groups.structures[name].num_units - pruned / max(1, scales.shape[0])
+    found["hesso/pruned_ratio"] = 1 - float(parameters(kept)) / parameters.full
+    found["hesso/target_ratio"] = process.target.parameter_ratio
+    found["hesso/redundant_norm"] = process.redundant_norm()
+    found["hesso/seconds"] = optimizer.seconds
+    return found
+
+
+class HessoProgressCallback(TrainerCallback):
+    """Shows the phase on the progress bar and logs its changes."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._shown = ""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Update the line where the phase changed."""
+        text = phase_text(self._trainer.hesso_optimizer.process)
+        if text == self._shown:
+            return
+        self._shown = text
+        logger.info(f"HESSO: {text}")
+        for callback in self._trainer.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
+            if bar is not None:
+                bar.set_postfix_str(text)

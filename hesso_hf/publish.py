@@ -1,0 +1,86 @@
+"""Atomic publishing: what was in a folder stays loadable until a verified replacement is complete."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_MODEL_FILE = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
+_LAST = ("model.safetensors.index.json", "config.json")
+
+
+@contextmanager
+def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; on success its files replace those of the same names there.
+
+    Weights go first, the index and the config last; model files that the new model doesn't have are removed; everything
+    else in `target` is left alone. On an exception `target` is untouched.
+    """
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    staging = target.parent / f"{_prefix(target)}{os.getpid()}"
+    staging.mkdir()
+    try:
+        yield staging
+        _sync(staging)
+        _replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.hesso-staging-"
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove staging folders of processes that died before they could."""
+    for folder in target.parent.glob(f"{_prefix(target)}*"):
+        process = folder.name.removeprefix(_prefix(target))
+        if process.isdigit() and (int(process) == os.getpid() or not _is_alive(int(process))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Force the files to the disk before they replace anything."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _replace(staging: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    files = sorted((path.relative_to(staging) for path in staging.rglob("*") if path.is_file()), key=_order)
+    for file in files:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / file, target / file)
+    new = {str(file) for file in files}
+    for path in target.iterdir():
+        if path.is_file() and _MODEL_FILE.fullmatch(path.name) and path.name not in new:
+            path.unlink()
+
+
+def _order(file: Path) -> tuple[int, str]:
+    if file.name in _LAST:
+        return (2 + _LAST.index(file.name), file.name)
+    return (0 if file.suffix == ".safetensors" else 1, file.name)

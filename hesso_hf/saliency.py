@@ -1,0 +1,147 @@
+"""Saliency: how much a unit matters, from sums over its weights x and gradients g (section 3.3 of arXiv 2409.09085).
+
+Sums are accumulated over batches first and formulas applied once, so that shards and batches can simply be added.
+Legend: L layers, U units a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .groups import Axis, PruningGroups
+
+_CHUNK = 1 << 20  # elements of the temporaries at a time: a few MB, whatever the size of the parameter
+_NEEDS = {
+    "magnitude": ("x2",),
+    "avg_magnitude": ("x2",),
+    "cosine_similarity": ("xg", "x2", "g2"),
+    "taylor_first_order": ("xg",),
+    "taylor_second_order": ("xg2",),
+}
+
+
+def needed_sums(weights: Iterable[str]) -> tuple[str, ...]:
+    """Return which of the sums x*g, (x*g)^2, g^2 and x^2 the criteria in use need."""
+    return tuple(sorted({term for name in weights for term in _NEEDS[name]}))
+
+
+@dataclass
+class UnitSums:
+    """Running sums per unit: `sums[structure][term]` has shape (L, U); `batches` gradients went into them."""
+
+    sums: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    batches: int = 0
+
+    @classmethod
+    def zeros(cls, groups: PruningGroups, terms: tuple[str, ...], device: torch.device) -> UnitSums:
+        """Start with no batch."""
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        return cls(
+            {
+                name: {term: torch.zeros(len(g.layers), g.num_units, dtype=dtype, device=device) for term in terms}
+                for name, g in groups.structures.items()
+            }
+        )
+
+    def add_(self, other: UnitSums) -> None:
+        """Add another set of sums, in place."""
+        for name, terms in other.sums.items():
+            for term, value in terms.items():
+                self.sums[name][term] += value
+        self.batches += other.batches
+
+    def zero_(self) -> None:
+        """Forget all batches, in place."""
+        for terms in self.sums.values():
+            for value in terms.values():
+                value.zero_()
+        self.batches = 0
+
+
+@torch.no_grad()
+def accumulate_(
+    sums: UnitSums, parameter: torch.Tensor, gradient: torch.Tensor | None, axes: list[tuple[str, int, Axis]]
+) -> None:
+    """Add one parameter's contribution to its units' sums.
+
+    Args:
+        parameter: the weights; where the model adds a constant to them, so does this (`Axis.shift`).
+        gradient: its gradient; None (a frozen weight) contributes to x^2 only.
+        axes: (structure, layer index, axis) of every axis of the parameter.
+    """
+    terms = next(iter(sums.sums.values())).keys()
+    rows = max(1, _CHUNK * parameter.shape[0] // max(1, parameter.numel()))
+    for start in range(0, parameter.shape[0], rows):
+        weights = parameter[start : start + rows].float()
+        if axes[0][2].shift:
+            weights = weights + axes[0][2].shift
+        slope = None if gradient is None else gradient[start : start + rows].float()
+        for term in terms:
+            values = _elementwise(term, weights, slope)
+            if values is None:
+                continue
+            for structure, layer, axis in axes:
+                _collect_(sums.sums[structure][term][layer], values, axis, start, parameter.shape[axis.dim])
+
+
+def _elementwise(term: str, weights: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    if term == "x2":
+        return weights.square()
+    if gradient is None:
+        return None
+    if term == "g2":
+        return gradient.square()
+    product = weights * gradient
+    return product if term == "xg" else product.square_()
+
+
+def _collect_(into: torch.Tensor, values: torch.Tensor, axis: Axis, start: int, length: int) -> None:
+    others = [dim for dim in range(values.dim()) if dim != axis.dim]
+    reduced = (values.sum(others) if others else values).to(into.dtype)
+    if axis.dim == 0 and len(reduced) != length:
+        reduced = torch.nn.functional.pad(reduced, (start, length - start - len(reduced)))
+    into += axis.layout.collect(reduced, into.shape[0])
+
+
+def saliency_scores(
+    sums: UnitSums, weights: Mapping[str, float], elements: Mapping[str, int], across_layers: bool
+) -> dict[str, torch.Tensor]:
+    """Combine the criteria to one score per unit; the lowest are redundant.
+
+    Args:
+        weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
+        elements: number of elements n of one unit, per structure.
+        across_layers: whether units compete across layers or within each.
+
+    Returns:
+        Per structure a tensor of shape (L, U).
+    """
+    scores = {}
+    for structure, terms in sums.sums.items():
+        total = torch.zeros_like(next(iter(terms.values())))
+        for name, weight in weights.items():
+            score = criterion(name, terms, sums.batches, elements[structure])
+            norm = score.norm() if across_layers else score.norm(dim=1, keepdim=True)
+            total += weight * score / norm.clamp_min(torch.finfo(score.dtype).tiny)
+        scores[structure] = total
+    return scores
+
+
+def criterion(name: str, terms: Mapping[str, torch.Tensor], batches: int, elements: int) -> torch.Tensor:
+    """Apply one criterion's formula to sums over `batches` batches, elementwise over units."""
+    batches = max(1, batches)
+    if name == "magnitude":
+        return (terms["x2"] / batches).sqrt()
+    if name == "avg_magnitude":
+        return (terms["x2"] / batches / elements).sqrt()
+    if name == "taylor_first_order":
+        return (terms["xg"] / batches).abs()
+    if name == "taylor_second_order":
+        return 0.5 * terms["xg2"] / batches
+    assert name == "cosine_similarity"
+    # a gradient along x means that shrinking x lowers the loss: such a unit is redundant
+    norms = (terms["x2"] * terms["g2"]).sqrt()
+    return 1.0 - terms["xg"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)

@@ -1,0 +1,368 @@
+"""`HessoTrainer`: a Trainer that comes out with a smaller model; `HessoMixin` does that for any Trainer subclass."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import CommitInfo, HfApi, ModelCard
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
+
+from .agreement import world_size
+from .budget import TargetSizes
+from .calibration import LossCurves, measure_curves
+from .card import CARD_NAME, REPORT_NAME, PruningReport
+from .config import HessoConfig
+from .errors import CheckpointMismatchError, HessoError, TrainingDivergedError
+from .export import STATE_NAME, export_pruned
+from .optimizer import HessoOptimizer
+from .plan import PruningPlan
+from .progress import HessoProgressCallback, metrics
+from .schedule import Schedule, resolve_schedule
+
+logger = logging.get_logger(__name__)
+
+_NOT_PUBLISHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin", "optimizer.*", "scheduler.pt", ".*"]
+
+
+if TYPE_CHECKING:
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+
+class HessoMixin(_TrainerBase):
+    """Adds pruning to a `Trainer` class: `class X(HessoMixin, SomeTrainer)`.
+
+    Args:
+        hesso_config: what to prune and when; all other arguments are the trainer's own.
+
+    Raises:
+        HessoError: before any work, where the model or the budget doesn't allow what is asked for.
+    """
+
+    hesso_optimizer: HessoOptimizer
+    hesso_plan: PruningPlan
+
+    def __init__(self, *args: Any, hesso_config: HessoConfig | None = None, **kwargs: Any) -> None:
+        if hesso_config is None:
+            raise HessoError(f"{type(self).__name__} needs `hesso_config=HessoConfig(pruning_ratio=...)`; got None")
+        self.hesso_config = hesso_config
+        self.pruning_report: PruningReport | None = None
+        self._resume_from: str | None = None
+        self._saving_checkpoint = False
+        super().__init__(*args, **kwargs)
+        self._refuse_engines()
+        self.hesso_plan = PruningPlan.prepare(self._bare_model(), hesso_config)
+        self.add_callback(HessoProgressCallback(self))
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the trainer does.
+
+        Raises:
+            TrainingDivergedError: naming the last checkpoint, when several gradients in a row weren't finite.
+            CheckpointMismatchError: where the checkpoint belongs to another pruning run.
+        """
+        self._resume_from = self._resolve_checkpoint(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except TrainingDivergedError as error:
+            last = self._resolve_checkpoint(True)
+            raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the trainer's optimizer and put HESSO around it."""
+        base = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
+            return base
+        if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one
+            self.hesso_plan = PruningPlan.prepare(self._bare_model(), self.hesso_config)
+        schedule = self._settle()
+        self.hesso_optimizer = HessoOptimizer(base, self.hesso_plan.process(schedule))
+        self.optimizer = self.hesso_optimizer
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self.hesso_optimizer.observe_gradients()
+        norm = super()._clip_grad_norm(model)
+        self.hesso_optimizer.report_gradient_norm(norm)
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # clipping is off
+            self.hesso_optimizer.observe_gradients()
+            grad_norm = super()._get_grad_norm(model)
+            self.hesso_optimizer.report_gradient_norm(grad_norm)
+            return grad_norm
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the trainer's metrics and, with the training loss, HESSO's."""
+        if "loss" in logs:
+            logs.update(metrics(self.hesso_optimizer, self.hesso_plan.parameters))
+        super().log(logs, *args, **kwargs)
+
+    # -- the plan -------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> Schedule:
+        """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
+        if self._resume_from is not None:
+            state = read_state(Path(self._resume_from))
+            _check_config(state["config"], self.hesso_config.to_dict(), self._resume_from)
+            self.hesso_plan.target = TargetSizes.from_dict(state["target"])
+            return Schedule.from_dict(state["schedule"])
+        schedule = resolve_schedule(self.hesso_config, self._total_steps())
+        self.hesso_plan.settle(self._measure_curves)
+        if world_size() > 1:
+            decision = [self.hesso_plan.target.to_dict()]
+            dist.broadcast_object_list(decision, src=0)
+            self.hesso_plan.target = TargetSizes.from_dict(decision[0])
+        sizes = self.hesso_plan.target.sizes
+        logger.info(f"HESSO prunes {self.hesso_plan.target.parameter_ratio:.1%} of the parameters: {sizes}")
+        return schedule
+
+    def _total_steps(self) -> int:
+        if self.state.max_steps > 0:
+            return self.state.max_steps
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return max_steps
+
+    def _measure_curves(self) -> LossCurves:
+        batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
+        return measure_curves(self._bare_model(), self.hesso_plan.groups, batches, self._batch_loss, self.hesso_config)
+
+    def _batch_loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    def _calibration_batches(self) -> list[Any]:
+        """Take examples spread over the training data, the same on every process, without touching its sampler."""
+        dataset: Any = self.train_dataset
+        size = self.args.per_device_train_batch_size
+        count = self.hesso_config.calibration_batches * size
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+        if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+            step = max(1, len(dataset) // count)
+            examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
+        else:
+            examples = list(itertools.islice(iter(dataset), count))
+        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the smaller model once pruning has finished; before that the dense one, with a warning.
+
+        Raises:
+            VerificationError: where the smaller model doesn't reproduce the trained one; nothing is written then.
+        """
+        if self._saving_checkpoint:
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        process = self.hesso_optimizer.process if hasattr(self, "hesso_optimizer") else None
+        target = Path(output_dir or self._output_dir)
+        if process is None or not process.finished:
+            done = "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"
+            logger.warning(f"pruning {done}: the dense model is saved in {target}, not a smaller one")
+            if self.args.should_save:
+                (target / REPORT_NAME).unlink(missing_ok=True)
+            return super().save_model(output_dir, _internal_call=_internal_call)
+        if self.args.should_save:
+            self.pruning_report = export_pruned(
+                self._bare_model(),
+                target,
+                kept_units=process.kept_units(),
+                groups=self.hesso_plan.groups,
+                tokenizer=self._tokenizer(),
+                dtype=self.hesso_config.export_dtype,
+                training=self._training_record(),
+            )
+        if world_size() > 1:
+            dist.barrier()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        return None
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a dense, resumable checkpoint with the pruning state beside it."""
+        self._saving_checkpoint = True
+        try:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_state(folder, self.hesso_optimizer, self.hesso_config, self._training_record())
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
+
+    def _training_record(self) -> dict[str, Any]:
+        process = self.hesso_optimizer.process
+        curves = self.hesso_plan.curves
+        return {
+            "hesso_config": self.hesso_config.to_dict(),
+            "target": process.target.to_dict(),
+            "schedule": process.schedule.to_dict(),
+            "saliency": self.hesso_config.saliency_weights,
+            "calibration": curves.to_dict() if curves else None,
+            "steps": process.step,
+            "cric": None,
+        }
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Only a model whose pruning has ended can be the best one."""
+        if not self.hesso_optimizer.process.finished:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.hesso_optimizer.process.reapply()
+
+    # -- Hub ------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Any:
+        """Save the smaller model in `output_dir` and upload it with its card."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return self._upload(commit_message, token, revision or self.args.hub_revision, blocking)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the pruned model's own card and add what is given (`tags`, `language`, `license`, ...)."""
+        path = Path(self._output_dir) / CARD_NAME
+        if not (Path(self._output_dir) / REPORT_NAME).exists():
+            super().create_model_card(*args, **kwargs)
+            return
+        if not self.is_world_process_zero():
+            return
+        card = ModelCard.load(path)
+        for name, value in kwargs.items():
+            if name == "tags":
+                given = [value] if isinstance(value, str) else list(value)
+                card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))
+            elif value is not None and name != "model_name":
+                setattr(card.data, name, value)
+        card.save(path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the smaller model with a checkpoint, once there is one; a dense model is never pushed in its place."""
+        if not self.hesso_optimizer.process.finished:
+            logger.warning("nothing is pushed to the Hub yet: the model is still dense")
+            return
+        self._saving_checkpoint = False
+        if self.is_world_process_zero() and self.args.hub_strategy != "end":
+            self.save_model(_internal_call=True)
+            self._upload(f"Training in progress, step {self.state.global_step}", self.args.hub_token, None, True)
+
+    def _upload(self, message: str | None, token: str | None, revision: str | None, blocking: bool) -> Any:
+        return HfApi().upload_folder(  # type: ignore[call-overload]
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=message,
+            token=token,
+            run_as_future=not blocking,
+            ignore_patterns=_NOT_PUBLISHED,
+            revision=revision,
+        )
+
+    # -- checks ---------------------------------------------------------------------------------------------------
+
+    def _bare_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def _output_dir(self) -> str:
+        assert self.args.output_dir is not None  # TrainingArguments fills it in
+        return self.args.output_dir
+
+    def _tokenizer(self) -> Any:
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
+
+    def _refuse_engines(self) -> None:
+        for name, enabled in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
+            if enabled:
+                raise HessoError(f"{name} shards the parameters, which pruning doesn't support yet; use one GPU or DDP")
+
+    def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
+        if resume is True:
+            return get_last_checkpoint(self._output_dir) if os.path.isdir(self._output_dir) else None
+        return str(resume) if resume else None
+
+
+class HessoTrainer(HessoMixin, Trainer):
+    """`transformers.Trainer` that prunes while it trains: `HessoTrainer(..., hesso_config=HessoConfig(...))`.
+
+    Example:
+        trainer = HessoTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer,
+                               hesso_config=HessoConfig(pruning_ratio=0.5))
+        trainer.train()
+        trainer.save_model("small")
+    """
+
+
+def write_state(folder: Path, optimizer: HessoOptimizer, config: HessoConfig, training: dict[str, Any]) -> None:
+    """Write the pruning decision beside a checkpoint's weights, so that it can be checked and exported alone."""
+    process = optimizer.process
+    state = {
+        "config": config.to_dict(),
+        "step": process.step,
+        "finished": process.finished,
+        "schedule": process.schedule.to_dict(),
+        "schedule_end": process.schedule.end,
+        "target": process.target.to_dict(),
+        "kept_units": process.kept_units().to_dict(),
+        "training": training,
+    }
+    staged = folder / f"{STATE_NAME}.tmp"
+    staged.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(staged, folder / STATE_NAME)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote.
+
+    Raises:
+        CheckpointMismatchError: where the folder has no pruning state.
+    """
+    path = folder / STATE_NAME
+    if not path.exists():
+        raise CheckpointMismatchError(
+            f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state: it was not written by HessoTrainer; "
+            "load its weights as the model and start a new run"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
+    for key, value in current.items():
+        if saved.get(key) != json.loads(json.dumps(value)):
+            raise CheckpointMismatchError(
+                f"{folder} was made with `{key}` = {saved.get(key)!r}, this run has {value!r}; "
+                "resume with the same HessoConfig or start a new run"
+            )

@@ -1,0 +1,116 @@
+"""Verification: the smaller model gives the trained model's logits, or nothing is published."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .cut import cut_model
+from .errors import VerificationError
+from .groups import KeptUnits, PruningGroups
+from .proof import logits_of, relative_error
+
+FOLD_TOLERANCE = 1e-4
+_SEED = 20240915
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Relative errors max |a - b| / max |b| of the smaller model's logits b against the trained model's.
+
+    Attributes:
+        fold_error: in fp32, before any rounding: what cutting and folding did.
+        rounding_error: of the reloaded model in its stored dtype: what rounding did on top.
+        dtype: stored dtype.
+        tokens: number of random tokens compared.
+    """
+
+    fold_error: float
+    rounding_error: float
+    dtype: str
+    tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+class Verifier:
+    """Holds the trained model's fp32 logits on random tokens and compares smaller models with them."""
+
+    def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+        self.groups, self.kept = groups, kept
+        self.input_ids = verification_tokens(model)
+        self._model = _in_fp32(model)
+        self.logits = _evaluate(self._model, self.input_ids)
+
+    def check_fold(self) -> float:
+        """Compare the fp32 fold.
+
+        Raises:
+            VerificationError: naming the structures that differ.
+        """
+        error = self._fold_error(self.kept)
+        if not error <= FOLD_TOLERANCE:
+            raise VerificationError(
+                f"the smaller model's logits differ from the trained model's by {error:.1e} (relative, fp32; allowed "
+                f"{FOLD_TOLERANCE:.0e}); {self._culprits()}. Nothing was published"
+            )
+        return error
+
+    def check_saved(self, folder: Path, expected: PreTrainedModel) -> float:
+        """Reload a folder through the stock class, compare every tensor, and return the error of its logits.
+
+        Raises:
+            VerificationError: naming the first tensor that isn't what was saved.
+        """
+        config = expected.config
+        reloaded = type(expected).from_pretrained(folder, attn_implementation=config._attn_implementation).eval()
+        found = dict(reloaded.named_parameters())
+        for name, parameter in expected.named_parameters():
+            if name not in found or not torch.equal(found[name].cpu(), parameter.cpu()):
+                raise VerificationError(f"{name} reads back from {folder} differently than it was written")
+        return relative_error(_evaluate(reloaded.to(expected.device), self.input_ids), self.logits)
+
+    def _fold_error(self, kept: KeptUnits) -> float:
+        small = cut_model(self._model, self.groups, kept, torch.float32)
+        return relative_error(_evaluate(small, self.input_ids), self.logits)
+
+    def _culprits(self) -> str:
+        """Cut one structure at a time."""
+        errors = {}
+        for name in self.kept.kept:
+            alone = KeptUnits({name: self.kept.num_units[name]}, {name: self.kept.kept[name]})
+            try:
+                errors[name] = self._fold_error(alone)
+            except ValueError as refusal:  # a config class may refuse one structure's sizes without the others'
+                errors[name] = float("nan")
+                del refusal
+        return "alone: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def verification_tokens(model: PreTrainedModel) -> torch.Tensor:
+    """Return random token ids, shape (2, T) with T at most 32."""
+    text = model.config.get_text_config()
+    length = min(32, getattr(text, "max_position_embeddings", None) or 32)
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.randint(0, text.vocab_size, (2, length), generator=generator).to(model.device)
+
+
+def _in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
+
+
+def _evaluate(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    was_training = model.training
+    try:
+        return logits_of(model.eval(), input_ids)
+    finally:
+        model.train(was_training)
