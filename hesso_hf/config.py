@@ -38,7 +38,7 @@ class HessoConfig:
         default="parameters",
         metadata={"help": "What pruning_ratio is a share of: parameters, flops, memory or latency."},
     )
-    structures: dict | list | str = field(
+    structures: dict | str | None = field(
         default="all",
         metadata={
             "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads, "
@@ -62,7 +62,7 @@ class HessoConfig:
     pruning_periods: int | None = field(
         default=None, metadata={"help": "Number of pruning periods (default 3, fewer in very short runs)."}
     )
-    saliency: dict | list | str = field(
+    saliency: dict | str | None = field(
         default="taylor_second_order",
         metadata={
             "help": "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
@@ -87,9 +87,10 @@ class HessoConfig:
     )
 
     def __post_init__(self) -> None:
-        self.structures = _parse(self.structures)
+        # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default
+        self.structures = _parse(self.structures) or "all"
         self.target_sizes = _parse(self.target_sizes)
-        self.saliency = _parse(self.saliency)
+        self.saliency = _parse(self.saliency) or "taylor_second_order"
         self._check_budget()
         self._check_structures()
         self._check_schedule()

@@ -85,6 +85,8 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
         if name in buffers and buffers[name].shape == buffer.shape:
             buffers[name].copy_(buffer)
     small.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache
     return small.eval()
 
 
@@ -95,4 +97,4 @@ def empty_model(
     with no_init_weights():
         model = model_class(config)
     model.tie_weights()
-    return model.to(dtype).to(device)  # type: ignore[call-arg]  # its wrapper hides the signature
+    return model.to(dtype).to(device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature

@@ -1,0 +1,7 @@
+"""`python -m hesso_hf`, `accelerate launch -m hesso_hf`, `torchrun -m hesso_hf`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,197 @@
+"""`hesso-hf inspect | prune | export | eval | report | quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import HessoError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake is one message and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["prune"]:  # its flags are those of a recipe's dataclasses
+            return _prune(argv[1:])
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except HessoError as error:
+        print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hesso-hf", description="Shrink language models while fine-tuning them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    inspect = commands.add_parser("inspect", help="what can be pruned in a model, from its config alone")
+    inspect.add_argument("model", help="Hub id, folder or config.json")
+    inspect.add_argument("--ratio", type=float, nargs="+", default=[0.2, 0.3, 0.5], help="shares to find sizes for")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--trust-remote-code", action="store_true")
+    inspect.set_defaults(run=_inspect)
+
+    commands.add_parser("prune", help="fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]")
+
+    export = commands.add_parser("export", help="write the smaller model of a checkpoint")
+    export.add_argument("checkpoint", help="checkpoint-* folder of a run whose pruning has finished")
+    export.add_argument("output", help="folder for the smaller model")
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="stored dtype")
+    export.set_defaults(run=_export)
+
+    evaluate = commands.add_parser("eval", help="held-out perplexity and lm-eval tasks")
+    evaluate.add_argument("model", help="folder or Hub id")
+    evaluate.add_argument("--dataset", help="python-docs, a text file or a Hub id")
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--text-column", default="text")
+    evaluate.add_argument("--block-size", type=int, default=256)
+    evaluate.add_argument("--tasks", help="comma-separated lm-eval tasks")
+    evaluate.add_argument("--include-path", help="folder with further lm-eval task files")
+    evaluate.add_argument("--limit", type=int, help="examples at most")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="show a smaller model's pruning report")
+    report.add_argument("model", help="folder of the smaller model")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.set_defaults(run=_report)
+
+    quickstart = commands.add_parser("quickstart", help="prune the bundled model by half and compare, offline")
+    quickstart.add_argument("--model", help="folder or Hub id instead of the bundled model")
+    quickstart.add_argument("--dataset", default="python-docs", help="text to train on")
+    quickstart.add_argument("--text-column", default="text")
+    quickstart.add_argument("--steps", type=int, default=200, help="steps of each of the two runs")
+    quickstart.add_argument("--ratio", type=float, default=0.5, help="share of the parameters to remove")
+    quickstart.add_argument("--batch-size", type=int, default=8)
+    quickstart.add_argument("--block-size", type=int, default=256)
+    quickstart.add_argument("--learning-rate", type=float, default=2e-3)
+    quickstart.add_argument("--output", default="quickstart", help="folder for the smaller models and results.json")
+    quickstart.set_defaults(run=_quickstart)
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .inspection import inspect_model
+
+    found = inspect_model(arguments.model, tuple(arguments.ratio), arguments.trust_remote_code)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return 0
+    rows = []
+    for name, item in found.structures.items():
+        proved = item.status == "proved"
+        rows.append([
+            name, item.status, str(item.units or "-"), str(item.layers or "-"),
+            f"{item.parameters_per_unit:,}" if proved else "-",
+            f"{item.relative_error:.0e}" if item.relative_error is not None else "-",
+            ", ".join(sorted(set(item.layouts.values()))) if proved else item.reason,
+        ])  # fmt: skip
+    title = f"{found.model_class}, {found.parameters:,} parameters"
+    _table(title, ["structure", "status", "units", "layers", "parameters a unit", "error", "layouts or reason"], rows)
+    for ratio, option in found.feasible.items():
+        print(f"ratio {ratio}: {option.get('reason') or _sizes_line(option)}")
+    return 0
+
+
+def _sizes_line(option: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in option["sizes"].items())
+    return f"{option['parameters']:,} parameters ({option['ratio']:.1%} removed): {sizes}"
+
+
+def _prune(flags: list[str]) -> int:
+    from .recipe import parse_recipe, recipe_parser
+
+    if {"-h", "--help"} & set(flags):
+        print("usage: hesso-hf prune [RECIPE] [--flag value ...]\n\nFlags override the recipe's keys.\n")
+        recipe_parser().print_help()
+        return 0
+    from .commands import prune
+
+    recipe = flags[0] if flags and not flags[0].startswith("-") else None
+    result = prune(parse_recipe(recipe, flags[1:] if recipe else flags))
+    if result is not None:
+        _print_report(result.report, str(result.output), result.held_out_loss)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .export import export_pruned
+
+    report = export_pruned(arguments.checkpoint, arguments.output, dtype=arguments.dtype)
+    _print_report(report.to_dict(), arguments.output, None)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from .commands import evaluate
+
+    found = evaluate(
+        arguments.model, arguments.dataset, arguments.tasks, arguments.split, arguments.block_size,
+        arguments.text_column, arguments.include_path, arguments.limit,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    tasks = found.pop("tasks", {})
+    rows = [[name, f"{value:,.4g}"] for name, value in found.items()]
+    rows += [[f"{task} {name}", f"{value:.4g}"] for task, scores in tasks.items() for name, value in scores.items()]
+    _table(arguments.model, ["measure", "value"], rows)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .commands import read_report
+
+    report = read_report(arguments.model)
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    else:
+        _print_report(report, arguments.model, None)
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from .quickstart import QuickstartOptions, run_quickstart
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "command")}
+    rows, samples = run_quickstart(QuickstartOptions(**options))
+    _table("before and after", ["", *[row.name for row in rows]], [
+        ["parameters", *[f"{row.parameters:,}" for row in rows]],
+        ["size on disk", *[f"{row.bytes / 1e6:.2f} MB" for row in rows]],
+        ["held-out perplexity", *[f"{row.perplexity:.2f}" for row in rows]],
+        ["tokens/s (forward)", *[f"{row.tokens_per_second:,.0f}" for row in rows]],
+    ])  # fmt: skip
+    for name, sample in samples.items():
+        print(f"\n{name}:\n  " + sample.strip().replace("\n", "\n  "))
+    print(f"\nsmaller model: {arguments.output}/hesso, loads with plain AutoModelForCausalLM.from_pretrained")
+    return 0
+
+
+def _print_report(report: dict[str, Any], folder: str, loss: float | None) -> None:
+    before, after = report["sizes"]["before"], report["sizes"]["after"]
+    rows = [["parameters", f"{report['parameters']['before']:,}", f"{report['parameters']['after']:,}"]]
+    rows += [[name, str(before[name]), str(after[name])] for name in after]
+    _table(f"{folder}: {report['pruning_ratio']:.1%} of the parameters removed", ["", "before", "after"], rows)
+    checked = report["verification"]
+    print(
+        f"logits against the trained model: relative error {checked['fold_error']:.1e} in fp32, "
+        f"{checked['rounding_error']:.1e} stored as {checked['dtype']}"
+    )
+    if loss is not None:
+        print(f"held-out loss: {loss:.4f} nats a token")
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

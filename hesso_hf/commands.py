@@ -1,0 +1,125 @@
+"""What the subcommands of `hesso-hf` do; `cli` parses and prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from .card import REPORT_NAME
+from .data import text_blocks
+from .errors import HessoError
+from .evaluate import held_out_loss, perplexity
+from .recipe import Recipe, RunArguments
+from .sizes import load_config, model_class_of
+from .trainer import HessoTrainer
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What `hesso-hf prune` reports."""
+
+    output: Path
+    report: dict[str, Any]
+    held_out_loss: float | None
+
+
+def prune(recipe: Recipe) -> PruneResult | None:
+    """Fine-tune and prune as a recipe says, and save the smaller model; None on all but the main process."""
+    run = recipe.run
+    tokenizer = AutoTokenizer.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
+    model = load_model(str(run.model), getattr(torch, run.dtype), run.trust_remote_code)
+    train, held_out = _datasets(run, tokenizer)
+    trainer = HessoTrainer(
+        model=model,
+        args=recipe.training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        hesso_config=recipe.hesso,
+    )
+    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    loss = trainer.evaluate()["eval_loss"] if held_out is not None else None
+    output = Path(run.output) if run.output else Path(str(recipe.training.output_dir)) / "small"
+    trainer.save_model(str(output), _internal_call=True)
+    if recipe.training.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.pruning_report is None:
+        return None
+    return PruneResult(output, trainer.pruning_report.to_dict(), loss)
+
+
+def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Load a causal language model in a dtype, through its stock class."""
+    model_class = model_class_of(load_config(source, trust_remote_code))
+    return model_class.from_pretrained(source, dtype=dtype)
+
+
+def _datasets(run: RunArguments, tokenizer: Any) -> tuple[Any, Any]:
+    options: dict[str, Any] = {"text_column": run.text_column}
+    named = run.eval_dataset is not None or run.eval_split is not None
+    train, held_out = text_blocks(
+        str(run.dataset), tokenizer, run.block_size, run.dataset_split, config_name=run.dataset_config,
+        max_examples=run.max_examples, held_out_ratio=None if named else run.eval_ratio, **options,
+    )  # fmt: skip
+    if named:
+        source = run.eval_dataset or str(run.dataset)
+        name = run.dataset_config if source == run.dataset else None
+        held_out, _ = text_blocks(
+            source, tokenizer, run.block_size, run.eval_split or "test", config_name=name, **options
+        )  # fmt: skip
+    return train, held_out
+
+
+def evaluate(
+    model: str, dataset: str | None, tasks: str | None, split: str, block_size: int, text_column: str,
+    include_path: str | None, limit: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a model's held-out perplexity on text and its scores on lm-eval tasks.
+
+    Raises:
+        HessoError: where neither is asked for, or tasks are and lm-eval isn't installed.
+    """
+    if dataset is None and tasks is None:
+        raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
+    found: dict[str, Any] = {}
+    if dataset is not None:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        blocks, _ = text_blocks(
+            dataset, tokenizer, block_size, split, text_column=text_column, max_examples=limit
+        )  # fmt: skip
+        loss = held_out_loss(load_model(model, torch.float32), blocks)
+        found |= {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
+    if tasks is not None:
+        found["tasks"] = _lm_eval(model, tasks.split(","), include_path, limit)
+    return found
+
+
+def _lm_eval(model: str, tasks: list[str], include_path: str | None, limit: int | None) -> dict[str, Any]:
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HessoError("`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'") from error
+    results = lm_eval.simple_evaluate(
+        model="hf", model_args=f"pretrained={model}", tasks=tasks, limit=limit,
+        task_manager=TaskManager(include_path=include_path),
+    )  # fmt: skip
+    return {task: {key: value for key, value in scores.items() if isinstance(value, float | int)}
+            for task, scores in results["results"].items()}  # fmt: skip
+
+
+def read_report(folder: str) -> dict[str, Any]:
+    """Read the pruning report of a smaller model.
+
+    Raises:
+        HessoError: where the folder has none.
+    """
+    path = Path(folder) / REPORT_NAME
+    if not path.is_file():
+        raise HessoError(f"{folder} has no {REPORT_NAME}: it isn't a model that was pruned and saved by hesso_hf")
+    return json.loads(path.read_text(encoding="utf-8"))

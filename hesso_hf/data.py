@@ -1,0 +1,83 @@
+"""Text for the command line: the embedded Python documentation, local files or a Hub data set, cut into blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bundled import python_docs_dataset
+from .errors import HessoError, nearest_name
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+PYTHON_DOCS = "python-docs"
+_LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+
+
+def text_blocks(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    split: str,
+    *,
+    config_name: str | None = None,
+    text_column: str = "text",
+    max_examples: int | None = None,
+    held_out_ratio: float | None = None,
+) -> tuple[Dataset, Dataset | None]:
+    """Load text and cut it into blocks of `block_size` tokens with columns `input_ids` and `labels`.
+
+    Args:
+        dataset: `python-docs` (embedded), a .jsonl, .json, .txt, .csv or .parquet file, or a Hub id.
+        held_out_ratio: share of the examples to hold out where the data has no split for it; None holds out none.
+
+    Returns:
+        The blocks, and the held-out ones or None.
+
+    Raises:
+        HessoError: for an unknown file type, a missing column, or fewer tokens than one block.
+    """
+    if dataset == PYTHON_DOCS:
+        train = python_docs_dataset(tokenizer, "test" if split == "test" else "train", block_size)
+        return train, (python_docs_dataset(tokenizer, "test", block_size) if held_out_ratio else None)
+    rows = _load(dataset, config_name, split)
+    if text_column not in rows.column_names:
+        hint = nearest_name(text_column, rows.column_names)
+        raise HessoError(f"`text_column` ({text_column!r}) isn't in {dataset}{hint}; columns: {rows.column_names}")
+    if max_examples is not None:
+        rows = rows.select(range(min(max_examples, len(rows))))
+    if not held_out_ratio:
+        return _blocks(rows, tokenizer, block_size, text_column), None
+    parts = rows.train_test_split(test_size=held_out_ratio, seed=0)
+    train, held_out = (_blocks(parts[name], tokenizer, block_size, text_column) for name in ("train", "test"))
+    return train, held_out
+
+
+def _load(dataset: str, config_name: str | None, split: str) -> Any:
+    from datasets import load_dataset
+
+    path = Path(dataset)
+    if path.suffix in _LOADERS and not path.exists():
+        raise HessoError(f"`dataset` ({dataset!r}): no such file")
+    if path.is_file():
+        if path.suffix not in _LOADERS:
+            raise HessoError(f"`dataset` ({dataset!r}): unknown file type; known: {sorted(_LOADERS)}")
+        return load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+    return load_dataset(dataset, config_name, split=split)
+
+
+def _blocks(rows: Any, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Dataset:
+    from datasets import Dataset
+
+    ids: list[int] = []
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not start else []
+    for text in rows[text_column]:
+        ids += [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+    count = len(ids) // block_size
+    if count == 0:
+        raise HessoError(f"`block_size` ({block_size}) is more than the {len(ids)} tokens of the data; lower it")
+    blocks = [ids[index * block_size : (index + 1) * block_size] for index in range(count)]
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
