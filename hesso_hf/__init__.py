@@ -1,8 +1,8 @@
 """Fine-tune a Hugging Face language model as usual and come out with a smaller one of the same stock class.
 
 The modules in the order of the data flow, each importing only from those before it: errors, config, layout, sizes,
-probe, groups, cut, proof, cost, budget, inspection, schedule, saliency, calibration, agreement, process, optimizer,
-plan, verify, publish, card, export, progress, trainer, and then the command line's.
+probe, groups, per_layer, cut, proof, cost, latency, budget, inspection, schedule, saliency, calibration, agreement,
+process, optimizer, plan, verify, publish, card, export, progress, trainer, and then the command line's.
 """
 
 from __future__ import annotations

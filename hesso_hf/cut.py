@@ -7,12 +7,13 @@ import math
 from collections.abc import Mapping
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .errors import HessoError, UnsupportedStructureError
+from .errors import UnsupportedStructureError
 from .groups import Axis, KeptUnits, PruningGroups
-from .sizes import resized_config
+from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
+from .sizes import head_dim_of, resized_config
 
 
 @torch.no_grad()
@@ -52,21 +53,12 @@ def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> t
 
 
 def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
-    """Return the config sizes of a model that keeps these units.
-
-    Raises:
-        HessoError: where the layers of a structure keep different numbers of units, or none.
-    """
+    """Return the config sizes of a model that keeps these units; where layers differ, those of the widest layer."""
     sizes: dict[str, int] = {}
     for name, layers in kept.kept.items():
-        counts = sorted({len(layer) for layer in layers})
-        if len(counts) != 1 or counts[0] == 0:
-            raise HessoError(
-                f"{name}: the layers keep between {counts[0]} and {counts[-1]} units; a stock class needs the same "
-                "number, at least one, in every layer"
-            )
-        if counts[0] < groups.structures[name].num_units:
-            sizes |= groups.structures[name].config_sizes(counts[0])
+        widest = max(len(layer) for layer in layers)
+        if widest < groups.structures[name].num_units:
+            sizes |= groups.structures[name].config_sizes(widest)
     return sizes
 
 
@@ -75,10 +67,17 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     """Build the smaller model of the same class, on the model's device, folded in fp32 and then cast to `dtype`.
 
     Raises:
-        HessoError: where the config class refuses the sizes.
+        HessoError: where the config class refuses the sizes, or a layer keeps no unit.
     """
+    uneven = layer_sizes(groups, kept, head_dim_of(model.config))
     config = resized_config(model.config, kept_sizes(groups, kept))
-    small = empty_model(type(model), config, dtype, model.device)
+    with no_init_weights():
+        small = type(model)(config)
+        if uneven is not None:
+            rebuild_layers(small, layer_list(groups), uneven)
+            annotate_config(config, type(model).__name__, uneven)
+    small.tie_weights()
+    small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
     buffers = dict(small.named_buffers())
     for name, buffer in model.named_buffers():
@@ -88,13 +87,3 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache
     return small.eval()
-
-
-def empty_model(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """Build a model with real buffers and uninitialised weights."""
-    with no_init_weights():
-        model = model_class(config)
-    model.tie_weights()
-    return model.to(dtype).to(device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature

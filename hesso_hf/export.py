@@ -16,6 +16,7 @@ from .card import PruningReport, count_parameters
 from .cut import cut_model
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
+from .per_layer import layer_list, write_modelling_file
 from .proof import proved_groups
 from .publish import staged_folder
 from .saliency import UnitSums, accumulate_
@@ -87,6 +88,8 @@ def _export(
     small = cut_model(model, groups, kept, dtype)
     with staged_folder(output_dir) as folder:
         small.save_pretrained(folder, max_shard_size=max_shard_size)
+        if hasattr(small.config, "layer_sizes"):
+            write_modelling_file(folder, type(model).__name__, layer_list(groups))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         rounding_error = verifier.check_saved(folder, small)

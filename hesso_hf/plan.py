@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .budget import LossFunction, TargetSizes, solve_budget
+from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
 from .config import HessoConfig
 from .cost import Cost, build_cost
 from .errors import UnsupportedStructureError
 from .groups import PruningGroups
+from .latency import build_latency
 from .process import PruningProcess
 from .proof import proved_groups
 from .schedule import Schedule
@@ -40,7 +41,7 @@ class PruningPlan:
     groups: PruningGroups
     parameters: Cost
     target: TargetSizes
-    price: Cost | None = None
+    price: PriceFunction | None = None
     curves: LossCurves | None = None
 
     @classmethod
@@ -58,8 +59,10 @@ class PruningPlan:
             for name, reason in proved.refused.items():
                 logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
         parameters = build_cost("parameters", groups, axis_map, checked.config)
-        price = None
-        if config.budget_metric in ("flops", "memory"):
+        price: PriceFunction | None = None
+        if config.budget_metric == "latency":
+            price = build_latency(groups, axis_map, checked.device, checked.dtype)
+        elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
         target = solve_budget(config, checked.config, groups, parameters, price)
         return cls(config, checked, groups, parameters, target, price)

@@ -248,7 +248,8 @@ def _lowest(scores: torch.Tensor, pruned: torch.Tensor, per_layer: int, across_l
     """Mark the `per_layer` lowest units of each layer (or as many over all layers), those already pruned first."""
     ranked = scores.masked_fill(pruned, -torch.inf)
     if across_layers:
-        ranked = ranked.reshape(1, -1)
+        best = scores.argmax(dim=1, keepdim=True)  # no layer may lose its last unit
+        ranked = ranked.scatter(1, best, torch.inf).reshape(1, -1)
         per_layer *= scores.shape[0]
     order = ranked.argsort(dim=1, stable=True)
     marked = torch.zeros_like(ranked, dtype=torch.bool)

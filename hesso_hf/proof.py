@@ -106,8 +106,11 @@ def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, s
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 logits of a forward pass without a cache."""
-    return model(input_ids=input_ids, use_cache=False).logits.float()
+    """Return the fp32 logits of a forward pass without a cache, in the weights' own dtype.
+
+    The class' forward is called, since mixed-precision training wraps the instance's in autocast.
+    """
+    return type(model).forward(model, input_ids=input_ids, use_cache=False).logits.float()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .cut import cut_model
 from .errors import VerificationError
@@ -69,8 +69,12 @@ class Verifier:
         Raises:
             VerificationError: naming the first tensor that isn't what was saved.
         """
-        config = expected.config
-        reloaded = type(expected).from_pretrained(folder, attn_implementation=config._attn_implementation).eval()
+        # the modelling file of uneven layers is this library's own; every other model loads as a stock class
+        uneven = hasattr(expected.config, "layer_sizes")
+        loader: Any = AutoModelForCausalLM if uneven else type(expected)
+        options = {"trust_remote_code": True} if uneven else {}
+        attention = expected.config._attn_implementation
+        reloaded = loader.from_pretrained(folder, attn_implementation=attention, **options).eval()
         found = dict(reloaded.named_parameters())
         for name, parameter in expected.named_parameters():
             if name not in found or not torch.equal(found[name].cpu(), parameter.cpu()):

@@ -1,0 +1,155 @@
+"""Small configs of many decoder families, random models of them, and models with random units at zero.
+
+In a small config all sizes differ (heads, key-value heads, head_dim, width, MLP, vocabulary), so that a transposed axis
+can't pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hesso_hf.groups import KeptUnits, PruningGroups, mask_
+from hesso_hf.sizes import model_class_of
+
+HEADS, MLP, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
+SEED = 7
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 72,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 64,
+}
+# Of each structure, as many units are kept as every config class accepts, together and alone (72 and 48 divide by 6, 4).
+KEPT = {HEADS: 2, MLP: 37, STREAM: 48}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A small config of one model type.
+
+    Attributes:
+        sizes: fields that differ from `SIZES`; None leaves the class' default.
+        refused: structures that can't be pruned in this class, with what the reason must name.
+        kept: units that a test keeps in every layer, where not those of `KEPT`.
+    """
+
+    name: str
+    model_type: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def proved(self) -> tuple[str, ...]:
+        """Structures that must be proved."""
+        return tuple(name for name in (HEADS, MLP, STREAM) if name not in self.refused)
+
+    def config(self, **changes: Any) -> PretrainedConfig:
+        """Build the config."""
+        values = SIZES | {"head_dim": 10} | self.sizes | changes
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        values = {name: value for name, value in (tokens | values).items() if value is not None}
+        return CONFIG_MAPPING[self.model_type](**values)
+
+    def units_to_keep(self, structures: tuple[str, ...]) -> dict[str, int]:
+        """Return how many units of each structure a test keeps in every layer."""
+        return {name: (KEPT | self.kept)[name] for name in structures}
+
+
+def _layernorm(name: str, **sizes: Any) -> Family:
+    return Family(name, name, sizes, refused={STREAM: "LayerNorm"})
+
+
+FAMILIES = (
+    Family("llama", "llama"),
+    Family("mistral", "mistral"),
+    Family("ministral", "ministral"),
+    Family("qwen2", "qwen2", {"head_dim": None}),
+    Family("qwen3", "qwen3"),
+    Family("gemma", "gemma"),
+    Family("gemma2", "gemma2", {"query_pre_attn_scalar": 10}),
+    Family("gemma3_text", "gemma3_text", {"query_pre_attn_scalar": 10}),
+    _layernorm("phi", head_dim=None, partial_rotary_factor=0.5),
+    Family("phi3", "phi3", {"head_dim": None}),
+    _layernorm("olmo", head_dim=None),
+    Family("olmo2", "olmo2", {"head_dim": None}),
+    Family("granite", "granite", {"head_dim": None}),
+    Family("smollm3", "smollm3", {"head_dim": None}),
+    _layernorm("starcoder2", head_dim=None, use_bias=True),
+    Family("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, kept={MLP: 40}),
+    Family("glm4", "glm4"),
+    Family("exaone4", "exaone4", {"head_dim": None}),
+    Family("ernie4_5", "ernie4_5", {"use_bias": True}),
+    Family("hunyuan_v1_dense", "hunyuan_v1_dense"),
+    _layernorm("cohere2", head_dim=None),
+)
+VARIANTS = (
+    Family("llama-tied", "llama", {"tie_word_embeddings": True}),
+    Family("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+    Family("llama-multi-query", "llama", {"num_key_value_heads": 1}, kept={HEADS: 4}),
+    Family("llama-multi-head", "llama", {"num_key_value_heads": 6}, kept={HEADS: 4}),
+    Family("llama-square", "llama", {"head_dim": None}),
+    Family("qwen2-head_dim", "qwen2", {"head_dim": 10}),
+    Family("phi3-multi-query", "phi3", {"head_dim": None, "num_key_value_heads": 1}, kept={HEADS: 4}),
+)
+ALL = {family.name: family for family in (*FAMILIES, *VARIANTS)}
+
+
+def random_model(config: PretrainedConfig, seed: int = SEED) -> PreTrainedModel:
+    """Build the stock model, in fp32, with random weights, biases and norm weights."""
+    torch.manual_seed(seed)
+    model = model_class_of(config)(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+def random_units(groups: PruningGroups, counts: dict[str, int], seed: int = SEED) -> KeptUnits:
+    """Choose which units stay: others in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for name, count in counts.items():
+        structure = groups.structures[name]
+        orders = [torch.randperm(structure.num_units, generator=generator) for _ in structure.layers]
+        kept[name] = tuple(tuple(sorted(order[:count].tolist())) for order in orders)
+    return KeptUnits({name: groups.structures[name].num_units for name in counts}, kept)
+
+
+def zero_pruned_(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+    """Set every unit that isn't kept to zero."""
+    parameters = dict(model.named_parameters())
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        for index, axis in structure.all_axes():
+            pruned = torch.ones(structure.num_units, dtype=torch.bool)
+            pruned[list(layers[index])] = False
+            mask_(parameters[axis.parameter].data, axis, pruned)
+
+
+def token_ids(config: PretrainedConfig, length: int = 12) -> torch.Tensor:
+    """Return random token ids, shape (2, length), none of them a special token."""
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randint(3, config.vocab_size, (2, length), generator=generator)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return fp32 logits of a forward pass without a cache."""
+    return model.eval()(input_ids=input_ids, use_cache=False).logits.float()
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return max |found - expected| / max |expected|."""
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,252 @@
+"""HESSO written from its description (arXiv 2409.09085), slowly: one Python loop over units with explicit indices.
+
+The oracle of the fast one; it shares no code with `hesso_hf`. Every unit is gathered into one flat vector of weights
+and one of gradients, and every formula is applied to those vectors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PretrainedConfig, PreTrainedModel
+
+LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+GEMMA2_NORMS = (*LLAMA_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some indices of one dimension of one parameter; the model uses the stored value plus `offset`."""
+
+    parameter: str
+    dim: int
+    indices: tuple[int, ...]
+    offset: float = 0.0
+
+
+Unit = list[Slice]
+Structures = dict[str, list[list[Unit]]]  # structure -> layer -> unit
+Key = tuple[str, int, int]  # structure, layer, unit
+
+
+def decoder_units(model: PreTrainedModel, norms: Iterable[str] = LLAMA_NORMS, norm_offset: float = 0.0) -> Structures:
+    """List every unit of a Llama-like decoder (Llama, Mistral, Gemma 2), in the order of the fast implementation."""
+    config: PretrainedConfig = model.config
+    present = {name for name, _ in model.named_parameters()}
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    layers = [f"model.layers.{index}" for index in range(config.num_hidden_layers)]
+
+    def existing(unit: Unit) -> Unit:  # biases and an untied output matrix may be missing
+        return [piece for piece in unit if piece.parameter in present]
+
+    def head_unit(layer: str, kv_head: int) -> Unit:
+        queries_per_kv = heads // kv_heads
+        q_rows: list[int] = []
+        for query in range(kv_head * queries_per_kv, (kv_head + 1) * queries_per_kv):
+            q_rows += [query * head_dim + i for i in range(head_dim)]
+        kv_rows = [kv_head * head_dim + i for i in range(head_dim)]
+        unit: Unit = []
+        for name, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
+            unit.append(Slice(f"{layer}.self_attn.{name}.weight", 0, tuple(rows)))
+            unit.append(Slice(f"{layer}.self_attn.{name}.bias", 0, tuple(rows)))
+        return [*unit, Slice(f"{layer}.self_attn.o_proj.weight", 1, tuple(q_rows))]
+
+    def mlp_unit(layer: str, channel: int) -> Unit:
+        unit = [
+            Slice(f"{layer}.mlp.{name}.{leaf}", 0, (channel,))
+            for name in ("gate_proj", "up_proj")
+            for leaf in ("weight", "bias")
+        ]
+        return [*unit, Slice(f"{layer}.mlp.down_proj.weight", 1, (channel,))]
+
+    def stream_unit(channel: int) -> Unit:
+        unit = [Slice("model.embed_tokens.weight", 1, (channel,)), Slice("lm_head.weight", 1, (channel,))]
+        unit.append(Slice("model.norm.weight", 0, (channel,), norm_offset))
+        for layer in layers:
+            unit += [Slice(f"{layer}.{norm}.weight", 0, (channel,), norm_offset) for norm in norms]
+            for reader in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+                unit.append(Slice(f"{layer}.{reader}.weight", 1, (channel,)))
+            for writer in ("self_attn.o_proj", "mlp.down_proj"):
+                unit.append(Slice(f"{layer}.{writer}.weight", 0, (channel,)))
+                unit.append(Slice(f"{layer}.{writer}.bias", 0, (channel,)))
+        return unit
+
+    return {
+        "attention_heads": [[existing(head_unit(layer, j)) for j in range(kv_heads)] for layer in layers],
+        "mlp_channels": [[existing(mlp_unit(layer, j)) for j in range(config.intermediate_size)] for layer in layers],
+        "embedding_channels": [[existing(stream_unit(j)) for j in range(config.hidden_size)]],
+    }
+
+
+def piece_of(tensor: torch.Tensor, piece: Slice) -> torch.Tensor:
+    """Copy a slice's values out of a tensor of the parameter's shape."""
+    return tensor.index_select(piece.dim, torch.tensor(piece.indices))
+
+
+def write_piece(tensor: torch.Tensor, piece: Slice, values: torch.Tensor) -> None:
+    """Put values into a slice."""
+    tensor.index_copy_(piece.dim, torch.tensor(piece.indices), values)
+
+
+@torch.no_grad()
+def flat_weights(parameters: dict[str, nn.Parameter], unit: Unit) -> torch.Tensor:
+    """All (effective) weights of a unit as one float64 vector."""
+    return torch.cat([piece_of(parameters[s.parameter], s).flatten().double() + s.offset for s in unit])
+
+
+@torch.no_grad()
+def flat_gradients(parameters: dict[str, nn.Parameter], unit: Unit) -> torch.Tensor:
+    """The gradients of a unit's weights as one float64 vector, zero for frozen ones."""
+    pieces = []
+    for piece in unit:
+        parameter = parameters[piece.parameter]
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        pieces.append(piece_of(gradient, piece).flatten().double())
+    return torch.cat(pieces)
+
+
+def saliency_of(criterion: str, steps: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Apply one criterion to one unit's (weights, gradients) at several steps."""
+    n = len(steps)
+    x_dot_g = sum(float(x @ g) for x, g in steps)
+    x_norm2 = sum(float(x @ x) for x, _ in steps)
+    g_norm2 = sum(float(g @ g) for _, g in steps)
+    if criterion == "magnitude":
+        return (x_norm2 / n) ** 0.5
+    if criterion == "avg_magnitude":
+        return (x_norm2 / n) ** 0.5 / steps[0][0].numel() ** 0.5
+    if criterion == "cosine_similarity":
+        return 1.0 - x_dot_g / (x_norm2 * g_norm2) ** 0.5
+    if criterion == "taylor_first_order":
+        return abs(x_dot_g / n)
+    if criterion == "taylor_second_order":
+        return 0.5 * sum(float(((x * g) ** 2).sum()) for x, g in steps) / n
+    raise ValueError(criterion)
+
+
+class ReferenceHesso:
+    """Algorithm 1 around the step of any optimizer.
+
+    Args:
+        removed: units to remove a layer, per structure.
+        across_layers: whether the units of all layers compete, and as many go in total.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: Optimizer,
+        units: Structures,
+        removed: dict[str, int],
+        warmup_steps: int,
+        pruning_steps: int,
+        pruning_periods: int,
+        saliency: dict[str, float],
+        saliency_batches: int = 8,
+        across_layers: bool = False,
+    ) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.base, self.removed, self.saliency, self.across_layers = base, removed, saliency, across_layers
+        self.units: dict[Key, Unit] = {
+            (name, layer, j): unit
+            for name in removed
+            for layer, row in enumerate(units[name])
+            for j, unit in enumerate(row)
+        }
+        self.periods: list[tuple[int, int]] = []  # first step and length of each
+        length = pruning_steps // pruning_periods
+        for period in range(pruning_periods):
+            last = period == pruning_periods - 1
+            self.periods.append((warmup_steps + period * length, pruning_steps - period * length if last else length))
+        self.redundant: set[Key] = set()
+        self.pruned: set[Key] = set()
+        self.history: deque[dict[Key, tuple[torch.Tensor, torch.Tensor]]] = deque(maxlen=saliency_batches)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of the base optimizer on the gradients that stand in `.grad`, and of HESSO."""
+        for key in self.pruned:
+            self._fill(key, gradients=True)
+        if self.steps <= self.periods[-1][0]:
+            self.observe()
+        for period, (start, _) in enumerate(self.periods):
+            if self.steps == start:
+                self._mark(period)
+                self.history.clear()
+        with torch.enable_grad():
+            self.base.step()
+        for start, length in self.periods:
+            t = self.steps - start
+            if 0 <= t < length:
+                for key in self.units:
+                    if key in self.redundant:
+                        self._multiply(key, (length - t - 1) / (length - t))
+                if t == length - 1:
+                    self.pruned |= self.redundant
+                    self.redundant = set()
+        for key in self.pruned:
+            self._fill(key)
+        self.steps += 1
+
+    def observe(self) -> None:
+        """Remember every unit's weights and gradient of this step."""
+        self.history.append(
+            {
+                key: (flat_weights(self.parameters, unit), flat_gradients(self.parameters, unit))
+                for key, unit in self.units.items()
+            }
+        )
+
+    def scores(self) -> dict[Key, float]:
+        """Weighted sum of the criteria of all kept units, each divided by its norm over those that compete."""
+        kept = [key for key in self.units if key not in self.pruned]
+        total = dict.fromkeys(kept, 0.0)
+        for criterion, weight in self.saliency.items():
+            values = {key: saliency_of(criterion, [step[key] for step in self.history]) for key in kept}
+            for rivals in self._competitions(kept):
+                norm = sum(values[key] ** 2 for key in rivals) ** 0.5
+                for key in rivals:
+                    total[key] += weight * values[key] / norm
+        return total
+
+    def _competitions(self, keys: list[Key]) -> list[list[Key]]:
+        """Split units into those that compete with each other."""
+        groups: dict[tuple[str, int], list[Key]] = {}
+        for key in keys:
+            groups.setdefault((key[0], -1 if self.across_layers else key[1]), []).append(key)
+        return list(groups.values())
+
+    def _mark(self, period: int) -> None:
+        scores = self.scores()
+        for everyone in self._competitions(list(self.units)):
+            rivals = [key for key in everyone if key not in self.pruned]
+            layers = len({layer for _, layer, _ in everyone})
+            removed = self.removed[everyone[0][0]] * layers
+            marked = round(removed * (period + 1) / len(self.periods)) - (len(everyone) - len(rivals))
+            lowest = sorted(rivals, key=lambda key: scores[key])
+            for layer in range(layers if self.across_layers else 0):  # no layer may lose its last unit
+                lowest.remove(max((key for key in rivals if key[1] == layer), key=lambda key: scores[key]))
+            self.redundant |= set(lowest[:marked])
+
+    def _multiply(self, key: Key, factor: float) -> None:
+        for piece in self.units[key]:
+            tensor = self.parameters[piece.parameter].data
+            values = piece_of(tensor, piece)
+            write_piece(tensor, piece, (values + piece.offset) * factor - piece.offset)
+
+    def _fill(self, key: Key, gradients: bool = False) -> None:
+        """Set a unit's weights and optimizer state, or its gradients, to zero."""
+        for piece in self.units[key]:
+            parameter = self.parameters[piece.parameter]
+            tensors = [(parameter.grad, 0.0)] if gradients else [(parameter.data, -piece.offset)]
+            if not gradients:
+                tensors += [(value, 0.0) for value in self.base.state.get(parameter, {}).values()]
+            for tensor, zero in tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
+                    write_piece(tensor, piece, torch.full_like(piece_of(tensor, piece), zero))

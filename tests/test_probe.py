@@ -1,0 +1,196 @@
+"""The shape probe: axes and slopes from parameter shapes alone, on the meta device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from families import ALL
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hesso_hf.probe import AxisMap, ParameterInfo, describe_parameters, probe_axes
+from hesso_hf.proof import prove
+from hesso_hf.sizes import build_meta, model_class_of
+
+HEADS, KV, MLP, HIDDEN = "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def probed(name: str, **changes: int) -> AxisMap:
+    config = ALL[name].config(**changes)
+    return probe_axes(model_class_of(config), config)
+
+
+def slopes_in_layer(axis_map: AxisMap, layer: int = 1) -> dict[str, dict[int, dict[str, int]]]:
+    prefix, found = f"model.layers.{layer}.", {}
+    for (name, dim), slopes in axis_map.slopes.items():
+        if name.startswith(prefix):
+            found.setdefault(name.removeprefix(prefix).removesuffix(".weight"), {})[dim] = slopes
+    return found
+
+
+def test_llama_slopes_are_exactly_these():
+    axis_map = probed("llama")  # head_dim 10, 6 heads over 3 key-value heads
+    assert not axis_map.failed
+    assert slopes_in_layer(axis_map) == {
+        "self_attn.q_proj": {0: {HEADS: 10}, 1: {HIDDEN: 1}},
+        "self_attn.k_proj": {0: {KV: 10}, 1: {HIDDEN: 1}},
+        "self_attn.v_proj": {0: {KV: 10}, 1: {HIDDEN: 1}},
+        "self_attn.o_proj": {0: {HIDDEN: 1}, 1: {HEADS: 10}},
+        "mlp.gate_proj": {0: {MLP: 1}, 1: {HIDDEN: 1}},
+        "mlp.up_proj": {0: {MLP: 1}, 1: {HIDDEN: 1}},
+        "mlp.down_proj": {0: {HIDDEN: 1}, 1: {MLP: 1}},
+        "input_layernorm": {0: {HIDDEN: 1}},
+        "post_attention_layernorm": {0: {HIDDEN: 1}},
+    }
+    outside = {axis: slopes for axis, slopes in axis_map.slopes.items() if ".layers." not in axis[0]}
+    assert outside == {
+        ("model.embed_tokens.weight", 1): {HIDDEN: 1},
+        ("model.norm.weight", 0): {HIDDEN: 1},
+        ("lm_head.weight", 1): {HIDDEN: 1},
+    }
+
+
+def test_phi3_slopes_count_both_key_and_value_and_both_gate_and_up():
+    slopes = slopes_in_layer(probed("phi3"))  # head_dim 72 / 6 = 12, written explicitly by the probe
+    assert slopes["self_attn.qkv_proj"] == {0: {HEADS: 12, KV: 24}, 1: {HIDDEN: 1}}
+    assert slopes["mlp.gate_up_proj"] == {0: {MLP: 2}, 1: {HIDDEN: 1}}
+    assert slopes["self_attn.o_proj"] == {0: {HIDDEN: 1}, 1: {HEADS: 12}}
+
+
+@pytest.mark.parametrize("name", ["llama-square", "qwen2", "phi", "olmo", "granite", "starcoder2", "exaone4"])
+def test_heads_and_width_are_independent_once_head_dim_is_written(name: str):
+    for axis, slopes in probed(name).slopes.items():
+        assert HIDDEN not in slopes or set(slopes) == {HIDDEN}, axis
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "role"),
+    [
+        ("llama-biases", "model.embed_tokens.weight", "embedding"),
+        ("llama-biases", "lm_head.weight", "output"),
+        ("llama-biases", "model.norm.weight", "norm"),
+        ("llama-biases", "model.layers.0.input_layernorm.weight", "norm"),
+        ("llama-biases", "model.layers.0.self_attn.q_proj.weight", "matrix"),
+        ("llama-biases", "model.layers.0.self_attn.q_proj.bias", "bias"),
+        ("llama-biases", "model.layers.0.mlp.down_proj.bias", "bias"),
+        ("phi", "model.layers.0.input_layernorm.weight", "norm"),
+        ("phi", "lm_head.bias", "bias"),
+        ("qwen3", "model.layers.0.self_attn.q_norm.weight", "norm"),
+    ],
+)
+def test_roles(name: str, parameter: str, role: str):
+    assert probed(name).parameters[parameter].role == role
+
+
+def test_a_tied_matrix_is_one_parameter_with_the_role_of_the_embedding():
+    parameters = probed("llama-tied").parameters
+    assert "lm_head.weight" not in parameters
+    assert parameters["model.embed_tokens.weight"].role == "embedding"
+
+
+def test_layers_are_the_outermost_list_entries_also_inside_experts():
+    parameters = probed("mixtral").parameters
+    for name, info in parameters.items():
+        expected = ".".join(name.split(".")[:3]) if ".layers." in name else ""
+        assert info.layer == expected, name
+        assert info.module == name.rpartition(".")[0]
+    assert {info.layer for info in parameters.values()} == {"", "model.layers.0", "model.layers.1"}
+
+
+def test_patterns_are_the_same_in_every_layer():
+    first = ParameterInfo("model.layers.0.mlp.experts.11.w1.weight", (1,), "matrix", "", "")
+    second = ParameterInfo("model.layers.31.mlp.experts.2.w1.weight", (1,), "matrix", "", "")
+    assert first.pattern == second.pattern == "model.layers.*.mlp.experts.*.w1.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "axis", "slopes"),
+    [
+        (
+            transformers.GPT2Config(n_layer=2, n_head=4, n_embd=48, vocab_size=99, n_inner=100),
+            ("transformer.wte.weight", 1),
+            {HIDDEN: 1},
+        ),
+        (
+            transformers.GPTJConfig(n_layer=2, n_head=4, n_embd=48, vocab_size=99, rotary_dim=8),
+            ("transformer.h.0.mlp.fc_in.weight", 0),
+            {HIDDEN: 4},
+        ),
+    ],
+)
+def test_sizes_that_the_class_calls_differently_are_found(config, axis: tuple[str, int], slopes: dict[str, int]):
+    """`hidden_size` is GPT-2's `n_embd`: the class' attribute_map says so."""
+    assert type(config).attribute_map[HIDDEN] == "n_embd"
+    assert probe_axes(model_class_of(config), config).slopes[axis] == slopes
+
+
+class ExtraWithWidth(LlamaForCausalLM):
+    """Grows a parameter, not a dimension, with the MLP size."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for index in range(max(0, config.intermediate_size - 40)):
+            self.register_parameter(f"extra_{index}", nn.Parameter(torch.zeros(3)))
+
+
+class SquareOfWidth(LlamaForCausalLM):
+    """Has a dimension that isn't linear in the MLP size."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.table = nn.Parameter(torch.zeros(config.intermediate_size**2 // 7))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "reason"),
+    [(ExtraWithWidth, f"`{MLP}` can't be changed in the model code"), (SquareOfWidth, "table dimension 0")],
+)
+def test_shapes_that_do_not_follow_are_a_reason_for_this_size_only(model_class: type[LlamaForCausalLM], reason: str):
+    proved = prove(model_class, ALL["llama"].config()).structures
+    assert proved["mlp_channels"].scheme is None
+    assert reason in proved["mlp_channels"].reason
+    assert proved["attention_heads"].scheme is not None
+    assert proved["embedding_channels"].scheme is not None
+
+
+def test_a_size_that_changes_the_set_of_parameters_is_recorded_as_failed():
+    axis_map = probe_axes(ExtraWithWidth, ALL["llama"].config())
+    assert list(axis_map.failed) == [MLP]
+    assert "the set of parameters itself changes" in axis_map.failed[MLP]
+
+
+def test_nothing_is_allocated():
+    config = ALL["llama"].config()
+    model = build_meta(LlamaForCausalLM, config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert describe_parameters(model).keys() == dict(model.named_parameters()).keys()
+
+
+def test_the_probe_leaves_the_config_alone():
+    config = ALL["llama-square"].config()
+    before = config.to_dict()
+    probe_axes(LlamaForCausalLM, config)
+    assert config.to_dict() == before
+
+
+def test_inspecting_llama_405b_takes_less_than_two_gigabytes():
+    code = (
+        "import resource\n"
+        "from transformers import LlamaConfig\n"
+        "from hesso_hf import inspect_model\n"
+        "found = inspect_model(LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248,\n"
+        "    num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8))\n"
+        "assert [s.status for s in found.structures.values()] == ['proved'] * 3, found.structures\n"
+        "print(found.parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    parameters, peak_kib = map(int, ran.stdout.split())
+    assert parameters == 405_853_388_800
+    assert peak_kib < 2 * 1024**2

@@ -1,0 +1,85 @@
+"""Tiny models made from configs, with dimensions that all differ, and the pruning state over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+)
+
+from hesso_hf.config import HessoConfig
+from hesso_hf.plan import PruningPlan
+from hesso_hf.process import PruningProcess
+from hesso_hf.proof import random_model
+from hesso_hf.schedule import Schedule
+
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB = 6, 3, 8, 60, 44, 67
+UNITS = {"attention_heads": KV_HEADS, "mlp_channels": MLP, "embedding_channels": HIDDEN}
+SIZE_OF = {
+    "attention_heads": "num_key_value_heads",
+    "mlp_channels": "intermediate_size",
+    "embedding_channels": "hidden_size",
+}
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": MLP,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_llama(seed: int = 1, **changes: Any) -> LlamaForCausalLM:
+    """Llama with grouped queries, biases everywhere and an untied output matrix."""
+    options = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    return random_model(LlamaForCausalLM, LlamaConfig(**(_SIZES | options | changes)), seed)
+
+
+def tiny_gemma2(seed: int = 1, **changes: Any) -> Gemma2ForCausalLM:
+    """Gemma 2: norms stored as w and used as 1 + w, four of them a layer, tied embeddings."""
+    return random_model(Gemma2ForCausalLM, Gemma2Config(**(_SIZES | {"query_pre_attn_scalar": 8} | changes)), seed)
+
+
+def tiny_phi3(seed: int = 1, **changes: Any) -> Phi3ForCausalLM:
+    """Phi-3: fused qkv (three segments) and fused gate_up (stride)."""
+    return random_model(Phi3ForCausalLM, Phi3Config(**(_SIZES | changes)), seed)
+
+
+def plan_for(model: PreTrainedModel, kept_units: dict[str, int], **config: Any) -> PruningPlan:
+    """Prove the structures named in `kept_units` and pin how many units of each a layer keeps."""
+    sizes = {SIZE_OF[name]: kept for name, kept in kept_units.items()}
+    return PruningPlan.prepare(model, HessoConfig(structures=list(kept_units), target_sizes=sizes, **config))
+
+
+def process_for(
+    model: PreTrainedModel, kept_units: dict[str, int], schedule: Schedule, **config: Any
+) -> PruningProcess:
+    """Build the pruning state that keeps exactly `kept_units` a layer."""
+    return plan_for(model, kept_units, **config).process(schedule)
+
+
+def token_batches(count: int, seed: int = 7, shape: tuple[int, int] = (2, 9)) -> list[torch.Tensor]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, shape, generator=generator) for _ in range(count)]
+
+
+def backward(model: PreTrainedModel, *batches: torch.Tensor) -> None:
+    """Put the gradient of the mean loss over `batches` (accumulated one by one) into a clean `.grad`."""
+    model.zero_grad(set_to_none=True)
+    for batch in batches:
+        (model(input_ids=batch, labels=batch).loss / len(batches)).backward()
