@@ -2,10 +2,10 @@
 
     python benchmarks/stories.py [--data ../shared] [--steps 300] [--seeds 0 1 2]
 
-For each ratio: HESSO; one-shot cuts by magnitude and by first-order Taylor at the first step, fine-tuned for the rest;
-the small shape trained from scratch. All train on the same number of tokens, with the same learning rates to choose from,
-and the cut models have the same sizes; the dense model is fine-tuned too. Held-out loss is nats per token on text that
-was not trained on. Every run is kept in the result file, so that an interrupted benchmark goes on where it stopped.
+For each ratio: HESSO with its defaults; one-shot cuts by magnitude and by first-order Taylor at step 8, fine-tuned for
+the rest; the small shape trained from scratch. All train on the same number of tokens with the same schedule, and the
+cut models have the same sizes; the dense model is fine-tuned too. Held-out loss is nats per token on text that was not
+trained on. Every run is kept in the result file, so that an interrupted benchmark goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def run(method: str, setting: Setting, seed: int, ratio: float | None, sizes: di
             Trainer(model=model, args=args, train_dataset=setting.train).train()
         else:
             model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
-            trainer = HessoTrainer(model=model, args=args, train_dataset=setting.train, hesso_config=hesso(method, ratio, sizes))
+            trainer = HessoTrainer(
+                model=model, args=args, train_dataset=setting.train, hesso_config=hesso(method, ratio, sizes)
+            )
             trainer.train()
             trainer.save_model(f"{folder}/small")
             sizes = trainer.hesso_plan.target.sizes
@@ -144,7 +146,9 @@ def main() -> int:
             key = (method, ratio, seed, setting.learning_rate, setting.steps * BATCH * BLOCK)
             if any((r["method"], r["ratio"], r["seed"], r["learning_rate"], r["tokens"]) == key for r in runs):
                 continue
-            sizes = next((r["sizes"] for r in runs if (r["method"], r["ratio"], r["seed"]) == ("hesso", ratio, seed)), None)
+            sizes = next(
+                (r["sizes"] for r in runs if (r["method"], r["ratio"], r["seed"]) == ("hesso", ratio, seed)), None
+            )
             runs.append(run(method, setting, seed, ratio, sizes))
             print(json.dumps(runs[-1]), flush=True)
             write(options.output, original, runs)

@@ -246,8 +246,8 @@ class _Solver:
         options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
         names.sort(key=lambda name: len(options[name]))
         *coarse, finest = names
-        mesh = np.array(list(itertools.product(*(options[name] for name in coarse)))).reshape(-1, len(coarse))
-        counts = {name: mesh[:, column] for column, name in enumerate(coarse)}
+        combinations = list(itertools.product(*(options[name] for name in coarse)))
+        counts = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
         goal = (1 - ratio) * float(self.price({}))
         index = self._last_below(counts, finest, options[finest], goal)
         picks = [np.clip(index + shift, 0, len(options[finest]) - 1) for shift in (0, 1)]

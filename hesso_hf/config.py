@@ -72,9 +72,9 @@ class HessoConfig:
     saliency_batches: int = field(
         default=8, metadata={"help": "Steps before a scoring over which gradients are averaged (steps)."}
     )
-    calibration_batches: int = field(
-        default=2,
-        metadata={"help": "Batches on which the split between structures is measured; 0 splits evenly (batches)."},
+    calibration_examples: int = field(
+        default=16,
+        metadata={"help": "Examples on which the split between structures is measured; 0 splits evenly."},
     )
     export_dtype: str | None = field(
         default=None,
@@ -161,8 +161,8 @@ class HessoConfig:
                 raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1")
         if self.export_dtype not in (None, "float32", "bfloat16", "float16"):
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
-        if self.calibration_batches < 0:
-            raise HessoError(f"`calibration_batches` ({self.calibration_batches}) must be 0 or more")
+        if self.calibration_examples < 0:
+            raise HessoError(f"`calibration_examples` ({self.calibration_examples}) must be 0 or more")
 
     def _check_structures(self) -> None:
         if self.structures != "all":

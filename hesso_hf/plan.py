@@ -72,7 +72,7 @@ class PruningPlan:
         """Whether there is a split between structures to be measured."""
         free = [name for name in self.groups.structures if name not in self._pinned()]
         ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
-        return ratio and len(free) > 1 and self.config.calibration_batches > 0
+        return ratio and len(free) > 1 and self.config.calibration_examples > 0
 
     def settle(self, measure: Callable[[], LossCurves]) -> None:
         """Measure the split between structures, where there is one to choose."""

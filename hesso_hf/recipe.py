@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .bundled import bundled_model_path
 from .config import HessoConfig
 from .errors import HessoError, nearest_name
 
@@ -27,7 +28,9 @@ PREFIX = "hesso_"
 class RunArguments:
     """Which model is pruned on which text, and where the smaller one goes."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model to prune."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model to prune; bundled is the one that ships here."}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "python-docs (embedded), a .jsonl/.txt/.csv/.parquet file, or a Hub id."}
     )
@@ -48,6 +51,8 @@ class RunArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
 
     def __post_init__(self) -> None:
+        if self.model == "bundled":
+            self.model = str(bundled_model_path())
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size < 2:

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .agreement import world_size
@@ -75,9 +76,9 @@ class HessoMixin(_TrainerBase):
         """
         self._resume_from = self._resolve_checkpoint(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(self._resume_from, *args, **kwargs)
         except TrainingDivergedError as error:
-            last = self._resolve_checkpoint(True)
+            last = last_checkpoint(Path(self._output_dir))
             raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -149,17 +150,16 @@ class HessoMixin(_TrainerBase):
         return loss[0] if isinstance(loss, tuple) else loss
 
     def _calibration_batches(self) -> list[Any]:
-        """Take examples spread over the training data, the same on every process, without touching its sampler."""
+        """Take examples spread over the training data, one a batch, so that batch size and processes don't matter."""
         dataset: Any = self.train_dataset
-        size = self.args.per_device_train_batch_size
-        count = self.hesso_config.calibration_batches * size
+        count = self.hesso_config.calibration_examples
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
             step = max(1, len(dataset) // count)
             examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
         else:
             examples = list(itertools.islice(iter(dataset), count))
-        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+        return [collate([example]) for example in examples]
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -310,9 +310,17 @@ class HessoMixin(_TrainerBase):
                 raise HessoError(f"{name} shards the parameters, which pruning doesn't support yet; use one GPU or DDP")
 
     def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
-        if resume is True:
-            return get_last_checkpoint(self._output_dir) if os.path.isdir(self._output_dir) else None
-        return str(resume) if resume else None
+        """Return the folder to resume from; for True the last whole one, as a killed run may leave half a one.
+
+        Raises:
+            HessoError: where True was asked for and there is none.
+        """
+        if resume is not True:
+            return str(resume) if resume else None
+        last = last_checkpoint(Path(self._output_dir))
+        if last is None:
+            raise HessoError(f"`resume_from_checkpoint` (True): no whole checkpoint in {self._output_dir!r}")
+        return str(last)
 
 
 class HessoTrainer(HessoMixin, Trainer):
@@ -357,6 +365,19 @@ def read_state(folder: Path) -> dict[str, Any]:
             "load its weights as the model and start a new run"
         )
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose last file, the trainer's state, was written; name half-written ones."""
+    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"{path} is half-written (no valid {TRAINER_STATE_NAME}) and is passed over")
+            continue
+        return path
+    return None
 
 
 def _check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:

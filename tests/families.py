@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 3,
     "max_position_embeddings": 64,
 }
-# Of each structure, as many units are kept as every config class accepts, together and alone (72 and 48 divide by 6, 4).
+# Units that tests keep: every config class accepts them, together and alone (72 and 48 divide by 6 and 4 heads).
 KEPT = {HEADS: 2, MLP: 37, STREAM: 48}
 
 

@@ -15,6 +15,7 @@ from hesso_hf.config import HessoConfig
 from hesso_hf.cost import CONTEXT, Cost, build_cost
 from hesso_hf.errors import BudgetError, HessoError
 from hesso_hf.groups import PruningGroups
+from hesso_hf.latency import LatencyTable
 from hesso_hf.plan import PruningPlan
 from hesso_hf.probe import AxisMap
 from hesso_hf.proof import proved_groups
@@ -85,9 +86,7 @@ def test_half_of_a_1b_model_leaves_half_and_the_tied_matrix_counts_once():
     assert target.parameters_after == pytest.approx(617_907_200, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("structure", "ratio"), [(HEADS, 0.05), (MLP, 0.1), (MLP, 0.3), (STREAM, 0.1), (STREAM, 0.5)]
-)
+@pytest.mark.parametrize(("structure", "ratio"), [(HEADS, 0.05), (MLP, 0.1), (MLP, 0.3), (STREAM, 0.1), (STREAM, 0.5)])
 def test_one_structure_alone_meets_the_ratio(structure: str, ratio: float):
     target = solve("llama-small", pruning_ratio=ratio, structures=[structure])
     assert list(target.kept_units) == [structure]
@@ -181,13 +180,11 @@ def test_heads_and_mlp_channels_stay_divisible_over_tensor_parallel_ranks(degree
 
 
 def test_a_tensor_parallel_degree_that_no_number_of_heads_meets_is_named():
-    with pytest.raises(HessoError, match="tensor_parallel_size.*16.*attention_heads"):
+    with pytest.raises(HessoError, match=r"tensor_parallel_size.*16.*attention_heads"):
         solve(ONE_B, pruning_ratio=0.3, tensor_parallel_size=16)
 
 
-@pytest.mark.parametrize(
-    "shares", [{MLP: 3, HEADS: 1}, {MLP: 1, STREAM: 1}, {MLP: 5, STREAM: 3}], ids=str
-)
+@pytest.mark.parametrize("shares", [{MLP: 3, HEADS: 1}, {MLP: 1, STREAM: 1}, {MLP: 5, STREAM: 3}], ids=str)
 def test_shares_of_the_structures_are_met_approximately(shares: dict[str, float]):
     target = solve(ONE_B, pruning_ratio=0.3, structures=shares)
     full = built(ONE_B, {})
@@ -281,16 +278,6 @@ def _sizes(groups: PruningGroups, structure: str, units: int) -> dict[str, int]:
     return groups.structures[structure].config_sizes(units)
 
 
-@pytest.mark.parametrize("ratio", [0.03, 0.97])
-def test_extreme_ratios_are_met_or_refused(ratio: float):
-    try:
-        target = solve("llama-small", pruning_ratio=ratio)
-    except BudgetError as error:
-        assert "nearest feasible" in str(error)
-    else:
-        assert 1 - built("llama-small", target.sizes) / built("llama-small", {}) == pytest.approx(ratio, abs=0.05)
-
-
 @pytest.mark.parametrize("metric", ["flops", "memory"])
 @pytest.mark.parametrize("name", [ONE_B, "llama-small", "gemma2"])
 def test_the_ratio_can_be_of_operations_or_bytes(name: str, metric: str):
@@ -340,7 +327,7 @@ def test_costs_fall_with_every_unit(metric: str):
 
 def test_only_the_chosen_experts_count_as_operations():
     config = ALL["mixtral"].config()  # two of four experts a token
-    groups, axis_map = proved("mixtral")
+    _, axis_map = proved("mixtral")
     dense = build_cost("flops", PruningGroups({}), axis_map, config).full
     experts = 2 * 4 * 3 * 72 * 52
     router, width = 2 * 4 * 72, 72
@@ -349,14 +336,15 @@ def test_only_the_chosen_experts_count_as_operations():
     assert dense == 2 * (experts / 2 + router + attention + 97 * width) + width * 5 + scores
 
 
-def test_latency_is_measured_or_refused_but_never_silently_the_parameter_count():
-    model = random_model(ALL["llama"].config())
-    try:
-        target = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.5, budget_metric="latency")).target
-    except HessoError as error:
-        assert "latency" in str(error)
-    else:
-        assert target.cost_before != target.parameters_before
+def test_a_latency_budget_prices_every_matrix_product_not_parameters(monkeypatch: pytest.MonkeyPatch):
+    """Timings are replaced by a millisecond a million elements, so that the price is known."""
+    monkeypatch.setattr(LatencyTable, "_time", lambda self, rows, columns: 1e-6 * rows * columns)
+    hesso = HessoConfig(pruning_ratio=0.4, budget_metric="latency")
+    target = PruningPlan.prepare(random_model(ALL["llama"].config()), hesso).target
+    products = 2 * (72 * 10 * (6 + 3 + 3 + 6) + 3 * 72 * 52) + 97 * 72  # no look-up, no norm
+    assert target.metric == "latency"
+    assert target.cost_before == pytest.approx(1e-6 * products)
+    assert target.ratio == pytest.approx(0.4, abs=0.03)
 
 
 def test_target_sizes_survive_json():

@@ -1,4 +1,4 @@
-"""Every family end to end: prove, zero random units, export, reload with the stock class, compare; no hesso_hf needed."""
+"""Every family end to end: prove, zero random units, export, reload with the stock class, compare; without hesso_hf."""
 
 from __future__ import annotations
 

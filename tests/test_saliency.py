@@ -7,14 +7,13 @@ import math
 import pytest
 import torch
 from reference import decoder_units, flat_gradients, flat_weights, saliency_of
-from tiny import backward, plan_for, tiny_llama, token_batches
+from tiny import backward, process_for, tiny_llama, token_batches
 
 from hesso_hf import saliency
 from hesso_hf.config import SALIENCIES, HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.groups import Axis, PruningGroups, StructureGroups
 from hesso_hf.layout import block_layout
-from hesso_hf.process import PruningProcess
 from hesso_hf.saliency import UnitSums, accumulate_, criterion, needed_sums, saliency_scores
 from hesso_hf.schedule import Schedule
 
@@ -155,8 +154,8 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
     model = tiny_llama()
     parameters = dict(model.named_parameters())
     kept = {"attention_heads": 2, "mlp_channels": 40, "embedding_channels": 56}
-    plan = plan_for(model, kept, saliency=list(SALIENCIES))
-    process = PruningProcess(parameters, plan.groups, plan.target, Schedule(5, 4, 2, 9), plan.config)
+    process = process_for(model, kept, Schedule(5, 4, 2, 9), saliency=list(SALIENCIES))
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     units = decoder_units(model)
     flat: dict[tuple[str, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for batch in token_batches(2):
@@ -171,9 +170,7 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
                     flat.setdefault((name, layer, j), []).append(vectors)
     for name, layers in units.items():
         elements = flat[(name, 0, 0)][0][0].numel()
-        assert plan.groups.structures[name].elements_per_unit({n: tuple(p.shape) for n, p in parameters.items()}) == (
-            elements
-        )
+        assert process.groups.structures[name].elements_per_unit(shapes) == elements
         for saliency_name in SALIENCIES:
             found = criterion(saliency_name, process._sums.sums[name], 2, elements)
             expected = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from typing import Any
 
 import torch
@@ -15,10 +17,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hesso_hf.budget import solve_budget
 from hesso_hf.config import HessoConfig
-from hesso_hf.plan import PruningPlan
+from hesso_hf.cost import build_cost
+from hesso_hf.groups import PruningGroups
+from hesso_hf.probe import AxisMap
 from hesso_hf.process import PruningProcess
-from hesso_hf.proof import random_model
+from hesso_hf.proof import proved_groups, random_model
 from hesso_hf.schedule import Schedule
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB = 6, 3, 8, 60, 44, 67
@@ -59,17 +64,23 @@ def tiny_phi3(seed: int = 1, **changes: Any) -> Phi3ForCausalLM:
     return random_model(Phi3ForCausalLM, Phi3Config(**(_SIZES | changes)), seed)
 
 
-def plan_for(model: PreTrainedModel, kept_units: dict[str, int], **config: Any) -> PruningPlan:
-    """Prove the structures named in `kept_units` and pin how many units of each a layer keeps."""
-    sizes = {SIZE_OF[name]: kept for name, kept in kept_units.items()}
-    return PruningPlan.prepare(model, HessoConfig(structures=list(kept_units), target_sizes=sizes, **config))
+@functools.cache
+def _proved(model_class: type[PreTrainedModel], config_json: str) -> tuple[PruningGroups, AxisMap]:
+    groups, _, axis_map = proved_groups(model_class, model_class.config_class.from_dict(json.loads(config_json)))
+    return groups, axis_map
 
 
 def process_for(
     model: PreTrainedModel, kept_units: dict[str, int], schedule: Schedule, **config: Any
 ) -> PruningProcess:
-    """Build the pruning state that keeps exactly `kept_units` a layer."""
-    return plan_for(model, kept_units, **config).process(schedule)
+    """Prove the structures named in `kept_units` and build the pruning state that keeps exactly so many a layer."""
+    sizes = {SIZE_OF[name]: kept for name, kept in kept_units.items()}
+    hesso_config = HessoConfig(structures=list(kept_units), target_sizes=sizes, **config)
+    proved, axis_map = _proved(type(model), model.config.to_json_string())
+    groups = proved.select(kept_units, explicit=True)
+    cost = build_cost("parameters", groups, axis_map, model.config)
+    target = solve_budget(hesso_config, model.config, groups, cost)
+    return PruningProcess(dict(model.named_parameters()), groups, target, schedule, hesso_config)
 
 
 def token_batches(count: int, seed: int = 7, shape: tuple[int, int] = (2, 9)) -> list[torch.Tensor]:

@@ -1,0 +1,102 @@
+"""Two real processes over gloo: the ranks prune the same units as one process does on the same global batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import trainer
+from transformers import AutoModelForCausalLM
+
+from hesso_hf import HessoConfig
+
+STEPS = 200
+RATIO = {"pruning_ratio": 0.3, "warmup_steps": 10, "pruning_steps": 30, "pruning_periods": 3}
+
+_WORKER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_distributed import run_job
+run_job(Path(sys.argv[1]), per_device=2)
+"""
+
+
+def run_job(folder: Path, per_device: int) -> None:
+    """Train on a global batch of 4, save the small model, and leave weights and decisions of every rank."""
+    run = trainer(
+        folder, config=HessoConfig(**RATIO), max_steps=STEPS, per_device_train_batch_size=per_device,
+        learning_rate=1e-3, logging_steps=STEPS,
+    )  # fmt: skip
+    run.train()
+    run.save_model(str(folder / "small"))
+    rank = run.args.process_index
+    kept = run.hesso_optimizer.process.kept_units().to_dict()
+    weights = {
+        name: parameter.detach() for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters()
+    }
+    torch.save({"kept": kept, "weights": weights, "world": run.args.world_size}, folder / f"rank{rank}.pt")
+
+
+def launch(code: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run python code under torchrun."""
+    script = Path(arguments[0]) / "worker.py"
+    script.write_text(code)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(_WORKER, str(folder), str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_two_processes_equal_one(two_ranks: Path, tmp_path: Path) -> None:
+    run_job(tmp_path, per_device=4)
+    alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    ranks = [torch.load(two_ranks / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    assert ranks[0]["kept"] == ranks[1]["kept"] == alone["kept"]
+    for name, weight in alone["weights"].items():
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
+        error = (ranks[0]["weights"][name] - weight).abs().max() / weight.abs().max()
+        assert error <= 1e-5, (name, float(error))
+
+
+def test_two_processes_write_one_small_model(two_ranks: Path) -> None:
+    small = AutoModelForCausalLM.from_pretrained(two_ranks / "small")
+    full = 1 - small.num_parameters() / sum(
+        weight.numel() for weight in torch.load(two_ranks / "rank0.pt", weights_only=True)["weights"].values()
+    )
+    assert abs(full - 0.3) <= 0.02
+    assert not list(two_ranks.glob(".small*"))
+
+
+_DISAGREE = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+from hesso_hf.agreement import broadcast_decision_
+own = torch.tensor([dist.get_rank() == 0, True, dist.get_rank() == 1])
+broadcast_decision_(own)
+assert own.tolist() == [True, True, False], own
+dist.destroy_process_group()
+print("AGREED")
+"""
+
+
+def test_rank_zero_decides(tmp_path: Path) -> None:
+    done = launch(_DISAGREE, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("AGREED") == 2

@@ -1,0 +1,131 @@
+"""`inspect_model`: the same answer from a config, a model, a folder and a file; clear errors; no remote code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from families import ALL, HEADS, MLP, STREAM, random_model
+from transformers import PretrainedConfig
+
+from hesso_hf.errors import HessoError
+from hesso_hf.inspection import Inspection, inspect_model
+from hesso_hf.sizes import build_meta, model_class_of
+
+KEYS = {"status", "units", "layouts", "relative_error", "reason", "layers", "parameters_per_unit"}
+
+
+@pytest.fixture(scope="module")
+def config() -> PretrainedConfig:
+    return ALL["llama"].config(architectures=["LlamaForCausalLM"])
+
+
+@pytest.fixture(scope="module")
+def inspection(config: PretrainedConfig) -> Inspection:
+    return inspect_model(config)
+
+
+@pytest.fixture
+def folder(config: PretrainedConfig, tmp_path: Path) -> Path:
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
+    values = json.loads(json.dumps(inspection.to_dict()))
+    assert values.keys() == {HEADS, MLP, STREAM, "model", "feasible"}
+    for structure in (HEADS, MLP, STREAM):
+        assert values[structure].keys() >= KEYS
+        assert values[structure]["status"] == "proved"
+        assert values[structure]["reason"] == ""
+        assert values[structure]["relative_error"] <= 1e-5
+    assert values["model"]["joint_relative_error"] <= 1e-5
+
+
+def test_units_and_elements_are_those_of_the_config(inspection: Inspection):
+    heads, mlp, stream = (inspection.structures[name] for name in (HEADS, MLP, STREAM))
+    assert (heads.units, heads.layers) == (3, 2)
+    assert (mlp.units, mlp.layers) == (52, 2)
+    assert (stream.units, stream.layers) == (72, 1)
+    assert heads.parameters_per_unit == 72 * 10 * (2 + 1 + 1 + 2)  # q, k, v and o of two query heads
+    assert mlp.parameters_per_unit == 72 * 3
+    per_layer = 10 * (6 + 3 + 3 + 6) + 3 * 52 + 2
+    assert stream.parameters_per_unit == 2 * per_layer + 2 * 97 + 1
+    assert (heads.prunable_parameters, mlp.prunable_parameters) == (3 * 2 * 72 * 60, 52 * 2 * 72 * 3)
+    assert heads.config_sizes == {"num_attention_heads": 6, "num_key_value_heads": 3}
+
+
+def test_the_model_is_named_and_counted(config: PretrainedConfig, inspection: Inspection):
+    assert (inspection.model_type, inspection.model_class) == ("llama", "LlamaForCausalLM")
+    assert inspection.parameters == sum(p.numel() for p in build_meta(model_class_of(config), config).parameters())
+
+
+def test_layouts_say_how_units_lie():
+    layouts = inspect_model(ALL["phi3"].config()).structures
+    assert layouts[MLP].layouts["model.layers.*.mlp.gate_up_proj.weight[0]"] == "stride(2x1)"
+    assert layouts[HEADS].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(24, 12, 12)"
+    assert layouts[STREAM].powers["model.embed_tokens.weight"] == 1
+
+
+def test_a_refused_structure_keeps_its_key_and_has_a_reason():
+    values = inspect_model(ALL["phi"].config()).to_dict()
+    assert values[STREAM]["status"] == "refused"
+    assert "LayerNorm" in values[STREAM]["reason"]
+    assert values[STREAM]["units"] is None
+
+
+@pytest.mark.parametrize("kind", ["folder", "config.json", "model"])
+def test_every_source_gives_the_same_answer(kind: str, config: PretrainedConfig, inspection: Inspection, folder: Path):
+    sources = {"folder": str(folder), "config.json": str(folder / "config.json"), "model": None}
+    assert inspect_model(sources[kind] or random_model(config)) == inspection
+
+
+def test_feasible_sizes_are_listed_for_the_ratios_asked_for():
+    feasible = inspect_model(ALL["phi"].config(), pruning_ratios=(0.25, 0.9)).feasible  # the embeddings stay
+    assert feasible["0.25"]["ratio"] == pytest.approx(0.25, abs=0.05)
+    assert "nearest feasible" in feasible["0.9"]["reason"]
+
+
+def test_an_unknown_path_is_an_error_that_names_it(tmp_path: Path):
+    missing = tmp_path / "nowhere"
+    with pytest.raises(HessoError, match="nowhere"):
+        inspect_model(str(missing))
+
+
+@pytest.mark.parametrize("text", ["{not json", "{}", '{"model_type": "no-such-model"}'])
+def test_an_unreadable_config_is_an_error_that_names_it(text: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(HessoError, match="no model config found"):
+        inspect_model(str(tmp_path))
+
+
+def test_an_encoder_decoder_or_encoder_config_is_a_named_error(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(HessoError, match="vit"):
+        inspect_model(str(tmp_path))
+
+
+def test_remote_code_does_not_run_unless_asked_for(tmp_path: Path):
+    """The folder's own code would leave a file behind."""
+    ran = tmp_path / "ran"
+    code = f"from transformers import LlamaConfig\nopen({str(ran)!r}, 'w')\nclass Mine(LlamaConfig):\n    pass\n"
+    (tmp_path / "mine.py").write_text(code)
+    values = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(HessoError):
+        inspect_model(str(tmp_path))
+    assert not ran.exists()
+
+
+def test_a_known_type_with_remote_code_uses_the_installed_class(folder: Path, inspection: Inspection):
+    values = json.loads((folder / "config.json").read_text())
+    values["auto_map"] = {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps(values))
+    assert inspect_model(str(folder)).structures == inspection.structures
+
+
+def test_inspecting_leaves_the_config_alone(config: PretrainedConfig):
+    before = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    inspect_model(config)
+    assert json.dumps(config.to_dict(), sort_keys=True, default=str) == before
