@@ -1,0 +1,224 @@
+"""The command line: every command's help, its output, its errors, and every recipe on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_llama
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from hesso_hf import HessoConfig
+from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli import main
+from hesso_hf.errors import HessoError
+from hesso_hf.proof import random_model
+from hesso_hf.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+COMMANDS = ["inspect", "prune", "export", "eval", "report", "quickstart"]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text data set."""
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rows = [{"text": f"Sentence number {i} says that {i} is not {i + 1}. " * 4} for i in range(120)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def tiny_of(recipe: Path, folder: Path) -> Path:
+    """Save a tiny model of the class that a recipe is for, with the bundled tokenizer."""
+    family = recipe.parent.name
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    if family == "qwen3":
+        config = Qwen3Config(
+            vocab_size=1024, hidden_size=60, intermediate_size=440, num_attention_heads=6, num_key_value_heads=3,
+            head_dim=8, num_hidden_layers=2, max_position_embeddings=128, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = random_model(Qwen3ForCausalLM, config)
+    else:
+        model = tiny_llama(vocab_size=1024)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "hesso_hf", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+    if command == "prune":
+        assert "--hesso_pruning_ratio" in done.stdout
+        assert "--learning_rate" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parent.name != "accelerate_configs"], ids=str)
+def test_recipe_runs_on_a_tiny_model(
+    recipe: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe itself, with only the model, the data and the size of the run replaced by flags."""
+    model = tiny_of(recipe, tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--dataset_config", "", "--block_size", "16",
+        "--max_steps", "16", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
+        "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_round_to", "1",
+        "--disable_tqdm", "true", "--warmup_steps", "2", "--bf16", "false", "--use_cpu", "true",
+    ]  # fmt: skip
+    assert main(["prune", str(recipe), *flags]) == 0
+    assert "of the parameters removed" in capsys.readouterr().out
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small")
+    full = AutoModelForCausalLM.from_pretrained(model)
+    ratio = yaml.safe_load(recipe.read_text())["hesso"]["pruning_ratio"]
+    assert type(small) is type(full)
+    assert abs(1 - small.num_parameters() / full.num_parameters() - ratio) <= 0.02
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_recipe_has_a_header_with_the_command(recipe: Path) -> None:
+    header = recipe.read_text().split("\n\n")[0]
+    assert header.startswith("#")
+    assert "hesso-hf prune" in header or "hesso_hf prune" in header
+    if recipe.parent.name == "accelerate_configs":
+        assert yaml.safe_load(recipe.read_text())["distributed_type"] == "MULTI_GPU"
+
+
+def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: Path) -> None:
+    """Two real processes under either launcher; the shipped DDP configuration works on a CPU as well."""
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
+        "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1",
+    ]  # fmt: skip
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
+    launchers = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        "accelerate": ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"],
+    }
+    kept = {}
+    for name, launcher in launchers.items():
+        output = tmp_path / name
+        command = [sys.executable, "-m", *launcher, "-m", "hesso_hf", "prune", *flags, "--output_dir", str(output)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("of the parameters removed") == 1  # the main process alone reports
+        kept[name] = json.loads((output / "small" / "pruning_report.json").read_text())["kept_units"]
+        assert AutoConfig.from_pretrained(output / "small").intermediate_size < 44
+    assert kept["torchrun"] == kept["accelerate"]
+
+
+def test_inspect_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundled_model_path()), "--json", "--ratio", "0.5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("attention_heads", "mlp_channels", "embedding_channels"):
+        assert found[name]["status"] == "proved"
+        assert {"units", "layouts", "relative_error", "reason"} <= found[name].keys()
+    assert abs(found["feasible"]["0.5"]["ratio"] - 0.5) <= 0.01
+    assert main(["inspect", str(bundled_model_path() / "config.json")]) == 0
+    out = capsys.readouterr().out
+    assert "attention_heads" in out
+    assert "869,504 parameters" in out
+
+
+def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--save_steps", "6", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--disable_tqdm", "true",
+        "--hesso_pruning_ratio", "0.3", "--use_cpu", "true",
+    ]  # fmt: skip
+    assert main(["prune", *flags]) == 0
+    assert (
+        main(["export", str(tmp_path / "run" / "checkpoint-12"), str(tmp_path / "later"), "--dtype", "bfloat16"]) == 0
+    )
+    assert "stored as bfloat16" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "later").dtype.itemsize == 2
+    assert (tmp_path / "later" / "tokenizer.json").exists()
+    assert main(["report", str(tmp_path / "later")]) == 0
+    assert "intermediate_size" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "later"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verification"]["dtype"] == "bfloat16"
+    assert main(["eval", str(tmp_path / "later"), "--dataset", str(text_file), "--block-size", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] > 0
+    assert found["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prune", "--model", "bundled"], "`dataset` is missing"),
+        (["prune", "nowhere.yaml"], "no such file"),
+        (["prune", "--model", "bundled", "--datset", "x"], "did you mean 'dataset'"),
+        (["prune", "--model", "bundled", "--dataset", "no.jsonl", "--hesso_pruning_ratio", "0.5"], "no such file"),
+        (["prune", "--model", "bundled", "--dataset", "python-docs", "--hesso_pruning_ratio", "1.5"], "pruning_ratio"),
+        (["report", "."], "pruning_report.json"),
+        (["export", "nowhere", "out"], "no folder"),
+        (["eval", "x"], "needs `--dataset`"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_yaml_is_overridden_by_flags_and_unknown_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: bundled\ndataset: python-docs\ntraining: {learning_rate: 1e-4, max_steps: 7}\n"
+        "hesso: {pruning_ratio: 0.5, structures: {mlp_channels: 3, attention_heads: 1}, warmup_steps: 0.1}\n"
+    )
+    flags = [
+        "--learning_rate",
+        "3e-4",
+        "--hesso_warmup_steps",
+        "4",
+        "--hesso_saliency",
+        "magnitude",
+        "--warmup_steps=9",
+    ]
+    recipe = parse_recipe(str(path), flags)
+    assert recipe.training.learning_rate == 3e-4
+    assert recipe.training.max_steps == 7
+    assert recipe.training.warmup_steps == 9
+    assert recipe.hesso.warmup_steps == 4
+    assert recipe.hesso.structure_shares == {"mlp_channels": 0.75, "attention_heads": 0.25}
+    assert recipe.hesso.saliency_weights == {"magnitude": 1.0}
+    assert recipe.run.model == str(bundled_model_path())
+    assert parse_recipe(str(path)).training.learning_rate == 1e-4
+    for bad, nearest in (("hesso: {pruning_ration: 1}", "pruning_ratio"), ("training: {max_step: 1}", "max_steps"),
+                         ("modle: x", "model")):  # fmt: skip
+        path.write_text(bad)
+        with pytest.raises(HessoError, match=f"did you mean '{nearest}'"):
+            parse_recipe(str(path))
+    path.write_text("a: [")
+    with pytest.raises(HessoError, match="not valid YAML"):
+        parse_recipe(str(path))
+
+
+def test_every_hesso_field_is_a_flag() -> None:
+    from hesso_hf.recipe import recipe_parser
+
+    known = {action.dest for action in recipe_parser()._actions}
+    assert {f"hesso_{name}" for name in HessoConfig.__dataclass_fields__} <= known
