@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .export import export_pruned
     from .inspection import inspect_model
     from .optimizer import HessoOptimizer
+    from .plan import wrap_optimizer
     from .trainer import HessoMixin, HessoTrainer
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "HessoTrainer",
     "export_pruned",
     "inspect_model",
+    "wrap_optimizer",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "HessoTrainer": "trainer",
     "export_pruned": "export",
     "inspect_model": "inspection",
+    "wrap_optimizer": "plan",
 }
 
 

@@ -173,7 +173,8 @@ class _Solver:
             multiple = 1
             divisible = list(group.increments.values())
         else:
-            multiple = self.config.round_to or default_round_to(group.num_units)
+            fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
+            multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
             divisible = [1] if name == "mlp_channels" else [tp]
         counts = [*range(multiple, group.num_units, multiple), group.num_units]
         allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
@@ -210,7 +211,7 @@ class _Solver:
         """Take the expected best among the allowed sizes nearest to the ratio."""
         grid = self._grid(ratio, pinned)
         off = np.abs(1 - self.price(grid) / float(self.price({})) - ratio)
-        nearest = list(itertools.islice(self._accepted(grid, np.argsort(off, kind="stable")), 3))
+        nearest = self._nearest(grid, np.argsort(off, kind="stable"))
         if not nearest:
             raise BudgetError(f"{type(self.model_config).__name__} refuses every smaller size of {list(grid)}")
         self._check_reach(ratio, off[nearest[0]], [self._row(grid, index) for index in nearest])
@@ -218,6 +219,15 @@ class _Solver:
         losses = np.broadcast_to(loss(grid), off.shape)
         ranked = near[np.lexsort((off[near], losses[near]))]
         return self.target(self._row(grid, next(self._accepted(grid, ranked))))
+
+    def _nearest(self, grid: dict[str, np.ndarray], order: np.ndarray, count: int = 3) -> list[int]:
+        """Return the first accepted indices with sizes that differ."""
+        found: dict[tuple[int, ...], int] = {}
+        for index in self._accepted(grid, order):
+            found.setdefault(tuple(self._row(grid, index).values()), index)
+            if len(found) == count:
+                break
+        return list(found.values())
 
     def _row(self, grid: dict[str, np.ndarray], index: int) -> dict[str, int]:
         return {name: int(counts[index]) for name, counts in grid.items()}
@@ -241,17 +251,19 @@ class _Solver:
         return True
 
     def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
-        """Price every combination of the coarse structures, each with the two nearest sizes of the finest one."""
-        names = sorted(self.groups.structures, key=lambda name: len(self.choices(name)))
+        """List combinations: of the MLP channels, which no config class refuses, only the two sizes nearest the ratio."""
+        names = list(self.groups.structures)
         options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
-        names.sort(key=lambda name: len(options[name]))
-        *coarse, finest = names
+        finest = "mlp_channels" if "mlp_channels" in names and "mlp_channels" not in pinned else None
+        coarse = [name for name in names if name != finest]
         combinations = list(itertools.product(*(options[name] for name in coarse)))
-        counts = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
+        grid = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
+        if finest is None:
+            return grid
         goal = (1 - ratio) * float(self.price({}))
-        index = self._last_below(counts, finest, options[finest], goal)
+        index = self._last_below(grid, finest, options[finest], goal)
         picks = [np.clip(index + shift, 0, len(options[finest]) - 1) for shift in (0, 1)]
-        grid = {name: np.concatenate([column, column]) for name, column in counts.items()}
+        grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
         grid[finest] = np.concatenate([options[finest][pick] for pick in picks])
         return grid
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,8 @@ class PruningReport:
     """Everything that says how a smaller model came about.
 
     Attributes:
-        sizes_before, sizes_after: config sizes that changed.
+        sizes_before, sizes_after: config sizes that changed; means where layers differ.
+        stock: whether the model is of a stock class, not one with a modelling file for uneven layers.
         training: config, schedule, steps and history of the run, empty for a bare export.
     """
 
@@ -33,9 +36,10 @@ class PruningReport:
     parameters_before: int
     parameters_after: int
     sizes_before: dict[str, int]
-    sizes_after: dict[str, int]
+    sizes_after: dict[str, float]
     kept_units: KeptUnits
     verification: Verification
+    stock: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,9 +71,12 @@ class PruningReport:
         rows = "\n".join(
             f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
         )
+        base = _repo_id(self.base_model)
         return _CARD.format(
-            front=_front_matter(self.base_model),
-            name=self.base_model or self.model_class,
+            front=_front_matter(base),
+            name=base or self.model_class,
+            kind=_STOCK if self.stock else _UNEVEN,
+            options="" if self.stock else ", trust_remote_code=True",
             ratio=self.pruning_ratio,
             before=self.parameters_before,
             after=self.parameters_after,
@@ -94,29 +101,39 @@ def versions() -> dict[str, str]:
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # running from a source tree that isn't installed
-            found[package] = "unknown"
+            found[package] = str(import_module(package).__version__)
     return found
+
+
+def _repo_id(base_model: str) -> str:
+    """Return a Hub id as it is, and "" for a path of this machine, which is nobody else's business."""
+    is_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", base_model) and not Path(base_model).exists()
+    return base_model if is_id else ""
 
 
 def _front_matter(base_model: str) -> str:
     lines = ["---", "library_name: transformers", "tags:", "- pruned", "- hesso"]
-    if base_model and not Path(base_model).exists():
+    if base_model:
         lines.append(f"base_model: {base_model}")
     return "\n".join([*lines, "---"])
 
 
+_STOCK = "It is of a stock class, and loads with plain Transformers and nothing else."
+_UNEVEN = (
+    "Its layers differ in width (means are given below), so it comes with a short modelling file of its own and loads "
+    "with `trust_remote_code=True`."
+)
 _CARD = """{front}
 
 # {name}, pruned
 
 {ratio:.1%} of the parameters were removed by structured pruning with HESSO
-([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. This is a stock `{model_class}`:
-it loads with plain Transformers and nothing else.
+([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {kind}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/model"{options})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 ```
 

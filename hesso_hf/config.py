@@ -88,9 +88,10 @@ class HessoConfig:
 
     def __post_init__(self) -> None:
         # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default
-        self.structures = _parse(self.structures) or "all"
+        self.structures = "all" if self.structures is None else _parse(self.structures)
         self.target_sizes = _parse(self.target_sizes)
-        self.saliency = _parse(self.saliency) or "taylor_second_order"
+        self.saliency = "taylor_second_order" if self.saliency is None else _parse(self.saliency)
+        self._check_types()
         self._check_budget()
         self._check_structures()
         self._check_schedule()
@@ -138,6 +139,22 @@ class HessoConfig:
                 raise HessoError(f"unknown key `{key}` for HessoConfig{nearest_name(key, known)}; known: {known}")
         return cls(**values)
 
+    def _check_types(self) -> None:
+        """Refuse what isn't a number where one is needed: YAML reads 5e-1 as text."""
+        for name in ("pruning_ratio", "warmup_steps", "pruning_steps"):
+            value = getattr(self, name)
+            optional = name == "pruning_ratio" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
+        for name in ("pruning_periods", "round_to"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1, or None")
+        for name, least in (("saliency_batches", 1), ("tensor_parallel_size", 1), ("calibration_examples", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise HessoError(f"`{name}` ({value!r}) must be an integer of at least {least}")
+
     def _check_budget(self) -> None:
         if self.pruning_ratio is None and not self.target_sizes:
             raise HessoError("HessoConfig needs `pruning_ratio` (a share in (0, 1)) or `target_sizes`; got neither")
@@ -155,14 +172,8 @@ class HessoConfig:
                 raise HessoError(f"`target_sizes[{name!r}]` ({size!r}) must be an integer of at least 1")
         if self.layer_widths not in ("uniform", "per_layer"):
             raise HessoError(f"`layer_widths` ({self.layer_widths!r}) must be 'uniform' or 'per_layer'")
-        for name in ("round_to", "tensor_parallel_size", "saliency_batches"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1")
         if self.export_dtype not in (None, "float32", "bfloat16", "float16"):
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
-        if self.calibration_examples < 0:
-            raise HessoError(f"`calibration_examples` ({self.calibration_examples}) must be 0 or more")
 
     def _check_structures(self) -> None:
         if self.structures != "all":
@@ -178,8 +189,6 @@ class HessoConfig:
                 )
             if value >= 1 and value != int(value):
                 raise HessoError(f"`{name}` ({value}) must be a whole number of steps, or below 1 for a share")
-        if self.pruning_periods is not None and self.pruning_periods < 1:
-            raise HessoError(f"`pruning_periods` ({self.pruning_periods}) must be at least 1")
         if self.pruning_periods and 1 <= self.pruning_steps < self.pruning_periods:
             raise HessoError(
                 f"`pruning_steps` ({int(self.pruning_steps)}) must be at least `pruning_periods` "

@@ -79,10 +79,10 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     small.tie_weights()
     small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
-    buffers = dict(small.named_buffers())
+    persistent = small.state_dict()  # the others follow from the config, as Gemma's sqrt(hidden_size) does
     for name, buffer in model.named_buffers():
-        if name in buffers and buffers[name].shape == buffer.shape:
-            buffers[name].copy_(buffer)
+        if name in persistent and persistent[name].shape == buffer.shape:
+            small.get_buffer(name).copy_(buffer)
     small.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache

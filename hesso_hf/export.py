@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from .card import PruningReport, count_parameters
@@ -63,6 +63,8 @@ def export_pruned(
         model, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
     if groups is None:
         groups = proved_groups(type(model), model.config)[0]
+    if kept_units is not None:
+        _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
     kept = kept_units or KeptUnits(
         {name: structure.num_units for name, structure in groups.structures.items()},
@@ -116,11 +118,18 @@ def _report(
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(small),
         sizes_before={name: get_size(model.config, name) or 0 for name in names},
-        sizes_after={name: get_size(small.config, name) or 0 for name in names},
+        sizes_after={name: _size_after(small.config, name) for name in names},
+        stock=not hasattr(small.config, "layer_sizes"),
         kept_units=kept,
         verification=verification,
         training=training,
     )
+
+
+def _size_after(config: PretrainedConfig, name: str) -> float:
+    """Return a size; where layers differ, their mean."""
+    layers = [sizes[name] for sizes in getattr(config, "layer_sizes", None) or () if name in sizes]
+    return round(sum(layers) / len(layers), 2) if layers else get_size(config, name) or 0
 
 
 @torch.no_grad()
@@ -136,6 +145,26 @@ def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch
     for name, found in axes.items():
         accumulate_(sums, parameters[name].data, None, found)
     return {name: (terms["x2"] == 0).cpu() for name, terms in sums.sums.items()}
+
+
+def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
+    """Compare a decision with the model's groups; refuse it by the first difference."""
+    for name, layers in kept.kept.items():
+        if name not in groups.structures:
+            raise HessoError(f"`kept_units` names {name!r}, which isn't proved here; proved: {list(groups.structures)}")
+        structure = groups.structures[name]
+        if len(layers) != len(structure.layers):
+            raise HessoError(f"`kept_units`: {name} has {len(layers)} layers, the model {len(structure.layers)}")
+        if kept.num_units[name] != structure.num_units:
+            raise HessoError(
+                f"`kept_units`: {name} has {kept.num_units[name]} units a layer, the model {structure.num_units}"
+            )
+        for index, layer in enumerate(layers):
+            if not layer or min(layer) < 0 or max(layer) >= structure.num_units:
+                raise HessoError(
+                    f"`kept_units`: layer {index} of {name} must keep units from 0 to {structure.num_units - 1}, "
+                    f"at least one; got {list(layer)[:4]}..."
+                )
 
 
 def _check_zero(zero: Mapping[str, torch.Tensor], kept: KeptUnits) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .errors import HessoError, TrainingDivergedError
+from .errors import CheckpointMismatchError, HessoError, TrainingDivergedError
 from .process import PruningProcess
 
 logger = logging.get_logger(__name__)
@@ -95,8 +95,7 @@ class HessoOptimizer(Optimizer):
         self.base.step()
         after_base = time.perf_counter()
         self.process.after_step()
-        if self.process.period_ended:
-            self.process.mask_optimizer_state(self.base.state)
+        self.process.mask_optimizer_state(self.base.state)
         self.seconds += time.perf_counter() - after_base + before_base - started
         return loss
 
@@ -142,13 +141,17 @@ class HessoOptimizer(Optimizer):
         state = dict(state_dict)
         pruning = state.pop("hesso", None)
         if pruning is None:
-            from .errors import CheckpointMismatchError
-
             raise CheckpointMismatchError(
                 "the checkpoint holds no pruning state: it was made without HessoOptimizer; "
                 "load its weights as the model and start a new run"
             )
-        self.base.load_state_dict(state)
+        self.process.check_state_dict(pruning)
+        try:
+            self.base.load_state_dict(state)
+        except (ValueError, KeyError) as error:  # what torch raises for other parameter groups
+            raise CheckpointMismatchError(
+                f"the checkpoint's optimizer state doesn't fit this model: {error}"
+            ) from error
         self.process.load_state_dict(pruning)
 
     def __repr__(self) -> str:

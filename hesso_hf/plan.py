@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,9 +18,11 @@ from .cost import Cost, build_cost
 from .errors import UnsupportedStructureError
 from .groups import PruningGroups
 from .latency import build_latency
+from .optimizer import HessoOptimizer
+from .probe import AxisMap
 from .process import PruningProcess
 from .proof import proved_groups
-from .schedule import Schedule
+from .schedule import Schedule, resolve_schedule
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +57,7 @@ class PruningPlan:
         """
         checked = check_model(model)
         proved, _, axis_map = proved_groups(type(checked), checked.config)
+        check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
             for name, reason in proved.refused.items():
@@ -92,6 +96,46 @@ class PruningPlan:
     def _pinned(self) -> set[str]:
         sizes = set(self.config.pinned_sizes)
         return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
+
+
+def wrap_optimizer(
+    optimizer: Optimizer, model: PreTrainedModel, config: HessoConfig, total_steps: int
+) -> HessoOptimizer:
+    """Put HESSO around an optimizer for a training loop of one's own; the split between structures is even.
+
+    Call `step` as usual; when `optimizer.process.finished`, `export_pruned(model, folder)` writes the smaller model.
+
+    Args:
+        total_steps: optimizer steps of the whole run, of which shares in `config` are taken.
+
+    Raises:
+        HessoError: where the model, the budget or the schedule doesn't allow what is asked for.
+
+    Example:
+        >>> # optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(0.5), 1000)
+    """
+    plan = PruningPlan.prepare(model, config)
+    return HessoOptimizer(optimizer, plan.process(resolve_schedule(config, total_steps)))
+
+
+def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:
+    """Compare the model's parameters with those that its config says.
+
+    Raises:
+        UnsupportedStructureError: naming the first that is missing, extra (weights tied or untied by hand) or resized.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in sorted(shapes.keys() ^ axis_map.parameters.keys()):
+        where = "the model but not in what" if name in shapes else "what"
+        raise UnsupportedStructureError(
+            f"{name} is in {where} {type(model.config).__name__} builds; were weights tied or replaced by hand? "
+            "Set `tie_word_embeddings` in the config accordingly and load the model again"
+        )
+    for name, info in axis_map.parameters.items():
+        if shapes[name] != info.shape:
+            raise UnsupportedStructureError(
+                f"{name} has shape {shapes[name]}, its config says {info.shape}; sizes and config must agree"
+            )
 
 
 def check_model(model: nn.Module) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from .budget import TargetSizes
 from .config import HessoConfig
 from .errors import CheckpointMismatchError
 from .groups import Axis, KeptUnits, PruningGroups, mask_, shrink_
-from .saliency import UnitSums, accumulate_, needed_sums, saliency_scores
+from .saliency import UnitSums, accumulate_, chunk_rows, chunk_size, needed_sums, saliency_scores
 from .schedule import PeriodStep, Schedule
 
 FORMAT = 1  # of the saved state
@@ -59,6 +59,7 @@ class PruningProcess:
         self._sums = UnitSums.zeros(groups, terms, device)
         self._pending = UnitSums.zeros(groups, terms, device)
         self._masking = False
+        self._chunk = chunk_size(sum(parameter.numel() for parameter in parameters.values()))
 
     def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take (new) parameter objects by name: sharding replaces them after the optimizer is made."""
@@ -78,7 +79,7 @@ class PruningProcess:
         if self.schedule.scoring_window(self.step, self.config.saliency_batches) and self._to_mark():
             for name, axes in self._axes.items():
                 parameter = self._parameters[name]
-                accumulate_(self._pending, parameter.data, parameter.grad, axes)
+                accumulate_(self._pending, parameter.data, parameter.grad, axes, self._chunk)
             self._pending.batches = 1
 
     @torch.no_grad()
@@ -105,16 +106,17 @@ class PruningProcess:
         scores = self.scores()
         for name, score in scores.items():
             removed = self.groups.structures[name].num_units - self.target.kept_units[name]
+            if self._across_layers:
+                removed *= score.shape[0]
             done = round(removed * (position.index + 1) / self.schedule.pruning_periods)
-            marked = _lowest(score, self.scales[name] == 0, done, self.config.layer_widths == "per_layer")
+            marked = _lowest(score, self.scales[name] == 0, done, self._across_layers)
             broadcast_decision_(marked)
             self.redundant[name].copy_(marked & (self.scales[name] > 0))
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Return the saliency of every unit from the gradients counted so far: shape (L, U) per structure."""
-        return saliency_scores(
-            self._sums, self.config.saliency_weights, self._elements, self.config.layer_widths == "per_layer"
-        )
+        kept = {name: scales > 0 for name, scales in self.scales.items()}
+        return saliency_scores(self._sums, self.config.saliency_weights, self._elements, self._across_layers, kept)
 
     def _shrink(self, position: PeriodStep) -> None:
         last = position.t == position.length - 1
@@ -134,9 +136,18 @@ class PruningProcess:
                     shrink_(self._parameters[name].data, axis, factors[structure][layer])
 
     def mask_optimizer_state(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        """Zero the pruned units' entries in optimizer state of the parameter's own shape and a floating dtype."""
+        """Zero the pruned units' entries in optimizer state of the parameter's own shape and a floating dtype.
+
+        Matrices only when a period ends: with zero weights and masked gradients their entries stay zero. A norm's
+        vector, stored as -1 for zero or kept above zero by the optimizer's epsilon, is masked after every step.
+        """
+        if not self._masking:
+            return
+        vectors_only = not self.period_ended
 
         def mask(parameter: nn.Parameter, axis: Axis, pruned: torch.Tensor) -> None:
+            if vectors_only and parameter.dim() > 1:
+                return
             for value in state.get(parameter, {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point():
                     mask_(value, axis, pruned, 0.0)
@@ -183,12 +194,27 @@ class PruningProcess:
         """Return the L2 norm of all redundant groups' effective weights, 0.0 where there is none."""
         total = 0.0
         for name, axes in self._axes.items():
-            parameter = self._parameters[name].data.float()
-            marked = torch.zeros((), dtype=torch.bool, device=parameter.device)
-            for structure, layer, axis in axes:
-                marked = marked | axis.spread(self.redundant[structure][layer], parameter.dim(), fixed_value=False)
-            total += float(((parameter + axes[0][2].shift) * marked).square().sum())
+            total += self._marked_square_sum(self._parameters[name].data, axes)
         return total**0.5
+
+    def _marked_square_sum(self, parameter: torch.Tensor, axes: list[tuple[str, int, Axis]]) -> float:
+        """Sum the squares of a parameter's effective weights that belong to a redundant unit, each counted once."""
+        masks = [
+            (axis.dim, axis.spread(self.redundant[structure][layer], parameter.dim(), fixed_value=False))
+            for structure, layer, axis in axes
+        ]
+        total, rows = 0.0, chunk_rows(parameter, self._chunk)
+        for start in range(0, parameter.shape[0], rows):
+            part = parameter[start : start + rows].float()
+            marked = torch.zeros_like(part, dtype=torch.bool)
+            for dim, mask in masks:
+                marked |= mask[start : start + rows] if dim == 0 else mask
+            total += float((part + axes[0][2].shift).masked_select(marked).square().sum())
+        return total
+
+    @property
+    def _across_layers(self) -> bool:
+        return self.config.layer_widths == "per_layer"
 
     def _removes(self, name: str) -> bool:
         return self.target.kept_units[name] < self.groups.structures[name].num_units
@@ -205,14 +231,23 @@ class PruningProcess:
             "step": self.step,
             "schedule": self.schedule.to_dict(),
             "target": self.target.to_dict(),
+            "ranking": self._ranking(),
             "scales": dict(self.scales),
             "redundant": dict(self.redundant),
             "sums": {name: dict(terms) for name, terms in self._sums.sums.items()},
             "batches": self._sums.batches,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
+    def _ranking(self) -> dict[str, Any]:
+        """What the saved sums and scales depend on."""
+        return {
+            "saliency": self.config.saliency_weights,
+            "saliency_batches": self.config.saliency_batches,
+            "layer_widths": self.config.layer_widths,
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare a saved state with this run, changing nothing.
 
         Raises:
             CheckpointMismatchError: where it belongs to another model, budget or format, with the first difference.
@@ -222,9 +257,19 @@ class PruningProcess:
                 f"pruning state of format {state.get('format')!r}; this version reads {FORMAT}"
             )
         _check_same("target", state["target"], self.target.to_dict())
+        _check_same("config", state["ranking"], self._ranking())
         for name, scales in self.scales.items():
             if name not in state["scales"] or state["scales"][name].shape != scales.shape:
                 raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            CheckpointMismatchError: as `check_state_dict` does; nothing is changed then.
+        """
+        self.check_state_dict(state)
+        for name, scales in self.scales.items():
             scales.copy_(state["scales"][name])
             self.redundant[name].copy_(state["redundant"][name])
             for term, value in self._sums.sums[name].items():
@@ -244,16 +289,15 @@ def _axes_by_parameter(groups: PruningGroups) -> dict[str, list[tuple[str, int, 
     return by_parameter
 
 
-def _lowest(scores: torch.Tensor, pruned: torch.Tensor, per_layer: int, across_layers: bool) -> torch.Tensor:
-    """Mark the `per_layer` lowest units of each layer (or as many over all layers), those already pruned first."""
+def _lowest(scores: torch.Tensor, pruned: torch.Tensor, count: int, across_layers: bool) -> torch.Tensor:
+    """Mark the `count` lowest units of each layer, or of all layers together, those already pruned first."""
     ranked = scores.masked_fill(pruned, -torch.inf)
     if across_layers:
-        best = scores.argmax(dim=1, keepdim=True)  # no layer may lose its last unit
+        best = ranked.argmax(dim=1, keepdim=True)  # no layer may lose its last unit
         ranked = ranked.scatter(1, best, torch.inf).reshape(1, -1)
-        per_layer *= scores.shape[0]
     order = ranked.argsort(dim=1, stable=True)
     marked = torch.zeros_like(ranked, dtype=torch.bool)
-    marked.scatter_(1, order[:, :per_layer], True)
+    marked.scatter_(1, order[:, :count], True)
     return marked.view_as(scores)
 
 

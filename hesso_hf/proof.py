@@ -21,9 +21,10 @@ from .cut import load_cut
 from .errors import HessoError, UnsupportedStructureError
 from .groups import KeptUnits, PruningGroups, Scheme, build_groups, candidate_axes, mask_
 from .probe import AxisMap, ParameterInfo, probe_axes
-from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, num_units, resized_config
+from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, head_dim_of, num_units, resized_config
 
 TOLERANCE = 1e-5
+_TINY_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2, "top_k_experts": 2}
 _SEED = 20240915
 
 
@@ -58,9 +59,10 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     sizes: dict[str, int] = {"vocab_size": 67, HIDDEN: 60, MLP: 44, HEADS: 6 if grouped else 5}
     if kv_heads is not None:
         sizes[KV_HEADS] = 3 if grouped else (1 if kv_heads == 1 else 5)
-    if not _has_per_frequency_lists(values):
-        sizes[HEAD_DIM] = 8
-    sizes |= {name: min(4, values[name]) for name in ("num_local_experts", "num_experts") if values.get(name)}
+    sizes[HEAD_DIM] = (head_dim_of(config) or 8) if _has_per_frequency_lists(values) else 8
+    for name, most in _TINY_EXPERTS.items():
+        if get_size(config, name):
+            sizes[name] = min(most, values.get(name) or most)
     names = type(config).attribute_map
     for name, size in sizes.items():
         if name == HEAD_DIM or getattr(config, name, None) is not None:
@@ -86,8 +88,8 @@ def _keep_some_layers(values: dict[str, Any], layers: int) -> None:
 
 def _has_per_frequency_lists(values: dict[str, Any]) -> bool:
     """Rotary scalings with one number per frequency tie the model to its head_dim."""
-    rope = values.get("rope_parameters") or {}
-    return any(isinstance(value, list) for value in rope.values()) if isinstance(rope, dict) else False
+    rope = [values.get(name) for name in ("rope_parameters", "rope_scaling")]
+    return any(isinstance(value, list) for item in rope if isinstance(item, dict) for value in item.values())
 
 
 def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = _SEED) -> PreTrainedModel:
@@ -217,9 +219,7 @@ class _Trial:
 
 def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
     """Choose random units to keep, about three of four, so many that the config class accepts the sizes."""
-    counts = [
-        [n for n in range(g.num_units - 1, 0, -1) if 0.5 <= n / g.num_units < 0.9] for g in groups.structures.values()
-    ]
+    counts = [_tiny_counts(structure.num_units) for structure in groups.structures.values()]
     error: HessoError | None = None
     for choice in itertools.product(*counts):
         sizes: dict[str, int] = {}
@@ -237,6 +237,12 @@ def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[Kep
             kept[name] = tuple(tuple(sorted(layer.tolist())) for layer in layers)
         return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
     raise error or UnsupportedStructureError("there is only one unit a layer")
+
+
+def _tiny_counts(units: int) -> list[int]:
+    """List numbers of units to keep, multiples of four first: grouped expert kernels need rows of 16 bytes."""
+    counts = [count for count in range(units - 1, 0, -1) if 0.5 <= count / units < 0.9]
+    return sorted(counts, key=lambda count: count % 4 != 0)
 
 
 def candidate_schemes(

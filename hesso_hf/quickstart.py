@@ -125,7 +125,7 @@ def _train(
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, options.steps // 20),
-        logging_steps=max(1, options.steps // 10),
+        logging_strategy="no",
         save_strategy="no",
         report_to=[],
         seed=0,

@@ -13,7 +13,7 @@ import torch
 
 from .groups import Axis, PruningGroups
 
-_CHUNK = 1 << 20  # elements of the temporaries at a time: a few MB, whatever the size of the parameter
+_CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
 _NEEDS = {
     "magnitude": ("x2",),
     "avg_magnitude": ("x2",),
@@ -63,7 +63,11 @@ class UnitSums:
 
 @torch.no_grad()
 def accumulate_(
-    sums: UnitSums, parameter: torch.Tensor, gradient: torch.Tensor | None, axes: list[tuple[str, int, Axis]]
+    sums: UnitSums,
+    parameter: torch.Tensor,
+    gradient: torch.Tensor | None,
+    axes: list[tuple[str, int, Axis]],
+    chunk: int | None = None,
 ) -> None:
     """Add one parameter's contribution to its units' sums.
 
@@ -71,9 +75,10 @@ def accumulate_(
         parameter: the weights; where the model adds a constant to them, so does this (`Axis.shift`).
         gradient: its gradient; None (a frozen weight) contributes to x^2 only.
         axes: (structure, layer index, axis) of every axis of the parameter.
+        chunk: elements that are worked on at a time.
     """
     terms = next(iter(sums.sums.values())).keys()
-    rows = max(1, _CHUNK * parameter.shape[0] // max(1, parameter.numel()))
+    rows = chunk_rows(parameter, chunk or _CHUNK)
     for start in range(0, parameter.shape[0], rows):
         weights = parameter[start : start + rows].float()
         if axes[0][2].shift:
@@ -85,6 +90,16 @@ def accumulate_(
                 continue
             for structure, layer, axis in axes:
                 _collect_(sums.sums[structure][term][layer], values, axis, start, parameter.shape[axis.dim])
+
+
+def chunk_size(elements: int) -> int:
+    """Return how many elements to work on at a time: temporaries stay below a thousandth of the model's."""
+    return max(1 << 14, min(_CHUNK, elements >> 10))
+
+
+def chunk_rows(parameter: torch.Tensor, chunk: int) -> int:
+    """Return how many rows of a parameter hold about `chunk` elements, one at least."""
+    return max(1, chunk * parameter.shape[0] // max(1, parameter.numel()))
 
 
 def _elementwise(term: str, weights: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -107,7 +122,11 @@ def _collect_(into: torch.Tensor, values: torch.Tensor, axis: Axis, start: int, 
 
 
 def saliency_scores(
-    sums: UnitSums, weights: Mapping[str, float], elements: Mapping[str, int], across_layers: bool
+    sums: UnitSums,
+    weights: Mapping[str, float],
+    elements: Mapping[str, int],
+    across_layers: bool,
+    competing: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Combine the criteria to one score per unit; the lowest are redundant.
 
@@ -115,6 +134,7 @@ def saliency_scores(
         weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
         elements: number of elements n of one unit, per structure.
         across_layers: whether units compete across layers or within each.
+        competing: per structure the units (L, U) that still compete, bool; all by default.
 
     Returns:
         Per structure a tensor of shape (L, U).
@@ -124,7 +144,8 @@ def saliency_scores(
         total = torch.zeros_like(next(iter(terms.values())))
         for name, weight in weights.items():
             score = criterion(name, terms, sums.batches, elements[structure])
-            norm = score.norm() if across_layers else score.norm(dim=1, keepdim=True)
+            rivals = score if competing is None else score.masked_fill(~competing[structure], 0.0)
+            norm = rivals.norm() if across_layers else rivals.norm(dim=1, keepdim=True)
             total += weight * score / norm.clamp_min(torch.finfo(score.dtype).tiny)
         scores[structure] = total
     return scores

@@ -21,8 +21,11 @@ HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
 
 
 def get_size(config: PretrainedConfig, name: str) -> int | None:
-    """Return a config size, or None where the config has none of that name."""
-    value = getattr(config, name, None)
+    """Return a config size, or None where the config has none of that name, or several (one a layer)."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # what a config with sizes of its own for each layer raises
+        return None
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 

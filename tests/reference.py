@@ -166,6 +166,7 @@ class ReferenceHesso:
         self.redundant: set[Key] = set()
         self.pruned: set[Key] = set()
         self.history: deque[dict[Key, tuple[torch.Tensor, torch.Tensor]]] = deque(maxlen=saliency_batches)
+        self.scored: dict[Key, float] = {}  # at the last scoring
         self.steps = 0
 
     @torch.no_grad()
@@ -223,7 +224,7 @@ class ReferenceHesso:
         return list(groups.values())
 
     def _mark(self, period: int) -> None:
-        scores = self.scores()
+        scores = self.scored = self.scores()
         for everyone in self._competitions(list(self.units)):
             rivals = [key for key in everyone if key not in self.pruned]
             layers = len({layer for _, layer, _ in everyone})

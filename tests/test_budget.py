@@ -224,11 +224,17 @@ def test_a_coarse_choice_warns_and_names_what_is_used(caplog: pytest.LogCaptureF
     assert 0.01 < abs(realized - 0.14) < 0.05
     (message,) = [record.getMessage() for record in caplog.records if "pruning_ratio" in record.getMessage()]
     assert f"{realized:.3f} with {target.sizes}" in message
-    options = message.partition("nearest feasible: ")[2].partition(". The first")[0].split("; ")
-    assert len(options) == len(set(options)) > 1
     caplog.clear()
     solve(ONE_B, pruning_ratio=0.28)
     assert "pruning_ratio" not in caplog.text
+
+
+def test_the_feasible_sizes_that_a_warning_names_are_different_ones(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("WARNING"):
+        solve(ONE_B, pruning_ratio=0.14, structures=[HEADS, MLP], round_to=2048)
+    (message,) = [record.getMessage() for record in caplog.records if "nearest feasible" in record.getMessage()]
+    options = message.partition("nearest feasible: ")[2].partition(". The first")[0].split("; ")
+    assert len(options) == len(set(options)) > 1
 
 
 def brute_force(name: str, ratio: float, structures: list[str], round_to: int, pins: dict[str, int]) -> float:

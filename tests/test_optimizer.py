@@ -116,11 +116,16 @@ def assert_equals_reference(
         batches,
         across_layers=config.get("layer_widths") == "per_layer",
     )
+    scores, fast_scores = [], fast.process.scores
+    fast.process.scores = lambda: scores.append(fast_scores()) or scores[-1]  # type: ignore[method-assign]
     for step, batch in enumerate(token_batches(schedule.total_steps)):
         backward(model, batch)
         backward(twin, batch)
         fast.step()
         slow.step()
+        if step == schedule.warmup_steps:
+            for (name, layer, j), expected in slow.scored.items():
+                assert float(scores[0][name][layer, j]) == pytest.approx(expected, rel=1e-4), (name, layer, j)
         assert marked(fast.process) == (slow.redundant, slow.pruned), f"step {step}"
         for (name, found), expected in zip(model.named_parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, msg=lambda m, n=name, s=step: f"{s} {n} {m}")
@@ -331,6 +336,32 @@ def test_gemma_norms_end_at_minus_one_and_shrink_as_one_plus_w() -> None:
             if left == 0.0:
                 assert (norm[redundant] == -1.0).all()
     assert not model.model.embed_tokens.weight[:, redundant].any()
+
+
+def test_the_norm_of_redundant_groups_counts_one_plus_w() -> None:
+    model = tiny_gemma2()
+    units = decoder_units(model, GEMMA2_NORMS, norm_offset=1.0)["embedding_channels"][0]
+    optimizer = hesso(model, Schedule(0, 4, 1, 6), still, {"embedding_channels": 54})
+    run(model, optimizer, token_batches(2))
+    parameters = dict(model.named_parameters())
+    redundant = [j for _, _, j in marked(optimizer.process)[0]]
+    expected = float(torch.cat([flat_weights(parameters, units[j]) for j in redundant]).norm())
+    assert optimizer.process.redundant_norm() == pytest.approx(expected, rel=1e-6)
+
+
+def test_pruned_groups_stay_at_zero_in_a_resumed_run() -> None:
+    batches = token_batches(6)
+    model, kept = tiny_gemma2(), {"embedding_channels": 54}
+    optimizer = hesso(model, Schedule(0, 2, 1, 6), sgd_momentum, kept)
+    run(model, optimizer, batches[:3])
+    weights, state = saved_and_loaded((model.state_dict(), optimizer.state_dict()))
+    resumed = tiny_gemma2(seed=99)
+    other = hesso(resumed, Schedule(0, 2, 1, 6), sgd_momentum, kept)
+    resumed.load_state_dict(weights)
+    other.load_state_dict(state)
+    run(resumed, other, batches[3:])  # weight decay pulls the stored -1 towards 0
+    pruned = other.process.scales["embedding_channels"][0] == 0
+    assert (resumed.model.norm.weight[pruned] == -1.0).all()
 
 
 def test_gemma_norms_keep_minus_one_and_zero_state_under_weight_decay() -> None:
@@ -582,6 +613,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(stop: int, where: str, l
     resumed.load_state_dict(weights)
     other.load_state_dict(state)
     assert other.process.step == stop
+    assert other.process._sums.batches == optimizer.process._sums.batches
     run(model, optimizer, batches[stop:])
     run(resumed, other, batches[stop:])
     assert parameters_equal(model, resumed)

@@ -155,6 +155,7 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
     parameters = dict(model.named_parameters())
     kept = {"attention_heads": 2, "mlp_channels": 40, "embedding_channels": 56}
     process = process_for(model, kept, Schedule(5, 4, 2, 9), saliency=list(SALIENCIES))
+    process._chunk = chunk
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     units = decoder_units(model)
     flat: dict[tuple[str, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}

@@ -1,0 +1,228 @@
+"""Write the tables of the README and the docs from benchmarks/results/*.json, between their HTML comment markers.
+
+    python benchmarks/render_readme.py [--check]
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`. With `--check` nothing is written, and a table
+that isn't what the JSON says is an error. Where a JSON is missing, one line names the command that makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+_TABLE = re.compile(r"(<!-- begin:(\w+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
+_MARKER = re.compile(r"<!-- (?:begin|end):(\w+) -->")
+
+METHODS = {
+    "hesso": "HESSO",
+    "one_shot_magnitude": "one-shot, magnitude",
+    "one_shot_taylor": "one-shot, first-order Taylor",
+    "scratch": "the small shape from scratch",
+}
+NOT_RUN = "not run yet"
+
+
+def stories(result: dict[str, Any]) -> str:
+    """Held-out losses by method and ratio; one table for each setting (learning rate, training tokens)."""
+    settings = sorted({(run["learning_rate"], run["tokens"]) for run in result["runs"]})
+    return "\n\n".join(_stories_table(result, *setting) for setting in settings)
+
+
+def _stories_table(result: dict[str, Any], learning_rate: float, tokens: int) -> str:
+    losses: dict[tuple[str, float | None], list[float]] = {}
+    parameters: dict[float | None, set[int]] = {}
+    for run in result["runs"]:
+        if (run["learning_rate"], run["tokens"]) == (learning_rate, tokens):
+            losses.setdefault((run["method"], run["ratio"]), []).append(run["loss"])
+            parameters.setdefault(run["ratio"], set()).add(run["parameters"])
+    ratios = sorted({0.2, 0.3, 0.5} | {ratio for ratio in parameters if ratio is not None})
+    seeds = max(len(found) for found in losses.values())
+    rows = [["parameters", *[_range(parameters.get(ratio, ())) for ratio in ratios]]]
+    for method, name in METHODS.items():
+        rows.append([name, *[_loss_cell(losses, method, ratio, seeds) for ratio in ratios]])
+    spread = max(max(found) - min(found) for found in losses.values())
+    dense = _loss_cell(losses, "dense", None, seeds)
+    return "\n".join(
+        [
+            _table(["removed", *[f"{ratio:.0%}" for ratio in ratios]], rows),
+            "",
+            f"Median of {_plural(seeds, 'seed')}"
+            + (f"; cells with fewer say so; largest difference between seeds {spread:.3f}" if seeds > 1 else "")
+            + f". The dense model as it comes: {result['original_loss']:.3f}; after the same training: {dense}. "
+            f"{tokens:,} training tokens, learning rate {learning_rate:g}, "
+            f"{result['device'].upper()}, torch {result['versions']['torch']}.",
+        ]
+    )
+
+
+def _loss_cell(losses: dict[tuple[str, float | None], list[float]], method: str, ratio: float, seeds: int) -> str:
+    found = losses.get((method, ratio))
+    if not found:
+        return NOT_RUN
+    column = [f"{statistics.median(losses[key]):.3f}" for key in ((name, ratio) for name in METHODS) if key in losses]
+    text = f"{statistics.median(found):.3f}"
+    if len(column) == len(METHODS) and text == min(column, key=float):  # a tie in what is shown is shown as one
+        text = f"**{text}**"
+    return text if len(found) == seeds else f"{text} ({_plural(len(found), 'seed')})"
+
+
+def _range(parameters: Iterable[int]) -> str:
+    found = sorted(parameters)
+    if not found:
+        return NOT_RUN
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+
+
+def quickstart(result: dict[str, Any]) -> str:
+    """The comparison that `hesso-hf quickstart` prints."""
+    rows, options = result["rows"], result["options"]
+    return "\n".join(
+        [
+            _table(
+                ["", *[row["name"] for row in rows]],
+                [
+                    ["parameters", *[f"{row['parameters']:,}" for row in rows]],
+                    ["size on disk", *[f"{row['bytes'] / 1e6:.2f} MB" for row in rows]],
+                    ["held-out perplexity", *[f"{row['perplexity']:.2f}" for row in rows]],
+                    ["tokens/s (forward)", *[f"{row['tokens_per_second']:,.0f}" for row in rows]],
+                ],
+            ),
+            "",
+            f"{options['steps']} steps of {options['batch_size']} x {options['block_size']} tokens for each pruned "
+            f"model, learning rate {options['learning_rate']:g}, one seed. The original is not trained further.",
+        ]
+    )
+
+
+def overhead(result: dict[str, Any]) -> str:
+    """What HESSO adds to a step, by kind of step, and to the memory."""
+    kinds = ("warmup", "scoring", "shrinking", "recovery")
+    rows = []
+    for entry in result.values():
+        for structures, found in entry["results"].items():
+            shares = [found["steps"].get(kind, {}).get("share") for kind in kinds]
+            rows.append(
+                [
+                    f"{entry['parameters'] / 1e6:,.0f}M on {entry['device']}",
+                    structures.replace("_", " "),
+                    *["-" if share is None else f"{share:.1%}" for share in shares],
+                    f"{found['extra_memory_share_of_parameters']:.1%}",
+                ]
+            )
+    tokens = sorted({entry["tokens_per_step"] for entry in result.values()})
+    return "\n".join(
+        [
+            _table(["model", "structures", "warm-up", "scoring step", "shrinking step", "recovery", "memory"], rows),
+            "",
+            f"Time that HESSO adds to a step, as a share of the step without it ({_list(tokens)} tokens a step, AdamW);"
+            " and the peak of the memory it allocates, as a share of the parameters' own.",
+        ]
+    )
+
+
+def bundled(result: dict[str, Any]) -> str:
+    """One sentence on the bundled model."""
+    return (
+        f"The bundled model is a Llama of {result['num_parameters']:,} parameters "
+        f"({result['folder_bytes'] / 1e6:.1f} MB on disk), trained from scratch on "
+        f"{result['tokens_seen'] / 1e6:.1f} million tokens of the documentation that Python carries for `help()`."
+    )
+
+
+# name of the table: JSON file, command that makes it, what renders it
+TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "stories": ("stories.json", "make bench", stories),
+    "quickstart": (
+        "quickstart.json",
+        "make quickstart && cp quickstart/results.json benchmarks/results/quickstart.json",
+        quickstart,
+    ),
+    "overhead": ("overhead.json", "python benchmarks/overhead.py", overhead),
+    "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
+}
+
+
+def render_table(name: str, results: Path = RESULTS) -> str:
+    """Render one table, or the line that says how to make it."""
+    file, command, renderer = TABLES[name]
+    path = results / file
+    if not path.exists():
+        return f"Not measured yet: `{command}` makes these numbers.\n"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if name == "stories" and not result["runs"]:
+        return f"Not measured yet: `{command}` makes these numbers.\n"
+    return "\n".join(_wrap(line) for line in renderer(result).split("\n")) + "\n"
+
+
+def render(text: str, results: Path = RESULTS) -> str:
+    """Replace every table of a document.
+
+    Raises:
+        ValueError: for a marker without its pair, or of an unknown table.
+    """
+    found = [match.group(2) for match in _TABLE.finditer(text)]
+    markers = _MARKER.findall(text)
+    if sorted(markers) != sorted(2 * found):
+        raise ValueError(f"markers {markers} aren't pairs of `<!-- begin:NAME -->` and `<!-- end:NAME -->`")
+    for name in found:
+        if name not in TABLES:
+            raise ValueError(f"unknown table {name!r}; known: {sorted(TABLES)}")
+    return _TABLE.sub(lambda match: match.group(1) + render_table(match.group(2), results) + match.group(4), text)
+
+
+def documents() -> list[Path]:
+    """List the files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is out of date")
+    options = parser.parse_args(argv)
+    stale = []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        rendered = render(text)
+        if rendered == text:
+            continue
+        stale.append(path.relative_to(ROOT))
+        if not options.check:
+            path.write_text(rendered, encoding="utf-8")
+            print(f"{stale[-1]} written")
+    if options.check and stale:
+        names = ", ".join(str(path) for path in stale)
+        print(f"{names}: tables are out of date; run python benchmarks/render_readme.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _wrap(line: str) -> str:
+    return line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _list(values: list[int]) -> str:
+    return " or ".join(f"{value:,}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""The plan of a run, and a training loop without the Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import backward, tiny_llama, token_batches
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
+from hesso_hf.errors import HessoError, UnsupportedStructureError
+from hesso_hf.plan import PruningPlan
+from hesso_hf.proof import logits_of, relative_error
+
+
+def test_a_training_loop_of_ones_own(tmp_path: Path) -> None:
+    model = tiny_llama()
+    optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model, HessoConfig(0.4, round_to=1), 20)
+    for batch in token_batches(20):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.process.finished
+    report = export_pruned(model, tmp_path / "small")
+    assert report.pruning_ratio == pytest.approx(0.4, abs=0.01)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    ids = token_batches(1)[0]
+    assert relative_error(logits_of(small, ids), logits_of(model.eval(), ids)) <= 1e-5
+
+
+def test_weights_tied_or_replaced_by_hand_are_named() -> None:
+    tied = tiny_llama()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(UnsupportedStructureError, match=r"lm_head.weight is in what LlamaConfig builds"):
+        PruningPlan.prepare(tied, HessoConfig(0.3))
+    replaced = tiny_llama()
+    replaced.lm_head = nn.Linear(60, 71, bias=False)
+    with pytest.raises(
+        UnsupportedStructureError, match=r"lm_head.weight has shape \(71, 60\), its config says \(67, 60\)"
+    ):
+        PruningPlan.prepare(replaced, HessoConfig(0.3))
+
+
+def test_quantised_models_are_refused() -> None:
+    model = tiny_llama()
+    model.hf_quantizer = object()
+    with pytest.raises(UnsupportedStructureError, match="quantised"):
+        PruningPlan.prepare(model, HessoConfig(0.3))
+
+
+@pytest.mark.parametrize("metric", ["flops", "memory", "latency"])
+def test_other_budgets_are_met(metric: str) -> None:
+    plan = PruningPlan.prepare(tiny_llama(), HessoConfig(0.3, budget_metric=metric, round_to=1))
+    assert plan.target.ratio == pytest.approx(0.3, abs=0.03)
+    assert plan.target.metric == metric
+    assert plan.target.cost_after < plan.target.cost_before
+
+
+def test_structures_that_were_asked_for_and_refused_are_an_error() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_head=4, n_layer=2, vocab_size=67, n_inner=40))
+    with pytest.raises(HessoError, match="attention_heads: .*head_dim"):
+        PruningPlan.prepare(model, HessoConfig(0.3, structures=["attention_heads"]))
