@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--device cuda] [--scale 1b]
 
-The bundled model is scaled up to about 100M parameters (1.2B with `--scale 1b`, for a GPU) and stepped with AdamW. Times
-are medians over steps of each kind, measured inside one run; `share` is what HESSO adds, as a share of the step without
-it. Memory is the peak of what HESSO allocates, tracked per tensor.
+The bundled model is scaled up to about 100M parameters (1.2B with `--scale 1b`, for a GPU) and stepped with AdamW.
+Times are medians over steps of each kind, measured inside one run; `share` is what HESSO adds, as a share of the step
+without it. Memory is the peak of what HESSO allocates, tracked per tensor.
 """
 
 from __future__ import annotations

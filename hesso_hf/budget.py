@@ -251,7 +251,7 @@ class _Solver:
         return True
 
     def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
-        """List combinations: of the MLP channels, which no config class refuses, only the two sizes nearest the ratio."""
+        """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""
         names = list(self.groups.structures)
         options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
         finest = "mlp_channels" if "mlp_channels" in names and "mlp_channels" not in pinned else None

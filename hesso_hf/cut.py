@@ -79,10 +79,11 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     small.tie_weights()
     small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
-    persistent = small.state_dict()  # the others follow from the config, as Gemma's sqrt(hidden_size) does
+    buffers = dict(small.named_buffers())
     for name, buffer in model.named_buffers():
-        if name in persistent and persistent[name].shape == buffer.shape:
-            small.get_buffer(name).copy_(buffer)
+        # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
+        if buffer.dim() and name in buffers and buffers[name].shape == buffer.shape:
+            buffers[name].copy_(buffer)
     small.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache

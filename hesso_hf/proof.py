@@ -59,7 +59,10 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     sizes: dict[str, int] = {"vocab_size": 67, HIDDEN: 60, MLP: 44, HEADS: 6 if grouped else 5}
     if kv_heads is not None:
         sizes[KV_HEADS] = 3 if grouped else (1 if kv_heads == 1 else 5)
-    sizes[HEAD_DIM] = (head_dim_of(config) or 8) if _has_per_frequency_lists(values) else 8
+    sizes[HEAD_DIM] = 8
+    if _has_per_frequency_lists(values):  # one factor per rotary frequency: head_dim and its quotient must stay
+        sizes[HEAD_DIM] = head_dim_of(config) or 8
+        sizes[HIDDEN] = sizes[HEADS] * sizes[HEAD_DIM]
     for name, most in _TINY_EXPERTS.items():
         if get_size(config, name):
             sizes[name] = min(most, values.get(name) or most)

@@ -191,7 +191,7 @@ def test_the_card_of_layers_of_different_widths_does_not_promise_a_stock_class(t
     ids=["unknown structure", "a layer too many", "a layer too few", "other units", "unit out of range", "nothing"],
 )
 def test_a_decision_for_another_model_is_refused_by_name(kept: KeptUnits, named: str, tmp_path: Path):
-    """DESIGN section 10: a checkpoint of another config or model is refused, with the first difference."""
+    """A checkpoint of another config or model is refused, with the first difference."""
     model = random_model(ALL["llama"].config())
     for layer in model.model.layers:
         for parameter in layer.mlp.parameters():

@@ -70,11 +70,11 @@ def table_rows(path: Path, header: str) -> dict[str, list[str]]:
 
 
 def agrees(shown: str, printed: str) -> bool:
-    """Compare a line: all alike, but for decimal numbers, which may be off by a tenth."""
+    """Compare a line: all alike, but for decimal numbers, which may be off by a hundredth."""
     if NUMBER.sub("#", shown) != NUMBER.sub("#", printed):
         return False
     pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
-    return all(math.isclose(float(a), float(b), rel_tol=0.1) for a, b in pairs)
+    return all(math.isclose(float(a), float(b), rel_tol=0.01) for a, b in pairs)
 
 
 @pytest.fixture(scope="module")
