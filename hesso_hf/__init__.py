@@ -2,7 +2,7 @@
 
 The modules in the order of the data flow, each importing only from those before it: errors, config, layout, sizes,
 probe, groups, per_layer, cut, proof, cost, latency, budget, inspection, schedule, saliency, calibration, agreement,
-process, optimizer, plan, verify, publish, card, export, progress, trainer, and then the command line's.
+process, optimizer, plan, verify, publish, card, checkpoint, export, progress, trainer, and then the command line's.
 """
 
 from __future__ import annotations

@@ -61,10 +61,7 @@ def measure_curves(
 
     Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
     """
-    axes: dict[str, list[tuple[str, int, Axis]]] = {}
-    for name, structure in groups.structures.items():
-        for layer, axis in structure.all_axes():
-            axes.setdefault(axis.parameter, []).append((name, layer, axis))
+    axes = groups.by_parameter()
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

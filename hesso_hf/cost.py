@@ -55,11 +55,7 @@ def build_cost(
     metric: str, groups: PruningGroups, axis_map: AxisMap, config: PretrainedConfig, bytes_per: int = 2
 ) -> Cost:
     """Build the cost model of a metric from the proved groups (`latency` is measured elsewhere)."""
-    moving: dict[str, dict[int, Factor]] = {}
-    for name, structure in groups.structures.items():
-        for _, axis in structure.all_axes():
-            fixed = sum(segment.fixed for segment in axis.layout.segments)
-            moving.setdefault(axis.parameter, {})[axis.dim] = (name, axis.layout.per_unit, fixed)
+    moving = moving_sizes(groups)
     terms: defaultdict[tuple[Factor, ...], float] = defaultdict(float)
     for info in axis_map.parameters.values():
         weight = _weight(metric, info, axis_map, config, bytes_per)
@@ -70,6 +66,17 @@ def build_cost(
     _add_attention(terms, metric, groups, config, bytes_per)
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     return Cost(metric, tuple((weight, factors) for factors, weight in terms.items() if weight), units)
+
+
+def moving_sizes(groups: PruningGroups) -> dict[str, dict[int, Factor]]:
+    """Return, per parameter and dimension that shrinks, the factor that its length is."""
+    return {
+        parameter: {
+            axis.dim: (name, axis.layout.per_unit, sum(segment.fixed for segment in axis.layout.segments))
+            for name, _, axis in axes
+        }
+        for parameter, axes in groups.by_parameter().items()
+    }
 
 
 def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: PretrainedConfig, bytes_per: int) -> float:

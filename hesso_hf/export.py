@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import logging
 
 from .card import PruningReport, count_parameters
+from .checkpoint import STATE_NAME, read_state
 from .cut import cut_model
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
@@ -25,7 +25,6 @@ from .verify import Verification, Verifier
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "hesso_state.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -138,11 +137,7 @@ def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch
     device = next(model.parameters()).device
     sums = UnitSums.zeros(groups, ("x2",), device)
     parameters = dict(model.named_parameters())
-    axes: dict[str, list] = {}
-    for name, structure in groups.structures.items():
-        for layer, axis in structure.all_axes():
-            axes.setdefault(axis.parameter, []).append((name, layer, axis))
-    for name, found in axes.items():
+    for name, found in groups.by_parameter().items():
         accumulate_(sums, parameters[name].data, None, found)
     return {name: (terms["x2"] == 0).cpu() for name, terms in sums.sums.items()}
 
@@ -189,9 +184,8 @@ def _read_checkpoint(
     """Load a dense checkpoint and the decision that lies beside it."""
     if not folder.is_dir():
         raise HessoError(f"`source` ({str(folder)!r}) is no folder; give a checkpoint-* folder that training wrote")
-    state_file = folder / STATE_NAME
-    if state_file.exists():
-        state = json.loads(state_file.read_text(encoding="utf-8"))
+    if (folder / STATE_NAME).exists():
+        state = read_state(folder)
         if not state["finished"]:
             raise HessoError(
                 f"pruning had not finished in {folder}: step {state['step']} of {state['schedule_end']}; "

@@ -75,6 +75,14 @@ class PruningGroups:
     structures: dict[str, StructureGroups]
     refused: dict[str, str] = field(default_factory=dict)
 
+    def by_parameter(self) -> dict[str, list[tuple[str, int, Axis]]]:
+        """Return, per parameter, (structure, layer index, axis) of each of its axes."""
+        found: dict[str, list[tuple[str, int, Axis]]] = {}
+        for name, structure in self.structures.items():
+            for layer, axis in structure.all_axes():
+                found.setdefault(axis.parameter, []).append((name, layer, axis))
+        return found
+
     def select(self, names: Iterable[str], explicit: bool) -> PruningGroups:
         """Return only the named structures.
 

@@ -10,7 +10,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from .cost import Counts, Factor
+from .cost import Counts, Factor, moving_sizes
 from .groups import PruningGroups
 from .probe import AxisMap, ParameterInfo
 
@@ -94,27 +94,23 @@ class LatencyTable:
 
 def build_latency(groups: PruningGroups, axis_map: AxisMap, device: torch.device, dtype: torch.dtype) -> LatencyTable:
     """List a model's matrix products; they are timed when first priced."""
-    moving: dict[tuple[str, int], Factor] = {}
-    for name, structure in groups.structures.items():
-        for _, axis in structure.all_axes():
-            fixed = sum(segment.fixed for segment in axis.layout.segments)
-            moving[(axis.parameter, axis.dim)] = (name, axis.layout.per_unit, fixed)
+    moving = moving_sizes(groups)
     tied = not any(info.role == "output" for info in axis_map.parameters.values())
     counts: dict[tuple[Factor | int, Factor | int], int] = {}
     for info in axis_map.parameters.values():
         if info.role in ("norm", "bias") or (info.role == "embedding" and not tied):
             continue
-        sides = _sides(info, moving)
+        sides = _sides(info, moving.get(info.name, {}))
         counts[sides] = counts.get(sides, 0) + _repeats(info)
     products = [(count, *sides) for sides, count in counts.items()]
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     return LatencyTable(products, units, device, dtype)
 
 
-def _sides(info: ParameterInfo, moving: dict[tuple[str, int], Factor]) -> tuple[Factor | int, Factor | int]:
+def _sides(info: ParameterInfo, moving: dict[int, Factor]) -> tuple[Factor | int, Factor | int]:
     """Return the last two dimensions of a weight."""
     last = len(info.shape) - 1
-    row, column = (moving.get((info.name, dim), info.shape[dim]) for dim in (last - 1, last))
+    row, column = (moving.get(dim, info.shape[dim]) for dim in (last - 1, last))
     return row, column
 
 

@@ -45,7 +45,7 @@ class PruningProcess:
     ) -> None:
         self.groups, self.target, self.schedule, self.config = groups, target, schedule, config
         self.step = 0
-        self._axes = _axes_by_parameter(groups)
+        self._axes = groups.by_parameter()
         self.bind(parameters)
         device = next(iter(self._parameters.values())).device
         self._elements = {
@@ -189,6 +189,17 @@ class PruningProcess:
             kept[name] = tuple(tuple(layer.nonzero().flatten().tolist()) for layer in (scales > 0).cpu())
         return KeptUnits({name: g.num_units for name, g in self.groups.structures.items()}, kept)
 
+    def decision(self) -> dict[str, Any]:
+        """Return how far pruning is and what it decided, as plain JSON types."""
+        return {
+            "step": self.step,
+            "finished": self.finished,
+            "schedule": self.schedule.to_dict(),
+            "schedule_end": self.schedule.end,
+            "target": self.target.to_dict(),
+            "kept_units": self.kept_units().to_dict(),
+        }
+
     @torch.no_grad()
     def redundant_norm(self) -> float:
         """Return the L2 norm of all redundant groups' effective weights, 0.0 where there is none."""
@@ -279,14 +290,6 @@ class PruningProcess:
         self.schedule = Schedule.from_dict(state["schedule"])
         self.step = int(state["step"])
         self._masking = any(bool((scales == 0).any()) for scales in self.scales.values())
-
-
-def _axes_by_parameter(groups: PruningGroups) -> dict[str, list[tuple[str, int, Axis]]]:
-    by_parameter: dict[str, list[tuple[str, int, Axis]]] = {}
-    for name, structure in groups.structures.items():
-        for layer, axis in structure.all_axes():
-            by_parameter.setdefault(axis.parameter, []).append((name, layer, axis))
-    return by_parameter
 
 
 def _lowest(scores: torch.Tensor, pruned: torch.Tensor, count: int, across_layers: bool) -> torch.Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,6 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -21,9 +18,10 @@ from .agreement import world_size
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves
 from .card import CARD_NAME, REPORT_NAME, PruningReport
+from .checkpoint import check_config, last_checkpoint, read_state, write_state
 from .config import HessoConfig
-from .errors import CheckpointMismatchError, HessoError, TrainingDivergedError
-from .export import STATE_NAME, export_pruned
+from .errors import HessoError, TrainingDivergedError
+from .export import export_pruned
 from .optimizer import HessoOptimizer
 from .plan import PruningPlan
 from .progress import HessoProgressCallback, metrics
@@ -119,7 +117,7 @@ class HessoMixin(_TrainerBase):
         """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
         if self._resume_from is not None:
             state = read_state(Path(self._resume_from))
-            _check_config(state["config"], self.hesso_config.to_dict(), self._resume_from)
+            check_config(state["config"], self.hesso_config.to_dict(), self._resume_from)
             self.hesso_plan.target = TargetSizes.from_dict(state["target"])
             return Schedule.from_dict(state["schedule"])
         schedule = resolve_schedule(self.hesso_config, self._total_steps())
@@ -202,7 +200,7 @@ class HessoMixin(_TrainerBase):
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_state(folder, self.hesso_optimizer, self.hesso_config, self._training_record())
+                write_state(folder, self.hesso_optimizer.process.decision(), self.hesso_config, self._training_record())
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
@@ -332,58 +330,3 @@ class HessoTrainer(HessoMixin, Trainer):
         trainer.train()
         trainer.save_model("small")
     """
-
-
-def write_state(folder: Path, optimizer: HessoOptimizer, config: HessoConfig, training: dict[str, Any]) -> None:
-    """Write the pruning decision beside a checkpoint's weights, so that it can be checked and exported alone."""
-    process = optimizer.process
-    state = {
-        "config": config.to_dict(),
-        "step": process.step,
-        "finished": process.finished,
-        "schedule": process.schedule.to_dict(),
-        "schedule_end": process.schedule.end,
-        "target": process.target.to_dict(),
-        "kept_units": process.kept_units().to_dict(),
-        "training": training,
-    }
-    staged = folder / f"{STATE_NAME}.tmp"
-    staged.write_text(json.dumps(state), encoding="utf-8")
-    os.replace(staged, folder / STATE_NAME)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read what `write_state` wrote.
-
-    Raises:
-        CheckpointMismatchError: where the folder has no pruning state.
-    """
-    path = folder / STATE_NAME
-    if not path.exists():
-        raise CheckpointMismatchError(
-            f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state: it was not written by HessoTrainer; "
-            "load its weights as the model and start a new run"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose last file, the trainer's state, was written; name half-written ones."""
-    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")]
-    for _, path in sorted(found, reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            logger.warning(f"{path} is half-written (no valid {TRAINER_STATE_NAME}) and is passed over")
-            continue
-        return path
-    return None
-
-
-def _check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
-    for key, value in current.items():
-        if saved.get(key) != json.loads(json.dumps(value)):
-            raise CheckpointMismatchError(
-                f"{folder} was made with `{key}` = {saved.get(key)!r}, this run has {value!r}; "
-                "resume with the same HessoConfig or start a new run"
-            )

@@ -107,7 +107,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from test_resume import with_checkpoints
-from hesso_hf.trainer import last_checkpoint
+from hesso_hf.checkpoint import last_checkpoint
 folder = Path(sys.argv[1])
 run = with_checkpoints(folder)
 print("START", flush=True)

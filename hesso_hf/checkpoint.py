@@ -1,0 +1,65 @@
+"""The pruning decision beside a checkpoint's weights, so that it can be checked, resumed and exported alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .config import HessoConfig
+from .errors import CheckpointMismatchError
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "hesso_state.json"
+
+
+def write_state(folder: Path, decision: Mapping[str, Any], config: HessoConfig, training: Mapping[str, Any]) -> None:
+    """Write what `PruningProcess.decision` says, the config and the training record, atomically."""
+    staged = folder / f"{STATE_NAME}.tmp"
+    state = {**decision, "config": config.to_dict(), "training": training}
+    staged.write_text(json.dumps(state), encoding="utf-8")
+    os.replace(staged, folder / STATE_NAME)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read what `write_state` wrote.
+
+    Raises:
+        CheckpointMismatchError: where the folder has no pruning state.
+    """
+    path = folder / STATE_NAME
+    if not path.exists():
+        raise CheckpointMismatchError(
+            f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state: it was not written by HessoTrainer; "
+            "load its weights as the model and start a new run"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose last file, the trainer's state, was written; name half-written ones."""
+    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            logger.warning(f"{path} is half-written (no valid {TRAINER_STATE_NAME}) and is passed over")
+            continue
+        return path
+    return None
+
+
+def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
+    for key, value in current.items():
+        if saved.get(key) != json.loads(json.dumps(value)):
+            raise CheckpointMismatchError(
+                f"{folder} was made with `{key}` = {saved.get(key)!r}, this run has {value!r}; "
+                "resume with the same HessoConfig or start a new run"
+            )
