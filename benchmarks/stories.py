@@ -165,9 +165,10 @@ def plan(ratios: list[float]) -> list[tuple[float | None, str]]:
 def write(path: Path, original: float, runs: list[dict[str, Any]]) -> None:
     """Write all runs and the medians over seeds."""
     medians: dict[str, dict[str, Any]] = {}
-    for ratio, method in {(r["ratio"], r["method"]) for r in runs}:
-        losses = [r["loss"] for r in runs if (r["ratio"], r["method"]) == (ratio, method)]
-        parameters = {r["parameters"] for r in runs if (r["ratio"], r["method"]) == (ratio, method)}
+    alike = [r for r in runs if all(r[key] == runs[-1][key] for key in ("learning_rate", "tokens"))]
+    for ratio, method in {(r["ratio"], r["method"]) for r in alike}:
+        losses = [r["loss"] for r in alike if (r["ratio"], r["method"]) == (ratio, method)]
+        parameters = {r["parameters"] for r in alike if (r["ratio"], r["method"]) == (ratio, method)}
         medians.setdefault(str(ratio), {})[method] = {
             "median_loss": statistics.median(losses),
             "spread": max(losses) - min(losses),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SplitName = Literal["train", "test"]
+BUNDLED = "bundled"
 
 # A topic's side follows from its name alone, so a Python release that adds topics moves none of the others: what the
 # bundled model was trained on never turns up in the test split of a newer Python under the same name.
@@ -40,6 +41,11 @@ class TopicSplit:
 def bundled_model_path() -> Path:
     """Folder of the bundled model and tokenizer, as `from_pretrained` takes it."""
     return Path(__file__).resolve().parent / "assets" / "tiny_llama"
+
+
+def resolve_model(source: str) -> str:
+    """Return the bundled model's folder for the name `bundled`, every other source as it is."""
+    return str(bundled_model_path()) if source == BUNDLED else source
 
 
 def split_topics(topics: Mapping[str, str], held_out_bucket: int) -> TopicSplit:

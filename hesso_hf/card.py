@@ -51,7 +51,7 @@ class PruningReport:
         """Return plain JSON types."""
         return {
             "model_class": self.model_class,
-            "base_model": self.base_model,
+            "base_model": _repo_id(self.base_model) or Path(self.base_model).name,
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},

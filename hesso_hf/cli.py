@@ -75,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from .bundled import resolve_model
     from .inspection import inspect_model
 
-    found = inspect_model(arguments.model, tuple(arguments.ratio), arguments.trust_remote_code)
+    found = inspect_model(resolve_model(arguments.model), tuple(arguments.ratio), arguments.trust_remote_code)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
         return 0
@@ -91,7 +92,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             ", ".join(sorted(set(item.layouts.values()))) if proved else item.reason,
         ])  # fmt: skip
     title = f"{found.model_class}, {found.parameters:,} parameters"
-    _table(title, ["structure", "status", "units", "layers", "parameters a unit", "error", "layouts or reason"], rows)
+    _table(title, ["structure", "status", "units", "layers", "size of a unit", "error", "layouts or reason"], rows)
+    print("sizes for an even split between the structures (a training run measures the split on its data):")
     for ratio, option in found.feasible.items():
         print(f"ratio {ratio}: {option.get('reason') or _sizes_line(option)}")
     return 0
@@ -137,7 +139,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0
     tasks = found.pop("tasks", {})
-    rows = [[name, f"{value:,.4g}"] for name, value in found.items()]
+    rows = [[name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"] for name, value in found.items()]
     rows += [[f"{task} {name}", f"{value:.4g}"] for task, scores in tasks.items() for name, value in scores.items()]
     _table(arguments.model, ["measure", "value"], rows)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from .bundled import resolve_model
 from .card import REPORT_NAME
 from .data import text_blocks
 from .errors import HessoError
@@ -31,7 +32,10 @@ class PruneResult:
 def prune(recipe: Recipe) -> PruneResult | None:
     """Fine-tune and prune as a recipe says, and save the smaller model; None on all but the main process."""
     run = recipe.run
-    tokenizer = AutoTokenizer.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
+    tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
+    stored = load_config(run.model, run.trust_remote_code).dtype
+    if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
+        recipe.hesso.export_dtype = str(stored).removeprefix("torch.")
     model = load_model(str(run.model), getattr(torch, run.dtype), run.trust_remote_code)
     train, held_out = _datasets(run, tokenizer)
     trainer = HessoTrainer(
@@ -56,7 +60,22 @@ def prune(recipe: Recipe) -> PruneResult | None:
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Load a causal language model in a dtype, through its stock class."""
     model_class = model_class_of(load_config(source, trust_remote_code))
-    return model_class.from_pretrained(source, dtype=dtype)
+    try:
+        return model_class.from_pretrained(source, dtype=dtype)
+    except OSError as error:
+        raise HessoError(f"`model` ({source!r}) can't be loaded: {error}") from error
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        HessoError: where there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise HessoError(f"`model` ({source!r}): no tokenizer found there: {error}") from error
 
 
 def _datasets(run: RunArguments, tokenizer: Any) -> tuple[Any, Any]:
@@ -86,9 +105,10 @@ def evaluate(
     """
     if dataset is None and tasks is None:
         raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
+    model = resolve_model(model)
     found: dict[str, Any] = {}
     if dataset is not None:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = load_tokenizer(model)
         blocks, _ = text_blocks(
             dataset, tokenizer, block_size, split, text_column=text_column, max_examples=limit
         )  # fmt: skip

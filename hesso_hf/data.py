@@ -65,7 +65,10 @@ def _load(dataset: str, config_name: str | None, split: str) -> Any:
         if path.suffix not in _LOADERS:
             raise HessoError(f"`dataset` ({dataset!r}): unknown file type; known: {sorted(_LOADERS)}")
         return load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
-    return load_dataset(dataset, config_name, split=split)
+    try:
+        return load_dataset(dataset, config_name, split=split)
+    except (OSError, ValueError) as error:  # not found, no connection, unknown configuration or split
+        raise HessoError(f"`dataset` ({dataset!r}, split {split!r}) can't be loaded: {error}") from error
 
 
 def _blocks(rows: Any, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Dataset:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import TrainingArguments
 
-from .bundled import bundled_model_path
-from .commands import load_model
+from .bundled import BUNDLED, resolve_model
+from .commands import load_model, load_tokenizer
 from .config import HessoConfig
 from .data import text_blocks
 from .evaluate import held_out_loss, perplexity, tokens_per_second, weights_bytes
+from .export import DTYPES
+from .sizes import load_config
 from .trainer import HessoTrainer
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 12, 60
@@ -74,18 +76,18 @@ def run_quickstart(options: QuickstartOptions) -> tuple[list[QuickstartRow], dic
     Returns:
         A row per model (original, HESSO, one-shot), and a generated sample of each; both also in `results.json`.
     """
-    source = options.model or str(bundled_model_path())
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    config = HessoConfig(pruning_ratio=options.ratio)  # a mistake shows before anything is written
+    source = resolve_model(options.model or BUNDLED)
+    config.export_dtype = str(load_config(source).dtype or "float32").removeprefix("torch.")  # all stored alike
+    tokenizer = load_tokenizer(source)
     train, held_out = text_blocks(
         options.dataset, tokenizer, options.block_size, "train", text_column=options.text_column, held_out_ratio=0.1
     )
     assert held_out is not None
     output = Path(options.output)
-    original = load_model(source, torch.float32)
-    original.save_pretrained(output / "original")
+    load_model(source, DTYPES[config.export_dtype]).save_pretrained(output / "original")
     tokenizer.save_pretrained(output / "original")
 
-    config = HessoConfig(pruning_ratio=options.ratio)
     sizes = _train(options, source, tokenizer, train, config, output / "hesso")
     one_shot = HessoConfig(target_sizes=sizes, saliency="magnitude", warmup_steps=0, pruning_steps=1, pruning_periods=1)
     _train(options, source, tokenizer, train, one_shot, output / "one-shot")
@@ -135,7 +137,7 @@ def _train(
         args=args,
         train_dataset=train,
         processing_class=tokenizer,
-        hesso_config=replace(config, export_dtype="float32"),
+        hesso_config=config,
     )
     trainer.train()
     trainer.save_model(str(folder))

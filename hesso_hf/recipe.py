@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .bundled import bundled_model_path
+from .bundled import resolve_model
 from .config import HessoConfig
 from .errors import HessoError, nearest_name
 
@@ -51,8 +51,8 @@ class RunArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
 
     def __post_init__(self) -> None:
-        if self.model == "bundled":
-            self.model = str(bundled_model_path())
+        if self.model is not None:
+            self.model = resolve_model(self.model)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size < 2:
@@ -87,6 +87,10 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
     for name in ("model", "dataset"):
         if getattr(run, name) is None:
             raise HessoError(f"`{name}` is missing: name it in the recipe or give `--{name}`")
+    if training.output_dir == "trainer_output":  # what TrainingArguments calls it where nothing was said
+        training.output_dir = str(Path("runs") / f"{Path(run.model).name}-pruned")
+    if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # "true": the last one in output_dir
+        training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
     hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
     return Recipe(run, training, hesso)
 
@@ -94,7 +98,7 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
 def recipe_parser() -> HfArgumentParser:
     """Return the parser of `hesso-hf prune`'s flags."""
     classes: Any = [RunArguments, TrainingArguments, _prefixed_config()]
-    return HfArgumentParser(classes, add_help=False, allow_abbrev=False)
+    return HfArgumentParser(classes, prog="hesso-hf prune", add_help=False, allow_abbrev=False)
 
 
 def _prefixed_config() -> type:

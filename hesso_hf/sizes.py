@@ -146,7 +146,10 @@ def load_config(source: Any, trust_remote_code: bool = False) -> PretrainedConfi
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise HessoError(f"no model config found at {str(source)!r}: {_last_line(error)}") from error
+        raise HessoError(
+            f"no model config found at {str(source)!r}: neither a folder with a config.json, nor a Hub id that can be "
+            f"reached ({_last_line(error)})"
+        ) from error
 
 
 def _last_line(error: BaseException) -> str:

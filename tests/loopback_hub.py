@@ -28,7 +28,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -445,7 +445,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Response], bool]] = [
 
 def _now() -> str:
     """The time as the Hub writes it."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _json(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

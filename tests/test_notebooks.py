@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 MAX_FIGURE_BYTES = 100_000
-JUNK = ("Traceback", "Warning", "it/s]", "/home/", "/root/", "/work/", "/tmp/", "site-packages", str(ROOT))
+JUNK = ("Traceback", "Warning", "it/s]", "/home/", "/tmp/", "site-packages", str(ROOT))
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
