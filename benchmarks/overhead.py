@@ -105,9 +105,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", choices=list(SCALES), default="100m")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5, help="steps of each kind")
+    parser.add_argument("--repeats", type=int, default=2, help="steps of each kind")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -154,7 +154,7 @@ def measure(model: LlamaForCausalLM, batch: torch.Tensor, structures: list[str],
         return 0.0
 
     _run(model, batch, structures, repeats, timed, times)
-    _run(model, batch, structures, 1, tracked, Times(), tracker)
+    _run(model, batch[:1, :16], structures, 1, tracked, Times(), tracker)  # HESSO's memory doesn't know the batch
     bytes_of_parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "steps": times.summary(),

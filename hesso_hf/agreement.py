@@ -1,4 +1,4 @@
-"""Ranks decide alike: decisions come from rank 0 and a checksum is compared on all ranks."""
+"""Ranks decide alike: their states are compared by a checksum, and decisions come from rank 0."""
 
 from __future__ import annotations
 
@@ -13,22 +13,36 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def broadcast_decision_(decision: torch.Tensor) -> None:
-    """Overwrite a decision with rank 0's, in place.
+def check_agreement(values: torch.Tensor, salt: int = 0) -> None:
+    """Compare a checksum of `values` (and a number) over all ranks.
 
     Raises:
-        HessoError: where the ranks hold different decisions afterwards.
+        HessoError: on every rank, where they differ.
     """
+    if world_size() == 1:
+        return
+    dtype = torch.float32 if values.device.type == "mps" else torch.float64
+    positions = torch.arange(1, values.numel() + 1, device=values.device, dtype=dtype)
+    checksum = (values.flatten().to(dtype) * positions).sum() + salt
+    extremes = torch.stack([checksum, -checksum])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if bool(extremes[0] != -extremes[1]):
+        raise HessoError("the processes disagree about which units are pruned; does every rank train the same model?")
+
+
+def broadcast_decision_(decision: torch.Tensor) -> None:
+    """Overwrite a decision with rank 0's, in place."""
     if world_size() == 1:
         return
     bits = decision.to(torch.uint8)
     dist.broadcast(bits, src=0)
     decision.copy_(bits.to(decision.dtype))
-    positions = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.float64)
-    checksum = (bits.flatten().to(torch.float64) * positions).sum()
-    extremes = torch.stack([checksum, -checksum])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    if bool(extremes[0] != -extremes[1]):
-        raise HessoError(
-            "the processes disagree about which units are redundant; is every rank running the same model?"
-        )
+
+
+def first_error(error: str | None) -> str | None:
+    """Return rank 0's error text, or None, on every rank; all wait for it."""
+    if world_size() == 1:
+        return error
+    shared = [error]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

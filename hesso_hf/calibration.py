@@ -6,6 +6,7 @@ them), so the budget splits by these curves instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .budget import LossFunction
 from .config import HessoConfig
 from .cost import Counts
 from .groups import Axis, PruningGroups, mask_
 from .saliency import UnitSums, accumulate_, needed_sums, saliency_scores
+
+logger = logging.get_logger(__name__)
 
 REMOVED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
 
@@ -67,6 +71,10 @@ def measure_curves(
     with torch.random.fork_rng(devices=devices):
         model.eval()
         try:
+            batches = _usable(model, batches, batch_loss)
+            if not batches:
+                logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
+                return LossCurves({}, {})
             scores = _scores(model, groups, axes, batches, batch_loss, config)
             before = _mean_loss(model, batches, batch_loss)
             rises = {
@@ -81,6 +89,12 @@ def measure_curves(
         for name, structure in groups.structures.items()
     }
     return LossCurves(removed, rises)
+
+
+@torch.no_grad()
+def _usable(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> list[Any]:
+    """Leave out batches without a finite loss, such as an example whose labels were all masked."""
+    return [batch for batch in batches if math.isfinite(float(batch_loss(model, batch)))]
 
 
 def _counts(units: int) -> list[int]:

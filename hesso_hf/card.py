@@ -56,14 +56,16 @@ class PruningReport:
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
             "verification": self.verification.to_dict(),
-            **self.training,
+            **{key: value for key, value in self.training.items() if key != "base_model"},
             "kept_units": self.kept_units.to_dict(),
             "versions": versions(),
         }
 
     def write(self, folder: Path) -> None:
         """Write the report and the model card."""
-        (folder / REPORT_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (folder / REPORT_NAME).write_text(
+            json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         (folder / CARD_NAME).write_text(self.card(), encoding="utf-8")
 
     def card(self) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -43,6 +43,20 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def check_resumable(folder: Path) -> None:
+    """Refuse a checkpoint whose optimizer and pruning state weren't saved.
+
+    Raises:
+        CheckpointMismatchError: where there is no pruning state, or no optimizer's.
+    """
+    read_state(folder)
+    if not (folder / OPTIMIZER_NAME).exists():
+        raise CheckpointMismatchError(
+            f"`resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was saved with save_only_model; "
+            "export it, or start a new run from its weights"
+        )
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint whose last file, the trainer's state, was written; name half-written ones."""
     found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")]
@@ -58,7 +72,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
     for key, value in current.items():
-        if saved.get(key) != json.loads(json.dumps(value)):
+        if key != "export_dtype" and saved.get(key) != json.loads(json.dumps(value)):
             raise CheckpointMismatchError(
                 f"{folder} was made with `{key}` = {saved.get(key)!r}, this run has {value!r}; "
                 "resume with the same HessoConfig or start a new run"

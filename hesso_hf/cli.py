@@ -46,12 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="held-out perplexity and lm-eval tasks")
     evaluate.add_argument("model", help="folder or Hub id")
     evaluate.add_argument("--dataset", help="python-docs, a text file or a Hub id")
-    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--split", help="default: test, or all of a file")
     evaluate.add_argument("--text-column", default="text")
     evaluate.add_argument("--block-size", type=int, default=256)
     evaluate.add_argument("--tasks", help="comma-separated lm-eval tasks")
     evaluate.add_argument("--include-path", help="folder with further lm-eval task files")
     evaluate.add_argument("--limit", type=int, help="examples at most")
+    evaluate.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(run=_evaluate)
 
@@ -133,7 +134,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     found = evaluate(
         arguments.model, arguments.dataset, arguments.tasks, arguments.split, arguments.block_size,
-        arguments.text_column, arguments.include_path, arguments.limit,
+        arguments.text_column, arguments.include_path, arguments.limit, arguments.trust_remote_code,
     )  # fmt: skip
     if arguments.json:
         print(json.dumps(found, indent=1))

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bundled import resolve_model
 from .card import REPORT_NAME
-from .data import text_blocks
+from .data import held_out_split, text_blocks
 from .errors import HessoError
 from .evaluate import held_out_loss, perplexity
 from .recipe import Recipe, RunArguments
@@ -37,7 +37,8 @@ def prune(recipe: Recipe) -> PruneResult | None:
     if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
         recipe.hesso.export_dtype = str(stored).removeprefix("torch.")
     model = load_model(str(run.model), getattr(torch, run.dtype), run.trust_remote_code)
-    train, held_out = _datasets(run, tokenizer)
+    with recipe.training.main_process_first(desc="cutting the text into blocks"):  # the others read its cache
+        train, held_out = _datasets(run, tokenizer)
     trainer = HessoTrainer(
         model=model,
         args=recipe.training,
@@ -59,9 +60,13 @@ def prune(recipe: Recipe) -> PruneResult | None:
 
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """Load a causal language model in a dtype, through its stock class."""
-    model_class = model_class_of(load_config(source, trust_remote_code))
+    config = load_config(source, trust_remote_code)
     try:
-        return model_class.from_pretrained(source, dtype=dtype)
+        if trust_remote_code:
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
+        if hasattr(config, "layer_sizes"):
+            raise HessoError(f"`model` ({source!r}) has layers of different widths: give --trust-remote-code")
+        return model_class_of(config).from_pretrained(source, dtype=dtype)
     except OSError as error:
         raise HessoError(f"`model` ({source!r}) can't be loaded: {error}") from error
 
@@ -89,14 +94,14 @@ def _datasets(run: RunArguments, tokenizer: Any) -> tuple[Any, Any]:
         source = run.eval_dataset or str(run.dataset)
         name = run.dataset_config if source == run.dataset else None
         held_out, _ = text_blocks(
-            source, tokenizer, run.block_size, run.eval_split or "test", config_name=name, **options
+            source, tokenizer, run.block_size, run.eval_split or held_out_split(source), config_name=name, **options
         )  # fmt: skip
     return train, held_out
 
 
 def evaluate(
-    model: str, dataset: str | None, tasks: str | None, split: str, block_size: int, text_column: str,
-    include_path: str | None, limit: int | None,
+    model: str, dataset: str | None, tasks: str | None, split: str | None, block_size: int, text_column: str,
+    include_path: str | None, limit: int | None, trust_remote_code: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure a model's held-out perplexity on text and its scores on lm-eval tasks.
 
@@ -109,24 +114,27 @@ def evaluate(
     found: dict[str, Any] = {}
     if dataset is not None:
         tokenizer = load_tokenizer(model)
+        split = split or held_out_split(dataset)
         blocks, _ = text_blocks(
             dataset, tokenizer, block_size, split, text_column=text_column, max_examples=limit
         )  # fmt: skip
-        loss = held_out_loss(load_model(model, torch.float32), blocks)
+        loss = held_out_loss(load_model(model, torch.float32, trust_remote_code), blocks)
         found |= {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
     if tasks is not None:
-        found["tasks"] = _lm_eval(model, tasks.split(","), include_path, limit)
+        found["tasks"] = _lm_eval(model, tasks.split(","), include_path, limit, trust_remote_code)
     return found
 
 
-def _lm_eval(model: str, tasks: list[str], include_path: str | None, limit: int | None) -> dict[str, Any]:
+def _lm_eval(
+    model: str, tasks: list[str], include_path: str | None, limit: int | None, trust_remote_code: bool
+) -> dict[str, Any]:
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise HessoError("`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'") from error
     results = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={model}", tasks=tasks, limit=limit,
+        model="hf", model_args=f"pretrained={model},trust_remote_code={trust_remote_code}", tasks=tasks, limit=limit,
         task_manager=TaskManager(include_path=include_path),
     )  # fmt: skip
     return {task: {key: value for key, value in scores.items() if isinstance(value, float | int)}

@@ -172,6 +172,11 @@ class HessoConfig:
                 raise HessoError(f"`target_sizes[{name!r}]` ({size!r}) must be an integer of at least 1")
         if self.layer_widths not in ("uniform", "per_layer"):
             raise HessoError(f"`layer_widths` ({self.layer_widths!r}) must be 'uniform' or 'per_layer'")
+        if self.layer_widths == "per_layer" and (self.round_to or self.tensor_parallel_size > 1):
+            raise HessoError(
+                f"`round_to` ({self.round_to}) and `tensor_parallel_size` ({self.tensor_parallel_size}) can't be kept "
+                "to in every layer with `layer_widths` ('per_layer'); leave them out or use 'uniform'"
+            )
         if self.export_dtype not in (None, "float32", "bfloat16", "float16"):
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
 

@@ -53,12 +53,12 @@ def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> t
 
 
 def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
-    """Return the config sizes of a model that keeps these units; where layers differ, those of the widest layer."""
+    """Return the config sizes of a model that keeps these units; where layers differ, the full model's stay."""
     sizes: dict[str, int] = {}
     for name, layers in kept.kept.items():
-        widest = max(len(layer) for layer in layers)
-        if widest < groups.structures[name].num_units:
-            sizes |= groups.structures[name].config_sizes(widest)
+        counts = {len(layer) for layer in layers}
+        if len(counts) == 1 and counts != {groups.structures[name].num_units}:
+            sizes |= groups.structures[name].config_sizes(counts.pop())
     return sizes
 
 

@@ -39,8 +39,16 @@ def text_blocks(
     Raises:
         HessoError: for an unknown file type, a missing column, or fewer tokens than one block.
     """
+    if dataset == PYTHON_DOCS or Path(dataset).is_file():
+        allowed = ("train", "test") if dataset == PYTHON_DOCS else ("train",)
+        if split not in allowed:
+            raise HessoError(
+                f"`split` ({split!r}): {dataset} has only {list(allowed)}; name another file to evaluate on"
+            )
     if dataset == PYTHON_DOCS:
         train = python_docs_dataset(tokenizer, "test" if split == "test" else "train", block_size)
+        if max_examples is not None:
+            train = train.select(range(min(max_examples, len(train))))
         return train, (python_docs_dataset(tokenizer, "test", block_size) if held_out_ratio else None)
     rows = _load(dataset, config_name, split)
     if text_column not in rows.column_names:
@@ -53,6 +61,11 @@ def text_blocks(
     parts = rows.train_test_split(test_size=held_out_ratio, seed=0)
     train, held_out = (_blocks(parts[name], tokenizer, block_size, text_column) for name in ("train", "test"))
     return train, held_out
+
+
+def held_out_split(dataset: str) -> str:
+    """Return the split to evaluate on where none is named: a file is all held out, everything else has a test split."""
+    return "train" if Path(dataset).is_file() else "test"
 
 
 def _load(dataset: str, config_name: str | None, split: str) -> Any:
@@ -72,15 +85,19 @@ def _load(dataset: str, config_name: str | None, split: str) -> Any:
 
 
 def _blocks(rows: Any, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Dataset:
-    from datasets import Dataset
+    """Tokenise and join in batches, so that a large data set goes through the disk and not through memory."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = [bos] if bos is not None else []
+    end = [eos] if eos is not None and not start else []
 
-    ids: list[int] = []
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None and not start else []
-    for text in rows[text_column]:
-        ids += [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
-    count = len(ids) // block_size
-    if count == 0:
-        raise HessoError(f"`block_size` ({block_size}) is more than the {len(ids)} tokens of the data; lower it")
-    blocks = [ids[index * block_size : (index + 1) * block_size] for index in range(count)]
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids: list[int] = []
+        for text in batch[text_column]:
+            ids += [*start, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], *end]
+        blocks = [ids[i * block_size : (i + 1) * block_size] for i in range(len(ids) // block_size)]
+        return {"input_ids": blocks, "labels": blocks}
+
+    blocks = rows.map(cut, batched=True, batch_size=1000, remove_columns=rows.column_names)
+    if len(blocks) == 0:
+        raise HessoError(f"`block_size` ({block_size}) is more than the tokens of the data; lower it")
+    return blocks

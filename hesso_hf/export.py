@@ -51,11 +51,14 @@ def export_pruned(
         training: what the report says about the run.
 
     Raises:
-        HessoError: where pruning hasn't finished, a unit to be cut isn't zero, or the layers keep different numbers.
+        HessoError: where pruning hasn't finished, a unit to be cut isn't zero, or the layers differ unasked.
         VerificationError: where the smaller model's logits differ; `output_dir` is untouched then.
     """
     if dtype is not None and dtype not in DTYPES:
         raise HessoError(f"`dtype` ({dtype!r}) must be one of {list(DTYPES)}")
+    for name in ("trainer_state.json", "optimizer.pt"):
+        if (Path(output_dir) / name).exists() and Path(output_dir).name.startswith("checkpoint-"):
+            raise HessoError(f"`output_dir` ({str(output_dir)!r}) is a checkpoint of a run; choose another folder")
     if isinstance(source, PreTrainedModel):
         model = source
     else:
@@ -70,7 +73,14 @@ def export_pruned(
         {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in zero[name]) for name in zero},
     )
     _check_zero(zero, kept)
-    stored = DTYPES[dtype] if dtype else model.dtype
+    if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in kept.kept.values()):
+        counts = {name: [len(layer) for layer in layers] for name, layers in kept.kept.items()}
+        raise HessoError(
+            f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
+            "to export with a modelling file all the same"
+        )
+    wanted = dtype or (training or {}).get("hesso_config", {}).get("export_dtype")
+    stored = DTYPES[wanted] if wanted else model.dtype
     return _export(model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {})
 
 
@@ -196,6 +206,8 @@ def _read_checkpoint(
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
     model = model_class_of(load_config(folder)).from_pretrained(folder)
+    if training and training.get("base_model"):
+        model.config.name_or_path = training["base_model"]
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, kept, tokenizer, training or {}

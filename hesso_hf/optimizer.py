@@ -45,6 +45,9 @@ class HessoOptimizer(Optimizer):
         self._observed = False
         self._gradient_norm: float | None = None
         self._skipped = 0
+        for mode in ("train", "eval"):  # schedule-free optimizers keep other weights for evaluation
+            if callable(getattr(base, mode, None)):
+                setattr(self, mode, getattr(base, mode))
 
     @property
     def state(self) -> Any:  # type: ignore[override]

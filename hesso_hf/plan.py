@@ -15,14 +15,16 @@ from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
 from .config import HessoConfig
 from .cost import Cost, build_cost
-from .errors import UnsupportedStructureError
+from .errors import BudgetError, UnsupportedStructureError
 from .groups import PruningGroups
 from .latency import build_latency
 from .optimizer import HessoOptimizer
 from .probe import AxisMap
 from .process import PruningProcess
 from .proof import proved_groups
+from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
+from .sizes import build_meta, resized_config
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +71,10 @@ class PruningPlan:
         elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
         target = solve_budget(config, checked.config, groups, parameters, price)
-        return cls(config, checked, groups, parameters, target, price)
+        check_gradients(checked, groups, config)
+        plan = cls(config, checked, groups, parameters, target, price)
+        plan.check_target()
+        return plan
 
     @property
     def wants_calibration(self) -> bool:
@@ -81,9 +86,29 @@ class PruningPlan:
     def settle(self, measure: Callable[[], LossCurves]) -> None:
         """Measure the split between structures, where there is one to choose."""
         if self.wants_calibration:
-            self.curves = measure()
+            curves = measure()
+            if not curves.rises:  # there was nothing to measure on
+                return
+            self.curves = curves
             units = {name: structure.num_units for name, structure in self.groups.structures.items()}
             self.target = self.solve(self.curves.loss(units))
+            self.check_target()
+
+    def check_target(self) -> None:
+        """Build the smaller model without weights and count its parameters.
+
+        Raises:
+            BudgetError: where the class builds something else than was planned.
+        """
+        if self.config.layer_widths == "per_layer":
+            return  # the sizes are means over the layers
+        small = build_meta(type(self.model), resized_config(self.model.config, self.target.sizes))
+        count = sum(parameter.numel() for parameter in small.parameters())
+        if count != self.target.parameters_after:
+            raise BudgetError(
+                f"{type(self.model).__name__} with {self.target.sizes} has {count:,} parameters, "
+                f"{self.target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
+            )
 
     def solve(self, loss: LossFunction | None) -> TargetSizes:
         """Solve the budget for an expected loss."""
@@ -116,6 +141,24 @@ def wrap_optimizer(
     """
     plan = PruningPlan.prepare(model, config)
     return HessoOptimizer(optimizer, plan.process(resolve_schedule(config, total_steps)))
+
+
+def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: HessoConfig) -> None:
+    """Refuse layers that are frozen as a whole where the saliency needs a gradient.
+
+    Raises:
+        UnsupportedStructureError: naming the structure and the layer.
+    """
+    if set(needed_sums(config.saliency_weights)) <= {"x2"}:
+        return
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, structure in groups.structures.items():
+        for layer, axes in zip(structure.layers, structure.axes, strict=True):
+            if not any(axis.parameter in trained for axis in axes):
+                raise UnsupportedStructureError(
+                    f"{name} of {layer or 'the model'}: all weights are frozen: `saliency` ({config.saliency!r}) "
+                    "sees no gradient; train them, or use saliency='magnitude'"
+                )
 
 
 def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:

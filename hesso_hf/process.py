@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .agreement import broadcast_decision_
+from .agreement import broadcast_decision_, check_agreement
 from .budget import TargetSizes
 from .config import HessoConfig
 from .errors import CheckpointMismatchError
@@ -58,7 +58,7 @@ class PruningProcess:
         terms = needed_sums(config.saliency_weights)
         self._sums = UnitSums.zeros(groups, terms, device)
         self._pending = UnitSums.zeros(groups, terms, device)
-        self._masking = False
+        self._masking = self._shrinking = False
         self._chunk = chunk_size(sum(parameter.numel() for parameter in parameters.values()))
 
     def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -96,13 +96,14 @@ class PruningProcess:
     def after_step(self) -> None:
         """Shrink the redundant units, or set them to exactly zero at a period's end; keep pruned ones there."""
         position = self.schedule.period_step(self.step)
-        if self._masking:
-            self._mask_weights()
         if position is not None and self._to_mark():
             self._shrink(position)
+        elif self._masking:
+            self._mask_weights()
         self.step += 1
 
     def _mark(self, position: PeriodStep) -> None:
+        check_agreement(torch.cat([scales.flatten() for scales in self.scales.values()]), position.index)
         scores = self.scores()
         for name, score in scores.items():
             removed = self.groups.structures[name].num_units - self.target.kept_units[name]
@@ -112,6 +113,7 @@ class PruningProcess:
             marked = _lowest(score, self.scales[name] == 0, done, self._across_layers)
             broadcast_decision_(marked)
             self.redundant[name].copy_(marked & (self.scales[name] > 0))
+        self._shrinking = True
 
     def scores(self) -> dict[str, torch.Tensor]:
         """Return the saliency of every unit from the gradients counted so far: shape (L, U) per structure."""
@@ -123,12 +125,13 @@ class PruningProcess:
         scale = (position.length - position.t - 1) / position.length
         factors = {}
         for name, redundant in self.redundant.items():
-            factors[name] = torch.where(redundant, position.factor, 1.0)
+            # pruned units are kept at zero by the same multiply
+            factors[name] = torch.where(redundant, position.factor, (self.scales[name] > 0).float())
             self.scales[name].masked_fill_(redundant, scale)
         if last:
             for redundant in self.redundant.values():
                 redundant.zero_()
-            self._masking = True
+            self._masking, self._shrinking = True, False
             self._mask_weights()
         else:
             for name, axes in self._axes.items():
@@ -143,16 +146,13 @@ class PruningProcess:
         """
         if not self._masking:
             return
-        vectors_only = not self.period_ended
 
         def mask(parameter: nn.Parameter, axis: Axis, pruned: torch.Tensor) -> None:
-            if vectors_only and parameter.dim() > 1:
-                return
             for value in state.get(parameter, {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point():
                     mask_(value, axis, pruned, 0.0)
 
-        self._for_pruned(mask)
+        self._for_pruned(mask, vectors_only=not self.period_ended)
 
     @torch.no_grad()
     def reapply(self) -> None:
@@ -162,9 +162,11 @@ class PruningProcess:
     def _mask_weights(self) -> None:
         self._for_pruned(lambda parameter, axis, pruned: mask_(parameter.data, axis, pruned))
 
-    def _for_pruned(self, apply: Any) -> None:
+    def _for_pruned(self, apply: Any, vectors_only: bool = False) -> None:
         pruned = {name: scales == 0 for name, scales in self.scales.items() if self._removes(name)}
         for name, axes in self._axes.items():
+            if vectors_only and self._parameters[name].dim() > 1:
+                continue
             for structure, layer, axis in axes:
                 if structure in pruned:
                     apply(self._parameters[name], axis, pruned[structure][layer])
@@ -204,7 +206,7 @@ class PruningProcess:
     def redundant_norm(self) -> float:
         """Return the L2 norm of all redundant groups' effective weights, 0.0 where there is none."""
         total = 0.0
-        for name, axes in self._axes.items():
+        for name, axes in self._axes.items() if self._shrinking else ():
             total += self._marked_square_sum(self._parameters[name].data, axes)
         return total**0.5
 
@@ -290,6 +292,7 @@ class PruningProcess:
         self.schedule = Schedule.from_dict(state["schedule"])
         self.step = int(state["step"])
         self._masking = any(bool((scales == 0).any()) for scales in self.scales.values())
+        self._shrinking = any(bool(redundant.any()) for redundant in self.redundant.values())
 
 
 def _lowest(scores: torch.Tensor, pruned: torch.Tensor, count: int, across_layers: bool) -> torch.Tensor:

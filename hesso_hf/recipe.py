@@ -80,7 +80,13 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
     parser = recipe_parser()
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**values)
-    run, training, prefixed, rest = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
+    try:
+        parsed = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
+    except HessoError:
+        raise
+    except ValueError as error:  # TrainingArguments' own checks
+        raise HessoError(f"`training`: {error}") from error
+    run, training, prefixed, rest = parsed
     for flag in rest:
         name = flag.removeprefix("--").partition("=")[0]
         raise HessoError(f"unknown flag {flag!r}{nearest_name(name, sorted(known))}; see `hesso-hf prune --help`")

@@ -88,6 +88,8 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
     """
     warmup = _count(config.warmup_steps, total_steps, least=0)
     pruning = _count(config.pruning_steps, total_steps, least=1)
+    if config.warmup_steps < 1 and config.pruning_steps < 1 and config.warmup_steps + config.pruning_steps <= 1:
+        pruning = max(1, min(pruning, total_steps - warmup))  # both rounded up can be a step too many
     periods = config.pruning_periods or min(3, pruning)
     if warmup + pruning > total_steps:
         raise HessoError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +14,24 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .agreement import world_size
+from .agreement import first_error, world_size
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves
 from .card import CARD_NAME, REPORT_NAME, PruningReport
-from .checkpoint import check_config, last_checkpoint, read_state, write_state
+from .checkpoint import check_config, check_resumable, last_checkpoint, read_state, write_state
 from .config import HessoConfig
 from .errors import HessoError, TrainingDivergedError
 from .export import export_pruned
 from .optimizer import HessoOptimizer
+from .per_layer import MODULE_NAME
 from .plan import PruningPlan
+from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics
 from .schedule import Schedule, resolve_schedule
 
 logger = logging.get_logger(__name__)
 
-_NOT_PUBLISHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", "training_args.bin", "optimizer.*", "scheduler.pt", ".*"]
+_NOT_PUBLISHED = ["_*", "*/*", "training_args.bin", "optimizer.*", "scheduler.pt", ".*"]
 
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ class HessoMixin(_TrainerBase):
         HessoError: before any work, where the model or the budget doesn't allow what is asked for.
     """
 
-    hesso_optimizer: HessoOptimizer
+    hesso_optimizer: HessoOptimizer | None
     hesso_plan: PruningPlan
 
     def __init__(self, *args: Any, hesso_config: HessoConfig | None = None, **kwargs: Any) -> None:
@@ -56,6 +58,7 @@ class HessoMixin(_TrainerBase):
             raise HessoError(f"{type(self).__name__} needs `hesso_config=HessoConfig(pruning_ratio=...)`; got None")
         self.hesso_config = hesso_config
         self.pruning_report: PruningReport | None = None
+        self.hesso_optimizer = None
         self._resume_from: str | None = None
         self._saving_checkpoint = False
         super().__init__(*args, **kwargs)
@@ -73,11 +76,20 @@ class HessoMixin(_TrainerBase):
             CheckpointMismatchError: where the checkpoint belongs to another pruning run.
         """
         self._resume_from = self._resolve_checkpoint(resume_from_checkpoint)
+        if self._resume_from is not None:
+            check_resumable(Path(self._resume_from))
         try:
-            return super().train(self._resume_from, *args, **kwargs)
+            output = super().train(self._resume_from, *args, **kwargs)
         except TrainingDivergedError as error:
             last = last_checkpoint(Path(self._output_dir))
             raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
+        process = self.hesso_optimizer.process if self.hesso_optimizer else None
+        if process is not None and not process.finished:
+            logger.warning(
+                f"training ended at step {process.step} of pruning, which needs {process.schedule.end} (skipped steps "
+                "don't count): the model is still dense"
+            )
+        return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the trainer's optimizer and put HESSO around it."""
@@ -92,22 +104,31 @@ class HessoMixin(_TrainerBase):
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        self.hesso_optimizer.observe_gradients()
-        norm = super()._clip_grad_norm(model)
-        self.hesso_optimizer.report_gradient_norm(norm)
-        return norm
+        plain = super()._clip_grad_norm
+        return self._observed_norm(model, self.args.max_grad_norm, lambda: plain(model))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if grad_norm is None:  # clipping is off
-            self.hesso_optimizer.observe_gradients()
-            grad_norm = super()._get_grad_norm(model)
-            self.hesso_optimizer.report_gradient_norm(grad_norm)
-            return grad_norm
+            plain = super()._get_grad_norm
+            return self._observed_norm(model, float("inf"), lambda: plain(model))
         return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _observed_norm(self, model: Any, max_norm: float, clip: Callable[[], Any]) -> Any:
+        """Show HESSO the gradient between unscaling and clipping, and tell it the norm."""
+        assert self.hesso_optimizer is not None
+        if self.accelerator.mixed_precision == "fp16":  # the scaler allows unscaling once, so clipping is done here too
+            self.accelerator.unscale_gradients()
+            self.hesso_optimizer.observe_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        else:
+            self.hesso_optimizer.observe_gradients()
+            norm = clip()
+        self.hesso_optimizer.report_gradient_norm(norm)
+        return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the trainer's metrics and, with the training loss, HESSO's."""
-        if "loss" in logs:
+        if "loss" in logs and self.hesso_optimizer is not None:
             logs.update(metrics(self.hesso_optimizer, self.hesso_plan.parameters))
         super().log(logs, *args, **kwargs)
 
@@ -119,7 +140,13 @@ class HessoMixin(_TrainerBase):
             state = read_state(Path(self._resume_from))
             check_config(state["config"], self.hesso_config.to_dict(), self._resume_from)
             self.hesso_plan.target = TargetSizes.from_dict(state["target"])
-            return Schedule.from_dict(state["schedule"])
+            schedule = Schedule.from_dict(state["schedule"])
+            if schedule.end > self._total_steps():
+                raise HessoError(
+                    f"`max_steps` ({self._total_steps()}) ends before pruning does (step {schedule.end} in "
+                    f"{self._resume_from}); train for at least {schedule.end} steps"
+                )
+            return schedule
         schedule = resolve_schedule(self.hesso_config, self._total_steps())
         self.hesso_plan.settle(self._measure_curves)
         if world_size() > 1:
@@ -139,18 +166,23 @@ class HessoMixin(_TrainerBase):
         return max_steps
 
     def _measure_curves(self) -> LossCurves:
-        batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
+        with torch.random.fork_rng():  # collators may draw random numbers
+            batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
         return measure_curves(self._bare_model(), self.hesso_plan.groups, batches, self._batch_loss, self.hesso_config)
 
     def _batch_loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, batch)
+            items = self._get_num_items_in_batch([batch], self.args.device)
+            loss = self.compute_loss(model, dict(batch), num_items_in_batch=items)  # it may take labels out of the dict
         return loss[0] if isinstance(loss, tuple) else loss
 
     def _calibration_batches(self) -> list[Any]:
         """Take examples spread over the training data, one a batch, so that batch size and processes don't matter."""
         dataset: Any = self.train_dataset
         count = self.hesso_config.calibration_examples
+        if dataset is None:
+            logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
+            return []
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
             step = max(1, len(dataset) // count)
@@ -169,29 +201,40 @@ class HessoMixin(_TrainerBase):
         """
         if self._saving_checkpoint:
             return super().save_model(output_dir, _internal_call=_internal_call)
-        process = self.hesso_optimizer.process if hasattr(self, "hesso_optimizer") else None
+        process = self.hesso_optimizer.process if self.hesso_optimizer else None
         target = Path(output_dir or self._output_dir)
         if process is None or not process.finished:
             done = "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"
             logger.warning(f"pruning {done}: the dense model is saved in {target}, not a smaller one")
             if self.args.should_save:
-                (target / REPORT_NAME).unlink(missing_ok=True)
+                _remove_export(target)
             return super().save_model(output_dir, _internal_call=_internal_call)
-        if self.args.should_save:
-            self.pruning_report = export_pruned(
-                self._bare_model(),
-                target,
-                kept_units=process.kept_units(),
-                groups=self.hesso_plan.groups,
-                tokenizer=self._tokenizer(),
-                dtype=self.hesso_config.export_dtype,
-                training=self._training_record(),
-            )
-        if world_size() > 1:
-            dist.barrier()
+        self._export(process, target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
+
+    def _export(self, process: PruningProcess, target: Path) -> None:
+        """Write the smaller model from one process; an error of that one is raised on all."""
+        failed: Exception | None = None
+        if self.args.should_save:
+            try:
+                self.pruning_report = export_pruned(
+                    self._bare_model(),
+                    target,
+                    kept_units=process.kept_units(),
+                    groups=self.hesso_plan.groups,
+                    tokenizer=self._tokenizer(),
+                    dtype=self.hesso_config.export_dtype,
+                    training=self._training_record(),
+                )
+            except Exception as error:  # the other processes must hear of any
+                failed = error
+        message = first_error(str(failed) if failed else None)
+        if failed is not None:
+            raise failed
+        if message is not None:
+            raise HessoError(f"the main process could not save the smaller model: {message}")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a dense, resumable checkpoint with the pruning state beside it."""
@@ -200,15 +243,16 @@ class HessoMixin(_TrainerBase):
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_state(folder, self.hesso_optimizer.process.decision(), self.hesso_config, self._training_record())
+                write_state(folder, self._process.decision(), self.hesso_config, self._training_record())
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
 
     def _training_record(self) -> dict[str, Any]:
-        process = self.hesso_optimizer.process
+        process = self._process
         curves = self.hesso_plan.curves
         return {
+            "base_model": self._bare_model().config.name_or_path,
             "hesso_config": self.hesso_config.to_dict(),
             "target": process.target.to_dict(),
             "schedule": process.schedule.to_dict(),
@@ -220,13 +264,13 @@ class HessoMixin(_TrainerBase):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Only a model whose pruning has ended can be the best one."""
-        if not self.hesso_optimizer.process.finished:
+        if not self._process.finished:
             return False
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.hesso_optimizer.process.reapply()
+        self._process.reapply()
 
     # -- Hub ------------------------------------------------------------------------------------------------------
 
@@ -239,7 +283,10 @@ class HessoMixin(_TrainerBase):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo | Any:
-        """Save the smaller model in `output_dir` and upload it with its card."""
+        """Save the smaller model in `output_dir` and upload it with its card; a dense one is never pushed."""
+        if self.hesso_optimizer is None or not self.hesso_optimizer.process.finished:
+            logger.warning("nothing is pushed to the Hub: pruning hasn't finished, the model is still dense")
+            return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
@@ -270,13 +317,16 @@ class HessoMixin(_TrainerBase):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the smaller model with a checkpoint, once there is one; a dense model is never pushed in its place."""
-        if not self.hesso_optimizer.process.finished:
+        if not self._process.finished:
             logger.warning("nothing is pushed to the Hub yet: the model is still dense")
             return
+        if self.args.hub_strategy == "end":
+            return
         self._saving_checkpoint = False
-        if self.is_world_process_zero() and self.args.hub_strategy != "end":
-            self.save_model(_internal_call=True)
-            self._upload(f"Training in progress, step {self.state.global_step}", self.args.hub_token, None, True)
+        self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
+        if self.is_world_process_zero():
+            message = f"Training in progress, step {self.state.global_step}"
+            self._upload(message, self.args.hub_token, self.args.hub_revision, True)
 
     def _upload(self, message: str | None, token: str | None, revision: str | None, blocking: bool) -> Any:
         return HfApi().upload_folder(  # type: ignore[call-overload]
@@ -286,10 +336,16 @@ class HessoMixin(_TrainerBase):
             token=token,
             run_as_future=not blocking,
             ignore_patterns=_NOT_PUBLISHED,
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # shards of an earlier push
             revision=revision,
         )
 
     # -- checks ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _process(self) -> PruningProcess:
+        assert self.hesso_optimizer is not None, "create_optimizer makes it"
+        return self.hesso_optimizer.process
 
     def _bare_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -306,6 +362,12 @@ class HessoMixin(_TrainerBase):
         for name, enabled in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if enabled:
                 raise HessoError(f"{name} shards the parameters, which pruning doesn't support yet; use one GPU or DDP")
+        if self.args.auto_find_batch_size:
+            raise HessoError("`auto_find_batch_size` (True) starts training over midway; set a batch size that fits")
+        if self.args.push_to_hub and self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            logger.warning(
+                f"`hub_strategy` ({self.args.hub_strategy}): only the smaller model is pushed, no checkpoints"
+            )
 
     def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
         """Return the folder to resume from; for True the last whole one, as a killed run may leave half a one.
@@ -319,6 +381,13 @@ class HessoMixin(_TrainerBase):
         if last is None:
             raise HessoError(f"`resume_from_checkpoint` (True): no whole checkpoint in {self._output_dir!r}")
         return str(last)
+
+
+def _remove_export(folder: Path) -> None:
+    """Remove the report, card and modelling file of a smaller model that a dense one replaces."""
+    if (folder / REPORT_NAME).exists():
+        for name in (REPORT_NAME, CARD_NAME, f"{MODULE_NAME}.py"):
+            (folder / name).unlink(missing_ok=True)
 
 
 class HessoTrainer(HessoMixin, Trainer):

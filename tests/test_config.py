@@ -127,7 +127,7 @@ def test_structures_of_all_a_list_and_a_dict_of_shares() -> None:
     "config",
     [
         HessoConfig(0.5),
-        HessoConfig(target_sizes={"intermediate_size": 32}, layer_widths="per_layer", round_to=4),
+        HessoConfig(target_sizes={"intermediate_size": 32}, layer_widths="per_layer"),
         HessoConfig(
             0.25,
             structures={"mlp_channels": 2, "attention_heads": 1},
@@ -163,7 +163,7 @@ def test_the_argument_parser_takes_the_dataclass() -> None:
     parsed = from_command_line(
         *("--pruning_ratio", "0.3", "--structures", "attention_heads,mlp_channels"),
         *("--saliency", '{"magnitude": 0.5, "taylor_first_order": 1}', "--warmup_steps", "0.1"),
-        *("--pruning_steps", "40", "--pruning_periods", "4", "--layer_widths", "per_layer", "--round_to", "16"),
+        *("--pruning_steps", "40", "--pruning_periods", "4", "--layer_widths", "uniform", "--round_to", "16"),
     )
     assert parsed == HessoConfig(
         0.3,
@@ -172,7 +172,7 @@ def test_the_argument_parser_takes_the_dataclass() -> None:
         warmup_steps=0.1,
         pruning_steps=40,
         pruning_periods=4,
-        layer_widths="per_layer",
+        layer_widths="uniform",
         round_to=16,
     )
     assert from_command_line("--target_sizes", '{"hidden_size": 48}').pinned_sizes == {"hidden_size": 48}

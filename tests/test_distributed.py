@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from training import trainer
 from transformers import AutoModelForCausalLM
 
@@ -87,7 +88,13 @@ def test_two_processes_write_one_small_model(two_ranks: Path) -> None:
 _DISAGREE = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
-from hesso_hf.agreement import broadcast_decision_
+from hesso_hf.agreement import broadcast_decision_, check_agreement
+from hesso_hf.errors import HessoError
+check_agreement(torch.tensor([1.0, 0.5]))
+try:
+    check_agreement(torch.tensor([1.0, 0.5 + dist.get_rank()]))
+except HessoError:
+    print("CAUGHT", flush=True)
 own = torch.tensor([dist.get_rank() == 0, True, dist.get_rank() == 1])
 broadcast_decision_(own)
 assert own.tolist() == [True, True, False], own
@@ -100,3 +107,58 @@ def test_rank_zero_decides(tmp_path: Path) -> None:
     done = launch(_DISAGREE, str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("AGREED") == 2
+    assert done.stdout.count("CAUGHT") == 2
+
+
+_FAILING_SAVE = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import hesso_hf.verify
+from training import trainer
+run = trainer(Path(sys.argv[1]), max_steps=8, per_device_train_batch_size=2)
+run.train()
+hesso_hf.verify.FOLD_TOLERANCE = -1.0
+try:
+    run.save_model(str(Path(sys.argv[1]) / "small"))
+except ValueError as error:
+    print("REFUSED", type(error).__name__, flush=True)
+hesso_hf.verify.FOLD_TOLERANCE = 1e-4
+run.save_model(str(Path(sys.argv[1]) / "small"))
+print("SAVED", flush=True)
+"""
+
+
+def test_a_save_that_fails_on_the_main_process_fails_on_all_and_can_be_tried_again(tmp_path: Path) -> None:
+    done = launch(_FAILING_SAVE, str(tmp_path), str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("REFUSED") == 2
+    assert done.stdout.count("REFUSED VerificationError") == 1
+    assert done.stdout.count("SAVED") == 2
+    assert (tmp_path / "small" / "pruning_report.json").exists()
+
+
+_PUSH = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from training import trainer
+run = trainer(Path(sys.argv[1]) / "out", max_steps=12, per_device_train_batch_size=2, push_to_hub=True,
+              hub_model_id="user/small", hub_strategy="every_save", save_strategy="steps", save_steps=4)
+run.train()
+run.push_to_hub(commit_message="Pruned")
+"""
+
+
+def test_two_processes_push_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LoopbackHub() as hub:
+        for name, value in hub.env(tmp_path / "cache").items():
+            monkeypatch.setenv(name, value)
+        done = launch(_PUSH, str(tmp_path), str(Path(__file__).parent))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "Training in progress, step 12" in hub.commits("user/small")  # the last push changes nothing more
+        assert b'"intermediate_size": 28' in hub.files("user/small")["config.json"]

@@ -151,11 +151,17 @@ def uneven() -> tuple[PreTrainedModel, KeptUnits]:
     return model, fewer
 
 
-@pytest.mark.parametrize("explicit", [True, False])
-def test_layers_of_different_widths_come_with_a_modelling_file_of_their_own(explicit: bool, tmp_path: Path):
+def test_layers_of_different_widths_have_to_be_asked_for(tmp_path: Path):
+    model, _ = uneven()
+    with pytest.raises(HessoError, match=r"\[37, 36\].*no stock class has; pass `kept_units`"):
+        export_pruned(model, tmp_path / "small", groups=groups_of("llama"))
+    assert not (tmp_path / "small").exists()
+
+
+def test_layers_of_different_widths_come_with_a_modelling_file_of_their_own(tmp_path: Path):
     model, kept = uneven()
     folder = tmp_path / "small"
-    report = export_pruned(model, folder, groups=groups_of("llama"), kept_units=kept if explicit else None)
+    report = export_pruned(model, folder, groups=groups_of("llama"), kept_units=kept)
     assert report.kept_units == kept
     small = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     input_ids = token_ids(model.config)

@@ -100,6 +100,23 @@ def test_checkpoints_of_other_runs_are_refused(undisturbed: HessoTrainer, tmp_pa
         wider.train(resume_from_checkpoint=checkpoint)
 
 
+def test_checkpoints_that_cannot_be_resumed_are_refused(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    early = str(Path(undisturbed.args.output_dir) / "checkpoint-3")
+    with pytest.raises(HessoError, match=r"`max_steps` \(5\) ends before pruning does \(step 9"):
+        with_checkpoints(tmp_path, max_steps=5).train(resume_from_checkpoint=early)
+    run = with_checkpoints(tmp_path / "weights", save_only_model=True)
+    run.train()
+    with pytest.raises(CheckpointMismatchError, match="save_only_model"):
+        with_checkpoints(tmp_path).train(resume_from_checkpoint=str(tmp_path / "weights" / "checkpoint-10"))
+
+
+def test_a_checkpoint_is_never_overwritten_by_an_export(undisturbed: HessoTrainer) -> None:
+    checkpoint = Path(undisturbed.args.output_dir) / "checkpoint-12"
+    with pytest.raises(HessoError, match="is a checkpoint of a run"):
+        export_pruned(checkpoint, checkpoint)
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.intermediate_size == 44
+
+
 _TRAIN = """
 import sys
 sys.path.insert(0, sys.argv[2])

@@ -413,6 +413,93 @@ def test_pure_half_precision_weights_are_warned_about(tmp_path: Path, caplog: py
     assert run.pruning_report.verification.rounding_error > 1e-5
 
 
+# -- what users' trainers and data bring along -------------------------------------------------------------------------
+
+
+def test_label_smoothing_and_a_loss_function_of_ones_own(tmp_path: Path) -> None:
+    def summed(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        losses = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return losses * labels.numel() / num_items_in_batch
+
+    ratio = HessoConfig(pruning_ratio=0.3)
+    for changes, options in (({"label_smoothing_factor": 0.1}, {}), ({}, {"compute_loss_func": summed})):
+        run = trainer(tmp_path, config=ratio, options=options, **changes)
+        run.train()
+        assert run.hesso_plan.curves is not None
+        assert run._process.finished
+
+
+def test_an_example_without_labels_is_left_out_of_the_measurement(tmp_path: Path) -> None:
+    data = blocks().to_dict()
+    data["labels"][0] = [-100] * len(data["labels"][0])
+    run = trainer(tmp_path, config=HessoConfig(pruning_ratio=0.3), data=Dataset.from_dict(data))
+    run.train()
+    assert run.hesso_plan.curves is not None
+    rises = [rise for curve in run.hesso_plan.curves.rises.values() for rise in curve]
+    assert all(torch.isfinite(torch.tensor(rise)) for rise in rises)
+    assert len(rises) > 5
+
+
+def test_optimizers_with_a_train_mode(tmp_path: Path) -> None:
+    class ScheduleFreeLike(torch.optim.SGD):
+        training = False
+
+        def train(self) -> None:
+            self.training = True
+
+        def eval(self) -> None:
+            self.training = False
+
+        def step(self, closure: Any = None) -> Any:
+            assert self.training, "train() was not called"
+            return super().step(closure)
+
+    run = trainer(tmp_path, options={"optimizer_cls_and_kwargs": (ScheduleFreeLike, {"lr": 1e-2})})
+    run.train()
+    assert run._process.finished
+
+
+def test_frozen_layers_and_restarting_batch_sizes_are_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.requires_grad_(False)
+    with pytest.raises(UnsupportedStructureError, match=r"mlp_channels of model.layers.1: all weights are frozen"):
+        trainer(
+            tmp_path,
+            model=model,
+            config=hesso_config(structures=["mlp_channels"], target_sizes={"intermediate_size": 28}),
+        )
+    with pytest.raises(HessoError, match="auto_find_batch_size"):
+        trainer(tmp_path, auto_find_batch_size=True)
+
+
+def test_uneven_heads_are_exported_too(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(30)
+    config = HessoConfig(
+        target_sizes={"num_key_value_heads": 2}, layer_widths="per_layer", warmup_steps=2, pruning_steps=2,
+        pruning_periods=1, saliency="magnitude",
+    )  # fmt: skip
+    run = trainer(tmp_path, model=model, config=config, learning_rate=1e-5)
+    run.train()
+    kept = [len(layer) for layer in run._process.kept_units().kept["attention_heads"]]
+    assert kept == [3, 1]
+    run.save_model(str(tmp_path / "small"))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert [layer.self_attn.k_proj.out_features for layer in small.model.layers] == [24, 8]
+
+
+def test_a_dense_save_removes_the_card_of_an_earlier_small_model(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    again = trainer(tmp_path)
+    again.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model" / "pruning_report.json").exists()
+    assert not (tmp_path / "model" / "README.md").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.intermediate_size == 44
+
+
 class _propagated:
     """Let pytest see the log of transformers, which doesn't propagate by default."""
 
