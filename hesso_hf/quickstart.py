@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,10 @@ def run_quickstart(options: QuickstartOptions) -> tuple[list[QuickstartRow], dic
     tokenizer.save_pretrained(output / "original")
 
     sizes = _train(options, source, tokenizer, train, config, output / "hesso")
-    one_shot = HessoConfig(target_sizes=sizes, saliency="magnitude", warmup_steps=0, pruning_steps=1, pruning_periods=1)
+    one_shot = replace(
+        config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude",
+        warmup_steps=0, pruning_steps=1, pruning_periods=1,
+    )  # fmt: skip
     _train(options, source, tokenizer, train, one_shot, output / "one-shot")
 
     folders = {

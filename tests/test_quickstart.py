@@ -23,6 +23,7 @@ def test_quickstart_prints_the_table_and_keeps_the_results(tmp_path: Path, capsy
     assert abs(1 - hesso["parameters"] / original["parameters"] - 0.5) <= 0.01
     assert one_shot["parameters"] == hesso["parameters"]
     assert hesso["bytes"] < 0.6 * original["bytes"]  # all three are stored in the original's dtype
+    assert one_shot["bytes"] < 0.6 * original["bytes"]
     assert original["perplexity"] < min(hesso["perplexity"], one_shot["perplexity"])
     assert set(results["samples"]) == {"original", "HESSO", "one-shot magnitude"}
     assert len(set(results["samples"].values())) == 3
