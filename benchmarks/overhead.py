@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "overhead.json"
 SCALES = {
     "tiny": {},
     "100m": {
-        "hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "hidden_size": 768, "intermediate_size": 2560, "num_hidden_layers": 12, "num_attention_heads": 12,
         "num_key_value_heads": 6, "head_dim": 64, "vocab_size": 16384,
     },
     "1b": {
