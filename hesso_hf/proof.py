@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,6 @@ class Proof:
 
     structures: dict[str, StructureProof]
     joint_error: float | None = None
-    axis_map: AxisMap | None = field(default=None, repr=False, compare=False)
 
 
 def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
