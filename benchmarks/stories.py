@@ -45,14 +45,14 @@ class Setting:
     learning_rate: float
 
 
-def load_blocks(path: Path, tokenizer: Any) -> Dataset:
-    """Read stories, each after `<s>`, and cut the stream into blocks."""
+def load_blocks(path: Path, tokenizer: Any, block: int = BLOCK) -> Dataset:
+    """Read stories, each after `<s>`, and cut the stream into blocks of so many tokens."""
     ids: list[int] = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             text = json.loads(line)["text"]
             ids += [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    blocks = [ids[i * BLOCK : (i + 1) * BLOCK] for i in range(len(ids) // BLOCK)]
+    blocks = [ids[i * block : (i + 1) * block] for i in range(len(ids) // block)]
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 

@@ -39,6 +39,20 @@ def broadcast_decision_(decision: torch.Tensor) -> None:
     decision.copy_(bits.to(decision.dtype))
 
 
+def is_main_process() -> bool:
+    """Whether this is rank 0."""
+    return world_size() == 1 or dist.get_rank() == 0
+
+
+def mean_over_ranks(value: float | torch.Tensor, device: torch.device) -> float:
+    """Return the mean of a number over all ranks, the same on each."""
+    if world_size() == 1:
+        return float(value)
+    shared = torch.as_tensor(value, device=device).detach().double().clone()
+    dist.all_reduce(shared)
+    return float(shared) / world_size()
+
+
 def first_error(error: str | None) -> str | None:
     """Return rank 0's error text, or None, on every rank; all wait for it."""
     if world_size() == 1:

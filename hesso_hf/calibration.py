@@ -111,7 +111,7 @@ def _scores(
     config: HessoConfig,
 ) -> dict[str, torch.Tensor]:
     parameters = dict(model.named_parameters())
-    sums = UnitSums.zeros(groups, needed_sums(config.saliency_weights), model.device)
+    sums = UnitSums.zeros(groups, needed_sums(config.calibration_weights), model.device)
     for batch in batches:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
@@ -122,7 +122,7 @@ def _scores(
     model.zero_grad(set_to_none=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     elements = {name: structure.elements_per_unit(shapes) for name, structure in groups.structures.items()}
-    return saliency_scores(sums, config.saliency_weights, elements, across_layers=False)
+    return saliency_scores(sums, config.calibration_weights, elements, across_layers=False)
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels"]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
+DEFAULT_SALIENCY = "taylor_second_order"
+CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 1.0}  # the path's integral, and its curvature
 BUDGET_METRICS = ("parameters", "flops", "memory", "latency")
 
 
@@ -63,14 +65,40 @@ class HessoConfig:
         default=None, metadata={"help": "Number of pruning periods (default 3, fewer in very short runs)."}
     )
     saliency: dict | str | None = field(
-        default="taylor_second_order",
+        default=None,
         metadata={
             "help": "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
-            "taylor_first_order, taylor_second_order."
+            "taylor_first_order, taylor_second_order (default taylor_second_order; with cric, both Taylor terms)."
         },
     )
     saliency_batches: int = field(
         default=8, metadata={"help": "Steps before a scoring over which gradients are averaged (steps)."}
+    )
+    cric: bool = field(
+        default=False,
+        metadata={"help": "Look along the way to zero before deciding (CRIC): some steps after warm-up go into that."},
+    )
+    cric_mode: str = field(
+        default="path",
+        metadata={"help": "path: train while CRIC's units shrink; probe: only take gradients there, on a few batches."},
+    )
+    cric_sampling_steps: int | None = field(
+        default=None, metadata={"help": "Samples on the way to zero in one CRIC cycle (default 10 at most) (steps)."}
+    )
+    cric_max_cycles: int | None = field(default=None, metadata={"help": "CRIC cycles at most (default 3 at most)."})
+    cric_tolerance: float = field(
+        default=0.02,
+        metadata={"help": "CRIC ends when so few units newly look redundant; below 1 a share of those to be removed."},
+    )
+    cric_snapshot: str = field(
+        default="cpu", metadata={"help": "Where CRIC keeps weights and optimizer state to return to: cpu or device."}
+    )
+    collapse_threshold: float = field(
+        default=4.0,
+        metadata={"help": "Rise of the training loss over its level before pruning that is called a collapse."},
+    )
+    on_collapse: str = field(
+        default="warn", metadata={"help": "warn, or pause: return to the period's start and mark fewer units."}
     )
     calibration_examples: int = field(
         default=16,
@@ -90,17 +118,26 @@ class HessoConfig:
         # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default
         self.structures = "all" if self.structures is None else _parse(self.structures)
         self.target_sizes = _parse(self.target_sizes)
-        self.saliency = "taylor_second_order" if self.saliency is None else _parse(self.saliency)
+        self.saliency = _parse(self.saliency)
         self._check_types()
         self._check_budget()
         self._check_structures()
         self._check_schedule()
-        _weights_by_name("saliency", self.saliency, SALIENCIES)
+        self._check_collapse()
+        if self.saliency is not None:
+            _weights_by_name("saliency", self.saliency, SALIENCIES)
 
     @property
     def saliency_weights(self) -> dict[str, float]:
         """Weight of each saliency criterion in use."""
-        return _weights_by_name("saliency", self.saliency, SALIENCIES)
+        if self.saliency is None and self.cric:
+            return dict(CRIC_SALIENCY)
+        return self.calibration_weights
+
+    @property
+    def calibration_weights(self) -> dict[str, float]:
+        """Weight of each criterion where the split between structures is measured, the same with CRIC as without."""
+        return _weights_by_name("saliency", self.saliency or DEFAULT_SALIENCY, SALIENCIES)
 
     @property
     def structure_names(self) -> tuple[str, ...]:
@@ -141,15 +178,17 @@ class HessoConfig:
 
     def _check_types(self) -> None:
         """Refuse what isn't a number where one is needed: YAML reads 5e-1 as text."""
-        for name in ("pruning_ratio", "warmup_steps", "pruning_steps"):
+        for name in ("pruning_ratio", "warmup_steps", "pruning_steps", "cric_tolerance", "collapse_threshold"):
             value = getattr(self, name)
             optional = name == "pruning_ratio" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
-        for name in ("pruning_periods", "round_to"):
+        for name, least in (
+            ("pruning_periods", 1), ("round_to", 1), ("cric_sampling_steps", 2), ("cric_max_cycles", 1)
+        ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1, or None")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise HessoError(f"`{name}` ({value!r}) must be an integer of at least {least}, or None")
         for name, least in (("saliency_batches", 1), ("tensor_parallel_size", 1), ("calibration_examples", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -199,6 +238,27 @@ class HessoConfig:
                 f"`pruning_steps` ({int(self.pruning_steps)}) must be at least `pruning_periods` "
                 f"({self.pruning_periods}); raise pruning_steps or lower pruning_periods"
             )
+
+    def _check_collapse(self) -> None:
+        if not isinstance(self.cric, bool):
+            raise HessoError(f"`cric` ({self.cric!r}) must be true or false")
+        for name, allowed in (
+            ("cric_mode", ("path", "probe")),
+            ("cric_snapshot", ("cpu", "device")),
+            ("on_collapse", ("warn", "pause")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise HessoError(f"`{name}` ({getattr(self, name)!r}) must be one of {list(allowed)}")
+        if not 0 <= self.cric_tolerance < math.inf:
+            raise HessoError(
+                f"`cric_tolerance` ({self.cric_tolerance}) must be a count of units or, below 1, a share of those that "
+                "are to go"
+            )
+        if not self.collapse_threshold > 0:
+            raise HessoError(f"`collapse_threshold` ({self.collapse_threshold}) must be a positive rise of the loss")
+        given = [name for name in ("cric_sampling_steps", "cric_max_cycles") if getattr(self, name) is not None]
+        if given and not self.cric:
+            raise HessoError(f"`{given[0]}` ({getattr(self, given[0])}) does nothing without `cric` (False); set it")
 
 
 def _parse(value: Any) -> Any:

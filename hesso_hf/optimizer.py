@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,31 @@ class HessoOptimizer(Optimizer):
         """Tell the norm of this step's gradient over all processes, so that `step` needn't compute it."""
         self._gradient_norm = float(norm)
 
+    def report_loss(self, loss: float | torch.Tensor) -> None:
+        """Tell the loss of the coming step, so that a collapse is noticed (`collapse_threshold`)."""
+        self.process.report_loss(loss.detach() if isinstance(loss, torch.Tensor) else loss)
+
+    def probe(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """Let CRIC look along the way to zero without training steps (`cric_mode="probe"`), before a step.
+
+        Does nothing where `process.wants_probe` is false. Weights are as before afterwards; gradients are cleared.
+
+        Args:
+            losses: each computes the loss of one batch; the same few batches serve at every point of the way.
+
+        Raises:
+            HessoError: for no losses.
+        """
+        if not self.process.wants_probe:
+            return
+        if not losses:
+            raise HessoError("`losses` ([]) of probe(): give at least one function that computes a batch's loss")
+        started = time.perf_counter()
+        self.zero_grad()
+        self.process.probe(losses)
+        self.zero_grad()
+        self.seconds += time.perf_counter() - started
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Do one step of the base optimizer and of HESSO; a non-finite gradient skips both, with a warning."""
@@ -87,18 +112,18 @@ class HessoOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            self.report_loss(loss)
         if not self._observed:
             self.observe_gradients()
         self._observed = False
         if not self._gradient_is_finite():
             return loss
         started = time.perf_counter()
-        self.process.before_step()
+        self.process.before_step(self.base)
         before_base = time.perf_counter()
         self.base.step()
         after_base = time.perf_counter()
-        self.process.after_step()
-        self.process.mask_optimizer_state(self.base.state)
+        self.process.after_step(self.base)
         self.seconds += time.perf_counter() - after_base + before_base - started
         return loss
 
@@ -155,7 +180,7 @@ class HessoOptimizer(Optimizer):
             raise CheckpointMismatchError(
                 f"the checkpoint's optimizer state doesn't fit this model: {error}"
             ) from error
-        self.process.load_state_dict(pruning)
+        self.process.load_state_dict(pruning, self.base)
 
     def __repr__(self) -> str:
         return f"HessoOptimizer({self.base!r})"

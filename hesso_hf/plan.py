@@ -156,8 +156,8 @@ def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: Hesso
         for layer, axes in zip(structure.layers, structure.axes, strict=True):
             if not any(axis.parameter in trained for axis in axes):
                 raise UnsupportedStructureError(
-                    f"{name} of {layer or 'the model'}: all weights are frozen: `saliency` ({config.saliency!r}) "
-                    "sees no gradient; train them, or use saliency='magnitude'"
+                    f"{name} of {layer or 'the model'}: all weights are frozen, so `saliency` "
+                    f"({list(config.saliency_weights)}) sees no gradient; train them, or use saliency='magnitude'"
                 )
 
 

@@ -1,31 +1,36 @@
-"""The pruning process: which units are kept, redundant or pruned, and what that does to weights, gradients and state.
+"""The pruning process: which units are kept, redundant or pruned, and when that changes.
 
-One vector of scales per layer (1 kept, between 0 and 1 shrinking, 0 pruned) is the whole state of a structure;
-applying it is one broadcast multiply per axis, without index lists or copies of weights.
+One vector of scales per layer (1 kept, between 0 and 1 shrinking, 0 pruned) is the whole state of a structure; what it
+does to the weights is `bound`'s.
 Legend: L layers, U units a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from .agreement import broadcast_decision_, check_agreement
+from .agreement import check_agreement, mean_over_ranks
+from .bound import BoundGroups
 from .budget import TargetSizes
+from .collapse import CollapseWatch
 from .config import HessoConfig
-from .errors import CheckpointMismatchError
-from .groups import Axis, KeptUnits, PruningGroups, mask_, shrink_
-from .saliency import UnitSums, accumulate_, chunk_rows, chunk_size, needed_sums, saliency_scores
+from .errors import CheckpointMismatchError, HessoError
+from .groups import KeptUnits, PruningGroups
+from .ranking import PerUnit, Ranking, agreed
 from .schedule import PeriodStep, Schedule
+from .snapshot import Snapshot, snapshot_of
+from .trial import CricTrial
 
-FORMAT = 1  # of the saved state
+FORMAT = 2  # of the saved state
 
 
 class PruningProcess:
-    """HESSO's state and its effect on a model's parameters (algorithm 1 of arXiv 2409.09085).
+    """HESSO's and CRIC's state and its effect on a model's parameters (algorithms 1 and 2 of arXiv 2409.09085).
 
     Args:
         parameters: the model's parameters by name; frozen ones included.
@@ -45,114 +50,216 @@ class PruningProcess:
     ) -> None:
         self.groups, self.target, self.schedule, self.config = groups, target, schedule, config
         self.step = 0
-        self._axes = groups.by_parameter()
-        self.bind(parameters)
-        device = next(iter(self._parameters.values())).device
-        self._elements = {
-            name: structure.elements_per_unit({n: tuple(p.shape) for n, p in parameters.items()})
-            for name, structure in groups.structures.items()
-        }
-        shape = {name: (len(g.layers), g.num_units) for name, g in groups.structures.items()}
-        self.scales = {name: torch.ones(size, device=device) for name, size in shape.items()}
-        self.redundant = {name: torch.zeros(size, dtype=torch.bool, device=device) for name, size in shape.items()}
-        terms = needed_sums(config.saliency_weights)
-        self._sums = UnitSums.zeros(groups, terms, device)
-        self._pending = UnitSums.zeros(groups, terms, device)
-        self._masking = self._shrinking = False
-        self._chunk = chunk_size(sum(parameter.numel() for parameter in parameters.values()))
+        self.bound = BoundGroups(parameters, groups)
+        self._ranking = Ranking(groups, target, config, self.bound.elements_per_unit())
+        shapes, device = self.bound.shapes(), self.bound.device
+        self.scales = {name: torch.ones(size, device=device) for name, size in shapes.items()}
+        self.redundant = {name: torch.zeros(size, dtype=torch.bool, device=device) for name, size in shapes.items()}
+        self._sums = self._ranking.empty_sums(device)
+        self._pending = self._ranking.empty_sums(device)
+        self._masking = self._shrinking = self._giving_up = False
+        self._order: PerUnit | None = None  # scores that were settled before; later marks go by them
+        self._period_start: Snapshot | None = None
+        self._loss: float | torch.Tensor | None = None
+        self._watch = CollapseWatch(config.collapse_threshold)
+        self.trial = self._new_trial()
 
-    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Take (new) parameter objects by name: sharding replaces them after the optimizer is made."""
-        missing = [name for name in self._axes if name not in parameters]
-        if missing:
-            raise CheckpointMismatchError(f"the model has no parameter {missing[0]!r} that the groups were built on")
-        self._parameters = {name: parameters[name] for name in self._axes}
+    def _new_trial(self) -> CricTrial | None:
+        wanted = self.config.cric and self._ranking.removes_any
+        return CricTrial(self.bound, self._ranking, self.schedule, self.config) if wanted else None
 
     # -- before and after the base optimizer's step ---------------------------------------------------------------
+
+    def report_loss(self, loss: float | torch.Tensor) -> None:
+        """Tell the loss of the step that comes, so that a collapse is noticed."""
+        self._loss = loss
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
         """Mask the pruned units' gradients and, where a scoring is near, take the step's sums (not yet counted)."""
         if self._masking:
-            self._for_pruned(lambda p, axis, pruned: None if p.grad is None else mask_(p.grad, axis, pruned, 0.0))
+            self.bound.mask_gradients_(self._pruned())
         self._pending.zero_()
-        if self.schedule.scoring_window(self.step, self.config.saliency_batches) and self._to_mark():
-            for name, axes in self._axes.items():
-                parameter = self._parameters[name]
-                accumulate_(self._pending, parameter.data, parameter.grad, axes, self._chunk)
+        sampling = self._sampling_step
+        if sampling is not None:
+            assert self.trial is not None
+            self.trial.accumulate_(self._pending, sampling.t)
+        elif self._scores_soon():
+            self.bound.accumulate_(self._pending)
             self._pending.batches = 1
 
     @torch.no_grad()
-    def before_step(self) -> None:
-        """Count the observed gradient; at the first step of a period, score the kept units and mark the lowest."""
-        self._sums.add_(self._pending)
+    def before_step(self, base: Optimizer) -> None:
+        """Count the observed gradient; sample, or at the first step of a period mark the lowest units."""
+        sampling, position = self._sampling_step, self.schedule.period_step(self.step)
+        self._watch_loss(position)
+        if sampling is not None:
+            self._sample(sampling, base)
+        else:
+            self._sums.add_(self._pending)
+            if position is not None and position.t == 0 and self._ranking.removes_any:
+                self._mark(position, base)
         self._pending.zero_()
-        position = self.schedule.period_step(self.step)
-        if position is not None and position.t == 0 and self._to_mark():
-            self._mark(position)
-            self._sums.zero_()
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Shrink the redundant units, or set them to exactly zero at a period's end; keep pruned ones there."""
-        position = self.schedule.period_step(self.step)
-        if position is not None and self._to_mark():
+    def after_step(self, base: Optimizer) -> None:
+        """Shrink the units on their way to zero, keep pruned ones there, or return to a snapshot."""
+        sampling, position = self._sampling_step, self.schedule.period_step(self.step)
+        if sampling is not None:
+            self._go_along(sampling)
+        elif self._giving_up:
+            self._give_up()
+        elif position is not None and self._ranking.removes_any:
             self._shrink(position)
         elif self._masking:
             self._mask_weights()
         self.step += 1
+        self._mask_state(base)
 
-    def _mark(self, position: PeriodStep) -> None:
-        check_agreement(torch.cat([scales.flatten() for scales in self.scales.values()]), position.index)
-        scores = self.scores()
-        for name, score in scores.items():
-            removed = self.groups.structures[name].num_units - self.target.kept_units[name]
-            if self._across_layers:
-                removed *= score.shape[0]
-            done = round(removed * (position.index + 1) / self.schedule.pruning_periods)
-            marked = _lowest(score, self.scales[name] == 0, done, self._across_layers)
-            broadcast_decision_(marked)
-            self.redundant[name].copy_(marked & (self.scales[name] > 0))
+    # -- CRIC -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _sampling_step(self) -> PeriodStep | None:
+        return self.schedule.sampling_step(self.step) if self.trial is not None else None
+
+    @property
+    def on_trial(self) -> Snapshot | None:
+        """While CRIC has the weights on their way to zero, the snapshot that they will return to; else None."""
+        return self.trial.snapshot if self.trial is not None else None
+
+    def _sample(self, sampling: PeriodStep, base: Optimizer) -> None:
+        """Score all units at this point of the way; at the very first, choose what goes that way."""
+        assert self.trial is not None
+        if sampling.index == sampling.t == 0:
+            check_agreement(self._all_scales())
+            self._sums.add_(self._pending)
+            self.trial.begin(self.scores(), base)
+            self._sums.zero_()
+        self.trial.record(sampling.t, self._pending)
+
+    def _go_along(self, sampling: PeriodStep) -> None:
+        assert self.trial is not None
+        self.trial.go_along(sampling)
+        if self.trial.ended:
+            self.schedule = self.schedule.after_cycles(self.trial.cric.cycles)
+            self._order = self.trial.scores()
+
+    @property
+    def wants_probe(self) -> bool:
+        """Whether CRIC, in its mode without training steps, is to look before the coming step."""
+        waiting = self.trial is not None and self.trial.probes and not self.trial.ended
+        return waiting and self.step == self.schedule.warmup_steps
+
+    def probe(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """Let CRIC look along the way to zero by gradients of the given losses, the same batches at every point."""
+        assert self.trial is not None
+        check_agreement(self._all_scales())
+        self.trial.probe(losses)
+        self._order = self.trial.scores()
+
+    # -- HESSO ----------------------------------------------------------------------------------------------------
+
+    def _mark(self, position: PeriodStep, base: Optimizer) -> None:
+        if self.trial is not None and not self.trial.ended:
+            raise HessoError(
+                f"`cric_mode` ('probe'): pruning begins with step {self.step}, and CRIC hasn't looked yet; call "
+                "`optimizer.probe(losses)` before it"
+            )
+        check_agreement(self._all_scales(), position.index)
+        order = self.scores() if self._order is None else self._order
+        pruned = {name: scales == 0 for name, scales in self.scales.items()}
+        marked = agreed(self._ranking.lowest(order, self.schedule.periods[position.index].share, pruned))
+        for name, units in marked.items():
+            self.redundant[name].copy_(units & ~pruned[name])
+        if self.config.on_collapse == "pause":
+            self._order = order
+            self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")
         self._shrinking = True
+        self._sums.zero_()
 
-    def scores(self) -> dict[str, torch.Tensor]:
+    def scores(self) -> PerUnit:
         """Return the saliency of every unit from the gradients counted so far: shape (L, U) per structure."""
-        kept = {name: scales > 0 for name, scales in self.scales.items()}
-        return saliency_scores(self._sums, self.config.saliency_weights, self._elements, self._across_layers, kept)
+        return self._ranking.scores(self._sums, {name: scales > 0 for name, scales in self.scales.items()})
 
     def _shrink(self, position: PeriodStep) -> None:
-        last = position.t == position.length - 1
         scale = (position.length - position.t - 1) / position.length
         factors = {}
         for name, redundant in self.redundant.items():
             # pruned units are kept at zero by the same multiply
             factors[name] = torch.where(redundant, position.factor, (self.scales[name] > 0).float())
             self.scales[name].masked_fill_(redundant, scale)
-        if last:
-            for redundant in self.redundant.values():
-                redundant.zero_()
-            self._masking, self._shrinking = True, False
-            self._mask_weights()
-        else:
-            for name, axes in self._axes.items():
-                for structure, layer, axis in axes:
-                    shrink_(self._parameters[name].data, axis, factors[structure][layer])
+        if not position.last:
+            self.bound.multiply_(factors)
+            return
+        self._masking = True
+        self._end_period()
+        self._mask_weights()
 
-    def mask_optimizer_state(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
-        """Zero the pruned units' entries in optimizer state of the parameter's own shape and a floating dtype.
+    def _end_period(self) -> None:
+        for redundant in self.redundant.values():
+            redundant.zero_()
+        self._shrinking, self._period_start = False, None
+        if self.trial is None:
+            self._order = None  # the next period scores anew
+
+    # -- collapse -------------------------------------------------------------------------------------------------
+
+    def _watch_loss(self, position: PeriodStep | None) -> None:
+        """Compare the loss with its level before pruning; warn of a collapse, and give the period up if asked to."""
+        loss, self._loss = self._loss, None
+        if loss is None:
+            return
+        if self.schedule.phase(self.step) == "warmup" or (position and position.index == position.t == 0):
+            self._watch.note_level(float(loss))
+        if position is None:
+            return
+        if position.t == 0:
+            self._watch.begin_period()
+            return
+        pausing = self.config.on_collapse == "pause"
+        self._watch.note(mean_over_ranks(loss, self.bound.device) if pausing else float(loss))
+        if self._shrinking and self._watch.is_new_collapse():
+            self._giving_up = pausing and self._can_mark_fewer()
+            then = "training goes on"
+            if pausing:
+                then = "the period starts anew and marks fewer" if self._giving_up else "fewer can't be marked any more"
+            self._watch.warn(self.step, self.bound, self.redundant, then)
+
+    def _can_mark_fewer(self) -> bool:
+        """Tell whether there are steps left to start the period anew, and fewer units that could be marked."""
+        later = self.schedule.after_pause(self.step)
+        if later is None:
+            return False
+        assert self._order is not None
+        position = later.period_step(self.step + 1)
+        assert position is not None
+        pruned = {name: scales == 0 for name, scales in self.scales.items()}
+        marked = self._ranking.lowest(self._order, later.periods[position.index].share, pruned)
+        return any(bool((units & ~pruned[name]).any()) for name, units in marked.items())
+
+    def _give_up(self) -> None:
+        """Return to the start of the period, which starts anew as two that mark fewer units each."""
+        later = self.schedule.after_pause(self.step)
+        assert later is not None
+        assert self._period_start is not None
+        self._period_start.restore()
+        for name, redundant in self.redundant.items():
+            self.scales[name].masked_fill_(redundant, 1.0)
+        self.schedule, order = later, self._order
+        self._end_period()
+        self._order, self._giving_up = order, False  # the same order, fewer of its units
+        self._sums.zero_()
+
+    # -- weights and optimizer state ------------------------------------------------------------------------------
+
+    def _mask_state(self, base: Optimizer) -> None:
+        """Zero the pruned units' optimizer state.
 
         Matrices only when a period ends: with zero weights and masked gradients their entries stay zero. A norm's
         vector, stored as -1 for zero or kept above zero by the optimizer's epsilon, is masked after every step.
         """
-        if not self._masking:
-            return
-
-        def mask(parameter: nn.Parameter, axis: Axis, pruned: torch.Tensor) -> None:
-            for value in state.get(parameter, {}).values():
-                if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    mask_(value, axis, pruned, 0.0)
-
-        self._for_pruned(mask, vectors_only=not self.period_ended)
+        if self._masking:
+            self.bound.mask_state_(base.state, self._pruned(), vectors_only=not self.period_ended)
 
     @torch.no_grad()
     def reapply(self) -> None:
@@ -160,29 +267,24 @@ class PruningProcess:
         self._mask_weights()
 
     def _mask_weights(self) -> None:
-        self._for_pruned(lambda parameter, axis, pruned: mask_(parameter.data, axis, pruned))
+        self.bound.mask_weights_(self._pruned())
 
-    def _for_pruned(self, apply: Any, vectors_only: bool = False) -> None:
-        pruned = {name: scales == 0 for name, scales in self.scales.items() if self._removes(name)}
-        for name, axes in self._axes.items():
-            if vectors_only and self._parameters[name].dim() > 1:
-                continue
-            for structure, layer, axis in axes:
-                if structure in pruned:
-                    apply(self._parameters[name], axis, pruned[structure][layer])
+    def _pruned(self) -> PerUnit:
+        """Return the pruned units of the structures that lose any, bool (L, U)."""
+        return {name: scales == 0 for name, scales in self.scales.items() if self._ranking.removed[name]}
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
     @property
     def finished(self) -> bool:
         """Whether all units that are to go are at zero."""
-        return self.step >= self.schedule.end or not self._to_mark()
+        return self.step >= self.schedule.end or not self._ranking.removes_any
 
     @property
     def period_ended(self) -> bool:
         """Whether the step just counted was the last of a period."""
         position = self.schedule.period_step(self.step - 1) if self.step else None
-        return position is not None and position.t == position.length - 1
+        return position is not None and position.last
 
     def kept_units(self) -> KeptUnits:
         """Return the units that aren't at zero."""
@@ -205,35 +307,19 @@ class PruningProcess:
     @torch.no_grad()
     def redundant_norm(self) -> float:
         """Return the L2 norm of all redundant groups' effective weights, 0.0 where there is none."""
-        total = 0.0
-        for name, axes in self._axes.items() if self._shrinking else ():
-            total += self._marked_square_sum(self._parameters[name].data, axes)
-        return total**0.5
+        return self.bound.norm_of(self.redundant) if self._shrinking else 0.0
 
-    def _marked_square_sum(self, parameter: torch.Tensor, axes: list[tuple[str, int, Axis]]) -> float:
-        """Sum the squares of a parameter's effective weights that belong to a redundant unit, each counted once."""
-        masks = [
-            (axis.dim, axis.spread(self.redundant[structure][layer], parameter.dim(), fixed_value=False))
-            for structure, layer, axis in axes
-        ]
-        total, rows = 0.0, chunk_rows(parameter, self._chunk)
-        for start in range(0, parameter.shape[0], rows):
-            part = parameter[start : start + rows].float()
-            marked = torch.zeros_like(part, dtype=torch.bool)
-            for dim, mask in masks:
-                marked |= mask[start : start + rows] if dim == 0 else mask
-            total += float((part + axes[0][2].shift).masked_select(marked).square().sum())
-        return total
+    def cric_report(self) -> dict[str, Any] | None:
+        """Return what CRIC did as plain JSON types, None without it."""
+        return self.trial.report() if self.trial is not None else None
 
-    @property
-    def _across_layers(self) -> bool:
-        return self.config.layer_widths == "per_layer"
+    def _scores_soon(self) -> bool:
+        if self._order is not None or not self._ranking.removes_any or (self.trial is not None and self.trial.probes):
+            return False
+        return self.schedule.scoring_window(self.step, self.config.saliency_batches)
 
-    def _removes(self, name: str) -> bool:
-        return self.target.kept_units[name] < self.groups.structures[name].num_units
-
-    def _to_mark(self) -> bool:
-        return any(self._removes(name) for name in self.groups.structures)
+    def _all_scales(self) -> torch.Tensor:
+        return torch.cat([scales.flatten() for scales in self.scales.values()])
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -244,20 +330,21 @@ class PruningProcess:
             "step": self.step,
             "schedule": self.schedule.to_dict(),
             "target": self.target.to_dict(),
-            "ranking": self._ranking(),
+            "choices": self._choices(),
             "scales": dict(self.scales),
             "redundant": dict(self.redundant),
             "sums": {name: dict(terms) for name, terms in self._sums.sums.items()},
             "batches": self._sums.batches,
+            "order": None if self._order is None else dict(self._order),
+            "watch": self._watch.state_dict(),
+            "trial": self.trial.state_dict() if self.trial else None,
+            "period_start": self._period_start.state_dict() if self._period_start else None,
         }
 
-    def _ranking(self) -> dict[str, Any]:
+    def _choices(self) -> dict[str, Any]:
         """What the saved sums and scales depend on."""
-        return {
-            "saliency": self.config.saliency_weights,
-            "saliency_batches": self.config.saliency_batches,
-            "layer_widths": self.config.layer_widths,
-        }
+        names = ("saliency_batches", "layer_widths", "cric", "cric_mode", "on_collapse")
+        return {"saliency": self.config.saliency_weights} | {name: getattr(self.config, name) for name in names}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compare a saved state with this run, changing nothing.
@@ -270,13 +357,16 @@ class PruningProcess:
                 f"pruning state of format {state.get('format')!r}; this version reads {FORMAT}"
             )
         _check_same("target", state["target"], self.target.to_dict())
-        _check_same("config", state["ranking"], self._ranking())
+        _check_same("config", state["choices"], self._choices())
         for name, scales in self.scales.items():
             if name not in state["scales"] or state["scales"][name].shape != scales.shape:
                 raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], base: Optimizer) -> None:
         """Continue from a saved state.
+
+        Args:
+            base: the optimizer that a snapshot in it belongs to.
 
         Raises:
             CheckpointMismatchError: as `check_state_dict` does; nothing is changed then.
@@ -293,18 +383,16 @@ class PruningProcess:
         self.step = int(state["step"])
         self._masking = any(bool((scales == 0).any()) for scales in self.scales.values())
         self._shrinking = any(bool(redundant.any()) for redundant in self.redundant.values())
-
-
-def _lowest(scores: torch.Tensor, pruned: torch.Tensor, count: int, across_layers: bool) -> torch.Tensor:
-    """Mark the `count` lowest units of each layer, or of all layers together, those already pruned first."""
-    ranked = scores.masked_fill(pruned, -torch.inf)
-    if across_layers:
-        best = ranked.argmax(dim=1, keepdim=True)  # no layer may lose its last unit
-        ranked = ranked.scatter(1, best, torch.inf).reshape(1, -1)
-    order = ranked.argsort(dim=1, stable=True)
-    marked = torch.zeros_like(ranked, dtype=torch.bool)
-    marked.scatter_(1, order[:, :count], True)
-    return marked.view_as(scores)
+        order, device = state["order"], self.bound.device
+        self._order = None if order is None else {name: score.to(device) for name, score in order.items()}
+        self._watch.load_state_dict(state["watch"])
+        self.trial = self._new_trial()  # the samples of a cycle are the schedule's
+        if self.trial is not None:
+            self.trial.load_state_dict(state["trial"], base)
+        self._period_start = None
+        if state["period_start"] is not None:
+            self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")
+            self._period_start.load_state_dict(state["period_start"])
 
 
 def _check_same(what: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -10,10 +10,9 @@ from transformers.utils import logging
 
 from .optimizer import HessoOptimizer
 from .process import PruningProcess
+from .schedule import PHASES
 
 logger = logging.get_logger(__name__)
-
-PHASES = ("warmup", "pruning", "recovery")
 
 
 def phase_text(process: PruningProcess) -> str:
@@ -21,15 +20,18 @@ def phase_text(process: PruningProcess) -> str:
     schedule, step = process.schedule, process.step
     phase = schedule.phase(step)
     if phase == "warmup":
-        return f"warm-up, pruning starts at step {schedule.warmup_steps}"
+        return f"warm-up until step {schedule.warmup_steps}"
+    sampling = schedule.sampling_step(step)
+    if sampling is not None:
+        return f"CRIC cycle {sampling.index + 1} of at most {schedule.cycles}"
     position = schedule.period_step(step)
     if position is not None:
-        return f"pruning period {position.index + 1}/{schedule.pruning_periods}, ends at step {schedule.end}"
+        return f"pruning period {position.index + 1}/{len(schedule.periods)}, ends at step {schedule.end}"
     return f"recovery, pruned since step {schedule.end}"
 
 
 def metrics(optimizer: HessoOptimizer, parameters: Any) -> dict[str, float]:
-    """Return what is logged: phase (0 warm-up, 1 pruning, 2 recovery), units, ratios, norm, seconds."""
+    """Return what is logged: phase (0 warm-up, 1 sampling, 2 pruning, 3 recovery), units, ratios, norm, seconds."""
     process = optimizer.process
     found = {"hesso/phase": float(PHASES.index(process.schedule.phase(process.step)))}
     kept = {}

@@ -6,8 +6,9 @@ Legend: L layers, U units a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -61,6 +62,18 @@ class UnitSums:
         self.batches = 0
 
 
+class Displacements(Protocol):
+    """What a unit's removal moves its weights by, where that isn't the weights as they stand."""
+
+    def of_rows(self, weights: torch.Tensor, start: int, axis_index: int) -> torch.Tensor:
+        """Return the displacement of rows `start` and on for the units of one of the parameter's axes.
+
+        Args:
+            weights: these rows as they stand.
+            axis_index: position in the parameter's list of axes.
+        """
+
+
 @torch.no_grad()
 def accumulate_(
     sums: UnitSums,
@@ -68,6 +81,7 @@ def accumulate_(
     gradient: torch.Tensor | None,
     axes: list[tuple[str, int, Axis]],
     chunk: int | None = None,
+    displacements: Displacements | None = None,
 ) -> None:
     """Add one parameter's contribution to its units' sums.
 
@@ -76,6 +90,7 @@ def accumulate_(
         gradient: its gradient; None (a frozen weight) contributes to x^2 only.
         axes: (structure, layer index, axis) of every axis of the parameter.
         chunk: elements that are worked on at a time.
+        displacements: what stands for x; by default the weights.
     """
     terms = next(iter(sums.sums.values())).keys()
     rows = chunk_rows(parameter, chunk or _CHUNK)
@@ -84,12 +99,24 @@ def accumulate_(
         if axes[0][2].shift:
             weights = weights + axes[0][2].shift
         slope = None if gradient is None else gradient[start : start + rows].float()
-        for term in terms:
-            values = _elementwise(term, weights, slope)
-            if values is None:
-                continue
-            for structure, layer, axis in axes:
-                _collect_(sums.sums[structure][term][layer], values, axis, start, parameter.shape[axis.dim])
+        for members, displaced in _by_displacement(weights, start, axes, displacements):
+            for term in terms:
+                values = _elementwise(term, displaced, slope)
+                if values is None:
+                    continue
+                for structure, layer, axis in members:
+                    _collect_(sums.sums[structure][term][layer], values, axis, start, parameter.shape[axis.dim])
+
+
+def _by_displacement(
+    weights: torch.Tensor, start: int, axes: list[tuple[str, int, Axis]], displacements: Displacements | None
+) -> Iterator[tuple[list[tuple[str, int, Axis]], torch.Tensor]]:
+    """Yield the axes that share one displacement: all of them, or each its own."""
+    if displacements is None:
+        yield axes, weights
+        return
+    for index, member in enumerate(axes):
+        yield [member], displacements.of_rows(weights, start, index)
 
 
 def chunk_size(elements: int) -> int:
@@ -128,22 +155,42 @@ def saliency_scores(
     across_layers: bool,
     competing: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Combine the criteria to one score per unit; the lowest are redundant.
+    """Combine the criteria to one score per unit, (L, U) per structure; the lowest are redundant.
 
     Args:
         weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
         elements: number of elements n of one unit, per structure.
         across_layers: whether units compete across layers or within each.
         competing: per structure the units (L, U) that still compete, bool; all by default.
-
-    Returns:
-        Per structure a tensor of shape (L, U).
     """
+    return combine_criteria(criteria_of(sums, weights, elements), weights, across_layers, competing)
+
+
+def criteria_of(
+    sums: UnitSums, names: Iterable[str], elements: Mapping[str, int], signed: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return each criterion's values, shape (C, L, U) per structure, C criteria in the order of `names`.
+
+    Args:
+        signed: whether the first-order term keeps its sign, as it does along a path to zero.
+    """
+    return {
+        structure: torch.stack([criterion(name, terms, sums.batches, elements[structure], signed) for name in names])
+        for structure, terms in sums.sums.items()
+    }
+
+
+def combine_criteria(
+    values: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    across_layers: bool,
+    competing: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Divide each criterion's values (C, L, U) by their norm over the units that compete, and add them weighted."""
     scores = {}
-    for structure, terms in sums.sums.items():
-        total = torch.zeros_like(next(iter(terms.values())))
-        for name, weight in weights.items():
-            score = criterion(name, terms, sums.batches, elements[structure])
+    for structure, stacked in values.items():
+        total = torch.zeros_like(stacked[0])
+        for score, weight in zip(stacked, weights.values(), strict=True):
             rivals = score if competing is None else score.masked_fill(~competing[structure], 0.0)
             norm = rivals.norm() if across_layers else rivals.norm(dim=1, keepdim=True)
             total += weight * score / norm.clamp_min(torch.finfo(score.dtype).tiny)
@@ -151,7 +198,9 @@ def saliency_scores(
     return scores
 
 
-def criterion(name: str, terms: Mapping[str, torch.Tensor], batches: int, elements: int) -> torch.Tensor:
+def criterion(
+    name: str, terms: Mapping[str, torch.Tensor], batches: int, elements: int, signed: bool = False
+) -> torch.Tensor:
     """Apply one criterion's formula to sums over `batches` batches, elementwise over units."""
     batches = max(1, batches)
     if name == "magnitude":
@@ -159,10 +208,28 @@ def criterion(name: str, terms: Mapping[str, torch.Tensor], batches: int, elemen
     if name == "avg_magnitude":
         return (terms["x2"] / batches / elements).sqrt()
     if name == "taylor_first_order":
-        return (terms["xg"] / batches).abs()
+        slope = terms["xg"] / batches
+        return -slope if signed else slope.abs()  # -x*g is the rise of the loss when x goes
     if name == "taylor_second_order":
         return 0.5 * terms["xg2"] / batches
     assert name == "cosine_similarity"
     # a gradient along x means that shrinking x lowers the loss: such a unit is redundant
     norms = (terms["x2"] * terms["g2"]).sqrt()
     return 1.0 - terms["xg"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def lowest_units(scores: torch.Tensor, pruned: torch.Tensor | None, count: int, across_layers: bool) -> torch.Tensor:
+    """Mark the `count` lowest units of each layer, or of all layers together, those already pruned first.
+
+    Args:
+        scores: shape (L, U).
+        pruned: shape (L, U), bool; None where no unit is pruned yet.
+    """
+    ranked = scores if pruned is None else scores.masked_fill(pruned, -torch.inf)
+    if across_layers:
+        best = ranked.argmax(dim=1, keepdim=True)  # no layer may lose its last unit
+        ranked = ranked.scatter(1, best, torch.inf).reshape(1, -1)
+    order = ranked.argsort(dim=1, stable=True)
+    marked = torch.zeros_like(ranked, dtype=torch.bool)
+    marked.scatter_(1, order[:, :count], True)
+    return marked.view_as(scores)

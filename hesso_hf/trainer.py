@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import CommitInfo, HfApi, ModelCard
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -20,8 +20,10 @@ from .calibration import LossCurves, measure_curves
 from .card import CARD_NAME, REPORT_NAME, PruningReport
 from .checkpoint import check_config, check_resumable, last_checkpoint, read_state, write_state
 from .config import HessoConfig
+from .cric import PROBE_BATCHES
 from .errors import HessoError, TrainingDivergedError
 from .export import export_pruned
+from .hub import HubMixin
 from .optimizer import HessoOptimizer
 from .per_layer import MODULE_NAME
 from .plan import PruningPlan
@@ -31,16 +33,8 @@ from .schedule import Schedule, resolve_schedule
 
 logger = logging.get_logger(__name__)
 
-_NOT_PUBLISHED = ["_*", "*/*", "training_args.bin", "optimizer.*", "scheduler.pt", ".*"]
 
-
-if TYPE_CHECKING:
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
-
-
-class HessoMixin(_TrainerBase):
+class HessoMixin(HubMixin):
     """Adds pruning to a `Trainer` class: `class X(HessoMixin, SomeTrainer)`.
 
     Args:
@@ -50,7 +44,6 @@ class HessoMixin(_TrainerBase):
         HessoError: before any work, where the model or the budget doesn't allow what is asked for.
     """
 
-    hesso_optimizer: HessoOptimizer | None
     hesso_plan: PruningPlan
 
     def __init__(self, *args: Any, hesso_config: HessoConfig | None = None, **kwargs: Any) -> None:
@@ -61,6 +54,7 @@ class HessoMixin(_TrainerBase):
         self.hesso_optimizer = None
         self._resume_from: str | None = None
         self._saving_checkpoint = False
+        self._step_loss: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
         self._refuse_engines()
         self.hesso_plan = PruningPlan.prepare(self._bare_model(), hesso_config)
@@ -103,6 +97,14 @@ class HessoMixin(_TrainerBase):
         self.optimizer = self.hesso_optimizer
         return self.optimizer
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on one micro-batch as the trainer does, and keep its loss for the early warning."""
+        if self._process.wants_probe:
+            self._probe()
+        loss = super().training_step(*args, **kwargs)
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        return loss
+
     def _clip_grad_norm(self, model: Any) -> Any:
         plain = super()._clip_grad_norm
         return self._observed_norm(model, self.args.max_grad_norm, lambda: plain(model))
@@ -124,6 +126,9 @@ class HessoMixin(_TrainerBase):
             self.hesso_optimizer.observe_gradients()
             norm = clip()
         self.hesso_optimizer.report_gradient_norm(norm)
+        if self._step_loss is not None:
+            self.hesso_optimizer.report_loss(self._step_loss)
+            self._step_loss = None
         return norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -177,19 +182,44 @@ class HessoMixin(_TrainerBase):
         return loss[0] if isinstance(loss, tuple) else loss
 
     def _calibration_batches(self) -> list[Any]:
-        """Take examples spread over the training data, one a batch, so that batch size and processes don't matter."""
-        dataset: Any = self.train_dataset
-        count = self.hesso_config.calibration_examples
-        if dataset is None:
+        """Take examples one a batch, so that batch size and processes don't matter."""
+        if self.train_dataset is None:
             logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
             return []
+        return self._spread_batches(self.hesso_config.calibration_examples, 1)
+
+    def _spread_batches(self, count: int, size: int) -> list[Any]:
+        """Take `count` batches of examples spread over the training data; a stream's first ones."""
+        dataset: Any = self.train_dataset
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
-            step = max(1, len(dataset) // count)
-            examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
+            step = max(1, len(dataset) // (count * size))
+            examples = [dataset[index] for index in range(0, len(dataset), step)][: count * size]
         else:
-            examples = list(itertools.islice(iter(dataset), count))
-        return [collate([example]) for example in examples]
+            examples = list(itertools.islice(iter(dataset), count * size))
+        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+    def _probe(self) -> None:
+        """Let CRIC look along the way to zero, by gradients of a few batches that are the same on all processes."""
+        if self.train_dataset is None:
+            raise HessoError(
+                "`cric_mode` ('probe') takes batches from `train_dataset`; got None. Give one, or use 'path'"
+            )
+        assert self.hesso_optimizer is not None
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0  # scores don't depend on it
+        with torch.random.fork_rng(devices=devices):
+            size = self.args.per_device_train_batch_size
+            batches = [self._prepare_inputs(batch) for batch in self._spread_batches(PROBE_BATCHES, size)]
+
+            def loss_of(batch: Any) -> Callable[[], torch.Tensor]:
+                def loss() -> torch.Tensor:
+                    torch.manual_seed(self.args.seed)  # the same dropout at every point
+                    return self._batch_loss(self._bare_model(), batch) * scale
+
+                return loss
+
+            self.hesso_optimizer.probe([loss_of(batch) for batch in batches])
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -208,11 +238,26 @@ class HessoMixin(_TrainerBase):
             logger.warning(f"pruning {done}: the dense model is saved in {target}, not a smaller one")
             if self.args.should_save:
                 _remove_export(target)
-            return super().save_model(output_dir, _internal_call=_internal_call)
+            with self._before_trial():
+                return super().save_model(output_dir, _internal_call=_internal_call)
         self._export(process, target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
+
+    @contextlib.contextmanager
+    def _before_trial(self) -> Iterator[None]:
+        """Where CRIC has the weights on their way to zero, put those that they will return to in their place."""
+        snapshot = self.hesso_optimizer.process.on_trial if self.hesso_optimizer else None
+        if snapshot is None:
+            yield
+            return
+        logger.warning("CRIC has the weights on trial: those from before it are saved")
+        snapshot.swap_weights()
+        try:
+            yield
+        finally:
+            snapshot.swap_weights()
 
     def _export(self, process: PruningProcess, target: Path) -> None:
         """Write the smaller model from one process; an error of that one is raised on all."""
@@ -259,7 +304,7 @@ class HessoMixin(_TrainerBase):
             "saliency": self.hesso_config.saliency_weights,
             "calibration": curves.to_dict() if curves else None,
             "steps": process.step,
-            "cric": None,
+            "cric": process.cric_report(),
         }
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -272,88 +317,10 @@ class HessoMixin(_TrainerBase):
         super()._load_best_model()
         self._process.reapply()
 
-    # -- Hub ------------------------------------------------------------------------------------------------------
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo | Any:
-        """Save the smaller model in `output_dir` and upload it with its card; a dense one is never pushed."""
-        if self.hesso_optimizer is None or not self.hesso_optimizer.process.finished:
-            logger.warning("nothing is pushed to the Hub: pruning hasn't finished, the model is still dense")
-            return None
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**kwargs)
-        self._finish_current_push()
-        return self._upload(commit_message, token, revision or self.args.hub_revision, blocking)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Keep the pruned model's own card and add what is given (`tags`, `language`, `license`, ...)."""
-        path = Path(self._output_dir) / CARD_NAME
-        if not (Path(self._output_dir) / REPORT_NAME).exists():
-            super().create_model_card(*args, **kwargs)
-            return
-        if not self.is_world_process_zero():
-            return
-        card = ModelCard.load(path)
-        for name, value in kwargs.items():
-            if name == "tags":
-                given = [value] if isinstance(value, str) else list(value)
-                card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *given]))
-            elif value is not None and name != "model_name":
-                setattr(card.data, name, value)
-        card.save(path)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push the smaller model with a checkpoint, once there is one; a dense model is never pushed in its place."""
-        if not self._process.finished:
-            logger.warning("nothing is pushed to the Hub yet: the model is still dense")
-            return
-        if self.args.hub_strategy == "end":
-            return
-        self._saving_checkpoint = False
-        self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
-        if self.is_world_process_zero():
-            message = f"Training in progress, step {self.state.global_step}"
-            self._upload(message, self.args.hub_token, self.args.hub_revision, True)
-
-    def _upload(self, message: str | None, token: str | None, revision: str | None, blocking: bool) -> Any:
-        return HfApi().upload_folder(  # type: ignore[call-overload]
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=message,
-            token=token,
-            run_as_future=not blocking,
-            ignore_patterns=_NOT_PUBLISHED,
-            delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # shards of an earlier push
-            revision=revision,
-        )
-
     # -- checks ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _process(self) -> PruningProcess:
-        assert self.hesso_optimizer is not None, "create_optimizer makes it"
-        return self.hesso_optimizer.process
 
     def _bare_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    @property
-    def _output_dir(self) -> str:
-        assert self.args.output_dir is not None  # TrainingArguments fills it in
-        return self.args.output_dir
 
     def _tokenizer(self) -> Any:
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)

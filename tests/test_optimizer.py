@@ -181,7 +181,7 @@ def test_pruned_units_do_not_weigh_in_the_normalisation_of_the_others() -> None:
     assert (optimizer.process.scales["mlp_channels"] == 0).sum(1).tolist() == [20, 20]
     backward(model, batches[2])
     scores: dict[str, torch.Tensor] = {}
-    optimizer.process._mark = lambda position: scores.update(optimizer.process.scores())  # type: ignore[method-assign]
+    optimizer.process._mark = lambda position, base: scores.update(optimizer.process.scores())  # type: ignore[method-assign]
     optimizer.step()
 
     reference = ReferenceHesso(model, still(model), decoder_units(model), {"mlp_channels": 40}, 1, 2, 2, saliency, 1)
@@ -434,10 +434,10 @@ def test_ranking_across_layers_leaves_every_layer_a_unit_and_counts_the_pruned_o
     schedule = Schedule(warmup_steps=1, pruning_steps=4, pruning_periods=2, total_steps=6)
     process = process_for(tiny_llama(), {"attention_heads": 2}, schedule, layer_widths="per_layer")
     process.scales["attention_heads"][0, 0] = 0.0  # one of the two that go, pruned in the first period
-    process.step = schedule.period_starts()[1]
+    process.step = schedule.scoring_steps()[1]
     scores = {"attention_heads": torch.tensor([[1.0, 0.5, 0.6], [0.9, 0.8, 0.7]])}
     monkeypatch.setattr(process, "scores", lambda: scores)
-    process.before_step()
+    process.before_step(None)
     assert marked(process)[0] == {("attention_heads", 0, 1)}
 
 

@@ -163,7 +163,7 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
         backward(model, batch)
         process.step = 4  # inside the first scoring's window
         process.observe_gradients()
-        process.before_step()
+        process.before_step(None)
         for name, layers in units.items():
             for layer, row in enumerate(layers):
                 for j, unit in enumerate(row):

@@ -24,7 +24,7 @@ def test_phases() -> None:
 
 def test_the_last_period_takes_the_remainder() -> None:
     schedule = Schedule(warmup_steps=2, pruning_steps=11, pruning_periods=3, total_steps=20)
-    assert schedule.period_starts() == [2, 5, 8]
+    assert schedule.scoring_steps() == [2, 5, 8]
     steps = [schedule.period_step(step) for step in range(20)]
     assert [step for step in steps[:2] + steps[13:] if step is not None] == []
     found = [(step.index, step.t, step.length) for step in steps[2:13] if step is not None]
@@ -45,7 +45,7 @@ def test_factors_multiply_up_to_what_is_left_of_the_period() -> None:
 @pytest.mark.parametrize("batches", [1, 2, 3, 4, 8, 100])
 @pytest.mark.parametrize("schedule", [Schedule(4, 11, 3, 20), Schedule(0, 6, 2, 6), Schedule(9, 2, 2, 30)])
 def test_scoring_windows_end_with_the_scoring_step_and_do_not_overlap(schedule: Schedule, batches: int) -> None:
-    starts = schedule.period_starts()
+    starts = schedule.scoring_steps()
     windows: list[list[int]] = []
     previous = -1
     for start in starts:

@@ -51,6 +51,7 @@ def test_trains_prunes_and_saves_a_smaller_stock_model(tmp_path: Path) -> None:
     assert report["sizes"]["after"]["intermediate_size"] == 28
     assert report["schedule"] == {
         "warmup_steps": 2, "pruning_steps": 5, "pruning_periods": 2, "total_steps": 12,
+        "cycle_steps": 0, "cycles": 0, "pauses": [],
     }  # fmt: skip
     assert report["saliency"] == {"taylor_second_order": 1.0}
     assert report["verification"]["fold_error"] <= 1e-5
@@ -75,7 +76,7 @@ def test_ratio_is_the_share_of_the_parameters(tmp_path: Path) -> None:
 def test_logs_phase_units_ratios_and_norm(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.train()
-    assert logged(run, "hesso/phase") == [0.0] + [1.0] * 5 + [2.0] * 6  # the phase of the step that comes next
+    assert logged(run, "hesso/phase") == [0.0] + [2.0] * 5 + [3.0] * 6  # the phase of the step that comes next
     assert logged(run, "hesso/pruned_mlp_channels") == [0.0] * 3 + [16.0] * 3 + [32.0] * 6
     assert logged(run, "hesso/pruned_attention_heads") == [0.0] * 6 + [2.0] * 6  # round(1 * 1/2) = 0 in period one
     ratios = logged(run, "hesso/pruned_ratio")

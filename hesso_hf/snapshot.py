@@ -1,0 +1,150 @@
+"""A snapshot of a training run's weights, optimizer state and random state, to return to bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+
+class Snapshot:
+    """Copies of parameters, their optimizer state and the random state of this process.
+
+    Args:
+        parameters: what is copied; the same tensors in the same order at every use.
+        optimizer: whose `state` of these parameters is copied too, or None. Its `param_groups`, and so the learning
+            rate, are left alone.
+        on_cpu: whether the copies lie in host memory, so that the device holds no second copy.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], optimizer: Optimizer | None, on_cpu: bool) -> None:
+        self._parameters = list(parameters)
+        self._optimizer, self._on_cpu = optimizer, on_cpu
+        self._position = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        self._weights = [self._copy(parameter.data) for parameter in self._parameters]
+        state = optimizer.state if optimizer else {}
+        self._state = [self._copy(state.get(parameter)) for parameter in self._parameters]
+        self._random = _random_state(self._device)
+
+    def weights_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        """Return the copy of a parameter's values, where it lies."""
+        return self._weights[self._position[id(parameter)]]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put weights, optimizer state and random state back."""
+        self.restore_weights()
+        for parameter, saved in zip(self._parameters, self._state, strict=True):
+            if self._optimizer is None:
+                break
+            if saved is None:
+                self._optimizer.state.pop(parameter, None)
+            else:
+                present = self._optimizer.state.get(parameter)
+                self._optimizer.state[parameter] = _put_back(saved, present, parameter.device)
+        _set_random_state(self._random, self._device)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Put the weights back and nothing else."""
+        for parameter, saved in zip(self._parameters, self._weights, strict=True):
+            parameter.data.copy_(saved)
+
+    @torch.no_grad()
+    def swap_weights(self) -> None:
+        """Exchange the weights with the copies, so that a second call undoes the first."""
+        for parameter, saved in zip(self._parameters, self._weights, strict=True):
+            present = parameter.data.clone()
+            parameter.data.copy_(saved)
+            saved.copy_(present)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the copies: tensors and plain containers only."""
+        return {"weights": list(self._weights), "state": list(self._state), "random": self._random}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over copies that were saved."""
+        self._weights = [self._copy(weights) for weights in state["weights"]]
+        self._state = [self._copy(values) for values in state["state"]]
+        self._random = dict(state["random"])
+
+    def num_bytes(self) -> int:
+        """Return the size of all copies."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors([self._weights, self._state]))
+
+    @property
+    def _device(self) -> torch.device:
+        return self._parameters[0].device
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            copied = value.detach().to("cpu" if self._on_cpu else value.device, copy=True)
+            return copied.pin_memory() if self._on_cpu and value.is_cuda else copied
+        if isinstance(value, Mapping):
+            return {key: self._copy(part) for key, part in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(part) for part in value)
+        return value
+
+
+def snapshot_of(optimizer: Optimizer, scaled: Iterable[torch.Tensor], on_cpu: bool) -> Snapshot:
+    """Copy what an optimizer trains, and what else is scaled (frozen weights too), each once."""
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    known = {id(parameter) for parameter in trained}
+    return Snapshot([*trained, *(parameter for parameter in scaled if id(parameter) not in known)], optimizer, on_cpu)
+
+
+def _put_back(saved: Any, present: Any, device: torch.device) -> Any:
+    """Return `saved` as live state: in the tensors that are there where they fit, else as copies."""
+    if isinstance(saved, torch.Tensor):
+        if isinstance(present, torch.Tensor) and present.shape == saved.shape and present.dtype == saved.dtype:
+            return present.copy_(saved)
+        return saved.to(device, copy=True) if saved.dim() else saved.clone()  # step counts stay on the CPU
+    if isinstance(saved, Mapping):
+        known = present if isinstance(present, Mapping) else {}
+        return {key: _put_back(value, known.get(key), device) for key, value in saved.items()}
+    if isinstance(saved, list | tuple):
+        fits = isinstance(present, type(saved)) and len(present) == len(saved)
+        olds = present if fits else [None] * len(saved)
+        return type(saved)(_put_back(value, old, device) for value, old in zip(saved, olds, strict=True))
+    return saved
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of Python's, NumPy's and torch's generators as tensors and plain containers."""
+    version, keys, gauss = random.getstate()
+    kind, words, *rest = np.random.get_state(legacy=True)  # a tuple, which is plain data
+    assert isinstance(words, np.ndarray)
+    found = {
+        "python": [version, list(keys), gauss],
+        "numpy": [kind, torch.from_numpy(words.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, words, *rest = state["numpy"]
+    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,0 +1,163 @@
+"""CRIC on a model: the violating units go the way to zero on trial, and the run returns to where it was.
+
+Legend: L layers, U units a layer, S samples in a cycle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .bound import BoundGroups
+from .config import HessoConfig
+from .cric import PROBE_CYCLES, PROBE_SAMPLES, Cric, PathDisplacements
+from .ranking import PerUnit, Ranking, agreed
+from .saliency import UnitSums
+from .schedule import PeriodStep, Schedule
+from .snapshot import Snapshot, snapshot_of
+
+
+class CricTrial:
+    """CRIC's cycles around the steps of a base optimizer, or by gradients alone (algorithm 2 of arXiv 2409.09085).
+
+    Args:
+        bound: the groups on the model's parameters.
+        ranking: scores and quotas.
+        schedule: with the steps of a cycle and the most cycles.
+        config: mode, tolerance, and where the snapshot lies.
+    """
+
+    def __init__(self, bound: BoundGroups, ranking: Ranking, schedule: Schedule, config: HessoConfig) -> None:
+        self._bound, self._ranking, self._config = bound, ranking, config
+        self.probes = config.cric_mode == "probe"
+        samples = (config.cric_sampling_steps or PROBE_SAMPLES) if self.probes else schedule.cycle_steps
+        cycles = (config.cric_max_cycles or PROBE_CYCLES) if self.probes else schedule.cycles
+        removed, criteria = ranking.removed_in_all, len(ranking.criteria)
+        self.cric = Cric(bound.shapes(), removed, criteria, samples, cycles, config.cric_tolerance, bound.device)
+        self.snapshot: Snapshot | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the decision has been taken."""
+        return self.cric.ended
+
+    def begin(self, scores: PerUnit, base: Optimizer) -> None:
+        """Take the snapshot, and choose the first violating set: the lowest units by the scores at this point."""
+        self.snapshot = snapshot_of(base, self._bound.parameters.values(), self._config.cric_snapshot == "cpu")
+        lowest = agreed(self._ranking.lowest(scores))
+        self.cric.begin_cycle(lowest, lowest)
+
+    def accumulate_(self, sums: UnitSums, t: int) -> None:
+        """Add the gradient at sample t of a cycle to the sums, for displacements by the whole way to zero."""
+        self._bound.accumulate_(sums, self._displacements(self._scale(t)) if t else None)
+        sums.batches += 1
+
+    def record(self, t: int, sums: UnitSums) -> None:
+        """Score all units by what was accumulated at sample t, and note which look redundant from there."""
+        values = self._ranking.values(sums, signed=True)
+        self.cric.record(t, values, self._ranking.lowest(self._ranking.combine(values)))
+
+    def go_along(self, position: PeriodStep) -> None:
+        """Take the violating units a step towards zero; at the end of the cycle return to the snapshot."""
+        assert self.snapshot is not None
+        if not position.last:
+            self._bound.multiply_(self._factors(position.factor))
+            return
+        self.snapshot.restore()
+        self._next_cycle()
+
+    def scores(self) -> PerUnit:
+        """Return the final scores, shape (L, U) per structure."""
+        return self._ranking.combine(self.cric.means())
+
+    def probe(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """Make all cycles at once, by gradients at points on the way to zero instead of training steps.
+
+        Weights are as before afterwards, bit for bit; `.grad` of the groups' parameters is cleared.
+
+        Args:
+            losses: each computes the loss of one batch; the same batches serve at every point.
+        """
+        sums = self._ranking.empty_sums(self._bound.device)
+        self.snapshot = Snapshot(self._bound.parameters.values(), None, self._config.cric_snapshot == "cpu")
+        try:
+            while not self.ended:
+                for t in range(self.cric.samples):
+                    self._probe_point(t, losses, sums)
+                self.snapshot.restore_weights()
+                self._next_cycle()
+        finally:
+            if self.snapshot is not None:
+                self.snapshot.restore_weights()
+                self.snapshot = None
+
+    def _probe_point(self, t: int, losses: Sequence[Callable[[], torch.Tensor]], sums: UnitSums) -> None:
+        assert self.snapshot is not None
+        if t:
+            self.snapshot.restore_weights()
+            self._bound.multiply_(self._factors(self._scale(t)))
+        sums.zero_()
+        for loss in losses:
+            with torch.enable_grad():
+                loss().backward()
+            self.accumulate_(sums, t)
+            for parameter in self._bound.parameters.values():
+                parameter.grad = None
+        if not self.cric.cycles:
+            lowest = agreed(self._ranking.lowest(self._ranking.scores(sums)))
+            self.cric.begin_cycle(lowest, lowest)
+        self.record(t, sums)
+
+    def _next_cycle(self) -> None:
+        """Begin the next cycle with the newcomers, or decide."""
+        agreed(self.cric.entering)
+        if not self.cric.end_cycle():
+            scores, entering = self.scores(), self.cric.entering
+            others = {name: score.masked_fill(~entering[name], torch.inf) for name, score in scores.items()}
+            lowest = agreed(self._ranking.lowest(others))
+            violating = {name: units & entering[name] for name, units in lowest.items()}
+            self.cric.begin_cycle(violating, agreed(self._ranking.lowest(scores, pruned=violating)))
+            return
+        self.cric.decide(agreed(self._ranking.lowest(self.scores())))
+        self.snapshot = None
+
+    def _scale(self, t: int) -> float:
+        """What is left of the violating units at sample t."""
+        return (self.cric.samples - t) / self.cric.samples
+
+    def _factors(self, factor: float) -> PerUnit:
+        return {name: torch.where(units, factor, 1.0) for name, units in self.cric.shrinking.items()}
+
+    def _displacements(self, scale: float) -> Callable[[str, Any], PathDisplacements]:
+        assert self.snapshot is not None
+        shrinking, snapshot = self.cric.shrinking, self.snapshot
+
+        def displacements(name: str, axes: Any) -> PathDisplacements:
+            return PathDisplacements(snapshot.weights_of(self._bound.parameters[name]), axes, shrinking, scale)
+
+        return displacements
+
+    # -- report and state -----------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Return what CRIC did, as plain JSON types."""
+        layers = {name: group.layers for name, group in self._bound.groups.structures.items()}
+        return {"mode": self._config.cric_mode, **self.cric.report(layers, self._ranking.criteria)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides the future: tensors and plain containers only."""
+        return {
+            "cric": self.cric.state_dict(),
+            "snapshot": self.snapshot.state_dict() if self.snapshot else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], base: Optimizer) -> None:
+        """Continue from a saved state; a snapshot in it belongs to the parameters of `base`."""
+        self.cric.load_state_dict(state["cric"])
+        self.snapshot = None
+        if state["snapshot"] is not None:
+            self.snapshot = snapshot_of(base, self._bound.parameters.values(), self._config.cric_snapshot == "cpu")
+            self.snapshot.load_state_dict(state["snapshot"])
