@@ -154,12 +154,14 @@ def measure(model: LlamaForCausalLM, batch: torch.Tensor, structures: list[str],
         return 0.0
 
     _run(model, batch, structures, repeats, timed, times)
+    snapshot = _run_cric(model, batch, structures, repeats, timed, times)
     _run(model, batch[:1, :16], structures, 1, tracked, Times(), tracker)  # HESSO's memory doesn't know the batch
     bytes_of_parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
         "steps": times.summary(),
         "extra_bytes_peak": tracker.peak,
         "extra_memory_share_of_parameters": tracker.peak / bytes_of_parameters,
+        "cric_snapshot_share_of_parameters_and_state": snapshot,
     }
 
 
@@ -173,27 +175,67 @@ def _run(
     tracker: Allocations | None = None,
 ) -> None:
     """Step through warm-up, `repeats` periods of three steps, and recovery; `part` runs each of HESSO's parts."""
-    config = HessoConfig(pruning_ratio=0.4, structures=structures, calibration_examples=0, saliency_batches=1)
-    plan = PruningPlan.prepare(model, config)
-    base = torch.optim.AdamW(model.parameters(), lr=1e-5)
     schedule = Schedule(repeats + 1, 3 * repeats, repeats, 10**6)
+    plan = _plan(model, structures)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-5)
     with tracker or contextlib.nullcontext():
         optimizer = HessoOptimizer(base, plan.process(schedule))
-    process = optimizer.process
     for step in range(schedule.end + repeats):
         position = schedule.period_step(step)
         kind = schedule.phase(step) if position is None else ("scoring" if position.t == 0 else "shrinking")
-        started = _now(batch.device)
-        optimizer.zero_grad()
-        model(input_ids=batch, labels=batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))  # as Trainer does in every step
-        own = part(process.observe_gradients)
-        own += part(process.before_step)
-        base.step()
-        own += part(process.after_step)
-        own += part(lambda: process.mask_optimizer_state(base.state))
+        whole, own = _step(model, batch, optimizer, part)
         if step:  # the first step makes the base optimizer's state
-            times.add(kind, _now(batch.device) - started, own)
+            times.add(kind, whole, own)
+
+
+def _run_cric(
+    model: LlamaForCausalLM,
+    batch: torch.Tensor,
+    structures: list[str],
+    repeats: int,
+    part: Callable[[Callable[[], None]], float],
+    times: Times,
+) -> float:
+    """Step through one CRIC cycle; return the size of its snapshot as a share of parameters and optimizer state."""
+    schedule = Schedule(2, 1, 1, 10**6, cycle_steps=repeats + 2, cycles=1)
+    plan = _plan(model, structures, cric=True)
+    optimizer = HessoOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5), plan.process(schedule))
+    share = 0.0
+    for step in range(schedule.sampling_end):
+        position = schedule.sampling_step(step)
+        whole, own = _step(model, batch, optimizer, part)
+        if position is not None:
+            kind = "snapshot" if position.t == 0 else ("restore" if position.last else "sampling")
+            times.add(kind, whole, own)
+        snapshot = optimizer.process.on_trial
+        if snapshot is not None:
+            held = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
+            share = snapshot.num_bytes() / sum(value.numel() * value.element_size() for value in held)
+    return share
+
+
+def _plan(model: LlamaForCausalLM, structures: list[str], cric: bool = False) -> PruningPlan:
+    options = {"structures": structures, "calibration_examples": 0, "saliency_batches": 1, "cric": cric}
+    return PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.4, **options))
+
+
+def _step(
+    model: LlamaForCausalLM,
+    batch: torch.Tensor,
+    optimizer: HessoOptimizer,
+    part: Callable[[Callable[[], None]], float],
+) -> tuple[float, float]:
+    """Make one training step; return its seconds and those of HESSO's parts."""
+    process, base = optimizer.process, optimizer.base
+    started = _now(batch.device)
+    optimizer.zero_grad()
+    model(input_ids=batch, labels=batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))  # as Trainer does in every step
+    own = part(process.observe_gradients)
+    own += part(lambda: process.before_step(base))
+    base.step()
+    own += part(lambda: process.after_step(base))
+    return _now(batch.device) - started, own
 
 
 def _now(device: torch.device) -> float:

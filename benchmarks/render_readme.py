@@ -106,7 +106,7 @@ def quickstart(result: dict[str, Any]) -> str:
 
 def overhead(result: dict[str, Any]) -> str:
     """What HESSO adds to a step, by kind of step, and to the memory."""
-    kinds = ("warmup", "scoring", "shrinking", "recovery")
+    kinds = ("warmup", "scoring", "shrinking", "recovery", "sampling")
     rows = []
     for entry in result.values():
         for structures, found in entry["results"].items():
@@ -122,7 +122,10 @@ def overhead(result: dict[str, Any]) -> str:
     tokens = sorted({entry["tokens_per_step"] for entry in result.values()})
     return "\n".join(
         [
-            _table(["model", "structures", "warm-up", "scoring step", "shrinking step", "recovery", "memory"], rows),
+            _table(
+                ["model", "structures", "warm-up", "scoring step", "shrinking step", "recovery", "CRIC step", "memory"],
+                rows,
+            ),
             "",
             f"Time that HESSO adds to a step, as a share of the step without it ({_list(tokens)} tokens a step, AdamW);"
             " and the peak of the memory it allocates, as a share of the parameters' own.",
@@ -139,6 +142,49 @@ def bundled(result: dict[str, Any]) -> str:
     )
 
 
+COLLAPSE_METHODS = {
+    "one_shot_magnitude": "one-shot, magnitude",
+    "hesso_magnitude": "HESSO, magnitude",
+    "hesso_cosine_similarity": "HESSO, cosine similarity",
+    "hesso_taylor_first_order": "HESSO, first-order Taylor",
+    "hesso_taylor_second_order": "HESSO, default (second-order Taylor)",
+    "cric": "HESSO-CRIC, path",
+    "cric_probe": "HESSO-CRIC, probe",
+}
+
+
+def collapse(result: dict[str, Any]) -> str:
+    """Held-out losses of every method from every start, one table a model."""
+    return "\n\n".join(_collapse_table(model, starts, result) for model, starts in result["medians"].items())
+
+
+def _collapse_table(model: str, starts: dict[str, Any], result: dict[str, Any]) -> str:
+    names = [name for name in ("plain", "rescaled", "stationary") if name in starts]
+    rows = []
+    for method, label in COLLAPSE_METHODS.items():
+        cells = []
+        for start in names:
+            entry = starts[start].get(method)
+            cells.append(f"{entry['median_loss']:.3f} ± {entry['spread'] / 2:.3f}" if entry else NOT_RUN)
+        rows.append([label, *cells])
+    seeds = min(entry["seeds"] for found in starts.values() for entry in found.values())
+    ratios = {round(run["parameter_ratio"], 2) for run in result["runs"] if run["model"] == model}
+    tokens = {run["start"]: run["tokens"] for run in result["runs"] if run["model"] == model}
+    trained = ", ".join(f"{start} {tokens[start]:,}" for start in names)
+    return "\n".join(
+        [
+            _table([model, *names], rows),
+            "",
+            f"Held-out nats a token after removing {_percent(ratios)} of the parameters: median and half the range of "
+            f"{_plural(seeds, 'seed')}. Training tokens: {trained}.",
+        ]
+    )
+
+
+def _percent(ratios: set[float]) -> str:
+    return " or ".join(f"{ratio:.0%}" for ratio in sorted(ratios))
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "stories": ("stories.json", "make bench", stories),
@@ -148,6 +194,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         quickstart,
     ),
     "overhead": ("overhead.json", "python benchmarks/overhead.py", overhead),
+    "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
 }
 

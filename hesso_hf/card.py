@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from .groups import KeptUnits
+from .plots import PLOT_NAME, draw_cric
 from .verify import Verification
 
 REPORT_NAME = "pruning_report.json"
@@ -62,14 +63,16 @@ class PruningReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the report and the model card."""
+        """Write the report, the model card and, where CRIC was used, a picture of what it did."""
+        cric = self.training.get("cric")
+        picture = draw_cric(cric, folder / PLOT_NAME) if cric else False
         (folder / REPORT_NAME).write_text(
             json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
-        (folder / CARD_NAME).write_text(self.card(), encoding="utf-8")
+        (folder / CARD_NAME).write_text(self.card(picture), encoding="utf-8")
 
-    def card(self) -> str:
-        """Return the model card: front matter for the Hub and a description."""
+    def card(self, picture: bool = False) -> str:
+        """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not."""
         rows = "\n".join(
             f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
         )
@@ -88,7 +91,7 @@ class PruningReport:
             rounding=self.verification.rounding_error,
             dtype=self.verification.dtype,
             report=REPORT_NAME,
-        )
+        ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
 
 
 def count_parameters(model: PreTrainedModel) -> int:

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="show a smaller model's pruning report")
     report.add_argument("model", help="folder of the smaller model")
     report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
     report.set_defaults(run=_report)
 
     quickstart = commands.add_parser("quickstart", help="prune the bundled model by half and compare, offline")
@@ -147,9 +148,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .commands import read_report
+    from .commands import plot_report, read_report
 
     report = read_report(arguments.model)
+    if arguments.plot:
+        plot_report(report, arguments.plot)
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:
@@ -184,6 +187,10 @@ def _print_report(report: dict[str, Any], folder: str, loss: float | None) -> No
         f"logits against the trained model: relative error {checked['fold_error']:.1e} in fp32, "
         f"{checked['rounding_error']:.1e} stored as {checked['dtype']}"
     )
+    cric = report.get("cric")
+    if cric:
+        corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in cric["structures"].items())
+        print(f"CRIC: {cric['cycles']} cycles, {cric['samples']} samples; corrected: {corrected}")
     if loss is not None:
         print(f"held-out loss: {loss:.4f} nats a token")
 

@@ -15,6 +15,7 @@ from .card import REPORT_NAME
 from .data import held_out_split, text_blocks
 from .errors import HessoError
 from .evaluate import held_out_loss, perplexity
+from .plots import draw_cric
 from .recipe import Recipe, RunArguments
 from .sizes import load_config, model_class_of
 from .trainer import HessoTrainer
@@ -151,3 +152,17 @@ def read_report(folder: str) -> dict[str, Any]:
     if not path.is_file():
         raise HessoError(f"{folder} has no {REPORT_NAME}: it isn't a model that was pruned and saved by hesso_hf")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plot_report(report: dict[str, Any], path: str) -> None:
+    """Draw what CRIC did, from a pruning report.
+
+    Raises:
+        HessoError: where CRIC wasn't used, for a picture of another kind, or without matplotlib.
+    """
+    if not report.get("cric"):
+        raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise HessoError(f"`--plot` ({path!r}) must end in .png, .svg or .pdf")
+    if not draw_cric(report["cric"], Path(path)):
+        raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")

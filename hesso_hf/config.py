@@ -14,7 +14,7 @@ SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylo
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
-CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 1.0}  # the path's integral, and its curvature
+CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
 BUDGET_METRICS = ("parameters", "flops", "memory", "latency")
 
 

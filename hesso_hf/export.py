@@ -17,6 +17,7 @@ from .cut import cut_model
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
 from .per_layer import layer_list, write_modelling_file
+from .plots import PLOT_NAME
 from .proof import proved_groups
 from .publish import staged_folder
 from .saliency import UnitSums, accumulate_
@@ -108,6 +109,8 @@ def _export(
         verification = Verification(fold_error, rounding_error, name, verifier.input_ids.numel())
         report = _report(model, small, groups, kept, verification, training)
         report.write(folder)
+    if not report.training.get("cric"):
+        (Path(output_dir) / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
     logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output_dir}, relative error {fold_error:.1e}")
     return report
 

@@ -43,6 +43,9 @@ def metrics(optimizer: HessoOptimizer, parameters: Any) -> dict[str, float]:
     found["hesso/target_ratio"] = process.target.parameter_ratio
     found["hesso/redundant_norm"] = process.redundant_norm()
     found["hesso/seconds"] = optimizer.seconds
+    if process.trial is not None:
+        found["hesso/cric_cycle"] = float(process.trial.cric.cycles)
+        found["hesso/cric_units_on_trial"] = float(process.trial.units_on_trial())
     return found
 
 

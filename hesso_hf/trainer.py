@@ -27,6 +27,7 @@ from .hub import HubMixin
 from .optimizer import HessoOptimizer
 from .per_layer import MODULE_NAME
 from .plan import PruningPlan
+from .plots import PLOT_NAME
 from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics
 from .schedule import Schedule, resolve_schedule
@@ -353,7 +354,7 @@ class HessoMixin(HubMixin):
 def _remove_export(folder: Path) -> None:
     """Remove the report, card and modelling file of a smaller model that a dense one replaces."""
     if (folder / REPORT_NAME).exists():
-        for name in (REPORT_NAME, CARD_NAME, f"{MODULE_NAME}.py"):
+        for name in (REPORT_NAME, CARD_NAME, PLOT_NAME, f"{MODULE_NAME}.py"):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -44,6 +44,10 @@ class CricTrial:
         """Whether the decision has been taken."""
         return self.cric.ended
 
+    def units_on_trial(self) -> int:
+        """Return how many units are on their way to zero, 0 between the trials and after them."""
+        return sum(int(units.sum()) for units in self.cric.shrinking.values()) if self.snapshot is not None else 0
+
     def begin(self, scores: PerUnit, base: Optimizer) -> None:
         """Take the snapshot, and choose the first violating set: the lowest units by the scores at this point."""
         self.snapshot = snapshot_of(base, self._bound.parameters.values(), self._config.cric_snapshot == "cpu")

@@ -65,6 +65,52 @@ def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypat
     assert overhead.main() == 0
     entry = json.loads(output.read_text())["cpu tiny"]
     for found in entry["results"].values():
-        assert set(found["steps"]) == {"warmup", "scoring", "shrinking", "recovery"}
+        kinds = {"warmup", "scoring", "shrinking", "recovery", "snapshot", "sampling", "restore"}
+        assert set(found["steps"]) == kinds
+        assert 0.99 < found["cric_snapshot_share_of_parameters_and_state"] <= 1
         assert all(kind["hesso_seconds"] > 0 for kind in found["steps"].values())
         assert 0 < found["extra_bytes_peak"] < 869_504 * 4
+
+
+def test_collapse_runs_every_start_and_method_with_equal_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import collapse
+
+    output = tmp_path / "collapse.json"
+    methods = ["one_shot_magnitude", "hesso_taylor_second_order", "cric", "cric_probe"]
+    flags = ["--models", "bundled", "--seeds", "0", "--steps", "40", "--stationary-steps", "40", "--methods", *methods]
+    monkeypatch.setattr(collapse, "BATCH", 1)
+    monkeypatch.setattr(collapse, "SMALL_SET", 1)
+    monkeypatch.setattr(collapse, "BLOCK", 16)
+    monkeypatch.setattr(collapse, "_some", lambda held_out: held_out.select(range(2)))
+    monkeypatch.setattr(
+        sys, "argv", ["collapse.py", *flags, "--stationary-training-steps", "3", "--output", str(output)]
+    )
+    assert collapse.main() == 0
+    runs = json.loads(output.read_text())["runs"]
+    assert [(run["start"], run["method"]) for run in runs] == [(s, m) for s in collapse.STARTS for m in methods]
+    for start in collapse.STARTS:
+        assert len({run["tokens"] for run in runs if run["start"] == start}) == 1
+        assert len({json.dumps(run["sizes"]) for run in runs if run["start"] == start}) == 1
+    assert all((run["cric"] is None) != run["method"].startswith("cric") for run in runs)
+    assert (tmp_path / "collapse.png").stat().st_size > 10_000
+
+
+def test_the_rescaled_model_computes_the_same_and_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import collapse
+    import torch
+
+    plain = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float64)
+    other = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float64)
+    factors = collapse.rescale_(other, seed=1)
+    assert max(float(factor.max()) for factor in factors.values()) > 10
+    ids = torch.randint(3, 1000, (2, 12), generator=torch.Generator().manual_seed(0))
+    for model, scaled in ((plain, {}), (other, factors)):
+        optimizer = collapse.RescaledAdamW(model.parameters(), scaled, lr=1e-3, weight_decay=0.0, eps=1e-12)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, other(ids).logits, atol=1e-5, rtol=0)
