@@ -40,7 +40,7 @@ from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path, python_docs_dataset
 from hesso_hf.card import versions
 from hesso_hf.config import SALIENCIES
-from hesso_hf.cric import PROBE_BATCHES, PROBE_CYCLES, PROBE_SAMPLES
+from hesso_hf.cric import PROBE_BATCH_SIZE, PROBE_BATCHES, PROBE_CYCLES, PROBE_SAMPLES
 from hesso_hf.evaluate import held_out_loss
 
 RESULTS = Path(__file__).parent / "results" / "collapse.json"
@@ -169,7 +169,8 @@ class Benchmark:
         if not trained:
             steps, rate = CHOICE_STEPS, 0.0
         config = self.config(method, trained)
-        spent = PROBE_CYCLES * PROBE_SAMPLES * PROBE_BATCHES if method == "cric_probe" and trained else 0
+        examples = PROBE_CYCLES * PROBE_SAMPLES * PROBE_BATCHES * PROBE_BATCH_SIZE
+        spent = math.ceil(examples / batch) if method == "cric_probe" and trained else 0
         curve = HeldOutCurve(model, self.setting.held_out, every=max(1, steps // 8))
         with tempfile.TemporaryDirectory() as folder:
             trainer = HessoTrainer(
@@ -342,29 +343,33 @@ def main() -> int:
     runs = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
     for setting in settings(options):
         benchmark = Benchmark(setting, options)
-        for seed in options.seeds:
-            for start, method, trained in plan(options):
-                key = (setting.name, start, method, seed, trained)
-                if any(tuple(r[name] for name in KEY) == key for r in runs):
-                    continue
-                runs.append(benchmark.run(start, method, seed, trained))
-                print({name: runs[-1][name] for name in (*KEY, "loss", "seconds")}, flush=True)
-                write(options.output, runs)
+        for start, method, seed, trained in plan(options):
+            key = (setting.name, start, method, seed, trained)
+            if any(tuple(r[name] for name in KEY) == key for r in runs):
+                continue
+            runs.append(benchmark.run(start, method, seed, trained))
+            print({name: runs[-1][name] for name in (*KEY, "loss", "seconds")}, flush=True)
+            write(options.output, runs)
     if runs:
         write(options.output, runs)
         draw(runs, options.output.with_suffix(".png"))
     return 0
 
 
-def plan(options: argparse.Namespace) -> list[tuple[str, str, bool]]:
-    """List (start, method, trained), those without training first.
+def plan(options: argparse.Namespace) -> list[tuple[str, str, int, bool]]:
+    """List (start, method, seed, trained), those without training first.
 
     On the rescaled model the criteria that its factors can't move train exactly as on the plain one: three methods do.
     """
-    untrained = [(start, method, False) for start in options.starts for method in options.methods]
-    trained = [(start, method, True) for start in options.starts for method in options.methods]
     few = ("one_shot_magnitude", "hesso_magnitude", "cric")
-    return untrained + [entry for entry in trained if entry[0] != "rescaled" or entry[1] in few]
+    return [
+        (start, method, seed, trained)
+        for trained in (False, True)
+        for seed in options.seeds
+        for start in options.starts
+        for method in options.methods
+        if not trained or start != "rescaled" or method in few
+    ]
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:

@@ -83,9 +83,9 @@ class HessoConfig:
         metadata={"help": "path: train while CRIC's units shrink; probe: only take gradients there, on a few batches."},
     )
     cric_sampling_steps: int | None = field(
-        default=None, metadata={"help": "Samples on the way to zero in one CRIC cycle (default 10 at most) (steps)."}
+        default=None, metadata={"help": "Samples on the way to zero in one CRIC cycle (default 8 at most) (steps)."}
     )
-    cric_max_cycles: int | None = field(default=None, metadata={"help": "CRIC cycles at most (default 3 at most)."})
+    cric_max_cycles: int | None = field(default=None, metadata={"help": "CRIC cycles at most (default 4 at most)."})
     cric_tolerance: float = field(
         default=0.02,
         metadata={"help": "CRIC ends when so few units newly look redundant; below 1 a share of those to be removed."},
@@ -94,7 +94,7 @@ class HessoConfig:
         default="cpu", metadata={"help": "Where CRIC keeps weights and optimizer state to return to: cpu or device."}
     )
     collapse_threshold: float = field(
-        default=4.0,
+        default=3.0,
         metadata={"help": "Rise of the training loss over its level before pruning that is called a collapse."},
     )
     on_collapse: str = field(
@@ -256,9 +256,12 @@ class HessoConfig:
             )
         if not self.collapse_threshold > 0:
             raise HessoError(f"`collapse_threshold` ({self.collapse_threshold}) must be a positive rise of the loss")
-        given = [name for name in ("cric_sampling_steps", "cric_max_cycles") if getattr(self, name) is not None]
-        if given and not self.cric:
-            raise HessoError(f"`{given[0]}` ({getattr(self, given[0])}) does nothing without `cric` (False); set it")
+        idle = ["cric_mode", "cric_sampling_steps", "cric_max_cycles", "cric_tolerance"] if not self.cric else []
+        if not self.cric and self.on_collapse != "pause":
+            idle.append("cric_snapshot")
+        for name in idle:
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without `cric` (False); set `cric`")
 
 
 def _parse(value: Any) -> Any:

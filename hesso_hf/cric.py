@@ -16,7 +16,8 @@ from .groups import Axis
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
-PROBE_SAMPLES, PROBE_CYCLES, PROBE_BATCHES = 3, 4, 2  # what `cric_mode="probe"` takes where nothing is said
+PROBE_SAMPLES, PROBE_CYCLES = 3, 4  # what `cric_mode="probe"` takes where nothing is said
+PROBE_BATCHES, PROBE_BATCH_SIZE = 2, 8  # examples that the trainer probes on
 
 PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
 
@@ -172,6 +173,7 @@ class Cric:
         return {key: dict(getattr(self, key)) for key in _TENSORS} | {
             "sizes": [dict(sizes) for sizes in self.sizes],
             "num_samples": self.num_samples,
+            "max_cycles": self.max_cycles,
             "ended": self.ended,
         }
 
@@ -181,7 +183,8 @@ class Cric:
             for name, value in getattr(self, key).items():
                 value.copy_(state[key][name])
         self.sizes = [dict(sizes) for sizes in state["sizes"]]
-        self.num_samples, self.ended = int(state["num_samples"]), bool(state["ended"])
+        self.num_samples, self.max_cycles = int(state["num_samples"]), int(state["max_cycles"])
+        self.ended = bool(state["ended"])
 
 
 _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_own", "_all")

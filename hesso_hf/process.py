@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .agreement import check_agreement, mean_over_ranks
 from .bound import BoundGroups
 from .budget import TargetSizes
-from .collapse import CollapseWatch
+from .collapse import LEVEL_STEPS, CollapseWatch
 from .config import HessoConfig
 from .errors import CheckpointMismatchError, HessoError
 from .groups import KeptUnits, PruningGroups
@@ -58,7 +58,8 @@ class PruningProcess:
         self._sums = self._ranking.empty_sums(device)
         self._pending = self._ranking.empty_sums(device)
         self._masking = self._shrinking = self._giving_up = False
-        self._order: PerUnit | None = None  # scores that were settled before; later marks go by them
+        self._order: PerUnit | None = None  # scores that marks go by: CRIC's, or those of the period, to pause it
+        self._reorder = True  # whether the next mark scores anew
         self._period_start: Snapshot | None = None
         self._loss: float | torch.Tensor | None = None
         self._watch = CollapseWatch(config.collapse_threshold)
@@ -142,7 +143,7 @@ class PruningProcess:
         self.trial.go_along(sampling)
         if self.trial.ended:
             self.schedule = self.schedule.after_cycles(self.trial.cric.cycles)
-            self._order = self.trial.scores()
+            self._order, self._reorder = self.trial.scores(), False
 
     @property
     def wants_probe(self) -> bool:
@@ -155,18 +156,19 @@ class PruningProcess:
         assert self.trial is not None
         check_agreement(self._all_scales())
         self.trial.probe(losses)
-        self._order = self.trial.scores()
+        self._order, self._reorder = self.trial.scores(), False
 
     # -- HESSO ----------------------------------------------------------------------------------------------------
 
     def _mark(self, position: PeriodStep, base: Optimizer) -> None:
         if self.trial is not None and not self.trial.ended:
+            remedy = "call `optimizer.probe(losses)` before it" if self.trial.probes else "give the schedule `cycles`"
             raise HessoError(
-                f"`cric_mode` ('probe'): pruning begins with step {self.step}, and CRIC hasn't looked yet; call "
-                "`optimizer.probe(losses)` before it"
+                f"`cric_mode` ({self.config.cric_mode!r}): pruning begins with step {self.step}, and CRIC hasn't "
+                f"looked yet; {remedy}"
             )
         check_agreement(self._all_scales(), position.index)
-        order = self.scores() if self._order is None else self._order
+        order = self.scores() if self._order is None or self._reorder else self._order
         pruned = {name: scales == 0 for name, scales in self.scales.items()}
         marked = agreed(self._ranking.lowest(order, self.schedule.periods[position.index].share, pruned))
         for name, units in marked.items():
@@ -200,7 +202,7 @@ class PruningProcess:
             redundant.zero_()
         self._shrinking, self._period_start = False, None
         if self.trial is None:
-            self._order = None  # the next period scores anew
+            self._order, self._reorder = None, True
 
     # -- collapse -------------------------------------------------------------------------------------------------
 
@@ -209,14 +211,14 @@ class PruningProcess:
         loss, self._loss = self._loss, None
         if loss is None:
             return
-        if self.schedule.phase(self.step) == "warmup" or (position and position.index == position.t == 0):
-            self._watch.note_level(float(loss))
+        pausing = self.config.on_collapse == "pause"  # then all processes must see the same
+        if self._before_pruning(position):
+            self._watch.note_level(mean_over_ranks(loss, self.bound.device) if pausing else float(loss))
         if position is None:
             return
         if position.t == 0:
             self._watch.begin_period()
             return
-        pausing = self.config.on_collapse == "pause"
         self._watch.note(mean_over_ranks(loss, self.bound.device) if pausing else float(loss))
         if self._shrinking and self._watch.is_new_collapse():
             self._giving_up = pausing and self._can_mark_fewer()
@@ -224,6 +226,12 @@ class PruningProcess:
             if pausing:
                 then = "the period starts anew and marks fewer" if self._giving_up else "fewer can't be marked any more"
             self._watch.warn(self.step, self.bound, self.redundant, then)
+
+    def _before_pruning(self, position: PeriodStep | None) -> bool:
+        """Whether the coming step is one of those whose losses are the level before pruning."""
+        if self.schedule.phase(self.step) == "warmup":
+            return self.step >= self.schedule.warmup_steps - LEVEL_STEPS
+        return position is not None and position.index == position.t == 0
 
     def _can_mark_fewer(self) -> bool:
         """Tell whether there are steps left to start the period anew, and fewer units that could be marked."""
@@ -235,7 +243,8 @@ class PruningProcess:
         assert position is not None
         pruned = {name: scales == 0 for name, scales in self.scales.items()}
         marked = self._ranking.lowest(self._order, later.periods[position.index].share, pruned)
-        return any(bool((units & ~pruned[name]).any()) for name, units in marked.items())
+        fewer = sum(int((units & ~pruned[name]).sum()) for name, units in marked.items())
+        return 0 < fewer < sum(int(units.sum()) for units in self.redundant.values())
 
     def _give_up(self) -> None:
         """Return to the start of the period, which starts anew as two that mark fewer units each."""
@@ -247,7 +256,7 @@ class PruningProcess:
             self.scales[name].masked_fill_(redundant, 1.0)
         self.schedule, order = later, self._order
         self._end_period()
-        self._order, self._giving_up = order, False  # the same order, fewer of its units
+        self._order, self._reorder, self._giving_up = order, False, False  # the same order, fewer of its units
         self._sums.zero_()
 
     # -- weights and optimizer state ------------------------------------------------------------------------------
@@ -314,7 +323,8 @@ class PruningProcess:
         return self.trial.report() if self.trial is not None else None
 
     def _scores_soon(self) -> bool:
-        if self._order is not None or not self._ranking.removes_any or (self.trial is not None and self.trial.probes):
+        settled = self.trial is not None and (self.trial.probes or self.trial.ended)
+        if settled or not self._ranking.removes_any:
             return False
         return self.schedule.scoring_window(self.step, self.config.saliency_batches)
 
@@ -336,6 +346,7 @@ class PruningProcess:
             "sums": {name: dict(terms) for name, terms in self._sums.sums.items()},
             "batches": self._sums.batches,
             "order": None if self._order is None else dict(self._order),
+            "reorder": self._reorder,
             "watch": self._watch.state_dict(),
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self._period_start.state_dict() if self._period_start else None,
@@ -385,6 +396,7 @@ class PruningProcess:
         self._shrinking = any(bool(redundant.any()) for redundant in self.redundant.values())
         order, device = state["order"], self.bound.device
         self._order = None if order is None else {name: score.to(device) for name, score in order.items()}
+        self._reorder = bool(state["reorder"])
         self._watch.load_state_dict(state["watch"])
         self.trial = self._new_trial()  # the samples of a cycle are the schedule's
         if self.trial is not None:

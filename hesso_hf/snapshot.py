@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Snapshot:
         self._weights = [self._copy(parameter.data) for parameter in self._parameters]
         state = optimizer.state if optimizer else {}
         self._state = [self._copy(state.get(parameter)) for parameter in self._parameters]
-        self._random = _random_state(self._device)
+        self._random = random_state(self._device)
 
     def weights_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the copy of a parameter's values, where it lies."""
@@ -46,7 +47,7 @@ class Snapshot:
             else:
                 present = self._optimizer.state.get(parameter)
                 self._optimizer.state[parameter] = _put_back(saved, present, parameter.device)
-        _set_random_state(self._random, self._device)
+        set_random_state(self._random, self._device)
 
     @torch.no_grad()
     def restore_weights(self) -> None:
@@ -87,7 +88,7 @@ class Snapshot:
         if isinstance(value, Mapping):
             return {key: self._copy(part) for key, part in value.items()}
         if isinstance(value, list | tuple):
-            return type(value)(self._copy(part) for part in value)
+            return _like(value, [self._copy(part) for part in value])
         return value
 
 
@@ -110,8 +111,13 @@ def _put_back(saved: Any, present: Any, device: torch.device) -> Any:
     if isinstance(saved, list | tuple):
         fits = isinstance(present, type(saved)) and len(present) == len(saved)
         olds = present if fits else [None] * len(saved)
-        return type(saved)(_put_back(value, old, device) for value, old in zip(saved, olds, strict=True))
+        return _like(saved, [_put_back(value, old, device) for value, old in zip(saved, olds, strict=True)])
     return saved
+
+
+def _like(sequence: Any, parts: list[Any]) -> Any:
+    """Return `parts` as a list, tuple or named tuple, as `sequence` is."""
+    return type(sequence)(*parts) if hasattr(sequence, "_fields") else type(sequence)(parts)
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
@@ -125,7 +131,17 @@ def _tensors(value: Any) -> Iterable[torch.Tensor]:
             yield from _tensors(part)
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+@contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's generators as they were, whatever is drawn inside."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before, device)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
     """Return the state of Python's, NumPy's and torch's generators as tensors and plain containers."""
     version, keys, gauss = random.getstate()
     kind, words, *rest = np.random.get_state(legacy=True)  # a tuple, which is plain data
@@ -140,7 +156,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, words, *rest = state["numpy"]

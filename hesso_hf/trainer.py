@@ -20,7 +20,7 @@ from .calibration import LossCurves, measure_curves
 from .card import CARD_NAME, REPORT_NAME, PruningReport
 from .checkpoint import check_config, check_resumable, last_checkpoint, read_state, write_state
 from .config import HessoConfig
-from .cric import PROBE_BATCHES
+from .cric import PROBE_BATCH_SIZE, PROBE_BATCHES
 from .errors import HessoError, TrainingDivergedError
 from .export import export_pruned
 from .hub import HubMixin
@@ -31,6 +31,7 @@ from .plots import PLOT_NAME
 from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics
 from .schedule import Schedule, resolve_schedule
+from .snapshot import kept_random_state
 
 logger = logging.get_logger(__name__)
 
@@ -172,7 +173,7 @@ class HessoMixin(HubMixin):
         return max_steps
 
     def _measure_curves(self) -> LossCurves:
-        with torch.random.fork_rng():  # collators may draw random numbers
+        with kept_random_state(self.args.device):  # collators may draw random numbers
             batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
         return measure_curves(self._bare_model(), self.hesso_plan.groups, batches, self._batch_loss, self.hesso_config)
 
@@ -183,44 +184,49 @@ class HessoMixin(HubMixin):
         return loss[0] if isinstance(loss, tuple) else loss
 
     def _calibration_batches(self) -> list[Any]:
-        """Take examples one a batch, so that batch size and processes don't matter."""
+        """Take single examples to measure the split on."""
         if self.train_dataset is None:
             logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
             return []
-        return self._spread_batches(self.hesso_config.calibration_examples, 1)
+        return self._single_examples(self.hesso_config.calibration_examples)
 
-    def _spread_batches(self, count: int, size: int) -> list[Any]:
-        """Take `count` batches of examples spread over the training data; a stream's first ones."""
+    def _single_examples(self, count: int) -> list[Any]:
+        """Take examples spread over the training data (a stream's first ones), one a batch.
+
+        So the batch size and the number of processes don't matter to what is measured on them.
+        """
         dataset: Any = self.train_dataset
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
-            step = max(1, len(dataset) // (count * size))
-            examples = [dataset[index] for index in range(0, len(dataset), step)][: count * size]
+            step = max(1, len(dataset) // count)
+            examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
         else:
-            examples = list(itertools.islice(iter(dataset), count * size))
-        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+            examples = list(itertools.islice(iter(dataset), count))
+        return [collate([example]) for example in examples]
 
     def _probe(self) -> None:
-        """Let CRIC look along the way to zero, by gradients of a few batches that are the same on all processes."""
+        """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
         if self.train_dataset is None:
-            raise HessoError(
-                "`cric_mode` ('probe') takes batches from `train_dataset`; got None. Give one, or use 'path'"
-            )
+            raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
         assert self.hesso_optimizer is not None
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0  # scores don't depend on it
-        with torch.random.fork_rng(devices=devices):
-            size = self.args.per_device_train_batch_size
-            batches = [self._prepare_inputs(batch) for batch in self._spread_batches(PROBE_BATCHES, size)]
+        self._bare_model().train()  # as the trainer does before each step
+        with kept_random_state(self.args.device):
+            count = PROBE_BATCHES * PROBE_BATCH_SIZE
+            examples = [self._prepare_inputs(example) for example in self._single_examples(count)]
+            batches = [examples[start : start + PROBE_BATCH_SIZE] for start in range(0, count, PROBE_BATCH_SIZE)]
+            self.hesso_optimizer.probe([self._loss_of(batch) for batch in batches if batch])
 
-            def loss_of(batch: Any) -> Callable[[], torch.Tensor]:
-                def loss() -> torch.Tensor:
-                    torch.manual_seed(self.args.seed)  # the same dropout at every point
-                    return self._batch_loss(self._bare_model(), batch) * scale
+    def _loss_of(self, examples: list[Any]) -> Callable[[], torch.Tensor]:
+        """Return what computes the mean loss of some examples, with all but the last one's gradients taken already."""
+        scale = (1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0) / len(examples)  # scores don't know it
 
-                return loss
+        def loss() -> torch.Tensor:
+            torch.manual_seed(self.args.seed)  # the same dropout at every point
+            for example in examples[:-1]:
+                (self._batch_loss(self._bare_model(), example) * scale).backward()
+            return self._batch_loss(self._bare_model(), examples[-1]) * scale
 
-            self.hesso_optimizer.probe([loss_of(batch) for batch in batches])
+        return loss
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

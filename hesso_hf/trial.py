@@ -5,6 +5,7 @@ Legend: L layers, U units a layer, S samples in a cycle.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ class CricTrial:
         Args:
             losses: each computes the loss of one batch; the same batches serve at every point.
         """
-        sums = self._ranking.empty_sums(self._bound.device)
+        sums, before = self._ranking.empty_sums(self._bound.device), copy.deepcopy(self.cric.state_dict())
         self.snapshot = Snapshot(self._bound.parameters.values(), None, self._config.cric_snapshot == "cpu")
         try:
             while not self.ended:
@@ -93,10 +94,11 @@ class CricTrial:
                     self._probe_point(t, losses, sums)
                 self.snapshot.restore_weights()
                 self._next_cycle()
-        finally:
-            if self.snapshot is not None:
-                self.snapshot.restore_weights()
-                self.snapshot = None
+        except BaseException:  # whatever a loss raises, it can be tried again
+            self.snapshot.restore_weights()
+            self.snapshot = None
+            self.cric.load_state_dict(before)
+            raise
 
     def _probe_point(self, t: int, losses: Sequence[Callable[[], torch.Tensor]], sums: UnitSums) -> None:
         assert self.snapshot is not None

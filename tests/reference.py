@@ -6,10 +6,14 @@ and one of gradients, and every formula is applied to those vectors.
 
 from __future__ import annotations
 
+import copy
+import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -81,6 +85,49 @@ def decoder_units(model: PreTrainedModel, norms: Iterable[str] = LLAMA_NORMS, no
         "mlp_channels": [[existing(mlp_unit(layer, j)) for j in range(config.intermediate_size)] for layer in layers],
         "embedding_channels": [[existing(stream_unit(j)) for j in range(config.hidden_size)]],
     }
+
+
+def fused_units(model: PreTrainedModel) -> Structures:
+    """List every unit of Phi-3: q, k and v are rows of one matrix, one after the other, and so are gate and up."""
+    config: PretrainedConfig = model.config
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    fused = {
+        "q_proj": ("qkv_proj", 0),
+        "k_proj": ("qkv_proj", queries),
+        "v_proj": ("qkv_proj", queries + keys),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", config.intermediate_size),
+    }
+    present = {name for name, _ in model.named_parameters()}
+
+    def fuse(piece: Slice) -> Slice | None:
+        for separate, (name, start) in fused.items():
+            if f".{separate}." in piece.parameter:
+                parameter = piece.parameter.replace(separate, name)
+                rows = tuple(start + row for row in piece.indices) if piece.dim == 0 else piece.indices
+                return Slice(parameter, piece.dim, rows) if parameter in present else None
+        return piece
+
+    class Separate:
+        """The model as if its matrices were separate; columns of a fused one are listed once."""
+
+        def __init__(self) -> None:
+            self.config = config
+
+        def named_parameters(self) -> list[tuple[str, None]]:
+            names = set(present)
+            for name in present:
+                for separate, (matrix, _) in fused.items():
+                    names.add(name.replace(matrix, separate))
+            return [(name, None) for name in names]
+
+    units: Structures = {}
+    for structure, layers in decoder_units(Separate()).items():  # type: ignore[arg-type]
+        units[structure] = [
+            [list(dict.fromkeys(found for piece in unit if (found := fuse(piece)) is not None)) for unit in layer]
+            for layer in layers
+        ]
+    return units
 
 
 def piece_of(tensor: torch.Tensor, piece: Slice) -> torch.Tensor:
@@ -251,3 +298,194 @@ class ReferenceHesso:
             for tensor, zero in tensors:
                 if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
                     write_piece(tensor, piece, torch.full_like(piece_of(tensor, piece), zero))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was seen at one point on the way to zero: each criterion's value of each unit."""
+
+    cycle: int
+    values: dict[str, dict[Key, float]]
+
+
+class ReferenceCric(ReferenceHesso):
+    """Algorithm 2 between the warm-up and the periods of `ReferenceHesso`, with the whole history of all samples.
+
+    Args:
+        warmup_steps: the first cycle begins with this step, counted from 0.
+        cycle_steps: S, samples in a cycle.
+        max_cycles: cycles at most.
+        tolerance: newcomers a structure with which the search ends; below 1 a share of the units that go.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        base: Optimizer,
+        units: Structures,
+        removed: dict[str, int],
+        warmup_steps: int,
+        pruning_steps: int,
+        pruning_periods: int,
+        saliency: dict[str, float],
+        saliency_batches: int = 8,
+        across_layers: bool = False,
+        *,
+        cycle_steps: int,
+        max_cycles: int,
+        tolerance: float,
+    ) -> None:
+        counts = (warmup_steps, pruning_steps, pruning_periods)
+        super().__init__(model, base, units, removed, *counts, saliency, saliency_batches, across_layers)
+        self.first_step, self.cycle_steps, self.max_cycles = warmup_steps, cycle_steps, max_cycles
+        self.tolerance = tolerance
+        self.violating: list[set[Key]] = []  # V_c of every cycle
+        self.shrinking: list[set[Key]] = []  # T_c of every cycle
+        self.waiting: set[Key] = set()  # newcomers that weren't in a violating set yet
+        self.cycle_of: dict[Key, int] = {}  # H: units whose cycle is over
+        self.samples: list[Sample] = []
+        self.decided: set[Key] | None = None
+        self.final: dict[Key, float] = {}
+        self.start_of_all = self.periods
+        self.periods = [(start + cycle_steps * max_cycles, length) for start, length in self.periods]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of the base optimizer on the gradients that stand in `.grad`, and of CRIC or HESSO."""
+        if self.steps < self.first_step or self.decided is not None:
+            super().step()
+            return
+        t = (self.steps - self.first_step) % self.cycle_steps
+        if not self.violating:
+            self.observe()
+            self.violating.append(self._lowest(self.scores()))
+            self.shrinking.append(self.violating[0])
+            self._remember()
+        self._sample(t)
+        with torch.enable_grad():
+            self.base.step()
+        for key in self.shrinking[-1]:
+            self._multiply(key, (self.cycle_steps - t - 1) / (self.cycle_steps - t))
+        if t == self.cycle_steps - 1:
+            self._return()
+            self._end_cycle()
+        self.steps += 1
+
+    def scores(self) -> dict[Key, float]:
+        """Scores of HESSO before CRIC; of the means over samples once it has decided."""
+        return super().scores() if self.decided is None else self.final
+
+    # -- the way to zero ----------------------------------------------------------------------------------------------
+
+    def _remember(self) -> None:
+        self.weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.state = {p: copy.deepcopy(self.base.state[p]) for p in self._trained() if p in self.base.state}
+        self.random = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+    def _return(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(self.weights[name])
+        for parameter in self._trained():
+            self.base.state.pop(parameter, None)
+            if parameter in self.state:
+                self.base.state[parameter] = copy.deepcopy(self.state[parameter])
+        random.setstate(self.random[0])
+        np.random.set_state(self.random[1])
+        torch.set_rng_state(self.random[2])
+
+    def _trained(self) -> list[Any]:
+        return [parameter for group in self.base.param_groups for parameter in group["params"]]
+
+    def _sample(self, t: int) -> None:
+        """Value all units at this point, and let those that would be removed from here wait for a cycle."""
+        cycle, left = len(self.violating) - 1, (self.cycle_steps - t) / self.cycle_steps
+        remaining = self._remaining(left)
+        values: dict[str, dict[Key, float]] = {criterion: {} for criterion in self.saliency}
+        for key, unit in self.units.items():
+            shrinks = key in self.shrinking[-1]
+            x = self._way(key[0], unit, remaining) if shrinks else flat_weights(self.parameters, unit)
+            g = flat_gradients(self.parameters, unit)
+            for criterion in self.saliency:
+                signed = criterion == "taylor_first_order"
+                values[criterion][key] = -float(x @ g) if signed else saliency_of(criterion, [(x, g)])
+        self.samples.append(Sample(cycle, values))
+        for key in self._lowest(self._combined(values)):
+            if key not in self.violating[-1] and key not in self.cycle_of:
+                self.waiting.add(key)
+
+    def _remaining(self, left: float) -> dict[str, dict[str, torch.Tensor]]:
+        """For each structure and parameter, what the structure's shrinking units leave of each element."""
+        remaining: dict[str, dict[str, torch.Tensor]] = {}
+        for key in self.shrinking[-1]:
+            for piece in self.units[key]:
+                shape = self.parameters[piece.parameter].shape
+                of_structure = remaining.setdefault(key[0], {})
+                scales = of_structure.setdefault(piece.parameter, torch.ones(shape, dtype=torch.float64))
+                write_piece(scales, piece, torch.full_like(piece_of(scales, piece), left))
+        return remaining
+
+    def _way(self, structure: str, unit: Unit, remaining: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
+        """The whole way of a unit from the snapshot to zero, as the units of other structures leave it."""
+        parts = []
+        for piece in unit:
+            way = piece_of(self.weights[piece.parameter], piece).double() + piece.offset
+            for other, scales in remaining.items():
+                if other != structure and piece.parameter in scales:
+                    way = way * piece_of(scales[piece.parameter], piece)
+            parts.append(way.flatten())
+        return torch.cat(parts)
+
+    # -- cycles -------------------------------------------------------------------------------------------------------
+
+    def _end_cycle(self) -> None:
+        for key in self.violating[-1]:
+            self.cycle_of[key] = len(self.violating) - 1
+        means = self._combined(self.means())
+        few = True
+        for structure, count in self.removed.items():
+            layers = len({layer for name, layer, _ in self.units if name == structure})
+            allowed = self.tolerance if self.tolerance >= 1 else self.tolerance * count * layers
+            few = few and len([key for key in self.waiting if key[0] == structure]) <= allowed
+        if few or len(self.violating) == self.max_cycles:
+            self.final, self.decided = means, self._lowest(means)
+            begin = self.steps + 1 - self.first_step
+            self.periods = [(start + begin, length) for start, length in self.start_of_all]
+            return
+        violating = self._lowest(means, self.waiting)
+        self.waiting -= violating
+        self.violating.append(violating)
+        self.shrinking.append(self._lowest(means, first=violating))
+
+    def means(self) -> dict[str, dict[Key, float]]:
+        """Each criterion's mean: of a unit of the history over the samples of its own cycle, else over all samples."""
+        found: dict[str, dict[Key, float]] = {criterion: {} for criterion in self.saliency}
+        for key in self.units:
+            own = [sample for sample in self.samples if sample.cycle == self.cycle_of.get(key, sample.cycle)]
+            for criterion in self.saliency:
+                found[criterion][key] = sum(sample.values[criterion][key] for sample in own) / len(own)
+        return found
+
+    def _combined(self, values: dict[str, dict[Key, float]]) -> dict[Key, float]:
+        total = dict.fromkeys(self.units, 0.0)
+        for criterion, weight in self.saliency.items():
+            for rivals in self._competitions(list(self.units)):
+                norm = sum(values[criterion][key] ** 2 for key in rivals) ** 0.5
+                for key in rivals:
+                    total[key] += weight * values[criterion][key] / norm
+        return total
+
+    def _lowest(self, scores: dict[Key, float], among: set[Key] | None = None, first: Iterable[Key] = ()) -> set[Key]:
+        """The K lowest of each competition, `first` before all others; of `among` only, where there are fewer."""
+        found: set[Key] = set()
+        for everyone in self._competitions(list(self.units)):
+            layers = {layer for _, layer, _ in everyone}
+            chosen = [key for key in everyone if key in first]
+            others = [key for key in everyone if key not in first]
+            for layer in layers if self.across_layers else ():  # no layer may lose its last unit
+                rest = [key for key in others if key[1] == layer]
+                if among is None or all(key in among for key in rest):
+                    others.remove(max(rest, key=lambda key: scores[key]))
+            ranked = sorted((key for key in others if among is None or key in among), key=lambda key: scores[key])
+            removed = self.removed[everyone[0][0]] * len(layers)
+            found |= set((chosen + ranked)[:removed])
+        return found
