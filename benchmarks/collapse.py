@@ -45,7 +45,7 @@ from hesso_hf.evaluate import held_out_loss
 
 RESULTS = Path(__file__).parent / "results" / "collapse.json"
 BLOCK, BATCH = 128, 8
-CHOICE_STEPS = 120  # room for CRIC in the runs without training
+CHOICE_STEPS = 240  # room for CRIC in the runs without training
 LARGEST_FACTOR = 100.0
 SMALL_SET = 16  # blocks of the stationary point, all of them in every batch
 # avg_magnitude ranks as magnitude does: all units of a structure have the same number of elements
@@ -393,7 +393,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             axis.set_xlabel("step")
             axis.set_ylabel("held-out loss (nats a token)")
             axis.grid(alpha=0.25)
-    axes[0][-1].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
 
 

@@ -159,24 +159,27 @@ def collapse(result: dict[str, Any]) -> str:
 
 
 def _collapse_table(model: str, starts: dict[str, Any], result: dict[str, Any]) -> str:
-    names = [name for name in ("plain", "rescaled", "stationary") if name in starts]
+    order = ("plain", "rescaled", "stationary")
+    names = [name for name in (*(f"{start}, untrained" for start in order), *order) if name in starts]
     rows = []
     for method, label in COLLAPSE_METHODS.items():
         cells = []
-        for start in names:
-            entry = starts[start].get(method)
-            cells.append(f"{entry['median_loss']:.3f} ± {entry['spread'] / 2:.3f}" if entry else NOT_RUN)
+        for name in names:
+            entry = starts[name].get(method)
+            cells.append(f"{entry['median_loss']:.3f} ± {entry['spread'] / 2:.3f}" if entry else "-")
         rows.append([label, *cells])
-    seeds = min(entry["seeds"] for found in starts.values() for entry in found.values())
-    ratios = {round(run["parameter_ratio"], 2) for run in result["runs"] if run["model"] == model}
-    tokens = {run["start"]: run["tokens"] for run in result["runs"] if run["model"] == model}
-    trained = ", ".join(f"{start} {tokens[start]:,}" for start in names)
+    runs = [run for run in result["runs"] if run["model"] == model]
+    ratios = {round(run["parameter_ratio"], 2) for run in runs}
+    seeds = [len({run["seed"] for run in runs if run["trained"] is kind}) for kind in (False, True)]
+    tokens = {run["start"]: run["tokens"] for run in runs if run["trained"]}
+    trained = ", ".join(f"{start} {tokens[start]:,}" for start in order if start in tokens)
     return "\n".join(
         [
             _table([model, *names], rows),
             "",
-            f"Held-out nats a token after removing {_percent(ratios)} of the parameters: median and half the range of "
-            f"{_plural(seeds, 'seed')}. Training tokens: {trained}.",
+            f"Held-out nats a token after removing {_percent(ratios)} of the parameters: median and half the range, of "
+            f"{_plural(seeds[0], 'seed')} untrained and {_plural(seeds[1], 'seed')} trained. Training tokens: "
+            f"{trained}. A dash: trains as on the plain model.",
         ]
     )
 

@@ -14,9 +14,9 @@ from .errors import HessoError
 
 Phase = Literal["warmup", "sampling", "pruning", "recovery"]
 PHASES: tuple[str, ...] = get_args(Phase)
-# What CRIC takes where nothing is said. Cycles are few or useless: with one, the units that went the way to zero can't
-# be compared with those that didn't.
-CYCLE_STEPS, CYCLES, LEAST_CYCLES, MAX_SAMPLING_SHARE = 8, 4, 2, 0.1
+# What CRIC takes where nothing is said. Samples cost steps of the run; but with few cycles, units that went the way to
+# zero can't be compared with those that didn't, and with few samples the comparison is noise.
+MOST_SAMPLES, LEAST_SAMPLES, CYCLES, LEAST_CYCLES, SAMPLING_SHARE = 8, 3, 4, 2, 0.05
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,13 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
 def _sampling(config: HessoConfig, room: int, total_steps: int) -> tuple[int, int]:
     """Return the steps of a cycle and the most cycles: at most half of what warm-up and pruning leave of the run."""
     steps, cycles = config.cric_sampling_steps, config.cric_max_cycles
-    modest = max(2 * LEAST_CYCLES, min(room, int(MAX_SAMPLING_SHARE * total_steps)))
     if steps is None and cycles is None:
-        steps = max(2, min(CYCLE_STEPS, modest // (CYCLES - 1)))
+        modest = min(room, max(LEAST_SAMPLES * (CYCLES - 1), int(SAMPLING_SHARE * total_steps)))
+        steps = max(2, min(MOST_SAMPLES, modest // (CYCLES - 1)))
         cycles = max(LEAST_CYCLES, min(CYCLES, modest // steps))
     elif steps is None:
         assert cycles is not None
-        steps = max(2, min(CYCLE_STEPS, room // cycles))
+        steps = max(2, min(MOST_SAMPLES, room // cycles))
     elif cycles is None:
         cycles = max(LEAST_CYCLES, min(CYCLES, room // steps))
     assert steps is not None
