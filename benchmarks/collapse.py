@@ -9,7 +9,7 @@
 
 From each of them every method removes the same share of the parameters with the same sizes. *Trained*: on the same
 number of tokens; CRIC's sampling steps count, and the batches of the probe are taken off its steps. *Untrained*: with a
-learning rate of zero, from as many batches of gradients, so that the choice of units is all that counts.
+learning rate of zero, so that the choice of units is all that counts; HESSO sees 40 batches of gradients, CRIC fewer.
 
 The optimizer's steps are scaled with each rescaled channel (`RescaledAdamW`), so that training is the same on the
 rescaled model and what is compared is the choice of units; `--plain-adamw` trains it with AdamW as it is. Held-out loss
@@ -213,7 +213,7 @@ class Benchmark:
         }
         if not trained:
             options |= {"warmup_steps": 8, "pruning_steps": 3, "pruning_periods": 3}
-            if not method.startswith("cric"):  # as many gradients as CRIC takes
+            if not method.startswith("cric"):  # CRIC sees 8 before it and 12 in its cycles
                 options |= {"warmup_steps": 40, "saliency_batches": 40}
         if method == "one_shot_magnitude":
             warmup = 8 if trained else 40

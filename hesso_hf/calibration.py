@@ -71,7 +71,7 @@ def measure_curves(
     with torch.random.fork_rng(devices=devices):
         model.eval()
         try:
-            batches = _usable(model, batches, batch_loss)
+            batches = usable(model, batches, batch_loss)
             if not batches:
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
@@ -92,7 +92,7 @@ def measure_curves(
 
 
 @torch.no_grad()
-def _usable(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> list[Any]:
+def usable(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> list[Any]:
     """Leave out batches without a finite loss, such as an example whose labels were all masked."""
     return [batch for batch in batches if math.isfinite(float(batch_loss(model, batch)))]
 

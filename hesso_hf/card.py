@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .groups import KeptUnits
 from .plots import PLOT_NAME, draw_cric
 from .verify import Verification
+
+logger = logging.get_logger(__name__)
 
 REPORT_NAME = "pruning_report.json"
 CARD_NAME = "README.md"
@@ -62,14 +65,15 @@ class PruningReport:
             "versions": versions(),
         }
 
-    def write(self, folder: Path) -> None:
-        """Write the report, the model card and, where CRIC was used, a picture of what it did."""
+    def write(self, folder: Path) -> bool:
+        """Write the report, the model card and, where CRIC was used, a picture of what it did; tell whether it did."""
         cric = self.training.get("cric")
-        picture = draw_cric(cric, folder / PLOT_NAME) if cric else False
+        picture = _drawn(cric, folder / PLOT_NAME) if cric else False
         (folder / REPORT_NAME).write_text(
             json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
         (folder / CARD_NAME).write_text(self.card(picture), encoding="utf-8")
+        return picture
 
     def card(self, picture: bool = False) -> str:
         """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not."""
@@ -92,6 +96,16 @@ class PruningReport:
             dtype=self.verification.dtype,
             report=REPORT_NAME,
         ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
+
+
+def _drawn(cric: Mapping[str, Any], path: Path) -> bool:
+    """Draw the picture; a plotting library that fails must not cost the model."""
+    try:
+        return draw_cric(cric, path)
+    except Exception as error:
+        logger.warning(f"{path.name} isn't drawn: {type(error).__name__}: {error}")
+        path.unlink(missing_ok=True)
+        return False
 
 
 def count_parameters(model: PreTrainedModel) -> int:

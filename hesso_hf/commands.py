@@ -162,7 +162,9 @@ def plot_report(report: dict[str, Any], path: str) -> None:
     """
     if not report.get("cric"):
         raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
-    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise HessoError(f"`--plot` ({path!r}) must end in .png, .svg or .pdf")
+    if not Path(path).absolute().parent.is_dir():
+        raise HessoError(f"`--plot` ({path!r}): there is no folder {str(Path(path).parent)!r}; make it first")
     if not draw_cric(report["cric"], Path(path)):
         raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")

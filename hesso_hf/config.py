@@ -91,7 +91,7 @@ class HessoConfig:
         metadata={"help": "CRIC ends when so few units newly look redundant; below 1 a share of those to be removed."},
     )
     cric_snapshot: str = field(
-        default="cpu", metadata={"help": "Where CRIC keeps weights and optimizer state to return to: cpu or device."}
+        default="cpu", metadata={"help": "Where weights and optimizer state to return to are kept: cpu or device."}
     )
     collapse_threshold: float = field(
         default=3.0,
@@ -261,7 +261,8 @@ class HessoConfig:
             idle.append("cric_snapshot")
         for name in idle:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without `cric` (False); set `cric`")
+                reader = "`cric` or `on_collapse='pause'`" if name == "cric_snapshot" else "`cric`"
+                raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without {reader}")
 
 
 def _parse(value: Any) -> Any:

@@ -193,27 +193,28 @@ _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_
 class PathDisplacements:
     """What removing a unit moves one parameter by, at a point on the way to zero.
 
-    For a violating unit it is the whole way, its weights at the snapshot, and not what is left of them: the mean of
-    -<w, gradient at s w> over s estimates f(0) - f(w) (integrated gradients). Where two violating units share an
+    For a unit on trial it is the whole way, its weights at the snapshot, and not what is left of them: the mean of
+    -<w, gradient at s w> over s estimates f(0) - f(w) (integrated gradients). Where two units on trial share an
     element, each takes it as the other leaves it, so that all scores add up to the joint rise of the loss.
 
     Args:
         origin: the parameter at the snapshot, on any device.
         axes: (structure, layer index, axis) of the parameter.
-        violating: bool (L, U) per structure.
-        scale: what is left of the violating units.
+        shrinking: the units on trial, bool (L, U) per structure.
+        scale: what is left of them.
     """
 
     def __init__(
         self,
         origin: torch.Tensor,
         axes: list[tuple[str, int, Axis]],
-        violating: Mapping[str, torch.Tensor],
+        shrinking: Mapping[str, torch.Tensor],
         scale: float,
     ) -> None:
         self._origin, self._shift = origin, axes[0][2].shift
-        self._violating = [
-            (axis.dim, axis.spread(violating[structure][layer], origin.dim(), fixed_value=False))
+        self._start, self._rows = -1, origin  # the rows at hand, on the parameter's device
+        self._shrinking = [
+            (axis.dim, axis.spread(shrinking[structure][layer], origin.dim(), fixed_value=False))
             for structure, layer, axis in axes
         ]
         self._scale = scale
@@ -221,9 +222,12 @@ class PathDisplacements:
     def of_rows(self, weights: torch.Tensor, start: int, axis_index: int) -> torch.Tensor:
         """Return the displacement of rows `start` and on for the units of one axis."""
         rows = slice(start, start + weights.shape[0])
-        displaced = self._origin[rows].to(weights.device, torch.float32) + self._shift
+        if start != self._start:  # once for all axes
+            self._start = start
+            self._rows = self._origin[rows].to(weights.device, torch.float32) + self._shift
+        displaced = self._rows
         chosen = None
-        for index, (dim, mask) in enumerate(self._violating):
+        for index, (dim, mask) in enumerate(self._shrinking):
             part = mask[rows] if dim == 0 else mask
             if index == axis_index:
                 chosen = part

@@ -108,8 +108,8 @@ def _export(
         name = str(dtype).removeprefix("torch.")
         verification = Verification(fold_error, rounding_error, name, verifier.input_ids.numel())
         report = _report(model, small, groups, kept, verification, training)
-        report.write(folder)
-    if not report.training.get("cric"):
+        picture = report.write(folder)
+    if not picture:
         (Path(output_dir) / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
     logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output_dir}, relative error {fold_error:.1e}")
     return report

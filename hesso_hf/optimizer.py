@@ -84,16 +84,17 @@ class HessoOptimizer(Optimizer):
         """Tell the loss of the coming step, so that a collapse is noticed (`collapse_threshold`)."""
         self.process.report_loss(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
-    def probe(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+    def probe(self, losses: Sequence[Callable[[], torch.Tensor]], loss_scale: float = 1.0) -> None:
         """Let CRIC look along the way to zero without training steps (`cric_mode="probe"`), before a step.
 
         Does nothing where `process.wants_probe` is false. Weights are as before afterwards; gradients are cleared.
 
         Args:
             losses: each computes the loss of one batch; the same few batches serve at every point of the way.
+            loss_scale: what the losses were multiplied by, in float16.
 
         Raises:
-            HessoError: for no losses.
+            HessoError: for no losses, or a gradient that isn't finite.
         """
         if not self.process.wants_probe:
             return
@@ -101,8 +102,10 @@ class HessoOptimizer(Optimizer):
             raise HessoError("`losses` ([]) of probe(): give at least one function that computes a batch's loss")
         started = time.perf_counter()
         self.zero_grad()
-        self.process.probe(losses)
-        self.zero_grad()
+        try:
+            self.process.probe(losses, loss_scale)
+        finally:
+            self.zero_grad()
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ def _draw_sets(axis: Any, structures: Mapping[str, Any]) -> None:
 
 
 def _draw_paths(axis: Any, name: str, found: Mapping[str, Any]) -> None:
-    """Lines: what a unit's criterion says at four points of its way; corrected units rise, replacing ones don't."""
+    """Lines: what a unit's criterion says at up to four points of its way, for units that were on trial."""
     paths = found["paths"]
     criterion = _CRITERION if any(_CRITERION in path["values"] for path in paths) else None
     if criterion is None and paths:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .agreement import check_agreement, mean_over_ranks
 from .bound import BoundGroups
 from .budget import TargetSizes
-from .collapse import LEVEL_STEPS, CollapseWatch
+from .collapse import LEVEL_STEPS, RECENT_STEPS, CollapseWatch
 from .config import HessoConfig
 from .errors import CheckpointMismatchError, HessoError
 from .groups import KeptUnits, PruningGroups
@@ -151,11 +151,11 @@ class PruningProcess:
         waiting = self.trial is not None and self.trial.probes and not self.trial.ended
         return waiting and self.step == self.schedule.warmup_steps
 
-    def probe(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+    def probe(self, losses: Sequence[Callable[[], torch.Tensor]], loss_scale: float = 1.0) -> None:
         """Let CRIC look along the way to zero by gradients of the given losses, the same batches at every point."""
         assert self.trial is not None
         check_agreement(self._all_scales())
-        self.trial.probe(losses)
+        self.trial.probe(losses, loss_scale)
         self._order, self._reorder = self.trial.scores(), False
 
     # -- HESSO ----------------------------------------------------------------------------------------------------
@@ -214,18 +214,23 @@ class PruningProcess:
         pausing = self.config.on_collapse == "pause"  # then all processes must see the same
         if self._before_pruning(position):
             self._watch.note_level(mean_over_ranks(loss, self.bound.device) if pausing else float(loss))
-        if position is None:
+        just_ended = self.schedule.end <= self.step < self.schedule.end + RECENT_STEPS
+        if position is None and not just_ended:
             return
-        if position.t == 0:
+        if position is None or position.index or position.t:  # something has shrunk
+            self._watch.note(mean_over_ranks(loss, self.bound.device) if pausing else float(loss))
+            self._warn_of_collapse(pausing)
+        if position is not None and position.t == 0:
             self._watch.begin_period()
+
+    def _warn_of_collapse(self, pausing: bool) -> None:
+        if not self._watch.is_new_collapse():
             return
-        self._watch.note(mean_over_ranks(loss, self.bound.device) if pausing else float(loss))
-        if self._shrinking and self._watch.is_new_collapse():
-            self._giving_up = pausing and self._can_mark_fewer()
-            then = "training goes on"
-            if pausing:
-                then = "the period starts anew and marks fewer" if self._giving_up else "fewer can't be marked any more"
-            self._watch.warn(self.step, self.bound, self.redundant, then)
+        self._giving_up = pausing and self._shrinking and self._can_mark_fewer()
+        then = "training goes on"
+        if pausing:
+            then = "the period starts anew and marks fewer" if self._giving_up else "fewer can't be marked any more"
+        self._watch.warn(self.step, self.bound, self.redundant, then)
 
     def _before_pruning(self, position: PeriodStep | None) -> bool:
         """Whether the coming step is one of those whose losses are the level before pruning."""
@@ -354,7 +359,8 @@ class PruningProcess:
 
     def _choices(self) -> dict[str, Any]:
         """What the saved sums and scales depend on."""
-        names = ("saliency_batches", "layer_widths", "cric", "cric_mode", "on_collapse")
+        names = ["saliency_batches", "layer_widths", "on_collapse"]
+        names += [name for name in self.config.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
         return {"saliency": self.config.saliency_weights} | {name: getattr(self.config, name) for name in names}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -54,6 +54,10 @@ class UnitSums:
                 self.sums[name][term] += value
         self.batches += other.batches
 
+    def are_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        return all(bool(value.isfinite().all()) for terms in self.sums.values() for value in terms.values())
+
     def zero_(self) -> None:
         """Forget all batches, in place."""
         for terms in self.sums.values():

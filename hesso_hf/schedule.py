@@ -9,8 +9,12 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+from transformers.utils import logging
+
 from .config import HessoConfig
 from .errors import HessoError
+
+logger = logging.get_logger(__name__)
 
 Phase = Literal["warmup", "sampling", "pruning", "recovery"]
 PHASES: tuple[str, ...] = get_args(Phase)
@@ -152,7 +156,7 @@ class Schedule:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
         """Read what `to_dict` wrote."""
-        return cls(**{**values, "pauses": tuple(values["pauses"])})
+        return cls(**{**values, "pauses": tuple(values.get("pauses", ()))})
 
 
 def _split(periods: list[Period], step: int) -> list[Period]:
@@ -210,9 +214,16 @@ def _sampling(config: HessoConfig, room: int, total_steps: int) -> tuple[int, in
         cycles = max(LEAST_CYCLES, min(CYCLES, room // steps))
     assert steps is not None
     assert cycles is not None
+    if cycles == 1:
+        logger.warning(
+            "`cric_max_cycles` (1): after one cycle, units that were on trial can't be compared with the others; "
+            f"take {LEAST_CYCLES} at least"
+        )
     if steps * cycles > room:
+        least = ["" if given else ", the least" for given in (config.cric_sampling_steps, config.cric_max_cycles)]
         raise HessoError(
-            f"`cric` (True): `cric_sampling_steps` ({steps}) times `cric_max_cycles` ({cycles}) = {steps * cycles} "
+            f"`cric` (True): `cric_sampling_steps` ({steps}{least[0]}) times `cric_max_cycles` ({cycles}{least[1]}) = "
+            f"{steps * cycles} "
             f"exceed the {room} steps that sampling may take, half of what warm-up and pruning leave of the run's "
             f"{total_steps}; lower them, train longer, or lower warmup_steps or pruning_steps"
         )

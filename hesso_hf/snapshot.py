@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,14 +12,19 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+_SCHEDULED = (
+    "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "momentum", "max_momentum", "base_momentum", "betas",
+    "weight_decay",
+)  # fmt: skip
+
 
 class Snapshot:
     """Copies of parameters, their optimizer state and the random state of this process.
 
     Args:
         parameters: what is copied; the same tensors in the same order at every use.
-        optimizer: whose `state` of these parameters is copied too, or None. Its `param_groups`, and so the learning
-            rate, are left alone.
+        optimizer: whose `state` of these parameters is copied too, or None. What a schedule drives in its
+            `param_groups`, such as the learning rate, is left alone.
         on_cpu: whether the copies lie in host memory, so that the device holds no second copy.
     """
 
@@ -29,6 +35,8 @@ class Snapshot:
         self._weights = [self._copy(parameter.data) for parameter in self._parameters]
         state = optimizer.state if optimizer else {}
         self._state = [self._copy(state.get(parameter)) for parameter in self._parameters]
+        groups = optimizer.param_groups if optimizer else []
+        self._options = [{key: self._copy(group[key]) for key in _own_options(group)} for group in groups]
         self._random = random_state(self._device)
 
     def weights_of(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -47,6 +55,8 @@ class Snapshot:
             else:
                 present = self._optimizer.state.get(parameter)
                 self._optimizer.state[parameter] = _put_back(saved, present, parameter.device)
+        for group, saved in zip(self._optimizer.param_groups if self._optimizer else [], self._options, strict=True):
+            group.update({key: _put_back(value, group.get(key), self._device) for key, value in saved.items()})
         set_random_state(self._random, self._device)
 
     @torch.no_grad()
@@ -65,13 +75,20 @@ class Snapshot:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the copies: tensors and plain containers only."""
-        return {"weights": list(self._weights), "state": list(self._state), "random": self._random}
+        copies = {"weights": list(self._weights), "state": list(self._state), "options": list(self._options)}
+        return copies | {"random": self._random}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over copies that were saved."""
-        self._weights = [self._copy(weights) for weights in state["weights"]]
-        self._state = [self._copy(values) for values in state["state"]]
-        self._random = dict(state["random"])
+        self._weights = _put_back(list(state["weights"]), self._weights, self._device)
+        self._state = _put_back(list(state["state"]), self._state, self._device)
+        self._options = _put_back(list(state["options"]), self._options, self._device)
+        self._random = {  # where the checkpoint was loaded to another device
+            name: [part.cpu() if isinstance(part, torch.Tensor) else part for part in value]
+            if isinstance(value, list)
+            else value.cpu()
+            for name, value in state["random"].items()
+        }
 
     def num_bytes(self) -> int:
         """Return the size of all copies."""
@@ -83,13 +100,14 @@ class Snapshot:
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            copied = value.detach().to("cpu" if self._on_cpu else value.device, copy=True)
-            return copied.pin_memory() if self._on_cpu and value.is_cuda else copied
+            if self._on_cpu and value.is_cuda and type(value) in (torch.Tensor, torch.nn.Parameter) and value.dim():
+                return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+            return value.detach().to("cpu" if self._on_cpu else value.device, copy=True)
         if isinstance(value, Mapping):
             return {key: self._copy(part) for key, part in value.items()}
         if isinstance(value, list | tuple):
             return _like(value, [self._copy(part) for part in value])
-        return value
+        return copy.deepcopy(value)
 
 
 def snapshot_of(optimizer: Optimizer, scaled: Iterable[torch.Tensor], on_cpu: bool) -> Snapshot:
@@ -112,7 +130,12 @@ def _put_back(saved: Any, present: Any, device: torch.device) -> Any:
         fits = isinstance(present, type(saved)) and len(present) == len(saved)
         olds = present if fits else [None] * len(saved)
         return _like(saved, [_put_back(value, old, device) for value, old in zip(saved, olds, strict=True)])
-    return saved
+    return copy.deepcopy(saved)
+
+
+def _own_options(group: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a parameter group that the optimizer itself moves on, such as a step count."""
+    return [key for key in group if key not in _SCHEDULED and isinstance(group[key], int | float | torch.Tensor)]
 
 
 def _like(sequence: Any, parts: list[Any]) -> Any:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .agreement import first_error, world_size
 from .budget import TargetSizes
-from .calibration import LossCurves, measure_curves
+from .calibration import LossCurves, measure_curves, usable
 from .card import CARD_NAME, REPORT_NAME, PruningReport
 from .checkpoint import check_config, check_resumable, last_checkpoint, read_state, write_state
 from .config import HessoConfig
@@ -80,6 +80,9 @@ class HessoMixin(HubMixin):
             last = last_checkpoint(Path(self._output_dir))
             raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
         process = self.hesso_optimizer.process if self.hesso_optimizer else None
+        if process is not None and process.on_trial is not None:
+            logger.warning("training ended in the middle of a CRIC cycle: the weights from before it are put back")
+            process.on_trial.restore_weights()
         if process is not None and not process.finished:
             logger.warning(
                 f"training ended at step {process.step} of pruning, which needs {process.schedule.end} (skipped steps "
@@ -209,16 +212,22 @@ class HessoMixin(HubMixin):
         if self.train_dataset is None:
             raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
         assert self.hesso_optimizer is not None
-        self._bare_model().train()  # as the trainer does before each step
+        self._bare_model().train()  # as the trainer does before each step, the optimizer's mode with it
+        if callable(getattr(self.hesso_optimizer, "train", None)):
+            self.hesso_optimizer.train()  # type: ignore[attr-defined]
         with kept_random_state(self.args.device):
             count = PROBE_BATCHES * PROBE_BATCH_SIZE
             examples = [self._prepare_inputs(example) for example in self._single_examples(count)]
+            examples = usable(self._bare_model(), examples, self._batch_loss)
+            if not examples:
+                raise HessoError("`cric_mode` ('probe'): no example of `train_dataset` gives a finite loss; use 'path'")
             batches = [examples[start : start + PROBE_BATCH_SIZE] for start in range(0, count, PROBE_BATCH_SIZE)]
-            self.hesso_optimizer.probe([self._loss_of(batch) for batch in batches if batch])
+            scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
+            self.hesso_optimizer.probe([self._loss_of(batch, scale) for batch in batches if batch], scale)
 
-    def _loss_of(self, examples: list[Any]) -> Callable[[], torch.Tensor]:
+    def _loss_of(self, examples: list[Any], loss_scale: float) -> Callable[[], torch.Tensor]:
         """Return what computes the mean loss of some examples, with all but the last one's gradients taken already."""
-        scale = (1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0) / len(examples)  # scores don't know it
+        scale = loss_scale / len(examples)
 
         def loss() -> torch.Tensor:
             torch.manual_seed(self.args.seed)  # the same dropout at every point

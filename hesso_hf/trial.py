@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .bound import BoundGroups
 from .config import HessoConfig
 from .cric import PROBE_CYCLES, PROBE_SAMPLES, Cric, PathDisplacements
+from .errors import HessoError
 from .ranking import PerUnit, Ranking, agreed
 from .saliency import UnitSums
 from .schedule import PeriodStep, Schedule
@@ -66,7 +67,7 @@ class CricTrial:
         self.cric.record(t, values, self._ranking.lowest(self._ranking.combine(values)))
 
     def go_along(self, position: PeriodStep) -> None:
-        """Take the violating units a step towards zero; at the end of the cycle return to the snapshot."""
+        """Take the units on trial a step towards zero; at the end of the cycle return to the snapshot."""
         assert self.snapshot is not None
         if not position.last:
             self._bound.multiply_(self._factors(position.factor))
@@ -78,20 +79,24 @@ class CricTrial:
         """Return the final scores, shape (L, U) per structure."""
         return self._ranking.combine(self.cric.means())
 
-    def probe(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+    def probe(self, losses: Sequence[Callable[[], torch.Tensor]], loss_scale: float = 1.0) -> None:
         """Make all cycles at once, by gradients at points on the way to zero instead of training steps.
 
         Weights are as before afterwards, bit for bit; `.grad` of the groups' parameters is cleared.
 
         Args:
             losses: each computes the loss of one batch; the same batches serve at every point.
+            loss_scale: what the losses were multiplied by.
+
+        Raises:
+            HessoError: where a gradient isn't finite.
         """
         sums, before = self._ranking.empty_sums(self._bound.device), copy.deepcopy(self.cric.state_dict())
         self.snapshot = Snapshot(self._bound.parameters.values(), None, self._config.cric_snapshot == "cpu")
         try:
             while not self.ended:
                 for t in range(self.cric.samples):
-                    self._probe_point(t, losses, sums)
+                    self._probe_point(t, losses, sums, loss_scale)
                 self.snapshot.restore_weights()
                 self._next_cycle()
         except BaseException:  # whatever a loss raises, it can be tried again
@@ -100,7 +105,9 @@ class CricTrial:
             self.cric.load_state_dict(before)
             raise
 
-    def _probe_point(self, t: int, losses: Sequence[Callable[[], torch.Tensor]], sums: UnitSums) -> None:
+    def _probe_point(
+        self, t: int, losses: Sequence[Callable[[], torch.Tensor]], sums: UnitSums, loss_scale: float
+    ) -> None:
         assert self.snapshot is not None
         if t:
             self.snapshot.restore_weights()
@@ -109,9 +116,18 @@ class CricTrial:
         for loss in losses:
             with torch.enable_grad():
                 loss().backward()
+            if loss_scale != 1.0:
+                for parameter in self._bound.parameters.values():
+                    if parameter.grad is not None:
+                        parameter.grad.div_(loss_scale)
             self.accumulate_(sums, t)
             for parameter in self._bound.parameters.values():
                 parameter.grad = None
+        if not sums.are_finite():
+            raise HessoError(
+                f"`losses` of the probe: a gradient isn't finite where {self._scale(t):.0%} of the units on trial are "
+                "left; leave out batches without labels, or probe in a wider dtype"
+            )
         if not self.cric.cycles:
             lowest = agreed(self._ranking.lowest(self._ranking.scores(sums)))
             self.cric.begin_cycle(lowest, lowest)
@@ -131,7 +147,7 @@ class CricTrial:
         self.snapshot = None
 
     def _scale(self, t: int) -> float:
-        """What is left of the violating units at sample t."""
+        """What is left of the units on trial at sample t."""
         return (self.cric.samples - t) / self.cric.samples
 
     def _factors(self, factor: float) -> PerUnit:

@@ -311,8 +311,15 @@ def test_losses_outside_the_periods_are_no_collapse(log: pytest.LogCaptureFixtur
     model = tiny_llama()
     optimizer = hesso(model)
     steps(model, optimizer, 0, 8)
-    steps(model, optimizer, 8, 12, high=(8, 9, 10, 11))
+    steps(model, optimizer, 8, 14, high=(11, 12, 13))  # three steps after pruning has ended are watched still
     assert not warnings_of(log)
+
+
+def test_a_collapse_by_the_last_shrinking_is_seen_after_it(log: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    optimizer = hesso(model)
+    steps(model, optimizer, 0, 12, high=(8, 9))
+    assert [text.split(":")[0] for text in warnings_of(log)] == ["step 8"]
 
 
 @pytest.mark.parametrize("saliency_batches", [1, 3])

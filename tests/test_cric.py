@@ -1047,3 +1047,45 @@ def test_nothing_to_prune_leaves_cric_out() -> None:
         base.step()
     assert parameters_equal(model, twin)
     assert optimizer.process.cric_report() is None
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer that counts its steps in its parameter groups, beside a learning rate that a schedule drives."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group["lr"] = 1e-3 / group["k"]
+        return super().step(closure)
+
+
+def test_step_counts_in_parameter_groups_return_and_learning_rates_go_on() -> None:
+    model = tiny_llama()
+    optimizer = cric(model, path(1, 3, 2), lambda m: Counting([{"params": list(m.parameters()), "k": 0}], lr=1e-3))
+    rates = []
+    for step, batch in enumerate(token_batches(7)):
+        backward(model, batch)
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        expected = {3: 1, 6: 1}.get(step)  # the last step of each cycle of three, after one of warm-up
+        if expected is not None:
+            assert optimizer.param_groups[0]["k"] == expected
+    assert rates[3] == pytest.approx(1e-3 / 4)  # the rate stays, as a scheduler would have set it
+
+
+def test_a_gradient_that_is_not_finite_stops_the_probe_and_leaves_the_weights() -> None:
+    model = tiny_llama()
+    config = {"cric_mode": "probe", "cric_sampling_steps": 2, "cric_max_cycles": 2}
+    optimizer = cric(model, Schedule(0, 2, 1, 6), sgd_momentum, **config)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    batch = token_batches(1)[0]
+
+    def broken() -> torch.Tensor:
+        return model(input_ids=batch, labels=batch).loss * float("nan")
+
+    with pytest.raises(HessoError, match="isn't finite where 100%"):
+        optimizer.probe([broken])
+    assert optimizer.process.wants_probe
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None

@@ -719,3 +719,47 @@ def test_options_from_a_recipe_and_from_flags(tmp_path: Path) -> None:
     assert few == HessoConfig(0.5, cric=True, cric_max_cycles=3)
     with pytest.raises(HessoError, match=r"`cric_max_cycles` \(3\)"):
         parse_recipe(None, [*base, "--hesso_cric_max_cycles", "3"])
+
+
+# -- what training may end or meet on the way --------------------------------------------------------------------------
+
+
+class Stop(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self._step
+
+
+def test_training_that_ends_within_a_cycle_leaves_the_weights_from_before_it(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    runs = {}
+    for last in (2, 4):  # one after the other: making a trainer seeds the generators
+        runs[last] = cric_run(tmp_path / str(last))
+        runs[last].add_callback(Stop(last))
+        runs[last].train()
+    before, run = runs.values()
+    assert run.hesso_optimizer.process.on_trial is not None
+    assert "ended in the middle of a CRIC cycle" in log.text
+    for ours, theirs in zip(run.model.parameters(), before.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_probe_leaves_out_examples_without_labels(tmp_path: Path) -> None:
+    data = blocks().to_list()
+    spread = range(0, len(data), len(data) // 16)
+    for index in (spread[0], spread[5]):
+        data[index]["labels"] = [-100] * len(data[index]["labels"])
+    run = cric_run(tmp_path / "some", "probe", data=type(blocks()).from_list(data), num_train_epochs=1)
+    run.train()
+    check_budget(run)
+    assert all(size > 0 for size in violating(run)["mlp_channels"][:1])
+
+    none = [row | {"labels": [-100] * len(row["labels"])} if i in spread else row for i, row in enumerate(data)]
+    run = cric_run(tmp_path / "none", "probe", data=type(blocks()).from_list(none))
+    with pytest.raises(HessoError, match="no example of `train_dataset` gives a finite loss"):
+        run.train()

@@ -50,6 +50,21 @@ def test_without_matplotlib_a_warning_says_what_to_install(tmp_path: Path, monke
     assert "hesso_hf[plots]" in warnings[0]
 
 
+def test_a_picture_that_fails_costs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("no font")
+
+    warnings: list[str] = []
+    monkeypatch.setattr("hesso_hf.card.draw_cric", broken)
+    monkeypatch.setattr("hesso_hf.card.logger.warning", warnings.append)
+    run = trainer(tmp_path, config=hesso_config(cric=True, cric_sampling_steps=2, cric_max_cycles=2), max_steps=16)
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    assert (tmp_path / "small" / "model.safetensors").exists()
+    assert not (tmp_path / "small" / PLOT_NAME).exists()
+    assert "no font" in warnings[0]
+
+
 def test_a_save_draws_it_and_a_later_one_without_cric_removes_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
