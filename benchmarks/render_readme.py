@@ -161,16 +161,15 @@ def collapse(result: dict[str, Any]) -> str:
 def _collapse_table(model: str, starts: dict[str, Any], result: dict[str, Any]) -> str:
     order = ("plain", "rescaled", "stationary")
     names = [name for name in (*(f"{start}, untrained" for start in order), *order) if name in starts]
+    runs = [run for run in result["runs"] if run["model"] == model]
+    seeds = [len({run["seed"] for run in runs if run["trained"] is kind}) for kind in (False, True)]
     rows = []
     for method, label in COLLAPSE_METHODS.items():
         cells = []
         for name in names:
-            entry = starts[name].get(method)
-            cells.append(f"{entry['median_loss']:.3f} ± {entry['spread'] / 2:.3f}" if entry else "-")
+            cells.append(_collapse_cell(starts[name].get(method), seeds["untrained" not in name]))
         rows.append([label, *cells])
-    runs = [run for run in result["runs"] if run["model"] == model]
     ratios = {round(run["parameter_ratio"], 2) for run in runs}
-    seeds = [len({run["seed"] for run in runs if run["trained"] is kind}) for kind in (False, True)]
     tokens = {run["start"]: run["tokens"] for run in runs if run["trained"]}
     trained = ", ".join(f"{start} {tokens[start]:,}" for start in order if start in tokens)
     return "\n".join(
@@ -178,10 +177,18 @@ def _collapse_table(model: str, starts: dict[str, Any], result: dict[str, Any]) 
             _table([model, *names], rows),
             "",
             f"Held-out nats a token after removing {_percent(ratios)} of the parameters: median and half the range, of "
-            f"{_plural(seeds[0], 'seed')} untrained and {_plural(seeds[1], 'seed')} trained. Training tokens: "
+            f"{_plural(seeds[0], 'seed')} untrained and {_plural(seeds[1], 'seed')} trained where a cell doesn't say "
+            "fewer. Training tokens: "
             f"{trained}. A dash: trains as on the plain model.",
         ]
     )
+
+
+def _collapse_cell(entry: dict[str, Any] | None, seeds: int) -> str:
+    if entry is None:
+        return "-"
+    text = f"{entry['median_loss']:.3f} ± {entry['spread'] / 2:.3f}"
+    return text if entry["seeds"] == seeds else f"{text} ({_plural(entry['seeds'], 'seed')})"
 
 
 def _percent(ratios: set[float]) -> str:

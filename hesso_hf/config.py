@@ -261,7 +261,7 @@ class HessoConfig:
             idle.append("cric_snapshot")
         for name in idle:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                reader = "`cric` or `on_collapse='pause'`" if name == "cric_snapshot" else "`cric`"
+                reader = "`cric` (False)" + (" or `on_collapse` 'pause'" if name == "cric_snapshot" else "")
                 raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without {reader}")
 
 

@@ -20,7 +20,8 @@ def phase_text(process: PruningProcess) -> str:
     schedule, step = process.schedule, process.step
     phase = schedule.phase(step)
     if phase == "warmup":
-        return f"warm-up until step {schedule.warmup_steps}"
+        next_phase = "CRIC" if schedule.cycles else "pruning"
+        return f"warm-up, {next_phase} starts at step {schedule.warmup_steps}"
     sampling = schedule.sampling_step(step)
     if sampling is not None:
         return f"CRIC cycle {sampling.index + 1} of at most {schedule.cycles}"

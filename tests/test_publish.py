@@ -200,6 +200,7 @@ from hesso_hf.proof import proved_groups
 from families import logits, token_ids
 from transformers import AutoModelForCausalLM, logging
 logging.set_verbosity_error()
+logging.disable_progress_bar()  # a process that is killed within a bar's update keeps the lock that forks share
 
 folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
 models = [small_model(37, seed=7), small_model(options["keep"], seed=8)]

@@ -102,9 +102,10 @@ def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
         if not target.startswith("https://"):
             file, _, anchor = target.partition("#")
-            assert (path.parent / file).exists(), target
+            document = path.parent / file if file else path
+            assert document.exists(), target
             if anchor:
-                titles = re.findall(r"^#+ (.*)$", (path.parent / file).read_text(encoding="utf-8"), re.MULTILINE)
+                titles = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
                 assert anchor in [title.lower().replace(" ", "-") for title in titles]
 
 
