@@ -14,7 +14,7 @@ from .agreement import broadcast_decision_
 from .budget import TargetSizes
 from .config import HessoConfig
 from .groups import PruningGroups
-from .saliency import UnitSums, combine_criteria, criteria_of, lowest_units, needed_sums
+from .saliency import UnitSums, combine_criteria, criteria_of, lowest_units, needed_sums, saliency_scores
 
 PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
 
@@ -57,7 +57,7 @@ class Ranking:
         Args:
             kept: the units that still compete, bool; all by default.
         """
-        return self.combine(self.values(sums, signed=False), kept)
+        return saliency_scores(sums, self._weights, self._elements, self._across_layers, kept)
 
     def values(self, sums: UnitSums, signed: bool) -> PerUnit:
         """Return the criteria's values, shape (C, L, U) per structure; `signed` as along a path to zero."""
