@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .budget import LossFunction
 from .config import HessoConfig
 from .cost import Counts
-from .groups import Axis, PruningGroups, mask_
+from .groups import Axis, PruningGroups, centre_, mask_
 from .saliency import UnitSums, accumulate_, needed_sums, saliency_scores
 
 logger = logging.get_logger(__name__)
@@ -147,6 +147,8 @@ def _rises(
             pruned.scatter_(1, order[:, :count], True)
             for layer, axis in structure.all_axes():
                 mask_(parameters[axis.parameter].data, axis, pruned[layer])
+                if axis.centred:
+                    centre_(parameters[axis.parameter].data, axis, (~pruned[layer]).float())
             rise = _mean_loss(model, batches, batch_loss) - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
     finally:

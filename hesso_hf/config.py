@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from .errors import HessoError, nearest_name
 
-StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels"]
+StructureName = Literal["attention_heads", "mlp_channels", "expert_channels", "embedding_channels"]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)

@@ -28,10 +28,10 @@ class StructureInspection:
         prunable_parameters: elements of all units together.
         layouts: parameter pattern and dimension to layout.
         relative_error: error of the logits of a cut tiny model of this class against its zeroed full one, fp32.
-        reason: why it is refused.
+        reason: why it is refused or not applicable.
     """
 
-    status: Literal["proved", "refused"]
+    status: Literal["proved", "refused", "not_applicable"]
     units: int | None = None
     layers: int | None = None
     parameters_per_unit: int | None = None
@@ -95,6 +95,8 @@ def inspect_model(
         error = proof.structures[name].relative_error
         if name in groups.structures:
             structures[name] = _describe(groups.structures[name], axis_map, error)
+        elif name in groups.absent:
+            structures[name] = StructureInspection("not_applicable", reason=groups.absent[name])
         else:
             structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
     counts = build_cost("parameters", groups, axis_map, config)

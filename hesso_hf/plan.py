@@ -79,7 +79,7 @@ class PruningPlan:
     @property
     def wants_calibration(self) -> bool:
         """Whether there is a split between structures to be measured."""
-        free = [name for name in self.groups.structures if name not in self._pinned()]
+        free = [name for name in self.groups.independent if name not in self._pinned()]
         ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
         return ratio and len(free) > 1 and self.config.calibration_examples > 0
 

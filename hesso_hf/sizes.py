@@ -14,10 +14,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from .errors import HessoError, UnsupportedStructureError
+from .errors import HessoError, NotApplicableError, UnsupportedStructureError
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
+EXPERT_MLP, EXPERTS = "moe_intermediate_size", "num_experts"
+_SIZE_OF = {"mlp_channels": MLP, "expert_channels": EXPERT_MLP, "embedding_channels": HIDDEN}
 
 
 def get_size(config: PretrainedConfig, name: str) -> int | None:
@@ -46,13 +48,13 @@ def unit_increments(structure: str, config: PretrainedConfig) -> dict[str, int]:
         UnsupportedStructureError: where the config has no such size.
     """
     if structure != "attention_heads":
-        name = {"mlp_channels": MLP, "embedding_channels": HIDDEN}[structure]
+        name = _SIZE_OF[structure]
         if get_size(config, name) is None:
-            raise UnsupportedStructureError(f"{structure}: {type(config).__name__} has no integer `{name}`")
+            raise NotApplicableError(f"{structure}: {type(config).__name__} has no integer `{name}`")
         return {name: 1}
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     if heads is None:
-        raise UnsupportedStructureError(f"{structure}: {type(config).__name__} has no integer `{HEADS}`")
+        raise NotApplicableError(f"{structure}: {type(config).__name__} has no integer `{HEADS}`")
     if kv_heads is None or kv_heads == 1:
         return {HEADS: 1}
     if heads % kv_heads:
