@@ -36,12 +36,12 @@ from .groups import (
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .probe import AxisMap, probe_axes
-from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, head_dim_of, num_units, resized_config
+from .sizes import HEADS, HIDDEN, head_dim_of, num_units, resized_config
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
+from .tiny import forward_logits, logits_of, random_model, tiny_config, token_ids
 
 TOLERANCE = 1e-5
 COUPLED = ("attention_heads", "embedding_channels")
-_TINY_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2, "top_k_experts": 2}
 _SEED = 20240915
 
 
@@ -68,82 +68,6 @@ class Proof:
     joint_error: float | None = None
 
 
-def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a config of the same class with small sizes that all differ, a large epsilon and few layers.
-
-    One layer of each kind is kept (at least two layers), so that every per-layer list stays consistent.
-    """
-    values = config.to_dict()
-    _keep_some_layers(values, int(values.get(LAYERS) or getattr(config, LAYERS)))
-    heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
-    grouped = kv_heads is not None and heads is not None and 1 < kv_heads < heads
-    sizes: dict[str, int] = {"vocab_size": 67, HIDDEN: 60, MLP: 44, HEADS: 6 if grouped else 5}
-    if kv_heads is not None:
-        sizes[KV_HEADS] = 3 if grouped else (1 if kv_heads == 1 else 5)
-    sizes[HEAD_DIM] = 8
-    if _has_per_frequency_lists(values):  # one factor per rotary frequency: head_dim and its quotient must stay
-        sizes[HEAD_DIM] = head_dim_of(config) or 8
-        sizes[HIDDEN] = sizes[HEADS] * sizes[HEAD_DIM]
-    for name, most in _TINY_EXPERTS.items():
-        if get_size(config, name):
-            sizes[name] = min(most, values.get(name) or most)
-    names = type(config).attribute_map
-    for name, size in sizes.items():
-        if name == HEAD_DIM or getattr(config, name, None) is not None:
-            values[names.get(name, name)] = size
-    for name, value in list(values.items()):
-        if "eps" in name and isinstance(value, float):
-            values[name] = 0.05  # large, so that a fold that changes the norms' epsilon can't pass
-        if name.endswith("_token_id") and isinstance(value, int) and value >= 67:
-            values[name] = 0
-    return type(config).from_dict(values)
-
-
-def _keep_some_layers(values: dict[str, Any], layers: int) -> None:
-    """Keep the first layer of each kind, two at least, in `num_hidden_layers` and every list of that length."""
-    lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == layers}
-    kinds = [tuple(str(value[i]) for value in lists.values()) for i in range(layers)]
-    chosen = sorted({kinds.index(kind) for kind in kinds})
-    chosen = sorted({*chosen, *range(min(2, layers))}) if len(chosen) < 2 else chosen
-    for name, value in lists.items():
-        values[name] = [value[i] for i in chosen]
-    values[LAYERS] = len(chosen)
-
-
-def _has_per_frequency_lists(values: dict[str, Any]) -> bool:
-    """Rotary scalings with one number per frequency tie the model to its head_dim."""
-    rope = [values.get(name) for name in ("rope_parameters", "rope_scaling")]
-    return any(isinstance(value, list) for item in rope if isinstance(item, dict) for value in item.values())
-
-
-def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = _SEED) -> PreTrainedModel:
-    """Build a model with random weights, biases and norm weights, in fp32 on the CPU; zeros would hide mistakes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config).float().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-                else:
-                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-    return model
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 logits of a forward pass without a cache, in the weights' own dtype.
-
-    The class' forward is called, since mixed-precision training wraps the instance's in autocast.
-    """
-    return forward_logits(model, input_ids)
-
-
-def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 logits with a gradient, where one is wanted."""
-    return type(model).forward(model, input_ids=input_ids, use_cache=False).logits.float()
-
-
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Return max |found - expected| / max |expected|."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
@@ -152,7 +76,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof:
     """Prove every known structure for an architecture."""
     try:
-        bench = _Bench(model_class, tiny_config(config))
+        bench = _Bench(model_class, tiny_config(model_class, config))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
         return Proof({name: StructureProof(name, None, None, reason) for name in STRUCTURES})
@@ -212,8 +136,7 @@ class _Bench:
         self.model_class, self.config = model_class, config
         self.model = random_model(model_class, config)
         self.axis_map = probe_axes(model_class, config)
-        generator = torch.Generator().manual_seed(_SEED)
-        self.input_ids = torch.randint(3, config.get_text_config().vocab_size, (2, 12), generator=generator)
+        self.input_ids = token_ids(config)
         self.logits = logits_of(self.model, self.input_ids)
         self.gradients = GradientProbe(self.model, self.input_ids, forward_logits)
         self.tied = not any(info.role == "output" for info in self.axis_map.parameters.values())
