@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from .errors import UnsupportedStructureError
+from .errors import HessoError, UnsupportedStructureError
 from .layout import Layout, candidate_layouts
 from .probe import AxisMap
-from .sizes import HEADS, head_dim_of, num_units, unit_increments
+from .sizes import HEADS, head_dim_of, num_pools, num_units, unit_increments
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,24 @@ class Axis:
 
 @dataclass(frozen=True)
 class StructureGroups:
-    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share."""
+    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share.
+
+    Attributes:
+        pools: consecutive runs into which a layer's units are split, each of which keeps equally many: for query heads
+            those of one key-value head each, else 1.
+    """
 
     structure: str
     increments: dict[str, int]
     num_units: int
     layers: tuple[str, ...]
     axes: tuple[tuple[Axis, ...], ...]
+    pools: int = 1
+
+    @property
+    def pool_size(self) -> int:
+        """Number of units of one pool of the full model."""
+        return self.num_units // self.pools
 
     def all_axes(self) -> Iterable[tuple[int, Axis]]:
         """Yield (layer index, axis)."""
@@ -60,6 +71,25 @@ class StructureGroups:
     def config_sizes(self, kept: int) -> dict[str, int]:
         """Return the config sizes of a model that keeps `kept` units in every layer."""
         return {name: increment * kept for name, increment in self.increments.items()}
+
+    def check_pools(self, layers: Iterable[Iterable[int]]) -> None:
+        """Check that each layer keeps equally many units in every pool.
+
+        Args:
+            layers: indices of the kept units, per layer.
+
+        Raises:
+            HessoError: naming the first layer where it doesn't, with the numbers.
+        """
+        for layer, units in zip(self.layers, layers, strict=True):
+            counts = [0] * self.pools
+            for unit in units:
+                counts[unit // self.pool_size] += 1
+            if len(set(counts)) > 1:
+                raise HessoError(
+                    f"{self.structure} of {layer or 'the model'}: the {self.pools} runs of {self.pool_size} units keep "
+                    f"{counts}, but all must keep equally many"
+                )
 
     def elements_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of elements that one unit of the first layer owns."""
@@ -152,7 +182,7 @@ def candidate_axes(
             f"{HEADS} in this class"
         )
     units = num_units(structure, config)
-    granule = (head_dim_of(config) or 1) if structure == "attention_heads" else 1
+    granule = (head_dim_of(config) or 1) if structure in ("attention_heads", "query_heads") else 1
     return {axis: _layouts(structure, axis, axis_map, increments, units, granule) for axis in moving}
 
 
@@ -198,6 +228,7 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
         num_units(structure, config),
         tuple(by_layer),
         tuple(tuple(axes) for axes in by_layer.values()),
+        num_pools(structure, config),
     )
 
 
