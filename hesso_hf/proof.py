@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config import STRUCTURES
+from .config import DEFAULT_STRUCTURES
 from .cut import load_cut
 from .errors import HessoError, UnsupportedStructureError
-from .groups import KeptUnits, PruningGroups, Scheme, build_groups, candidate_axes, mask_
+from .groups import KeptUnits, PruningGroups, Scheme, StructureGroups, build_groups, candidate_axes, mask_
 from .probe import AxisMap, ParameterInfo, probe_axes
 from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, head_dim_of, num_units, resized_config
 
@@ -46,10 +46,13 @@ class Proof:
     joint_error: float | None = None
 
 
-def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
+def tiny_config(config: PretrainedConfig, structures: tuple[str, ...] = DEFAULT_STRUCTURES) -> PretrainedConfig:
     """Return a config of the same class with small sizes that all differ, a large epsilon and few layers.
 
     One layer of each kind is kept (at least two layers), so that every per-layer list stays consistent.
+
+    Args:
+        structures: those to be proved: single query heads need three a key-value head, to keep two of them.
     """
     values = config.to_dict()
     _keep_some_layers(values, int(values.get(LAYERS) or getattr(config, LAYERS)))
@@ -57,7 +60,8 @@ def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     grouped = kv_heads is not None and heads is not None and 1 < kv_heads < heads
     sizes: dict[str, int] = {"vocab_size": 67, HIDDEN: 60, MLP: 44, HEADS: 6 if grouped else 5}
     if kv_heads is not None:
-        sizes[KV_HEADS] = 3 if grouped else (1 if kv_heads == 1 else 5)
+        grouped_kv_heads = 2 if "query_heads" in structures else 3
+        sizes[KV_HEADS] = grouped_kv_heads if grouped else (1 if kv_heads == 1 else 5)
     sizes[HEAD_DIM] = 8
     if _has_per_frequency_lists(values):  # one factor per rotary frequency: head_dim and its quotient must stay
         sizes[HEAD_DIM] = head_dim_of(config) or 8
@@ -122,21 +126,25 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof:
-    """Prove every known structure for an architecture."""
+def prove(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
+) -> Proof:
+    """Prove the named structures, which must not exclude each other, for an architecture."""
     try:
-        bench = _Bench(model_class, tiny_config(config))
+        bench = _Bench(model_class, tiny_config(config, names))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
-        return Proof({name: StructureProof(name, None, None, reason) for name in STRUCTURES})
-    proofs = {name: bench.prove(name) for name in STRUCTURES}
+        return Proof({name: StructureProof(name, None, None, reason) for name in names})
+    proofs = {name: bench.prove(name) for name in names}
     schemes = {name: proof.scheme for name, proof in proofs.items() if proof.scheme is not None}
     return Proof(proofs, bench.error_of(schemes) if schemes else None)
 
 
-def proved_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PruningGroups, Proof, AxisMap]:
-    """Probe a model's config, prove its structures and return the groups of those that hold."""
-    proof = prove(model_class, config)
+def proved_groups(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
+) -> tuple[PruningGroups, Proof, AxisMap]:
+    """Probe a model's config, prove the named structures and return the groups of those that hold."""
+    proof = prove(model_class, config, names)
     axis_map = probe_axes(model_class, config)
     structures, refused = {}, {}
     for name, found in proof.structures.items():
@@ -221,7 +229,7 @@ class _Trial:
 
 def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
     """Choose random units to keep, about three of four, so many that the config class accepts the sizes."""
-    counts = [_tiny_counts(structure.num_units) for structure in groups.structures.values()]
+    counts = [[n * g.pools for n in _tiny_counts(g.pool_size)] for g in groups.structures.values()]
     error: HessoError | None = None
     for choice in itertools.product(*counts):
         sizes: dict[str, int] = {}
@@ -235,10 +243,18 @@ def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[Kep
         generator = torch.Generator().manual_seed(_SEED + 1)
         kept = {}
         for (name, structure), count in zip(groups.structures.items(), choice, strict=True):
-            layers = [torch.randperm(structure.num_units, generator=generator)[:count] for _ in structure.layers]
-            kept[name] = tuple(tuple(sorted(layer.tolist())) for layer in layers)
+            kept[name] = tuple(_random_units(structure, count, generator) for _ in structure.layers)
         return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
     raise error or UnsupportedStructureError("there is only one unit a layer")
+
+
+def _random_units(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Choose `count` units of a layer, equally many of each pool."""
+    units: list[int] = []
+    for pool in range(structure.pools):
+        order = torch.randperm(structure.pool_size, generator=generator) + pool * structure.pool_size
+        units += order[: count // structure.pools].tolist()
+    return tuple(sorted(units))
 
 
 def _tiny_counts(units: int) -> list[int]:

@@ -13,10 +13,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hesso_hf.groups import KeptUnits, PruningGroups, mask_
+from hesso_hf.groups import KeptUnits, PruningGroups, StructureGroups, mask_
 from hesso_hf.sizes import model_class_of
 
 HEADS, MLP, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
+QUERY = "query_heads"
 SEED = 7
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -122,9 +123,18 @@ def random_units(groups: PruningGroups, counts: dict[str, int], seed: int = SEED
     kept = {}
     for name, count in counts.items():
         structure = groups.structures[name]
-        orders = [torch.randperm(structure.num_units, generator=generator) for _ in structure.layers]
-        kept[name] = tuple(tuple(sorted(order[:count].tolist())) for order in orders)
+        kept[name] = tuple(_random_layer(structure, count, generator) for _ in structure.layers)
     return KeptUnits({name: groups.structures[name].num_units for name in counts}, kept)
+
+
+def _random_layer(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Choose a layer's units that stay, equally many of each pool."""
+    size = structure.num_units // structure.pools
+    chosen: list[int] = []
+    for start in range(0, structure.num_units, size):
+        order = torch.randperm(size, generator=generator) + start
+        chosen += order[: count // structure.pools].tolist()
+    return tuple(sorted(chosen))
 
 
 def zero_pruned_(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
