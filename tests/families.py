@@ -40,6 +40,7 @@ class Family:
         sizes: fields that differ from `SIZES`; None leaves the class' default.
         refused: structures that can't be pruned in this class, with what the reason must name.
         kept: units that a test keeps in every layer, where not those of `KEPT`.
+        structures: those that tests ask for.
     """
 
     name: str
@@ -47,11 +48,12 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    structures: tuple[str, ...] = (HEADS, MLP, STREAM)
 
     @property
     def proved(self) -> tuple[str, ...]:
         """Structures that must be proved."""
-        return tuple(name for name in (HEADS, MLP, STREAM) if name not in self.refused)
+        return tuple(name for name in self.structures if name not in self.refused)
 
     def config(self, **changes: Any) -> PretrainedConfig:
         """Build the config."""
@@ -102,6 +104,24 @@ VARIANTS = (
     Family("phi3-multi-query", "phi3", {"head_dim": None, "num_key_value_heads": 1}, kept={HEADS: 4}),
 )
 ALL = {family.name: family for family in (*FAMILIES, *VARIANTS)}
+
+
+def _queries(model_type: str, heads: int, kept: int, **sizes: Any) -> Family:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": 2, **sizes}
+    return Family(f"{model_type}-queries", model_type, sizes, kept={QUERY: kept}, structures=(QUERY, MLP, STREAM))
+
+
+# Models that lose single query heads: three or four for each of two key-value heads, of which one goes.
+QUERIES = {
+    family.name: family
+    for family in (
+        _queries("llama", 8, 6, attention_bias=True),
+        _queries("qwen3", 8, 6),
+        _queries("gemma2", 8, 6, query_pre_attn_scalar=10),
+        _queries("phi3", 6, 4, head_dim=None),
+        _queries("olmo2", 6, 4, head_dim=None),
+    )
+}
 
 
 def random_model(config: PretrainedConfig, seed: int = SEED) -> PreTrainedModel:
