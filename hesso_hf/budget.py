@@ -171,18 +171,19 @@ class _Solver:
 
     def _units_of(self, name: str, size: int, group: StructureGroups) -> int:
         increment, full = group.increments[name], get_size(self.model_config, name)
+        step = increment * group.pools
         assert full is not None
-        if size % increment or not 1 <= size // increment <= group.num_units:
+        if size % step or not step <= size <= full:
             raise HessoError(
-                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {increment} between {increment} and {full}"
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {step} and {full}"
             )
         return size // increment
 
     def choices(self, name: str) -> list[int]:
         """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
-        if name == "attention_heads":
-            multiple = 1
+        if name in ("attention_heads", "query_heads"):
+            multiple = group.pools
             divisible = list(group.increments.values())
         else:
             fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
@@ -201,7 +202,9 @@ class _Solver:
         sizes = self._sizes(kept)
         resized_config(self.model_config, sizes)
         for name, count in kept.items():
-            assert 1 <= count <= self.groups.structures[name].num_units
+            group = self.groups.structures[name]
+            assert 1 <= count <= group.num_units
+            assert count % group.pools == 0
         return TargetSizes(
             kept_units=dict(kept),
             num_units={name: self.groups.structures[name].num_units for name in kept},

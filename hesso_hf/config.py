@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import HessoError, nearest_name
 
-StructureName = Literal["attention_heads", "mlp_channels", "expert_channels", "embedding_channels"]
+StructureName = Literal["attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "query_heads"]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
+INSTEAD_OF = {"query_heads": "attention_heads"}  # not in 'all': their units are parts of the other's
+DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in INSTEAD_OF)
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
@@ -43,8 +46,9 @@ class HessoConfig:
     structures: dict | str | None = field(
         default="all",
         metadata={
-            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads, "
-            "mlp_channels, embedding_channels, or a dict of each one's share of the removed parameters."
+            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
+            "query_heads, single ones), mlp_channels, embedding_channels, or a dict of each one's share of the removed "
+            "parameters."
         },
     )
     target_sizes: dict | str | None = field(
@@ -141,9 +145,9 @@ class HessoConfig:
 
     @property
     def structure_names(self) -> tuple[str, ...]:
-        """Structures asked for; all known ones for 'all'."""
+        """Structures asked for; for 'all' those that don't exclude each other."""
         if self.structures == "all":
-            return STRUCTURES
+            return DEFAULT_STRUCTURES
         return tuple(_weights_by_name("structures", self.structures, STRUCTURES))
 
     @property
@@ -220,8 +224,15 @@ class HessoConfig:
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
 
     def _check_structures(self) -> None:
-        if self.structures != "all":
-            _weights_by_name("structures", self.structures, STRUCTURES)
+        if self.structures == "all":
+            return
+        names = _weights_by_name("structures", self.structures, STRUCTURES)
+        for name, other in INSTEAD_OF.items():
+            if name in names and other in names:
+                raise HessoError(
+                    f"`structures` ({list(names)}) can't have both {name!r} and {other!r}, whose units share weights; "
+                    "name one of them"
+                )
 
     def _check_schedule(self) -> None:
         for name, least in (("warmup_steps", 0), ("pruning_steps", None)):
@@ -263,6 +274,12 @@ class HessoConfig:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 reader = "`cric` (False)" + (" or `on_collapse` 'pause'" if name == "cric_snapshot" else "")
                 raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without {reader}")
+
+
+def structures_around(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the structures that may be pruned together with `names`: the default ones, some replaced by theirs."""
+    instead = {INSTEAD_OF[name]: name for name in names if name in INSTEAD_OF}
+    return tuple(instead.get(name, name) for name in DEFAULT_STRUCTURES)
 
 
 def _parse(value: Any) -> Any:

@@ -109,10 +109,10 @@ def _add_attention(
     if metric == "parameters" or not (layers and head_dim and heads):
         return
     kv_heads = get_size(config, KV_HEADS) or heads
-    structure = groups.structures.get("attention_heads")
     counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
     per_token = weight * layers * head_dim * CONTEXT
-    if structure is None or counted not in structure.increments:
-        terms[()] += per_token * (heads if counted == HEADS else kv_heads)
+    shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
+    if shrinking:
+        terms[tuple(shrinking)] += per_token
     else:
-        terms[(("attention_heads", structure.increments[counted], 0),)] += per_token
+        terms[()] += per_token * (heads if counted == HEADS else kv_heads)

@@ -67,8 +67,10 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     """Build the smaller model of the same class, on the model's device, folded in fp32 and then cast to `dtype`.
 
     Raises:
-        HessoError: where the config class refuses the sizes, or a layer keeps no unit.
+        HessoError: where the config class refuses the sizes, a layer keeps no unit, or its pools differ.
     """
+    for name, layers in kept.kept.items():
+        groups.structures[name].check_pools(layers)
     uneven = layer_sizes(groups, kept, head_dim_of(model.config))
     config = resized_config(model.config, kept_sizes(groups, kept))
     with no_init_weights():

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from .errors import NotApplicableError, UnsupportedStructureError
+from .errors import HessoError, NotApplicableError, UnsupportedStructureError
 from .layout import Layout
 from .probe import AxisMap
-from .sizes import HEADS, HIDDEN, get_size, num_units, unit_increments
+from .sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
 
 AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
@@ -47,13 +47,24 @@ class Axis:
 
 @dataclass(frozen=True)
 class StructureGroups:
-    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share."""
+    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share.
+
+    Attributes:
+        pools: consecutive runs into which a layer's units are split, each of which keeps equally many: for query heads
+            those of one key-value head each, else 1.
+    """
 
     structure: str
     increments: dict[str, int]
     num_units: int
     layers: tuple[str, ...]
     axes: tuple[tuple[Axis, ...], ...]
+    pools: int = 1
+
+    @property
+    def pool_size(self) -> int:
+        """Number of units of one pool of the full model."""
+        return self.num_units // self.pools
 
     def all_axes(self) -> Iterable[tuple[int, Axis]]:
         """Yield (layer index, axis)."""
@@ -64,6 +75,25 @@ class StructureGroups:
     def config_sizes(self, kept: int) -> dict[str, int]:
         """Return the config sizes of a model that keeps `kept` units in every layer."""
         return {name: increment * kept for name, increment in self.increments.items()}
+
+    def check_pools(self, layers: Iterable[Iterable[int]]) -> None:
+        """Check that each layer keeps equally many units in every pool.
+
+        Args:
+            layers: indices of the kept units, per layer.
+
+        Raises:
+            HessoError: naming the first layer where it doesn't, with the numbers.
+        """
+        for layer, units in zip(self.layers, layers, strict=True):
+            counts = [0] * self.pools
+            for unit in units:
+                counts[unit // self.pool_size] += 1
+            if len(set(counts)) > 1:
+                raise HessoError(
+                    f"{self.structure} of {layer or 'the model'}: the {self.pools} runs of {self.pool_size} units keep "
+                    f"{counts}, but all must keep equally many"
+                )
 
     def elements_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of elements that one unit of the first layer owns."""
@@ -238,7 +268,7 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
             if (name, dim) not in covered:
                 raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
     axes = tuple(tuple(axes) for axes in by_layer.values())
-    return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes)
+    return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes, num_pools(structure, config))
 
 
 def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:

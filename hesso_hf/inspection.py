@@ -8,12 +8,12 @@ from typing import Any, Literal
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .budget import solve_budget
-from .config import STRUCTURES, HessoConfig
+from .config import DEFAULT_STRUCTURES, STRUCTURES, HessoConfig
 from .cost import build_cost
 from .errors import HessoError
-from .groups import StructureGroups
+from .groups import PruningGroups, StructureGroups
 from .probe import AxisMap
-from .proof import proved_groups
+from .proof import Proof, proved_groups
 from .sizes import load_config, model_class_of
 
 
@@ -90,15 +90,10 @@ def inspect_model(
     config = load_config(source, trust_remote_code)
     model_class = type(source) if isinstance(source, PreTrainedModel) else model_class_of(config)
     groups, proof, axis_map = proved_groups(model_class, config)
-    structures = {}
+    structures = _describe_all(groups, proof, axis_map)
     for name in STRUCTURES:
-        error = proof.structures[name].relative_error
-        if name in groups.structures:
-            structures[name] = _describe(groups.structures[name], axis_map, error)
-        elif name in groups.absent:
-            structures[name] = StructureInspection("not_applicable", reason=groups.absent[name])
-        else:
-            structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
+        if name not in DEFAULT_STRUCTURES:  # they exclude one of these, so they are proved and priced apart
+            structures |= _describe_all(*proved_groups(model_class, config, (name,)))
     counts = build_cost("parameters", groups, axis_map, config)
     feasible: dict[str, dict[str, Any]] = {}
     for ratio in pruning_ratios if groups.structures else ():
@@ -110,6 +105,19 @@ def inspect_model(
     return Inspection(
         config.model_type, model_class.__name__, round(counts.full), structures, proof.joint_error, feasible
     )
+
+
+def _describe_all(groups: PruningGroups, proof: Proof, axis_map: AxisMap) -> dict[str, StructureInspection]:
+    structures = {}
+    for name, found in proof.structures.items():
+        error = found.relative_error
+        if name in groups.structures:
+            structures[name] = _describe(groups.structures[name], axis_map, error)
+        elif name in groups.absent:
+            structures[name] = StructureInspection("not_applicable", reason=groups.absent[name])
+        else:
+            structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
+    return structures
 
 
 def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -> StructureInspection:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config import STRUCTURES
+from .config import DEFAULT_STRUCTURES
 from .cut import load_cut
 from .discovery import GradientProbe, discover_branches, layout_of
 from .errors import HessoError, NotApplicableError, UnsupportedStructureError
@@ -73,21 +73,25 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof:
-    """Prove every known structure for an architecture."""
+def prove(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
+) -> Proof:
+    """Prove the named structures, which must not exclude each other, for an architecture."""
     try:
         bench = _Bench(model_class, tiny_config(model_class, config))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
-        return Proof({name: StructureProof(name, None, None, reason) for name in STRUCTURES})
-    proofs = bench.prove()
+        return Proof({name: StructureProof(name, None, None, reason) for name in names})
+    proofs = bench.prove(names)
     schemes = {name: proof.scheme for name, proof in proofs.items() if proof.scheme is not None}
     return Proof(proofs, bench.error_of(schemes) if schemes else None)
 
 
-def proved_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PruningGroups, Proof, AxisMap]:
-    """Probe a model's config, prove its structures and return the groups of those that hold."""
-    proof = prove(model_class, config)
+def proved_groups(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
+) -> tuple[PruningGroups, Proof, AxisMap]:
+    """Probe a model's config, prove the named structures and return the groups of those that hold."""
+    proof = prove(model_class, config, names)
     axis_map = probe_axes(model_class, config)
     structures: dict[str, StructureGroups] = {}
     refused: dict[str, str] = {}
@@ -143,15 +147,15 @@ class _Bench:
 
     # -- one structure at a time ----------------------------------------------------------------------------------
 
-    def prove(self) -> dict[str, StructureProof]:
-        """Prove every structure, coupled ones together."""
+    def prove(self, names: tuple[str, ...]) -> dict[str, StructureProof]:
+        """Prove the named structures, coupled ones together."""
         proofs: dict[str, StructureProof] = {}
-        if self.axis_map.coupling is not None:
+        if self.axis_map.coupling is not None and set(COUPLED) <= set(names):
             proofs |= self._guarded(COUPLED, self._prove_coupled)
-        for name in STRUCTURES:
+        for name in names:
             if name not in proofs:
                 proofs |= self._guarded((name,), partial(self._prove_alone, name))
-        return {name: proofs[name] for name in STRUCTURES}
+        return {name: proofs[name] for name in names}
 
     def _guarded(
         self, names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof]]
@@ -196,7 +200,7 @@ class _Bench:
 
     def _inner_schemes(self, structure: str, axes: list[AxisName]) -> Iterator[Scheme]:
         units = num_units(structure, self.config)
-        granule = (head_dim_of(self.config) or 1) if structure == "attention_heads" else 1
+        granule = (head_dim_of(self.config) or 1) if structure in ("attention_heads", "query_heads") else 1
         branches = discover_branches(self.gradients, self.axis_map, axes, units, granule)
         yield from self._schemes_of(branches, units, axes)
 
@@ -374,8 +378,9 @@ def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, k
 def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
     """Choose random units to keep, about three of four, so many that the config class accepts the sizes."""
     free = {n: s for n, s in groups.structures.items() if n not in groups.coupled or n == "attention_heads"}
+    options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
     error: HessoError | None = None
-    for choice in itertools.product(*(_tiny_counts(structure.num_units) for structure in free.values())):
+    for choice in itertools.product(*options):
         counts = groups.with_coupled(dict(zip(free, choice, strict=True)))
         sizes: dict[str, int] = {}
         for name, count in counts.items():
@@ -389,10 +394,18 @@ def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[Kep
         kept = {}
         for name, count in counts.items():
             structure = groups.structures[name]
-            layers = [torch.randperm(structure.num_units, generator=generator)[:count] for _ in structure.layers]
-            kept[name] = tuple(tuple(sorted(layer.tolist())) for layer in layers)
+            kept[name] = tuple(_random_units(structure, count, generator) for _ in structure.layers)
         return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
     raise error or UnsupportedStructureError("there is only one unit a layer")
+
+
+def _random_units(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Choose `count` units of a layer, equally many of each pool."""
+    units: list[int] = []
+    for pool in range(structure.pools):
+        order = torch.randperm(structure.pool_size, generator=generator) + pool * structure.pool_size
+        units += order[: count // structure.pools].tolist()
+    return tuple(sorted(units))
 
 
 def _tiny_counts(units: int) -> list[int]:

@@ -160,12 +160,12 @@ def unit_increments(structure: str, config: PretrainedConfig) -> dict[str, int]:
     """Return how much each config size grows with one more unit of `structure`.
 
     An attention head unit is one key-value head with all its query heads; under multi-query attention, where the only
-    key-value head can't go, one query head.
+    key-value head can't go, one query head. A query head unit is one query head of grouped ones.
 
     Raises:
         UnsupportedStructureError: where the config has no such size.
     """
-    if structure != "attention_heads":
+    if structure not in ("attention_heads", "query_heads"):
         name = _SIZE_OF[structure]
         if get_size(config, name) is None:
             raise NotApplicableError(f"{structure}: {type(config).__name__} has no integer `{name}`")
@@ -173,13 +173,31 @@ def unit_increments(structure: str, config: PretrainedConfig) -> dict[str, int]:
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     if heads is None:
         raise NotApplicableError(f"{structure}: {type(config).__name__} has no integer `{HEADS}`")
-    if kv_heads is None or kv_heads == 1:
+    if structure == "query_heads":
+        _refuse_ungrouped(heads, kv_heads)
+    elif kv_heads is None or kv_heads == 1:
         return {HEADS: 1}
+    assert kv_heads is not None
     if heads % kv_heads:
         raise UnsupportedStructureError(
             f"{structure}: {heads} query heads don't divide over {kv_heads} key-value heads"
         )
-    return {HEADS: heads // kv_heads, KV_HEADS: 1}
+    return {HEADS: 1} if structure == "query_heads" else {HEADS: heads // kv_heads, KV_HEADS: 1}
+
+
+def _refuse_ungrouped(heads: int, kv_heads: int | None) -> None:
+    if kv_heads is None or kv_heads == heads:
+        raise NotApplicableError("each query head has a key-value head of its own: use attention_heads")
+    if kv_heads == 1:
+        raise NotApplicableError(
+            "all query heads share one key-value head, and attention_heads means single query heads there: use it"
+        )
+
+
+def num_pools(structure: str, config: PretrainedConfig) -> int:
+    """Return into how many runs a layer's units are split that all keep equally many: key-value heads, or 1."""
+    kv_heads = get_size(config, KV_HEADS)
+    return kv_heads if structure == "query_heads" and kv_heads else 1
 
 
 def num_units(structure: str, config: PretrainedConfig) -> int:

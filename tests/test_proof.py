@@ -7,9 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from families import ALL, HEADS, MLP, SIZES, STREAM
+from families import ALL, HEADS, MLP, QUERIES, QUERY, SIZES, STREAM
 from transformers import PretrainedConfig
+from transformers.integrations import sdpa_attention
 
 from hesso_hf import proof
 from hesso_hf.groups import Scheme
@@ -205,6 +207,30 @@ def test_a_norm_that_subtracts_the_mean_is_named(name: str, module: str, kind: s
     refused = found(ALL[name].config()).structures[STREAM]
     assert refused.scheme is None
     assert refused.reason.startswith(f"{module} ({kind}) subtracts the mean")
+
+
+def test_query_heads_are_proved_with_the_other_structures_in_place_of_attention_heads():
+    config = QUERIES["phi3-queries"].config()
+    proved = prove(model_class_of(config), config, (QUERY, MLP, STREAM))
+    assert [found.scheme is not None for found in proved.structures.values()] == [True, True, True]
+    assert proved.joint_error is not None
+    assert proved.joint_error <= 1e-5
+
+
+def test_query_heads_of_another_grouping_are_not_proved(monkeypatch: pytest.MonkeyPatch):
+    """Where query head h uses key-value head h % K, keeping as many of each run of heads mixes them up."""
+
+    def repeated(states: torch.Tensor, times: int) -> torch.Tensor:
+        return states.repeat(1, times, 1, 1)
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: False)
+    config = QUERIES["llama-queries"].config()
+    assert prove(model_class_of(config), config, (QUERY,)).structures[QUERY].scheme is not None
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", repeated)
+    refused = prove(model_class_of(config), config, (QUERY,)).structures[QUERY]
+    assert refused.scheme is None
+    assert refused.relative_error is not None
+    assert refused.relative_error > 1e-2
 
 
 def test_more_experts_per_token_than_the_tiny_model_has_experts_do_not_matter():
