@@ -212,12 +212,26 @@ def _best_branch(
         if len(shape) < 2:
             continue
         for layout in _reader_layouts(shape[reader[1]], units, granule):
-            found = _confirmed(probe, remaining, _branch(probe, remaining, reader, layout, units), units)
+            found = _confirmed(probe, remaining, _branch(probe, remaining, {reader: layout}, units), units)
             if len(found.layouts) > (len(best.layouts) if best else 1):
                 best = found
             if best is not None and len(best.layouts) == len(remaining):
                 return best
-    return best
+    together = _branch_of_readers(probe, axis_map, remaining, units)
+    return together if together is not None and len(together.layouts) > (len(best.layouts) if best else 1) else best
+
+
+def _branch_of_readers(
+    probe: GradientProbe, axis_map: AxisMap, remaining: dict[AxisName, list[AxisName]], units: int
+) -> Branch | None:
+    """Zero all matrices at once that read the units (a state-space mixer's channels feed its own projections too)."""
+    readers: dict[AxisName, Layout] = {}
+    for axis, found in remaining.items():
+        info = axis_map.parameters[found[0][0]]
+        linear = isinstance(probe.model.get_submodule(info.module), nn.Linear)
+        if linear and axis[1] == 1 and info.shape[1] % units == 0 and info.role == "matrix":
+            readers[axis] = Layout((Segment(1, info.shape[1] // units),))
+    return _branch(probe, remaining, readers, units) if len(readers) > 1 else None
 
 
 def _confirmed(probe: GradientProbe, remaining: dict[AxisName, list[AxisName]], branch: Branch, units: int) -> Branch:
@@ -225,7 +239,7 @@ def _confirmed(probe: GradientProbe, remaining: dict[AxisName, list[AxisName]], 
     for other, layout in branch.layouts.items():
         if other == branch.reader or probe.parameters[remaining[other][0][0]].dim() < 2:
             continue
-        back = _branch(probe, remaining, other, layout, units).layouts.get(branch.reader)
+        back = _branch(probe, remaining, {other: layout}, units).layouts.get(branch.reader)
         if back is not None:
             return Branch(branch.reader, branch.layouts | {branch.reader: back})
     return branch
@@ -245,23 +259,28 @@ def _reader_layouts(size: int, units: int, granule: int) -> list[Layout]:
 def _branch(
     probe: GradientProbe,
     remaining: dict[AxisName, list[AxisName]],
-    reader: AxisName,
-    layout: Layout,
+    readers: dict[AxisName, Layout],
     units: int,
 ) -> Branch:
-    def zero(mask: torch.Tensor) -> None:
+    for reader, layout in readers.items():
         for name, dim in remaining[reader]:
-            parameter = probe.parameters[name]
-            shape = [1] * parameter.dim()
-            shape[dim] = -1
-            parameter.masked_fill_(layout.expand(mask, fixed_value=False).view(shape), 0.0)
+            if probe.parameters[name].shape[dim] != layout.size(units):
+                raise UnsupportedStructureError(f"{name} dimension {dim} has another length than in other layers")
 
-    others = [axis for pattern, found in remaining.items() if pattern != reader for axis in found]
+    def zero(mask: torch.Tensor) -> None:
+        for reader, layout in readers.items():
+            for name, dim in remaining[reader]:
+                parameter = probe.parameters[name]
+                shape = [1] * parameter.dim()
+                shape[dim] = -1
+                parameter.masked_fill_(layout.expand(mask, fixed_value=False).view(shape), 0.0)
+
+    others = [axis for pattern, found in remaining.items() if pattern not in readers for axis in found]
     owners = probe.owners(units, zero, others)
-    layouts: dict[AxisName, Layout] = {reader: layout}
+    layouts: dict[AxisName, Layout] = dict(readers)
     unclear: dict[AxisName, list[torch.Tensor]] = {}
     for pattern, found in remaining.items():
-        if pattern == reader:
+        if pattern in readers:
             continue
         seen = [owners[axis] for axis in found]
         known = {layout_of(owner, units) for owner in seen if not bool((owner == UNKNOWN).any())}
@@ -270,7 +289,7 @@ def _branch(
             layouts[pattern] = only
         elif not known:
             unclear[pattern] = seen
-    return Branch(reader, layouts | _like_others(unclear, layouts, units))
+    return Branch(next(iter(readers)), layouts | _like_others(unclear, layouts, units))
 
 
 def _like_others(

@@ -6,7 +6,6 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,11 +29,7 @@ class ParameterInfo:
     role: Role
     module: str
     layer: str
-
-    @property
-    def pattern(self) -> str:
-        """The name with every index replaced by `*`: the same for all layers."""
-        return re.sub(r"\.\d+(?=\.)", ".*", self.name)
+    pattern: str  # the name with every index of a module list replaced by `*`: the same for all layers
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,8 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         owner = owners[module_name]
-        found[name] = ParameterInfo(
-            name, tuple(parameter.shape), _role(owner, leaf, owner is output), module_name, _layer_of(name, owners)
-        )
+        role, layer, pattern = _role(owner, leaf, owner is output), _layer_of(name, owners), _pattern_of(name, owners)
+        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
     return found
 
 
@@ -169,6 +163,15 @@ def _role(owner: nn.Module, leaf: str, is_output: bool) -> Role:
 def _indexed_prefixes(name: str) -> tuple[tuple[str, str], ...]:
     parts = name.split(".")
     return tuple((".".join(parts[:i]), ".".join(parts[: i + 1])) for i, part in enumerate(parts) if part.isdigit())
+
+
+def _pattern_of(name: str, owners: dict[str, nn.Module]) -> str:
+    """Replace indices into lists of alike modules; those of a sequence (`ffn.0`, `ffn.2`) tell its members apart."""
+    parts = name.split(".")
+    for parent, layer in _indexed_prefixes(name):
+        if isinstance(owners.get(parent), nn.ModuleList):
+            parts[layer.count(".")] = "*"
+    return ".".join(parts)
 
 
 def _layer_of(name: str, owners: dict[str, nn.Module]) -> str:

@@ -62,10 +62,16 @@ class StructureProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """The outcome for all structures of one architecture, and the error with all proved ones cut at once."""
+    """The outcome for all structures of one architecture.
+
+    Attributes:
+        joint_error: the relative error with all proved ones cut at once.
+        coupled: whether heads and width only shrink together.
+    """
 
     structures: dict[str, StructureProof]
     joint_error: float | None = None
+    coupled: bool = False
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -84,7 +90,7 @@ def prove(
         return Proof({name: StructureProof(name, None, None, reason) for name in names})
     proofs = bench.prove(names)
     schemes = {name: proof.scheme for name, proof in proofs.items() if proof.scheme is not None}
-    return Proof(proofs, bench.error_of(schemes) if schemes else None)
+    return Proof(proofs, bench.error_of(schemes) if schemes else None, bench.axis_map.coupling is not None)
 
 
 def proved_groups(
@@ -93,6 +99,8 @@ def proved_groups(
     """Probe a model's config, prove the named structures and return the groups of those that hold."""
     proof = prove(model_class, config, names)
     axis_map = probe_axes(model_class, config)
+    if not proof.coupled:
+        axis_map = replace(axis_map, coupling=None)
     structures: dict[str, StructureGroups] = {}
     refused: dict[str, str] = {}
     schemes: dict[str, Scheme] = {}
@@ -279,6 +287,9 @@ class _Bench:
         assert coupling is not None
         by_width = [axis for axis, found in self.axis_map.slopes.items() if HIDDEN in found]
         stream, inner = self._split(by_width)
+        if not inner:  # there are no heads to follow the width
+            self.axis_map = replace(self.axis_map, coupling=None)
+            return self._prove_alone("embedding_channels")
         units = num_units("attention_heads", self.config)
         branches = discover_branches(self.gradients, self.axis_map, inner, units, coupling.head_dim, partial=True)
         covered = {axis for branch in branches for axis in branch.layouts}
