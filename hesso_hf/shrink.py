@@ -68,7 +68,8 @@ _COUNTS = {
     "num_centroids": 8, "num_codebooks": 2,
 }  # fmt: skip
 _MOST = {
-    "index_topk": 5, "index_topk_blocks": 2, "sliding_window": 7, "sliding_window_size": 7, "attention_chunk_size": 8,
+    "index_topk": 5, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "index_topk_blocks": 2, "sliding_window": 7, "sliding_window_size": 7, "attention_chunk_size": 8,
     "window_size": 7, "attention_window_size": 7, "chunk_size": 4, "mamba_chunk_size": 4, "block_size": 4,
     "index_block_size": 4,
     "max_position_embeddings": 64, "original_max_position_embeddings": 32, "n_positions": 64, "n_ctx": 64,
@@ -142,8 +143,9 @@ def _sizes_of_fields(config: PretrainedConfig, geometry: Geometry) -> dict[str, 
     """Return the small value of each field, by its own name."""
     canonical = {HEADS: geometry.heads, KV_HEADS: geometry.kv_heads, HIDDEN: geometry.hidden, MLP: TINY_MLP}
     canonical |= {VOCAB: TINY_VOCAB, EXPERT_MLP: 28, EXPERTS: 4}
-    if geometry.head_dim is not None:
-        canonical[HEAD_DIM] = geometry.head_dim
+    if geometry.head_dim is not None or isinstance(getattr_or_none(config, HEAD_DIM), int):
+        canonical[HEAD_DIM] = geometry.head_dim or geometry.hidden // geometry.heads
+    canonical |= {"hidden_size_global": geometry.hidden}
     fields = dict(_WIDTHS) | _COUNTS | ({} if geometry.own_heads else _HEAD_SIZES)
     fields |= {name: size for name, size in canonical.items() if name not in type(config).attribute_map}
     for name, size in canonical.items():
@@ -179,6 +181,9 @@ def _keep_relations(old: dict[str, Any], values: dict[str, Any]) -> None:
     if isinstance(nope, int) and isinstance(rope, int):
         small_nope, small_rope = values["qk_nope_head_dim"], values["qk_rope_head_dim"]
         follows = {nope: small_nope, rope: small_rope, nope + rope: small_nope + small_rope}
+        for override in (old.get("per_layer_config") or {}).values():
+            if own := override.get("qk_nope_head_dim"):
+                follows.setdefault(own + rope, _in_ratio(own, nope, small_nope) + small_rope)
         for name in (HEAD_DIM, "qk_head_dim"):
             if old.get(name) in follows:
                 values[name] = follows[old[name]]
@@ -199,7 +204,11 @@ def _shrink_overrides(old: dict[str, Any], values: dict[str, Any], fields: dict[
         for name, value in override.items():
             base = old.get(name)
             if name in fields and isinstance(value, int) and isinstance(base, int) and base:
-                override[name] = max(2, round(values[name] * value / base) // 2 * 2)
+                override[name] = _in_ratio(value, base, values[name])
+
+
+def _in_ratio(value: int, base: int, small_base: int) -> int:
+    return max(2, round(small_base * value / base) // 2 * 2)
 
 
 def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: Geometry) -> None:

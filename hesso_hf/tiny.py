@@ -76,6 +76,8 @@ def tiny_config(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
         UnsupportedStructureError: where no candidate builds and runs; with each different reason.
     """
     config = config_for(model_class, config)
+    if refused := _architectures().get(config.model_type, {}).get("refused"):
+        raise UnsupportedStructureError(f"no tiny {model_class.__name__} could be built: {refused}")
     reasons: dict[str, None] = {}
     for geometry in _geometries(model_class, config):
         try:
