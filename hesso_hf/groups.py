@@ -288,7 +288,7 @@ def _labels(keys: list[tuple[str, AxisName]]) -> tuple[str, ...]:
         if layers.count(layer) == 1:
             labels.append(layer)
         else:
-            tail = pattern.removesuffix(".weight").rpartition(".*.")[2]
+            tail = ".".join(pattern.removesuffix(".weight").split(".")[layer.count(".") + 1 :])
             labels.append(f"{layer}.{tail}" if layer else pattern.removesuffix(".weight"))
     return tuple(labels)
 

@@ -7,7 +7,7 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -22,14 +22,25 @@ PROBED_SIZES = (HEADS, KV_HEADS, MLP, EXPERT_MLP, HIDDEN)
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of the model: where it sits and what its owner is."""
+    """One parameter of the model: where it sits and what its owner is.
+
+    Attributes:
+        layer: name of the outermost list's member that holds it (`model.layers.3`), "" outside any.
+        pattern: the name with every index of a module list replaced by `*`, the same for all layers that have the same
+            parameters; where layers of several kinds make up the list, `*0`, `*1`, ... tell them apart.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     module: str
     layer: str
-    pattern: str  # the name with every index of a module list replaced by `*`: the same for all layers
+    pattern: str
+
+    @property
+    def kind(self) -> str:
+        """The part of the pattern that stands for the layer, "" outside any."""
+        return ".".join(self.pattern.split(".")[: self.layer.count(".") + 1]) if self.layer else ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,28 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
         owner = owners[module_name]
         role, layer, pattern = _role(owner, leaf, owner is output), _layer_of(name, owners), _pattern_of(name, owners)
         found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
-    return found
+    return _with_kinds(found)
+
+
+def _with_kinds(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
+    """Tell the patterns of layers apart that have other parameters than the rest of their list."""
+    members: dict[str, set[str]] = {}
+    for info in parameters.values():
+        if info.layer:
+            members.setdefault(info.layer, set()).add(info.pattern)
+    kinds: dict[str, list[list[str]]] = {}
+    for layer, patterns in members.items():
+        kinds.setdefault(layer.rpartition(".")[0], []).append(sorted(patterns))
+    ranked = {name: sorted({tuple(kind) for kind in found}) for name, found in kinds.items()}
+    named = {}
+    for name, info in parameters.items():
+        several = ranked.get(info.layer.rpartition(".")[0], [])
+        if info.layer and len(several) > 1:
+            parts = info.pattern.split(".")
+            parts[info.layer.count(".")] = f"*{several.index(tuple(sorted(members[info.layer])))}"
+            info = replace(info, pattern=".".join(parts))
+        named[name] = info
+    return named
 
 
 def _slopes_of(

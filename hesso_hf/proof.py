@@ -247,6 +247,8 @@ class _Bench:
             return known
         norms = [axis for axis in known if axis.info.layer and axis.vector.kind != "other"]
         gates = {axis.pattern: axis.vector.shift for axis in norms if axis.info.module not in after}
+        if not gates:
+            return known
         blank = [(name, dim) for name, dim in axes if self.axis_map.parameters[name].pattern in gates]
 
         def zero(mask: torch.Tensor) -> None:

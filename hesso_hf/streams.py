@@ -40,9 +40,9 @@ class StreamAxis:
     vector: VectorRole
 
     @property
-    def reader_group(self) -> str:
-        """Readers in one block read the same thing: the name of the module that holds them."""
-        return self.info.module.rpartition(".")[0].rpartition(".")[2]
+    def reader_group(self) -> tuple[str, str]:
+        """Readers in one block read the same thing: the kind of layer and the name of the module that holds them."""
+        return self.info.kind, self.info.module.rpartition(".")[0].rpartition(".")[2]
 
 
 def stream_axes(model: PreTrainedModel, axis_map: AxisMap, axes: list[AxisName]) -> list[StreamAxis]:
@@ -93,10 +93,10 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool) -> Iterat
         tied: whether the embedding is the output matrix too.
     """
     scales = [a for a in axes if a.vector.kind == "scale"]
-    raw = any(a.info.layer and a.info.module not in after for a in scales)
+    normed = {a.info.kind for a in scales if a.info.layer and a.info.module not in after}
     offsets = {a.info.module: a.pattern for a in axes if a.vector.kind == "offset"}
     choices: list[tuple[tuple[str, ...], tuple[int, ...]]] = []  # patterns, powers from the likeliest to the least
-    readers: dict[str, list[str]] = {}
+    readers: dict[tuple[str, str], list[str]] = {}
     writers: dict[str, list[str]] = {}
     final = any(not a.info.layer for a in scales)
     for axis in axes:
@@ -119,10 +119,13 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool) -> Iterat
             choices.append(((axis.pattern,), _either(axis)))
         else:
             writers.setdefault(axis.pattern.rpartition(".")[0], []).append(axis.pattern)
-    choices += [(tuple(group), (0, -1) if raw else (-1, 0)) for group in readers.values()]
+    choices += [(tuple(group), (0, -1) if kind in normed else (-1, 0)) for (kind, _), group in readers.items()]
     choices += [(tuple(group), (1, 0)) for group in writers.values()]
     modules = {axis.pattern: axis.info.module for axis in scales}
-    for powers in _deviating(choices):
+    inside = {axis.pattern for axis in scales if axis.info.layer} | {p for group in readers.values() for p in group}
+    reversed_choices = [(patterns, found[::-1] if patterns[0] in inside else found) for patterns, found in choices]
+    # the second: the stream is the norms' output, which the blocks read as it is
+    for powers in itertools.chain(_deviating(choices), _deviating(reversed_choices)):
         for pattern, module in modules.items():
             if module in offsets:  # the norm's output is c times too large where its weight isn't divided by c
                 powers[offsets[module]] = powers[pattern] + 1
