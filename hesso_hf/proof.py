@@ -237,7 +237,7 @@ class _Bench:
         shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
         centred = self._subtracts_mean(known)
         branch = Branch(("residual stream", 0), layouts)
-        for powers in stream_powers(known, after, self.tied):
+        for powers in stream_powers(known, after, self.tied, centred):
             writers = written_patterns(known, powers) if centred else frozenset()
             yield Scheme((branch,), units, shifts, powers, writers)
 
@@ -259,9 +259,10 @@ class _Bench:
         unsettled = {(axis.info.name, axis.dim) for axis in known if axis.side == "either"}
         owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, unsettled)
         reads = {axis for axis, owner in owners.items() if bool((owner >= 0).all())}
+        writes = {self.axis_map.parameters[name].module for name, dim in unsettled - reads}
         return [
             replace(axis, side="in" if (axis.info.name, axis.dim) in reads else "out")
-            if axis.side == "either"
+            if axis.side == "either" and axis.info.module in writes  # else nothing tells them apart
             else axis
             for axis in known
         ]
