@@ -320,19 +320,23 @@ class _Bench:
         """
         known = {(axis.pattern, axis.dim): axis for axis in stream_axes(self.model, self.axis_map, axes)}
         gates: list[tuple[torch.nn.Parameter, float]] = []
+        width = num_units("embedding_channels", self.config)
         for name, dim in axes:
             axis = self._seen(known, name, dim)
-            if axis.vector.kind != "other":
+            if axis.vector.kind != "other" and axis.info.shape == (width,):
                 gates.append((self.gradients.parameters[name], -axis.vector.shift))
 
         def zero(mask: torch.Tensor) -> None:
             for parameter, fill in gates:
                 parameter.masked_fill_(mask, fill)
 
-        width = num_units("embedding_channels", self.config)
         owners = self.gradients.owners(width, zero, axes)
         along = {axis for axis in axes if (layout := layout_of(owners[axis], width)) and layout.per_unit == 1}
-        along |= {(name, dim) for name, dim in axes if self._seen(known, name, dim).vector.kind != "other"}
+        along |= {
+            (name, dim)
+            for name, dim in axes
+            if self._seen(known, name, dim).vector.kind != "other" and owners[name, dim].shape == (width,)
+        }
         return [axis for axis in axes if axis in along], [axis for axis in axes if axis not in along]
 
     def _seen(self, known: Mapping[AxisName, StreamAxis], name: str, dim: int) -> StreamAxis:
