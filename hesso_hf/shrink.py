@@ -262,11 +262,7 @@ def keep_some_layers(config: PretrainedConfig, values: dict[str, Any], of_a_kind
     layers = get_size(config, LAYERS)
     if not layers:
         return
-    for name, value in values.items():
-        if isinstance(value, int) and not isinstance(value, bool) and _INTERVALS.search(name) and value > 2:
-            values[name] = 2
-        elif isinstance(value, int) and not isinstance(value, bool) and _OFFSETS.search(name) and value > 1:
-            values[name] = 1
+    _shorten_intervals(values)
     by_layer = {n: v for n, v in values.items() if _is_by_layer(n, v, layers)}
     indices = {n: v for n, v in values.items() if n not in by_layer and _is_indices(n, v, layers)}
     firsts = {n: values[n] for n in _DENSE_FIRST if isinstance(values.get(n), int)}
@@ -290,10 +286,24 @@ def keep_some_layers(config: PretrainedConfig, values: dict[str, Any], of_a_kind
         values[name] = sum(i < value for i in chosen)
     for name, value in lasts.items():
         values[name] = sum(i >= layers - value for i in chosen)
+    _count_layers(values, layers, len(chosen))
+
+
+def _shorten_intervals(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            if _INTERVALS.search(name):
+                values[name] = min(value, 2)
+            elif _OFFSETS.search(name):
+                values[name] = min(value, 1)
+
+
+def _count_layers(values: dict[str, Any], old: int, new: int) -> None:
+    """Write the number of layers under every name; some classes count pairs of layers."""
     for name in _LAYER_COUNTS & values.keys():
-        if isinstance(values[name], int):  # some classes count pairs of layers
-            pairs = layers // values[name] if values[name] and layers % values[name] == 0 else 1
-            values[name] = max(2, len(chosen) // pairs)
+        if isinstance(values[name], int):
+            pairs = old // values[name] if values[name] and old % values[name] == 0 else 1
+            values[name] = max(2, new // pairs)
 
 
 def _chosen_layers(kinds: list[tuple[Any, ...]], of_a_kind: int) -> list[int]:
@@ -302,9 +312,10 @@ def _chosen_layers(kinds: list[tuple[Any, ...]], of_a_kind: int) -> list[int]:
 
 
 def _is_by_layer(name: str, value: Any, layers: int) -> bool:
-    return (isinstance(value, list) and len(value) == layers) or (
-        isinstance(value, str) and "pattern" in name and len(value) == layers
-    )
+    """Tell whether a field has one entry a layer; a list of all layers' indices has not."""
+    if isinstance(value, str):
+        return "pattern" in name and len(value) == layers
+    return isinstance(value, list) and len(value) == layers and not _is_indices(name, value, layers)
 
 
 def _is_indices(name: str, value: Any, layers: int) -> bool:

@@ -139,7 +139,7 @@ def _geometries(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     counts = list(_head_counts(heads, kv_heads))
     free = [Geometry(h, k, 8, _width(h, 8)) for h, k in counts]
-    coupled = [Geometry(h, k, dim, h * dim) for dim in (12, 16) for h, k in counts]
+    coupled = [Geometry(h, k, dim, h * dim) for dim in (12, 16) for h, k in counts if dim != h]
     implied = [Geometry(h, k, None, h * dim) for dim in (12, 16) for h, k in counts]
     if own is not None:
         free += [Geometry(h, k, own, _width(h, own), own_heads=True) for h, k in counts]
