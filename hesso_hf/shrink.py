@@ -82,6 +82,7 @@ _MAMBA_HEADS = (
     ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
     ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
 )  # fmt: skip
+_FREQUENCY_LISTS = ("short_factor", "long_factor")
 _INTERVALS = re.compile(r"(_period|_interval|_step|_every_n_layers|^layer_group_size|^_?sliding_window_pattern)$")
 _OFFSETS = re.compile(r"_offset$")
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
@@ -221,7 +222,7 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
             half = (
                 int(head_dim * (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)) // 2
             )
-            for key in ("short_factor", "long_factor"):
+            for key in _FREQUENCY_LISTS:
                 if isinstance(rope.get(key), list):
                     rope[key] = (rope[key] * half)[:half]
             if isinstance(rope.get("mrope_section"), list):
@@ -229,6 +230,15 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
                 rope["mrope_section"] = [half - (parts - 1) * (half // parts)] + [half // parts] * (parts - 1)
             if isinstance(rope.get("original_max_position_embeddings"), int):
                 rope["original_max_position_embeddings"] = 32
+
+
+def has_frequency_lists(config: PretrainedConfig) -> bool:
+    """Tell whether the rotary scaling has one number for each frequency."""
+    text = text_config_of(config)
+    found = [
+        rope for name in ("rope_parameters", "rope_scaling") for rope in _rotary_dicts(getattr_or_none(text, name))
+    ]
+    return any(isinstance(rope.get(name), list) for rope in found for name in _FREQUENCY_LISTS)
 
 
 def _rotary_dicts(value: Any) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, UnsupportedStructureError
-from .shrink import TINY_MLP, Geometry, getattr_or_none, shrink_values
+from .shrink import TINY_MLP, Geometry, getattr_or_none, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
     HEADS,
@@ -149,6 +149,8 @@ def _geometries(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
         found = [*implied, *free, *coupled]
     else:
         found = [*free, *coupled, *implied]
+    if has_frequency_lists(config):  # one factor for each rotary frequency: head_dim and its quotient stay
+        found = [geometry for geometry in coupled if geometry.own_heads] + found
     return iter([found[0], replace(found[0], layers_of_a_kind=2), *found[1:]])  # layers may share with the last alike
 
 
