@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, UnsupportedStructureError
-from .shrink import TINY_MLP, Geometry, getattr_or_none, has_frequency_lists, shrink_values
+from .shrink import TINY_MLP, TINY_VOCAB, Geometry, getattr_or_none, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
     HEADS,
@@ -138,11 +138,11 @@ def _geometries(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     own = head_dim_of(config)
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     counts = list(_head_counts(heads, kv_heads))
-    free = [Geometry(h, k, 8, _width(h, 8)) for h, k in counts]
+    free = [Geometry(h, k, 8, _width(h, k, 8)) for h, k in counts]
     coupled = [Geometry(h, k, dim, h * dim) for dim in (12, 16) for h, k in counts if dim != h]
     implied = [Geometry(h, k, None, h * dim) for dim in (12, 16) for h, k in counts]
     if own is not None:
-        free += [Geometry(h, k, own, _width(h, own), own_heads=True) for h, k in counts]
+        free += [Geometry(h, k, own, _width(h, k, own), own_heads=True) for h, k in counts]
         coupled += [Geometry(h, k, own, h * own, own_heads=True) for h, k in counts]
         implied += [Geometry(h, k, None, h * own, own_heads=True) for h, k in counts]
     if get_size(config, HEAD_DIM) is None and not _honours_head_dim(model_class, config):
@@ -165,11 +165,12 @@ def _head_counts(heads: int | None, kv_heads: int | None) -> Iterator[tuple[int,
         yield from ((3 * ratio, 3), (4 * ratio, 4), (2 * ratio, 2))
 
 
-def _width(heads: int, head_dim: int) -> int:
-    """Return a width that isn't heads * head_dim and that classes which compare it to the heads accept."""
-    step = math.lcm(heads, 4)
+def _width(heads: int, kv_heads: int, head_dim: int) -> int:
+    """Return a width that isn't heads * head_dim, and that the heads divide, also when there is one unit less."""
+    fewer = heads // kv_heads * (kv_heads - 1) or heads - 1
+    step = math.lcm(heads, fewer, 4)
     width = step * math.ceil(60 / step)
-    return width + step if width in (heads * head_dim, 44, 67) else width
+    return width + step if width in (heads * head_dim, TINY_MLP, TINY_VOCAB) else width
 
 
 def _honours_head_dim(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
