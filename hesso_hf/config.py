@@ -57,7 +57,7 @@ class HessoConfig:
     )
     round_to: int | None = field(
         default=None,
-        metadata={"help": "Multiple that MLP and embedding channels keep to (default 8, less for small models)."},
+        metadata={"help": "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."},
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Ordinary steps before the first scoring (steps)."})
     pruning_steps: float = field(default=0.15, metadata={"help": "Length of all pruning periods together (steps)."})

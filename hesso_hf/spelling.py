@@ -58,7 +58,7 @@ class Spelling:
             at = min(ranked)[1]
             symbols[at : at + 2] = [self.merges[pairs[at]][1]]
             formed.add(symbols[at])
-        return formed if symbols == [token] else {token}
+        return formed | {token}
 
     def closure(self, tokens: Iterable[str]) -> set[str]:
         """Return tokens of the model with everything that they, and any other text, need."""

@@ -337,6 +337,29 @@ def test_a_piece_with_a_character_that_no_other_has_stays() -> None:
     assert keep_tokens(full, [{"input_ids": [1]}], round_to=1).kept == (0, 1, 2, 4)
 
 
+def test_the_sign_for_a_space_stays_though_no_token_seen_has_it() -> None:
+    """Spelled in bytes it would read back as a sign, not as a space."""
+    full = tokenizer_of("metaspace_bpe")
+    unseen = [index for token, index in full.get_vocab().items() if "▁" not in token][:40]
+    kept = keep_tokens(full, [{"input_ids": unseen}], round_to=1)
+    assert decoded(trim_tokenizer(full, kept), "a b  c") == "a b  c"
+
+
+def test_tokens_around_a_text_stay_though_they_are_not_special() -> None:
+    backend = Tokenizer(models.WordPiece({"x": 0, "<unk>": 1, "[END]": 2, "a": 3, "##a": 4}, unk_token="<unk>"))
+    backend.post_processor = processors.BertProcessing(("[END]", 2), ("[END]", 2))
+    full = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    small = trim_tokenizer(full, KeptTokens(5, (0, 1, 2, 3, 4)))
+    assert keep_tokens(full, [{"input_ids": [3]}], round_to=1).kept == (0, 1, 2, 3, 4)
+    assert small("aa")["input_ids"] == full("aa")["input_ids"]
+    words = Tokenizer(models.WordLevel({"x": 0, "<unk>": 1, "END": 2, "a": 3}, unk_token="<unk>"))
+    words.post_processor = processors.RobertaProcessing(("END", 2), ("END", 2))
+    full = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    kept = keep_tokens(full, [{"input_ids": [3]}], round_to=1)
+    assert kept.kept == (1, 2, 3)
+    assert trim_tokenizer(full, kept)("a")["input_ids"] == [1, 2, 1]
+
+
 def class_tokenizers() -> dict[str, Any]:
     """Tokenizers of Transformers' own classes, which build their backends themselves."""
     bpe, pieces = (json.loads(backend_of(kind))["model"] for kind in ("metaspace_bpe", "unigram"))
@@ -439,6 +462,19 @@ def test_a_decision_that_lacks_the_alphabet_is_refused() -> None:
     full = tokenizer_of("byte_bpe")
     with pytest.raises(UnsupportedStructureError, match="lacks tokens that the tokenizer needs"):
         trim_tokenizer(full, KeptTokens(full.vocab_size + 1, tuple(range(40))))
+
+
+def test_ids_of_the_config_that_no_token_has_stay() -> None:
+    """Padding rows of the model: one of them is its end of text."""
+    full = tokenizer_of("byte_bpe")
+    model = tiny_llama(vocab_size=len(full) + 9, eos_token_id=len(full) + 4)
+    kept = keep_tokens(full, rows(full, SEEN), model, round_to=1)
+    assert kept.kept[-1] == len(full) + 4
+    small = trim_tokenizer(full, kept)
+    assert len(small) == len(kept.kept) - 1
+    assert trim_embeddings(model, kept).config.eos_token_id == len(small)
+    with pytest.raises(HessoError, match="does the tokenizer belong to the model"):
+        keep_tokens(full, rows(full, SEEN), tiny_llama(vocab_size=len(full) - 1))
 
 
 # -- the data ---------------------------------------------------------------------------------------------------------
@@ -726,6 +762,20 @@ def test_embedding_channels_and_tokens_go_together(tmp_path: Path) -> None:
     assert small.get_input_embeddings().weight.shape == (len(kept.kept), 48)
     assert len(kept.kept) % 4 == 0
     assert_same_logits(small, trainer.model.eval(), kept, 1e-4)
+
+
+def test_uneven_layers_with_fewer_tokens_load(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    config = HessoConfig(
+        pruning_ratio=0.2, structures=["mlp_channels"], layer_widths="per_layer", prune_vocabulary=True, warmup_steps=2,
+        pruning_steps=4, pruning_periods=2, saliency_batches=2,
+    )  # fmt: skip
+    trainer = run(tmp_path / "run", tokenizer, tiny_llama(vocab_size=len(tokenizer)), config)
+    trainer.save_model(str(tmp_path / "small"))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True).eval()
+    assert trainer.kept_tokens is not None
+    assert_same_logits(small, trainer.model.eval(), trainer.kept_tokens, 1e-5)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "small")) == small.config.vocab_size
 
 
 def test_export_by_hand_and_its_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
