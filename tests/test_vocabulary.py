@@ -41,7 +41,7 @@ from hesso_hf.bundled import bundled_model_path, python_docs_texts
 from hesso_hf.embeddings import config_token_ids, rows_elements, trim_embeddings, vocabulary_axes
 from hesso_hf.errors import HessoError, UnsupportedStructureError, VerificationError
 from hesso_hf.proof import random_model
-from hesso_hf.retokenize import check_saved_tokenizer, check_tokenizer, fit_tokenizer, trim_tokenizer
+from hesso_hf.retokenize import check_saved_tokenizer, check_tokenizer, fit_tokenizer, rewrite_backend, trim_tokenizer
 from hesso_hf.spelling import BYTE_TOKENS, read_backend, read_spelling
 from hesso_hf.tokens import TokenUse, count_tokens
 
@@ -358,6 +358,27 @@ def test_tokens_around_a_text_stay_though_they_are_not_special() -> None:
     kept = keep_tokens(full, [{"input_ids": [3]}], round_to=1)
     assert kept.kept == (1, 2, 3)
     assert trim_tokenizer(full, kept)("a")["input_ids"] == [1, 2, 1]
+
+
+def test_numbers_in_the_file_are_changed_wherever_they_stand() -> None:
+    """Padding that a call left in the file, and a post-processor inside a sequence of them."""
+    full = tokenizer_of("byte_bpe")
+    kept = trimmed("byte_bpe")[2]
+    backend = read_backend(full)
+    end = full.eos_token_id
+    padding = {"strategy": "BatchLongest", "direction": "Left", "pad_to_multiple_of": None, "pad_type_id": 0}
+    roberta = {"type": "RobertaProcessing", "sep": ["</s>", end], "cls": ["</s>", end]}
+    backend["padding"] = {**padding, "pad_id": full.pad_token_id, "pad_token": "<pad>"}
+    backend["post_processor"] = {"type": "Sequence", "processors": [roberta, backend["post_processor"]]}
+    before = copy.deepcopy(backend)
+    found = rewrite_backend(backend, kept)
+    new_end = kept.new_ids[end]
+    assert new_end != end
+    assert found["padding"] == {**padding, "pad_id": kept.new_ids[full.pad_token_id], "pad_token": "<pad>"}
+    inner, template = found["post_processor"]["processors"]
+    assert inner["sep"] == inner["cls"] == ["</s>", new_end]
+    assert template["special_tokens"]["</s>"]["ids"] == [new_end]
+    assert backend == before
 
 
 def class_tokenizers() -> dict[str, Any]:
