@@ -636,6 +636,9 @@ def test_ids_get_their_new_numbers_wherever_they_stand() -> None:
     assert (settings.bad_words_ids, settings.sequence_bias) == ([[6, 7]], [[[3], -1.5]])
     assert config_token_ids(model) == {33, 66, 7, 20, 34, 0, 1, 8}
     assert model.generation_config.eos_token_id == [33, 66]
+    model.generation_config = None
+    assert config_token_ids(model) == {33, 66, 0, 1, 8}
+    assert trim_embeddings(model, KEPT).config.vocab_size == 10
 
 
 def test_generation_ends_at_the_renumbered_end() -> None:
