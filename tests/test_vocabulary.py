@@ -422,6 +422,15 @@ def test_texts_can_be_kept_beside_the_data() -> None:
     check_tokenizer(full, tokenizer, [*SEEN, TRAINING[3]])
 
 
+def test_a_sample_of_the_data_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the parts of merges were forgotten, the data would be split differently: that is seen before training."""
+    full = tokenizer_of("byte_bpe")
+    data = rows(full, SEEN)
+    monkeypatch.setattr("hesso_hf.spelling.Spelling.parts", lambda self, token: {token})
+    with pytest.raises(VerificationError, match="is split differently by the smaller tokenizer, from token"):
+        keep_tokens(full, data, round_to=1)
+
+
 def test_rounding_fills_up_with_the_lowest_ids_and_rare_tokens_can_go() -> None:
     full = tokenizer_of("byte_bpe")
     data = rows(full, [SEEN[0]] * 2 + [SEEN[1]])
@@ -502,8 +511,8 @@ def test_ids_of_the_config_that_no_token_has_stay() -> None:
 
 
 def test_counts_of_inputs_and_labels() -> None:
-    columns = {"input_ids": [[5, 5, 7], [2]], "labels": [[-100, 9, 5], [-100]], "mask": [[1, 1, 1], [1]]}
-    expected = {2: 1, 5: 3, 7: 1, 9: 1}
+    columns = {"input_ids": [[5, 5, 0], [2]], "labels": [[-100, 9, 5], [-100]], "mask": [[1, 1, 1], [1]]}
+    expected = {0: 1, 2: 1, 5: 3, 9: 1}
     dataset = Dataset.from_dict(columns)
     assert count_tokens(dataset).counts == expected
     assert count_tokens(dataset.with_format("torch")).counts == expected
