@@ -233,14 +233,21 @@ def _best_branch(
 def _reader_groups(
     probe: GradientProbe, axis_map: AxisMap, remaining: dict[AxisName, list[AxisName]], units: int
 ) -> list[dict[AxisName, Layout]]:
-    """List blocks in which several matrices read the units: a state-space mixer's channels feed its projections too."""
+    """List matrices that read the same units together.
+
+    A state-space mixer's channels feed its own projections too, and layers of several kinds may share a table (the
+    position biases of T5's heads).
+    """
     blocks: dict[str, dict[AxisName, Layout]] = {}
     for axis, found in remaining.items():
         info = axis_map.parameters[found[0][0]]
         linear = isinstance(probe.model.get_submodule(info.module), nn.Linear)
         if linear and axis[1] == 1 and info.shape[1] % units == 0 and info.role == "matrix":
             block = axis[0].rpartition(".")[0].rpartition(".")[0]
-            blocks.setdefault(block, {})[axis] = Layout((Segment(1, info.shape[1] // units),))
+            layout = Layout((Segment(1, info.shape[1] // units),))
+            blocks.setdefault(block, {})[axis] = layout
+            stack = info.layer.rpartition(".")[0]
+            blocks.setdefault(f"{stack}|{info.module.removeprefix(info.layer)}", {})[axis] = layout
     return [readers for readers in blocks.values() if len(readers) > 1]
 
 

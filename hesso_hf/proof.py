@@ -429,7 +429,10 @@ class _Trial:
     def error_of(self, schemes: dict[str, Scheme]) -> float:
         """Cut with the schemes' powers of c and compare logits."""
         load_cut(self.small, self.parameters, self.bench.groups(schemes), self.kept)
-        return relative_error(logits_of(self.small, self.bench.input_ids), self.logits)
+        logits = logits_of(self.small, self.bench.input_ids)
+        if logits.shape != self.logits.shape:
+            raise UnsupportedStructureError(f"{type(self.small).__name__} gives these channels out, so all are needed")
+        return relative_error(logits, self.logits)
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ from .shrink import TINY_MLP, TINY_VOCAB, Geometry, getattr_or_none, has_frequen
 from .sizes import (
     HEAD_DIM,
     HEADS,
-    HIDDEN,
     KV_HEADS,
     MLP,
     VOCAB,
@@ -115,6 +114,9 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     Models without an output matrix give their last hidden states; an encoder-decoder reads the ids on both sides. The
     class' forward is called, since mixed-precision training wraps the instance's in autocast.
     """
+    pad = getattr_or_none(model.config.get_text_config(), "pad_token_id")
+    if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
+        return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
     accepted = inspect.signature(type(model).forward).parameters
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
@@ -219,15 +221,14 @@ def _check(model_class: type[PreTrainedModel], config: PretrainedConfig) -> None
     """Build the model and run it.
 
     Raises:
-        HessoError: where it is too big, or what comes out isn't finite or hasn't the shape of logits or hidden states.
+        HessoError: where it is too big, or what comes out isn't finite or not of as many examples.
     """
     size = sum(parameter.numel() for parameter in build_meta(model_class, config).parameters())
     if size > _MOST_PARAMETERS:
         raise HessoError(f"it would have {size} parameters")
     logits = logits_of(random_model(model_class, config), token_ids(config))
-    widths = (get_size(config, VOCAB), get_size(config, HIDDEN))
-    if logits.shape[:2] != _SHAPE or logits.shape[2] not in widths or not logits.isfinite().all():
-        raise HessoError(f"its logits of shape {tuple(logits.shape)} aren't of {_SHAPE} tokens or not finite")
+    if logits.shape[0] != _SHAPE[0] or not logits.isfinite().all():
+        raise HessoError(f"its logits of shape {tuple(logits.shape)} aren't of {_SHAPE[0]} examples or not finite")
 
 
 def _short(error: Exception) -> str:
