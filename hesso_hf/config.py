@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 
 from .errors import HessoError, nearest_name
 
-StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels"]
+StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels", "experts"]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
+OPT_IN = ("experts",)  # pruned only where they are asked for by name
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
@@ -44,7 +45,8 @@ class HessoConfig:
         default="all",
         metadata={
             "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads, "
-            "mlp_channels, embedding_channels, or a dict of each one's share of the removed parameters."
+            "mlp_channels, embedding_channels, experts (not in 'all'), or a dict of each one's share of the removed "
+            "parameters."
         },
     )
     target_sizes: dict | str | None = field(
@@ -141,9 +143,9 @@ class HessoConfig:
 
     @property
     def structure_names(self) -> tuple[str, ...]:
-        """Structures asked for; all known ones for 'all'."""
+        """Structures asked for; all known ones but those that must be named for 'all'."""
         if self.structures == "all":
-            return STRUCTURES
+            return tuple(name for name in STRUCTURES if name not in OPT_IN)
         return tuple(_weights_by_name("structures", self.structures, STRUCTURES))
 
     @property
@@ -222,6 +224,11 @@ class HessoConfig:
     def _check_structures(self) -> None:
         if self.structures != "all":
             _weights_by_name("structures", self.structures, STRUCTURES)
+        if "experts" in self.structure_names and self.layer_widths == "per_layer":
+            raise HessoError(
+                "`layer_widths` ('per_layer'): every layer keeps as many experts as its router needs; use 'uniform' "
+                "with `structures` that name experts"
+            )
 
     def _check_schedule(self) -> None:
         for name, least in (("warmup_steps", 0), ("pruning_steps", None)):

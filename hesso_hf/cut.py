@@ -27,12 +27,7 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
     if parameters.keys() != full.keys():
         odd = sorted(parameters.keys() ^ full.keys())[0]
         raise UnsupportedStructureError(f"parameter {odd} exists in only one of the full and the smaller model")
-    cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
-    for name, layers in kept.kept.items():
-        structure = groups.structures[name]
-        for layer, axis in structure.all_axes():
-            if len(layers[layer]) < structure.num_units:
-                cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
+    cuts = _cuts_by_tensor(groups, kept)
     for name, parameter in parameters.items():
         tensor = full[name].detach()
         for axis, units, total in cuts.get(name, ()):
@@ -42,6 +37,31 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
                 f"{name} has shape {tuple(tensor.shape)} after cutting, the smaller model {tuple(parameter.shape)}"
             )
         parameter.copy_(tensor)
+
+
+def _cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
+    """Return, per parameter or buffer, (axis, kept units, all units) of each cut."""
+    cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        buffers = [(layer, axis) for layer, axes in enumerate(structure.buffers) for axis in axes]
+        for layer, axis in (*structure.all_axes(), *buffers):
+            if len(layers[layer]) < structure.num_units:
+                cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
+    return cuts
+
+
+def _copy_buffers(
+    small: PreTrainedModel, full: PreTrainedModel, cuts: Mapping[str, list[tuple[Axis, torch.Tensor, int]]]
+) -> None:
+    """Copy buffers, cut where units lie on them."""
+    buffers = dict(small.named_buffers())
+    for name, buffer in full.named_buffers():
+        for axis, units, total in cuts.get(name, ()):
+            buffer = _cut(buffer, axis, units, total)
+        # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
+        if buffer.dim() and name in buffers and buffers[name].shape == buffer.shape:
+            buffers[name].copy_(buffer)
 
 
 def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
@@ -79,11 +99,7 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     small.tie_weights()
     small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
-    buffers = dict(small.named_buffers())
-    for name, buffer in model.named_buffers():
-        # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
-        if buffer.dim() and name in buffers and buffers[name].shape == buffer.shape:
-            buffers[name].copy_(buffer)
+    _copy_buffers(small, model, _cuts_by_tensor(groups, kept))
     small.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache

@@ -42,14 +42,33 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Allowed:
+    """Which numbers of units a layer may keep, where not every number works, and what decides that.
+
+    Attributes:
+        multiple: units lie in so many equal stretches, which all keep as many.
+    """
+
+    multiple: int = 1
+    least: int = 1
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class StructureGroups:
-    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share."""
+    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share.
+
+    Attributes:
+        buffers: axes of buffers, per layer; these are cut with the units, and never shrunk.
+    """
 
     structure: str
     increments: dict[str, int]
     num_units: int
     layers: tuple[str, ...]
     axes: tuple[tuple[Axis, ...], ...]
+    buffers: tuple[tuple[Axis, ...], ...] = ()
+    allowed: Allowed = Allowed()
 
     def all_axes(self) -> Iterable[tuple[int, Axis]]:
         """Yield (layer index, axis)."""

@@ -79,7 +79,7 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
         module_name, _, leaf = name.rpartition(".")
         owner = owners[module_name]
         found[name] = ParameterInfo(
-            name, tuple(parameter.shape), _role(owner, leaf, owner is output), module_name, _layer_of(name, owners)
+            name, tuple(parameter.shape), _role(owner, leaf, owner is output), module_name, layer_of(name, owners)
         )
     return found
 
@@ -139,7 +139,7 @@ def _indexed_prefixes(name: str) -> tuple[tuple[str, str], ...]:
     return tuple((".".join(parts[:i]), ".".join(parts[: i + 1])) for i, part in enumerate(parts) if part.isdigit())
 
 
-def _layer_of(name: str, owners: dict[str, nn.Module]) -> str:
+def layer_of(name: str, owners: dict[str, nn.Module]) -> str:
     """Return the outermost indexed module that holds the parameter (`model.layers.3`), or "" outside any layer."""
     for parent, layer in _indexed_prefixes(name):
         if isinstance(owners.get(parent), nn.ModuleList):

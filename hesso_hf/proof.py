@@ -19,6 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .config import STRUCTURES
 from .cut import load_cut
 from .errors import HessoError, UnsupportedStructureError
+from .expert_trial import expert_error, tiny_experts
+from .experts import EXPERTS, expert_groups
 from .groups import KeptUnits, PruningGroups, Scheme, build_groups, candidate_axes, mask_
 from .probe import AxisMap, ParameterInfo, probe_axes
 from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, head_dim_of, num_units, resized_config
@@ -129,9 +131,27 @@ def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
         return Proof({name: StructureProof(name, None, None, reason) for name in STRUCTURES})
-    proofs = {name: bench.prove(name) for name in STRUCTURES}
+    proofs = {name: bench.prove(name) for name in STRUCTURES if name != EXPERTS}
     schemes = {name: proof.scheme for name, proof in proofs.items() if proof.scheme is not None}
+    proofs[EXPERTS] = _prove_experts(model_class, config)
     return Proof(proofs, bench.error_of(schemes) if schemes else None)
+
+
+def _prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> StructureProof:
+    """Prove experts, which have one possible layout and need a gate on the routers: alone, on a tiny model."""
+    try:
+        tiny = tiny_experts(tiny_config(config), config)
+        model = random_model(model_class, tiny)
+        generator = torch.Generator().manual_seed(_SEED)
+        input_ids = torch.randint(3, tiny.get_text_config().vocab_size, (2, 12), generator=generator)
+        error = expert_error(model, input_ids, logits_of, _SEED)
+    except UnsupportedStructureError as refusal:
+        return StructureProof(EXPERTS, None, None, str(refusal))
+    except Exception as error:  # model code may fail on a cut model with any exception type
+        return StructureProof(EXPERTS, None, None, f"{type(error).__name__}: {error}")
+    if error <= TOLERANCE:
+        return StructureProof(EXPERTS, Scheme({}), error)
+    return StructureProof(EXPERTS, None, error, f"the cut model's logits differ by {error:.1e} > {TOLERANCE:.0e}")
 
 
 def proved_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PruningGroups, Proof, AxisMap]:
@@ -144,7 +164,10 @@ def proved_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) 
             refused[name] = found.reason
             continue
         try:
-            structures[name] = build_groups(name, axis_map, config, found.scheme)
+            if name == EXPERTS:
+                structures[name] = expert_groups(model_class, config)
+            else:
+                structures[name] = build_groups(name, axis_map, config, found.scheme)
         except UnsupportedStructureError as error:
             refused[name] = str(error)
         if name in structures and structures[name].num_units < 2:
