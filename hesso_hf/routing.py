@@ -99,7 +99,7 @@ class _LogitHooks(_Hooks):
         self._leaf, self._layout = leaf, layout
 
     def _put(self, module: nn.Module) -> _AddToLogits:
-        mode = _AddToLogits(self.offsets, self._layout, getattr(module, self._leaf).shape)
+        mode = _AddToLogits(self.offsets, self._layout, module.get_parameter(self._leaf).shape)
         mode.__enter__()
         return mode
 
@@ -213,8 +213,8 @@ def _attach_layer(
     if not routers:
         raise UnsupportedStructureError(f"experts: no router with one row for each expert was found in {layer}")
     for axis in routers:
-        owner, _, leaf = axis.parameter.rpartition(".")
-        handles += _LogitHooks(offsets, leaf, axis.layout).register(model.get_submodule(owner))
+        router, name = _called_router(model, axis.parameter)
+        handles += _LogitHooks(offsets, name, axis.layout).register(router)
     block = _common_owner([axis.parameter for axis in (*axes, *buffers)])
     added = [axis for axis in axes if _is_bias_of_choice(model, axis)]
     for axis in (*added, *buffers):
@@ -230,6 +230,18 @@ def _is_router(model: nn.Module, axis: Axis) -> bool:
     holds_experts = any(parameter.dim() > 2 for parameter in model.get_submodule(owner).parameters(recurse=False))
     rows = axis.dim == 0 and axis.layout.per_unit == 1
     return rows and model.get_parameter(axis.parameter).dim() == 2 and not holds_experts
+
+
+def _called_router(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
+    """Return the module whose forward computes the logits, and the weight's name in it.
+
+    That is the weight's owner, unless a router class holds the owner: it may use the weight alone (LongCat-Flash).
+    """
+    owner, _, name = parameter.rpartition(".")
+    parent, _, last = owner.rpartition(".")
+    if type(model.get_submodule(parent)).__name__.endswith("Router"):
+        return model.get_submodule(parent), f"{last}.{name}"
+    return model.get_submodule(owner), name
 
 
 def _is_bias_of_choice(model: nn.Module, axis: Axis) -> bool:
