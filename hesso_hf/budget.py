@@ -7,6 +7,7 @@ the ratio takes the split between structures that is expected to lose the least.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from .config import HessoConfig
 from .cost import Cost, Counts
 from .errors import BudgetError, HessoError, nearest_name
+from .experts import EXPERTS
 from .groups import PruningGroups, StructureGroups
 from .sizes import get_size, resized_config
 
@@ -142,7 +144,9 @@ class _Solver:
         """Translate `target_sizes` to units."""
         pinned: dict[str, int] = {}
         by_size = {size: group for group in self.groups.structures.values() for size in group.increments}
-        for name, size in self.config.pinned_sizes.items():
+        own_names = type(self.model_config).attribute_map
+        for asked, size in self.config.pinned_sizes.items():
+            name = asked if asked in by_size else own_names.get(asked, asked)
             if name not in by_size:
                 raise HessoError(
                     f"`target_sizes`: {name!r} is no size that can be pruned here"
@@ -164,7 +168,13 @@ class _Solver:
             raise HessoError(
                 f"`target_sizes[{name!r}]` ({size}) must be a multiple of {increment} between {increment} and {full}"
             )
-        return size // increment
+        allowed, count = group.allowed, size // increment
+        if count < group.num_units and (count % allowed.multiple or count < allowed.least):
+            raise HessoError(
+                f"`target_sizes[{name!r}]` ({size}): {allowed.reason} needs at least {allowed.least * increment}, in "
+                f"multiples of {allowed.multiple * increment}"
+            )
+        return count
 
     def choices(self, name: str) -> list[int]:
         """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
@@ -172,11 +182,15 @@ class _Solver:
         if name == "attention_heads":
             multiple = 1
             divisible = list(group.increments.values())
+        elif name == EXPERTS:
+            multiple = math.lcm(group.allowed.multiple, default_round_to(group.num_units))
+            divisible = [tp]
         else:
             fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
             multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
             divisible = [1] if name == "mlp_channels" else [tp]
-        counts = [*range(multiple, group.num_units, multiple), group.num_units]
+        counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.allowed.least]
+        counts.append(group.num_units)
         allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
         if not allowed:
             raise HessoError(

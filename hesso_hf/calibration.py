@@ -19,7 +19,9 @@ from transformers.utils import logging
 from .budget import LossFunction
 from .config import HessoConfig
 from .cost import Counts
+from .experts import EXPERTS
 from .groups import Axis, PruningGroups, mask_
+from .routing import routed_by
 from .saliency import UnitSums, accumulate_, needed_sums, saliency_scores
 
 logger = logging.get_logger(__name__)
@@ -147,7 +149,8 @@ def _rises(
             pruned.scatter_(1, order[:, :count], True)
             for layer, axis in structure.all_axes():
                 mask_(parameters[axis.parameter].data, axis, pruned[layer])
-            rise = _mean_loss(model, batches, batch_loss) - before
+            with routed_by(model, structure if name == EXPERTS else None, ~pruned):
+                rise = _mean_loss(model, batches, batch_loss) - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
     finally:
         for key, copy in copies.items():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PretrainedConfig
 
+from .experts import EXPERTS, experts_per_token, num_experts
 from .groups import PruningGroups
 from .probe import AxisMap, ParameterInfo
 from .sizes import HEADS, KV_HEADS, LAYERS, get_size, head_dim_of
@@ -60,6 +61,8 @@ def build_cost(
     for info in axis_map.parameters.values():
         weight = _weight(metric, info, axis_map, config, bytes_per)
         factors = moving.get(info.name, {})
+        if metric == "flops" and _is_expert_weight(info):  # a token's share of the experts, however many there are
+            factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERTS}
         for dim, size in enumerate(info.shape):
             weight *= 1 if dim in factors else size
         terms[tuple(sorted(factors.values()))] += weight
@@ -90,10 +93,14 @@ def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: Pretrai
     if info.role == "embedding":  # a look-up costs nothing, a tied output matrix its product
         tied = not any(other.role == "output" for other in axis_map.parameters.values())
         return 2.0 if tied else 0.0
-    experts = get_size(config, "num_local_experts") or get_size(config, "num_experts")
-    if experts and (len(info.shape) == 3 or ".experts." in info.name):
-        return 2.0 * (get_size(config, "num_experts_per_tok") or experts) / experts
+    experts = num_experts(config)
+    if experts and _is_expert_weight(info):
+        return 2.0 * (experts_per_token(config) or experts) / experts
     return 2.0
+
+
+def _is_expert_weight(info: ParameterInfo) -> bool:
+    return len(info.shape) == 3 or ".experts." in info.name
 
 
 def _add_attention(

@@ -59,6 +59,10 @@ def _copy_buffers(
     for name, buffer in full.named_buffers():
         for axis, units, total in cuts.get(name, ()):
             buffer = _cut(buffer, axis, units, total)
+        if name in cuts:  # in its own dtype: the bias of a router's choice isn't one of the weights
+            owner, _, leaf = name.rpartition(".")
+            small.get_submodule(owner)._buffers[leaf] = buffer.clone()
+            continue
         # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
         if buffer.dim() and name in buffers and buffers[name].shape == buffer.shape:
             buffers[name].copy_(buffer)

@@ -68,9 +68,7 @@ def allowed_experts(config: PretrainedConfig) -> Allowed:
     if get_size(config, "n_group") is None:
         return Allowed(1, top_k, f"`num_experts_per_tok` ({top_k})")
     least = groups * max(_BEST_OF_GROUP, math.ceil(top_k / best))
-    return Allowed(
-        groups, least, f"`num_experts_per_tok` ({top_k}), `n_group` ({groups}) and `topk_group` ({best})"
-    )
+    return Allowed(groups, least, f"`num_experts_per_tok` ({top_k}), `n_group` ({groups}) and `topk_group` ({best})")
 
 
 def expert_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> StructureGroups:

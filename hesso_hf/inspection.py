@@ -8,10 +8,10 @@ from typing import Any, Literal
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .budget import solve_budget
-from .config import STRUCTURES, HessoConfig
+from .config import OPT_IN, STRUCTURES, HessoConfig
 from .cost import build_cost
 from .errors import HessoError
-from .groups import StructureGroups
+from .groups import PruningGroups, StructureGroups
 from .probe import AxisMap
 from .proof import proved_groups
 from .sizes import load_config, model_class_of
@@ -99,9 +99,10 @@ def inspect_model(
             structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
     counts = build_cost("parameters", groups, axis_map, config)
     feasible: dict[str, dict[str, Any]] = {}
-    for ratio in pruning_ratios if groups.structures else ():
+    pruned = PruningGroups({name: found for name, found in groups.structures.items() if name not in OPT_IN})
+    for ratio in pruning_ratios if pruned.structures else ():
         try:
-            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, groups, counts)
+            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, pruned, counts)
             feasible[str(ratio)] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
         except HessoError as error:
             feasible[str(ratio)] = {"reason": str(error)}

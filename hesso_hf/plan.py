@@ -13,15 +13,17 @@ from transformers.utils import logging
 
 from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
-from .config import HessoConfig
+from .config import OPT_IN, HessoConfig
 from .cost import Cost, build_cost
 from .errors import BudgetError, UnsupportedStructureError
+from .experts import EXPERTS
 from .groups import PruningGroups
 from .latency import build_latency
 from .optimizer import HessoOptimizer
 from .probe import AxisMap
 from .process import PruningProcess
 from .proof import proved_groups
+from .routing import RouterGates
 from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
 from .sizes import build_meta, resized_config
@@ -63,6 +65,8 @@ class PruningPlan:
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
             for name, reason in proved.refused.items():
+                if name in OPT_IN:
+                    continue
                 logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
         parameters = build_cost("parameters", groups, axis_map, checked.config)
         price: PriceFunction | None = None
@@ -116,7 +120,10 @@ class PruningPlan:
 
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""
-        return PruningProcess(dict(self.model.named_parameters()), self.groups, self.target, schedule, self.config)
+        experts = self.groups.structures.get(EXPERTS)
+        gates = RouterGates.attach(self.model, experts) if experts is not None else None
+        parameters = dict(self.model.named_parameters())
+        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates)
 
     def _pinned(self) -> set[str]:
         sizes = set(self.config.pinned_sizes)

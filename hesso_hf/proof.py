@@ -147,8 +147,8 @@ def _prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig)
         error = expert_error(model, input_ids, logits_of, _SEED)
     except UnsupportedStructureError as refusal:
         return StructureProof(EXPERTS, None, None, str(refusal))
-    except Exception as error:  # model code may fail on a cut model with any exception type
-        return StructureProof(EXPERTS, None, None, f"{type(error).__name__}: {error}")
+    except Exception as failure:  # model code may fail on a cut model with any exception type
+        return StructureProof(EXPERTS, None, None, f"{type(failure).__name__}: {failure}")
     if error <= TOLERANCE:
         return StructureProof(EXPERTS, Scheme({}), error)
     return StructureProof(EXPERTS, None, error, f"the cut model's logits differ by {error:.1e} > {TOLERANCE:.0e}")

@@ -73,7 +73,12 @@ class Ranking:
         for name, score in scores.items():
             removed = self.removed_in_all[name] if self._across_layers else self.removed[name]
             gone = pruned[name] if pruned is not None else None
-            found[name] = lowest_units(score, gone, round(removed * share), self._across_layers)
+            stretches = self._groups.structures[name].allowed.multiple  # each loses as many
+            if stretches > 1:
+                rows = (score.shape[0] * stretches, -1)
+                score, gone = score.view(rows), None if gone is None else gone.view(rows)
+            marked = lowest_units(score, gone, round(removed // stretches * share), self._across_layers)
+            found[name] = marked.view(len(self._groups.structures[name].layers), -1)
         return found
 
 

@@ -82,7 +82,7 @@ class HessoMixin(HubMixin):
         process = self.hesso_optimizer.process if self.hesso_optimizer else None
         if process is not None and process.on_trial is not None:
             logger.warning("training ended in the middle of a CRIC cycle: the weights from before it are put back")
-            process.on_trial.restore_weights()
+            process.leave_trial()
         if process is not None and not process.finished:
             logger.warning(
                 f"training ended at step {process.step} of pruning, which needs {process.schedule.end} (skipped steps "
