@@ -130,7 +130,8 @@ def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof
         bench = _Bench(model_class, tiny_config(config))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
-        return Proof({name: StructureProof(name, None, None, reason) for name in STRUCTURES})
+        refused = {name: StructureProof(name, None, None, reason) for name in STRUCTURES}
+        return Proof(refused | {EXPERTS: _prove_experts(model_class, config)})
     proofs = {name: bench.prove(name) for name in STRUCTURES if name != EXPERTS}
     schemes = {name: proof.scheme for name, proof in proofs.items() if proof.scheme is not None}
     proofs[EXPERTS] = _prove_experts(model_class, config)

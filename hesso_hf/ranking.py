@@ -76,7 +76,7 @@ class Ranking:
             stretches = self._groups.structures[name].allowed.multiple  # each loses as many
             if stretches > 1:
                 rows = (score.shape[0] * stretches, -1)
-                score, gone = score.view(rows), None if gone is None else gone.view(rows)
+                score, gone = score.reshape(rows), None if gone is None else gone.reshape(rows)
             marked = lowest_units(score, gone, round(removed // stretches * share), self._across_layers)
             found[name] = marked.view(len(self._groups.structures[name].layers), -1)
         return found
