@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
-from hesso_hf.config import SALIENCIES, STRUCTURES, HessoConfig
+from hesso_hf.config import OPT_IN, SALIENCIES, STRUCTURES, HessoConfig
 from hesso_hf.errors import HessoError
 
 
@@ -113,7 +113,7 @@ def test_saliency_weights_of_a_name_a_list_and_a_dict() -> None:
 
 
 def test_structures_of_all_a_list_and_a_dict_of_shares() -> None:
-    assert HessoConfig(0.5).structure_names == STRUCTURES
+    assert HessoConfig(0.5).structure_names == tuple(name for name in STRUCTURES if name not in OPT_IN)
     assert HessoConfig(0.5).structure_shares is None
     named = HessoConfig(0.5, structures=["mlp_channels", "attention_heads"])
     assert named.structure_names == ("mlp_channels", "attention_heads")
