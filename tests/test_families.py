@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf.card import PruningReport
+from hesso_hf.config import OPT_IN
 from hesso_hf.export import export_pruned
 from hesso_hf.groups import PruningGroups
 from hesso_hf.proof import proved_groups
@@ -120,7 +121,7 @@ def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("family", ALL.values(), ids=ALL)
 def test_what_can_be_pruned_is_proved_and_the_rest_refused_by_name(family: Family):
     groups = proved(family.name)
-    assert sorted(groups.structures) == sorted(family.proved), groups.refused
+    assert sorted(set(groups.structures) - set(OPT_IN)) == sorted(family.proved), groups.refused
     for structure, named in family.refused.items():
         assert named in groups.refused[structure]
         assert "norm" in groups.refused[structure].split(" ")[0]  # the module's own name comes first
