@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from .errors import CheckpointMismatchError
-from .experts import EXPERTS
-from .groups import Axis, PruningGroups, mask_, shrink_
+from .experts import EXPERT_UNITS
+from .groups import Axis, PruningGroups, centre_, mask_, shrink_
 from .routing import RouterGates
 from .saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size
 
@@ -82,11 +82,18 @@ class BoundGroups:
     def route(self, scales: PerUnit) -> None:
         """Let the routers choose experts by their scales."""
         if self._gates is not None:
-            self._gates.set_scales(scales[EXPERTS])
+            self._gates.set_scales(scales[EXPERT_UNITS])
 
     def mask_weights_(self, pruned: PerUnit) -> None:
         """Set pruned units' effective weights to exactly zero."""
         self._each(pruned, lambda parameter, axis, units: mask_(parameter.data, axis, units))
+
+    def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
+        """Take `share` of the mean out of what writes to a stream that norms subtract the mean of."""
+        for name, axes in self.axes.items():
+            for structure, layer, axis in axes:
+                if axis.centred and structure in scales:
+                    centre_(self.parameters[name].data, axis, scales[structure][layer], share)
 
     def mask_gradients_(self, pruned: PerUnit) -> None:
         """Set pruned units' gradients to zero."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PretrainedConfig
 
-from .experts import EXPERTS, experts_per_token, num_experts
+from .experts import EXPERT_UNITS, experts_per_token, num_experts
 from .groups import PruningGroups
 from .probe import AxisMap, ParameterInfo
 from .sizes import HEADS, KV_HEADS, LAYERS, get_size, head_dim_of
@@ -62,7 +62,7 @@ def build_cost(
         weight = _weight(metric, info, axis_map, config, bytes_per)
         factors = moving.get(info.name, {})
         if metric == "flops" and _is_expert_weight(info):  # a token's share of the experts, however many there are
-            factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERTS}
+            factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERT_UNITS}
         for dim, size in enumerate(info.shape):
             weight *= 1 if dim in factors else size
         terms[tuple(sorted(factors.values()))] += weight
@@ -116,10 +116,10 @@ def _add_attention(
     if metric == "parameters" or not (layers and head_dim and heads):
         return
     kv_heads = get_size(config, KV_HEADS) or heads
-    structure = groups.structures.get("attention_heads")
     counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
     per_token = weight * layers * head_dim * CONTEXT
-    if structure is None or counted not in structure.increments:
-        terms[()] += per_token * (heads if counted == HEADS else kv_heads)
+    shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
+    if shrinking:
+        terms[tuple(shrinking)] += per_token
     else:
-        terms[(("attention_heads", structure.increments[counted], 0),)] += per_token
+        terms[()] += per_token * (heads if counted == HEADS else kv_heads)

@@ -9,40 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .errors import UnsupportedStructureError
-from .groups import Allowed, Axis, StructureGroups
+from .errors import NotApplicableError, UnsupportedStructureError
+from .groups import Axis, StructureGroups
 from .layout import Layout, Segment
 from .probe import describe_parameters, layer_of
-from .sizes import build_meta, copy_with, get_size
+from .sizes import EXPERTS, build_meta, copy_with, get_size
 
-EXPERTS = "experts"
-EXPERT_SIZES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_UNITS = "experts"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 _BEST_OF_GROUP = 2  # experts by which a group is scored in group-limited routing
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def expert_size(config: PretrainedConfig) -> str:
-    """Return the name of the number of experts, as the config itself stores it.
-
-    Raises:
-        UnsupportedStructureError: where the config has none.
-    """
-    found = [name for name in EXPERT_SIZES if (get_size(config, name) or 0) > 1]
-    if not found:
-        raise UnsupportedStructureError(f"{EXPERTS}: {type(config).__name__} has no number of experts above one")
-    stored = config.to_dict()
-    return next((name for name in found if name in stored), found[0])
+@dataclass(frozen=True)
+class ExpertScheme:
+    """That experts are proved; what belongs to each is read off the model, which leaves nothing to settle."""
 
 
 def num_experts(config: PretrainedConfig) -> int | None:
     """Return the number of experts a layer, None for a model without."""
-    return next((size for size in (get_size(config, name) for name in EXPERT_SIZES) if size and size > 1), None)
+    size = get_size(config, EXPERTS)
+    return size if size and size > 1 else None
 
 
 def experts_per_token(config: PretrainedConfig) -> int | None:
@@ -55,54 +48,55 @@ def routing_groups(config: PretrainedConfig) -> tuple[int, int]:
     return get_size(config, "n_group") or 1, get_size(config, "topk_group") or 1
 
 
-def allowed_experts(config: PretrainedConfig) -> Allowed:
-    """Return which numbers of experts the router can work with.
+def needed_experts(config: PretrainedConfig) -> tuple[int, str]:
+    """Return how many experts the router needs at least, and for what.
 
     Raises:
         UnsupportedStructureError: where the config doesn't say how many experts a token takes.
     """
     top_k = experts_per_token(config)
     if top_k is None:
-        raise UnsupportedStructureError(f"{EXPERTS}: {type(config).__name__} has no `num_experts_per_tok`")
+        raise UnsupportedStructureError(f"{EXPERT_UNITS}: {type(config).__name__} has no `num_experts_per_tok`")
     groups, best = routing_groups(config)
     if get_size(config, "n_group") is None:
-        return Allowed(1, top_k, f"`num_experts_per_tok` ({top_k})")
+        return top_k, f"`num_experts_per_tok` ({top_k})"
     least = groups * max(_BEST_OF_GROUP, math.ceil(top_k / best))
-    return Allowed(groups, least, f"`num_experts_per_tok` ({top_k}), `n_group` ({groups}) and `topk_group` ({best})")
+    return least, f"`num_experts_per_tok` ({top_k}), `n_group` ({groups}) and `topk_group` ({best})"
 
 
 def expert_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> StructureGroups:
     """Find the axes of the number of experts in parameters and buffers.
 
     Raises:
-        UnsupportedStructureError: where there is no such number, or each expert has parameters of its own.
+        NotApplicableError: where there is no such number.
+        UnsupportedStructureError: where each expert has parameters of its own, or all are needed.
     """
-    name, allowed = expert_size(config), allowed_experts(config)
-    experts = get_size(config, name)
-    assert experts is not None
-    if experts % allowed.multiple or experts <= allowed.least:
-        raise UnsupportedStructureError(f"{EXPERTS}: all {experts} are needed for {allowed.reason}")
+    experts = num_experts(config)
+    if experts is None:
+        raise NotApplicableError(f"{EXPERT_UNITS}: {type(config).__name__} has no `{EXPERTS}` above one")
+    (least, needed_for), pools = needed_experts(config), routing_groups(config)[0]
+    if experts % pools or experts <= least:
+        raise UnsupportedStructureError(f"{EXPERT_UNITS}: all {experts} are needed for {needed_for}")
     base = build_meta(model_class, copy_with(config, {}))
-    step = allowed.multiple
     try:
-        other = build_meta(model_class, copy_with(config, {name: experts + step}))
+        other = build_meta(model_class, copy_with(config, {EXPERTS: experts + pools}))
     except Exception as error:  # model code may refuse a size with any exception type
-        raise UnsupportedStructureError(f"`{name}` can't be changed in the model code: {error}") from error
-    parameters, layers = _moving(_shapes(base), _shapes(other), experts, step), dict[str, list[Axis]]()
+        raise UnsupportedStructureError(f"`{EXPERTS}` can't be changed in the model code: {error}") from error
+    layers: dict[str, list[Axis]] = {}
     infos = describe_parameters(base)
-    for axis in parameters:
+    for axis in _moving(_shapes(base), _shapes(other), experts, pools):
         layers.setdefault(infos[axis.parameter].layer, []).append(axis)
     if not layers:
-        raise UnsupportedStructureError(f"no parameter's shape depends on `{name}`: no layer has experts")
+        raise NotApplicableError(f"no parameter's shape depends on `{EXPERTS}`: no layer has experts")
     owners = dict(base.named_modules())
     buffers: dict[str, list[Axis]] = {layer: [] for layer in layers}
-    for axis in _moving(_buffer_shapes(base), _buffer_shapes(other), experts, step):
+    for axis in _moving(_buffer_shapes(base), _buffer_shapes(other), experts, pools):
         buffers.setdefault(layer_of(axis.parameter, owners), []).append(axis)
     if buffers.keys() != layers.keys():
-        raise UnsupportedStructureError(f"{EXPERTS}: a buffer outside of {list(layers)} depends on `{name}`")
+        raise UnsupportedStructureError(f"{EXPERT_UNITS}: a buffer outside of {list(layers)} depends on `{EXPERTS}`")
     return StructureGroups(
-        EXPERTS, {name: 1}, experts, tuple(layers), tuple(map(tuple, layers.values())),
-        buffers=tuple(tuple(buffers[layer]) for layer in layers), allowed=allowed,
+        EXPERT_UNITS, {EXPERTS: 1}, experts, tuple(layers), tuple(map(tuple, layers.values())), pools, least,
+        needed_for, tuple(tuple(buffers[layer]) for layer in layers),
     )  # fmt: skip
 
 
@@ -119,7 +113,7 @@ def _moving(base: Shapes, other: Shapes, experts: int, step: int) -> list[Axis]:
     if base.keys() != other.keys():
         odd = sorted(base.keys() ^ other.keys())[0]
         raise UnsupportedStructureError(
-            f"{EXPERTS}: each has parameters of its own here ({odd}); only fused expert weights can be pruned"
+            f"{EXPERT_UNITS}: each has parameters of its own here ({odd}); only fused expert weights can be pruned"
         )
     axes = []
     for name, shape in base.items():

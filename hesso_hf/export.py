@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .card import PruningReport, count_parameters
 from .checkpoint import STATE_NAME, read_state
+from .config import structures_around
 from .cut import cut_model
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
@@ -65,7 +66,7 @@ def export_pruned(
     else:
         model, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
     if groups is None:
-        groups = proved_groups(type(model), model.config)[0]
+        groups = _groups_for(model, kept_units)
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
@@ -74,6 +75,8 @@ def export_pruned(
         {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in zero[name]) for name in zero},
     )
     _check_zero(zero, kept)
+    for name, layers in kept.kept.items():
+        groups.structures[name].check_pools(layers)
     if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in kept.kept.values()):
         counts = {name: [len(layer) for layer in layers] for name, layers in kept.kept.items()}
         raise HessoError(
@@ -142,6 +145,19 @@ def _size_after(config: PretrainedConfig, name: str) -> float:
     """Return a size; where layers differ, their mean."""
     layers = [sizes[name] for sizes in getattr(config, "layer_sizes", None) or () if name in sizes]
     return round(sum(layers) / len(layers), 2) if layers else get_size(config, name) or 0
+
+
+def _groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
+    """Prove the structures of a decision; without one, single query heads where some of them alone are at zero."""
+    groups = proved_groups(type(model), model.config, structures_around(kept.kept if kept is not None else ()))[0]
+    whole = PruningGroups({n: g for n, g in groups.structures.items() if n == "attention_heads"})
+    if kept is not None or not whole.structures or zero_units(model, whole)["attention_heads"].any():
+        return groups
+    single = proved_groups(type(model), model.config, ("query_heads",))[0]
+    if not single.structures or not zero_units(model, single)["query_heads"].any():
+        return groups
+    others = {name: group for name, group in groups.structures.items() if name not in whole.structures}
+    return PruningGroups(single.structures | others, groups.refused)
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from transformers.utils import logging
 
 from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
-from .config import OPT_IN, HessoConfig
+from .config import HessoConfig, structures_around
 from .cost import Cost, build_cost
 from .errors import BudgetError, UnsupportedStructureError
-from .experts import EXPERTS
+from .experts import EXPERT_UNITS
 from .groups import PruningGroups
 from .latency import build_latency
 from .optimizer import HessoOptimizer
@@ -26,7 +26,7 @@ from .proof import proved_groups
 from .routing import RouterGates
 from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
-from .sizes import build_meta, resized_config
+from .sizes import build_meta, canonical_name, resized_config
 
 logger = logging.get_logger(__name__)
 
@@ -60,13 +60,12 @@ class PruningPlan:
             BudgetError: for a ratio that can't be met.
         """
         checked = check_model(model)
-        proved, _, axis_map = proved_groups(type(checked), checked.config)
+        known = structures_around(config.structure_names)
+        proved, _, axis_map = proved_groups(type(checked), checked.config, known)
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
             for name, reason in proved.refused.items():
-                if name in OPT_IN:
-                    continue
                 logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
         parameters = build_cost("parameters", groups, axis_map, checked.config)
         price: PriceFunction | None = None
@@ -83,7 +82,7 @@ class PruningPlan:
     @property
     def wants_calibration(self) -> bool:
         """Whether there is a split between structures to be measured."""
-        free = [name for name in self.groups.structures if name not in self._pinned()]
+        free = [name for name in self.groups.independent if name not in self._pinned()]
         ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
         return ratio and len(free) > 1 and self.config.calibration_examples > 0
 
@@ -120,13 +119,13 @@ class PruningPlan:
 
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""
-        experts = self.groups.structures.get(EXPERTS)
+        experts = self.groups.structures.get(EXPERT_UNITS)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
         parameters = dict(self.model.named_parameters())
         return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates)
 
     def _pinned(self) -> set[str]:
-        sizes = set(self.config.pinned_sizes)
+        sizes = {canonical_name(self.model.config, name) for name in self.config.pinned_sizes}
         return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .cut import cut_model
+from .cut import cut_model, zero_units_
 from .errors import VerificationError
-from .experts import EXPERTS
+from .experts import EXPERT_UNITS
 from .groups import KeptUnits, PruningGroups
-from .proof import logits_of, relative_error
 from .routing import routed_by
+from .tiny import logits_of, relative_error
 
 FOLD_TOLERANCE = 1e-4
 _SEED = 20240915
@@ -48,9 +48,9 @@ class Verifier:
     def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
         self.groups, self.kept = groups, kept
         self.input_ids = verification_tokens(model)
-        self._model = _in_fp32(model)
-        self._experts = groups.structures[EXPERTS] if EXPERTS in kept.kept else None
-        self._kept_experts = kept_mask(kept, EXPERTS) if EXPERTS in kept.kept else None
+        self._model = _in_fp32(model, groups, kept)
+        self._experts = groups.structures[EXPERT_UNITS] if EXPERT_UNITS in kept.kept else None
+        self._kept_experts = kept_mask(kept, EXPERT_UNITS) if EXPERT_UNITS in kept.kept else None
         with routed_by(self._model, self._experts, self._kept_experts):  # a checkpoint's model has no gates
             self.logits = _evaluate(self._model, self.input_ids)
 
@@ -90,7 +90,7 @@ class Verifier:
 
     def _fold_error(self, kept: KeptUnits) -> float:
         small = cut_model(self._model, self.groups, kept, torch.float32)
-        with routed_by(small, None if EXPERTS in kept.kept else self._experts, self._kept_experts):
+        with routed_by(small, None if EXPERT_UNITS in kept.kept else self._experts, self._kept_experts):
             return relative_error(_evaluate(small, self.input_ids), self.logits)
 
     def _culprits(self) -> str:
@@ -123,10 +123,13 @@ def verification_tokens(model: PreTrainedModel) -> torch.Tensor:
     return torch.randint(0, text.vocab_size, (2, length), generator=generator).to(model.device)
 
 
-def _in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+def _in_fp32(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
+    """Return the model, or an fp32 copy of it in which what rounding left of the stream's mean is taken out."""
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
-    return copy.deepcopy(model).float()
+    model = copy.deepcopy(model).float()
+    zero_units_(dict(model.named_parameters()), groups, kept)
+    return model
 
 
 def _evaluate(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

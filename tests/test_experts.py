@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,41 @@ from hesso_hf.cost import build_cost
 from hesso_hf.cut import cut_model
 from hesso_hf.errors import BudgetError, UnsupportedStructureError, VerificationError
 from hesso_hf.expert_trial import random_experts
-from hesso_hf.experts import EXPERTS, expert_groups
+from hesso_hf.experts import EXPERT_UNITS, expert_groups
 from hesso_hf.groups import KeptUnits, PruningGroups, StructureGroups
 from hesso_hf.layout import block_layout
 from hesso_hf.plan import PruningPlan
 from hesso_hf.probe import probe_axes
 from hesso_hf.process import PruningProcess
+from hesso_hf.proof import proved_groups
 from hesso_hf.ranking import Ranking
 from hesso_hf.routing import RouterGates, _hooks_of, _LogitHooks, _Offsets, is_gated, remove_gates, routed_by
 from hesso_hf.verify import Verifier, kept_mask
 
 
+@pytest.fixture(autouse=True, scope="module")
+def proofs_by_config() -> Iterator[None]:
+    """Prove each config once: what is tried here comes after the proof."""
+    found: dict[Any, Any] = {}
+
+    def cached(model_class: Any, config: Any, names: tuple[str, ...]) -> Any:
+        key = (model_class, config.to_json_string(), names)
+        if key not in found:
+            found[key] = proved_groups(model_class, config, names)
+        return found[key]
+
+    with patch("hesso_hf.plan.proved_groups", cached):
+        yield
+
+
 def random_kept(structure: StructureGroups, count: int, seed: int = 1) -> KeptUnits:
     """Keep random experts, others in every layer, as many of each routing group."""
-    stretches = structure.allowed.multiple
-    size, generator = structure.num_units // stretches, torch.Generator().manual_seed(seed)
+    pools, size, generator = structure.pools, structure.pool_size, torch.Generator().manual_seed(seed)
     layers = []
     for _ in structure.layers:
-        orders = torch.stack([torch.randperm(size, generator=generator) + size * s for s in range(stretches)])
-        layers.append(tuple(sorted(orders[:, : count // stretches].flatten().tolist())))
-    return KeptUnits({EXPERTS: structure.num_units}, {EXPERTS: tuple(layers)})
+        orders = torch.stack([torch.randperm(size, generator=generator) + size * pool for pool in range(pools)])
+        layers.append(tuple(sorted(orders[:, : count // pools].flatten().tolist())))
+    return KeptUnits({EXPERT_UNITS: structure.num_units}, {EXPERT_UNITS: tuple(layers)})
 
 
 def pruned_model(name: str) -> tuple[PreTrainedModel, PreTrainedModel, PruningGroups, KeptUnits]:
@@ -52,11 +68,11 @@ def pruned_model(name: str) -> tuple[PreTrainedModel, PreTrainedModel, PruningGr
     original = moe_model(name)
     structure = expert_groups(type(original), original.config)
     kept = random_kept(structure, KEPT.get(name, 4))
-    groups = PruningGroups({EXPERTS: structure})
+    groups = PruningGroups({EXPERT_UNITS: structure})
     model = copy.deepcopy(original)
     zero_pruned_(model, groups, kept)
     gates = RouterGates.attach(model, structure)
-    gates.set_scales(kept_mask(kept, EXPERTS).float())
+    gates.set_scales(kept_mask(kept, EXPERT_UNITS).float())
     return original, model, groups, kept
 
 
@@ -211,7 +227,7 @@ def test_a_narrow_dtype_stays_finite_and_misses_pruned_experts(name: str, dtype:
     model = moe_model(name, **widths).to(dtype)  # rows of 16 bytes: grouped kernels need them
     structure = expert_groups(type(model), model.config)
     gates = RouterGates.attach(model, structure)
-    pruned = random_experts(structure, model.config, torch.Generator().manual_seed(2))
+    pruned = random_experts(structure, torch.Generator().manual_seed(2))
     gates.set_scales((~pruned).float())
     chosen: list[set[int]] = []
     for _, module in model.named_modules():
@@ -226,11 +242,11 @@ def test_a_narrow_dtype_stays_finite_and_misses_pruned_experts(name: str, dtype:
 @pytest.mark.parametrize(
     ("name", "sizes", "named"),
     [
-        ("mixtral", {"num_local_experts": 1}, r"num_experts_per_tok` \(2\) needs at least 2"),
-        ("olmoe", {"num_experts": 2}, r"num_experts_per_tok` \(3\) needs at least 3"),
-        ("deepseek_v3", {"n_routed_experts": 8}, r"n_group` \(3\) .* at least 6, in multiples of 3"),
-        ("deepseek_v3", {"n_routed_experts": 3}, r"topk_group` \(2\) needs at least 6"),
-        ("mixtral", {"num_local_experts": 7}, "between 1 and 6"),
+        ("mixtral", {"num_local_experts": 1}, r"between 2 and 6, for `num_experts_per_tok` \(2\)"),
+        ("olmoe", {"num_experts": 2}, r"between 3 and 6, for `num_experts_per_tok` \(3\)"),
+        ("deepseek_v3", {"n_routed_experts": 8}, r"a multiple of 3 between 6 and 12, for .*`n_group` \(3\)"),
+        ("deepseek_v3", {"n_routed_experts": 3}, r"between 6 and 12, for .*`topk_group` \(2\)"),
+        ("mixtral", {"num_local_experts": 7}, "between 2 and 6"),
     ],
 )
 def test_sizes_that_the_router_cannot_work_with_are_refused(name: str, sizes: dict[str, int], named: str):
@@ -244,20 +260,20 @@ def plan_of(name: str, **options: Any) -> PruningPlan:
 
 @pytest.mark.parametrize("asked", ["num_local_experts", "num_experts"])
 def test_target_sizes_take_the_config_s_own_name_or_the_common_one(asked: str):
-    assert plan_of("mixtral", target_sizes={asked: 4}).target.sizes == {"num_local_experts": 4}
+    assert plan_of("mixtral", target_sizes={asked: 4}).target.sizes == {"num_experts": 4}
 
 
 def test_a_ratio_keeps_what_group_limited_routing_needs():
     plan = plan_of("deepseek_v3", pruning_ratio=0.1)
-    assert plan.target.kept_units == {EXPERTS: 9}
-    with pytest.raises(BudgetError, match="n_routed_experts"):
+    assert plan.target.kept_units == {EXPERT_UNITS: 9}
+    with pytest.raises(BudgetError, match="num_experts"):
         plan_of("deepseek_v3", pruning_ratio=0.6)
 
 
 def test_experts_are_pruned_only_by_name_and_refused_by_name():
     assert "experts" not in HessoConfig(pruning_ratio=0.5).structure_names
     assert "experts" not in PruningPlan.prepare(moe_model("mixtral"), HessoConfig(pruning_ratio=0.1)).groups.structures
-    with pytest.raises(UnsupportedStructureError, match=r"experts: .*LlamaConfig has no number of experts"):
+    with pytest.raises(UnsupportedStructureError, match=r"experts: .*LlamaConfig has no `num_experts` above one"):
         PruningPlan.prepare(tiny_llama(), HessoConfig(pruning_ratio=0.1, structures=["experts"]))
     with pytest.raises(UnsupportedStructureError, match=r"all 2 are needed for `num_experts_per_tok` \(2\)"):
         PruningPlan.prepare(
@@ -271,25 +287,25 @@ def test_an_expert_less_saves_parameters_and_of_the_operations_only_its_router_r
     plan = plan_of("mixtral", target_sizes={"num_local_experts": 4})
     found = inspect_model(plan.model)
     per_expert = 3 * 52 * 72 + 72
-    assert found.structures[EXPERTS].parameters_per_unit == per_expert
-    assert found.structures[EXPERTS].relative_error < 1e-5
-    assert "num_local_experts" not in found.feasible["0.2"]["sizes"]
+    assert found.structures[EXPERT_UNITS].parameters_per_unit == per_expert
+    assert found.structures[EXPERT_UNITS].relative_error < 1e-5
+    assert "num_experts" not in found.feasible["0.2"]["sizes"]
     assert plan.target.parameters_before - plan.target.parameters_after == 2 * 2 * per_expert
     axis_map = probe_axes(type(plan.model), plan.model.config)
     flops = build_cost("flops", plan.groups, axis_map, plan.model.config)
-    assert flops.full - flops({EXPERTS: 4}) == 2 * 2 * 2 * 72  # layers, experts, operations a weight, channels
+    assert flops.full - flops({EXPERT_UNITS: 4}) == 2 * 2 * 2 * 72  # layers, experts, operations a weight, channels
     assert flops.full > 2 * 2 * 2 * 3 * 52 * 72  # two of the experts do their work
 
 
 def test_each_routing_group_loses_as_many():
     structure = expert_groups(type(moe_model("deepseek_v3")), moe_model("deepseek_v3").config)
     config = HessoConfig(target_sizes={"n_routed_experts": 6}, structures=["experts"], saliency="magnitude")
-    target = TargetSizes({EXPERTS: 6}, {EXPERTS: 12}, {}, "parameters", 1.0, 1.0, 1, 1)
-    ranking = Ranking(PruningGroups({EXPERTS: structure}), target, config, {EXPERTS: 1})
+    target = TargetSizes({EXPERT_UNITS: 6}, {EXPERT_UNITS: 12}, {}, "parameters", 1.0, 1.0, 1, 1)
+    ranking = Ranking(PruningGroups({EXPERT_UNITS: structure}), target, config, {EXPERT_UNITS: 1})
     scores = torch.arange(12.0).expand(2, 12)  # the lowest four are all of the first group
-    half = ranking.lowest({EXPERTS: scores}, Fraction(1, 2))[EXPERTS]
+    half = ranking.lowest({EXPERT_UNITS: scores}, Fraction(1, 2))[EXPERT_UNITS]
     assert half[0].nonzero().flatten().tolist() == [0, 4, 8]
-    whole = ranking.lowest({EXPERTS: scores}, pruned={EXPERTS: half.roll(3, 1)})[EXPERTS]
+    whole = ranking.lowest({EXPERT_UNITS: scores}, pruned={EXPERT_UNITS: half.roll(3, 1)})[EXPERT_UNITS]
     assert whole[1].nonzero().flatten().tolist() == [0, 3, 4, 7, 8, 11]
 
 
@@ -304,7 +320,7 @@ def test_the_trainer_saves_fewer_experts_and_a_resumed_run_is_the_same(tmp_path:
     whole = trainer(tmp_path / "whole", moe_model("deepseek_v3"), expert_config(), save_strategy="steps", save_steps=5)
     whole.train()
     losses = logged(whole, "loss")
-    scales = whole.hesso_optimizer.process.scales[EXPERTS]
+    scales = whole.hesso_optimizer.process.scales[EXPERT_UNITS]
     assert (scales == 0).view(-1, 3, 4).sum(-1).eq(1).all()
     resumed = trainer(tmp_path / "resumed", moe_model("deepseek_v3", seed=6), expert_config())
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
@@ -337,7 +353,7 @@ def test_shrinking_experts_are_gated_in_training_as_their_weights_are(tmp_path: 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             process = run.hesso_optimizer.process
             gates = [hooks.offsets.values for _, hooks in _hooks_of(run.model) if isinstance(hooks, _LogitHooks)]
-            scales = process.scales[EXPERTS]
+            scales = process.scales[EXPERT_UNITS]
             seen.append(scales.clone())
             for values, row in zip(gates, scales, strict=True):
                 assert (values is None and (row == 1).all()) or torch.allclose(values.exp(), row)
@@ -347,7 +363,7 @@ def test_shrinking_experts_are_gated_in_training_as_their_weights_are(tmp_path: 
     assert any(((scales > 0) & (scales < 1)).any() for scales in seen)
     assert (seen[-1] == 0).sum() == 4
     run.save_model(str(tmp_path / "small"))
-    assert run.pruning_report.sizes_after == {"num_local_experts": 4, "intermediate_size": 32}
+    assert run.pruning_report.sizes_after == {"num_experts": 4, "intermediate_size": 32}
 
 
 def test_a_run_that_ends_on_trial_takes_the_gates_back(tmp_path: Path):
@@ -374,13 +390,13 @@ def test_cric_looks_with_the_gates_and_takes_them_back(mode: str, tmp_path: Path
     route = BoundGroups.route
 
     def watched(bound: BoundGroups, scales: Any) -> None:
-        levels.update(scales[EXPERTS].unique().tolist())
+        levels.update(scales[EXPERT_UNITS].unique().tolist())
         route(bound, scales)
 
     before_step, between = PruningProcess.before_step, []
 
     def stepping(process: PruningProcess, base: Any) -> None:
-        if process.trial.ended and (process.scales[EXPERTS] == 1).all():
+        if process.trial.ended and (process.scales[EXPERT_UNITS] == 1).all():
             between.append(is_gated(run.model))
         before_step(process, base)
 
@@ -398,11 +414,11 @@ def test_the_calibration_measures_with_the_gates_on(tmp_path: Path):
     config = expert_config("mixtral", target_sizes=None, pruning_ratio=0.3)
     run = trainer(tmp_path, moe_model("mixtral"), config)
     curves = run._measure_curves()
-    assert curves.removed[EXPERTS][0] == 1 / 6
+    assert curves.removed[EXPERT_UNITS][0] == 1 / 6
     assert not is_gated(run.model)
     with patch("hesso_hf.calibration.routed_by", lambda *_: contextlib.nullcontext()):
         ungated = run._measure_curves()
-    assert ungated.rises[EXPERTS] != curves.rises[EXPERTS]
+    assert ungated.rises[EXPERT_UNITS] != curves.rises[EXPERT_UNITS]
     assert ungated.rises["mlp_channels"] == curves.rises["mlp_channels"]
 
 
