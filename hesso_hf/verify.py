@@ -11,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .cut import cut_model, zero_units_
+from .embeddings import trim_embeddings
 from .errors import VerificationError
 from .experts import EXPERT_UNITS
 from .groups import KeptUnits, PruningGroups
 from .routing import routed_by
 from .tiny import logits_of, relative_error
+from .tokens import KeptTokens
 
 FOLD_TOLERANCE = 1e-4
 _SEED = 20240915
@@ -43,16 +45,27 @@ class Verification:
 
 
 class Verifier:
-    """Holds the trained model's fp32 logits on random tokens and compares smaller models with them."""
+    """Holds the trained model's fp32 logits on random tokens and compares smaller models with them.
 
-    def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+    Where tokens are removed, only kept ones are drawn, and only their logits compared.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, vocabulary: KeptTokens | None = None
+    ) -> None:
         self.groups, self.kept = groups, kept
         self.input_ids = verification_tokens(model)
         self._model = _in_fp32(model, groups, kept)
         self._experts = groups.structures[EXPERT_UNITS] if EXPERT_UNITS in kept.kept else None
         self._kept_experts = kept_mask(kept, EXPERT_UNITS) if EXPERT_UNITS in kept.kept else None
         with routed_by(self._model, self._experts, self._kept_experts):  # a checkpoint's model has no gates
-            self.logits = _evaluate(self._model, self.input_ids)
+            if vocabulary is None:
+                self.logits = _evaluate(self._model, self.input_ids)
+                return
+            tokens = vocabulary.indices(vocabulary.vocab_size, self.input_ids.device)
+            self.input_ids %= len(tokens)
+            self.logits = _evaluate(self._model, tokens[self.input_ids])[..., tokens]
+        self._model = trim_embeddings(self._model, vocabulary)
 
     def check_fold(self) -> float:
         """Compare the fp32 fold.
