@@ -169,6 +169,8 @@ class _Solver:
     def choices(self, name: str) -> list[int]:
         """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
+        if name == "layers":
+            return list(range(1, group.num_units + 1))
         if name == "attention_heads":
             multiple = 1
             divisible = list(group.increments.values())

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 from .errors import HessoError, nearest_name
 
 StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels"]
+OptInName = Literal["layers"]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
-STRUCTURES: tuple[str, ...] = get_args(StructureName)
+STRUCTURES: tuple[str, ...] = get_args(StructureName)  # what 'all' stands for
+KNOWN_STRUCTURES: tuple[str, ...] = (*STRUCTURES, *get_args(OptInName))
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
@@ -44,7 +46,8 @@ class HessoConfig:
         default="all",
         metadata={
             "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads, "
-            "mlp_channels, embedding_channels, or a dict of each one's share of the removed parameters."
+            "mlp_channels, embedding_channels and layers (whole ones, never part of 'all'), or a dict of each one's "
+            "share of the removed parameters."
         },
     )
     target_sizes: dict | str | None = field(
@@ -144,7 +147,7 @@ class HessoConfig:
         """Structures asked for; all known ones for 'all'."""
         if self.structures == "all":
             return STRUCTURES
-        return tuple(_weights_by_name("structures", self.structures, STRUCTURES))
+        return tuple(_weights_by_name("structures", self.structures, KNOWN_STRUCTURES))
 
     @property
     def structure_shares(self) -> dict[str, float] | None:
@@ -221,7 +224,12 @@ class HessoConfig:
 
     def _check_structures(self) -> None:
         if self.structures != "all":
-            _weights_by_name("structures", self.structures, STRUCTURES)
+            _weights_by_name("structures", self.structures, KNOWN_STRUCTURES)
+        if "layers" in self.structure_names and self.layer_widths == "per_layer":
+            raise HessoError(
+                "`layer_widths` ('per_layer') can't be combined with `structures` 'layers': what a dropped layer saves "
+                "would depend on its width; use 'uniform', or leave 'layers' out"
+            )
 
     def _check_schedule(self) -> None:
         for name, least in (("warmup_steps", 0), ("pruning_steps", None)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PretrainedConfig
 
+from .depth import LAYER_UNITS, in_stack
 from .groups import PruningGroups
 from .probe import AxisMap, ParameterInfo
 from .sizes import HEADS, KV_HEADS, LAYERS, get_size, head_dim_of
@@ -58,11 +59,15 @@ def build_cost(
     moving = moving_sizes(groups)
     terms: defaultdict[tuple[Factor, ...], float] = defaultdict(float)
     for info in axis_map.parameters.values():
+        place = in_stack(groups, info)
+        if place == "other":  # the first layer stands for all
+            continue
         weight = _weight(metric, info, axis_map, config, bytes_per)
         factors = moving.get(info.name, {})
         for dim, size in enumerate(info.shape):
             weight *= 1 if dim in factors else size
-        terms[tuple(sorted(factors.values()))] += weight
+        depth = [(LAYER_UNITS, 1, 0)] if place == "first" else []
+        terms[tuple(sorted([*factors.values(), *depth]))] += weight
     _add_attention(terms, metric, groups, config, bytes_per)
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     return Cost(metric, tuple((weight, factors) for factors, weight in terms.items() if weight), units)
@@ -74,6 +79,7 @@ def moving_sizes(groups: PruningGroups) -> dict[str, dict[int, Factor]]:
         parameter: {
             axis.dim: (name, axis.layout.per_unit, sum(segment.fixed for segment in axis.layout.segments))
             for name, _, axis in axes
+            if not axis.layout.owned
         }
         for parameter, axes in groups.by_parameter().items()
     }
@@ -111,8 +117,14 @@ def _add_attention(
     kv_heads = get_size(config, KV_HEADS) or heads
     structure = groups.structures.get("attention_heads")
     counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
-    per_token = weight * layers * head_dim * CONTEXT
-    if structure is None or counted not in structure.increments:
-        terms[()] += per_token * (heads if counted == HEADS else kv_heads)
+    factors: list[Factor] = []
+    per_token = weight * head_dim * CONTEXT
+    if LAYER_UNITS in groups.structures:
+        factors.append((LAYER_UNITS, 1, 0))
     else:
-        terms[(("attention_heads", structure.increments[counted], 0),)] += per_token
+        per_token *= layers
+    if structure is None or counted not in structure.increments:
+        per_token *= heads if counted == HEADS else kv_heads
+    else:
+        factors.append(("attention_heads", structure.increments[counted], 0))
+    terms[tuple(sorted(factors))] += per_token

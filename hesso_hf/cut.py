@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
 from .groups import Axis, KeptUnits, PruningGroups
 from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
@@ -24,18 +25,19 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
         UnsupportedStructureError: naming the first parameter that one of the two lacks or whose shape differs.
     """
     parameters = dict(small.named_parameters())
-    if parameters.keys() != full.keys():
-        odd = sorted(parameters.keys() ^ full.keys())[0]
-        raise UnsupportedStructureError(f"parameter {odd} exists in only one of the full and the smaller model")
+    origins = full_names(parameters, groups, kept)
+    odd = sorted(set(origins.values()) ^ {name for name in full if not is_dropped(name, groups, kept)})
+    if odd:
+        raise UnsupportedStructureError(f"parameter {odd[0]} exists in only one of the full and the smaller model")
     cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
     for name, layers in kept.kept.items():
         structure = groups.structures[name]
         for layer, axis in structure.all_axes():
-            if len(layers[layer]) < structure.num_units:
+            if len(layers[layer]) < structure.num_units and not axis.layout.owned:
                 cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
     for name, parameter in parameters.items():
-        tensor = full[name].detach()
-        for axis, units, total in cuts.get(name, ()):
+        tensor = full[origins[name]].detach()
+        for axis, units, total in cuts.get(origins[name], ()):
             tensor = _cut(tensor, axis, units, total)
         if tensor.shape != parameter.shape:
             raise UnsupportedStructureError(
@@ -55,7 +57,7 @@ def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> t
 def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
     """Return the config sizes of a model that keeps these units; where layers differ, the full model's stay."""
     sizes: dict[str, int] = {}
-    for name, layers in kept.kept.items():
+    for name, layers in without_dropped_layers(groups, kept).kept.items():
         counts = {len(layer) for layer in layers}
         if len(counts) == 1 and counts != {groups.structures[name].num_units}:
             sizes |= groups.structures[name].config_sizes(counts.pop())
@@ -70,7 +72,7 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
         HessoError: where the config class refuses the sizes, or a layer keeps no unit.
     """
     uneven = layer_sizes(groups, kept, head_dim_of(model.config))
-    config = resized_config(model.config, kept_sizes(groups, kept))
+    config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
     with no_init_weights():
         small = type(model)(config)
         if uneven is not None:
@@ -79,11 +81,13 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     small.tie_weights()
     small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
-    buffers = dict(small.named_buffers())
-    for name, buffer in model.named_buffers():
+    buffers = dict(model.named_buffers())
+    origins = full_names(dict(small.named_buffers()), groups, kept)
+    for name, buffer in small.named_buffers():
+        trained = buffers.get(origins[name])
         # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
-        if buffer.dim() and name in buffers and buffers[name].shape == buffer.shape:
-            buffers[name].copy_(buffer)
+        if buffer.dim() and trained is not None and trained.shape == buffer.shape:
+            buffer.copy_(trained)
     small.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache

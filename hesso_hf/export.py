@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .card import PruningReport, count_parameters
 from .checkpoint import STATE_NAME, read_state
 from .cut import cut_model
+from .depth import LAYER_UNITS, without_dropped_layers
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
 from .per_layer import layer_list, write_modelling_file
@@ -65,7 +66,8 @@ def export_pruned(
     else:
         model, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
     if groups is None:
-        groups = proved_groups(type(model), model.config)[0]
+        dropping = kept_units is None or LAYER_UNITS in kept_units.kept
+        groups = proved_groups(type(model), model.config, dropping)[0]
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
@@ -74,8 +76,9 @@ def export_pruned(
         {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in zero[name]) for name in zero},
     )
     _check_zero(zero, kept)
-    if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in kept.kept.values()):
-        counts = {name: [len(layer) for layer in layers] for name, layers in kept.kept.items()}
+    staying = without_dropped_layers(groups, kept).kept
+    if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in staying.values()):
+        counts = {name: [len(layer) for layer in layers] for name, layers in staying.items()}
         raise HessoError(
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
@@ -132,7 +135,7 @@ def _report(
         sizes_before={name: get_size(model.config, name) or 0 for name in names},
         sizes_after={name: _size_after(small.config, name) for name in names},
         stock=not hasattr(small.config, "layer_sizes"),
-        kept_units=kept,
+        kept_units=without_dropped_layers(groups, kept),
         verification=verification,
         training=training,
     )

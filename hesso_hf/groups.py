@@ -43,13 +43,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class StructureGroups:
-    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share."""
+    """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share.
+
+    Attributes:
+        stack: where the units are whole layers, the module list that these are the members of.
+    """
 
     structure: str
     increments: dict[str, int]
     num_units: int
     layers: tuple[str, ...]
     axes: tuple[tuple[Axis, ...], ...]
+    stack: str = ""
 
     def all_axes(self) -> Iterable[tuple[int, Axis]]:
         """Yield (layer index, axis)."""
@@ -63,9 +68,11 @@ class StructureGroups:
 
     def elements_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of elements that one unit of the first layer owns."""
-        return sum(
-            math.prod(shapes[a.parameter]) // shapes[a.parameter][a.dim] * a.layout.per_unit for a in self.axes[0]
-        )
+        total = 0
+        for axis in self.axes[0]:
+            across = math.prod(shapes[axis.parameter]) // shapes[axis.parameter][axis.dim]
+            total += across * (axis.layout.per_unit * self.num_units + axis.layout.owned)
+        return total // self.num_units
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .budget import solve_budget
-from .config import STRUCTURES, HessoConfig
+from .config import KNOWN_STRUCTURES, STRUCTURES, HessoConfig
 from .cost import build_cost
+from .depth import parameters_of_layer
 from .errors import HessoError
-from .groups import StructureGroups
+from .groups import PruningGroups, StructureGroups
 from .probe import AxisMap
 from .proof import proved_groups
 from .sizes import load_config, model_class_of
@@ -89,19 +91,20 @@ def inspect_model(
     """
     config = load_config(source, trust_remote_code)
     model_class = type(source) if isinstance(source, PreTrainedModel) else model_class_of(config)
-    groups, proof, axis_map = proved_groups(model_class, config)
+    groups, proof, axis_map = proved_groups(model_class, config, layers=True)
     structures = {}
-    for name in STRUCTURES:
+    for name in KNOWN_STRUCTURES:
         error = proof.structures[name].relative_error
         if name in groups.structures:
             structures[name] = _describe(groups.structures[name], axis_map, error)
         else:
             structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
-    counts = build_cost("parameters", groups, axis_map, config)
+    usual = PruningGroups({name: found for name, found in groups.structures.items() if name in STRUCTURES})
+    counts = build_cost("parameters", usual, axis_map, config)
     feasible: dict[str, dict[str, Any]] = {}
-    for ratio in pruning_ratios if groups.structures else ():
+    for ratio in pruning_ratios if usual.structures else ():
         try:
-            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, groups, counts)
+            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, usual, counts)
             feasible[str(ratio)] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
         except HessoError as error:
             feasible[str(ratio)] = {"reason": str(error)}
@@ -123,6 +126,9 @@ def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -
         _elements(shapes[axis.parameter], axis.dim, axis.layout.per_unit) * groups.num_units
         for _, axis in groups.all_axes()
     )
+    if groups.stack:  # all of a layer goes, not only what writes to the stream
+        per_unit = sum(math.prod(info.shape) for info in parameters_of_layer(groups, axis_map))
+        total = per_unit * groups.num_units
     return StructureInspection(
         "proved", groups.num_units, len(groups.layers), per_unit, total,
         groups.config_sizes(groups.num_units), layouts, powers, error,

@@ -58,7 +58,7 @@ class PruningPlan:
             BudgetError: for a ratio that can't be met.
         """
         checked = check_model(model)
-        proved, _, axis_map = proved_groups(type(checked), checked.config)
+        proved, _, axis_map = proved_groups(type(checked), checked.config, "layers" in config.structure_names)
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":

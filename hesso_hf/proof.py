@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .config import STRUCTURES
 from .cut import load_cut
+from .depth import LAYER_UNITS, layer_groups
+from .depth_proof import LayerTrial, narrow_windows
 from .errors import HessoError, UnsupportedStructureError
 from .groups import KeptUnits, PruningGroups, Scheme, build_groups, candidate_axes, mask_
 from .probe import AxisMap, ParameterInfo, probe_axes
@@ -46,13 +49,14 @@ class Proof:
     joint_error: float | None = None
 
 
-def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
+def tiny_config(config: PretrainedConfig, all_layers: bool = False) -> PretrainedConfig:
     """Return a config of the same class with small sizes that all differ, a large epsilon and few layers.
 
-    One layer of each kind is kept (at least two layers), so that every per-layer list stays consistent.
+    One layer of each kind is kept (at least two layers), so that every per-layer list stays consistent; or all are.
     """
     values = config.to_dict()
-    _keep_some_layers(values, int(values.get(LAYERS) or getattr(config, LAYERS)))
+    if not all_layers:
+        _keep_some_layers(values, int(values.get(LAYERS) or getattr(config, LAYERS)))
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     grouped = kv_heads is not None and heads is not None and 1 < kv_heads < heads
     sizes: dict[str, int] = {"vocab_size": 67, HIDDEN: 60, MLP: 44, HEADS: 6 if grouped else 5}
@@ -134,9 +138,40 @@ def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof
     return Proof(proofs, bench.error_of(schemes) if schemes else None)
 
 
-def proved_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PruningGroups, Proof, AxisMap]:
-    """Probe a model's config, prove its structures and return the groups of those that hold."""
+def prove_layers(model_class: type[PreTrainedModel], config: PretrainedConfig, others: Proof) -> StructureProof:
+    """Prove that whole layers can be dropped, alone and together with the other proved structures."""
+    try:
+        bench = _Bench(model_class, narrow_windows(tiny_config(config, all_layers=True)))
+        trial = LayerTrial(bench, logits_of, TOLERANCE)
+        scheme, error = trial.find()
+        schemes = {name: found.scheme for name, found in others.structures.items() if found.scheme is not None}
+        if schemes:
+            groups = bench.groups(schemes)
+            joint = trial.joint_error(scheme, groups, _units_to_keep(groups, bench.config)[0])
+            if joint > TOLERANCE:
+                reason = (
+                    f"together with {list(schemes)} the logits differ: relative error {joint:.1e} > {TOLERANCE:.0e}"
+                )
+                return StructureProof(LAYER_UNITS, None, joint, reason)
+            error = max(error, joint)
+        return StructureProof(LAYER_UNITS, scheme, error)
+    except UnsupportedStructureError as error:
+        return StructureProof(LAYER_UNITS, None, None, str(error))
+    except Exception as error:  # model code may fail on a cut model with any exception type
+        return StructureProof(LAYER_UNITS, None, None, f"{type(error).__name__}: {error}")
+
+
+def proved_groups(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, layers: bool = False
+) -> tuple[PruningGroups, Proof, AxisMap]:
+    """Probe a model's config, prove its structures and return the groups of those that hold.
+
+    Args:
+        layers: whether to prove whole layers too, on a tiny model with as many of them.
+    """
     proof = prove(model_class, config)
+    if layers:
+        proof = replace(proof, structures=proof.structures | {LAYER_UNITS: prove_layers(model_class, config, proof)})
     axis_map = probe_axes(model_class, config)
     structures, refused = {}, {}
     for name, found in proof.structures.items():
@@ -144,7 +179,8 @@ def proved_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) 
             refused[name] = found.reason
             continue
         try:
-            structures[name] = build_groups(name, axis_map, config, found.scheme)
+            build = layer_groups if name == LAYER_UNITS else partial(build_groups, name)
+            structures[name] = build(axis_map, config, found.scheme)
         except UnsupportedStructureError as error:
             refused[name] = str(error)
         if name in structures and structures[name].num_units < 2:

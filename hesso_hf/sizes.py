@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from .errors import HessoError, UnsupportedStructureError
+from .layer_lists import keep_layers_
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
@@ -81,15 +83,23 @@ def copy_with(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCo
     return changed
 
 
-def resized_config(config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
+def resized_config(
+    config: PretrainedConfig, sizes: dict[str, int], layers: Sequence[int] | None = None
+) -> PretrainedConfig:
     """Return the validated config of the smaller model, through the class' own constructor.
 
     `head_dim` is written only where hidden_size // num_attention_heads doesn't give it: some engines ignore it.
+
+    Args:
+        layers: where the number of layers changes, those that stay; by default the first ones, which has the same size.
 
     Raises:
         HessoError: where the config class refuses the sizes.
     """
     changed = copy.deepcopy(config)
+    if LAYERS in sizes:
+        staying = range(sizes[LAYERS]) if layers is None else layers
+        keep_layers_(changed, staying, get_size(config, LAYERS) or 0)
     for name, value in sizes.items():
         setattr(changed, name, value)
     head_dim = head_dim_of(config)

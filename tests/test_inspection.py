@@ -34,7 +34,7 @@ def folder(config: PretrainedConfig, tmp_path: Path) -> Path:
 
 def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
     values = json.loads(json.dumps(inspection.to_dict()))
-    assert values.keys() == {HEADS, MLP, STREAM, "model", "feasible"}
+    assert values.keys() == {HEADS, MLP, STREAM, "layers", "model", "feasible"}
     for structure in (HEADS, MLP, STREAM):
         assert values[structure].keys() >= KEYS
         assert values[structure]["status"] == "proved"
