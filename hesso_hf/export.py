@@ -71,10 +71,7 @@ def export_pruned(
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
-    kept = kept_units or KeptUnits(
-        {name: structure.num_units for name, structure in groups.structures.items()},
-        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in zero[name]) for name in zero},
-    )
+    kept = kept_units or _units_that_live(zero, groups)
     _check_zero(zero, kept)
     staying = without_dropped_layers(groups, kept).kept
     if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in staying.values()):
@@ -156,6 +153,15 @@ def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch
     for name, found in groups.by_parameter().items():
         accumulate_(sums, parameters[name].data, None, found)
     return {name: (terms["x2"] == 0).cpu() for name, terms in sums.sums.items()}
+
+
+def _units_that_live(zero: Mapping[str, torch.Tensor], groups: PruningGroups) -> KeptUnits:
+    """Return the units that aren't zero; of whole layers only where one is."""
+    named = {name: found for name, found in zero.items() if name != LAYER_UNITS or bool(found.any())}
+    return KeptUnits(
+        {name: groups.structures[name].num_units for name in named},
+        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in found) for name, found in named.items()},
+    )
 
 
 def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
