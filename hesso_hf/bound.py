@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .errors import CheckpointMismatchError
-from .groups import Axis, PruningGroups, mask_, shrink_
+from .groups import Axis, PruningGroups, centre_, mask_, shrink_
 from .saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size
 
 PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
@@ -77,6 +77,13 @@ class BoundGroups:
     def mask_weights_(self, pruned: PerUnit) -> None:
         """Set pruned units' effective weights to exactly zero."""
         self._each(pruned, lambda parameter, axis, units: mask_(parameter.data, axis, units))
+
+    def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
+        """Take `share` of the mean out of what writes to a stream that norms subtract the mean of."""
+        for name, axes in self.axes.items():
+            for structure, layer, axis in axes:
+                if axis.centred and structure in scales:
+                    centre_(self.parameters[name].data, axis, scales[structure][layer], share)
 
     def mask_gradients_(self, pruned: PerUnit) -> None:
         """Set pruned units' gradients to zero."""

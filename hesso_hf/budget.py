@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 CLOSE_ENOUGH = 0.005  # of the model: splits this near to the ratio compete by expected loss
 MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
+MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
 
 PriceFunction = Callable[[Counts], np.ndarray]
@@ -92,8 +93,8 @@ def solve_budget(
     solver = _Solver(config, model_config, groups, parameters, price or parameters)
     pinned = solver.pinned_units()
     if config.pruning_ratio is None:
-        kept = {name: pinned.get(name, group.num_units) for name, group in groups.structures.items()}
-        return solver.target(kept)
+        kept = {name: pinned.get(name, groups.structures[name].num_units) for name in groups.independent}
+        return solver.target(groups.with_coupled(kept))
     if config.structure_shares is not None:
         loss = shares_loss(solver.price, config.structure_shares, groups)
     return solver.solve(config.pruning_ratio, pinned, loss or even_loss(parameters, groups))
@@ -150,6 +151,8 @@ class _Solver:
                 )
             units = self._units_of(name, size, by_size[name])
             structure = by_size[name].structure
+            if structure in self.groups.coupled:
+                units, structure = self._heads_of(name, size, units, structure), "attention_heads"
             if pinned.setdefault(structure, units) != units:
                 raise HessoError(
                     f"`target_sizes` ({self.config.target_sizes}) contradict each other for {structure}: "
@@ -157,12 +160,22 @@ class _Solver:
                 )
         return pinned
 
+    def _heads_of(self, name: str, size: int, units: int, structure: str) -> int:
+        ratio = self.groups.coupled[structure]
+        if units % ratio:
+            raise HessoError(
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {size // units * ratio}: head_dim follows "
+                "hidden_size / num_attention_heads here, so heads and width shrink together"
+            )
+        return units // ratio
+
     def _units_of(self, name: str, size: int, group: StructureGroups) -> int:
         increment, full = group.increments[name], get_size(self.model_config, name)
+        step = increment * group.pools
         assert full is not None
-        if size % increment or not 1 <= size // increment <= group.num_units:
+        if size % step or not step <= size <= full:
             raise HessoError(
-                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {increment} between {increment} and {full}"
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {step} and {full}"
             )
         return size // increment
 
@@ -171,13 +184,13 @@ class _Solver:
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
         if name == "layers":
             return list(range(1, group.num_units + 1))
-        if name == "attention_heads":
-            multiple = 1
+        if name in ("attention_heads", "query_heads"):
+            multiple = group.pools
             divisible = list(group.increments.values())
         else:
             fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
             multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
-            divisible = [1] if name == "mlp_channels" else [tp]
+            divisible = [1] if name in ("mlp_channels", "expert_channels") else [tp]
         counts = [*range(multiple, group.num_units, multiple), group.num_units]
         allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
         if not allowed:
@@ -191,7 +204,9 @@ class _Solver:
         sizes = self._sizes(kept)
         resized_config(self.model_config, sizes)
         for name, count in kept.items():
-            assert 1 <= count <= self.groups.structures[name].num_units
+            group = self.groups.structures[name]
+            assert 1 <= count <= group.num_units
+            assert count % group.pools == 0
         return TargetSizes(
             kept_units=dict(kept),
             num_units={name: self.groups.structures[name].num_units for name in kept},
@@ -239,7 +254,7 @@ class _Solver:
         judged: dict[tuple[tuple[str, int], ...], bool] = {}
         for index in order:
             kept = self._row(grid, index)
-            key = tuple(item for item in kept.items() if item[0] != "mlp_channels")
+            key = tuple(item for item in kept.items() if item[0] not in ("mlp_channels", "expert_channels"))
             if key not in judged:
                 judged[key] = self._accepts(kept)
             if judged[key]:
@@ -254,20 +269,21 @@ class _Solver:
 
     def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""
-        names = list(self.groups.structures)
+        names = list(self.groups.independent)
         options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
-        finest = "mlp_channels" if "mlp_channels" in names and "mlp_channels" not in pinned else None
+        finest = next((n for n in ("mlp_channels", "expert_channels") if n in names and n not in pinned), None)
         coarse = [name for name in names if name != finest]
+        _thin_out(options, coarse)
         combinations = list(itertools.product(*(options[name] for name in coarse)))
         grid = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
         if finest is None:
-            return grid
+            return self.groups.with_coupled(grid)
         goal = (1 - ratio) * float(self.price({}))
         index = self._last_below(grid, finest, options[finest], goal)
         picks = [np.clip(index + shift, 0, len(options[finest]) - 1) for shift in (0, 1)]
         grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
         grid[finest] = np.concatenate([options[finest][pick] for pick in picks])
-        return grid
+        return self.groups.with_coupled(grid)
 
     def _last_below(self, counts: dict[str, np.ndarray], finest: str, options: np.ndarray, goal: float) -> np.ndarray:
         """Bisect, for each combination, for the last option of the finest structure that costs at most `goal`."""
@@ -275,7 +291,8 @@ class _Solver:
         low, high = np.full(rows, -1), np.full(rows, len(options) - 1)
         while (low < high).any():
             middle = (low + high + 1) // 2
-            fits = self.price({**counts, finest: options[np.maximum(middle, 0)]}) <= goal
+            row = self.groups.with_coupled({**counts, finest: options[np.maximum(middle, 0)]})
+            fits = self.price(row) <= goal
             low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
         return low
 
@@ -292,3 +309,10 @@ class _Solver:
         if nearest > UNREACHABLE:
             raise BudgetError(f"{message}. Choose one of these ratios, more structures or a smaller `round_to`")
         logger.warning(f"{message}. The first one is used.")
+
+
+def _thin_out(options: dict[str, np.ndarray], names: list[str]) -> None:
+    """Leave out every other option of the longest list until there aren't too many combinations."""
+    while names and np.prod([float(len(options[name])) for name in names]) > MOST_COMBINATIONS:
+        longest = max(names, key=lambda name: len(options[name]))
+        options[longest] = options[longest][::-1][::2][::-1]  # the full size stays

@@ -19,8 +19,8 @@ from transformers.utils import logging
 from .budget import LossFunction
 from .config import HessoConfig
 from .cost import Counts
-from .groups import Axis, PruningGroups, mask_
-from .saliency import UnitSums, accumulate_, needed_sums, saliency_scores
+from .groups import Axis, PruningGroups, StructureGroups, centre_, mask_
+from .saliency import UnitSums, accumulate_, lowest_units, needed_sums, saliency_scores
 
 logger = logging.get_logger(__name__)
 
@@ -85,7 +85,7 @@ def measure_curves(
             model.train(was_training)
             model.zero_grad(set_to_none=True)
     removed = {
-        name: tuple(count / structure.num_units for count in _counts(structure.num_units))
+        name: tuple(count / structure.pool_size for count in _counts(structure))
         for name, structure in groups.structures.items()
     }
     return LossCurves(removed, rises)
@@ -97,8 +97,9 @@ def usable(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) ->
     return [batch for batch in batches if math.isfinite(float(batch_loss(model, batch)))]
 
 
-def _counts(units: int) -> list[int]:
-    """Return the numbers of units to remove: the shares, rounded, without repetition and never all."""
+def _counts(structure: StructureGroups) -> list[int]:
+    """Return the numbers of units of a pool to remove: the shares, rounded, without repetition and never all."""
+    units = structure.pool_size
     return sorted({min(units - 1, max(1, round(share * units))) for share in REMOVED_SHARES})
 
 
@@ -122,7 +123,8 @@ def _scores(
     model.zero_grad(set_to_none=True)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     elements = {name: structure.elements_per_unit(shapes) for name, structure in groups.structures.items()}
-    return saliency_scores(sums, config.calibration_weights, elements, across_layers=False)
+    pools = {name: structure.pools for name, structure in groups.structures.items()}
+    return saliency_scores(sums, config.calibration_weights, elements, across_layers=False, pools=pools)
 
 
 @torch.no_grad()
@@ -139,14 +141,14 @@ def _rises(
     parameters = dict(model.named_parameters())
     touched = {axis.parameter for _, axis in structure.all_axes()}
     copies = {key: parameters[key].detach().to("cpu", copy=True) for key in touched}
-    order = scores.argsort(dim=1, stable=True)
     rises: list[float] = []
     try:
-        for count in _counts(structure.num_units):
-            pruned = torch.zeros_like(order, dtype=torch.bool)
-            pruned.scatter_(1, order[:, :count], True)
+        for count in _counts(structure):
+            pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
             for layer, axis in structure.all_axes():
                 mask_(parameters[axis.parameter].data, axis, pruned[layer])
+                if axis.centred:
+                    centre_(parameters[axis.parameter].data, axis, (~pruned[layer]).float())
             rise = _mean_loss(model, batches, batch_loss) - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
     finally:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from .errors import HessoError, nearest_name
 
-StructureName = Literal["attention_heads", "mlp_channels", "embedding_channels"]
-OptInName = Literal["layers"]
+StructureName = Literal[
+    "attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "query_heads", "layers"
+]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
-STRUCTURES: tuple[str, ...] = get_args(StructureName)  # what 'all' stands for
-KNOWN_STRUCTURES: tuple[str, ...] = (*STRUCTURES, *get_args(OptInName))
+STRUCTURES: tuple[str, ...] = get_args(StructureName)
+INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the other's
+OPT_IN = (*INSTEAD_OF, "layers")  # pruned only where they are named
+DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
@@ -45,9 +49,9 @@ class HessoConfig:
     structures: dict | str | None = field(
         default="all",
         metadata={
-            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads, "
-            "mlp_channels, embedding_channels and layers (whole ones, never part of 'all'), or a dict of each one's "
-            "share of the removed parameters."
+            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
+            "query_heads, single ones), mlp_channels, embedding_channels and layers (whole ones, never part of 'all'), "
+            "or a dict of each one's share of the removed parameters."
         },
     )
     target_sizes: dict | str | None = field(
@@ -144,10 +148,10 @@ class HessoConfig:
 
     @property
     def structure_names(self) -> tuple[str, ...]:
-        """Structures asked for; all known ones for 'all'."""
+        """Structures asked for; for 'all' those that needn't be named."""
         if self.structures == "all":
-            return STRUCTURES
-        return tuple(_weights_by_name("structures", self.structures, KNOWN_STRUCTURES))
+            return DEFAULT_STRUCTURES
+        return tuple(_weights_by_name("structures", self.structures, STRUCTURES))
 
     @property
     def structure_shares(self) -> dict[str, float] | None:
@@ -223,9 +227,16 @@ class HessoConfig:
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
 
     def _check_structures(self) -> None:
-        if self.structures != "all":
-            _weights_by_name("structures", self.structures, KNOWN_STRUCTURES)
-        if "layers" in self.structure_names and self.layer_widths == "per_layer":
+        if self.structures == "all":
+            return
+        names = _weights_by_name("structures", self.structures, STRUCTURES)
+        for name, other in INSTEAD_OF.items():
+            if name in names and other in names:
+                raise HessoError(
+                    f"`structures` ({list(names)}) can't have both {name!r} and {other!r}, whose units share weights; "
+                    "name one of them"
+                )
+        if "layers" in names and self.layer_widths == "per_layer":
             raise HessoError(
                 "`layer_widths` ('per_layer') can't be combined with `structures` 'layers': what a dropped layer saves "
                 "would depend on its width; use 'uniform', or leave 'layers' out"
@@ -271,6 +282,14 @@ class HessoConfig:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 reader = "`cric` (False)" + (" or `on_collapse` 'pause'" if name == "cric_snapshot" else "")
                 raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without {reader}")
+
+
+def structures_around(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the structures that may be pruned together with `names`: the default ones, some replaced, some added."""
+    names = list(names)
+    instead = {INSTEAD_OF[name]: name for name in names if name in INSTEAD_OF}
+    added = [name for name in OPT_IN if name in names and name not in INSTEAD_OF]
+    return (*(instead.get(name, name) for name in DEFAULT_STRUCTURES), *added)
 
 
 def _parse(value: Any) -> Any:

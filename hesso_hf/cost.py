@@ -115,16 +115,13 @@ def _add_attention(
     if metric == "parameters" or not (layers and head_dim and heads):
         return
     kv_heads = get_size(config, KV_HEADS) or heads
-    structure = groups.structures.get("attention_heads")
     counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
-    factors: list[Factor] = []
-    per_token = weight * head_dim * CONTEXT
+    per_token, factors = weight * head_dim * CONTEXT, []
     if LAYER_UNITS in groups.structures:
         factors.append((LAYER_UNITS, 1, 0))
     else:
         per_token *= layers
-    if structure is None or counted not in structure.increments:
+    shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
+    if not shrinking:
         per_token *= heads if counted == HEADS else kv_heads
-    else:
-        factors.append(("attention_heads", structure.increments[counted], 0))
-    terms[tuple(sorted(factors))] += per_token
+    terms[tuple(sorted([*factors, *shrinking]))] += per_token

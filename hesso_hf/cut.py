@@ -12,9 +12,23 @@ from transformers.initialization import no_init_weights
 
 from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
-from .groups import Axis, KeptUnits, PruningGroups
+from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
 from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
 from .sizes import head_dim_of, resized_config
+
+
+@torch.no_grad()
+def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, kept: KeptUnits) -> None:
+    """Set all units that aren't kept to zero, in place, and centre what writes to a stream of mean zero."""
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        for layer, axis in structure.all_axes():
+            parameter = parameters[axis.parameter].data
+            pruned = torch.ones(structure.num_units, dtype=torch.bool, device=parameter.device)
+            pruned[list(layers[layer])] = False
+            mask_(parameter, axis, pruned)
+            if axis.centred and pruned.any():
+                centre_(parameter, axis, (~pruned).float())
 
 
 @torch.no_grad()
@@ -69,8 +83,10 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     """Build the smaller model of the same class, on the model's device, folded in fp32 and then cast to `dtype`.
 
     Raises:
-        HessoError: where the config class refuses the sizes, or a layer keeps no unit.
+        HessoError: where the config class refuses the sizes, a layer keeps no unit, or its pools differ.
     """
+    for name, layers in kept.kept.items():
+        groups.structures[name].check_pools(layers)
     uneven = layer_sizes(groups, kept, head_dim_of(model.config))
     config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
     with no_init_weights():

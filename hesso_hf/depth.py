@@ -8,16 +8,32 @@ Legend: L layers, U units a layer; for this structure U is the number of layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from .errors import UnsupportedStructureError
-from .groups import Axis, KeptUnits, PruningGroups, Scheme, StructureGroups
+from .errors import NotApplicableError, UnsupportedStructureError
+from .groups import Axis, AxisName, KeptUnits, PruningGroups, StructureGroups
 from .layout import owned_layout
 from .probe import AxisMap, ParameterInfo
 from .sizes import HIDDEN, LAYERS, get_size
 
 LAYER_UNITS = "layers"  # the name of the structure
+
+
+@dataclass(frozen=True)
+class LayerScheme:
+    """What the proof settles for whole layers: valid for every size of the architecture.
+
+    Attributes:
+        writers: pattern and dimension of all that writes to the stream in a layer.
+    """
+
+    writers: frozenset[AxisName]
+
+    def without_module(self, module: str) -> LayerScheme:
+        """Return a scheme in which the parameters of one module (`model.layers.*.self_attn.q_proj`) write nothing."""
+        return LayerScheme(frozenset(axis for axis in self.writers if axis[0].rpartition(".")[0] != module))
 
 
 def stack_of(axis_map: AxisMap, config: PretrainedConfig) -> str:
@@ -28,7 +44,7 @@ def stack_of(axis_map: AxisMap, config: PretrainedConfig) -> str:
     """
     layers = get_size(config, LAYERS)
     if layers is None:
-        raise UnsupportedStructureError(f"{type(config).__name__} has no integer `{LAYERS}`")
+        raise NotApplicableError(f"{LAYER_UNITS}: {type(config).__name__} has no integer `{LAYERS}`")
     if layers < 2:
         raise UnsupportedStructureError("there is only one layer")
     if HIDDEN in axis_map.failed:
@@ -52,41 +68,7 @@ def stack_of(axis_map: AxisMap, config: PretrainedConfig) -> str:
     return names[0]
 
 
-def writer_schemes(axis_map: AxisMap) -> Iterator[Scheme]:
-    """Yield which parameters may be all that writes to the stream in a layer, the most common first.
-
-    A matrix is (out, in) or, in some classes, (in, out), with 2 dimensions or, for fused experts, 3. Where a norm with
-    a bias follows the writers, that bias writes too.
-    """
-    matrices: dict[tuple[str, int], ParameterInfo] = {}
-    biases: dict[tuple[str, int], ParameterInfo] = {}
-    norm_biases: dict[tuple[str, int], ParameterInfo] = {}
-    for parameter, dim in axis_map.moving((HIDDEN,)):
-        info = axis_map.parameters[parameter]
-        if info.layer and info.role in ("matrix", "bias"):
-            (matrices if info.role == "matrix" else biases)[(info.pattern, dim)] = info
-        elif info.layer and info.role == "norm" and info.name.endswith("bias"):
-            norm_biases[(info.pattern, dim)] = info
-    fused = any(len(info.shape) == 3 for info in matrices.values())
-    for norms in ({}, norm_biases) if norm_biases else ({},):
-        for transposed in ((), (3,), (2,), (2, 3)) if fused else ((), (2,)):
-            chosen = {key: "owned" for key, info in matrices.items() if _writes(info, key[1], transposed)}
-            yield Scheme(chosen | dict.fromkeys(biases, "owned") | dict.fromkeys(norms, "owned"))
-
-
-def without_module(scheme: Scheme, module: str) -> Scheme:
-    """Return a scheme in which the parameters of one module (`model.layers.*.self_attn.q_proj`) write nothing."""
-    return Scheme({key: kind for key, kind in scheme.layouts.items() if key[0].rpartition(".")[0] != module})
-
-
-def _writes(info: ParameterInfo, dim: int, transposed: tuple[int, ...]) -> bool:
-    last = dim == len(info.shape) - 1
-    if len(info.shape) == 2 and ".experts." in info.name and last and info.name.endswith("bias"):
-        return True  # (experts, out)
-    return last == (len(info.shape) in transposed)
-
-
-def layer_groups(axis_map: AxisMap, config: PretrainedConfig, scheme: Scheme) -> StructureGroups:
+def layer_groups(axis_map: AxisMap, config: PretrainedConfig, scheme: LayerScheme) -> StructureGroups:
     """Build the groups whose units are whole layers: each writer is owned by the unit of its layer.
 
     Raises:
@@ -98,12 +80,12 @@ def layer_groups(axis_map: AxisMap, config: PretrainedConfig, scheme: Scheme) ->
     seen: set[str] = set()
     for parameter, dim in axis_map.moving((HIDDEN,)):
         info = axis_map.parameters[parameter]
-        if (info.pattern, dim) in scheme.layouts and info.name not in seen:
+        if (info.pattern, dim) in scheme.writers and info.name not in seen:
             seen.add(info.name)
             axes.append(Axis(parameter, dim, owned_layout(info.shape[dim], int(info.layer.rpartition(".")[2]))))
     if not axes:
         raise UnsupportedStructureError("nothing was found that writes to the residual stream in a layer")
-    return StructureGroups(LAYER_UNITS, {LAYERS: 1}, layers, ("",), (tuple(axes),), stack)
+    return StructureGroups(LAYER_UNITS, {LAYERS: 1}, layers, ("",), (tuple(axes),), stack=stack)
 
 
 def parameters_of_layer(groups: StructureGroups, axis_map: AxisMap) -> Iterator[ParameterInfo]:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .cut import load_cut
-from .depth import LAYER_UNITS, full_names, layer_groups, stack_of, without_module, writer_schemes
+from .cut import load_cut, zero_units_
+from .depth import LAYER_UNITS, LayerScheme, full_names, layer_groups, stack_of
 from .errors import HessoError, UnsupportedStructureError
-from .groups import KeptUnits, PruningGroups, Scheme, mask_
+from .groups import KeptUnits, PruningGroups
+from .layer_lists import is_by_layer
 from .probe import AxisMap
-from .sizes import LAYERS, get_size, resized_config
+from .sizes import LAYERS, get_size, resized_config, text_config_of
+from .streams import StreamAxis
+from .tiny import logits_of, relative_error
 
-WINDOW = 4  # tokens that a tiny model's local attention sees, fewer than it is tried on
-_WINDOWS = ("sliding_window", "attention_chunk_size")
 _MAX_KINDS = 4  # so many kinds of layers are dropped as a whole, each
 _JOINT_LAYERS = 4  # so many are kept where other structures are cut as well: rounding grows with depth
 
@@ -35,41 +37,31 @@ class Bench(Protocol):
     model: PreTrainedModel
     axis_map: AxisMap
     input_ids: torch.Tensor
-    logits: torch.Tensor
-
-
-Evaluate = Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
-
-
-def narrow_windows(config: PretrainedConfig) -> PretrainedConfig:
-    """Return a config whose local attention sees few tokens, so that a layer of the wrong kind shows."""
-    values = config.to_dict()
-    for name in _WINDOWS:
-        if isinstance(values.get(name), int) and not isinstance(values[name], bool):
-            values[name] = WINDOW
-    return type(config).from_dict(values)
 
 
 class LayerTrial:
     """Drops layers of a tiny model in several ways and finds the parameters that have to be zero for it."""
 
-    def __init__(self, bench: Bench, evaluate: Evaluate, tolerance: float) -> None:
+    def __init__(self, bench: Bench, tolerance: float) -> None:
         stack_of(bench.axis_map, bench.config)
-        self.bench, self.evaluate, self.tolerance = bench, evaluate, tolerance
+        self.bench, self.tolerance = bench, tolerance
         _vary_buffers(bench.model)
-        self.logits = evaluate(bench.model, bench.input_ids)
+        self.logits = logits_of(bench.model, bench.input_ids)
         self.layers = get_size(bench.config, LAYERS) or 0
         self._small: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def find(self) -> tuple[Scheme, float]:
+    def find(self, stream: list[StreamAxis]) -> tuple[LayerScheme, float]:
         """Return the first scheme under which every way to drop layers gives the zeroed model's logits, and its error.
+
+        Args:
+            stream: the axes along the residual stream.
 
         Raises:
             UnsupportedStructureError: where there is none.
         """
         best: float | None = None
-        for scheme in writer_schemes(self.bench.axis_map):
-            if not scheme.layouts:
+        for scheme in writer_schemes(stream):
+            if not scheme.writers:
                 continue
             error = self._worst(scheme)
             if error <= self.tolerance:
@@ -83,47 +75,42 @@ class LayerTrial:
             f"{self.tolerance:.0e}): layers use one another or their index"
         )
 
-    def joint_error(self, scheme: Scheme, others: PruningGroups, units: KeptUnits) -> float:
+    def joint_error(self, scheme: LayerScheme, others: PruningGroups, units: KeptUnits) -> float:
         """Return the error where other structures are cut as well."""
-        groups = PruningGroups({**others.structures, **self._groups(scheme).structures})
+        groups = replace(others, structures={**others.structures, **self._groups(scheme).structures})
         layers = _random_layers(self.layers, min(_JOINT_LAYERS, self.layers - 1))
         kept = KeptUnits({**units.num_units, LAYER_UNITS: self.layers}, {**units.kept, LAYER_UNITS: (layers,)})
         zeroed = self._zeroed(groups, kept)
-        return _relative(self._cut(groups, kept, zeroed), self.evaluate(zeroed, self.bench.input_ids))
+        return relative_error(self._cut(groups, kept, zeroed), logits_of(zeroed, self.bench.input_ids))
 
-    def _smallest(self, scheme: Scheme) -> Scheme:
+    def _smallest(self, scheme: LayerScheme) -> LayerScheme:
         """Leave out what needn't be zero: where heads and width move together, readers look like writers."""
         first = next(ways_to_drop(self.bench.config, self.layers))
-        for module in dict.fromkeys(pattern.rpartition(".")[0] for pattern, _ in scheme.layouts):
-            fewer = without_module(scheme, module)
-            if fewer.layouts and self._error_of(fewer, first) <= self.tolerance:
+        for module in sorted({pattern.rpartition(".")[0] for pattern, _ in scheme.writers}):
+            fewer = scheme.without_module(module)
+            if fewer.writers and self._error_of(fewer, first) <= self.tolerance:
                 scheme = fewer
         return scheme
 
-    def _worst(self, scheme: Scheme) -> float:
+    def _worst(self, scheme: LayerScheme) -> float:
         return max(self._error_of(scheme, layers) for layers in ways_to_drop(self.bench.config, self.layers))
 
-    def _error_of(self, scheme: Scheme, layers: tuple[int, ...]) -> float:
+    def _error_of(self, scheme: LayerScheme, layers: tuple[int, ...]) -> float:
         groups = self._groups(scheme)
         kept = KeptUnits({LAYER_UNITS: self.layers}, {LAYER_UNITS: (layers,)})
-        zeroed = self.evaluate(self._zeroed(groups, kept), self.bench.input_ids)
-        if _relative(zeroed, self.logits) < 100 * self.tolerance:
+        zeroed = logits_of(self._zeroed(groups, kept), self.bench.input_ids)
+        if relative_error(zeroed, self.logits) < 100 * self.tolerance:
             return math.inf  # they do nothing anyway, so nothing is learnt
         if layers not in self._small:
             self._small[layers] = self._cut(groups, kept, self.bench.model)
-        return _relative(self._small[layers], zeroed)
+        return relative_error(self._small[layers], zeroed)
 
-    def _groups(self, scheme: Scheme) -> PruningGroups:
+    def _groups(self, scheme: LayerScheme) -> PruningGroups:
         return PruningGroups({LAYER_UNITS: layer_groups(self.bench.axis_map, self.bench.config, scheme)})
 
     def _zeroed(self, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
         zeroed = copy.deepcopy(self.bench.model)
-        parameters = dict(zeroed.named_parameters())
-        for name, structure in groups.structures.items():
-            for layer, axis in structure.all_axes():
-                pruned = torch.ones(structure.num_units, dtype=torch.bool)
-                pruned[list(kept.kept[name][layer])] = False
-                mask_(parameters[axis.parameter].data, axis, pruned)
+        zero_units_(dict(zeroed.named_parameters()), groups, kept)
         return zeroed
 
     @torch.no_grad()
@@ -140,7 +127,7 @@ class LayerTrial:
             for name, origin in full_names(buffers, groups, kept).items():
                 if origin in states and states[origin].shape == buffers[name].shape:
                     buffers[name].copy_(states[origin])
-            return self.evaluate(small, self.bench.input_ids)
+            return logits_of(small, self.bench.input_ids)
         except HessoError:
             raise
         except Exception as error:  # model code may fail without some layers with any exception type
@@ -148,6 +135,23 @@ class LayerTrial:
                 f"{self.bench.model_class.__name__} fails with layers {list(layers)} of {self.layers} alone: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+def writer_schemes(stream: list[StreamAxis]) -> Iterator[LayerScheme]:
+    """Yield what may be all that writes to the stream in a layer: first without biases of norms after the writers.
+
+    Weights that may read or write (fused experts) mostly have their inputs in the last dimension.
+    """
+    inside = [axis for axis in stream if axis.info.layer]
+    writers = {(a.pattern, a.dim) for a in inside if a.info.role in ("matrix", "bias") and _writes(a)}
+    offsets = {(a.pattern, a.dim) for a in inside if a.vector.kind == "offset"}
+    yield LayerScheme(frozenset(writers))
+    if offsets:
+        yield LayerScheme(frozenset(writers | offsets))
+
+
+def _writes(axis: StreamAxis) -> bool:
+    return axis.side == "out" or (axis.side == "either" and axis.dim < len(axis.info.shape) - 1)
 
 
 def ways_to_drop(config: PretrainedConfig, layers: int) -> Iterator[tuple[int, ...]]:
@@ -162,7 +166,8 @@ def ways_to_drop(config: PretrainedConfig, layers: int) -> Iterator[tuple[int, .
 
 
 def _kinds(config: PretrainedConfig, layers: int) -> list[tuple[str, ...]]:
-    lists = [value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers]
+    values = text_config_of(config).to_dict()
+    lists = [value for name, value in values.items() if is_by_layer(name, value, layers)]
     return [tuple(str(value[index]) for value in lists) for index in range(layers)]
 
 
@@ -179,7 +184,3 @@ def _vary_buffers(model: PreTrainedModel) -> None:
     for name, buffer in model.named_buffers():
         if name in states and buffer.is_floating_point():
             buffer.add_(0.5 * torch.rand(buffer.shape, generator=generator))
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -11,6 +11,10 @@ class UnsupportedStructureError(HessoError):
     """A structure of this architecture can't be pruned; the message names the module and the reason."""
 
 
+class NotApplicableError(UnsupportedStructureError):
+    """This architecture has no such structure at all; the message names the config size that is missing or unused."""
+
+
 class BudgetError(HessoError):
     """No feasible target sizes meet the budget; the message lists the nearest feasible ones."""
 

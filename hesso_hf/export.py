@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .card import PruningReport, count_parameters
 from .checkpoint import STATE_NAME, read_state
+from .config import structures_around
 from .cut import cut_model
 from .depth import LAYER_UNITS, without_dropped_layers
 from .errors import HessoError
@@ -66,13 +67,14 @@ def export_pruned(
     else:
         model, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
     if groups is None:
-        dropping = kept_units is None or LAYER_UNITS in kept_units.kept
-        groups = proved_groups(type(model), model.config, dropping)[0]
+        groups = _groups_for(model, kept_units)
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
     kept = kept_units or _units_that_live(zero, groups)
     _check_zero(zero, kept)
+    for name, layers in kept.kept.items():
+        groups.structures[name].check_pools(layers)
     staying = without_dropped_layers(groups, kept).kept
     if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in staying.values()):
         counts = {name: [len(layer) for layer in layers] for name, layers in staying.items()}
@@ -142,6 +144,28 @@ def _size_after(config: PretrainedConfig, name: str) -> float:
     """Return a size; where layers differ, their mean."""
     layers = [sizes[name] for sizes in getattr(config, "layer_sizes", None) or () if name in sizes]
     return round(sum(layers) / len(layers), 2) if layers else get_size(config, name) or 0
+
+
+def _groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
+    """Prove the structures of a decision; without one, single query heads and whole layers where some are at zero."""
+    if kept is not None:
+        named = tuple(kept.kept)
+    else:
+        named = (LAYER_UNITS,) if _has_zero_matrix(model) else ()
+    groups = proved_groups(type(model), model.config, structures_around(named))[0]
+    whole = PruningGroups({n: g for n, g in groups.structures.items() if n == "attention_heads"})
+    if kept is not None or not whole.structures or zero_units(model, whole)["attention_heads"].any():
+        return groups
+    single = proved_groups(type(model), model.config, ("query_heads",))[0]
+    if not single.structures or not zero_units(model, single)["query_heads"].any():
+        return groups
+    others = {name: group for name, group in groups.structures.items() if name not in whole.structures}
+    return PruningGroups(single.structures | others, groups.refused)
+
+
+def _has_zero_matrix(model: PreTrainedModel) -> bool:
+    """Tell whether a matrix is all zero, as one that writes to the stream is in a layer that does nothing."""
+    return any(parameter.dim() > 1 and not parameter.any() for parameter in model.parameters())
 
 
 @torch.no_grad()

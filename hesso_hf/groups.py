@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from .errors import UnsupportedStructureError
-from .layout import Layout, candidate_layouts
+from .errors import HessoError, NotApplicableError, UnsupportedStructureError
+from .layout import Layout
 from .probe import AxisMap
-from .sizes import HEADS, head_dim_of, num_units, unit_increments
+from .sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
+
+AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Axis:
     Attributes:
         shift: what the model adds to the stored value: 1 for norm weights stored as w and used as 1 + w.
         power: the stored value takes c**power, c = sqrt(kept / all units), when units are removed (exact fold).
+        centred: it writes to a stream that norms subtract the mean of, so what it writes is kept at mean zero.
     """
 
     parameter: str
@@ -33,6 +36,7 @@ class Axis:
     layout: Layout
     shift: float = 0.0
     power: int = 0
+    centred: bool = False
 
     def spread(self, values: torch.Tensor, ndim: int, fixed_value: float = 1.0) -> torch.Tensor:
         """Turn one value per unit, shape (U,), into a factor that broadcasts over the parameter."""
@@ -46,6 +50,8 @@ class StructureGroups:
     """All groups of one structure: `axes[layer]` are the axes that the U units of that layer share.
 
     Attributes:
+        pools: consecutive runs into which a layer's units are split, each of which keeps equally many: for query heads
+            those of one key-value head each, else 1.
         stack: where the units are whole layers, the module list that these are the members of.
     """
 
@@ -54,7 +60,13 @@ class StructureGroups:
     num_units: int
     layers: tuple[str, ...]
     axes: tuple[tuple[Axis, ...], ...]
+    pools: int = 1
     stack: str = ""
+
+    @property
+    def pool_size(self) -> int:
+        """Number of units of one pool of the full model."""
+        return self.num_units // self.pools
 
     def all_axes(self) -> Iterable[tuple[int, Axis]]:
         """Yield (layer index, axis)."""
@@ -65,6 +77,25 @@ class StructureGroups:
     def config_sizes(self, kept: int) -> dict[str, int]:
         """Return the config sizes of a model that keeps `kept` units in every layer."""
         return {name: increment * kept for name, increment in self.increments.items()}
+
+    def check_pools(self, layers: Iterable[Iterable[int]]) -> None:
+        """Check that each layer keeps equally many units in every pool.
+
+        Args:
+            layers: indices of the kept units, per layer.
+
+        Raises:
+            HessoError: naming the first layer where it doesn't, with the numbers.
+        """
+        for layer, units in zip(self.layers, layers, strict=True):
+            counts = [0] * self.pools
+            for unit in units:
+                counts[unit // self.pool_size] += 1
+            if len(set(counts)) > 1:
+                raise HessoError(
+                    f"{self.structure} of {layer or 'the model'}: the {self.pools} runs of {self.pool_size} units keep "
+                    f"{counts}, but all must keep equally many"
+                )
 
     def elements_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of elements that one unit of the first layer owns."""
@@ -77,10 +108,18 @@ class StructureGroups:
 
 @dataclass(frozen=True)
 class PruningGroups:
-    """The proved structures of a model and, for the others, why not."""
+    """The proved structures of a model and, for the others, why not.
+
+    Attributes:
+        absent: structures that this architecture doesn't have, with the config size that is missing or unused.
+        coupled: structures that only shrink together (head_dim is hidden_size / num_attention_heads), with how many
+            units of each go with one unit of `attention_heads`; empty where all are independent.
+    """
 
     structures: dict[str, StructureGroups]
     refused: dict[str, str] = field(default_factory=dict)
+    coupled: dict[str, int] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
 
     def by_parameter(self) -> dict[str, list[tuple[str, int, Axis]]]:
         """Return, per parameter, (structure, layer index, axis) of each of its axes."""
@@ -99,22 +138,69 @@ class PruningGroups:
         names = list(names)
         missing = [name for name in names if name not in self.structures]
         if missing and explicit:
-            reasons = "; ".join(f"{name}: {self.refused.get(name, 'unknown')}" for name in missing)
+            known = self.absent | self.refused
+            reasons = "; ".join(f"{name}: {known.get(name, 'unknown')}" for name in missing)
             proved = list(self.structures)
             raise UnsupportedStructureError(f"`structures` asks for what can't be pruned: {reasons}. Proved: {proved}")
         chosen = {name: groups for name, groups in self.structures.items() if name in names}
         if not chosen:
             raise UnsupportedStructureError(f"no structure of this model can be pruned: {self.refused}")
-        return PruningGroups(chosen, self.refused)
+        apart = [name for name in self.coupled if name not in chosen]
+        if apart and len(apart) < len(self.coupled):
+            raise UnsupportedStructureError(
+                f"`structures` ({names}) leaves out {apart}: in this architecture head_dim follows hidden_size / "
+                f"{HEADS}, so {list(self.coupled)} only shrink together; name all of them, or none"
+            )
+        return PruningGroups(chosen, self.refused, {} if apart else self.coupled, self.absent)
+
+    def with_coupled(self, counts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return kept units of independent structures with those that follow from them."""
+        if "attention_heads" not in counts:
+            return dict(counts)
+        found = {**counts, **{name: counts["attention_heads"] * ratio for name, ratio in self.coupled.items()}}
+        return {name: found[name] for name in self.structures if name in found}
+
+    @property
+    def independent(self) -> tuple[str, ...]:
+        """Structures whose number of units can be chosen; those of the others follow."""
+        return tuple(name for name in self.structures if name not in self.coupled or name == "attention_heads")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Axes of one kind of block that share units: those of an MLP, of an attention.
+
+    Attributes:
+        reader: pattern and dimension of the weight that reads the units.
+        layouts: pattern and dimension to layout, the reader's too, at the tiny model's sizes.
+    """
+
+    reader: AxisName
+    layouts: dict[AxisName, Layout]
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the proof settles for one structure, by parameter pattern: valid for every size of the architecture."""
+    """What the proof settles for one structure, by parameter pattern: valid for every size of the architecture.
 
-    layouts: dict[tuple[str, int], str]
+    Attributes:
+        num_units: units a layer of the tiny model, which the branches' layouts are of.
+        shifts: pattern to what the model adds to the stored value.
+        powers: pattern to the power of c.
+        centred: patterns of what writes to a stream of mean zero.
+        shared: whether the units are the same in all layers, since layers read each other's keys and values.
+        granule: head_dim of the tiny model for heads whose size follows the width, else 1.
+        per_channel: units for each embedding channel, where their number follows the width (an MLP of 4 * width).
+    """
+
+    branches: tuple[Branch, ...]
+    num_units: int
     shifts: dict[str, float] = field(default_factory=dict)
     powers: dict[str, int] = field(default_factory=dict)
+    centred: frozenset[str] = frozenset()
+    shared: bool = False
+    granule: int = 1
+    per_channel: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,13 +226,11 @@ class KeptUnits:
         )
 
 
-def candidate_axes(
-    structure: str, axis_map: AxisMap, config: PretrainedConfig
-) -> dict[tuple[str, int], dict[str, Layout]]:
-    """List, for each (parameter, dim) of a structure, the layouts that its shape allows.
+def moving_axes(structure: str, axis_map: AxisMap, config: PretrainedConfig) -> list[AxisName]:
+    """List the axes that a structure's config sizes move.
 
     Raises:
-        UnsupportedStructureError: where no dimension depends on the structure's sizes or one isn't a multiple of units.
+        UnsupportedStructureError: where the sizes can't be changed, or no parameter depends on them.
     """
     increments = unit_increments(structure, config)
     for size in increments:
@@ -154,58 +238,63 @@ def candidate_axes(
             raise UnsupportedStructureError(f"`{size}` can't be changed in the model code: {axis_map.failed[size]}")
     moving = axis_map.moving(tuple(increments))
     if not moving:
-        raise UnsupportedStructureError(
-            f"no parameter's shape depends on `{next(iter(increments))}` alone: head_dim follows hidden_size / "
-            f"{HEADS} in this class"
-        )
-    units = num_units(structure, config)
-    granule = (head_dim_of(config) or 1) if structure == "attention_heads" else 1
-    return {axis: _layouts(structure, axis, axis_map, increments, units, granule) for axis in moving}
-
-
-def _layouts(
-    structure: str, axis: tuple[str, int], axis_map: AxisMap, increments: dict[str, int], units: int, granule: int
-) -> dict[str, Layout]:
-    parameter, dim = axis
-    size = axis_map.parameters[parameter].shape[dim]
-    found = axis_map.slopes[axis]
-    others = {name for name in found if name not in increments} - {"num_key_value_heads"}
-    if others:
-        raise UnsupportedStructureError(
-            f"{parameter} dimension {dim} depends on {sorted(others)} too: head_dim follows hidden_size / {HEADS}"
-        )
-    slopes = tuple(found[name] * increment for name, increment in increments.items() if found.get(name))
-    fixed = size - sum(slopes) * units
-    if fixed < 0 or (structure == "embedding_channels" and slopes != (1,)):
-        raise UnsupportedStructureError(
-            f"{parameter} dimension {dim} ({size}) takes {sum(slopes)} indices for each of {units} units"
-        )
-    return candidate_layouts(slopes, granule, fixed)
+        raise NotApplicableError(f"no parameter's shape depends on `{next(iter(increments))}`")
+    return list(moving)
 
 
 def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, scheme: Scheme) -> StructureGroups:
     """Apply a proved scheme to a model of any size of the same architecture.
 
     Raises:
-        UnsupportedStructureError: where the model has a parameter that the proof never saw.
+        UnsupportedStructureError: where the model has an axis that the proof never saw or whose length doesn't fit.
     """
-    by_layer: dict[str, list[Axis]] = {}
-    for (parameter, dim), layouts in candidate_axes(structure, axis_map, config).items():
-        info = axis_map.parameters[parameter]
-        kind = scheme.layouts.get((info.pattern, dim))
-        if kind is None or kind not in layouts:
-            raise UnsupportedStructureError(f"{parameter} dimension {dim} isn't covered by the proof")
-        axis = Axis(
-            parameter, dim, layouts[kind], scheme.shifts.get(info.pattern, 0.0), scheme.powers.get(info.pattern, 0)
-        )
-        by_layer.setdefault("" if structure == "embedding_channels" else info.layer, []).append(axis)
-    return StructureGroups(
-        structure,
-        unit_increments(structure, config),
-        num_units(structure, config),
-        tuple(by_layer),
-        tuple(tuple(axes) for axes in by_layer.values()),
-    )
+    coupling = axis_map.coupling
+    increments = {} if scheme.per_channel else unit_increments(structure, config)
+    units = num_units(structure, config) if increments else scheme.per_channel * (get_size(config, HIDDEN) or 0)
+    known = {axis: (branch, layout) for branch in scheme.branches for axis, layout in branch.layouts.items()}
+    by_layer: dict[tuple[str, AxisName], list[Axis]] = {}
+    for info in axis_map.parameters.values():
+        for dim, size in enumerate(info.shape):
+            if (info.pattern, dim) not in known:
+                continue
+            branch, template = known[info.pattern, dim]
+            per_unit = _per_unit((info.name, dim), template, axis_map, increments, scheme)
+            layout = template.fitted(scheme.num_units, units, size, per_unit)
+            if layout is None:
+                raise UnsupportedStructureError(f"{info.name} dimension {dim} ({size}) doesn't divide as in the proof")
+            shift, power = scheme.shifts.get(info.pattern, 0.0), scheme.powers.get(info.pattern, 0)
+            axis = Axis(info.name, dim, layout, shift, power, info.pattern in scheme.centred)
+            alone = structure == "embedding_channels" or scheme.shared
+            by_layer.setdefault(("" if alone else info.layer, branch.reader), []).append(axis)
+    if coupling is None:
+        covered = {(axis.parameter, axis.dim) for axes in by_layer.values() for axis in axes}
+        for name, dim in moving_axes(structure, axis_map, config):
+            if (name, dim) not in covered:
+                raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
+    axes = tuple(tuple(axes) for axes in by_layer.values())
+    return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes, num_pools(structure, config))
+
+
+def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:
+    """Return how many of an axis' indices one unit owns in this model."""
+    if axis_map.coupling is not None:
+        granule = axis_map.coupling.head_dim if HEADS in increments else 1
+        return template.per_unit * granule // scheme.granule
+    slopes = axis_map.slopes.get(axis, {})
+    return sum(slopes.get(size, 0) * increment for size, increment in increments.items())
+
+
+def _labels(keys: list[tuple[str, AxisName]]) -> tuple[str, ...]:
+    """Name each layer's units by the layer, or by the module that reads them where a layer has several kinds."""
+    layers = [layer for layer, _ in keys]
+    labels = []
+    for layer, (pattern, _) in keys:
+        if layers.count(layer) == 1:
+            labels.append(layer)
+        else:
+            tail = ".".join(pattern.removesuffix(".weight").split(".")[layer.count(".") + 1 :])
+            labels.append(f"{layer}.{tail}" if layer else pattern.removesuffix(".weight"))
+    return tuple(labels)
 
 
 @torch.no_grad()
@@ -220,6 +309,21 @@ def shrink_(tensor: torch.Tensor, axis: Axis, factors: torch.Tensor) -> None:
     tensor.mul_(spread)
     if axis.shift:  # (w + shift) * f - shift, without rounding where f is 1
         tensor.add_((spread - 1) * axis.shift)
+
+
+@torch.no_grad()
+def centre_(tensor: torch.Tensor, axis: Axis, scales: torch.Tensor, share: float = 1.0) -> None:
+    """Take the mean out of what is written to the residual stream, in place, each channel by its scale.
+
+    A norm that subtracts the mean over all channels doesn't see it while all scales are 1; when pruned channels are at
+    zero the kept ones have mean zero among themselves.
+
+    Args:
+        scales: shape (U,), 1 kept to 0 pruned.
+        share: of the mean, how much is taken out.
+    """
+    spread = axis.spread(scales.to(tensor.dtype), tensor.dim())
+    tensor.sub_(spread * (tensor.sum(axis.dim, keepdim=True) * (share / scales.sum())))
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from typing import Any, Literal
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .budget import solve_budget
-from .config import KNOWN_STRUCTURES, STRUCTURES, HessoConfig
+from .config import OPT_IN, HessoConfig
 from .cost import build_cost
 from .depth import parameters_of_layer
 from .errors import HessoError
 from .groups import PruningGroups, StructureGroups
 from .probe import AxisMap
-from .proof import proved_groups
+from .proof import Proof, proved_groups
 from .sizes import load_config, model_class_of
 
 
@@ -30,10 +30,10 @@ class StructureInspection:
         prunable_parameters: elements of all units together.
         layouts: parameter pattern and dimension to layout.
         relative_error: error of the logits of a cut tiny model of this class against its zeroed full one, fp32.
-        reason: why it is refused.
+        reason: why it is refused or not applicable.
     """
 
-    status: Literal["proved", "refused"]
+    status: Literal["proved", "refused", "not_applicable"]
     units: int | None = None
     layers: int | None = None
     parameters_per_unit: int | None = None
@@ -91,26 +91,34 @@ def inspect_model(
     """
     config = load_config(source, trust_remote_code)
     model_class = type(source) if isinstance(source, PreTrainedModel) else model_class_of(config)
-    groups, proof, axis_map = proved_groups(model_class, config, layers=True)
-    structures = {}
-    for name in KNOWN_STRUCTURES:
-        error = proof.structures[name].relative_error
-        if name in groups.structures:
-            structures[name] = _describe(groups.structures[name], axis_map, error)
-        else:
-            structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
-    usual = PruningGroups({name: found for name, found in groups.structures.items() if name in STRUCTURES})
-    counts = build_cost("parameters", usual, axis_map, config)
+    groups, proof, axis_map = proved_groups(model_class, config)
+    structures = _describe_all(groups, proof, axis_map)
+    for name in OPT_IN:  # the default ones do without them, so they are proved and priced apart
+        structures |= _describe_all(*proved_groups(model_class, config, (name,)))
+    counts = build_cost("parameters", groups, axis_map, config)
     feasible: dict[str, dict[str, Any]] = {}
-    for ratio in pruning_ratios if usual.structures else ():
+    for ratio in pruning_ratios if groups.structures else ():
         try:
-            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, usual, counts)
+            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, groups, counts)
             feasible[str(ratio)] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
         except HessoError as error:
             feasible[str(ratio)] = {"reason": str(error)}
     return Inspection(
         config.model_type, model_class.__name__, round(counts.full), structures, proof.joint_error, feasible
     )
+
+
+def _describe_all(groups: PruningGroups, proof: Proof, axis_map: AxisMap) -> dict[str, StructureInspection]:
+    structures = {}
+    for name, found in proof.structures.items():
+        error = found.relative_error
+        if name in groups.structures:
+            structures[name] = _describe(groups.structures[name], axis_map, error)
+        elif name in groups.absent:
+            structures[name] = StructureInspection("not_applicable", reason=groups.absent[name])
+        else:
+            structures[name] = StructureInspection("refused", relative_error=error, reason=groups.refused[name])
+    return structures
 
 
 def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -> StructureInspection:

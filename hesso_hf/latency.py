@@ -25,10 +25,13 @@ class LatencyTable:
 
     Attributes:
         products: (number of equal products, output side, input side), each fixed or counted in kept units.
+        units: units a layer of each structure in the full model.
+        pools: into how many runs these are split that keep equally many.
     """
 
     products: list[tuple[Factor | int, Factor | int, Factor | int]]
     units: dict[str, int]
+    pools: dict[str, int]
     device: torch.device
     dtype: torch.dtype
     tokens: int = 128
@@ -70,9 +73,10 @@ class LatencyTable:
         if isinstance(side, int):
             return np.array([side])
         structure, per_unit, fixed = side
-        units = self.units[structure]
+        pools = self.pools[structure]
+        units = self.units[structure] // pools
         counts = sorted({max(1, round(units * share / _POINTS)) for share in range(1, _POINTS + 1)} | {1})
-        return np.array([count * per_unit + fixed for count in counts])
+        return np.array([count * pools * per_unit + fixed for count in counts])
 
     @torch.no_grad()
     def _time(self, rows: int, columns: int) -> float:
@@ -112,7 +116,8 @@ def build_latency(groups: PruningGroups, axis_map: AxisMap, device: torch.device
     for (in_layer, *sides), count in counts.items():
         products.append(((LAYER_UNITS, count, 0) if in_layer else count, sides[0], sides[1]))
     units = {name: structure.num_units for name, structure in groups.structures.items()}
-    return LatencyTable(products, units, device, dtype)
+    pools = {name: structure.pools for name, structure in groups.structures.items()}
+    return LatencyTable(products, units, pools, device, dtype)
 
 
 def _sides(info: ParameterInfo, moving: dict[int, Factor]) -> tuple[Factor | int, Factor | int]:

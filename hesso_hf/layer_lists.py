@@ -29,13 +29,20 @@ def keep_layers_(config: PretrainedConfig, kept: Sequence[int], total: int) -> N
                 setattr(config, name, changed)
 
 
+def is_by_layer(name: str, value: Any, total: int) -> bool:
+    """Tell whether a config's entry has one item for each of `total` layers: a list, or a pattern of letters."""
+    listed = isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in name)
+    return listed and len(value) == total
+
+
 def _kept_part(name: str, value: Any, kept: Sequence[int], total: int) -> Any:
     """Return what is left of a value, None where it says nothing about single layers."""
-    if isinstance(value, list | tuple) and value:
-        if len(value) == total:
-            return type(value)(value[index] for index in kept)
-        if any(part in name for part in _INDEX_NAMES) and _are_indices(value, total):
-            return type(value)(kept.index(layer) for layer in value if layer in kept)
+    if is_by_layer(name, value, total):
+        items = [value[index] for index in kept]
+        return "".join(items) if isinstance(value, str) else type(value)(items)
+    named = any(part in name for part in _INDEX_NAMES)
+    if named and isinstance(value, list | tuple) and _are_indices(value, total):
+        return type(value)(kept.index(layer) for layer in value if layer in kept)
     if isinstance(value, dict) and value:
         indices = [_as_index(key) for key in value]
         if _are_indices(sorted(index for index in indices if index is not None), total) and None not in indices:

@@ -7,6 +7,7 @@ Where a unit is a whole layer, an axis of that layer is one `owned` segment: all
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,34 @@ class Layout:
         """Return the axis' length for `units` units."""
         return sum(segment.size(units) for segment in self.segments)
 
+    def fitted(self, units: int, to_units: int, size: int, per_unit: int) -> Layout | None:
+        """Return the layout that a model of other sizes has, or None where they don't fit.
+
+        Args:
+            units: of this layout.
+            to_units: of the other model.
+            size: length of the other model's axis.
+            per_unit: indices that one unit owns there; blocks grow and shrink with it.
+        """
+        fixed, fixed_to = self.size(units) - units * self.per_unit, size - to_units * per_unit
+        stretches = [segment for segment in self.segments if segment.fixed]
+        if fixed_to < 0 or (fixed_to == 0) != (fixed == 0) or per_unit * self.segments_block % self.per_unit:
+            return None
+        if len(stretches) > 1 and fixed_to != fixed:
+            return None
+        segments = []
+        for segment in self.segments:
+            if segment.fixed:
+                segments.append(Segment(fixed=fixed_to if len(stretches) == 1 else segment.fixed))
+            else:
+                segments.append(Segment(segment.repeat, segment.block * per_unit // self.per_unit))
+        return Layout(tuple(segments))
+
+    @property
+    def segments_block(self) -> int:
+        """Greatest common divisor of the blocks."""
+        return math.gcd(*(segment.block for segment in self.segments if not segment.fixed))
+
     def expand(self, values: torch.Tensor, fixed_value: float = 1.0) -> torch.Tensor:
         """Spread one value per unit, shape (U,), over the axis; indices of no unit get `fixed_value`."""
         if len(self.segments) == 1:
@@ -119,23 +148,3 @@ def block_layout(block: int) -> Layout:
 def owned_layout(size: int, unit: int) -> Layout:
     """All indices belong to unit `unit`."""
     return Layout((Segment(fixed=size, unit=unit),))
-
-
-def candidate_layouts(slopes: tuple[int, ...], granule: int, fixed: int = 0) -> dict[str, Layout]:
-    """List the layouts that an axis can have, most common first.
-
-    Args:
-        slopes: indices per unit that each part of the axis adds: one number, or (query, key + value) for fused QKV.
-        granule: smallest run of indices that stays together (head_dim for heads, 1 for channels).
-        fixed: indices that belong to no unit (multi-query's shared key and value rows).
-    """
-    slope = sum(slopes)
-    tail = (Segment(fixed=fixed),) if fixed else ()
-    runs = slope // granule if slope % granule == 0 else 1
-    layouts = {"block": Layout((Segment(1, slope), *tail))}
-    if runs > 1:
-        layouts["stride"] = Layout((Segment(runs, granule), *tail))
-    if len(slopes) == 2 and slopes[1] % 2 == 0:
-        half = slopes[1] // 2
-        layouts["segments"] = Layout((Segment(1, slopes[0]), Segment(1, half), Segment(1, half)))
-    return layouts

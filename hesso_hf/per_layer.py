@@ -7,6 +7,7 @@ A stock config has one size for all layers, so such a model is published with a 
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 from torch import nn
@@ -53,9 +54,12 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
         if min(counts) == 0:
             raise HessoError(f"{name}: layer {counts.index(0)} keeps no unit; prune less or raise the layer's share")
         uneven = uneven or len(set(counts)) > 1
-        for layer, count in zip(staying, counts, strict=True):
+        for label, count in zip(staying, counts, strict=True):
+            layer, sizes = _layer_of(label), structure.config_sizes(count)
+            if layer and by_layer.setdefault(layer, {}) | sizes != sizes | by_layer[layer]:
+                raise HessoError(f"{name}: {label} keeps another number of units than the rest of {layer}")
             if layer:
-                by_layer.setdefault(layer, {}).update(structure.config_sizes(count))
+                by_layer[layer].update(sizes)
     if not uneven:
         return None
     explicit = {"head_dim": head_dim} if head_dim is not None else {}
@@ -64,7 +68,8 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
 
 def layer_list(groups: PruningGroups) -> str:
     """Return the name of the module list that holds the layers (`model.layers`)."""
-    names = {layer.rpartition(".")[0] for group in groups.structures.values() for layer in group.layers if layer}
+    labels = {_layer_of(label) for group in groups.structures.values() for label in group.layers}
+    names = {layer.rpartition(".")[0] for layer in labels if layer}
     if len(names) != 1:
         raise HessoError(f"`layer_widths` ('per_layer') needs one list of layers; this model has {sorted(names)}")
     return names.pop()
@@ -91,6 +96,12 @@ def write_modelling_file(folder: Path, model_class: str, name: str) -> None:
     """Write the modelling file beside the weights."""
     text = _MODELLING_FILE.format(model_class=model_class, layer_list=name)
     (folder / f"{MODULE_NAME}.py").write_text(text, encoding="utf-8")
+
+
+def _layer_of(label: str) -> str:
+    """Return the layer of a label that may name a block in it (`model.layers.3.mlp.experts`), or ""."""
+    found = re.match(r".*?\.\d+(?=\.|$)", label)
+    return found.group() if found else ""
 
 
 def _layer_index(layer: str) -> int:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
-from .config import HessoConfig
+from .config import HessoConfig, structures_around
 from .cost import Cost, build_cost
 from .errors import BudgetError, UnsupportedStructureError
 from .groups import PruningGroups
@@ -58,7 +58,8 @@ class PruningPlan:
             BudgetError: for a ratio that can't be met.
         """
         checked = check_model(model)
-        proved, _, axis_map = proved_groups(type(checked), checked.config, "layers" in config.structure_names)
+        known = structures_around(config.structure_names)
+        proved, _, axis_map = proved_groups(type(checked), checked.config, known)
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
@@ -79,7 +80,7 @@ class PruningPlan:
     @property
     def wants_calibration(self) -> bool:
         """Whether there is a split between structures to be measured."""
-        free = [name for name in self.groups.structures if name not in self._pinned()]
+        free = [name for name in self.groups.independent if name not in self._pinned()]
         ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
         return ratio and len(free) > 1 and self.config.calibration_examples > 0
 

@@ -6,44 +6,61 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .sizes import HEADS, HIDDEN, KV_HEADS, MLP, build_meta, copy_with, get_size
+from .sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, build_meta, copy_with, get_size
 
 Role = Literal["matrix", "bias", "norm", "embedding", "output", "other"]
-PROBED_SIZES = (HEADS, KV_HEADS, MLP, HIDDEN)
+PROBED_SIZES = (HEADS, KV_HEADS, MLP, EXPERT_MLP, HIDDEN)
 
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter of the model: where it sits and what its owner is."""
+    """One parameter of the model: where it sits and what its owner is.
+
+    Attributes:
+        layer: name of the outermost list's member that holds it (`model.layers.3`), "" outside any.
+        pattern: the name with every index of a module list replaced by `*`, the same for all layers that have the same
+            parameters; where layers of several kinds make up the list, `*0`, `*1`, ... tell them apart.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     module: str
     layer: str
+    pattern: str
 
     @property
-    def pattern(self) -> str:
-        """The name with every index replaced by `*`: the same for all layers."""
-        return re.sub(r"\.\d+(?=\.)", ".*", self.name)
+    def kind(self) -> str:
+        """The part of the pattern that stands for the layer, "" outside any."""
+        return ".".join(self.pattern.split(".")[: self.layer.count(".") + 1]) if self.layer else ""
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Sizes of a model whose head_dim follows hidden_size / num_attention_heads, so that both shrink together."""
+
+    head_dim: int
 
 
 @dataclass(frozen=True)
 class AxisMap:
-    """What the probe found: for each (parameter, dim) the slopes, in indices per one more of each config size."""
+    """What the probe found: for each (parameter, dim) the slopes, in indices per one more of each config size.
+
+    A slope of 0 is an axis that moves, but by no whole number for each one more.
+    """
 
     parameters: dict[str, ParameterInfo]
     slopes: dict[tuple[str, int], dict[str, int]]
     failed: dict[str, str]
+    coupling: Coupling | None = None
 
     def moving(self, sizes: Iterator[str] | tuple[str, ...]) -> dict[tuple[str, int], dict[str, int]]:
         """Return the axes that at least one of `sizes` moves."""
@@ -67,7 +84,22 @@ def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
             continue
         for axis, slope in changed.items():
             slopes.setdefault(axis, {})[size] = slope
-    return AxisMap(parameters, slopes, failed)
+    return AxisMap(parameters, slopes, failed, _coupling(config, slopes))
+
+
+def _coupling(config: PretrainedConfig, slopes: dict[tuple[str, int], dict[str, int]]) -> Coupling | None:
+    """Tell whether heads and width only change together: another number of heads alone leaves their rows as they are.
+
+    Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows.
+    """
+    heads, hidden = get_size(config, HEADS), get_size(config, HIDDEN)
+    if not heads or not hidden or hidden % heads:
+        return None
+    by_heads = [found[HEADS] for found in slopes.values() if HEADS in found]
+    width_moves = any(HIDDEN in found for found in slopes.values())
+    if not width_moves or (by_heads and min(by_heads) > 0):
+        return None
+    return Coupling(hidden // heads)
 
 
 def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
@@ -78,10 +110,30 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         owner = owners[module_name]
-        found[name] = ParameterInfo(
-            name, tuple(parameter.shape), _role(owner, leaf, owner is output), module_name, _layer_of(name, owners)
-        )
-    return found
+        role, layer, pattern = _role(owner, leaf, owner is output), _layer_of(name, owners), _pattern_of(name, owners)
+        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
+    return _with_kinds(found)
+
+
+def _with_kinds(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
+    """Tell the patterns of layers apart that have other parameters than the rest of their list."""
+    members: dict[str, set[str]] = {}
+    for info in parameters.values():
+        if info.layer:
+            members.setdefault(info.layer, set()).add(info.pattern)
+    kinds: dict[str, list[list[str]]] = {}
+    for layer, patterns in members.items():
+        kinds.setdefault(layer.rpartition(".")[0], []).append(sorted(patterns))
+    ranked = {name: sorted({tuple(kind) for kind in found}) for name, found in kinds.items()}
+    named = {}
+    for name, info in parameters.items():
+        several = ranked.get(info.layer.rpartition(".")[0], [])
+        if info.layer and len(several) > 1:
+            parts = info.pattern.split(".")
+            parts[info.layer.count(".")] = f"*{several.index(tuple(sorted(members[info.layer])))}"
+            info = replace(info, pattern=".".join(parts))
+        named[name] = info
+    return named
 
 
 def _slopes_of(
@@ -90,19 +142,26 @@ def _slopes_of(
     value = get_size(config, size)
     assert value is not None
     errors: list[Exception] = []
+    uneven: dict[tuple[str, int], int] | None = None
     for step in _steps(config, size, value):
         try:
             shapes = _shapes(model_class, copy_with(config, {size: value + step}))
-            return _compare(parameters, shapes, step)
+            moved = _compare(parameters, shapes, step)
         except Exception as error:  # the next step may suit a divisibility check of the model code
             errors.append(error)
+            continue
+        if all(moved.values()):
+            return moved
+        uneven = moved if uneven is None else uneven
+    if uneven is not None:
+        return uneven
     raise errors[0]
 
 
 def _steps(config: PretrainedConfig, size: str, value: int) -> list[int]:
-    """Increments to try: one, then ones that keep query heads divisible by key-value heads."""
-    kv_heads = get_size(config, KV_HEADS) or 1
-    return list(dict.fromkeys([1, kv_heads if size == HEADS else value, value]))
+    """Increments to try: one, then ones that keep heads divisible by key-value heads, and the width by the heads."""
+    kv_heads, heads = get_size(config, KV_HEADS) or 1, get_size(config, HEADS) or 1
+    return list(dict.fromkeys([1, {HEADS: kv_heads, HIDDEN: heads}.get(size, value), value]))
 
 
 def _compare(parameters: dict[str, ParameterInfo], shapes: dict[str, tuple[int, ...]], step: int) -> dict:
@@ -113,9 +172,8 @@ def _compare(parameters: dict[str, ParameterInfo], shapes: dict[str, tuple[int, 
         for dim, (before, after) in enumerate(zip(info.shape, shapes[name], strict=True)):
             if before == after:
                 continue
-            if (after - before) % step:
-                raise ValueError(f"{name} dimension {dim} moves by {after - before} for {step}")
-            moved[(name, dim)] = (after - before) // step
+            slope, rest = divmod(after - before, step)
+            moved[(name, dim)] = 0 if rest else slope
     return moved
 
 
@@ -137,6 +195,15 @@ def _role(owner: nn.Module, leaf: str, is_output: bool) -> Role:
 def _indexed_prefixes(name: str) -> tuple[tuple[str, str], ...]:
     parts = name.split(".")
     return tuple((".".join(parts[:i]), ".".join(parts[: i + 1])) for i, part in enumerate(parts) if part.isdigit())
+
+
+def _pattern_of(name: str, owners: dict[str, nn.Module]) -> str:
+    """Replace indices into lists of alike modules; those of a sequence (`ffn.0`, `ffn.2`) tell its members apart."""
+    parts = name.split(".")
+    for parent, layer in _indexed_prefixes(name):
+        if isinstance(owners.get(parent), nn.ModuleList):
+            parts[layer.count(".")] = "*"
+    return ".".join(parts)
 
 
 def _layer_of(name: str, owners: dict[str, nn.Module]) -> str:

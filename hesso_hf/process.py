@@ -112,8 +112,11 @@ class PruningProcess:
             self._give_up()
         elif position is not None and self._ranking.removes_any:
             self._shrink(position)
+            # a tied output matrix feels the centring: it comes in steps, over the first period
+            self._centre(1.0 if position.index else 1.0 / (position.length - position.t))
         elif self._masking:
             self._mask_weights()
+            self._centre()
         self.step += 1
         self._mask_state(base)
 
@@ -279,6 +282,11 @@ class PruningProcess:
     def reapply(self) -> None:
         """Put weights that were loaded from elsewhere back under the pruned units' zeros."""
         self._mask_weights()
+        self._centre()
+
+    def _centre(self, share: float = 1.0) -> None:
+        """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
+        self.bound.centre_({n: scales for n, scales in self.scales.items() if self._ranking.removed[n]}, share)
 
     def _mask_weights(self) -> None:
         self.bound.mask_weights_(self._pruned())

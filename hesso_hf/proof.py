@@ -1,153 +1,116 @@
 """Proof: which layout, which norm and which power of c are right, found on a tiny random model of the same class.
 
 Random units of the tiny model are zeroed, the same units are cut out, and the logits compared: only the right layouts
-and powers agree. A structure for which none agrees is refused with the reason, never guessed.
+and powers agree. Layouts are discovered, powers of c guessed, and the comparison decides. A structure for which none
+agrees is refused with the reason.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config import STRUCTURES
-from .cut import load_cut
-from .depth import LAYER_UNITS, layer_groups
-from .depth_proof import LayerTrial, narrow_windows
-from .errors import HessoError, UnsupportedStructureError
-from .groups import KeptUnits, PruningGroups, Scheme, build_groups, candidate_axes, mask_
-from .probe import AxisMap, ParameterInfo, probe_axes
-from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, head_dim_of, num_units, resized_config
+from .config import DEFAULT_STRUCTURES
+from .cut import load_cut, zero_units_
+from .depth import LAYER_UNITS, LayerScheme, layer_groups
+from .depth_proof import LayerTrial
+from .discovery import GradientProbe, discover_branches, layout_of
+from .errors import HessoError, NotApplicableError, UnsupportedStructureError
+from .groups import (
+    AxisName,
+    Branch,
+    KeptUnits,
+    PruningGroups,
+    Scheme,
+    StructureGroups,
+    build_groups,
+    moving_axes,
+)
+from .layout import Layout, Segment
+from .norms import has_bare_layernorm, norms_after_writers
+from .probe import AxisMap, probe_axes
+from .sizes import HEADS, HIDDEN, head_dim_of, num_units, resized_config
+from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
+from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
 
 TOLERANCE = 1e-5
-_TINY_EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2, "top_k_experts": 2}
+COUPLED = ("attention_heads", "embedding_channels")
 _SEED = 20240915
 
 
 @dataclass(frozen=True)
 class StructureProof:
-    """The outcome for one structure: a scheme with its relative error, or a reason."""
+    """The outcome for one structure: a scheme with its relative error, or a reason.
+
+    Attributes:
+        applicable: False where the architecture has no such structure, so that there is nothing to refuse.
+    """
 
     structure: str
-    scheme: Scheme | None
+    scheme: Scheme | LayerScheme | None
     relative_error: float | None
     reason: str = ""
+    applicable: bool = True
 
 
 @dataclass(frozen=True)
 class Proof:
-    """The outcome for all structures of one architecture, and the error with all proved ones cut at once."""
+    """The outcome for all structures of one architecture.
+
+    Attributes:
+        joint_error: the relative error with all proved ones cut at once.
+        coupled: whether heads and width only shrink together.
+    """
 
     structures: dict[str, StructureProof]
     joint_error: float | None = None
+    coupled: bool = False
 
 
-def tiny_config(config: PretrainedConfig, all_layers: bool = False) -> PretrainedConfig:
-    """Return a config of the same class with small sizes that all differ, a large epsilon and few layers.
+def prove(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
+) -> Proof:
+    """Prove the named structures, which must not exclude each other, for an architecture.
 
-    One layer of each kind is kept (at least two layers), so that every per-layer list stays consistent; or all are.
+    Whole layers come last, since they have to hold together with the others, and on a model of the real one's depth.
     """
-    values = config.to_dict()
-    if not all_layers:
-        _keep_some_layers(values, int(values.get(LAYERS) or getattr(config, LAYERS)))
-    heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
-    grouped = kv_heads is not None and heads is not None and 1 < kv_heads < heads
-    sizes: dict[str, int] = {"vocab_size": 67, HIDDEN: 60, MLP: 44, HEADS: 6 if grouped else 5}
-    if kv_heads is not None:
-        sizes[KV_HEADS] = 3 if grouped else (1 if kv_heads == 1 else 5)
-    sizes[HEAD_DIM] = 8
-    if _has_per_frequency_lists(values):  # one factor per rotary frequency: head_dim and its quotient must stay
-        sizes[HEAD_DIM] = head_dim_of(config) or 8
-        sizes[HIDDEN] = sizes[HEADS] * sizes[HEAD_DIM]
-    for name, most in _TINY_EXPERTS.items():
-        if get_size(config, name):
-            sizes[name] = min(most, values.get(name) or most)
-    names = type(config).attribute_map
-    for name, size in sizes.items():
-        if name == HEAD_DIM or getattr(config, name, None) is not None:
-            values[names.get(name, name)] = size
-    for name, value in list(values.items()):
-        if "eps" in name and isinstance(value, float):
-            values[name] = 0.05  # large, so that a fold that changes the norms' epsilon can't pass
-        if name.endswith("_token_id") and isinstance(value, int) and value >= 67:
-            values[name] = 0
-    return type(config).from_dict(values)
+    others = tuple(name for name in names if name != LAYER_UNITS)
+    proof = _prove_units(model_class, config, others) if others else Proof({})
+    if LAYER_UNITS in names:
+        found = _prove_layers(model_class, config, proof)
+        proof = replace(proof, structures=proof.structures | {LAYER_UNITS: found})
+    return proof
 
 
-def _keep_some_layers(values: dict[str, Any], layers: int) -> None:
-    """Keep the first layer of each kind, two at least, in `num_hidden_layers` and every list of that length."""
-    lists = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == layers}
-    kinds = [tuple(str(value[i]) for value in lists.values()) for i in range(layers)]
-    chosen = sorted({kinds.index(kind) for kind in kinds})
-    chosen = sorted({*chosen, *range(min(2, layers))}) if len(chosen) < 2 else chosen
-    for name, value in lists.items():
-        values[name] = [value[i] for i in chosen]
-    values[LAYERS] = len(chosen)
-
-
-def _has_per_frequency_lists(values: dict[str, Any]) -> bool:
-    """Rotary scalings with one number per frequency tie the model to its head_dim."""
-    rope = [values.get(name) for name in ("rope_parameters", "rope_scaling")]
-    return any(isinstance(value, list) for item in rope if isinstance(item, dict) for value in item.values())
-
-
-def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = _SEED) -> PreTrainedModel:
-    """Build a model with random weights, biases and norm weights, in fp32 on the CPU; zeros would hide mistakes."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config).float().eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.3 * torch.randn_like(parameter))
-                else:
-                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-    return model
-
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return the fp32 logits of a forward pass without a cache, in the weights' own dtype.
-
-    The class' forward is called, since mixed-precision training wraps the instance's in autocast.
-    """
-    return type(model).forward(model, input_ids=input_ids, use_cache=False).logits.float()
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return max |found - expected| / max |expected|."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-
-
-def prove(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Proof:
-    """Prove every known structure for an architecture."""
+def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
     try:
-        bench = _Bench(model_class, tiny_config(config))
+        bench = _Bench(model_class, tiny_config(model_class, config))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
-        return Proof({name: StructureProof(name, None, None, reason) for name in STRUCTURES})
-    proofs = {name: bench.prove(name) for name in STRUCTURES}
-    schemes = {name: proof.scheme for name, proof in proofs.items() if proof.scheme is not None}
-    return Proof(proofs, bench.error_of(schemes) if schemes else None)
+        return Proof({name: StructureProof(name, None, None, reason) for name in names})
+    proofs = bench.prove(names)
+    schemes = _unit_schemes(proofs)
+    return Proof(proofs, bench.error_of(schemes) if schemes else None, bench.axis_map.coupling is not None)
 
 
-def prove_layers(model_class: type[PreTrainedModel], config: PretrainedConfig, others: Proof) -> StructureProof:
+def _prove_layers(model_class: type[PreTrainedModel], config: PretrainedConfig, others: Proof) -> StructureProof:
     """Prove that whole layers can be dropped, alone and together with the other proved structures."""
     try:
-        bench = _Bench(model_class, narrow_windows(tiny_config(config, all_layers=True)))
-        trial = LayerTrial(bench, logits_of, TOLERANCE)
-        scheme, error = trial.find()
-        schemes = {name: found.scheme for name, found in others.structures.items() if found.scheme is not None}
+        bench = _Bench(model_class, tiny_config(model_class, config, all_layers=True))
+        if not others.coupled:
+            bench.axis_map = replace(bench.axis_map, coupling=None)
+        trial = LayerTrial(bench, TOLERANCE)  # refuses first what needs no model
+        scheme, error = trial.find(bench.stream(list(bench.axis_map.moving((HIDDEN,))))[0])
+        schemes = _unit_schemes(others.structures)
         if schemes:
             groups = bench.groups(schemes)
-            joint = trial.joint_error(scheme, groups, _units_to_keep(groups, bench.config)[0])
+            joint = trial.joint_error(scheme, groups, units_to_keep(groups, bench.config)[0])
             if joint > TOLERANCE:
                 reason = (
                     f"together with {list(schemes)} the logits differ: relative error {joint:.1e} > {TOLERANCE:.0e}"
@@ -156,37 +119,66 @@ def prove_layers(model_class: type[PreTrainedModel], config: PretrainedConfig, o
             error = max(error, joint)
         return StructureProof(LAYER_UNITS, scheme, error)
     except UnsupportedStructureError as error:
-        return StructureProof(LAYER_UNITS, None, None, str(error))
+        applicable = not isinstance(error, NotApplicableError)
+        return StructureProof(LAYER_UNITS, None, None, str(error), applicable)
     except Exception as error:  # model code may fail on a cut model with any exception type
         return StructureProof(LAYER_UNITS, None, None, f"{type(error).__name__}: {error}")
 
 
-def proved_groups(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, layers: bool = False
-) -> tuple[PruningGroups, Proof, AxisMap]:
-    """Probe a model's config, prove its structures and return the groups of those that hold.
+def _unit_schemes(proofs: Mapping[str, StructureProof]) -> dict[str, Scheme]:
+    """Return the schemes of what is proved, whole layers aside."""
+    return {name: found.scheme for name, found in proofs.items() if isinstance(found.scheme, Scheme)}
 
-    Args:
-        layers: whether to prove whole layers too, on a tiny model with as many of them.
-    """
-    proof = prove(model_class, config)
-    if layers:
-        proof = replace(proof, structures=proof.structures | {LAYER_UNITS: prove_layers(model_class, config, proof)})
+
+def proved_groups(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
+) -> tuple[PruningGroups, Proof, AxisMap]:
+    """Probe a model's config, prove the named structures and return the groups of those that hold."""
+    proof = prove(model_class, config, names)
     axis_map = probe_axes(model_class, config)
-    structures, refused = {}, {}
+    if not proof.coupled:
+        axis_map = replace(axis_map, coupling=None)
+    structures: dict[str, StructureGroups] = {}
+    refused: dict[str, str] = {}
+    schemes: dict[str, Scheme] = {}
+    absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
     for name, found in proof.structures.items():
         if found.scheme is None:
-            refused[name] = found.reason
+            refused |= {name: found.reason} if found.applicable else {}
             continue
         try:
-            build = layer_groups if name == LAYER_UNITS else partial(build_groups, name)
-            structures[name] = build(axis_map, config, found.scheme)
+            if isinstance(found.scheme, LayerScheme):
+                structures[name] = layer_groups(axis_map, config, found.scheme)
+            else:
+                structures[name] = build_groups(name, axis_map, config, found.scheme)
+                schemes[name] = found.scheme
         except UnsupportedStructureError as error:
             refused[name] = str(error)
         if name in structures and structures[name].num_units < 2:
             refused[name] = "there is only one unit a layer"
             del structures[name]
-    return PruningGroups(structures, refused), proof, axis_map
+    coupled = coupled_units(structures, axis_map, schemes)
+    for name in () if coupled else _needing_others(axis_map, schemes):
+        refused[name] = f"head_dim follows hidden_size / {HEADS}, and the structures it shrinks with aren't all proved"
+        structures.pop(name, None)
+    return PruningGroups(structures, refused, coupled, absent), proof, axis_map
+
+
+def coupled_units(
+    structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
+) -> dict[str, int]:
+    """Return how many units of each coupled structure go with one unit of heads; empty where nothing is coupled."""
+    names = _needing_others(axis_map, schemes)
+    if not {"attention_heads", "embedding_channels"} <= structures.keys() & names:
+        return {}
+    heads = structures["attention_heads"].num_units
+    return {name: structures[name].num_units // heads for name in structures if name in names}
+
+
+def _needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
+    if axis_map.coupling is None:
+        return set()
+    return {name for name in schemes if name in ("attention_heads", "embedding_channels") or schemes[name].per_channel}
 
 
 class _Bench:
@@ -196,30 +188,200 @@ class _Bench:
         self.model_class, self.config = model_class, config
         self.model = random_model(model_class, config)
         self.axis_map = probe_axes(model_class, config)
-        generator = torch.Generator().manual_seed(_SEED)
-        self.input_ids = torch.randint(3, config.get_text_config().vocab_size, (2, 12), generator=generator)
+        self.input_ids = token_ids(config)
         self.logits = logits_of(self.model, self.input_ids)
+        self.gradients = GradientProbe(self.model, self.input_ids, forward_logits)
+        self.tied = not any(info.role == "output" for info in self.axis_map.parameters.values())
 
-    def prove(self, structure: str) -> StructureProof:
-        best: float | None = None
-        trials: dict[tuple[str, ...], _Trial] = {}
+    # -- one structure at a time ----------------------------------------------------------------------------------
+
+    def prove(self, names: tuple[str, ...]) -> dict[str, StructureProof]:
+        """Prove the named structures, coupled ones together."""
+        proofs: dict[str, StructureProof] = {}
+        if self.axis_map.coupling is not None and set(COUPLED) <= set(names):
+            proofs |= self._guarded(COUPLED, self._prove_coupled)
+        for name in names:
+            if name not in proofs:
+                proofs |= self._guarded((name,), partial(self._prove_alone, name))
+        return {name: proofs[name] for name in names}
+
+    def _guarded(
+        self, names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof]]
+    ) -> dict[str, StructureProof]:
         try:
-            shifts = _norm_shifts(structure, self.model, self.axis_map, self.config)
-            for scheme in candidate_schemes(structure, self.axis_map, self.config, shifts):
-                layouts = tuple(scheme.layouts.values())
-                if layouts not in trials:
-                    trials[layouts] = _Trial(self, {structure: scheme})
-                error = trials[layouts].error_of({structure: scheme})
-                if error <= TOLERANCE:
-                    return StructureProof(structure, scheme, error)
-                best = error if best is None else min(best, error)
+            return prove()
+        except NotApplicableError as error:
+            return {name: StructureProof(name, None, None, str(error), applicable=False) for name in names}
         except UnsupportedStructureError as error:
-            return StructureProof(structure, None, None, str(error))
+            reason = str(error)
         except Exception as error:  # model code may fail on a cut model with any exception type
-            return StructureProof(structure, None, None, f"{type(error).__name__}: {error}")
-        return StructureProof(
-            structure, None, best, f"no layout reproduces the logits: best relative error {best:.1e} > {TOLERANCE:.0e}"
-        )
+            reason = f"{type(error).__name__}: {error}"
+        return {name: StructureProof(name, None, None, reason) for name in names}
+
+    def _prove_alone(self, structure: str) -> dict[str, StructureProof]:
+        axes = moving_axes(structure, self.axis_map, self.config)
+        if structure == "embedding_channels":
+            schemes = self._stream_schemes(axes)
+        else:
+            schemes = self._inner_schemes(structure, axes)
+        return self._first_exact({}, structure, schemes)
+
+    def _first_exact(
+        self, others: dict[str, Scheme], structure: str, candidates: Iterator[Scheme]
+    ) -> dict[str, StructureProof]:
+        """Try candidates for one structure, with others' schemes given, until the logits agree."""
+        best: float | None = None
+        trials: dict[Any, _Trial] = {}
+        for candidate in candidates:
+            schemes = {**others, structure: candidate}
+            key = (candidate.branches, candidate.shared, candidate.centred)
+            if repr(key) not in trials:
+                trials[repr(key)] = _Trial(self, schemes)
+            error = trials[repr(key)].error_of(schemes)
+            if error <= TOLERANCE:
+                return {name: StructureProof(name, scheme, error) for name, scheme in schemes.items()}
+            best = error if best is None else min(best, error)
+        reason = f"no layout reproduces the logits: best relative error {best or float('nan'):.1e} > {TOLERANCE:.0e}"
+        return {name: StructureProof(name, None, best, reason) for name in (*others, structure)}
+
+    # -- schemes to try -------------------------------------------------------------------------------------------
+
+    def _inner_schemes(self, structure: str, axes: list[AxisName]) -> Iterator[Scheme]:
+        units = num_units(structure, self.config)
+        granule = (head_dim_of(self.config) or 1) if structure in ("attention_heads", "query_heads") else 1
+        branches = discover_branches(self.gradients, self.axis_map, axes, units, granule)
+        yield from self._schemes_of(branches, units, axes)
+
+    def _schemes_of(
+        self, branches: list[Branch], units: int, axes: list[AxisName], granule: int = 1, per_channel: int = 0
+    ) -> Iterator[Scheme]:
+        known = stream_axes(self.model, self.axis_map, axes)
+        shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
+        for shared in (False, True):
+            for powers in inner_powers(known):
+                yield Scheme(
+                    tuple(branches), units, shifts, powers, shared=shared, granule=granule, per_channel=per_channel
+                )
+
+    def _stream_schemes(self, axes: list[AxisName]) -> Iterator[Scheme]:
+        """Schemes for the residual stream: layouts by the slope, powers by the stream's structure."""
+        units = num_units("embedding_channels", self.config)
+        layouts: dict[AxisName, Layout] = {}
+        for name, dim in axes:
+            info = self.axis_map.parameters[name]
+            runs = info.shape[dim] // units
+            layouts[info.pattern, dim] = Layout((Segment(runs, 1), *_rest(info.shape[dim] - runs * units)))
+        known, after = self.stream(axes)
+        shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
+        centred = self._subtracts_mean(known)
+        branch = Branch(("residual stream", 0), layouts)
+        for powers in stream_powers(known, after, self.tied):
+            writers = written_patterns(known, powers) if centred else frozenset()
+            yield Scheme((branch,), units, shifts, powers, writers)
+
+    def stream(self, axes: list[AxisName]) -> tuple[list[StreamAxis], set[str]]:
+        """Describe the axes along the residual stream, and name the norms of what is yet to be added to it."""
+        known = stream_axes(self.model, self.axis_map, axes)
+        after = norms_after_writers(self.model, self.input_ids, writing_modules(known))
+        return self._with_sides(known, axes, after), after
+
+    def _with_sides(self, known: list[StreamAxis], axes: list[AxisName], after: set[str]) -> list[StreamAxis]:
+        """Settle for fused weights whether the stream is their input: with the norms before them at zero nothing is."""
+        if all(axis.side != "either" for axis in known):
+            return known
+        norms = [axis for axis in known if axis.info.layer and axis.vector.kind != "other"]
+        gates = {axis.pattern: axis.vector.shift for axis in norms if axis.info.module not in after}
+        if not gates:
+            return known
+        blank = [(name, dim) for name, dim in axes if self.axis_map.parameters[name].pattern in gates]
+
+        def zero(mask: torch.Tensor) -> None:
+            for name, _ in blank:
+                pattern = self.axis_map.parameters[name].pattern
+                self.gradients.parameters[name].masked_fill_(mask, -gates[pattern])
+
+        unsettled = {(axis.info.name, axis.dim) for axis in known if axis.side == "either"}
+        owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, unsettled)
+        reads = {axis for axis, owner in owners.items() if bool((owner >= 0).all())}
+        return [
+            replace(axis, side="in" if (axis.info.name, axis.dim) in reads else "out")
+            if axis.side == "either"
+            else axis
+            for axis in known
+        ]
+
+    def _subtracts_mean(self, axes: list[StreamAxis]) -> bool:
+        """Tell whether the norms of the stream subtract the mean.
+
+        Raises:
+            UnsupportedStructureError: where some do and some don't.
+        """
+        kinds = {axis.vector.subtracts_mean: axis for axis in axes if axis.vector.kind == "scale"}
+        bare = has_bare_layernorm(self.model, num_units("embedding_channels", self.config))
+        if len(kinds) == 2 or (bare and False in kinds):
+            raise UnsupportedStructureError(
+                f"some norms of the stream subtract its mean ({kinds[True].info.module if True in kinds else 'one'}), "
+                f"others don't ({kinds[False].info.module})"
+            )
+        return bare or True in kinds
+
+    # -- heads and width together ---------------------------------------------------------------------------------
+
+    def _prove_coupled(self) -> dict[str, StructureProof]:
+        """Prove heads and embedding channels where head_dim follows from both, and an MLP whose size does too."""
+        coupling = self.axis_map.coupling
+        assert coupling is not None
+        by_width = [axis for axis, found in self.axis_map.slopes.items() if HIDDEN in found]
+        stream, inner = self._split(by_width)
+        if not inner:  # there are no heads to follow the width
+            self.axis_map = replace(self.axis_map, coupling=None)
+            return self._prove_alone("embedding_channels")
+        units = num_units("attention_heads", self.config)
+        branches = discover_branches(self.gradients, self.axis_map, inner, units, coupling.head_dim, partial=True)
+        covered = {axis for branch in branches for axis in branch.layouts}
+        mine = [axis for axis in inner if (self.axis_map.parameters[axis[0]].pattern, axis[1]) in covered]
+        heads = next(self._schemes_of(branches, units, mine, coupling.head_dim))
+        rest = [axis for axis in inner if axis not in mine]
+        others = {"attention_heads": heads}
+        if rest:
+            others["mlp_channels"] = self._mlp_by_width(rest)
+        return self._first_exact(others, "embedding_channels", self._stream_schemes(stream))
+
+    def _mlp_by_width(self, axes: list[AxisName]) -> Scheme:
+        width = num_units("embedding_channels", self.config)
+        sizes = {self.axis_map.parameters[name].shape[dim] for name, dim in axes}
+        units = min(sizes)
+        if units % width:
+            raise UnsupportedStructureError(f"{axes[0][0]} dimension {axes[0][1]} follows neither heads nor the stream")
+        branches = discover_branches(self.gradients, self.axis_map, axes, units, 1)
+        return next(self._schemes_of(branches, units, axes, per_channel=units // width))
+
+    def _split(self, axes: list[AxisName]) -> tuple[list[AxisName], list[AxisName]]:
+        """Divide the axes that the width moves into those along the stream and those inside the blocks.
+
+        Where all norms let nothing of a channel through, no weight has a gradient at that channel of the stream.
+        """
+        known = {(axis.pattern, axis.dim): axis for axis in stream_axes(self.model, self.axis_map, axes)}
+        gates: list[tuple[torch.nn.Parameter, float]] = []
+        for name, dim in axes:
+            axis = self._seen(known, name, dim)
+            if axis.vector.kind != "other":
+                gates.append((self.gradients.parameters[name], -axis.vector.shift))
+
+        def zero(mask: torch.Tensor) -> None:
+            for parameter, fill in gates:
+                parameter.masked_fill_(mask, fill)
+
+        width = num_units("embedding_channels", self.config)
+        owners = self.gradients.owners(width, zero, axes)
+        along = {axis for axis in axes if (layout := layout_of(owners[axis], width)) and layout.per_unit == 1}
+        along |= {(name, dim) for name, dim in axes if self._seen(known, name, dim).vector.kind != "other"}
+        return [axis for axis in axes if axis in along], [axis for axis in axes if axis not in along]
+
+    def _seen(self, known: Mapping[AxisName, StreamAxis], name: str, dim: int) -> StreamAxis:
+        return known[self.axis_map.parameters[name].pattern, dim]
+
+    # -- trials ---------------------------------------------------------------------------------------------------
 
     def error_of(self, schemes: dict[str, Scheme]) -> float:
         """Zero random units, cut them out, and return the relative error of the cut model's logits."""
@@ -227,7 +389,12 @@ class _Bench:
 
     def groups(self, schemes: dict[str, Scheme]) -> PruningGroups:
         """Build the tiny model's groups."""
-        return PruningGroups({n: build_groups(n, self.axis_map, self.config, scheme) for n, scheme in schemes.items()})
+        built = {n: build_groups(n, self.axis_map, self.config, scheme) for n, scheme in schemes.items()}
+        return PruningGroups(built, {}, coupled_units(built, self.axis_map, schemes))
+
+
+def _rest(fixed: int) -> tuple[Segment, ...]:
+    return (Segment(fixed=fixed),) if fixed else ()
 
 
 class _Trial:
@@ -236,14 +403,10 @@ class _Trial:
     def __init__(self, bench: _Bench, schemes: dict[str, Scheme]) -> None:
         self.bench = bench
         groups = bench.groups(schemes)
-        self.kept, small_config = _units_to_keep(groups, bench.config)
+        self.kept, small_config = units_to_keep(groups, bench.config)
         zeroed = copy.deepcopy(bench.model)
         self.parameters = dict(zeroed.named_parameters())
-        for name, structure in groups.structures.items():
-            for layer, axis in structure.all_axes():
-                pruned = torch.ones(structure.num_units, dtype=torch.bool)
-                pruned[list(self.kept.kept[name][layer])] = False
-                mask_(self.parameters[axis.parameter].data, axis, pruned)
+        zero_units_(self.parameters, groups, self.kept)
         self.logits = logits_of(zeroed, bench.input_ids)
         if relative_error(self.logits, bench.logits) < 100 * TOLERANCE:
             raise UnsupportedStructureError("zeroing its units changes nothing, so no layout can be told from another")
@@ -253,154 +416,3 @@ class _Trial:
         """Cut with the schemes' powers of c and compare logits."""
         load_cut(self.small, self.parameters, self.bench.groups(schemes), self.kept)
         return relative_error(logits_of(self.small, self.bench.input_ids), self.logits)
-
-
-def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
-    """Choose random units to keep, about three of four, so many that the config class accepts the sizes."""
-    counts = [_tiny_counts(structure.num_units) for structure in groups.structures.values()]
-    error: HessoError | None = None
-    for choice in itertools.product(*counts):
-        sizes: dict[str, int] = {}
-        for structure, count in zip(groups.structures.values(), choice, strict=True):
-            sizes |= structure.config_sizes(count)
-        try:
-            small = resized_config(config, sizes)
-        except HessoError as refusal:
-            error = refusal
-            continue
-        generator = torch.Generator().manual_seed(_SEED + 1)
-        kept = {}
-        for (name, structure), count in zip(groups.structures.items(), choice, strict=True):
-            layers = [torch.randperm(structure.num_units, generator=generator)[:count] for _ in structure.layers]
-            kept[name] = tuple(tuple(sorted(layer.tolist())) for layer in layers)
-        return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
-    raise error or UnsupportedStructureError("there is only one unit a layer")
-
-
-def _tiny_counts(units: int) -> list[int]:
-    """List numbers of units to keep, multiples of four first: grouped expert kernels need rows of 16 bytes."""
-    counts = [count for count in range(units - 1, 0, -1) if 0.5 <= count / units < 0.9]
-    return sorted(counts, key=lambda count: count % 4 != 0)
-
-
-def candidate_schemes(
-    structure: str, axis_map: AxisMap, config: PretrainedConfig, shifts: dict[str, float]
-) -> Iterator[Scheme]:
-    """Yield schemes to try, the most common first: all layouts that the shapes allow times the powers of c."""
-    axes = candidate_axes(structure, axis_map, config)
-    kinds: dict[tuple[str, int], list[str]] = {}
-    for (parameter, dim), layouts in axes.items():
-        kinds[(axis_map.parameters[parameter].pattern, dim)] = list(layouts)
-    infos = {axis_map.parameters[p].pattern: (axis_map.parameters[p], dim) for p, dim in axes}
-    powers = _stream_powers(infos, axis_map) if structure == "embedding_channels" else _inner_powers(infos)
-    for choice in itertools.product(*kinds.values()):
-        for power in powers:
-            yield Scheme(dict(zip(kinds, choice, strict=True)), shifts, power)
-
-
-def _stream_powers(infos: dict[str, tuple[ParameterInfo, int]], axis_map: AxisMap) -> list[dict[str, int]]:
-    """Powers of c for the residual stream, ordered by how far they are from a plain pre-norm model."""
-    fixed: dict[str, int] = {}
-    norms: list[str] = []
-    finals: list[str] = []
-    embeddings: list[str] = []
-    readers: dict[str, list[str]] = {}
-    for pattern, (info, dim) in infos.items():
-        if info.role == "norm":
-            (norms if info.layer else finals).append(pattern)
-        elif info.role == "embedding":
-            embeddings.append(pattern)
-        elif info.role == "output":
-            fixed[pattern] = 0
-        elif info.role == "bias" or dim != len(info.shape) - 1:
-            fixed[pattern] = 1  # a writer of the stream
-        else:
-            readers.setdefault(info.module.rpartition(".")[0].rpartition(".")[2], []).append(pattern)
-    choices = []
-    for ends, inner, read in itertools.product(
-        [(1, -1), (1, -2), (0, -1), (0, -2), (1, 0), (0, 0), (1, -3)],
-        itertools.product((-1, 0), repeat=len(norms)),
-        itertools.product((0, -1), repeat=len(readers)),
-    ):
-        powers = fixed | dict(zip(norms, inner, strict=True))
-        powers |= dict.fromkeys(embeddings, ends[0]) | dict.fromkeys(finals, ends[1])
-        for group, power in zip(readers.values(), read, strict=True):
-            powers |= dict.fromkeys(group, power)
-        choices.append((inner.count(0) + 2 * read.count(-1), powers))
-    choices.sort(key=lambda choice: choice[0])
-    return [powers for _, powers in choices]
-
-
-def _inner_powers(infos: dict[str, tuple[ParameterInfo, int]]) -> list[dict[str, int]]:
-    """Powers of c inside a layer: none, or, where a norm runs over all units (q_norm over heads), 1/c on it."""
-    norms = [pattern for pattern, (info, _) in infos.items() if info.role == "norm"]
-    if not norms:
-        return [{}]
-    writers = [pattern for pattern, (info, dim) in infos.items() if info.role != "norm" and dim == 0]
-    choices: list[dict[str, int]] = []
-    for writes in itertools.product((1, 0), repeat=len(writers)):
-        choices.append(dict.fromkeys(norms, -1) | dict(zip(writers, writes, strict=True)))
-    return [{}, *choices]
-
-
-def _norm_shifts(
-    structure: str, model: PreTrainedModel, axis_map: AxisMap, config: PretrainedConfig
-) -> dict[str, float]:
-    """Find for each norm on the structure's axes whether w or 1 + w is used.
-
-    Raises:
-        UnsupportedStructureError: where a norm subtracts the mean over the units, since zeroed units count in it.
-    """
-    modules = dict(model.named_modules())
-    if structure == "embedding_channels":
-        _refuse_parameterless_layernorm(model, num_units(structure, config))
-    shifts: dict[str, float] = {}
-    for parameter, _ in candidate_axes(structure, axis_map, config):
-        info = axis_map.parameters[parameter]
-        if info.role == "norm" and info.pattern not in shifts:
-            shifts[info.pattern] = _norm_shift(info, modules[info.module])
-    return shifts
-
-
-@torch.no_grad()
-def _norm_shift(info: ParameterInfo, module: nn.Module) -> float:
-    norm = copy.deepcopy(module)
-    probe = torch.randn(2, 3, info.shape[0], generator=torch.Generator().manual_seed(_SEED))
-    try:
-        if _subtracts_mean(norm, probe):
-            raise UnsupportedStructureError(
-                f"{info.module} ({type(module).__name__}) subtracts the mean over all channels, pruned ones too"
-            )
-        weight = norm.get_parameter(info.name.rpartition(".")[2])
-        for stored, shift in ((0.0, 0.0), (-1.0, 1.0)):
-            weight.fill_(stored)
-            if not norm(probe).any():
-                return shift
-    except UnsupportedStructureError:
-        raise
-    except Exception as error:  # a module may need more than the hidden states
-        raise UnsupportedStructureError(
-            f"{info.module} ({type(module).__name__}) can't be probed alone: {error}"
-        ) from error
-    raise UnsupportedStructureError(f"{info.module} ({type(module).__name__}) vanishes neither at w = 0 nor at w = -1")
-
-
-def _subtracts_mean(norm: nn.Module, probe: torch.Tensor) -> bool:
-    shifted = norm(probe + 3.0)
-    return bool((shifted - norm(probe)).abs().max() < 1e-4 * shifted.abs().max())
-
-
-@torch.no_grad()
-def _refuse_parameterless_layernorm(model: PreTrainedModel, channels: int) -> None:
-    """A norm without weights has no axis to find it by; try every such module whose name says norm."""
-    probe = torch.randn(2, 3, channels, generator=torch.Generator().manual_seed(_SEED))
-    for name, module in model.named_modules():
-        if "norm" in type(module).__name__.lower() and not list(module.parameters()) and not list(module.children()):
-            try:
-                subtracts = _subtracts_mean(module, probe)
-            except Exception:  # it takes other inputs, so it isn't a norm of the stream
-                subtracts = False
-            if subtracts:
-                raise UnsupportedStructureError(
-                    f"{name} ({type(module).__name__}) subtracts the mean over all channels, pruned ones too"
-                )

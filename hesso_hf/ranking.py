@@ -34,6 +34,7 @@ class Ranking:
     ) -> None:
         self._groups, self._weights, self._elements = groups, config.saliency_weights, elements
         self._across_layers = config.layer_widths == "per_layer"
+        self._pools = {name: g.pools for name, g in groups.structures.items()}
         self.removed = {name: g.num_units - target.kept_units[name] for name, g in groups.structures.items()}
         self.removed_in_all = {name: self.removed[name] * len(g.layers) for name, g in groups.structures.items()}
 
@@ -57,7 +58,7 @@ class Ranking:
         Args:
             kept: the units that still compete, bool; all by default.
         """
-        return saliency_scores(sums, self._weights, self._elements, self._across_layers, kept)
+        return saliency_scores(sums, self._weights, self._elements, self._across_layers, kept, self._pools)
 
     def values(self, sums: UnitSums, signed: bool) -> PerUnit:
         """Return the criteria's values, shape (C, L, U) per structure; `signed` as along a path to zero."""
@@ -65,15 +66,18 @@ class Ranking:
 
     def combine(self, values: PerUnit, kept: PerUnit | None = None) -> PerUnit:
         """Return scores, shape (L, U) per structure, from the criteria's values, shape (C, L, U)."""
-        return combine_criteria(values, self._weights, self._across_layers, kept)
+        return combine_criteria(values, self._weights, self._across_layers, kept, self._pools)
 
     def lowest(self, scores: PerUnit, share: Fraction = Fraction(1), pruned: PerUnit | None = None) -> PerUnit:
-        """Mark the lowest units so that `share` of all that are to go is marked, those already pruned included."""
+        """Mark the lowest units so that `share` of all that are to go is marked, those already pruned included.
+
+        Of each pool of a layer equally many are marked.
+        """
         found = {}
         for name, score in scores.items():
             removed = self.removed_in_all[name] if self._across_layers else self.removed[name]
-            gone = pruned[name] if pruned is not None else None
-            found[name] = lowest_units(score, gone, round(removed * share), self._across_layers)
+            gone, pools = pruned[name] if pruned is not None else None, self._pools[name]
+            found[name] = lowest_units(score, gone, round(removed // pools * share), self._across_layers, pools)
         return found
 
 

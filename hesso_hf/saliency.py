@@ -158,6 +158,7 @@ def saliency_scores(
     elements: Mapping[str, int],
     across_layers: bool,
     competing: Mapping[str, torch.Tensor] | None = None,
+    pools: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Combine the criteria to one score per unit, (L, U) per structure; the lowest are redundant.
 
@@ -166,8 +167,9 @@ def saliency_scores(
         elements: number of elements n of one unit, per structure.
         across_layers: whether units compete across layers or within each.
         competing: per structure the units (L, U) that still compete, bool; all by default.
+        pools: runs of a layer's units that compete each for itself, per structure; one by default.
     """
-    return combine_criteria(criteria_of(sums, weights, elements), weights, across_layers, competing)
+    return combine_criteria(criteria_of(sums, weights, elements), weights, across_layers, competing, pools)
 
 
 def criteria_of(
@@ -189,6 +191,7 @@ def combine_criteria(
     weights: Mapping[str, float],
     across_layers: bool,
     competing: Mapping[str, torch.Tensor] | None = None,
+    pools: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Divide each criterion's values (C, L, U) by their norm over the units that compete, and add them weighted."""
     scores = {}
@@ -196,7 +199,7 @@ def combine_criteria(
         total = torch.zeros_like(stacked[0])
         for score, weight in zip(stacked, weights.values(), strict=True):
             rivals = score if competing is None else score.masked_fill(~competing[structure], 0.0)
-            norm = rivals.norm() if across_layers else rivals.norm(dim=1, keepdim=True)
+            norm = rivals.norm() if across_layers else _norms(rivals, pools[structure] if pools else 1)
             total += weight * score / norm.clamp_min(torch.finfo(score.dtype).tiny)
         scores[structure] = total
     return scores
@@ -222,18 +225,46 @@ def criterion(
     return 1.0 - terms["xg"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def lowest_units(scores: torch.Tensor, pruned: torch.Tensor | None, count: int, across_layers: bool) -> torch.Tensor:
-    """Mark the `count` lowest units of each layer, or of all layers together, those already pruned first.
+def lowest_units(
+    scores: torch.Tensor, pruned: torch.Tensor | None, count: int, across_layers: bool, pools: int = 1
+) -> torch.Tensor:
+    """Mark the lowest units, those already pruned first: equally many in each pool of a layer.
+
+    Across layers, the lowest units of a layer's pools compete together, by the sum of their scores; so do the second
+    lowest, and so on.
 
     Args:
-        scores: shape (L, U).
+        scores: shape (L, U); infinite for units that are marked only where there are no others.
         pruned: shape (L, U), bool; None where no unit is pruned yet.
+        count: units of each pool of each layer, or of one pool of all layers together.
+        pools: consecutive runs of units into which a layer is split.
     """
     ranked = scores if pruned is None else scores.masked_fill(pruned, -torch.inf)
+    pooled = ranked.reshape(len(scores), pools, -1)
+    order = pooled.argsort(dim=2, stable=True)
     if across_layers:
-        best = ranked.argmax(dim=1, keepdim=True)  # no layer may lose its last unit
-        ranked = ranked.scatter(1, best, torch.inf).reshape(1, -1)
-    order = ranked.argsort(dim=1, stable=True)
-    marked = torch.zeros_like(ranked, dtype=torch.bool)
-    marked.scatter_(1, order[:, :count], True)
-    return marked.view_as(scores)
+        chosen = _lowest_ranks(pooled.gather(2, order), count).unsqueeze(1).expand_as(order)
+    else:
+        chosen = (torch.arange(order.shape[2], device=order.device) < count).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, chosen).view_as(scores)
+
+
+def _lowest_ranks(ascending: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose `count` ranks of all layers, bool (L, R), from scores (L, pools, R) that ascend in every pool."""
+    missing = ascending.isposinf()
+    sums = ascending.masked_fill(missing, 0.0).sum(1).flatten()
+    last = missing.sum(1)
+    last[:, -1] = ascending.shape[1] + 1  # no layer may lose its last unit
+    order = sums.argsort(stable=True)
+    order = order[last.flatten()[order].argsort(stable=True)]
+    chosen = torch.zeros_like(sums, dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen.view_as(last)
+
+
+def _norms(scores: torch.Tensor, pools: int) -> torch.Tensor:
+    """Return the norm over each pool, for each of its units: shape (L, U), or (L, 1) where a layer is one pool."""
+    if pools == 1:
+        return scores.norm(dim=1, keepdim=True)
+    norms = scores.reshape(len(scores), pools, -1).norm(dim=2)
+    return norms.repeat_interleave(scores.shape[1] // pools, dim=1)

@@ -9,26 +9,146 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .errors import HessoError, UnsupportedStructureError
+from .errors import HessoError, NotApplicableError, UnsupportedStructureError
 from .layer_lists import keep_layers_
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
+EXPERT_MLP, EXPERTS, VOCAB = "moe_intermediate_size", "num_experts", "vocab_size"
+_SIZE_OF = {"mlp_channels": MLP, "expert_channels": EXPERT_MLP, "embedding_channels": HIDDEN}
+
+# Other names in the field for the same size, tried where a class' `attribute_map` doesn't say it.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    HEADS: ("n_head", "n_heads", "attention_heads"),
+    KV_HEADS: ("num_kv_heads", "n_head_kv", "n_kv_heads", "kv_n_heads", "num_query_groups", "multi_query_group_num"),
+    HEAD_DIM: ("attention_head_dim", "kv_channels", "dim_head", "d_head", "d_kv"),
+    HIDDEN: ("d_model", "n_embd", "emb_dim", "embed_dim", "dim"),
+    MLP: (
+        "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "dff", "d_inner", "dim_ff", "inner_dim", "feed_forward_size",
+        "mlp_dim",
+    ),
+    LAYERS: ("num_layers", "n_layer", "n_layers", "num_blocks", "depth"),
+    EXPERT_MLP: ("expert_ffn_hidden_size", "moe_ffn_hidden_size", "expert_intermediate_size"),
+    EXPERTS: ("num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
+    VOCAB: (),
+}  # fmt: skip
+# Sizes that encoder-decoder classes give to both halves; the first half is what a decoder alone reads.
+_HALVES = {
+    HEADS: ("decoder_attention_heads", "encoder_attention_heads"),
+    MLP: ("decoder_ffn_dim", "encoder_ffn_dim"),
+    LAYERS: ("decoder_layers", "encoder_layers"),
+}
+_HALVES_OF_COUNTS = {
+    HEADS: ("num_decoder_attention_heads", "num_encoder_attention_heads"),
+    LAYERS: ("num_decoder_layers", "num_encoder_layers"),
+}
+_PARTS = ("attn_config", "ffn_config")
+
+
+def size_places(config: PretrainedConfig, name: str) -> list[tuple[PretrainedConfig, str]]:
+    """Return where a config keeps the size of a canonical name: (config or part of it, attribute), the main one first.
+
+    The text half of a multimodal config counts, the parts for attention and MLP that some classes split off, and both
+    halves of an encoder-decoder. An attribute that is None counts where no other is found.
+    """
+    text = text_config_of(config)
+    for halves in (_HALVES, _HALVES_OF_COUNTS):
+        found = [(text, half) for half in halves.get(name, ()) if _raw(text, half) is not None]
+        if found:
+            return found + [(text, name)] * (name == LAYERS and _is_plain(text, name))
+    owners = [text, *(part for part in map(lambda key: _raw(text, key), _PARTS) if isinstance(part, PretrainedConfig))]
+    places = [
+        (owner, attribute)
+        for owner in owners
+        for attribute in (type(owner).attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
+        if hasattr_safely(owner, attribute)
+    ]
+    return [place for place in places if _raw(*place) is not None][:1] or places[:1]
+
+
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the text decoder: the config itself, unless it is multimodal."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # an encoder-decoder of two configs
+        return config.get_text_config(decoder=True)
 
 
 def get_size(config: PretrainedConfig, name: str) -> int | None:
-    """Return a config size, or None where the config has none of that name, or several (one a layer)."""
+    """Return a config size, or None where the config has none of that name, or several (one a layer).
+
+    An MLP size that is None, and so derived in the model code (GPT-2's `n_inner`), is read from the model's shapes.
+    """
+    places = size_places(config, name)
+    if not places:
+        return None
+    value = _raw(*places[0])
+    if value is None and name == MLP and len(places) == 1:
+        return _derived_size(config.model_type, config.to_json_string(use_diff=False), places[0][1])
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
+    """Write sizes under the names that the config's class has for them, in place.
+
+    A size that the class has no name for is written as it is called, which is how `head_dim` becomes explicit.
+    """
+    for name, value in sizes.items():
+        for owner, attribute in size_places(config, name) or [(text_config_of(config), name)]:
+            if not isinstance(getattr(type(owner), attribute, None), property):
+                setattr(owner, attribute, value)
+
+
+def hasattr_safely(config: PretrainedConfig, name: str) -> bool:
+    """Tell whether a config has an attribute, also one that differs between layers."""
     try:
-        value = getattr(config, name, None)
+        return hasattr(config, name)
+    except RuntimeError:  # what a config with sizes of its own for each layer raises
+        return True
+
+
+def _raw(config: PretrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
     except RuntimeError:  # what a config with sizes of its own for each layer raises
         return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _is_plain(config: PretrainedConfig, name: str) -> bool:
+    return name not in type(config).attribute_map and isinstance(_raw(config, name), int)
+
+
+@lru_cache(maxsize=64)
+def _derived_size(model_type: str, config_json: str, attribute: str) -> int | None:
+    """Find the value that, written explicitly, leaves every parameter shape as it is, and whose successor doesn't."""
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
+        model_class = model_class_of(config)
+        expected = _shapes_with(model_class, config, {})
+        hidden = get_size(config, HIDDEN) or 0
+        dims = {dim for shape in expected for dim in shape}
+        for value in sorted(dims, key=lambda dim: (dim != 4 * hidden, dim)):
+            if _shapes_with(model_class, config, {attribute: value}) == expected:
+                moved = _shapes_with(model_class, config, {attribute: value + 8})
+                return value if moved != expected else None
+    except Exception:  # model code may refuse to be built with any exception type: then there is no such size
+        return None
+    return None
+
+
+def _shapes_with(model_class: type[PreTrainedModel], config: PretrainedConfig, changes: dict[str, Any]) -> list[Any]:
+    changed = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(text_config_of(changed), name, value)
+    return [tuple(parameter.shape) for parameter in build_meta(model_class, changed).parameters()]
 
 
 def head_dim_of(config: PretrainedConfig) -> int | None:
@@ -42,26 +162,44 @@ def unit_increments(structure: str, config: PretrainedConfig) -> dict[str, int]:
     """Return how much each config size grows with one more unit of `structure`.
 
     An attention head unit is one key-value head with all its query heads; under multi-query attention, where the only
-    key-value head can't go, one query head.
+    key-value head can't go, one query head. A query head unit is one query head of grouped ones.
 
     Raises:
         UnsupportedStructureError: where the config has no such size.
     """
-    if structure != "attention_heads":
-        name = {"mlp_channels": MLP, "embedding_channels": HIDDEN}[structure]
+    if structure not in ("attention_heads", "query_heads"):
+        name = _SIZE_OF[structure]
         if get_size(config, name) is None:
-            raise UnsupportedStructureError(f"{structure}: {type(config).__name__} has no integer `{name}`")
+            raise NotApplicableError(f"{structure}: {type(config).__name__} has no integer `{name}`")
         return {name: 1}
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     if heads is None:
-        raise UnsupportedStructureError(f"{structure}: {type(config).__name__} has no integer `{HEADS}`")
-    if kv_heads is None or kv_heads == 1:
+        raise NotApplicableError(f"{structure}: {type(config).__name__} has no integer `{HEADS}`")
+    if structure == "query_heads":
+        _refuse_ungrouped(heads, kv_heads)
+    elif kv_heads is None or kv_heads == 1:
         return {HEADS: 1}
+    assert kv_heads is not None
     if heads % kv_heads:
         raise UnsupportedStructureError(
             f"{structure}: {heads} query heads don't divide over {kv_heads} key-value heads"
         )
-    return {HEADS: heads // kv_heads, KV_HEADS: 1}
+    return {HEADS: 1} if structure == "query_heads" else {HEADS: heads // kv_heads, KV_HEADS: 1}
+
+
+def _refuse_ungrouped(heads: int, kv_heads: int | None) -> None:
+    if kv_heads is None or kv_heads == heads:
+        raise NotApplicableError("each query head has a key-value head of its own: use attention_heads")
+    if kv_heads == 1:
+        raise NotApplicableError(
+            "all query heads share one key-value head, and attention_heads means single query heads there: use it"
+        )
+
+
+def num_pools(structure: str, config: PretrainedConfig) -> int:
+    """Return into how many runs a layer's units are split that all keep equally many: key-value heads, or 1."""
+    kv_heads = get_size(config, KV_HEADS)
+    return kv_heads if structure == "query_heads" and kv_heads else 1
 
 
 def num_units(structure: str, config: PretrainedConfig) -> int:
@@ -76,11 +214,17 @@ def copy_with(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCo
     """Return a copy with attributes set, head_dim explicit, and no validation (for shape probes only)."""
     changed = copy.deepcopy(config)
     head_dim = head_dim_of(config)
-    if head_dim is not None and not isinstance(getattr(type(changed), HEAD_DIM, None), property):
-        setattr(changed, HEAD_DIM, head_dim)
-    for name, value in changes.items():
-        setattr(changed, name, value)
+    if head_dim is not None:
+        set_sizes(changed, {HEAD_DIM: head_dim})
+    set_sizes(changed, _explicit_mlp(config) | changes)
     return changed
+
+
+def _explicit_mlp(config: PretrainedConfig) -> dict[str, int]:
+    """Return an MLP size that the model code derives from others, to be written: it no longer follows them then."""
+    places = size_places(config, MLP)
+    derived = get_size(config, MLP) if places and _raw(*places[0]) is None else None
+    return {} if derived is None else {MLP: derived}
 
 
 def resized_config(
@@ -99,13 +243,12 @@ def resized_config(
     changed = copy.deepcopy(config)
     if LAYERS in sizes:
         staying = range(sizes[LAYERS]) if layers is None else layers
-        keep_layers_(changed, staying, get_size(config, LAYERS) or 0)
-    for name, value in sizes.items():
-        setattr(changed, name, value)
+        keep_layers_(text_config_of(changed), staying, get_size(config, LAYERS) or 0)
+    set_sizes(changed, _explicit_mlp(config) | sizes)
     head_dim = head_dim_of(config)
     try:
         if head_dim is not None and head_dim_of(changed) != head_dim:
-            setattr(changed, HEAD_DIM, head_dim)
+            set_sizes(changed, {HEAD_DIM: head_dim})
         values = changed.to_dict()
         rebuilt = type(config).from_dict(values)
         rebuilt.validate()

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .cut import cut_model
 from .errors import VerificationError
 from .groups import KeptUnits, PruningGroups
-from .proof import logits_of, relative_error
+from .proof import logits_of, relative_error, zero_units_
 
 FOLD_TOLERANCE = 1e-4
 _SEED = 20240915
@@ -46,7 +46,7 @@ class Verifier:
     def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
         self.groups, self.kept = groups, kept
         self.input_ids = verification_tokens(model)
-        self._model = _in_fp32(model)
+        self._model = _in_fp32(model, groups, kept)
         self.logits = _evaluate(self._model, self.input_ids)
 
     def check_fold(self) -> float:
@@ -106,10 +106,13 @@ def verification_tokens(model: PreTrainedModel) -> torch.Tensor:
     return torch.randint(0, text.vocab_size, (2, length), generator=generator).to(model.device)
 
 
-def _in_fp32(model: PreTrainedModel) -> PreTrainedModel:
+def _in_fp32(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
+    """Return the model, or an fp32 copy of it in which what rounding left of the stream's mean is taken out."""
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
-    return copy.deepcopy(model).float()
+    model = copy.deepcopy(model).float()
+    zero_units_(dict(model.named_parameters()), groups, kept)
+    return model
 
 
 def _evaluate(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:

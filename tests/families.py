@@ -13,10 +13,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hesso_hf.groups import KeptUnits, PruningGroups, mask_
+from hesso_hf.groups import KeptUnits, PruningGroups, StructureGroups, mask_
 from hesso_hf.sizes import model_class_of
 
 HEADS, MLP, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
+QUERY = "query_heads"
 SEED = 7
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -39,6 +40,7 @@ class Family:
         sizes: fields that differ from `SIZES`; None leaves the class' default.
         refused: structures that can't be pruned in this class, with what the reason must name.
         kept: units that a test keeps in every layer, where not those of `KEPT`.
+        structures: those that tests ask for.
     """
 
     name: str
@@ -46,11 +48,12 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
+    structures: tuple[str, ...] = (HEADS, MLP, STREAM)
 
     @property
     def proved(self) -> tuple[str, ...]:
         """Structures that must be proved."""
-        return tuple(name for name in (HEADS, MLP, STREAM) if name not in self.refused)
+        return tuple(name for name in self.structures if name not in self.refused)
 
     def config(self, **changes: Any) -> PretrainedConfig:
         """Build the config."""
@@ -103,6 +106,24 @@ VARIANTS = (
 ALL = {family.name: family for family in (*FAMILIES, *VARIANTS)}
 
 
+def _queries(model_type: str, heads: int, kept: int, **sizes: Any) -> Family:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": 2, **sizes}
+    return Family(f"{model_type}-queries", model_type, sizes, kept={QUERY: kept}, structures=(QUERY, MLP, STREAM))
+
+
+# Models that lose single query heads: three or four for each of two key-value heads, of which one goes.
+QUERIES = {
+    family.name: family
+    for family in (
+        _queries("llama", 8, 6, attention_bias=True),
+        _queries("qwen3", 8, 6),
+        _queries("gemma2", 8, 6, query_pre_attn_scalar=10),
+        _queries("phi3", 6, 4, head_dim=None),
+        _queries("olmo2", 6, 4, head_dim=None),
+    )
+}
+
+
 def random_model(config: PretrainedConfig, seed: int = SEED) -> PreTrainedModel:
     """Build the stock model, in fp32, with random weights, biases and norm weights."""
     torch.manual_seed(seed)
@@ -122,9 +143,18 @@ def random_units(groups: PruningGroups, counts: dict[str, int], seed: int = SEED
     kept = {}
     for name, count in counts.items():
         structure = groups.structures[name]
-        orders = [torch.randperm(structure.num_units, generator=generator) for _ in structure.layers]
-        kept[name] = tuple(tuple(sorted(order[:count].tolist())) for order in orders)
+        kept[name] = tuple(_random_layer(structure, count, generator) for _ in structure.layers)
     return KeptUnits({name: groups.structures[name].num_units for name in counts}, kept)
+
+
+def _random_layer(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Choose a layer's units that stay, equally many of each pool."""
+    size = structure.num_units // structure.pools
+    chosen: list[int] = []
+    for start in range(0, structure.num_units, size):
+        order = torch.randperm(size, generator=generator) + start
+        chosen += order[: count // structure.pools].tolist()
+    return tuple(sorted(chosen))
 
 
 def zero_pruned_(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:

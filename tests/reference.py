@@ -11,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,11 @@ def decoder_units(model: PreTrainedModel, norms: Iterable[str] = LLAMA_NORMS, no
             unit.append(Slice(f"{layer}.self_attn.{name}.bias", 0, tuple(rows)))
         return [*unit, Slice(f"{layer}.self_attn.o_proj.weight", 1, tuple(q_rows))]
 
+    def query_unit(layer: str, head: int) -> Unit:
+        rows = tuple(range(head * head_dim, (head + 1) * head_dim))
+        queries = [Slice(f"{layer}.self_attn.q_proj.{leaf}", 0, rows) for leaf in ("weight", "bias")]
+        return [*queries, Slice(f"{layer}.self_attn.o_proj.weight", 1, rows)]
+
     def mlp_unit(layer: str, channel: int) -> Unit:
         unit = [
             Slice(f"{layer}.mlp.{name}.{leaf}", 0, (channel,))
@@ -82,6 +88,7 @@ def decoder_units(model: PreTrainedModel, norms: Iterable[str] = LLAMA_NORMS, no
 
     return {
         "attention_heads": [[existing(head_unit(layer, j)) for j in range(kv_heads)] for layer in layers],
+        "query_heads": [[existing(query_unit(layer, j)) for j in range(heads)] for layer in layers],
         "mlp_channels": [[existing(mlp_unit(layer, j)) for j in range(config.intermediate_size)] for layer in layers],
         "embedding_channels": [[existing(stream_unit(j)) for j in range(config.hidden_size)]],
     }
@@ -182,6 +189,7 @@ class ReferenceHesso:
     Args:
         removed: units to remove a layer, per structure.
         across_layers: whether the units of all layers compete, and as many go in total.
+        kv_heads: key-value heads a layer; as many query heads of each go.
     """
 
     def __init__(
@@ -196,7 +204,9 @@ class ReferenceHesso:
         saliency: dict[str, float],
         saliency_batches: int = 8,
         across_layers: bool = False,
+        kv_heads: int = 1,
     ) -> None:
+        self.kv_heads, self.heads = kv_heads, len(units["query_heads"][0])
         self.parameters = dict(model.named_parameters())
         self.base, self.removed, self.saliency, self.across_layers = base, removed, saliency, across_layers
         self.units: dict[Key, Unit] = {
@@ -265,22 +275,53 @@ class ReferenceHesso:
 
     def _competitions(self, keys: list[Key]) -> list[list[Key]]:
         """Split units into those that compete with each other."""
-        groups: dict[tuple[str, int], list[Key]] = {}
+        groups: dict[tuple[str, int, int], list[Key]] = {}
         for key in keys:
-            groups.setdefault((key[0], -1 if self.across_layers else key[1]), []).append(key)
+            place = (-1, -1) if self.across_layers else (key[1], self._kv_head(key))
+            groups.setdefault((key[0], *place), []).append(key)
         return list(groups.values())
+
+    def _kv_head(self, key: Key) -> int:
+        """The key-value head that a query head belongs to; -1 for other units."""
+        return key[2] // (self.heads // self.kv_heads) if key[0] == "query_heads" else -1
+
+    def _teams(
+        self, keys: list[Key], scores: dict[Key, float], among: set[Key] | None = None, first: Iterable[Key] = ()
+    ) -> list[list[Key]]:
+        """Units that go together, the lowest in front, `first` before all others; of `among` only.
+
+        A unit is a team of its own, but across layers as many query heads go of all key-value heads of a layer: the
+        lowest of each are a team, the second lowest of each, and so on. Where some have no unit, the fuller go first.
+        """
+        runs: dict[tuple[int, int], list[Key]] = {}
+        for key in keys:
+            runs.setdefault((key[1], self._kv_head(key)), []).append(key)
+        teams: dict[tuple[int, int], list[Key]] = {}
+        for (layer, _), run in runs.items():
+            going = [key for key in run if among is None or key in among]
+            for rank, key in enumerate(sorted(going, key=lambda key: (key not in first, scores[key]))):
+                if not self.across_layers or rank < len(run) - 1:  # no layer may lose its last unit
+                    teams.setdefault((layer, rank), []).append(key)
+
+        def place(team: list[Key]) -> tuple[bool, int, float]:
+            return (not any(key in first for key in team), -len(team), sum(scores[key] for key in team))
+
+        return sorted(teams.values(), key=place)
+
+    def _number(self, everyone: list[Key], share: Fraction = Fraction(1)) -> int:
+        """How many teams of a competition go."""
+        structure, layers = everyone[0][0], len({layer for _, layer, _ in everyone})
+        runs = self.kv_heads if structure == "query_heads" else 1
+        return round(Fraction(self.removed[structure] * layers, runs) * share)
 
     def _mark(self, period: int) -> None:
         scores = self.scored = self.scores()
         for everyone in self._competitions(list(self.units)):
             rivals = [key for key in everyone if key not in self.pruned]
-            layers = len({layer for _, layer, _ in everyone})
-            removed = self.removed[everyone[0][0]] * layers
-            marked = round(removed * (period + 1) / len(self.periods)) - (len(everyone) - len(rivals))
-            lowest = sorted(rivals, key=lambda key: scores[key])
-            for layer in range(layers if self.across_layers else 0):  # no layer may lose its last unit
-                lowest.remove(max((key for key in rivals if key[1] == layer), key=lambda key: scores[key]))
-            self.redundant |= set(lowest[:marked])
+            teams = self._teams(rivals, scores)
+            gone = (len(everyone) - len(rivals)) // len(teams[0])
+            marked = self._number(everyone, Fraction(period + 1, len(self.periods))) - gone
+            self.redundant |= {key for team in teams[:marked] for key in team}
 
     def _multiply(self, key: Key, factor: float) -> None:
         for piece in self.units[key]:
@@ -330,13 +371,14 @@ class ReferenceCric(ReferenceHesso):
         saliency: dict[str, float],
         saliency_batches: int = 8,
         across_layers: bool = False,
+        kv_heads: int = 1,
         *,
         cycle_steps: int,
         max_cycles: int,
         tolerance: float,
     ) -> None:
         counts = (warmup_steps, pruning_steps, pruning_periods)
-        super().__init__(model, base, units, removed, *counts, saliency, saliency_batches, across_layers)
+        super().__init__(model, base, units, removed, *counts, saliency, saliency_batches, across_layers, kv_heads)
         self.first_step, self.cycle_steps, self.max_cycles = warmup_steps, cycle_steps, max_cycles
         self.tolerance = tolerance
         self.violating: list[set[Key]] = []  # V_c of every cycle
@@ -478,14 +520,6 @@ class ReferenceCric(ReferenceHesso):
         """The K lowest of each competition, `first` before all others; of `among` only, where there are fewer."""
         found: set[Key] = set()
         for everyone in self._competitions(list(self.units)):
-            layers = {layer for _, layer, _ in everyone}
-            chosen = [key for key in everyone if key in first]
-            others = [key for key in everyone if key not in first]
-            for layer in layers if self.across_layers else ():  # no layer may lose its last unit
-                rest = [key for key in others if key[1] == layer]
-                if among is None or all(key in among for key in rest):
-                    others.remove(max(rest, key=lambda key: scores[key]))
-            ranked = sorted((key for key in others if among is None or key in among), key=lambda key: scores[key])
-            removed = self.removed[everyone[0][0]] * len(layers)
-            found |= set((chosen + ranked)[:removed])
+            for team in self._teams(everyone, scores, among, first)[: self._number(everyone)]:
+                found |= set(team)
         return found

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import ALL, HEADS, MLP, STREAM, random_model
-from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig
+from families import ALL, HEADS, MLP, QUERIES, QUERY, STREAM, random_model
+from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from hesso_hf.budget import TargetSizes, default_round_to, solve_budget
-from hesso_hf.config import HessoConfig
+from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.cost import CONTEXT, Cost, build_cost
-from hesso_hf.errors import BudgetError, HessoError
+from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
 from hesso_hf.groups import PruningGroups
 from hesso_hf.latency import LatencyTable
 from hesso_hf.plan import PruningPlan
@@ -42,21 +42,25 @@ CONFIGS: dict[str, PretrainedConfig] = {
         vocab_size=700, hidden_size=144, intermediate_size=640, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, head_dim=20,
     ),
+    "qwen3-queries": Qwen3Config(
+        vocab_size=400, hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=24,
+        num_key_value_heads=4, head_dim=16,
+    ),
 }  # fmt: skip
-ONE_B = "llama-1b"
+ONE_B, SINGLE = "llama-1b", "qwen3-queries"
 
 
 @cache
-def proved(name: str) -> tuple[PruningGroups, AxisMap]:
+def proved(name: str, asked: tuple[str, ...] = ()) -> tuple[PruningGroups, AxisMap]:
     config = CONFIGS.get(name) or ALL[name].config()
-    groups, _, axis_map = proved_groups(model_class_of(config), config)
+    groups, _, axis_map = proved_groups(model_class_of(config), config, structures_around(asked))
     return groups, axis_map
 
 
 def solve(name: str, **choices: Any) -> TargetSizes:
     config = CONFIGS.get(name) or ALL[name].config()
     hesso = HessoConfig(**choices)
-    groups, axis_map = proved(name)
+    groups, axis_map = proved(name, hesso.structure_names)
     chosen = groups.select(hesso.structure_names, explicit=hesso.structures != "all")
     parameters = build_cost("parameters", chosen, axis_map, config)
     price = None if hesso.budget_metric == "parameters" else build_cost(hesso.budget_metric, chosen, axis_map, config)
@@ -292,6 +296,77 @@ def test_the_ratio_can_be_of_operations_or_bytes(name: str, metric: str):
     assert target.ratio == pytest.approx(0.4, abs=0.01)
     assert target.parameters_after == built(name, target.sizes)
     assert target.cost_after < target.cost_before
+
+
+@pytest.mark.parametrize("metric", ["parameters", "flops", "memory"])
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+def test_query_heads_are_a_multiple_of_the_key_value_heads(ratio: float, metric: str):
+    target = solve(SINGLE, pruning_ratio=ratio, structures=[QUERY, MLP], budget_metric=metric)
+    assert target.sizes.keys() == {"num_attention_heads", "intermediate_size"}
+    assert target.sizes["num_attention_heads"] == target.kept_units[QUERY]
+    assert target.sizes["num_attention_heads"] % 4 == 0
+    assert target.parameters_after == built(SINGLE, target.sizes)
+    assert target.ratio == pytest.approx(ratio, abs=0.05 if metric == "flops" else 0.01)  # most flops are the scores
+
+
+def test_every_multiple_of_the_key_value_heads_can_be_reached():
+    four = 4 * 2 * 16 * 128 * 3 / built(SINGLE, {})  # the share of four query heads a layer
+    ratios = [four * count for count in (1, 2, 3, 4, 5)]
+    kept = [solve(SINGLE, pruning_ratio=ratio, structures=[QUERY]).kept_units[QUERY] for ratio in ratios]
+    assert kept == [20, 16, 12, 8, 4]
+
+
+@pytest.mark.parametrize(("degree", "allowed"), [(2, {4, 8, 12, 16, 20}), (8, {8, 16})])
+def test_query_heads_stay_divisible_over_tensor_parallel_ranks(degree: int, allowed: set[int]):
+    found = set()
+    for percent in range(2, 34, 2):
+        choices = {"structures": [QUERY], "tensor_parallel_size": degree}
+        try:
+            found.add(solve(SINGLE, pruning_ratio=percent / 100, **choices).sizes["num_attention_heads"])
+        except BudgetError:
+            continue
+    assert found - {24} == allowed
+
+
+def test_query_heads_can_be_pinned_and_an_error_names_the_multiples():
+    pinned = {"num_attention_heads": 8}
+    assert solve(SINGLE, target_sizes=pinned, structures=[QUERY]).sizes == pinned
+    for size in (2, 10, 28):
+        with pytest.raises(
+            HessoError, match=rf"num_attention_heads.*\({size}\) must be a multiple of 4 between 4 and 24"
+        ):
+            solve(SINGLE, target_sizes={"num_attention_heads": size}, structures=[QUERY])
+    with pytest.raises(HessoError, match=r"'num_key_value_heads' is no size that can be pruned"):
+        solve(SINGLE, target_sizes={"num_key_value_heads": 2}, structures=[QUERY])
+
+
+@pytest.mark.parametrize(("name", "why"), [("multi-head", "of its own"), ("multi-query", "share one key-value head")])
+def test_query_heads_that_are_no_group_are_refused_with_what_to_use(name: str, why: str):
+    with pytest.raises(UnsupportedStructureError, match=why) as caught:
+        solve(f"llama-{name}", pruning_ratio=0.1, structures=[QUERY, MLP])
+    assert "attention_heads" in str(caught.value)
+
+
+def test_the_cache_stays_and_the_scores_shrink_with_the_query_heads():
+    config, (groups, axis_map) = CONFIGS[SINGLE], proved(SINGLE, (QUERY,))
+    prices = {m: build_cost(m, groups, axis_map, config) for m in ("parameters", "flops", "memory")}
+    saved = {metric: price.full - float(price({QUERY: 16})) for metric, price in prices.items()}
+    weights = 3 * 8 * 2 * 16 * 128  # rows of q and columns of o of eight heads in three layers
+    assert saved["parameters"] == weights
+    assert saved["memory"] == 2 * weights
+    assert saved["flops"] == 2 * weights + 3 * CONTEXT * 2 * 2 * 8 * 16
+
+
+def test_only_numbers_of_query_heads_that_can_be_are_timed(monkeypatch: pytest.MonkeyPatch):
+    timed = set()
+    monkeypatch.setattr(LatencyTable, "_time", lambda self, rows, columns: timed.add(rows) or 1e-6 * rows * columns)
+    model = random_model(QUERIES["qwen3-queries"].config())  # four query heads of 10 for each of two key-value heads
+    hesso = HessoConfig(pruning_ratio=0.05, structures=[QUERY], budget_metric="latency")
+    target = PruningPlan.prepare(model, hesso).target
+    assert target.kept_units[QUERY] % 2 == 0
+    assert target.ratio == pytest.approx(0.05, abs=0.05)
+    assert {20, 40, 60, 80} <= timed
+    assert not {10, 30, 50, 70} & timed
 
 
 def cost(metric: str, name: str) -> Cost:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
-from hesso_hf.config import SALIENCIES, STRUCTURES, HessoConfig
+from hesso_hf.config import DEFAULT_STRUCTURES, SALIENCIES, STRUCTURES, HessoConfig
 from hesso_hf.errors import HessoError
 
 
@@ -40,6 +40,11 @@ def test_neither_ratio_nor_sizes_is_refused() -> None:
         ({"saliency": {"magnitude": 0}}, r"`saliency\['magnitude'\]` \(0\) must be a positive number"),
         ({"saliency": {"magnitude": -1}}, r"`saliency\['magnitude'\]` \(-1\)"),
         ({"saliency": {"magnitude": "a lot"}}, r"`saliency\['magnitude'\]` \('a lot'\)"),
+        ({"structures": ["query_heads", "attention_heads"]}, r"`structures`.*'query_heads' and 'attention_heads'"),
+        (
+            {"structures": {"attention_heads": 1, "query_heads": 2}},
+            r"`structures`.*'query_heads' and 'attention_heads'",
+        ),
         ({"structures": "atention_heads"}, r"`structures`: unknown name 'atention_heads'.*'attention_heads'"),
         ({"structures": ["mlp_channels", "layer"]}, r"`structures`: unknown name 'layer'"),
         ({"structures": {"mlp": 1.0}}, r"`structures`: unknown name 'mlp'"),
@@ -113,7 +118,8 @@ def test_saliency_weights_of_a_name_a_list_and_a_dict() -> None:
 
 
 def test_structures_of_all_a_list_and_a_dict_of_shares() -> None:
-    assert HessoConfig(0.5).structure_names == STRUCTURES
+    assert HessoConfig(0.5).structure_names == DEFAULT_STRUCTURES
+    assert set(STRUCTURES) - set(DEFAULT_STRUCTURES) == {"query_heads", "layers"}
     assert HessoConfig(0.5).structure_shares is None
     named = HessoConfig(0.5, structures=["mlp_channels", "attention_heads"])
     assert named.structure_names == ("mlp_channels", "attention_heads")

@@ -27,6 +27,7 @@ from tiny import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
+    QUERIES,
     UNITS,
     backward,
     process_for,
@@ -140,13 +141,14 @@ def assert_equals_reference(
         twin,
         make(twin),
         units,
-        {name: UNITS[name] - count for name, count in kept.items()},
+        {name: len(units[name][0]) - count for name, count in kept.items()},
         schedule.warmup_steps,
         schedule.pruning_steps,
         schedule.pruning_periods,
         fast.process.config.saliency_weights,
         config["saliency_batches"],
         across_layers=config.get("layer_widths") == "per_layer",
+        kv_heads=KV_HEADS,
         cycle_steps=schedule.cycle_steps,
         max_cycles=schedule.cycles,
         tolerance=config["cric_tolerance"],
@@ -232,6 +234,20 @@ def test_every_step_equals_the_reference_where_a_tolerance_ends_the_search_early
     schedule = path(1, 3, 4)
     slow = assert_equals_reference(model, decoder_units(model), schedule, cric_tolerance=0.75)
     assert 1 < len(slow.violating) < schedule.cycles
+
+
+@pytest.mark.parametrize("make", [adamw, sgd_momentum])
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+def test_every_step_equals_the_reference_for_query_heads(widths: str, make: OptimizerFactory) -> None:
+    model = tiny_llama(num_attention_heads=QUERIES, num_hidden_layers=3)
+    kept = {"query_heads": 6, "mlp_channels": 33}  # 2 of 4 for each of 3 key-value heads
+    slow = assert_equals_reference(model, decoder_units(model), path(1, 3, 3), make, kept, layer_widths=widths)
+    for decided in (slow.decided, slow.violating[0], *slow.shrinking):
+        gone = [(layer, unit // 4) for name, layer, unit in decided or () if name == "query_heads"]
+        for layer in range(3):
+            assert len({gone.count((layer, kv_head)) for kv_head in range(KV_HEADS)}) == 1
+    if widths == "uniform":
+        assert slow.decided != slow.violating[0]  # something was corrected
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from families import (
     random_units,
     relative_difference,
     token_ids,
-    zero_pruned_,
 )
 from tiny import tiny_llama
 from torch import nn
@@ -31,19 +30,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from hesso_hf import HessoConfig, depth_proof, export_pruned, inspect_model
 from hesso_hf.budget import solve_budget
+from hesso_hf.config import structures_around
 from hesso_hf.cost import CONTEXT, build_cost
-from hesso_hf.cut import cut_model
-from hesso_hf.depth import LAYER_UNITS, writer_schemes
+from hesso_hf.cut import cut_model, zero_units_
+from hesso_hf.depth import LAYER_UNITS
+from hesso_hf.depth_proof import writer_schemes
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
 from hesso_hf.groups import KeptUnits, PruningGroups
 from hesso_hf.latency import build_latency
 from hesso_hf.layer_lists import keep_layers_
 from hesso_hf.plan import PruningPlan
 from hesso_hf.probe import AxisMap
-from hesso_hf.proof import Proof, prove, prove_layers, proved_groups
-from hesso_hf.sizes import build_meta, model_class_of, resized_config
+from hesso_hf.proof import StructureProof, prove, proved_groups
+from hesso_hf.sizes import HIDDEN, build_meta, model_class_of, resized_config
+from hesso_hf.streams import stream_axes
 
 L = 6
+EVERYTHING = structures_around([LAYER_UNITS])
 KEPT_LAYERS = (0, 3, 5)
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 KINDS = ["full_attention", "sliding_attention"] * 3
@@ -57,8 +60,8 @@ FAMILIES = {
         Family("gemma3_text", "gemma3_text", {"query_pre_attn_scalar": 10, "sliding_window": 4}),
         Family("olmo2", "olmo2", {"head_dim": None}),
         Family("smollm3", "smollm3", {"head_dim": None, "no_rope_layers": [1, 0, 1, 1, 0, 1]}),
-        Family("cohere2", "cohere2", {"head_dim": None, "sliding_window": 4}, refused={STREAM: "LayerNorm"}),
-        Family("phi", "phi", {"head_dim": None, "partial_rotary_factor": 0.5}, refused={STREAM: "LayerNorm"}),
+        Family("cohere2", "cohere2", {"head_dim": None, "sliding_window": 4}),
+        Family("phi", "phi", {"head_dim": None, "partial_rotary_factor": 0.5}),
         Family("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, kept={MLP: 40}),
         Family("qwen3_moe", "qwen3_moe", MOE, refused={MLP: "experts"}),
     )
@@ -72,7 +75,7 @@ def config_of(name: str, **changes: Any) -> PretrainedConfig:
 @cache
 def proved(name: str) -> tuple[PruningGroups, AxisMap]:
     config = config_of(name)
-    groups, _, axis_map = proved_groups(model_class_of(config), config, layers=True)
+    groups, _, axis_map = proved_groups(model_class_of(config), config, EVERYTHING)
     return groups, axis_map
 
 
@@ -85,7 +88,7 @@ def decided(name: str, structures: tuple[str, ...] = ()) -> KeptUnits:
 
 def zeroed(name: str, structures: tuple[str, ...] = ()) -> tuple[PreTrainedModel, KeptUnits]:
     model, kept = random_model(config_of(name)), decided(name, structures)
-    zero_pruned_(model, proved(name)[0], kept)
+    zero_units_(dict(model.named_parameters()), proved(name)[0], kept)
     return model, kept
 
 
@@ -98,9 +101,13 @@ def continuation(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tenso
     return found.sequences, torch.stack(found.logits)
 
 
+def proof_of_layers(model_class: type[PreTrainedModel], config: PretrainedConfig) -> StructureProof:
+    return prove(model_class, config, (LAYER_UNITS,)).structures[LAYER_UNITS]
+
+
 def refusal(config: PretrainedConfig) -> str:
     """Return why layers can't be dropped, by way of the error that asking for them raises."""
-    groups, _, _ = proved_groups(model_class_of(config), config, layers=True)
+    groups, _, _ = proved_groups(model_class_of(config), config, (LAYER_UNITS,))
     with pytest.raises(UnsupportedStructureError) as caught:
         groups.select([LAYER_UNITS], explicit=True)
     return str(caught.value).partition("layers: ")[2]
@@ -152,10 +159,9 @@ def test_without_its_layers_kinds_the_proof_fails(name: str, monkeypatch: pytest
         return resized_config(config, sizes)
 
     config = config_of(name, sliding_window=64)  # longer than what the proof tries it on
-    others = prove(model_class_of(config), config)
-    assert prove_layers(model_class_of(config), config, others).scheme is not None
+    assert proof_of_layers(model_class_of(config), config).scheme is not None
     monkeypatch.setattr(depth_proof, "resized_config", first_ones)
-    assert "layers use one another or their index" in prove_layers(model_class_of(config), config, others).reason
+    assert "layers use one another or their index" in proof_of_layers(model_class_of(config), config).reason
 
 
 def test_lists_and_dicts_by_layer_are_renumbered_and_others_left_alone() -> None:
@@ -205,9 +211,10 @@ def test_readers_that_look_like_writers_are_left_out() -> None:
         ("head_dim", "num_key_value_heads", "intermediate_size", "max_position_embeddings")
     ))  # fmt: skip
     config = family.config(num_hidden_layers=4)
-    groups, proof, axis_map = proved_groups(model_class_of(config), config, layers=True)
-    assert len(next(writer_schemes(axis_map)).layouts) > 4
-    patterns = {pattern for pattern, _ in proof.structures[LAYER_UNITS].scheme.layouts}  # type: ignore[union-attr]
+    groups, proof, axis_map = proved_groups(model_class_of(config), config, EVERYTHING)
+    stream = stream_axes(random_model(config), axis_map, list(axis_map.moving((HIDDEN,))))
+    assert len(next(writer_schemes(stream)).writers) > 4
+    patterns = {pattern for pattern, _ in proof.structures[LAYER_UNITS].scheme.writers}  # type: ignore[union-attr]
     stem = "transformer.h.*"
     assert patterns == {f"{stem}.{part}.c_proj.{leaf}" for part in ("attn", "mlp") for leaf in ("weight", "bias")}
     assert groups.structures[LAYER_UNITS].num_units == 4
@@ -216,7 +223,7 @@ def test_readers_that_look_like_writers_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        (Family("opt", "opt", {"head_dim": None, "num_key_value_heads": None, "word_embed_proj_dim": 72,
+        (Family("opt", "opt", {"head_dim": None, "num_key_value_heads": None, "word_embed_proj_dim": 40,
                                "do_layer_norm_before": False}), "layers use one another or their index"),
         (Family("qwen3_moe", "qwen3_moe", MOE | {"mlp_only_layers": [1, 3]}), "layers.0 and model.layers.1 differ"),
         (Family("jamba", "jamba", {"head_dim": None}), "differ in"),
@@ -278,15 +285,15 @@ class ScaledByABuffer(LlamaForCausalLM):
 
 @pytest.mark.parametrize("model_class", [ScaledByIndex, ValuesOfTheFirstLayer, ScaledByABuffer])
 def test_layers_that_use_one_another_or_their_index_are_refused(model_class: type[LlamaForCausalLM]) -> None:
-    found = prove_layers(model_class, config_of("llama"), Proof({}))
+    found = proof_of_layers(model_class, config_of("llama"))
     assert found.scheme is None
     assert "layers use one another or their index" in found.reason
 
 
 def test_the_bias_of_a_norm_after_a_writer_writes_too() -> None:
-    found = prove_layers(NormsWithABiasAfterTheWriters, config_of("llama"), Proof({}))
+    found = proof_of_layers(NormsWithABiasAfterTheWriters, config_of("llama"))
     assert found.scheme is not None
-    assert {pattern.partition("*.")[2] for pattern, _ in found.scheme.layouts} == {
+    assert {pattern.partition("*.")[2] for pattern, _ in found.scheme.writers} == {
         "self_attn.o_proj.weight", "mlp.down_proj.weight", "mlp.norm.bias",
     }  # fmt: skip
 
@@ -307,7 +314,7 @@ def test_layers_whose_writers_are_zero_are_found_in_a_bare_model(tmp_path: Path)
     assert report.kept_units.kept[LAYER_UNITS] == (KEPT_LAYERS,)
     assert report.sizes_after["num_hidden_layers"] == 3
     whole = random_model(config_of("llama"))
-    zero_pruned_(whole, proved("llama")[0], random_units(proved("llama")[0], {MLP: 37}))
+    zero_units_(dict(whole.named_parameters()), proved("llama")[0], random_units(proved("llama")[0], {MLP: 37}))
     assert LAYER_UNITS not in export_pruned(whole, tmp_path).kept_units.kept
 
 
@@ -338,7 +345,7 @@ def test_layers_of_different_widths_are_dropped_too(tmp_path: Path) -> None:
     units = tuple(tuple(range(10 + layer)) for layer in range(L))
     kept = KeptUnits({MLP: 52, LAYER_UNITS: L}, {MLP: units, LAYER_UNITS: (KEPT_LAYERS,)})
     model = random_model(config_of("llama"))
-    zero_pruned_(model, groups, kept)
+    zero_units_(dict(model.named_parameters()), groups, kept)
     export_pruned(model, tmp_path, kept_units=kept, groups=groups)
     small = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert [layer.mlp.down_proj.in_features for layer in small.model.layers] == [10 + layer for layer in KEPT_LAYERS]

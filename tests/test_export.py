@@ -15,6 +15,8 @@ from families import (
     ALL,
     HEADS,
     MLP,
+    QUERIES,
+    QUERY,
     STREAM,
     logits,
     random_model,
@@ -182,6 +184,67 @@ def test_the_card_of_layers_of_different_widths_does_not_promise_a_stock_class(t
     assert "trust_remote_code=True" in (tmp_path / "small" / "README.md").read_text()
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
     assert report["sizes"]["after"]["intermediate_size"] != report["sizes"]["before"]["intermediate_size"]
+
+
+def without_query_heads(*layers: tuple[int, ...]) -> PreTrainedModel:
+    """Return a Llama of four query heads for each of two key-value heads, some of them zero by hand."""
+    model = random_model(QUERIES["llama-queries"].config())
+    for layer, heads in zip(model.model.layers, layers, strict=True):
+        for head in heads:
+            rows = slice(10 * head, 10 * head + 10)
+            layer.self_attn.q_proj.weight.data[rows] = 0
+            layer.self_attn.q_proj.bias.data[rows] = 0
+            layer.self_attn.o_proj.weight.data[:, rows] = 0
+    return model
+
+
+def test_query_heads_at_zero_are_found_and_cut_exactly(tmp_path: Path):
+    model = without_query_heads((3, 4), (0, 6))
+    report = export_pruned(model, tmp_path / "small")
+    assert report.kept_units.kept[QUERY] == ((0, 1, 2, 5, 6, 7), (1, 2, 3, 4, 5, 7))
+    assert HEADS not in report.kept_units.kept
+    assert report.sizes_after["num_attention_heads"] == 6
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert (small.config.num_attention_heads, small.config.num_key_value_heads, small.config.head_dim) == (6, 2, 10)
+    ids = token_ids(model.config)
+    assert relative_difference(logits(small, ids), logits(model, ids)) <= 1e-5
+    again = export_pruned(model, tmp_path / "again", kept_units=report.kept_units)  # proved anew for this decision
+    assert again.kept_units == report.kept_units
+
+
+def test_whole_key_value_heads_at_zero_are_cut_as_such(tmp_path: Path):
+    model = without_query_heads((4, 5, 6, 7), (0, 1, 2, 3))
+    for layer, head in zip(model.model.layers, (1, 0), strict=True):
+        for name in ("k_proj", "v_proj"):
+            getattr(layer.self_attn, name).weight.data[10 * head : 10 * head + 10] = 0
+            getattr(layer.self_attn, name).bias.data[10 * head : 10 * head + 10] = 0
+    assert export_pruned(model, tmp_path / "small").kept_units.kept[HEADS] == ((0,), (1,))
+
+
+def test_query_heads_must_go_of_every_key_value_head(tmp_path: Path):
+    model = without_query_heads((3, 4), (0, 1))
+    layers = ((0, 1, 2, 5, 6, 7), (2, 3, 4, 5, 6, 7))
+    for kept in (None, KeptUnits({QUERY: 8}, {QUERY: layers})):
+        with pytest.raises(HessoError, match=r"query_heads of model\.layers\.1: the 2 runs of 4 units keep \[2, 4\]"):
+            export_pruned(model, tmp_path / "small", kept_units=kept)
+    groups = proved_groups(type(model), model.config, (QUERY,))[0]
+    with pytest.raises(HessoError, match=r"keep \[2, 4\]"):
+        cut.cut_model(model, groups, KeptUnits({QUERY: 8}, {QUERY: layers}), torch.float32)
+    assert not (tmp_path / "small").exists()
+
+
+def test_layers_may_keep_different_numbers_of_query_heads(tmp_path: Path):
+    model = without_query_heads((3, 4), (0, 1, 4, 7))
+    kept = KeptUnits({QUERY: 8}, {QUERY: ((0, 1, 2, 5, 6, 7), (2, 3, 5, 6))})
+    export_pruned(model, tmp_path / "small", kept_units=kept)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    assert [layer.self_attn.q_proj.out_features for layer in small.model.layers] == [60, 40]
+    assert [layer.self_attn.k_proj.out_features for layer in small.model.layers] == [20, 20]
+    ids = token_ids(model.config)
+    assert relative_difference(logits(small, ids), logits(model, ids)) <= 1e-5
+    settings = {"do_sample": False, "min_new_tokens": 5, "max_new_tokens": 5}
+    cached, plain = (small.generate(ids[:1], use_cache=use, **settings) for use in (True, False))
+    assert torch.equal(cached, plain)
 
 
 @pytest.mark.parametrize(

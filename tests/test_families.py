@@ -12,7 +12,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from families import ALL, HEADS, MLP, STREAM, Family
+from families import ALL, HEADS, MLP, QUERIES, QUERY, STREAM, Family
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,9 +22,10 @@ from hesso_hf.groups import PruningGroups
 from hesso_hf.proof import proved_groups
 from hesso_hf.sizes import build_meta, model_class_of
 
+EVERY = ALL | QUERIES
 CASES = [
     pytest.param(family, structures, id=f"{family.name}-{'+'.join(structures)}")
-    for family in ALL.values()
+    for family in EVERY.values()
     for structures in [*((name,) for name in family.proved), family.proved]
 ]
 STANDALONE = """
@@ -67,8 +68,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 @cache
 def proved(name: str) -> PruningGroups:
-    config = ALL[name].config()
-    return proved_groups(model_class_of(config), config)[0]
+    config = EVERY[name].config()
+    return proved_groups(model_class_of(config), config, EVERY[name].structures)[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cache
 def full_model(name: str) -> PreTrainedModel:
-    return families.random_model(ALL[name].config())
+    return families.random_model(EVERY[name].config())
 
 
 def export(root: Path, family: Family, structures: tuple[str, ...]) -> tuple[Path, PruningReport, PreTrainedModel]:
@@ -110,6 +111,8 @@ def expected_sizes(family: Family, structures: tuple[str, ...]) -> dict[str, int
     if HEADS in counts:  # a unit is a key-value head with its query heads; a query head where there is but one
         sizes["num_attention_heads"] = counts[HEADS] * (1 if kv_heads == 1 else heads // kv_heads)
         sizes["num_key_value_heads"] = 1 if kv_heads == 1 else counts[HEADS]
+    if QUERY in counts:
+        sizes["num_attention_heads"] = counts[QUERY]
     return sizes
 
 
@@ -117,7 +120,7 @@ def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("family", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("family", EVERY.values(), ids=EVERY)
 def test_what_can_be_pruned_is_proved_and_the_rest_refused_by_name(family: Family):
     groups = proved(family.name)
     assert sorted(groups.structures) == sorted(family.proved), groups.refused
@@ -153,7 +156,7 @@ def test_exported_model_is_stock_exact_and_of_the_sizes_asked_for(
     assert report.parameters_after < report.parameters_before
 
 
-@pytest.mark.parametrize("family", ALL.values(), ids=ALL)
+@pytest.mark.parametrize("family", EVERY.values(), ids=EVERY)
 def test_stored_tensors_are_the_kept_rows_and_tied_ones_are_stored_once(family: Family, root: Path):
     folder, report, _ = export(root, family, (MLP,))
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -163,7 +166,7 @@ def test_stored_tensors_are_the_kept_rows_and_tied_ones_are_stored_once(family: 
 
 def test_exported_models_load_and_generate_where_hesso_hf_is_not_installed(root: Path):
     names = []
-    for family in ALL.values():
+    for family in EVERY.values():
         for structures in {(name,) for name in family.proved} | {family.proved}:
             if set(structures) <= set(proved(family.name).structures):  # otherwise it fails in its own test above
                 names += _exported_name(root, family, structures)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from families import ALL, HEADS, MLP, STREAM, random_model
+from families import ALL, HEADS, MLP, QUERY, STREAM, random_model
 from transformers import PretrainedConfig
 
 from hesso_hf.errors import HessoError
@@ -34,8 +34,8 @@ def folder(config: PretrainedConfig, tmp_path: Path) -> Path:
 
 def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
     values = json.loads(json.dumps(inspection.to_dict()))
-    assert values.keys() == {HEADS, MLP, STREAM, "layers", "model", "feasible"}
-    for structure in (HEADS, MLP, STREAM):
+    assert values.keys() == {HEADS, MLP, STREAM, QUERY, "layers", "model", "feasible"}
+    for structure in (HEADS, MLP, STREAM, QUERY):
         assert values[structure].keys() >= KEYS
         assert values[structure]["status"] == "proved"
         assert values[structure]["reason"] == ""
@@ -54,6 +54,11 @@ def test_units_and_elements_are_those_of_the_config(inspection: Inspection):
     assert stream.parameters_per_unit == 2 * per_layer + 2 * 97 + 1
     assert (heads.prunable_parameters, mlp.prunable_parameters) == (3 * 2 * 72 * 60, 52 * 2 * 72 * 3)
     assert heads.config_sizes == {"num_attention_heads": 6, "num_key_value_heads": 3}
+    single = inspection.structures[QUERY]
+    assert (single.units, single.layers, single.parameters_per_unit) == (6, 2, 72 * 10 * 2)  # q and o of one
+    assert single.prunable_parameters == 6 * 2 * 72 * 20
+    assert single.config_sizes == {"num_attention_heads": 6}
+    assert {name.rpartition("self_attn.")[2] for name in single.layouts} == {"q_proj.weight[0]", "o_proj.weight[1]"}
 
 
 def test_the_model_is_named_and_counted(config: PretrainedConfig, inspection: Inspection):
@@ -65,6 +70,7 @@ def test_layouts_say_how_units_lie():
     layouts = inspect_model(ALL["phi3"].config()).structures
     assert layouts[MLP].layouts["model.layers.*.mlp.gate_up_proj.weight[0]"] == "stride(2x1)"
     assert layouts[HEADS].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(24, 12, 12)"
+    assert layouts[QUERY].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(12, fixed 72)"
     assert layouts[STREAM].powers["model.embed_tokens.weight"] == 1
 
 
@@ -73,6 +79,14 @@ def test_a_refused_structure_keeps_its_key_and_has_a_reason():
     assert values[STREAM]["status"] == "refused"
     assert "LayerNorm" in values[STREAM]["reason"]
     assert values[STREAM]["units"] is None
+
+
+@pytest.mark.parametrize(("name", "why"), [("multi-head", "a key-value head of its own"), ("multi-query", "share one")])
+def test_query_heads_are_refused_where_attention_heads_are_single_ones_already(name: str, why: str):
+    found = inspect_model(ALL[f"llama-{name}"].config()).structures
+    assert (found[HEADS].status, found[QUERY].status) == ("proved", "refused")
+    assert why in found[QUERY].reason
+    assert "attention_heads" in found[QUERY].reason
 
 
 @pytest.mark.parametrize("kind", ["folder", "config.json", "model"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from reference import GEMMA2_NORMS, ReferenceHesso, Structures, decoder_units, flat_weights
-from tiny import MLP, UNITS, backward, process_for, tiny_gemma2, tiny_llama, tiny_phi3, token_batches
+from tiny import KV_HEADS, MLP, QUERIES, UNITS, backward, process_for, tiny_gemma2, tiny_llama, tiny_phi3, token_batches
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import Adafactor, PreTrainedModel
@@ -25,6 +25,7 @@ from hesso_hf.schedule import Schedule
 # alone, embedding channels must stay a multiple of the 6 heads: the config class says so
 ALONE = {"attention_heads": 1, "mlp_channels": 33, "embedding_channels": 54}
 KEPT = {"attention_heads": 1, "mlp_channels": 33, "embedding_channels": 52}  # 2, 11 and 8 of 3, 44 and 60 go
+QUERY_KEPT = {"query_heads": 6, "mlp_channels": 33, "embedding_channels": 54}  # 2 of 4 for each of 3 key-value heads
 MIX = {"magnitude": 0.5, "cosine_similarity": 1.0, "taylor_first_order": 0.25, "taylor_second_order": 2.0}
 OptimizerFactory = Callable[[PreTrainedModel], Optimizer]
 
@@ -100,21 +101,27 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def assert_equals_reference(
-    model: PreTrainedModel, units: Structures, schedule: Schedule, batches: int, config: dict[str, Any]
+    model: PreTrainedModel,
+    units: Structures,
+    schedule: Schedule,
+    batches: int,
+    config: dict[str, Any],
+    kept: dict[str, int] = KEPT,
 ) -> None:
     twin = copy.deepcopy(model)
-    fast = hesso(model, schedule, saliency_batches=batches, **config)
+    fast = hesso(model, schedule, kept=kept, saliency_batches=batches, **config)
     slow = ReferenceHesso(
         twin,
         adamw(twin),
         units,
-        {name: UNITS[name] - kept for name, kept in KEPT.items()},
+        {name: len(units[name][0]) - count for name, count in kept.items()},
         schedule.warmup_steps,
         schedule.pruning_steps,
         schedule.pruning_periods,
         fast.process.config.saliency_weights,
         batches,
         across_layers=config.get("layer_widths") == "per_layer",
+        kv_heads=KV_HEADS,
     )
     scores, fast_scores = [], fast.process.scores
     fast.process.scores = lambda: scores.append(fast_scores()) or scores[-1]  # type: ignore[method-assign]
@@ -165,6 +172,15 @@ def test_every_step_equals_the_reference_where_norms_are_used_as_one_plus_w() ->
     schedule = Schedule(warmup_steps=2, pruning_steps=7, pruning_periods=2, total_steps=11)
     units = decoder_units(model, GEMMA2_NORMS, norm_offset=1.0)
     assert_equals_reference(model, units, schedule, 3, {"saliency": ["magnitude", "taylor_second_order"]})
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+@pytest.mark.parametrize("saliency", ["taylor_second_order", MIX], ids=["taylor", "mix"])
+def test_every_step_equals_the_reference_for_query_heads(saliency: Any, widths: str) -> None:
+    model = tiny_llama(num_attention_heads=QUERIES, num_hidden_layers=3)
+    schedule = Schedule(warmup_steps=2, pruning_steps=7, pruning_periods=2, total_steps=11)
+    config = {"saliency": saliency, "layer_widths": widths}
+    assert_equals_reference(model, decoder_units(model), schedule, 2, config, QUERY_KEPT)
 
 
 def test_pruned_units_do_not_weigh_in_the_normalisation_of_the_others() -> None:
@@ -425,6 +441,34 @@ def test_exactly_k_units_over_all_layers_are_marked_after_each_period(periods: i
             assert sum(found[name]) == round(removed * (period + 1) / periods), (name, period)
     if saliency == "taylor_second_order":
         assert len(set(counts[-1]["mlp_channels"])) > 1  # the layers end with different widths
+
+
+@pytest.mark.parametrize("widths", ["uniform", "per_layer"])
+@pytest.mark.parametrize("periods", [1, 2, 3])
+def test_as_many_query_heads_go_of_every_key_value_head_in_every_period(periods: int, widths: str) -> None:
+    model = tiny_llama(num_attention_heads=QUERIES, num_hidden_layers=3)
+    schedule = Schedule(1, 2 * periods + 1, periods, 2 * periods + 3)
+    process = hesso(model, schedule, kept={"query_heads": 6}, layer_widths=widths).process
+    ends = []
+
+    def count(optimizer: HessoOptimizer) -> None:
+        pruned = optimizer.process.scales["query_heads"] == 0
+        of_kv_heads = pruned.view(3, KV_HEADS, -1).sum(2)
+        assert (of_kv_heads == of_kv_heads[:, :1]).all()
+        if optimizer.process.period_ended:
+            ends.append(of_kv_heads[:, 0].tolist())
+
+    optimizer = HessoOptimizer(adamw(model), process)
+    for batch in token_batches(schedule.total_steps):
+        backward(model, batch)
+        optimizer.step()
+        count(optimizer)
+    totals = [round(6 * (period + 1) / periods) for period in range(periods)]
+    if widths == "uniform":
+        assert ends == [[round(2 * (period + 1) / periods)] * 3 for period in range(periods)]
+    else:
+        assert [sum(end) for end in ends] == totals
+        assert len(set(ends[-1])) > 1  # the layers end with different widths
 
 
 def test_ranking_across_layers_leaves_every_layer_a_unit_and_counts_the_pruned_ones(

@@ -120,7 +120,7 @@ def test_patterns_are_the_same_in_every_layer():
         (
             transformers.GPTJConfig(n_layer=2, n_head=4, n_embd=48, vocab_size=99, rotary_dim=8),
             ("transformer.h.0.mlp.fc_in.weight", 0),
-            {HIDDEN: 4},
+            {MLP: 1},  # None in the config, so 4 * n_embd until it is written
         ),
     ],
 )

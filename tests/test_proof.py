@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import transformers
-from families import ALL, HEADS, MLP, SIZES, STREAM
+from families import ALL, HEADS, MLP, QUERIES, QUERY, SIZES, STREAM
 from transformers import PretrainedConfig
+from transformers.integrations import sdpa_attention
 
 from hesso_hf import proof
 from hesso_hf.groups import Scheme
 from hesso_hf.inspection import inspect_model
-from hesso_hf.proof import Proof, StructureProof, prove, proved_groups, random_model, tiny_config
+from hesso_hf.proof import Proof, StructureProof, prove, proved_groups
 from hesso_hf.sizes import model_class_of
+from hesso_hf.tiny import random_model, tiny_config
 
 Change = Callable[[Scheme], Scheme | None]
 SMALL = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 48}
@@ -158,38 +160,15 @@ def test_a_changed_epsilon_is_caught(name: str, monkeypatch: pytest.MonkeyPatch)
     assert structures[MLP].scheme is not None  # whose sizes leave the width, and so the epsilon here, alone
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "phi", "cohere2", "mixtral"])
-def test_the_tiny_config_has_distinct_sizes_a_large_epsilon_and_leaves_the_original_alone(name: str):
-    config = ALL[name].config(num_hidden_layers=4)
-    before = copy.deepcopy(config.to_dict())
-    tiny = tiny_config(config)
-    assert config.to_dict() == before
-    sizes = [tiny.vocab_size, tiny.hidden_size, tiny.intermediate_size, tiny.num_attention_heads]
-    sizes += [tiny.num_key_value_heads, tiny.hidden_size // tiny.num_attention_heads]
-    assert len(set(sizes)) == len(sizes)
-    epsilons = [value for key, value in tiny.to_dict().items() if "eps" in key and isinstance(value, float)]
-    assert epsilons
-    assert set(epsilons) == {0.05}
-
-
 def test_one_layer_of_each_kind_is_tried():
     config = ALL["gemma3_text"].config(num_hidden_layers=6)
     assert len(set(config.layer_types)) == 2
-    tiny = tiny_config(config)
+    tiny = tiny_config(model_class_of(config), config)
     assert tiny.num_hidden_layers == len(tiny.layer_types) == 2
     assert set(tiny.layer_types) == set(config.layer_types)
     groups, _, _ = proved_groups(model_class_of(config), config)
     assert sorted(groups.structures) == sorted((HEADS, MLP, STREAM))
     assert len(groups.structures[HEADS].layers) == 6
-
-
-def test_the_models_of_the_proof_are_random_everywhere_and_reproducible():
-    config = tiny_config(ALL["llama-biases"].config())
-    model = random_model(model_class_of(config), config)
-    for name, parameter in model.named_parameters():
-        assert parameter.std() > 0.05, name
-    again = random_model(model_class_of(config), config)
-    assert all(bool((a == b).all()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("config", COUPLED.values(), ids=COUPLED)
@@ -228,6 +207,30 @@ def test_a_norm_that_subtracts_the_mean_is_named(name: str, module: str, kind: s
     refused = found(ALL[name].config()).structures[STREAM]
     assert refused.scheme is None
     assert refused.reason.startswith(f"{module} ({kind}) subtracts the mean")
+
+
+def test_query_heads_are_proved_with_the_other_structures_in_place_of_attention_heads():
+    config = QUERIES["phi3-queries"].config()
+    proved = prove(model_class_of(config), config, (QUERY, MLP, STREAM))
+    assert [found.scheme is not None for found in proved.structures.values()] == [True, True, True]
+    assert proved.joint_error is not None
+    assert proved.joint_error <= 1e-5
+
+
+def test_query_heads_of_another_grouping_are_not_proved(monkeypatch: pytest.MonkeyPatch):
+    """Where query head h uses key-value head h % K, keeping as many of each run of heads mixes them up."""
+
+    def repeated(states: torch.Tensor, times: int) -> torch.Tensor:
+        return states.repeat(1, times, 1, 1)
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *args: False)
+    config = QUERIES["llama-queries"].config()
+    assert prove(model_class_of(config), config, (QUERY,)).structures[QUERY].scheme is not None
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", repeated)
+    refused = prove(model_class_of(config), config, (QUERY,)).structures[QUERY]
+    assert refused.scheme is None
+    assert refused.relative_error is not None
+    assert refused.relative_error > 1e-2
 
 
 def test_more_experts_per_token_than_the_tiny_model_has_experts_do_not_matter():

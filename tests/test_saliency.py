@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hesso_hf.config import SALIENCIES, HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.groups import Axis, PruningGroups, StructureGroups
 from hesso_hf.layout import block_layout
-from hesso_hf.saliency import UnitSums, accumulate_, criterion, needed_sums, saliency_scores
+from hesso_hf.saliency import UnitSums, accumulate_, criterion, lowest_units, needed_sums, saliency_scores
 from hesso_hf.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -213,3 +214,48 @@ def test_an_unknown_criterion_is_an_error() -> None:
         HessoConfig(pruning_ratio=0.5, saliency={"magnitude": 1.0, "taylor_third_order": 1.0})
     with pytest.raises(KeyError):
         needed_sums(["taylor_third_order"])
+
+
+INF = float("inf")
+
+
+def lowest(scores: list[list[float]], count: int, across: bool, pools: int = 2, pruned: Any = None) -> list[list[int]]:
+    """Return the units that are marked, per layer."""
+    gone = None if pruned is None else torch.tensor(pruned, dtype=torch.bool)
+    marked = lowest_units(torch.tensor(scores, dtype=torch.float64), gone, count, across, pools)
+    return [layer.nonzero().flatten().tolist() for layer in marked]
+
+
+def test_the_lowest_of_every_pool_are_marked():
+    scores = [[1, 2, 3, 9, 8, 7], [6, 5, 4, 1, 3, 2]]
+    assert lowest(scores, 1, across=False) == [[0, 5], [2, 3]]
+    assert lowest(scores, 2, across=False) == [[0, 1, 4, 5], [1, 2, 3, 5]]
+    assert lowest(scores, 3, across=False, pools=1) == [[0, 1, 2], [3, 4, 5]]
+    assert lowest(scores, 1, across=False, pruned=[[0, 0, 1, 0, 0, 0], [0] * 6]) == [[2, 5], [2, 3]]
+
+
+def test_across_layers_the_lowest_of_a_layers_pools_compete_together():
+    # the lowest of the first layer's pools add up to 1 + 7, its second lowest to 2 + 8; the second layer's to 5 and 7
+    scores = [[1, 2, 3, 9, 8, 7], [6, 5, 4, 1, 3, 2]]
+    assert lowest(scores, 1, across=True) == [[], [2, 3]]
+    assert lowest(scores, 2, across=True) == [[], [1, 2, 3, 5]]
+    assert lowest(scores, 3, across=True) == [[0, 5], [1, 2, 3, 5]]  # no pool loses its last unit
+    assert lowest(scores, 4, across=True) == [[0, 1, 4, 5], [1, 2, 3, 5]]
+    assert lowest(scores, 2, across=True, pruned=[[0, 0, 1, 1, 0, 0], [0] * 6]) == [[2, 3], [2, 3]]
+
+
+def test_across_layers_units_that_only_fill_up_come_last_and_no_pool_loses_its_last_unit():
+    newcomers = [[5, INF, INF, 4, INF, 3], [INF, INF, INF, INF, 1, INF]]
+    assert lowest(newcomers, 1, across=True) == [[0, 5], []]  # a unit of each pool
+    assert lowest(newcomers, 2, across=True) == [[0, 5], [0, 4]]  # one and a unit to fill up
+    assert lowest(newcomers, 3, across=True) == [[0, 1, 3, 5], [0, 4]]
+    assert lowest([[1, 2, 3], [INF, INF, INF]], 3, across=True, pools=1) == [[0, 1], [0]]
+
+
+def test_criteria_are_normalised_within_a_pool():
+    sums = UnitSums({"query_heads": {"x2": torch.tensor([[9.0, 16.0, 36.0, 64.0]]).double()}}, batches=1)
+    weights = {"magnitude": 1.0}
+    found = saliency_scores(sums, weights, {"query_heads": 2}, False, pools={"query_heads": 2})["query_heads"]
+    torch.testing.assert_close(found, torch.tensor([[0.6, 0.8, 0.6, 0.8]]).double())
+    across = saliency_scores(sums, weights, {"query_heads": 2}, True, pools={"query_heads": 2})["query_heads"]
+    torch.testing.assert_close(across, torch.tensor([[3.0, 4.0, 6.0, 8.0]]).double() / 125**0.5)

@@ -13,9 +13,9 @@ import hesso_hf
 
 PACKAGE = Path(hesso_hf.__file__).parent
 ORDER = (
-    "errors", "config", "layout", "layer_lists", "sizes", "probe", "groups", "depth", "per_layer", "cut", "depth_proof",
-    "proof", "cost", "latency", "budget", "inspection",
-    "schedule", "saliency", "calibration", "agreement", "snapshot", "bound", "ranking", "cric", "trial",
+    "errors", "config", "layout", "layer_lists", "sizes", "probe", "groups", "shrink", "tiny", "discovery", "norms",
+    "streams", "depth", "per_layer", "cut", "depth_proof", "proof", "cost", "latency", "budget",
+    "inspection", "schedule", "saliency", "calibration", "agreement", "snapshot", "bound", "ranking", "cric", "trial",
     "collapse", "process", "optimizer", "plan", "verify", "publish", "plots", "card",
     "checkpoint", "export", "progress", "hub", "trainer",
 )  # fmt: skip

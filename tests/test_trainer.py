@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import tiny_llama
+from tiny import QUERIES, tiny_llama
 from torch.utils.data import IterableDataset
 from training import arguments, blocks, hesso_config, logged, trainer
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.optimization import Adafactor
 
-from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
+from hesso_hf import HessoConfig, HessoMixin, HessoTrainer, calibration
 from hesso_hf.errors import (
     BudgetError,
     HessoError,
@@ -24,6 +24,7 @@ from hesso_hf.errors import (
     UnsupportedStructureError,
     VerificationError,
 )
+from hesso_hf.groups import Axis, mask_
 from hesso_hf.proof import logits_of, relative_error
 from hesso_hf.publish import staged_folder
 
@@ -58,6 +59,55 @@ def test_trains_prunes_and_saves_a_smaller_stock_model(tmp_path: Path) -> None:
     assert [len(layer) for layer in report["kept_units"]["mlp_channels"]["kept"]] == [28, 28]
     assert any(not torch.equal(before[name], p) for name, p in run.model.named_parameters())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.use_cache
+
+
+@pytest.mark.parametrize(
+    "cric", [{}, {"cric": True}, {"cric": True, "cric_mode": "probe"}], ids=["hesso", "path", "probe"]
+)
+def test_query_heads_from_the_first_step_to_the_small_model(cric: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 6, "intermediate_size": 28}
+    config = hesso_config(structures=["query_heads", "mlp_channels"], target_sizes=sizes, **cric)
+    model = tiny_llama(num_attention_heads=QUERIES)  # four for each of three key-value heads
+    run = trainer(tmp_path / "out", model=model, config=config, max_steps=20)
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    check_small_model(run, tmp_path / "small", sizes | {"num_key_value_heads": 3, "head_dim": 8, "hidden_size": 60})
+    for layer in run.hesso_optimizer.process.kept_units().kept["query_heads"]:
+        assert [sum(head // 4 == kv_head for head in layer) for kv_head in range(3)] == [2, 2, 2]
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    prompt, settings = torch.tensor([[5, 9, 33, 12]]), {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+    full, cached, plain = (
+        each.eval().generate(prompt, use_cache=use, **settings)
+        for each, use in ((run.model, False), (small, True), (small, False))
+    )
+    assert torch.equal(full, cached)
+    assert torch.equal(full, plain)
+
+
+def test_the_split_is_measured_with_as_many_query_heads_of_every_key_value_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: set[int] = set()
+
+    def spy(tensor: torch.Tensor, axis: Axis, pruned: torch.Tensor) -> None:
+        if len(pruned) == QUERIES:
+            (count,) = set(pruned.view(3, 4).sum(1).tolist())
+            removed.add(count)
+        mask_(tensor, axis, pruned)
+
+    monkeypatch.setattr(calibration, "mask_", spy)
+    config = HessoConfig(pruning_ratio=0.25, structures=["query_heads", "mlp_channels"], round_to=1)
+    run = trainer(tmp_path / "out", model=tiny_llama(num_attention_heads=QUERIES), config=config)
+    run.train()
+    assert removed == {1, 2, 3}
+    curves = run.hesso_plan.curves
+    assert curves is not None
+    assert curves.removed["query_heads"] == (0.25, 0.5, 0.75)
+    assert run.hesso_optimizer.process.target.kept_units["query_heads"] % 3 == 0
+    run.save_model(str(tmp_path / "small"))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    removed_share = 1 - sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in run.model.parameters())
+    assert removed_share == pytest.approx(0.25, abs=0.01)
 
 
 def test_ratio_is_the_share_of_the_parameters(tmp_path: Path) -> None:

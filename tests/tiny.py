@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hesso_hf.budget import solve_budget
-from hesso_hf.config import HessoConfig
+from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.cost import build_cost
 from hesso_hf.groups import PruningGroups
 from hesso_hf.probe import AxisMap
@@ -27,11 +27,13 @@ from hesso_hf.proof import proved_groups, random_model
 from hesso_hf.schedule import Schedule
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB = 6, 3, 8, 60, 44, 67
+QUERIES = 12  # query heads of models in which single ones go: four a key-value head
 UNITS = {"attention_heads": KV_HEADS, "mlp_channels": MLP, "embedding_channels": HIDDEN}
 SIZE_OF = {
     "attention_heads": "num_key_value_heads",
     "mlp_channels": "intermediate_size",
     "embedding_channels": "hidden_size",
+    "query_heads": "num_attention_heads",
 }
 _SIZES = {
     "vocab_size": VOCAB,
@@ -65,8 +67,11 @@ def tiny_phi3(seed: int = 1, **changes: Any) -> Phi3ForCausalLM:
 
 
 @functools.cache
-def _proved(model_class: type[PreTrainedModel], config_json: str) -> tuple[PruningGroups, AxisMap]:
-    groups, _, axis_map = proved_groups(model_class, model_class.config_class.from_dict(json.loads(config_json)))
+def _proved(
+    model_class: type[PreTrainedModel], config_json: str, names: tuple[str, ...]
+) -> tuple[PruningGroups, AxisMap]:
+    config = model_class.config_class.from_dict(json.loads(config_json))
+    groups, _, axis_map = proved_groups(model_class, config, names)
     return groups, axis_map
 
 
@@ -76,7 +81,7 @@ def process_for(
     """Prove the structures named in `kept_units` and build the pruning state that keeps exactly so many a layer."""
     sizes = {SIZE_OF[name]: kept for name, kept in kept_units.items()}
     hesso_config = HessoConfig(structures=list(kept_units), target_sizes=sizes, **config)
-    proved, axis_map = _proved(type(model), model.config.to_json_string())
+    proved, axis_map = _proved(type(model), model.config.to_json_string(), structures_around(kept_units))
     groups = proved.select(kept_units, explicit=True)
     cost = build_cost("parameters", groups, axis_map, model.config)
     target = solve_budget(hesso_config, model.config, groups, cost)
