@@ -28,16 +28,22 @@ from .probe import AxisMap
 
 NOBODY, UNKNOWN = -1, -2
 NOISE = 1e-5  # a bias whose gradient is smaller than this share of its weight's has none
+_RELUS = {F.relu, torch.relu, torch.Tensor.relu}
 _MEANS = {torch.mean, torch.Tensor.mean, torch.var, torch.Tensor.var, torch.std, torch.Tensor.std}
 
 
 class _ConstantStatistics(TorchFunctionMode):
-    """Norms are elementwise for the gradient: their means, variances and roots of mean squares count as constants."""
+    """Norms are elementwise for the gradient: their means, variances and roots of mean squares count as constants.
+
+    ReLUs leak meanwhile, so that a channel at rest has a gradient too.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _MEANS:
             return func(*args, **kwargs).detach()
+        if func in _RELUS:  # no unit is dead then
+            return F.leaky_relu(args[0] if args else kwargs["input"], 0.1)
         if func is F.layer_norm:
             return _normalised(*args, **kwargs, centred=True)
         if func is F.rms_norm:

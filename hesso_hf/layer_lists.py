@@ -30,9 +30,15 @@ def keep_layers_(config: PretrainedConfig, kept: Sequence[int], total: int) -> N
 
 
 def is_by_layer(name: str, value: Any, total: int) -> bool:
-    """Tell whether a config's entry has one item for each of `total` layers: a list, or a pattern of letters."""
-    listed = isinstance(value, list | tuple) or (isinstance(value, str) and "pattern" in name)
-    return listed and len(value) == total
+    """Tell whether an entry has one item for each layer: a pattern of letters, or a list that isn't all indices."""
+    if isinstance(value, str):
+        return "pattern" in name and len(value) == total
+    return isinstance(value, list | tuple) and len(value) == total and not _is_indices(name, value, total)
+
+
+def _is_indices(name: str, value: Any, total: int) -> bool:
+    named = any(part in name for part in _INDEX_NAMES)
+    return named and isinstance(value, list | tuple) and _are_indices(value, total)
 
 
 def _kept_part(name: str, value: Any, kept: Sequence[int], total: int) -> Any:
@@ -40,8 +46,7 @@ def _kept_part(name: str, value: Any, kept: Sequence[int], total: int) -> Any:
     if is_by_layer(name, value, total):
         items = [value[index] for index in kept]
         return "".join(items) if isinstance(value, str) else type(value)(items)
-    named = any(part in name for part in _INDEX_NAMES)
-    if named and isinstance(value, list | tuple) and _are_indices(value, total):
+    if _is_indices(name, value, total):
         return type(value)(kept.index(layer) for layer in value if layer in kept)
     if isinstance(value, dict) and value:
         indices = [_as_index(key) for key in value]

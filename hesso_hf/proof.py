@@ -21,11 +21,10 @@ from .cut import load_cut, zero_units_
 from .depth import LAYER_UNITS, LayerScheme, layer_groups
 from .depth_proof import LayerTrial
 from .discovery import GradientProbe, discover_branches, layout_of
-from .errors import HessoError, NotApplicableError, UnsupportedStructureError
+from .errors import NotApplicableError, UnsupportedStructureError
 from .groups import (
     AxisName,
     Branch,
-    KeptUnits,
     PruningGroups,
     Scheme,
     StructureGroups,
@@ -35,7 +34,7 @@ from .groups import (
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .probe import AxisMap, probe_axes
-from .sizes import HEADS, HIDDEN, head_dim_of, num_units, resized_config
+from .sizes import HEADS, HIDDEN, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
 
@@ -275,7 +274,7 @@ class _Bench:
         shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
         centred = self._subtracts_mean(known)
         branch = Branch(("residual stream", 0), layouts)
-        for powers in stream_powers(known, after, self.tied):
+        for powers in stream_powers(known, after, self.tied, centred):
             writers = written_patterns(known, powers) if centred else frozenset()
             yield Scheme((branch,), units, shifts, powers, writers)
 
@@ -303,9 +302,10 @@ class _Bench:
         unsettled = {(axis.info.name, axis.dim) for axis in known if axis.side == "either"}
         owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, unsettled)
         reads = {axis for axis, owner in owners.items() if bool((owner >= 0).all())}
+        writes = {self.axis_map.parameters[name].module for name, dim in unsettled - reads}
         return [
             replace(axis, side="in" if (axis.info.name, axis.dim) in reads else "out")
-            if axis.side == "either"
+            if axis.side == "either" and axis.info.module in writes  # else nothing tells them apart
             else axis
             for axis in known
         ]
@@ -363,19 +363,23 @@ class _Bench:
         """
         known = {(axis.pattern, axis.dim): axis for axis in stream_axes(self.model, self.axis_map, axes)}
         gates: list[tuple[torch.nn.Parameter, float]] = []
+        width = num_units("embedding_channels", self.config)
         for name, dim in axes:
             axis = self._seen(known, name, dim)
-            if axis.vector.kind != "other":
+            if axis.vector.kind != "other" and axis.info.shape == (width,):
                 gates.append((self.gradients.parameters[name], -axis.vector.shift))
 
         def zero(mask: torch.Tensor) -> None:
             for parameter, fill in gates:
                 parameter.masked_fill_(mask, fill)
 
-        width = num_units("embedding_channels", self.config)
         owners = self.gradients.owners(width, zero, axes)
         along = {axis for axis in axes if (layout := layout_of(owners[axis], width)) and layout.per_unit == 1}
-        along |= {(name, dim) for name, dim in axes if self._seen(known, name, dim).vector.kind != "other"}
+        along |= {
+            (name, dim)
+            for name, dim in axes
+            if self._seen(known, name, dim).vector.kind != "other" and owners[name, dim].shape == (width,)
+        }
         return [axis for axis in axes if axis in along], [axis for axis in axes if axis not in along]
 
     def _seen(self, known: Mapping[AxisName, StreamAxis], name: str, dim: int) -> StreamAxis:

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .layer_lists import is_by_layer
 from .sizes import (
     EXPERT_MLP,
     EXPERTS,
@@ -89,6 +88,7 @@ _MAMBA_HEADS = (
     ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
     ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
 )  # fmt: skip
+_FREQUENCY_LISTS = ("short_factor", "long_factor")
 _INTERVALS = re.compile(r"(_period|_interval|_step|_every_n_layers|^layer_group_size|^_?sliding_window_pattern)$")
 _OFFSETS = re.compile(r"_offset$")
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
@@ -229,7 +229,7 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
             half = (
                 int(head_dim * (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)) // 2
             )
-            for key in ("short_factor", "long_factor"):
+            for key in _FREQUENCY_LISTS:
                 if isinstance(rope.get(key), list):
                     rope[key] = (rope[key] * half)[:half]
             if isinstance(rope.get("mrope_section"), list):
@@ -237,6 +237,15 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
                 rope["mrope_section"] = [half - (parts - 1) * (half // parts)] + [half // parts] * (parts - 1)
             if isinstance(rope.get("original_max_position_embeddings"), int):
                 rope["original_max_position_embeddings"] = 32
+
+
+def has_frequency_lists(config: PretrainedConfig) -> bool:
+    """Tell whether the rotary scaling has one number for each frequency."""
+    text = text_config_of(config)
+    found = [
+        rope for name in ("rope_parameters", "rope_scaling") for rope in _rotary_dicts(getattr_or_none(text, name))
+    ]
+    return any(isinstance(rope.get(name), list) for rope in found for name in _FREQUENCY_LISTS)
 
 
 def _rotary_dicts(value: Any) -> list[dict[str, Any]]:
@@ -270,12 +279,8 @@ def keep_some_layers(config: PretrainedConfig, values: dict[str, Any], of_a_kind
     layers = get_size(config, LAYERS)
     if not layers:
         return
-    for name, value in values.items():
-        if isinstance(value, int) and not isinstance(value, bool) and _INTERVALS.search(name) and value > 2:
-            values[name] = 2
-        elif isinstance(value, int) and not isinstance(value, bool) and _OFFSETS.search(name) and value > 1:
-            values[name] = 1
-    by_layer = {n: v for n, v in values.items() if is_by_layer(n, v, layers)}
+    _shorten_intervals(values)
+    by_layer = {n: v for n, v in values.items() if _is_by_layer(n, v, layers)}
     indices = {n: v for n, v in values.items() if n not in by_layer and _is_indices(n, v, layers)}
     firsts = {n: values[n] for n in _DENSE_FIRST if isinstance(values.get(n), int)}
     lasts = {n: values[n] for n in _SHARED_LAST if isinstance(values.get(n), int)}
@@ -298,15 +303,36 @@ def keep_some_layers(config: PretrainedConfig, values: dict[str, Any], of_a_kind
         values[name] = sum(i < value for i in chosen)
     for name, value in lasts.items():
         values[name] = sum(i >= layers - value for i in chosen)
+    _count_layers(values, layers, len(chosen))
+
+
+def _shorten_intervals(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            if _INTERVALS.search(name):
+                values[name] = min(value, 2)
+            elif _OFFSETS.search(name):
+                values[name] = min(value, 1)
+
+
+def _count_layers(values: dict[str, Any], old: int, new: int) -> None:
+    """Write the number of layers under every name; some classes count pairs of layers."""
     for name in _LAYER_COUNTS & values.keys():
-        if isinstance(values[name], int):  # some classes count pairs of layers
-            pairs = layers // values[name] if values[name] and layers % values[name] == 0 else 1
-            values[name] = max(2, len(chosen) // pairs)
+        if isinstance(values[name], int):
+            pairs = old // values[name] if values[name] and old % values[name] == 0 else 1
+            values[name] = max(2, new // pairs)
 
 
 def _chosen_layers(kinds: list[tuple[Any, ...]], of_a_kind: int) -> list[int]:
     first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < of_a_kind][: MOST_LAYERS * of_a_kind]
     return first if len(first) > 1 else list(range(min(2, len(kinds))))
+
+
+def _is_by_layer(name: str, value: Any, layers: int) -> bool:
+    """Tell whether a field has one entry a layer; a list of all layers' indices has not."""
+    if isinstance(value, str):
+        return "pattern" in name and len(value) == layers
+    return isinstance(value, list) and len(value) == layers and not _is_indices(name, value, layers)
 
 
 def _is_indices(name: str, value: Any, layers: int) -> bool:

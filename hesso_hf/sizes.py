@@ -64,14 +64,16 @@ def size_places(config: PretrainedConfig, name: str) -> list[tuple[PretrainedCon
         found = [(text, half) for half in halves.get(name, ()) if _raw(text, half) is not None]
         if found:
             return found + [(text, name)] * (name == LAYERS and _is_plain(text, name))
-    owners = [text, *(part for part in map(lambda key: _raw(text, key), _PARTS) if isinstance(part, PretrainedConfig))]
-    places = [
-        (owner, attribute)
-        for owner in owners
-        for attribute in (type(owner).attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
-        if hasattr_safely(owner, attribute)
-    ]
-    return [place for place in places if _raw(*place) is not None][:1] or places[:1]
+    parts = [part for part in (_raw(text, key) for key in _PARTS) if isinstance(part, PretrainedConfig)]
+    owners = [*parts, text]  # what a part says is what the model code reads
+    places = []
+    for owner in owners:
+        names = (type(owner).attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
+        held = [(owner, attribute) for attribute in names if hasattr_safely(owner, attribute)]
+        places += ([place for place in held if _raw(*place) is not None] or held)[:1]
+    values = [_raw(*place) for place in places]
+    known = [value for value in values if value is not None]
+    return [place for place, value in zip(places, values, strict=True) if value == known[0]] if known else places[:1]
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:

@@ -85,12 +85,13 @@ def written_patterns(axes: list[StreamAxis], powers: Mapping[str, int]) -> froze
     return frozenset(found | {a.pattern for a in axes if a.vector == OTHER and powers.get(a.pattern) == 1})
 
 
-def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool) -> Iterator[dict[str, int]]:
+def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool, centred: bool) -> Iterator[dict[str, int]]:
     """Yield powers of c for the patterns on the stream, the likeliest first.
 
     Args:
         after: modules whose input is what a block writes, before it reaches the stream.
         tied: whether the embedding is the output matrix too.
+        centred: whether the stream's mean is kept at zero, which a norm's output can't be.
     """
     scales = [a for a in axes if a.vector.kind == "scale"]
     normed = {a.info.kind for a in scales if a.info.layer and a.info.module not in after}
@@ -123,9 +124,10 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool) -> Iterat
     choices += [(tuple(group), (1, 0)) for group in writers.values()]
     modules = {axis.pattern: axis.info.module for axis in scales}
     inside = {axis.pattern for axis in scales if axis.info.layer} | {p for group in readers.values() for p in group}
-    reversed_choices = [(patterns, found[::-1] if patterns[0] in inside else found) for patterns, found in choices]
-    # the second: the stream is the norms' output, which the blocks read as it is
-    for powers in itertools.chain(_deviating(choices), _deviating(reversed_choices)):
+    fused = {axis.pattern for axis in axes if axis.side == "either"}
+    swapped = [(p, found[::-1] if p[0] in inside else _raw(found) if p[0] in fused else found) for p, found in choices]
+    # the second guess: the stream is the norms' output, which the blocks read as it is
+    for powers in itertools.chain(_deviating(choices), () if centred else _deviating(swapped)):
         for pattern, module in modules.items():
             if module in offsets:  # the norm's output is c times too large where its weight isn't divided by c
                 powers[offsets[module]] = powers[pattern] + 1
@@ -135,6 +137,11 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool) -> Iterat
 def _either(axis: StreamAxis) -> tuple[int, ...]:
     """A matrix without a module of its own (fused experts): mostly, the last dimension is the input's."""
     return (0, 1, -1) if axis.dim == len(axis.info.shape) - 1 else (1, 0, -1)
+
+
+def _raw(powers: tuple[int, ...]) -> tuple[int, ...]:
+    """Put the power of what reads the raw stream first, where that of what reads a norm's output was."""
+    return (-1, 0, 1) if powers[0] == 0 else powers
 
 
 def _deviating(choices: list[tuple[tuple[str, ...], tuple[int, ...]]]) -> Iterator[dict[str, int]]:

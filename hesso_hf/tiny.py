@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, UnsupportedStructureError
 from .groups import KeptUnits, PruningGroups, StructureGroups
-from .shrink import TINY_MLP, Geometry, getattr_or_none, shrink_values
+from .shrink import TINY_MLP, TINY_VOCAB, Geometry, getattr_or_none, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
     HEADS,
@@ -151,17 +151,19 @@ def _geometries(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     own = head_dim_of(config)
     heads, kv_heads = get_size(config, HEADS), get_size(config, KV_HEADS)
     counts = list(_head_counts(heads, kv_heads))
-    free = [Geometry(h, k, 8, _width(h, 8)) for h, k in counts]
-    coupled = [Geometry(h, k, dim, h * dim) for dim in (12, 16) for h, k in counts]
+    free = [Geometry(h, k, 8, _width(h, k, 8)) for h, k in counts]
+    coupled = [Geometry(h, k, dim, h * dim) for dim in (12, 16) for h, k in counts if dim != h]
     implied = [Geometry(h, k, None, h * dim) for dim in (12, 16) for h, k in counts]
     if own is not None:
-        free += [Geometry(h, k, own, _width(h, own), own_heads=True) for h, k in counts]
+        free += [Geometry(h, k, own, _width(h, k, own), own_heads=True) for h, k in counts]
         coupled += [Geometry(h, k, own, h * own, own_heads=True) for h, k in counts]
         implied += [Geometry(h, k, None, h * own, own_heads=True) for h, k in counts]
     if get_size(config, HEAD_DIM) is None and not _honours_head_dim(model_class, config):
         found = [*implied, *free, *coupled]
     else:
         found = [*free, *coupled, *implied]
+    if has_frequency_lists(config):  # one factor for each rotary frequency: head_dim and its quotient stay
+        found = [geometry for geometry in coupled if geometry.own_heads] + found
     return iter([found[0], replace(found[0], layers_of_a_kind=2), *found[1:]])  # layers may share with the last alike
 
 
@@ -176,11 +178,12 @@ def _head_counts(heads: int | None, kv_heads: int | None) -> Iterator[tuple[int,
         yield from ((3 * ratio, 3), (4 * ratio, 4), (2 * ratio, 2))
 
 
-def _width(heads: int, head_dim: int) -> int:
-    """Return a width that isn't heads * head_dim and that classes which compare it to the heads accept."""
-    step = math.lcm(heads, 4)
+def _width(heads: int, kv_heads: int, head_dim: int) -> int:
+    """Return a width that isn't heads * head_dim, and that the heads divide, also when there is one unit less."""
+    fewer = heads // kv_heads * (kv_heads - 1) or heads - 1
+    step = math.lcm(heads, fewer, 4)
     width = step * math.ceil(60 / step)
-    return width + step if width in (heads * head_dim, 44, 67) else width
+    return width + step if width in (heads * head_dim, TINY_MLP, TINY_VOCAB) else width
 
 
 def _honours_head_dim(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
@@ -246,7 +249,7 @@ def _short(error: Exception) -> str:
 
 
 def units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
-    """Choose random units of a tiny model to keep, about three of four, so many that the config class accepts the sizes."""
+    """Choose random units of a tiny model to keep, about three of four, so many that its config class accepts them."""
     free = {n: s for n, s in groups.structures.items() if n not in groups.coupled or n == "attention_heads"}
     options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
     error: HessoError | None = None

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
+import transformers
 from families import ALL
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hesso_hf.errors import HessoError, UnsupportedStructureError
 from hesso_hf.sizes import (
     EXPERT_MLP,
     EXPERTS,
+    HEAD_DIM,
     HEADS,
     HIDDEN,
+    KV_HEADS,
+    LAYERS,
     MLP,
     VOCAB,
     get_size,
     model_class_of,
-)  # fmt: skip
+    set_sizes,
+    size_places,
+)
 from hesso_hf.tiny import default_config, logits_of, random_model, tiny_config, token_ids
 
 TYPES = (
@@ -51,13 +60,20 @@ def test_the_models_of_the_proof_are_random_everywhere_and_reproducible():
     assert all(bool((a == b).all()) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+REFUSED = {
+    "gemma3n": "timm",
+    "gemma4_assistant": "another model",
+    "gemma4_unified_assistant": "another model",
+}
+
+
 def check(model_type: str) -> None:
     """Assert that a tiny model of the type runs, always gives the same, and has sizes that tell axes apart."""
     model_class, config = default_config(model_type)
     tiny = tiny_config(model_class, config)
     model, ids = random_model(model_class, tiny), token_ids(tiny)
     logits = logits_of(model, ids)
-    assert logits.shape == (2, 12, get_size(tiny, VOCAB))
+    assert logits.shape == (2, 12, get_size(tiny, VOCAB)) == (2, 12, 67)
     assert logits.isfinite().all()
     assert torch.equal(logits, logits_of(model, ids))
     assert torch.equal(logits, logits_of(random_model(model_class, tiny), ids))
@@ -66,9 +82,94 @@ def check(model_type: str) -> None:
         sizes.append(get_size(tiny, EXPERT_MLP))
     known = [size for size in sizes if size is not None]
     assert len(set(known)) == len(known), known
-    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    assert sum(parameter.numel() for parameter in model.parameters()) < 3_000_000
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_tiny_model_builds_and_runs(model_type: str):
     check(model_type)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} - {*REFUSED}))
+def test_every_causal_language_model_has_a_tiny_one(model_type: str):
+    check(model_type)
+
+
+@pytest.mark.parametrize(("model_type", "reason"), REFUSED.items())
+def test_what_cannot_run_alone_is_refused_by_name(model_type: str, reason: str):
+    if model_type == "gemma3n" and importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed")
+    with pytest.raises(UnsupportedStructureError, match=reason):
+        tiny_config(*default_config(model_type))
+
+
+def test_an_unknown_type_is_named():
+    with pytest.raises(HessoError, match="'no_such_type'"):
+        default_config("no_such_type")
+
+
+def test_the_number_of_query_heads_a_key_value_head_has_stays():
+    config = transformers.LlamaConfig(num_attention_heads=32, num_key_value_heads=8)
+    tiny = tiny_config(transformers.LlamaForCausalLM, config)
+    assert (get_size(tiny, HEADS), get_size(tiny, KV_HEADS)) == (12, 3)
+    hidden = get_size(tiny, HIDDEN)
+    assert hidden != get_size(tiny, HEAD_DIM) * 12
+    assert hidden % 8 == 0  # the class accepts one unit less, too
+
+
+def test_dense_and_expert_layers_stay():
+    tiny = tiny_config(*default_config("deepseek_v3"))
+    assert (tiny.first_k_dense_replace, get_size(tiny, LAYERS)) == (1, 2)
+
+
+def test_layers_that_share_key_value_states_stay():
+    model_class, config = default_config("gemma3n_text")
+    tiny = tiny_config(model_class, config)
+    assert 0 < tiny.num_kv_shared_layers < get_size(tiny, LAYERS)
+
+
+def test_an_mlp_size_that_follows_the_width_becomes_its_own():
+    model_class, config = default_config("gpt2")
+    assert config.n_inner is None
+    assert get_size(config, MLP) == 4 * config.n_embd
+    set_sizes(config, {MLP: 100, HIDDEN: 48})
+    assert (config.n_inner, config.n_embd) == (100, 48)
+    assert tiny_config(model_class, config).n_inner == 44
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (transformers.BartForConditionalGeneration, transformers.BartConfig()),
+        (transformers.T5ForConditionalGeneration, transformers.T5Config()),
+    ],
+    ids=["bart", "t5"],
+)
+def test_an_encoder_decoder_reads_the_ids_on_both_sides(model_class, config):
+    tiny = tiny_config(model_class, config)
+    assert logits_of(random_model(model_class, tiny), token_ids(tiny)).shape == (2, 12, 67)
+
+
+def test_a_model_without_an_output_matrix_gives_hidden_states():
+    tiny = tiny_config(transformers.LlamaModel, transformers.LlamaConfig())
+    assert logits_of(random_model(transformers.LlamaModel, tiny), token_ids(tiny)).shape == (2, 12, tiny.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "attributes"),
+    [
+        ("gpt2", HIDDEN, ["n_embd"]),
+        ("opt", MLP, ["ffn_dim"]),
+        ("bart", MLP, ["decoder_ffn_dim", "encoder_ffn_dim"]),
+        ("dbrx", HIDDEN, ["hidden_size", "d_model"]),
+        ("dbrx", MLP, ["ffn_hidden_size"]),
+        ("dbrx", KV_HEADS, ["kv_n_heads", "num_key_value_heads"]),
+        ("falcon", KV_HEADS, ["num_kv_heads"]),
+        ("qwen2_moe", EXPERTS, ["num_experts"]),
+        ("mamba2", HEADS, []),
+    ],
+)
+def test_sizes_are_found_under_the_class_own_names(model_type: str, name: str, attributes: list[str]):
+    _, config = default_config(model_type)
+    assert [attribute for _, attribute in size_places(config, name)] == attributes
