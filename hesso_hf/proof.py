@@ -33,7 +33,7 @@ from .groups import (
 )
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
-from .probe import AxisMap, probe_axes
+from .probe import AxisMap, coupled_axes, probe_axes
 from .sizes import HEADS, HIDDEN, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
@@ -137,6 +137,8 @@ def proved_groups(
     axis_map = probe_axes(model_class, config)
     if not proof.coupled:
         axis_map = replace(axis_map, coupling=None)
+    elif axis_map.coupling is None:
+        axis_map = coupled_axes(model_class, config, axis_map)
     structures: dict[str, StructureGroups] = {}
     refused: dict[str, str] = {}
     schemes: dict[str, Scheme] = {}
@@ -197,12 +199,26 @@ class _Bench:
     def prove(self, names: tuple[str, ...]) -> dict[str, StructureProof]:
         """Prove the named structures, coupled ones together."""
         proofs: dict[str, StructureProof] = {}
-        if self.axis_map.coupling is not None and set(COUPLED) <= set(names):
+        coupled = self.axis_map.coupling is not None
+        if coupled and set(COUPLED) <= set(names):
             proofs |= self._guarded(COUPLED, self._prove_coupled)
         for name in names:
             if name not in proofs:
                 proofs |= self._guarded((name,), partial(self._prove_alone, name))
+        if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
+            proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
+
+    def _coupled_after_all(self) -> dict[str, StructureProof]:
+        """Some classes take head_dim, and all the same need heads * head_dim to be the width."""
+        before = self.axis_map
+        self.axis_map = coupled_axes(self.model_class, self.config, before)
+        if self.axis_map.coupling is not None and self.axis_map.coupling.head_dim == head_dim_of(self.config):
+            proofs = self._guarded(COUPLED, self._prove_coupled)
+            if all(proof.scheme is not None for proof in proofs.values()):
+                return proofs
+        self.axis_map = before
+        return {}
 
     def _guarded(
         self, names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof]]
