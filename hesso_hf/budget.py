@@ -187,6 +187,8 @@ class _Solver:
     def choices(self, name: str) -> list[int]:
         """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
+        if name == "layers":
+            return list(range(1, group.num_units + 1))
         if name in ("attention_heads", "query_heads"):
             multiple = group.pools
             divisible = list(group.increments.values())

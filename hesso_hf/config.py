@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 from .errors import HessoError, nearest_name
 
 StructureName = Literal[
-    "attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "query_heads", "experts"
+    "attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "query_heads", "experts", "layers"
 ]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
 INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the other's
-OPT_IN = (*INSTEAD_OF, "experts")  # pruned only where they are named
+OPT_IN = (*INSTEAD_OF, "experts", "layers")  # pruned only where they are named
 DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
@@ -50,8 +50,8 @@ class HessoConfig:
         default="all",
         metadata={
             "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
-            "query_heads, single ones), mlp_channels, embedding_channels and experts (never part of 'all'), or a dict "
-            "of each one's share of the removed parameters."
+            "query_heads, single ones), mlp_channels, embedding_channels, experts and layers (whole ones, like experts "
+            "never part of 'all'), or a dict of each one's share of the removed parameters."
         },
     )
     target_sizes: dict | str | None = field(
@@ -246,6 +246,11 @@ class HessoConfig:
             raise HessoError(
                 "`layer_widths` ('per_layer') can't be combined with `structures` 'experts': every layer keeps as many "
                 "as the config says; use 'uniform', or leave 'experts' out"
+            )
+        if "layers" in names and self.layer_widths == "per_layer":
+            raise HessoError(
+                "`layer_widths` ('per_layer') can't be combined with `structures` 'layers': what a dropped layer saves "
+                "would depend on its width; use 'uniform', or leave 'layers' out"
             )
 
     def _check_schedule(self) -> None:

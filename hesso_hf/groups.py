@@ -54,6 +54,7 @@ class StructureGroups:
             those of one key-value head each, for experts those of one routing group, else 1.
         least: units that a layer keeps at least, and `needed_for` what.
         buffers: axes of buffers, per layer; these are cut with the units, and never shrunk.
+        stack: where the units are whole layers, the module list that these are the members of.
     """
 
     structure: str
@@ -65,6 +66,7 @@ class StructureGroups:
     least: int = 1
     needed_for: str = ""
     buffers: tuple[tuple[Axis, ...], ...] = ()
+    stack: str = ""
 
     @property
     def pool_size(self) -> int:
@@ -102,9 +104,11 @@ class StructureGroups:
 
     def elements_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of elements that one unit of the first layer owns."""
-        return sum(
-            math.prod(shapes[a.parameter]) // shapes[a.parameter][a.dim] * a.layout.per_unit for a in self.axes[0]
-        )
+        total = 0
+        for axis in self.axes[0]:
+            across = math.prod(shapes[axis.parameter]) // shapes[axis.parameter][axis.dim]
+            total += across * (axis.layout.per_unit * self.num_units + axis.layout.owned)
+        return total // self.num_units
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .budget import solve_budget
 from .config import OPT_IN, HessoConfig
 from .cost import build_cost
+from .depth import parameters_of_layer
 from .errors import HessoError
 from .groups import PruningGroups, StructureGroups
 from .probe import AxisMap
@@ -132,6 +134,9 @@ def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -
         _elements(shapes[axis.parameter], axis.dim, axis.layout.per_unit) * groups.num_units
         for _, axis in groups.all_axes()
     )
+    if groups.stack:  # all of a layer goes, not only what writes to the stream
+        per_unit = sum(math.prod(info.shape) for info in parameters_of_layer(groups, axis_map))
+        total = per_unit * groups.num_units
     return StructureInspection(
         "proved", groups.num_units, len(groups.layers), per_unit, total,
         groups.config_sizes(groups.num_units), layouts, powers, error,

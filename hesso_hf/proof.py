@@ -8,7 +8,6 @@ agrees is refused with the reason.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,14 +18,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .config import DEFAULT_STRUCTURES
 from .cut import load_cut, zero_units_
+from .depth import LAYER_UNITS, LayerScheme, layer_groups
+from .depth_proof import LayerTrial
 from .discovery import GradientProbe, discover_branches, layout_of
-from .errors import HessoError, NotApplicableError, UnsupportedStructureError
+from .errors import NotApplicableError, UnsupportedStructureError
 from .expert_trial import expert_error
 from .experts import EXPERT_UNITS, ExpertScheme, expert_groups
 from .groups import (
     AxisName,
     Branch,
-    KeptUnits,
     PruningGroups,
     Scheme,
     StructureGroups,
@@ -36,9 +36,9 @@ from .groups import (
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .probe import AxisMap, coupled_axes, probe_axes
-from .sizes import HEADS, HIDDEN, head_dim_of, num_units, resized_config
+from .sizes import HEADS, HIDDEN, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
-from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids
+from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
 
 TOLERANCE = 1e-5
 COUPLED = ("attention_heads", "embedding_channels")
@@ -54,7 +54,7 @@ class StructureProof:
     """
 
     structure: str
-    scheme: Scheme | ExpertScheme | None
+    scheme: Scheme | ExpertScheme | LayerScheme | None
     relative_error: float | None
     reason: str = ""
     applicable: bool = True
@@ -77,13 +77,32 @@ class Proof:
 def prove(
     model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
 ) -> Proof:
-    """Prove the named structures, which must not exclude each other, for an architecture."""
-    others = tuple(name for name in names if name != EXPERT_UNITS)
+    """Prove the named structures, which must not exclude each other, for an architecture.
+
+    Experts have one possible layout and need gates on the routers, so they are proved alone. Whole layers come last,
+    since they have to hold together with the others, and on a model of the real one's depth.
+    """
+    others = tuple(name for name in names if name not in (EXPERT_UNITS, LAYER_UNITS))
     proof = _prove_units(model_class, config, others) if others else Proof({})
+    found = dict(proof.structures)
     if EXPERT_UNITS in names:
-        found = _prove_experts(model_class, config)
-        proof = replace(proof, structures=proof.structures | {EXPERT_UNITS: found})
-    return proof
+        found |= _guarded((EXPERT_UNITS,), partial(_prove_experts, model_class, config))
+    if LAYER_UNITS in names:
+        found |= _guarded((LAYER_UNITS,), partial(_prove_layers, model_class, config, proof))
+    return replace(proof, structures={name: found[name] for name in names})
+
+
+def _guarded(names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof]]) -> dict[str, StructureProof]:
+    """Turn whatever a proof raises into a refusal."""
+    try:
+        return prove()
+    except NotApplicableError as error:
+        return {name: StructureProof(name, None, None, str(error), applicable=False) for name in names}
+    except UnsupportedStructureError as error:
+        reason = str(error)
+    except Exception as error:  # model code may fail on a cut model with any exception type
+        reason = f"{type(error).__name__}: {error}"
+    return {name: StructureProof(name, None, None, reason) for name in names}
 
 
 def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
@@ -97,22 +116,35 @@ def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, n
     return Proof(proofs, bench.error_of(schemes) if schemes else None, bench.axis_map.coupling is not None)
 
 
-def _prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> StructureProof:
-    """Prove experts, which have one possible layout and need gates on the routers: alone, on a tiny model."""
-    try:
-        error = expert_error(model_class, tiny_config(model_class, config))
-    except UnsupportedStructureError as refusal:
-        return StructureProof(EXPERT_UNITS, None, None, str(refusal), not isinstance(refusal, NotApplicableError))
-    except Exception as failure:  # model code may fail on a cut model with any exception type
-        return StructureProof(EXPERT_UNITS, None, None, f"{type(failure).__name__}: {failure}")
+def _prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, StructureProof]:
+    error = expert_error(model_class, tiny_config(model_class, config))
     if error <= TOLERANCE:
-        return StructureProof(EXPERT_UNITS, ExpertScheme(), error)
+        return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, ExpertScheme(), error)}
     reason = f"the cut model's logits differ: relative error {error:.1e} > {TOLERANCE:.0e}"
-    return StructureProof(EXPERT_UNITS, None, error, reason)
+    return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, None, error, reason)}
+
+
+def _prove_layers(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, others: Proof
+) -> dict[str, StructureProof]:
+    """Prove that whole layers can be dropped, alone and together with the other proved structures."""
+    bench = _Bench(model_class, tiny_config(model_class, config, all_layers=True))
+    if not others.coupled:
+        bench.axis_map = replace(bench.axis_map, coupling=None)
+    trial = LayerTrial(bench, TOLERANCE)  # refuses first what needs no model
+    scheme, error = trial.find(bench.stream(list(bench.axis_map.moving((HIDDEN,))))[0])
+    if schemes := _unit_schemes(others.structures):
+        groups = bench.groups(schemes)
+        joint = trial.joint_error(scheme, groups, units_to_keep(groups, bench.config)[0])
+        if joint > TOLERANCE:
+            reason = f"together with {list(schemes)} the logits differ: relative error {joint:.1e} > {TOLERANCE:.0e}"
+            return {LAYER_UNITS: StructureProof(LAYER_UNITS, None, joint, reason)}
+        error = max(error, joint)
+    return {LAYER_UNITS: StructureProof(LAYER_UNITS, scheme, error)}
 
 
 def _unit_schemes(proofs: Mapping[str, StructureProof]) -> dict[str, Scheme]:
-    """Return the schemes of what is proved, experts aside."""
+    """Return the schemes of what is proved, experts and whole layers aside."""
     return {name: found.scheme for name, found in proofs.items() if isinstance(found.scheme, Scheme)}
 
 
@@ -137,6 +169,8 @@ def proved_groups(
         try:
             if isinstance(found.scheme, ExpertScheme):
                 structures[name] = expert_groups(model_class, config)
+            elif isinstance(found.scheme, LayerScheme):
+                structures[name] = layer_groups(axis_map, config, found.scheme)
             else:
                 structures[name] = build_groups(name, axis_map, config, found.scheme)
                 schemes[name] = found.scheme
@@ -188,10 +222,10 @@ class _Bench:
         proofs: dict[str, StructureProof] = {}
         coupled = self.axis_map.coupling is not None
         if coupled and set(COUPLED) <= set(names):
-            proofs |= self._guarded(COUPLED, self._prove_coupled)
+            proofs |= _guarded(COUPLED, self._prove_coupled)
         for name in names:
             if name not in proofs:
-                proofs |= self._guarded((name,), partial(self._prove_alone, name))
+                proofs |= _guarded((name,), partial(self._prove_alone, name))
         if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
             proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
@@ -201,24 +235,11 @@ class _Bench:
         before = self.axis_map
         self.axis_map = coupled_axes(self.model_class, self.config, before)
         if self.axis_map.coupling is not None and self.axis_map.coupling.head_dim == head_dim_of(self.config):
-            proofs = self._guarded(COUPLED, self._prove_coupled)
+            proofs = _guarded(COUPLED, self._prove_coupled)
             if all(proof.scheme is not None for proof in proofs.values()):
                 return proofs
         self.axis_map = before
         return {}
-
-    def _guarded(
-        self, names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof]]
-    ) -> dict[str, StructureProof]:
-        try:
-            return prove()
-        except NotApplicableError as error:
-            return {name: StructureProof(name, None, None, str(error), applicable=False) for name in names}
-        except UnsupportedStructureError as error:
-            reason = str(error)
-        except Exception as error:  # model code may fail on a cut model with any exception type
-            reason = f"{type(error).__name__}: {error}"
-        return {name: StructureProof(name, None, None, reason) for name in names}
 
     def _prove_alone(self, structure: str) -> dict[str, StructureProof]:
         axes = moving_axes(structure, self.axis_map, self.config)
@@ -273,15 +294,19 @@ class _Bench:
             info = self.axis_map.parameters[name]
             runs = info.shape[dim] // units
             layouts[info.pattern, dim] = Layout((Segment(runs, 1), *_rest(info.shape[dim] - runs * units)))
-        known = stream_axes(self.model, self.axis_map, axes)
-        after = norms_after_writers(self.model, self.input_ids, writing_modules(known))
-        known = self._with_sides(known, axes, after)
+        known, after = self.stream(axes)
         shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
         centred = self._subtracts_mean(known)
         branch = Branch(("residual stream", 0), layouts)
         for powers in stream_powers(known, after, self.tied, centred):
             writers = written_patterns(known, powers) if centred else frozenset()
             yield Scheme((branch,), units, shifts, powers, writers)
+
+    def stream(self, axes: list[AxisName]) -> tuple[list[StreamAxis], set[str]]:
+        """Describe the axes along the residual stream, and name the norms of what is yet to be added to it."""
+        known = stream_axes(self.model, self.axis_map, axes)
+        after = norms_after_writers(self.model, self.input_ids, writing_modules(known))
+        return self._with_sides(known, axes, after), after
 
     def _with_sides(self, known: list[StreamAxis], axes: list[AxisName], after: set[str]) -> list[StreamAxis]:
         """Settle for fused weights whether the stream is their input: with the norms before them at zero nothing is."""
@@ -406,7 +431,7 @@ class _Trial:
     def __init__(self, bench: _Bench, schemes: dict[str, Scheme]) -> None:
         self.bench = bench
         groups = bench.groups(schemes)
-        self.kept, small_config = _units_to_keep(groups, bench.config)
+        self.kept, small_config = units_to_keep(groups, bench.config)
         zeroed = copy.deepcopy(bench.model)
         self.parameters = dict(zeroed.named_parameters())
         zero_units_(self.parameters, groups, self.kept)
@@ -419,42 +444,3 @@ class _Trial:
         """Cut with the schemes' powers of c and compare logits."""
         load_cut(self.small, self.parameters, self.bench.groups(schemes), self.kept)
         return relative_error(logits_of(self.small, self.bench.input_ids), self.logits)
-
-
-def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
-    """Choose random units to keep, about three of four, so many that the config class accepts the sizes."""
-    free = {n: s for n, s in groups.structures.items() if n not in groups.coupled or n == "attention_heads"}
-    options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
-    error: HessoError | None = None
-    for choice in itertools.product(*options):
-        counts = groups.with_coupled(dict(zip(free, choice, strict=True)))
-        sizes: dict[str, int] = {}
-        for name, count in counts.items():
-            sizes |= groups.structures[name].config_sizes(count)
-        try:
-            small = resized_config(config, sizes)
-        except HessoError as refusal:
-            error = refusal
-            continue
-        generator = torch.Generator().manual_seed(_SEED + 1)
-        kept = {}
-        for name, count in counts.items():
-            structure = groups.structures[name]
-            kept[name] = tuple(_random_units(structure, count, generator) for _ in structure.layers)
-        return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
-    raise error or UnsupportedStructureError("there is only one unit a layer")
-
-
-def _random_units(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Choose `count` units of a layer, equally many of each pool."""
-    units: list[int] = []
-    for pool in range(structure.pools):
-        order = torch.randperm(structure.pool_size, generator=generator) + pool * structure.pool_size
-        units += order[: count // structure.pools].tolist()
-    return tuple(sorted(units))
-
-
-def _tiny_counts(units: int) -> list[int]:
-    """List numbers of units to keep, multiples of four first: grouped expert kernels need rows of 16 bytes."""
-    counts = [count for count in range(units - 1, 0, -1) if 0.5 <= count / units < 0.9]
-    return sorted(counts, key=lambda count: count % 4 != 0)

@@ -92,6 +92,25 @@ def test_the_saved_model_routes_as_the_gated_one(name: str, tmp_path: Path):
     assert relative_difference(logits(model, tokens), expected) > 1e-3
 
 
+def test_experts_at_zero_are_found_without_a_decision(tmp_path: Path):
+    original, model, _, kept = pruned_model("mixtral")
+    report = export_pruned(model, tmp_path / "pruned")
+    assert report.kept_units.kept[EXPERT_UNITS] == kept.kept[EXPERT_UNITS]
+    assert report.sizes_after["num_experts"] == 4
+    assert EXPERT_UNITS not in export_pruned(original, tmp_path / "whole").kept_units.kept
+
+
+def test_experts_and_whole_layers_go_together():
+    model = moe_model("mixtral", num_hidden_layers=4)
+    groups, proof, _ = proved_groups(type(model), model.config, (EXPERT_UNITS, "layers"))
+    assert groups.structures.keys() == {EXPERT_UNITS, "layers"}, groups.refused
+    assert proof.structures[EXPERT_UNITS].relative_error < 1e-5
+    experts = random_kept(groups.structures[EXPERT_UNITS], 4)
+    kept = KeptUnits(experts.num_units | {"layers": 4}, experts.kept | {"layers": ((0, 2, 3),)})
+    zero_pruned_(model, groups, kept)
+    assert Verifier(model, groups, kept).check_fold() < 1e-5
+
+
 def gated(name: str, scales: torch.Tensor | None = None) -> tuple[PreTrainedModel, RouterGates, StructureGroups]:
     model = moe_model(name)
     structure = expert_groups(type(model), model.config)
@@ -243,7 +262,6 @@ def test_a_narrow_dtype_stays_finite_and_misses_pruned_experts(name: str, dtype:
     ("name", "sizes", "named"),
     [
         ("mixtral", {"num_local_experts": 1}, r"between 2 and 6, for `num_experts_per_tok` \(2\)"),
-        ("olmoe", {"num_experts": 2}, r"between 3 and 6, for `num_experts_per_tok` \(3\)"),
         ("deepseek_v3", {"n_routed_experts": 8}, r"a multiple of 3 between 6 and 12, for .*`n_group` \(3\)"),
         ("deepseek_v3", {"n_routed_experts": 3}, r"between 6 and 12, for .*`topk_group` \(2\)"),
         ("mixtral", {"num_local_experts": 7}, "between 2 and 6"),
