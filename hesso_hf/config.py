@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 from .errors import HessoError, nearest_name
 
 StructureName = Literal[
-    "attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "query_heads", "experts", "layers"
+    "attention_heads",
+    "mlp_channels",
+    "expert_channels",
+    "mixer_channels",
+    "embedding_channels",
+    "query_heads",
+    "experts",
+    "layers",
 ]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)

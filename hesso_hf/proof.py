@@ -31,12 +31,13 @@ from .groups import (
     Scheme,
     StructureGroups,
     build_groups,
+    check_covered,
     moving_axes,
 )
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .probe import AxisMap, coupled_axes, probe_axes
-from .sizes import HEADS, HIDDEN, head_dim_of, num_units
+from .sizes import HIDDEN, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
 
@@ -153,10 +154,8 @@ def proved_groups(
 ) -> tuple[PruningGroups, Proof, AxisMap]:
     """Probe a model's config, prove the named structures and return the groups of those that hold."""
     proof = prove(model_class, config, names)
-    axis_map = probe_axes(model_class, config)
-    if not proof.coupled:
-        axis_map = replace(axis_map, coupling=None)
-    elif axis_map.coupling is None:
+    axis_map = probe_axes(model_class, config, couple=False)
+    if proof.coupled:
         axis_map = coupled_axes(model_class, config, axis_map)
     structures: dict[str, StructureGroups] = {}
     refused: dict[str, str] = {}
@@ -180,27 +179,37 @@ def proved_groups(
             refused[name] = "there is only one unit a layer"
             del structures[name]
     coupled = coupled_units(structures, axis_map, schemes)
-    for name in () if coupled else _needing_others(axis_map, schemes):
-        refused[name] = f"head_dim follows hidden_size / {HEADS}, and the structures it shrinks with aren't all proved"
-        structures.pop(name, None)
+    for name in list(structures):
+        together = {other: structures[other] for other in (coupled if name in coupled else (name,))}
+        try:
+            check_covered(together, axis_map, config)
+        except UnsupportedStructureError as error:
+            refused[name] = str(error)
+    structures = {name: found for name, found in structures.items() if name not in refused}
+    needing = _needing_others(axis_map, schemes)
+    for name in () if coupled else needing & structures.keys():
+        refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
+        del structures[name]
     return PruningGroups(structures, refused, coupled, absent), proof, axis_map
 
 
 def coupled_units(
     structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
 ) -> dict[str, int]:
-    """Return how many units of each coupled structure go with one unit of heads; empty where nothing is coupled."""
+    """Return how many units of each coupled structure go with one of the coarsest; empty where nothing is coupled."""
     names = _needing_others(axis_map, schemes)
-    if not {"attention_heads", "embedding_channels"} <= structures.keys() & names:
+    if not names or not names <= structures.keys():
         return {}
-    heads = structures["attention_heads"].num_units
-    return {name: structures[name].num_units // heads for name in structures if name in names}
+    fewest = min(structures[name].num_units for name in names)
+    return {name: structures[name].num_units // fewest for name in structures if name in names}
 
 
 def _needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
-    if axis_map.coupling is None:
-        return set()
-    return {name for name in schemes if name in ("attention_heads", "embedding_channels") or schemes[name].per_channel}
+    """Return the structures that only shrink together with others."""
+    followers = {name for name, scheme in schemes.items() if scheme.per_channel}
+    if axis_map.coupling is not None:
+        return followers | set(COUPLED)
+    return followers | {"embedding_channels"} if followers else set()
 
 
 class _Bench:
@@ -223,12 +232,24 @@ class _Bench:
         coupled = self.axis_map.coupling is not None
         if coupled and set(COUPLED) <= set(names):
             proofs |= _guarded(COUPLED, self._prove_coupled)
-        for name in names:
+            if all(proofs[name].scheme is None for name in COUPLED):
+                proofs |= self._width_after_all(proofs["attention_heads"].reason)
+        for name in sorted(names, key=lambda name: name == "mixer_channels"):  # which the width's proof may settle
             if name not in proofs:
                 proofs |= _guarded((name,), partial(self._prove_alone, name))
         if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
             proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
+
+    def _width_after_all(self, reason: str) -> dict[str, StructureProof]:
+        """Some classes have their heads' sizes elsewhere: the width alone may be proved then, and heads are refused."""
+        before = self.axis_map
+        self.axis_map = probe_axes(self.model_class, self.config, couple=False)
+        proofs = _guarded(("embedding_channels",), partial(self._prove_alone, "embedding_channels"))
+        if proofs["embedding_channels"].scheme is not None:
+            return proofs | {"attention_heads": StructureProof("attention_heads", None, None, reason)}
+        self.axis_map = before
+        return {}
 
     def _coupled_after_all(self) -> dict[str, StructureProof]:
         """Some classes take head_dim, and all the same need heads * head_dim to be the width."""
@@ -243,11 +264,15 @@ class _Bench:
 
     def _prove_alone(self, structure: str) -> dict[str, StructureProof]:
         axes = moving_axes(structure, self.axis_map, self.config)
-        if structure == "embedding_channels":
-            schemes = self._stream_schemes(axes)
-        else:
-            schemes = self._inner_schemes(structure, axes)
-        return self._first_exact({}, structure, schemes)
+        if structure != "embedding_channels":
+            return self._first_exact({}, structure, self._inner_schemes(structure, axes))
+        others: dict[str, Scheme] = {}
+        names = [name for name, _ in axes]
+        if len(set(names)) < len(names):  # a weight both of whose sides follow the width
+            axes, inner = self._split(axes)
+            if inner:
+                others["mixer_channels"] = self._mlp_by_width(inner)
+        return self._first_exact(others, structure, self._stream_schemes(axes))
 
     def _first_exact(
         self, others: dict[str, Scheme], structure: str, candidates: Iterator[Scheme]
@@ -358,18 +383,30 @@ class _Bench:
         by_width = [axis for axis, found in self.axis_map.slopes.items() if HIDDEN in found]
         stream, inner = self._split(by_width)
         if not inner:  # there are no heads to follow the width
-            self.axis_map = replace(self.axis_map, coupling=None)
+            self.axis_map = probe_axes(self.model_class, self.config, couple=False)
             return self._prove_alone("embedding_channels")
         units = num_units("attention_heads", self.config)
         branches = discover_branches(self.gradients, self.axis_map, inner, units, coupling.head_dim, partial=True)
-        covered = {axis for branch in branches for axis in branch.layouts}
-        mine = [axis for axis in inner if (self.axis_map.parameters[axis[0]].pattern, axis[1]) in covered]
-        heads = next(self._schemes_of(branches, units, mine, coupling.head_dim))
+        attention = [branch for branch in branches if not self._divides_by_channel(branch, inner)]
+        mine = [axis for branch in attention for axis in self._axes_of(branch, inner)]
+        others = {"attention_heads": next(self._schemes_of(attention, units, mine, coupling.head_dim))}
         rest = [axis for axis in inner if axis not in mine]
-        others = {"attention_heads": heads}
         if rest:
             others["mlp_channels"] = self._mlp_by_width(rest)
         return self._first_exact(others, "embedding_channels", self._stream_schemes(stream))
+
+    def _axes_of(self, branch: Branch, axes: list[AxisName]) -> list[AxisName]:
+        return [(name, dim) for name, dim in axes if (self.axis_map.parameters[name].pattern, dim) in branch.layouts]
+
+    def _divides_by_channel(self, branch: Branch, axes: list[AxisName]) -> bool:
+        """Tell an MLP from an attention: its units can be single channels."""
+        mine = self._axes_of(branch, axes)
+        name, dim = next(axis for axis in mine if self.axis_map.parameters[axis[0]].pattern == branch.reader[0])
+        channels = self.axis_map.parameters[name].shape[dim]
+        try:
+            return len(discover_branches(self.gradients, self.axis_map, mine, channels, 1)) == 1
+        except UnsupportedStructureError:
+            return False
 
     def _mlp_by_width(self, axes: list[AxisName]) -> Scheme:
         width = num_units("embedding_channels", self.config)

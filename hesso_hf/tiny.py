@@ -250,7 +250,7 @@ def _short(error: Exception) -> str:
 
 def units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
     """Choose random units of a tiny model to keep, about three of four, so many that its config class accepts them."""
-    free = {n: s for n, s in groups.structures.items() if n not in groups.coupled or n == "attention_heads"}
+    free = {name: groups.structures[name] for name in groups.independent}
     options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
     error: HessoError | None = None
     for choice in itertools.product(*options):
