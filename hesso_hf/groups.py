@@ -284,6 +284,24 @@ def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: d
     return sum(slopes.get(size, 0) * increment for size, increment in increments.items())
 
 
+def coupled_units(
+    structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
+) -> dict[str, int]:
+    """Return how many units of each coupled structure go with one unit of heads; empty where nothing is coupled."""
+    names = needing_others(axis_map, schemes)
+    if not {"attention_heads", "embedding_channels"} <= structures.keys() & names:
+        return {}
+    heads = structures["attention_heads"].num_units
+    return {name: structures[name].num_units // heads for name in structures if name in names}
+
+
+def needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
+    """Return the structures that only shrink together with others."""
+    if axis_map.coupling is None:
+        return set()
+    return {name for name in schemes if name in ("attention_heads", "embedding_channels") or schemes[name].per_channel}
+
+
 def _labels(keys: list[tuple[str, AxisName]]) -> tuple[str, ...]:
     """Name each layer's units by the layer, or by the module that reads them where a layer has several kinds."""
     layers = [layer for layer, _ in keys]

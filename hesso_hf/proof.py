@@ -29,7 +29,9 @@ from .groups import (
     Scheme,
     StructureGroups,
     build_groups,
+    coupled_units,
     moving_axes,
+    needing_others,
 )
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
@@ -157,27 +159,10 @@ def proved_groups(
             refused[name] = "there is only one unit a layer"
             del structures[name]
     coupled = coupled_units(structures, axis_map, schemes)
-    for name in () if coupled else _needing_others(axis_map, schemes):
+    for name in () if coupled else needing_others(axis_map, schemes):
         refused[name] = f"head_dim follows hidden_size / {HEADS}, and the structures it shrinks with aren't all proved"
         structures.pop(name, None)
     return PruningGroups(structures, refused, coupled, absent), proof, axis_map
-
-
-def coupled_units(
-    structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
-) -> dict[str, int]:
-    """Return how many units of each coupled structure go with one unit of heads; empty where nothing is coupled."""
-    names = _needing_others(axis_map, schemes)
-    if not {"attention_heads", "embedding_channels"} <= structures.keys() & names:
-        return {}
-    heads = structures["attention_heads"].num_units
-    return {name: structures[name].num_units // heads for name in structures if name in names}
-
-
-def _needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
-    if axis_map.coupling is None:
-        return set()
-    return {name for name in schemes if name in ("attention_heads", "embedding_channels") or schemes[name].per_channel}
 
 
 class _Bench:
