@@ -9,14 +9,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .cut import cut_model, zero_units_
 from .errors import UnsupportedStructureError
-from .experts import EXPERT_UNITS, expert_groups, num_experts, routing_groups
+from .experts import EXPERT_UNITS, ExpertScheme, expert_groups, num_experts, routing_groups
 from .groups import KeptUnits, PruningGroups, StructureGroups
+from .outcome import TOLERANCE, StructureProof
 from .routing import RouterGates, remove_gates
 from .sizes import EXPERTS, resized_config
-from .tiny import SEED, logits_of, random_model, relative_error, token_ids
+from .tiny import SEED, logits_of, random_model, relative_error, tiny_config, token_ids
 
 _PER_POOL, _KEPT_PER_POOL = 8, 6
 _DRAWS = 20
+
+
+def prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, StructureProof]:
+    """Prove that experts can be cut out, on a tiny model; what belongs to each leaves nothing to try."""
+    error = expert_error(model_class, tiny_config(model_class, config))
+    if error <= TOLERANCE:
+        return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, ExpertScheme(), error)}
+    reason = f"the cut model's logits differ: relative error {error:.1e} > {TOLERANCE:.0e}"
+    return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, None, error, reason)}
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ agrees is refused with the reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,11 @@ from .cut import load_cut, zero_units_
 from .depth import LAYER_UNITS, LayerScheme, layer_groups
 from .depth_proof import LayerTrial
 from .discovery import GradientProbe, discover_branches, layout_of
-from .errors import NotApplicableError, UnsupportedStructureError
-from .expert_trial import expert_error
+from .errors import UnsupportedStructureError
+from .expert_trial import prove_experts
 from .experts import EXPERT_UNITS, ExpertScheme, expert_groups
 from .groups import (
+    COUPLED,
     AxisName,
     Branch,
     PruningGroups,
@@ -32,47 +33,19 @@ from .groups import (
     StructureGroups,
     build_groups,
     check_covered,
+    coupled_units,
     moving_axes,
+    needing_others,
 )
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
+from .outcome import TOLERANCE, Proof, StructureProof, guarded
 from .probe import AxisMap, coupled_axes, probe_axes
 from .sizes import HIDDEN, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
 
-TOLERANCE = 1e-5
-COUPLED = ("attention_heads", "embedding_channels")
 _SEED = 20240915
-
-
-@dataclass(frozen=True)
-class StructureProof:
-    """The outcome for one structure: a scheme with its relative error, or a reason.
-
-    Attributes:
-        applicable: False where the architecture has no such structure, so that there is nothing to refuse.
-    """
-
-    structure: str
-    scheme: Scheme | ExpertScheme | LayerScheme | None
-    relative_error: float | None
-    reason: str = ""
-    applicable: bool = True
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The outcome for all structures of one architecture.
-
-    Attributes:
-        joint_error: the relative error with all proved ones cut at once.
-        coupled: whether heads and width only shrink together.
-    """
-
-    structures: dict[str, StructureProof]
-    joint_error: float | None = None
-    coupled: bool = False
 
 
 def prove(
@@ -87,23 +60,10 @@ def prove(
     proof = _prove_units(model_class, config, others) if others else Proof({})
     found = dict(proof.structures)
     if EXPERT_UNITS in names:
-        found |= _guarded((EXPERT_UNITS,), partial(_prove_experts, model_class, config))
+        found |= guarded((EXPERT_UNITS,), partial(prove_experts, model_class, config))
     if LAYER_UNITS in names:
-        found |= _guarded((LAYER_UNITS,), partial(_prove_layers, model_class, config, proof))
+        found |= guarded((LAYER_UNITS,), partial(_prove_layers, model_class, config, proof))
     return replace(proof, structures={name: found[name] for name in names})
-
-
-def _guarded(names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof]]) -> dict[str, StructureProof]:
-    """Turn whatever a proof raises into a refusal."""
-    try:
-        return prove()
-    except NotApplicableError as error:
-        return {name: StructureProof(name, None, None, str(error), applicable=False) for name in names}
-    except UnsupportedStructureError as error:
-        reason = str(error)
-    except Exception as error:  # model code may fail on a cut model with any exception type
-        reason = f"{type(error).__name__}: {error}"
-    return {name: StructureProof(name, None, None, reason) for name in names}
 
 
 def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
@@ -115,14 +75,6 @@ def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, n
     proofs = bench.prove(names)
     schemes = _unit_schemes(proofs)
     return Proof(proofs, bench.error_of(schemes) if schemes else None, bench.axis_map.coupling is not None)
-
-
-def _prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, StructureProof]:
-    error = expert_error(model_class, tiny_config(model_class, config))
-    if error <= TOLERANCE:
-        return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, ExpertScheme(), error)}
-    reason = f"the cut model's logits differ: relative error {error:.1e} > {TOLERANCE:.0e}"
-    return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, None, error, reason)}
 
 
 def _prove_layers(
@@ -179,37 +131,20 @@ def proved_groups(
             refused[name] = "there is only one unit a layer"
             del structures[name]
     coupled = coupled_units(structures, axis_map, schemes)
-    for name in list(structures):
-        together = {other: structures[other] for other in (coupled if name in coupled else (name,))}
+    for name in schemes:
+        together = {
+            other: structures[other] for other in (coupled if name in coupled else (name,)) if other in structures
+        }
         try:
             check_covered(together, axis_map, config)
         except UnsupportedStructureError as error:
             refused[name] = str(error)
     structures = {name: found for name, found in structures.items() if name not in refused}
-    needing = _needing_others(axis_map, schemes)
+    needing = needing_others(axis_map, schemes)
     for name in () if coupled else needing & structures.keys():
         refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
         del structures[name]
     return PruningGroups(structures, refused, coupled, absent), proof, axis_map
-
-
-def coupled_units(
-    structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
-) -> dict[str, int]:
-    """Return how many units of each coupled structure go with one of the coarsest; empty where nothing is coupled."""
-    names = _needing_others(axis_map, schemes)
-    if not names or not names <= structures.keys():
-        return {}
-    fewest = min(structures[name].num_units for name in names)
-    return {name: structures[name].num_units // fewest for name in structures if name in names}
-
-
-def _needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
-    """Return the structures that only shrink together with others."""
-    followers = {name for name, scheme in schemes.items() if scheme.per_channel}
-    if axis_map.coupling is not None:
-        return followers | set(COUPLED)
-    return followers | {"embedding_channels"} if followers else set()
 
 
 class _Bench:
@@ -231,12 +166,12 @@ class _Bench:
         proofs: dict[str, StructureProof] = {}
         coupled = self.axis_map.coupling is not None
         if coupled and set(COUPLED) <= set(names):
-            proofs |= _guarded(COUPLED, self._prove_coupled)
+            proofs |= guarded(COUPLED, self._prove_coupled)
             if all(proofs[name].scheme is None for name in COUPLED):
                 proofs |= self._width_after_all(proofs["attention_heads"].reason)
         for name in sorted(names, key=lambda name: name == "mixer_channels"):  # which the width's proof may settle
             if name not in proofs:
-                proofs |= _guarded((name,), partial(self._prove_alone, name))
+                proofs |= guarded((name,), partial(self._prove_alone, name))
         if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
             proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
@@ -245,7 +180,7 @@ class _Bench:
         """Some classes have their heads' sizes elsewhere: the width alone may be proved then, and heads are refused."""
         before = self.axis_map
         self.axis_map = probe_axes(self.model_class, self.config, couple=False)
-        proofs = _guarded(("embedding_channels",), partial(self._prove_alone, "embedding_channels"))
+        proofs = guarded(("embedding_channels",), partial(self._prove_alone, "embedding_channels"))
         if proofs["embedding_channels"].scheme is not None:
             return proofs | {"attention_heads": StructureProof("attention_heads", None, None, reason)}
         self.axis_map = before
@@ -256,7 +191,7 @@ class _Bench:
         before = self.axis_map
         self.axis_map = coupled_axes(self.model_class, self.config, before)
         if self.axis_map.coupling is not None and self.axis_map.coupling.head_dim == head_dim_of(self.config):
-            proofs = _guarded(COUPLED, self._prove_coupled)
+            proofs = guarded(COUPLED, self._prove_coupled)
             if all(proof.scheme is not None for proof in proofs.values()):
                 return proofs
         self.axis_map = before

@@ -67,7 +67,7 @@ FAMILIES = {
     )
 }
 
-SLOW = ("gemma3_text", "olmo2", "cohere2", "qwen3_moe", "smollm3")
+SLOW = ("qwen3", "gemma3_text", "olmo2", "cohere2", "qwen3_moe", "smollm3")
 
 
 def config_of(name: str, **changes: Any) -> PretrainedConfig:
@@ -457,7 +457,7 @@ def run_config(**changes: Any) -> HessoConfig:
     [
         {},
         {"cric": True, "cric_mode": "probe", "cric_max_cycles": 1},
-        {"on_collapse": "pause", "collapse_threshold": 1e-6},
+        pytest.param({"on_collapse": "pause", "collapse_threshold": 1e-6}, marks=pytest.mark.slow),
     ],
     ids=["hesso", "cric", "pause"],
 )
