@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from families import ALL, HEADS, MLP, QUERY, STREAM, random_model
-from transformers import PretrainedConfig
+from transformers import GPT2Config, PretrainedConfig
 
+from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError
 from hesso_hf.inspection import Inspection, inspect_model
 from hesso_hf.sizes import build_meta, model_class_of
@@ -34,8 +35,10 @@ def folder(config: PretrainedConfig, tmp_path: Path) -> Path:
 
 def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
     values = json.loads(json.dumps(inspection.to_dict()))
-    assert values.keys() == {HEADS, MLP, STREAM, QUERY, "model", "feasible"}
-    for structure in (HEADS, MLP, STREAM, QUERY):
+    assert values.keys() == {*STRUCTURES, "model", "feasible"}
+    for absent in ("expert_channels", "experts"):
+        assert values[absent]["status"] == "not_applicable"
+    for structure in (HEADS, MLP, STREAM, QUERY, "layers"):
         assert values[structure].keys() >= KEYS
         assert values[structure]["status"] == "proved"
         assert values[structure]["reason"] == ""
@@ -69,22 +72,22 @@ def test_the_model_is_named_and_counted(config: PretrainedConfig, inspection: In
 def test_layouts_say_how_units_lie():
     layouts = inspect_model(ALL["phi3"].config()).structures
     assert layouts[MLP].layouts["model.layers.*.mlp.gate_up_proj.weight[0]"] == "stride(2x1)"
-    assert layouts[HEADS].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(24, 12, 12)"
+    assert layouts[HEADS].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(24, 2x12)"
     assert layouts[QUERY].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(12, fixed 72)"
     assert layouts[STREAM].powers["model.embed_tokens.weight"] == 1
 
 
 def test_a_refused_structure_keeps_its_key_and_has_a_reason():
-    values = inspect_model(ALL["phi"].config()).to_dict()
-    assert values[STREAM]["status"] == "refused"
-    assert "LayerNorm" in values[STREAM]["reason"]
-    assert values[STREAM]["units"] is None
+    values = inspect_model(ALL["llama"].config(num_hidden_layers=1)).to_dict()
+    assert values["layers"]["status"] == "refused"
+    assert "only one layer" in values["layers"]["reason"]
+    assert values["layers"]["units"] is None
 
 
 @pytest.mark.parametrize(("name", "why"), [("multi-head", "a key-value head of its own"), ("multi-query", "share one")])
-def test_query_heads_are_refused_where_attention_heads_are_single_ones_already(name: str, why: str):
+def test_query_heads_do_not_apply_where_attention_heads_are_single_ones_already(name: str, why: str):
     found = inspect_model(ALL[f"llama-{name}"].config()).structures
-    assert (found[HEADS].status, found[QUERY].status) == ("proved", "refused")
+    assert (found[HEADS].status, found[QUERY].status) == ("proved", "not_applicable")
     assert why in found[QUERY].reason
     assert "attention_heads" in found[QUERY].reason
 
@@ -96,9 +99,10 @@ def test_every_source_gives_the_same_answer(kind: str, config: PretrainedConfig,
 
 
 def test_feasible_sizes_are_listed_for_the_ratios_asked_for():
-    feasible = inspect_model(ALL["phi"].config(), pruning_ratios=(0.25, 0.9)).feasible  # the embeddings stay
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=2)  # width follows the two heads
+    feasible = inspect_model(config, pruning_ratios=(0.25, 0.97)).feasible
     assert feasible["0.25"]["ratio"] == pytest.approx(0.25, abs=0.05)
-    assert "nearest feasible" in feasible["0.9"]["reason"]
+    assert "nearest feasible" in feasible["0.97"]["reason"]
 
 
 def test_an_unknown_path_is_an_error_that_names_it(tmp_path: Path):

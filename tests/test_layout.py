@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hesso_hf.layout import Layout, Segment, block_layout, candidate_layouts
+from hesso_hf.layout import Layout, Segment, block_layout, owned_layout
 
 UNITS = 5
 LAYOUTS = {
@@ -72,22 +72,26 @@ def test_indices_are_those_of_the_units_and_the_fixed_ones(layout: Layout, kept:
     assert layout.indices(torch.tensor(kept), UNITS).tolist() == expected
 
 
-def test_candidates_of_a_fused_qkv_axis() -> None:
-    found = candidate_layouts((16, 16), granule=8)
-    assert list(found) == ["block", "stride", "segments"]
-    assert str(found["block"]) == "block(32)"
-    assert str(found["stride"]) == "stride(4x8)"
-    assert str(found["segments"]) == "segments(16, 8, 8)"
-    assert all(layout.size(3) == 3 * 32 for layout in found.values())
+@pytest.mark.parametrize(
+    ("template", "to_units", "size", "per_unit", "expected"),
+    [
+        (block_layout(4), 7, 42, 6, block_layout(6)),
+        (Layout((Segment(2, 4),)), 3, 48, 16, Layout((Segment(2, 8),))),
+        (Layout((Segment(1, 4), Segment(fixed=7))), 6, 33, 4, Layout((Segment(1, 4), Segment(fixed=9)))),
+        (Layout((Segment(1, 4), Segment(fixed=7))), 6, 24, 4, None),
+        (block_layout(4), 7, 41, 6, None),
+    ],
+)
+def test_a_layout_fits_a_model_of_other_sizes_or_not(
+    template: Layout, to_units: int, size: int, per_unit: int, expected: Layout | None
+) -> None:
+    assert template.fitted(UNITS, to_units, size, per_unit) == expected
 
 
-def test_candidates_of_a_plain_axis() -> None:
-    assert candidate_layouts((1,), granule=1) == {"block": block_layout(1)}
-    assert list(candidate_layouts((2,), granule=1)) == ["block", "stride"]
-    assert list(candidate_layouts((8,), granule=8)) == ["block"]
-
-
-def test_candidates_with_a_shared_key_and_value_end_with_fixed_indices() -> None:
-    for layout in candidate_layouts((8,), granule=8, fixed=16).values():
-        assert layout.segments[-1] == Segment(fixed=16)
-        assert layout.size(5) == 5 * 8 + 16
+def test_an_owned_axis_belongs_to_one_unit() -> None:
+    layout = owned_layout(3, unit=1)
+    assert (layout.size(UNITS), layout.per_unit, layout.owned, str(layout)) == (3, 0, 3, "owned(3)")
+    assert layout.expand(torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5])).tolist() == [1.5] * 3
+    assert layout.collect(torch.tensor([1.0, 2.0, 4.0]), UNITS).tolist() == [0.0, 7.0, 0.0, 0.0, 0.0]
+    assert layout.indices(torch.tensor([0, 1]), UNITS).tolist() == [0, 1, 2]
+    assert layout.indices(torch.tensor([0, 2]), UNITS).tolist() == []

@@ -186,6 +186,7 @@ def test_inspecting_llama_405b_takes_less_than_two_gigabytes():
         "from hesso_hf import inspect_model\n"
         "found = inspect_model(LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248,\n"
         "    num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8))\n"
+        "found.structures.pop('experts')\n"
         "assert [s.status for s in found.structures.values()] == ['proved'] * 3, found.structures\n"
         "print(found.parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
