@@ -339,7 +339,8 @@ class _Bench:
         name, dim = next(axis for axis in mine if self.axis_map.parameters[axis[0]].pattern == branch.reader[0])
         channels = self.axis_map.parameters[name].shape[dim]
         try:
-            return len(discover_branches(self.gradients, self.axis_map, mine, channels, 1)) == 1
+            found = discover_branches(self.gradients, self.axis_map, mine, channels, 1)
+            return len(found) == 1 and all(layout.size(1) == layout.per_unit for layout in found[0].layouts.values())
         except UnsupportedStructureError:
             return False
 
