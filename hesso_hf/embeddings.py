@@ -68,7 +68,7 @@ def config_token_ids(model: PreTrainedModel) -> set[int]:
         found.add(index)
         return index
 
-    for holder in (model.config, model.generation_config):
+    for holder in (model.config, model.generation_config if model.can_generate() else None):
         if holder is not None:  # a class that can't generate has no generation config
             _renumber_ids(copy.deepcopy(holder), note)
     return {index for index in found if 0 <= index < size}
@@ -103,7 +103,7 @@ def trim_embeddings(model: PreTrainedModel, kept: KeptTokens) -> PreTrainedModel
                 f"{name} has shape {tuple(rows.shape)} with the kept tokens, the smaller model {tuple(tensor.shape)}"
             )
         tensor.data = rows.clone()
-    if model.generation_config is not None:
+    if model.can_generate() and model.generation_config is not None:
         small.generation_config = copy.deepcopy(model.generation_config)
         _renumber(small.generation_config, kept)
     return small.train(model.training)
