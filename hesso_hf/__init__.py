@@ -3,7 +3,8 @@
 The modules in the order of the data flow, each importing only from those before it: errors, config, layout, sizes,
 probe, groups, shrink, tiny, discovery, norms, streams, per_layer, cut, proof, cost, latency, budget, inspection,
 schedule, saliency, calibration, agreement, snapshot, bound, ranking, cric, trial, collapse, process, optimizer, plan,
-verify, publish, plots, card, checkpoint, export, progress, hub, trainer, and then the command line's.
+tokens, spelling, retokenize, embeddings, vocabulary, verify, publish, plots, card, checkpoint, export, progress, hub,
+trainer, and then the command line's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from .inspection import inspect_model
     from .optimizer import HessoOptimizer
     from .plan import wrap_optimizer
+    from .tokens import KeptTokens
     from .trainer import HessoMixin, HessoTrainer
+    from .vocabulary import inspect_vocabulary, keep_tokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,8 +30,11 @@ __all__ = [
     "HessoMixin",
     "HessoOptimizer",
     "HessoTrainer",
+    "KeptTokens",
     "export_pruned",
     "inspect_model",
+    "inspect_vocabulary",
+    "keep_tokens",
     "wrap_optimizer",
 ]
 
@@ -38,8 +44,11 @@ _HOME = {
     "HessoMixin": "trainer",
     "HessoOptimizer": "optimizer",
     "HessoTrainer": "trainer",
+    "KeptTokens": "tokens",
     "export_pruned": "export",
     "inspect_model": "inspection",
+    "inspect_vocabulary": "vocabulary",
+    "keep_tokens": "vocabulary",
     "wrap_optimizer": "plan",
 }
 

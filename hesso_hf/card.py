@@ -33,6 +33,7 @@ class PruningReport:
         sizes_before, sizes_after: config sizes that changed; means where layers differ.
         stock: whether the model is of a stock class, not one with a modelling file for uneven layers.
         training: config, schedule, steps and history of the run, empty for a bare export.
+        vocabulary: tokens and parameters removed with them, and the old ids of the kept ones; None for a whole one.
     """
 
     model_class: str
@@ -45,6 +46,7 @@ class PruningReport:
     verification: Verification
     stock: bool = True
     training: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Mapping[str, Any] | None = None
 
     @property
     def pruning_ratio(self) -> float:
@@ -60,7 +62,8 @@ class PruningReport:
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
             "verification": self.verification.to_dict(),
-            **{key: value for key, value in self.training.items() if key != "base_model"},
+            **{key: value for key, value in self.training.items() if key not in ("base_model", "vocabulary")},
+            **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
             "kept_units": self.kept_units.to_dict(),
             "versions": versions(),
         }
@@ -80,6 +83,9 @@ class PruningReport:
         rows = "\n".join(
             f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
         )
+        if self.vocabulary is not None:
+            tokens = self.vocabulary["tokens"]
+            rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
         base = _repo_id(self.base_model)
         return _CARD.format(
             front=_front_matter(base),
@@ -94,6 +100,7 @@ class PruningReport:
             fold=self.verification.fold_error,
             rounding=self.verification.rounding_error,
             dtype=self.verification.dtype,
+            tokens="" if self.vocabulary is None else _FEWER_TOKENS,
             report=REPORT_NAME,
         ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
 
@@ -142,6 +149,10 @@ _UNEVEN = (
     "Its layers differ in width (means are given below), so it comes with a short modelling file of its own and loads "
     "with `trust_remote_code=True`."
 )
+_FEWER_TOKENS = (
+    "Tokens that the training data never used were removed from the model and its tokenizer: other text is split into "
+    "more tokens, and ids differ from those of the original tokenizer. "
+)
 _CARD = """{front}
 
 # {name}, pruned
@@ -162,6 +173,6 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 {rows}
 
 The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
-error {fold:.1e} in fp32, {rounding:.1e} after rounding to {dtype}. Kept units, schedule and versions are in
+error {fold:.1e} in fp32, {rounding:.1e} after rounding to {dtype}. {tokens}Kept units, schedule and versions are in
 `{report}`.
 """

@@ -61,7 +61,7 @@ class HessoConfig:
     )
     round_to: int | None = field(
         default=None,
-        metadata={"help": "Multiple that MLP and embedding channels keep to (default 8, less for small models)."},
+        metadata={"help": "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."},
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Ordinary steps before the first scoring (steps)."})
     pruning_steps: float = field(default=0.15, metadata={"help": "Length of all pruning periods together (steps)."})
@@ -107,6 +107,10 @@ class HessoConfig:
     calibration_examples: int = field(
         default=16,
         metadata={"help": "Examples on which the split between structures is measured; 0 splits evenly."},
+    )
+    prune_vocabulary: bool = field(
+        default=False,
+        metadata={"help": "Remove tokens that train_dataset never uses from the saved model and its tokenizer."},
     )
     export_dtype: str | None = field(
         default=None,
@@ -220,6 +224,8 @@ class HessoConfig:
                 f"`round_to` ({self.round_to}) and `tensor_parallel_size` ({self.tensor_parallel_size}) can't be kept "
                 "to in every layer with `layer_widths` ('per_layer'); leave them out or use 'uniform'"
             )
+        if not isinstance(self.prune_vocabulary, bool):
+            raise HessoError(f"`prune_vocabulary` ({self.prune_vocabulary!r}) must be true or false")
         if self.export_dtype not in (None, "float32", "bfloat16", "float16"):
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
 

@@ -15,14 +15,17 @@ from .card import PruningReport, count_parameters
 from .checkpoint import STATE_NAME, read_state
 from .config import structures_around
 from .cut import cut_model
+from .embeddings import rows_elements, trim_embeddings
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
 from .per_layer import layer_list, write_modelling_file
 from .plots import PLOT_NAME
 from .proof import proved_groups
 from .publish import staged_folder
+from .retokenize import check_saved_tokenizer, trim_tokenizer
 from .saliency import UnitSums, accumulate_
 from .sizes import get_size, load_config, model_class_of
+from .tokens import KeptTokens
 from .verify import Verification, Verifier
 
 logger = logging.get_logger(__name__)
@@ -40,6 +43,7 @@ def export_pruned(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     training: Mapping[str, Any] | None = None,
+    vocabulary: KeptTokens | None = None,
 ) -> PruningReport:
     """Cut the pruned units out of a model, verify the result and publish it atomically.
 
@@ -51,6 +55,7 @@ def export_pruned(
         tokenizer: saved along; a checkpoint's own by default.
         dtype: stored dtype, float32, bfloat16 or float16; that of the weights by default.
         training: what the report says about the run.
+        vocabulary: the tokens to keep (`keep_tokens`); by default what the checkpoint says, or all.
 
     Raises:
         HessoError: where pruning hasn't finished, a unit to be cut isn't zero, or the layers differ unasked.
@@ -85,7 +90,11 @@ def export_pruned(
         )
     wanted = dtype or (training or {}).get("hesso_config", {}).get("export_dtype")
     stored = DTYPES[wanted] if wanted else model.dtype
-    return _export(model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {})
+    if vocabulary is None and (training or {}).get("vocabulary"):
+        vocabulary = KeptTokens.from_dict((training or {})["vocabulary"])
+    if vocabulary is not None:
+        tokenizer = _trimmed(tokenizer, vocabulary)
+    return _export(model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {}, vocabulary)
 
 
 def _export(
@@ -97,20 +106,23 @@ def _export(
     dtype: torch.dtype,
     max_shard_size: str,
     training: Mapping[str, Any],
+    vocabulary: KeptTokens | None,
 ) -> PruningReport:
-    verifier = Verifier(model, groups, kept)
+    verifier = Verifier(model, groups, kept, vocabulary)
     fold_error = verifier.check_fold()
-    small = cut_model(model, groups, kept, dtype)
+    small = cut_model(trim_embeddings(model, vocabulary) if vocabulary else model, groups, kept, dtype)
     with staged_folder(output_dir) as folder:
         small.save_pretrained(folder, max_shard_size=max_shard_size)
         if hasattr(small.config, "layer_sizes"):
             write_modelling_file(folder, type(model).__name__, layer_list(groups))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if vocabulary is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
+            check_saved_tokenizer(folder, tokenizer)
         rounding_error = verifier.check_saved(folder, small)
         name = str(dtype).removeprefix("torch.")
         verification = Verification(fold_error, rounding_error, name, verifier.input_ids.numel())
-        report = _report(model, small, groups, kept, verification, training)
+        report = _report(model, small, groups, kept, verification, training, vocabulary)
         picture = report.write(folder)
     if not picture:
         (Path(output_dir) / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
@@ -125,6 +137,7 @@ def _report(
     kept: KeptUnits,
     verification: Verification,
     training: Mapping[str, Any],
+    vocabulary: KeptTokens | None,
 ) -> PruningReport:
     names = [size for name in kept.kept for size in groups.structures[name].increments]
     return PruningReport(
@@ -138,7 +151,24 @@ def _report(
         kept_units=kept,
         verification=verification,
         training=training,
+        vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
     )
+
+
+def _vocabulary_entry(small: PreTrainedModel, vocabulary: KeptTokens) -> dict[str, Any]:
+    """Say what went with the tokens: parameters of rows as wide as the smaller model's."""
+    tokens = {"before": vocabulary.vocab_size, "after": len(vocabulary.kept)}
+    removed = rows_elements(small) * vocabulary.num_removed
+    return {"tokens": tokens, "parameters_removed": removed, "kept": list(vocabulary.kept)}
+
+
+def _trimmed(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, vocabulary: KeptTokens) -> Any:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise HessoError(
+            f"`tokenizer` ({type(tokenizer).__name__}) must be given with `vocabulary`, and be no processor: the ids "
+            "of a smaller vocabulary mean nothing to the full tokenizer"
+        )
+    return trim_tokenizer(tokenizer, vocabulary)
 
 
 def _size_after(config: PretrainedConfig, name: str) -> float:

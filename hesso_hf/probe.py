@@ -68,8 +68,12 @@ class AxisMap:
         return {axis: found for axis, found in self.slopes.items() if wanted & set(found)}
 
 
-def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> AxisMap:
-    """Find the axes of every probed config size by comparing parameter shapes on the meta device."""
+def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, couple: bool = True) -> AxisMap:
+    """Find the axes of every probed config size by comparing parameter shapes on the meta device.
+
+    Args:
+        couple: whether to look for heads and width that only shrink together.
+    """
     base_model = build_meta(model_class, copy_with(config, {}))
     parameters = describe_parameters(base_model)
     slopes: dict[tuple[str, int], dict[str, int]] = {}
@@ -84,22 +88,43 @@ def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
             continue
         for axis, slope in changed.items():
             slopes.setdefault(axis, {})[size] = slope
-    return AxisMap(parameters, slopes, failed, _coupling(config, slopes))
+    axis_map = AxisMap(parameters, slopes, failed)
+    follows = couple and _heads_follow_width(slopes)
+    return coupled_axes(model_class, config, axis_map) if follows else axis_map
 
 
-def _coupling(config: PretrainedConfig, slopes: dict[tuple[str, int], dict[str, int]]) -> Coupling | None:
+def _heads_follow_width(slopes: dict[tuple[str, int], dict[str, int]]) -> bool:
     """Tell whether heads and width only change together: another number of heads alone leaves their rows as they are.
 
     Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows.
     """
-    heads, hidden = get_size(config, HEADS), get_size(config, HIDDEN)
-    if not heads or not hidden or hidden % heads:
-        return None
     by_heads = [found[HEADS] for found in slopes.values() if HEADS in found]
     width_moves = any(HIDDEN in found for found in slopes.values())
-    if not width_moves or (by_heads and min(by_heads) > 0):
-        return None
-    return Coupling(hidden // heads)
+    return width_moves and not (by_heads and min(by_heads) > 0)
+
+
+def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap) -> AxisMap:
+    """Return the map of a model whose heads and width shrink together, if the width is a number of heads.
+
+    The axes of `hidden_size` are then those that move when heads and width grow together, so that head_dim stays.
+    """
+    heads, hidden, kv_heads = get_size(config, HEADS), get_size(config, HIDDEN), get_size(config, KV_HEADS)
+    if not heads or not hidden or hidden % heads:
+        return axis_map
+    head_dim, group = hidden // heads, heads // kv_heads if kv_heads and heads % kv_heads == 0 else 1
+    sizes = {HEADS: heads + group, HIDDEN: hidden + group * head_dim}
+    if kv_heads and kv_heads > 1:
+        sizes[KV_HEADS] = kv_heads + 1
+    try:
+        shapes = _shapes(model_class, copy_with(config, sizes))
+        moved = _compare(axis_map.parameters, shapes, group * head_dim)
+    except Exception:  # model code may refuse the sizes with any exception type; the width's own axes serve then
+        return replace(axis_map, coupling=Coupling(head_dim))
+    slopes = {axis: {s: n for s, n in found.items() if s != HIDDEN} for axis, found in axis_map.slopes.items()}
+    for axis, slope in moved.items():
+        slopes.setdefault(axis, {})[HIDDEN] = slope
+    left = {axis: found for axis, found in slopes.items() if found}
+    return replace(axis_map, slopes=left, coupling=Coupling(head_dim))
 
 
 def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:

@@ -32,6 +32,8 @@ from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics
 from .schedule import Schedule, resolve_schedule
 from .snapshot import kept_random_state
+from .tokens import KeptTokens
+from .vocabulary import ROUND_TO, check_countable, keep_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -53,12 +55,15 @@ class HessoMixin(HubMixin):
             raise HessoError(f"{type(self).__name__} needs `hesso_config=HessoConfig(pruning_ratio=...)`; got None")
         self.hesso_config = hesso_config
         self.pruning_report: PruningReport | None = None
+        self.kept_tokens: KeptTokens | None = None
         self.hesso_optimizer = None
         self._resume_from: str | None = None
         self._saving_checkpoint = False
         self._step_loss: torch.Tensor | None = None
         super().__init__(*args, **kwargs)
         self._refuse_engines()
+        if hesso_config.prune_vocabulary:
+            check_countable(self._tokenizer(), self.train_dataset)
         self.hesso_plan = PruningPlan.prepare(self._bare_model(), hesso_config)
         self.add_callback(HessoProgressCallback(self))
 
@@ -98,6 +103,11 @@ class HessoMixin(HubMixin):
         if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one
             self.hesso_plan = PruningPlan.prepare(self._bare_model(), self.hesso_config)
         schedule = self._settle()
+        if self.hesso_config.prune_vocabulary:
+            self.kept_tokens = keep_tokens(
+                self._tokenizer(), self.train_dataset, self._bare_model(),
+                round_to=self.hesso_config.round_to or ROUND_TO,
+            )  # fmt: skip
         self.hesso_optimizer = HessoOptimizer(base, self.hesso_plan.process(schedule))
         self.optimizer = self.hesso_optimizer
         return self.optimizer
@@ -321,6 +331,7 @@ class HessoMixin(HubMixin):
             "calibration": curves.to_dict() if curves else None,
             "steps": process.step,
             "cric": process.cric_report(),
+            "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .cut import cut_model
+from .embeddings import trim_embeddings
 from .errors import VerificationError
 from .groups import KeptUnits, PruningGroups
 from .proof import logits_of, relative_error, zero_units_
+from .tokens import KeptTokens
 
 FOLD_TOLERANCE = 1e-4
 _SEED = 20240915
@@ -41,13 +43,24 @@ class Verification:
 
 
 class Verifier:
-    """Holds the trained model's fp32 logits on random tokens and compares smaller models with them."""
+    """Holds the trained model's fp32 logits on random tokens and compares smaller models with them.
 
-    def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+    Where tokens are removed, only kept ones are drawn, and only their logits compared.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, vocabulary: KeptTokens | None = None
+    ) -> None:
         self.groups, self.kept = groups, kept
         self.input_ids = verification_tokens(model)
         self._model = _in_fp32(model, groups, kept)
-        self.logits = _evaluate(self._model, self.input_ids)
+        if vocabulary is None:
+            self.logits = _evaluate(self._model, self.input_ids)
+            return
+        tokens = vocabulary.indices(vocabulary.vocab_size, self.input_ids.device)
+        self.input_ids %= len(tokens)
+        self.logits = _evaluate(self._model, tokens[self.input_ids])[..., tokens]
+        self._model = trim_embeddings(self._model, vocabulary)
 
     def check_fold(self) -> float:
         """Compare the fp32 fold.

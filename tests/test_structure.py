@@ -16,8 +16,8 @@ ORDER = (
     "errors", "config", "layout", "sizes", "probe", "groups", "shrink", "tiny", "discovery", "norms", "streams",
     "per_layer", "cut", "proof", "cost", "latency", "budget",
     "inspection", "schedule", "saliency", "calibration", "agreement", "snapshot", "bound", "ranking", "cric", "trial",
-    "collapse", "process", "optimizer", "plan", "verify", "publish", "plots", "card",
-    "checkpoint", "export", "progress", "hub", "trainer",
+    "collapse", "process", "optimizer", "plan", "tokens", "spelling", "retokenize", "embeddings",
+    "vocabulary", "verify", "publish", "plots", "card", "checkpoint", "export", "progress", "hub", "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)
