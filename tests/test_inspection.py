@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from families import ALL, HEADS, MLP, QUERY, STREAM, random_model
-from transformers import PretrainedConfig
+from families import ALL, EXPERT, HEADS, MLP, OTHERS, QUERY, STREAM, random_model
+from transformers import FalconConfig, PretrainedConfig
 
 from hesso_hf.errors import HessoError
 from hesso_hf.inspection import Inspection, inspect_model
@@ -34,7 +34,10 @@ def folder(config: PretrainedConfig, tmp_path: Path) -> Path:
 
 def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
     values = json.loads(json.dumps(inspection.to_dict()))
-    assert values.keys() == {HEADS, MLP, STREAM, QUERY, "model", "feasible"}
+    assert values.keys() == {HEADS, MLP, STREAM, EXPERT, QUERY, "model", "feasible"}
+    assert values[EXPERT].keys() >= KEYS
+    assert values[EXPERT]["status"] == "not_applicable"
+    assert "LlamaConfig has no integer `moe_intermediate_size`" in values[EXPERT]["reason"]
     for structure in (HEADS, MLP, STREAM, QUERY):
         assert values[structure].keys() >= KEYS
         assert values[structure]["status"] == "proved"
@@ -69,22 +72,49 @@ def test_the_model_is_named_and_counted(config: PretrainedConfig, inspection: In
 def test_layouts_say_how_units_lie():
     layouts = inspect_model(ALL["phi3"].config()).structures
     assert layouts[MLP].layouts["model.layers.*.mlp.gate_up_proj.weight[0]"] == "stride(2x1)"
-    assert layouts[HEADS].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(24, 12, 12)"
+    assert layouts[HEADS].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(24, 2x12)"
     assert layouts[QUERY].layouts["model.layers.*.self_attn.qkv_proj.weight[0]"] == "segments(12, fixed 72)"
     assert layouts[STREAM].powers["model.embed_tokens.weight"] == 1
 
 
 def test_a_refused_structure_keeps_its_key_and_has_a_reason():
-    values = inspect_model(ALL["phi"].config()).to_dict()
-    assert values[STREAM]["status"] == "refused"
-    assert "LayerNorm" in values[STREAM]["reason"]
-    assert values[STREAM]["units"] is None
+    config = FalconConfig(vocab_size=97, hidden_size=48, num_attention_heads=4, num_hidden_layers=1, alibi=True)
+    values = inspect_model(config).to_dict()
+    for name in (HEADS, STREAM):
+        assert values[name]["status"] == "refused"
+        assert "best relative error" in values[name]["reason"]
+        assert values[name]["units"] is None
+        assert values[name]["relative_error"] > 1e-5
+    assert values[MLP]["status"] == "proved"
+
+
+def test_a_structure_that_the_architecture_lacks_is_not_called_refused():
+    family = next(family for family in OTHERS if family.name == "qwen3_moe")
+    found = inspect_model(family.config()).structures
+    assert {name: structure.status for name, structure in found.items()} == {
+        HEADS: "proved", MLP: "not_applicable", STREAM: "proved", EXPERT: "proved", QUERY: "proved",
+    }  # fmt: skip
+    assert "no parameter's shape depends on `intermediate_size`" in found[MLP].reason
+    assert (found[MLP].units, found[MLP].relative_error) == (None, None)
+    assert (found[EXPERT].units, found[EXPERT].layers) == (28, 2)
+    assert found[EXPERT].parameters_per_unit == 4 * 3 * 72  # of four experts
+    assert found[EXPERT].config_sizes == {"moe_intermediate_size": 28}
+
+
+def test_heads_and_width_that_shrink_together_are_both_described():
+    family = next(family for family in OTHERS if family.name == "gpt2")
+    found = inspect_model(family.config(), pruning_ratios=(0.3,))
+    assert found.structures[HEADS].layouts["transformer.h.*.attn.c_attn.weight[1]"] == "stride(3x12)"
+    assert found.structures[HEADS].config_sizes == {"num_attention_heads": 6}
+    assert found.structures[STREAM].config_sizes == {"hidden_size": 72}
+    sizes = found.feasible["0.3"]["sizes"]
+    assert sizes["hidden_size"] == 12 * sizes["num_attention_heads"] < 72
 
 
 @pytest.mark.parametrize(("name", "why"), [("multi-head", "a key-value head of its own"), ("multi-query", "share one")])
 def test_query_heads_are_refused_where_attention_heads_are_single_ones_already(name: str, why: str):
     found = inspect_model(ALL[f"llama-{name}"].config()).structures
-    assert (found[HEADS].status, found[QUERY].status) == ("proved", "refused")
+    assert (found[HEADS].status, found[QUERY].status) == ("proved", "not_applicable")
     assert why in found[QUERY].reason
     assert "attention_heads" in found[QUERY].reason
 
@@ -96,9 +126,9 @@ def test_every_source_gives_the_same_answer(kind: str, config: PretrainedConfig,
 
 
 def test_feasible_sizes_are_listed_for_the_ratios_asked_for():
-    feasible = inspect_model(ALL["phi"].config(), pruning_ratios=(0.25, 0.9)).feasible  # the embeddings stay
+    feasible = inspect_model(ALL["phi"].config(), pruning_ratios=(0.25, 0.9999)).feasible
     assert feasible["0.25"]["ratio"] == pytest.approx(0.25, abs=0.05)
-    assert "nearest feasible" in feasible["0.9"]["reason"]
+    assert "nearest feasible" in feasible["0.9999"]["reason"]
 
 
 def test_an_unknown_path_is_an_error_that_names_it(tmp_path: Path):

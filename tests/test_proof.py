@@ -350,17 +350,20 @@ def test_more_experts_per_token_than_the_tiny_model_has_experts_do_not_matter():
     assert proved[STREAM].scheme is not None, proved[STREAM].reason
 
 
-def test_rotary_scaling_with_one_factor_per_frequency_leaves_the_mlp_channels():
-    """Phi-3-mini-128k, Phi-3.5-mini and Phi-4-mini: longrope lists of head_dim / 2 factors."""
+def test_rotary_scaling_with_one_factor_per_frequency_makes_heads_and_width_shrink_together():
+    """Phi-3-mini-128k, Phi-3.5-mini and Phi-4-mini: longrope lists of head_dim / 2 factors.
+
+    Phi3Config checks the lists against hidden_size // num_attention_heads, which either cut alone would change.
+    """
     factors = {"short_factor": [1.0] * 6, "long_factor": [1.5] * 6}  # head_dim 72 / 6 = 12
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **factors}
     config = transformers.Phi3Config(**SIZES, rope_parameters=rope, pad_token_id=0)
     random_model(model_class_of(config), config)  # the class accepts it
-    structures = found(config).structures
-    assert structures["mlp_channels"].scheme is not None, structures["mlp_channels"].reason
-    # Phi3Config checks the lists against hidden_size // num_attention_heads, which either cut alone would change
-    for name in ("attention_heads", "embedding_channels"):
-        assert "short_factor" in structures[name].reason
+    groups, proved, _ = proved_groups(model_class_of(config), config)
+    assert sorted(groups.structures) == sorted((HEADS, MLP, STREAM)), groups.refused
+    assert groups.coupled == {HEADS: 1, STREAM: 24}
+    assert proved.joint_error is not None
+    assert proved.joint_error <= 1e-5
 
 
 def test_layers_of_several_widths_are_refused_not_crashed_on():
