@@ -152,7 +152,7 @@ class _Solver:
             units = self._units_of(name, size, by_size[name])
             structure = by_size[name].structure
             if structure in self.groups.coupled:
-                units, structure = self._heads_of(name, size, units, structure), "attention_heads"
+                units, structure = self._driving_units(name, size, units, structure), self.groups.driver
             if pinned.setdefault(structure, units) != units:
                 raise HessoError(
                     f"`target_sizes` ({self.config.target_sizes}) contradict each other for {structure}: "
@@ -160,12 +160,12 @@ class _Solver:
                 )
         return pinned
 
-    def _heads_of(self, name: str, size: int, units: int, structure: str) -> int:
+    def _driving_units(self, name: str, size: int, units: int, structure: str) -> int:
         ratio = self.groups.coupled[structure]
         if units % ratio:
             raise HessoError(
-                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {size // units * ratio}: head_dim follows "
-                "hidden_size / num_attention_heads here, so heads and width shrink together"
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {size // units * ratio}: here "
+                f"{list(self.groups.coupled)} only shrink together"
             )
         return units // ratio
 

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 
 from .errors import HessoError, nearest_name
 
-StructureName = Literal["attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "query_heads"]
+StructureName = Literal[
+    "attention_heads", "mlp_channels", "expert_channels", "mixer_channels", "embedding_channels", "query_heads"
+]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
 INSTEAD_OF = {"query_heads": "attention_heads"}  # not in 'all': their units are parts of the other's

@@ -108,8 +108,9 @@ class PruningGroups:
 
     Attributes:
         absent: structures that this architecture doesn't have, with the config size that is missing or unused.
-        coupled: structures that only shrink together (head_dim is hidden_size / num_attention_heads), with how many
-            units of each go with one unit of `attention_heads`; empty where all are independent.
+        coupled: structures that only shrink together (head_dim is hidden_size / num_attention_heads, or a mixer's
+            channels are twice the width), with how many units of each go with one of the coarsest, the driver; empty
+            where all are independent.
     """
 
     structures: dict[str, StructureGroups]
@@ -144,22 +145,27 @@ class PruningGroups:
         apart = [name for name in self.coupled if name not in chosen]
         if apart and len(apart) < len(self.coupled):
             raise UnsupportedStructureError(
-                f"`structures` ({names}) leaves out {apart}: in this architecture head_dim follows hidden_size / "
-                f"{HEADS}, so {list(self.coupled)} only shrink together; name all of them, or none"
+                f"`structures` ({names}) leaves out {apart}: in this architecture {list(self.coupled)} only shrink "
+                "together (one's size follows from the others'); name all of them, or none"
             )
         return PruningGroups(chosen, self.refused, {} if apart else self.coupled, self.absent)
 
     def with_coupled(self, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return kept units of independent structures with those that follow from them."""
-        if "attention_heads" not in counts:
+        if self.driver not in counts:
             return dict(counts)
-        found = {**counts, **{name: counts["attention_heads"] * ratio for name, ratio in self.coupled.items()}}
+        found = {**counts, **{name: counts[self.driver] * ratio for name, ratio in self.coupled.items()}}
         return {name: found[name] for name in self.structures if name in found}
 
     @property
     def independent(self) -> tuple[str, ...]:
         """Structures whose number of units can be chosen; those of the others follow."""
-        return tuple(name for name in self.structures if name not in self.coupled or name == "attention_heads")
+        return tuple(name for name in self.structures if name not in self.coupled or name == self.driver)
+
+    @property
+    def driver(self) -> str:
+        """The coupled structure whose number of units decides over the others', "" where nothing is coupled."""
+        return min(self.coupled, key=lambda name: self.coupled[name], default="")
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,6 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
     Raises:
         UnsupportedStructureError: where the model has an axis that the proof never saw or whose length doesn't fit.
     """
-    coupling = axis_map.coupling
     increments = {} if scheme.per_channel else unit_increments(structure, config)
     units = num_units(structure, config) if increments else scheme.per_channel * (get_size(config, HIDDEN) or 0)
     known = {axis: (branch, layout) for branch in scheme.branches for axis, layout in branch.layouts.items()}
@@ -262,19 +267,30 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
             axis = Axis(info.name, dim, layout, shift, power, info.pattern in scheme.centred)
             alone = structure == "embedding_channels" or scheme.shared
             by_layer.setdefault(("" if alone else info.layer, branch.reader), []).append(axis)
-    if coupling is None:
-        covered = {(axis.parameter, axis.dim) for axes in by_layer.values() for axis in axes}
-        for name, dim in moving_axes(structure, axis_map, config):
-            if (name, dim) not in covered:
-                raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
     axes = tuple(tuple(axes) for axes in by_layer.values())
     return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes, num_pools(structure, config))
 
 
+def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap, config: PretrainedConfig) -> None:
+    """Compare the groups of structures that shrink together, or of one, with the axes that their sizes move.
+
+    Raises:
+        UnsupportedStructureError: naming an axis that would shrink and that no group knows.
+    """
+    covered = {(axis.parameter, axis.dim) for groups in structures.values() for _, axis in groups.all_axes()}
+    for structure, groups in structures.items():
+        if not groups.increments:  # its size follows from another's
+            continue
+        coupled = axis_map.coupling is not None and structure in ("attention_heads", "embedding_channels")
+        for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map, config):
+            if (name, dim) not in covered:
+                raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
+
+
 def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:
     """Return how many of an axis' indices one unit owns in this model."""
-    if axis_map.coupling is not None:
-        granule = axis_map.coupling.head_dim if HEADS in increments else 1
+    if axis_map.coupling is not None or scheme.per_channel:
+        granule = axis_map.coupling.head_dim if axis_map.coupling and HEADS in increments else 1
         return template.per_unit * granule // scheme.granule
     slopes = axis_map.slopes.get(axis, {})
     return sum(slopes.get(size, 0) * increment for size, increment in increments.items())

@@ -30,13 +30,14 @@ from .groups import (
     StructureGroups,
     build_groups,
     centre_,
+    check_covered,
     mask_,
     moving_axes,
 )
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .probe import AxisMap, coupled_axes, probe_axes
-from .sizes import HEADS, HIDDEN, head_dim_of, num_units, resized_config
+from .sizes import HIDDEN, head_dim_of, num_units, resized_config
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import forward_logits, logits_of, random_model, tiny_config, token_ids
 
@@ -118,27 +119,37 @@ def proved_groups(
             refused[name] = "there is only one unit a layer"
             del structures[name]
     coupled = coupled_units(structures, axis_map, schemes)
-    for name in () if coupled else _needing_others(axis_map, schemes):
-        refused[name] = f"head_dim follows hidden_size / {HEADS}, and the structures it shrinks with aren't all proved"
-        structures.pop(name, None)
+    for name in list(structures):
+        together = {other: structures[other] for other in (coupled if name in coupled else (name,))}
+        try:
+            check_covered(together, axis_map, config)
+        except UnsupportedStructureError as error:
+            refused[name] = str(error)
+    structures = {name: found for name, found in structures.items() if name not in refused}
+    needing = _needing_others(axis_map, schemes)
+    for name in () if coupled else needing & structures.keys():
+        refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
+        del structures[name]
     return PruningGroups(structures, refused, coupled, absent), proof, axis_map
 
 
 def coupled_units(
     structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
 ) -> dict[str, int]:
-    """Return how many units of each coupled structure go with one unit of heads; empty where nothing is coupled."""
+    """Return how many units of each coupled structure go with one of the coarsest; empty where nothing is coupled."""
     names = _needing_others(axis_map, schemes)
-    if not {"attention_heads", "embedding_channels"} <= structures.keys() & names:
+    if not names or not names <= structures.keys():
         return {}
-    heads = structures["attention_heads"].num_units
-    return {name: structures[name].num_units // heads for name in structures if name in names}
+    fewest = min(structures[name].num_units for name in names)
+    return {name: structures[name].num_units // fewest for name in structures if name in names}
 
 
 def _needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
-    if axis_map.coupling is None:
-        return set()
-    return {name for name in schemes if name in ("attention_heads", "embedding_channels") or schemes[name].per_channel}
+    """Return the structures that only shrink together with others."""
+    followers = {name for name, scheme in schemes.items() if scheme.per_channel}
+    if axis_map.coupling is not None:
+        return followers | set(COUPLED)
+    return followers | {"embedding_channels"} if followers else set()
 
 
 class _Bench:
@@ -163,7 +174,7 @@ class _Bench:
             proofs |= self._guarded(COUPLED, self._prove_coupled)
             if all(proofs[name].scheme is None for name in COUPLED):
                 proofs |= self._width_after_all(proofs["attention_heads"].reason)
-        for name in names:
+        for name in sorted(names, key=lambda name: name == "mixer_channels"):  # which the width's proof may settle
             if name not in proofs:
                 proofs |= self._guarded((name,), partial(self._prove_alone, name))
         if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
@@ -206,11 +217,15 @@ class _Bench:
 
     def _prove_alone(self, structure: str) -> dict[str, StructureProof]:
         axes = moving_axes(structure, self.axis_map, self.config)
-        if structure == "embedding_channels":
-            schemes = self._stream_schemes(axes)
-        else:
-            schemes = self._inner_schemes(structure, axes)
-        return self._first_exact({}, structure, schemes)
+        if structure != "embedding_channels":
+            return self._first_exact({}, structure, self._inner_schemes(structure, axes))
+        others: dict[str, Scheme] = {}
+        names = [name for name, _ in axes]
+        if len(set(names)) < len(names):  # a weight both of whose sides follow the width
+            axes, inner = self._split(axes)
+            if inner:
+                others["mixer_channels"] = self._mlp_by_width(inner)
+        return self._first_exact(others, structure, self._stream_schemes(axes))
 
     def _first_exact(
         self, others: dict[str, Scheme], structure: str, candidates: Iterator[Scheme]
@@ -433,7 +448,7 @@ def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, k
 
 def _units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
     """Choose random units to keep, about three of four, so many that the config class accepts the sizes."""
-    free = {n: s for n, s in groups.structures.items() if n not in groups.coupled or n == "attention_heads"}
+    free = {name: groups.structures[name] for name in groups.independent}
     options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
     error: HessoError | None = None
     for choice in itertools.product(*options):

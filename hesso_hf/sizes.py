@@ -171,6 +171,8 @@ def unit_increments(structure: str, config: PretrainedConfig) -> dict[str, int]:
     Raises:
         UnsupportedStructureError: where the config has no such size.
     """
+    if structure == "mixer_channels":
+        raise NotApplicableError("no mixer's channels follow the width")
     if structure not in ("attention_heads", "query_heads"):
         name = _SIZE_OF[structure]
         if get_size(config, name) is None:
