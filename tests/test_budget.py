@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 from families import ALL, HEADS, MLP, QUERIES, QUERY, STREAM, random_model
-from transformers import FalconConfig, Gemma2Config, GPT2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from hesso_hf.budget import TargetSizes, default_round_to, solve_budget
+from hesso_hf.calibration import measure_curves
 from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.cost import CONTEXT, Cost, build_cost
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
@@ -451,12 +461,14 @@ def test_the_split_of_a_coupled_model_can_be_measured(name: str):
     model = random_model(COUPLED[name])
     before = [parameter.clone() for parameter in model.parameters()]
     batches = [torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    plan = PruningPlan.prepare(
-        model,
-        HessoConfig(pruning_ratio=0.3),
-        batches,
-        lambda tried, batch: tried(input_ids=batch, labels=batch).loss,
-    )
+    hesso = HessoConfig(pruning_ratio=0.3)
+    plan = PruningPlan.prepare(model, hesso)
+
+    def loss(tried: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+        return tried(input_ids=batch, labels=batch).loss
+
+    assert plan.wants_calibration
+    plan.settle(lambda: measure_curves(model, plan.groups, batches, loss, hesso))
     assert plan.target.parameter_ratio == pytest.approx(0.3, abs=0.01)
     assert plan.target.sizes["hidden_size"] == 16 * plan.target.sizes["num_attention_heads"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
