@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from .errors import CheckpointMismatchError
+from .experts import EXPERT_UNITS
 from .groups import Axis, PruningGroups, centre_, mask_, shrink_
+from .routing import RouterGates
 from .saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size
 
 PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
@@ -25,10 +27,13 @@ class BoundGroups:
     Args:
         parameters: the model's parameters by name; frozen ones included.
         groups: the structures that are pruned.
+        gates: on the model's routers, where experts are pruned.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], groups: PruningGroups) -> None:
-        self.groups = groups
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], groups: PruningGroups, gates: RouterGates | None = None
+    ) -> None:
+        self.groups, self._gates = groups, gates
         self.axes = groups.by_parameter()
         self.bind(parameters)
         self._chunk = chunk_size(sum(parameter.numel() for parameter in parameters.values()))
@@ -73,6 +78,11 @@ class BoundGroups:
             for structure, layer, axis in axes:
                 if structure in factors:
                     shrink_(self.parameters[name].data, axis, factors[structure][layer])
+
+    def route(self, scales: PerUnit) -> None:
+        """Let the routers choose experts by their scales."""
+        if self._gates is not None:
+            self._gates.set_scales(scales[EXPERT_UNITS])
 
     def mask_weights_(self, pruned: PerUnit) -> None:
         """Set pruned units' effective weights to exactly zero."""

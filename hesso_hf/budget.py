@@ -7,6 +7,7 @@ the ratio takes the split between structures that is expected to lose the least.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from transformers.utils import logging
 from .config import HessoConfig
 from .cost import Cost, Counts
 from .errors import BudgetError, HessoError, nearest_name
+from .experts import EXPERT_UNITS
 from .groups import PruningGroups, StructureGroups
-from .sizes import get_size, resized_config
+from .sizes import canonical_name, get_size, resized_config
 
 logger = logging.get_logger(__name__)
 
@@ -143,7 +145,8 @@ class _Solver:
         """Translate `target_sizes` to units."""
         pinned: dict[str, int] = {}
         by_size = {size: group for group in self.groups.structures.values() for size in group.increments}
-        for name, size in self.config.pinned_sizes.items():
+        for asked, size in self.config.pinned_sizes.items():
+            name = asked if asked in by_size else canonical_name(self.model_config, asked)
             if name not in by_size:
                 raise HessoError(
                     f"`target_sizes`: {name!r} is no size that can be pruned here"
@@ -173,23 +176,31 @@ class _Solver:
         increment, full = group.increments[name], get_size(self.model_config, name)
         step = increment * group.pools
         assert full is not None
-        if size % step or not step <= size <= full:
+        least = max(step, group.least * increment)
+        if size % step or not least <= size <= full:
+            reason = f", for {group.needed_for}" if group.needed_for else ""
             raise HessoError(
-                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {step} and {full}"
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {least} and {full}{reason}"
             )
         return size // increment
 
     def choices(self, name: str) -> list[int]:
         """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
+        if name == "layers":
+            return list(range(1, group.num_units + 1))
         if name in ("attention_heads", "query_heads"):
             multiple = group.pools
             divisible = list(group.increments.values())
+        elif name == EXPERT_UNITS:
+            multiple = math.lcm(group.pools, default_round_to(group.num_units))
+            divisible = [tp]
         else:
             fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
             multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
             divisible = [1] if name in ("mlp_channels", "expert_channels") else [tp]
-        counts = [*range(multiple, group.num_units, multiple), group.num_units]
+        counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.least]
+        counts.append(group.num_units)
         allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
         if not allowed:
             raise HessoError(

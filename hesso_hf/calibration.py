@@ -19,7 +19,9 @@ from transformers.utils import logging
 from .budget import LossFunction
 from .config import HessoConfig
 from .cost import Counts
+from .experts import EXPERT_UNITS
 from .groups import Axis, PruningGroups, StructureGroups, centre_, mask_
+from .routing import routed_by
 from .saliency import UnitSums, accumulate_, lowest_units, needed_sums, saliency_scores
 
 logger = logging.get_logger(__name__)
@@ -149,7 +151,8 @@ def _rises(
                 mask_(parameters[axis.parameter].data, axis, pruned[layer])
                 if axis.centred:
                     centre_(parameters[axis.parameter].data, axis, (~pruned[layer]).float())
-            rise = _mean_loss(model, batches, batch_loss) - before
+            with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):
+                rise = _mean_loss(model, batches, batch_loss) - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
     finally:
         for key, copy in copies.items():

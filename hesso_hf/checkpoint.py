@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -55,6 +57,26 @@ def check_resumable(folder: Path) -> None:
             f"`resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was saved with save_only_model; "
             "export it, or start a new run from its weights"
         )
+
+
+def load_converted_(model: PreTrainedModel, folder: Path) -> None:
+    """Load weights that a class stores under other names than it holds them by, as it does those of fused experts.
+
+    `Trainer` takes from a checkpoint only what has the same name, and leaves such weights as they are.
+    """
+    if stored_names(folder) <= model.state_dict().keys():
+        return
+    logger.info(f"{type(model).__name__} stores weights under other names: they are loaded through `from_pretrained`")
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Return the names of the tensors in a checkpoint's safetensors files."""
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as stored:
+            names.update(stored.keys())
+    return names
 
 
 def last_checkpoint(folder: Path) -> Path | None:

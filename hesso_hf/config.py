@@ -11,12 +11,20 @@ from typing import Any, Literal, get_args
 from .errors import HessoError, nearest_name
 
 StructureName = Literal[
-    "attention_heads", "mlp_channels", "expert_channels", "mixer_channels", "embedding_channels", "query_heads"
+    "attention_heads",
+    "mlp_channels",
+    "expert_channels",
+    "mixer_channels",
+    "embedding_channels",
+    "query_heads",
+    "experts",
+    "layers",
 ]
 SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
 STRUCTURES: tuple[str, ...] = get_args(StructureName)
-INSTEAD_OF = {"query_heads": "attention_heads"}  # not in 'all': their units are parts of the other's
-DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in INSTEAD_OF)
+INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the other's
+OPT_IN = (*INSTEAD_OF, "experts", "layers")  # pruned only where they are named
+DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
 SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
@@ -49,8 +57,8 @@ class HessoConfig:
         default="all",
         metadata={
             "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
-            "query_heads, single ones), mlp_channels, embedding_channels, or a dict of each one's share of the removed "
-            "parameters."
+            "query_heads, single ones), mlp_channels, embedding_channels, experts and layers (whole ones, like experts "
+            "never part of 'all'), or a dict of each one's share of the removed parameters."
         },
     )
     target_sizes: dict | str | None = field(
@@ -151,7 +159,7 @@ class HessoConfig:
 
     @property
     def structure_names(self) -> tuple[str, ...]:
-        """Structures asked for; for 'all' those that don't exclude each other."""
+        """Structures asked for; for 'all' those that needn't be named."""
         if self.structures == "all":
             return DEFAULT_STRUCTURES
         return tuple(_weights_by_name("structures", self.structures, STRUCTURES))
@@ -241,6 +249,16 @@ class HessoConfig:
                     f"`structures` ({list(names)}) can't have both {name!r} and {other!r}, whose units share weights; "
                     "name one of them"
                 )
+        if "experts" in names and self.layer_widths == "per_layer":
+            raise HessoError(
+                "`layer_widths` ('per_layer') can't be combined with `structures` 'experts': every layer keeps as many "
+                "as the config says; use 'uniform', or leave 'experts' out"
+            )
+        if "layers" in names and self.layer_widths == "per_layer":
+            raise HessoError(
+                "`layer_widths` ('per_layer') can't be combined with `structures` 'layers': what a dropped layer saves "
+                "would depend on its width; use 'uniform', or leave 'layers' out"
+            )
 
     def _check_schedule(self) -> None:
         for name, least in (("warmup_steps", 0), ("pruning_steps", None)):
@@ -285,9 +303,11 @@ class HessoConfig:
 
 
 def structures_around(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the structures that may be pruned together with `names`: the default ones, some replaced by theirs."""
+    """Return the structures that may be pruned together with `names`: the default ones, some replaced, some added."""
+    names = list(names)
     instead = {INSTEAD_OF[name]: name for name in names if name in INSTEAD_OF}
-    return tuple(instead.get(name, name) for name in DEFAULT_STRUCTURES)
+    added = [name for name in OPT_IN if name in names and name not in INSTEAD_OF]
+    return (*(instead.get(name, name) for name in DEFAULT_STRUCTURES), *added)
 
 
 def _parse(value: Any) -> Any:

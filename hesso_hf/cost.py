@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PretrainedConfig
 
+from .depth import LAYER_UNITS, in_stack
+from .experts import EXPERT_UNITS, experts_per_token, num_experts
 from .groups import PruningGroups
 from .probe import AxisMap, ParameterInfo
 from .sizes import HEADS, KV_HEADS, LAYERS, get_size, head_dim_of
@@ -58,11 +60,17 @@ def build_cost(
     moving = moving_sizes(groups)
     terms: defaultdict[tuple[Factor, ...], float] = defaultdict(float)
     for info in axis_map.parameters.values():
+        place = in_stack(groups, info)
+        if place == "other":  # the first layer stands for all
+            continue
         weight = _weight(metric, info, axis_map, config, bytes_per)
         factors = moving.get(info.name, {})
+        if metric == "flops" and _is_expert_weight(info):  # a token's share of the experts, however many there are
+            factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERT_UNITS}
         for dim, size in enumerate(info.shape):
             weight *= 1 if dim in factors else size
-        terms[tuple(sorted(factors.values()))] += weight
+        depth = [(LAYER_UNITS, 1, 0)] if place == "first" else []
+        terms[tuple(sorted([*factors.values(), *depth]))] += weight
     _add_attention(terms, metric, groups, config, bytes_per)
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     return Cost(metric, tuple((weight, factors) for factors, weight in terms.items() if weight), units)
@@ -74,6 +82,7 @@ def moving_sizes(groups: PruningGroups) -> dict[str, dict[int, Factor]]:
         parameter: {
             axis.dim: (name, axis.layout.per_unit, sum(segment.fixed for segment in axis.layout.segments))
             for name, _, axis in axes
+            if not axis.layout.owned
         }
         for parameter, axes in groups.by_parameter().items()
     }
@@ -90,10 +99,14 @@ def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: Pretrai
     if info.role == "embedding":  # a look-up costs nothing, a tied output matrix its product
         tied = not any(other.role == "output" for other in axis_map.parameters.values())
         return 2.0 if tied else 0.0
-    experts = get_size(config, "num_local_experts") or get_size(config, "num_experts")
-    if experts and (len(info.shape) == 3 or ".experts." in info.name):
-        return 2.0 * (get_size(config, "num_experts_per_tok") or experts) / experts
+    experts = num_experts(config)
+    if experts and _is_expert_weight(info):
+        return 2.0 * (experts_per_token(config) or experts) / experts
     return 2.0
+
+
+def _is_expert_weight(info: ParameterInfo) -> bool:
+    return len(info.shape) == 3 or ".experts." in info.name
 
 
 def _add_attention(
@@ -110,9 +123,12 @@ def _add_attention(
         return
     kv_heads = get_size(config, KV_HEADS) or heads
     counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
-    per_token = weight * layers * head_dim * CONTEXT
-    shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
-    if shrinking:
-        terms[tuple(shrinking)] += per_token
+    per_token, factors = weight * head_dim * CONTEXT, []
+    if LAYER_UNITS in groups.structures:
+        factors.append((LAYER_UNITS, 1, 0))
     else:
-        terms[()] += per_token * (heads if counted == HEADS else kv_heads)
+        per_token *= layers
+    shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
+    if not shrinking:
+        per_token *= heads if counted == HEADS else kv_heads
+    terms[tuple(sorted([*factors, *shrinking]))] += per_token

@@ -10,10 +10,25 @@ import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
-from .groups import Axis, KeptUnits, PruningGroups
+from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
 from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
 from .sizes import head_dim_of, resized_config
+
+
+@torch.no_grad()
+def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, kept: KeptUnits) -> None:
+    """Set all units that aren't kept to zero, in place, and centre what writes to a stream of mean zero."""
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        for layer, axis in structure.all_axes():
+            parameter = parameters[axis.parameter].data
+            pruned = torch.ones(structure.num_units, dtype=torch.bool, device=parameter.device)
+            pruned[list(layers[layer])] = False
+            mask_(parameter, axis, pruned)
+            if axis.centred and pruned.any():
+                centre_(parameter, axis, (~pruned).float())
 
 
 @torch.no_grad()
@@ -24,24 +39,49 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
         UnsupportedStructureError: naming the first parameter that one of the two lacks or whose shape differs.
     """
     parameters = dict(small.named_parameters())
-    if parameters.keys() != full.keys():
-        odd = sorted(parameters.keys() ^ full.keys())[0]
-        raise UnsupportedStructureError(f"parameter {odd} exists in only one of the full and the smaller model")
-    cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
-    for name, layers in kept.kept.items():
-        structure = groups.structures[name]
-        for layer, axis in structure.all_axes():
-            if len(layers[layer]) < structure.num_units:
-                cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
+    origins = full_names(parameters, groups, kept)
+    odd = sorted(set(origins.values()) ^ {name for name in full if not is_dropped(name, groups, kept)})
+    if odd:
+        raise UnsupportedStructureError(f"parameter {odd[0]} exists in only one of the full and the smaller model")
+    cuts = _cuts_by_tensor(groups, kept)
     for name, parameter in parameters.items():
-        tensor = full[name].detach()
-        for axis, units, total in cuts.get(name, ()):
+        tensor = full[origins[name]].detach()
+        for axis, units, total in cuts.get(origins[name], ()):
             tensor = _cut(tensor, axis, units, total)
         if tensor.shape != parameter.shape:
             raise UnsupportedStructureError(
                 f"{name} has shape {tuple(tensor.shape)} after cutting, the smaller model {tuple(parameter.shape)}"
             )
         parameter.copy_(tensor)
+
+
+def _cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
+    """Return, per parameter or buffer, (axis, kept units, all units) of each cut."""
+    cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        buffers = [(layer, axis) for layer, axes in enumerate(structure.buffers) for axis in axes]
+        for layer, axis in (*structure.all_axes(), *buffers):
+            if len(layers[layer]) < structure.num_units and not axis.layout.owned:
+                cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
+    return cuts
+
+
+def _copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+    """Copy buffers, cut where units lie on them."""
+    buffers, cuts = dict(full.named_buffers()), _cuts_by_tensor(groups, kept)
+    for name, origin in full_names(dict(small.named_buffers()), groups, kept).items():
+        owner, _, leaf = name.rpartition(".")
+        holder, trained = small.get_submodule(owner), buffers.get(origin)
+        if trained is None:
+            continue
+        for axis, units, total in cuts.get(origin, ()):
+            trained = _cut(trained, axis, units, total)
+        if origin in cuts:  # in its own dtype: the bias of a router's choice isn't one of the weights
+            holder._buffers[leaf] = trained.clone()
+        # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
+        elif trained.dim() and trained.shape == holder.get_buffer(leaf).shape:
+            holder.get_buffer(leaf).copy_(trained)
 
 
 def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
@@ -55,7 +95,7 @@ def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> t
 def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
     """Return the config sizes of a model that keeps these units; where layers differ, the full model's stay."""
     sizes: dict[str, int] = {}
-    for name, layers in kept.kept.items():
+    for name, layers in without_dropped_layers(groups, kept).kept.items():
         counts = {len(layer) for layer in layers}
         if len(counts) == 1 and counts != {groups.structures[name].num_units}:
             sizes |= groups.structures[name].config_sizes(counts.pop())
@@ -72,7 +112,7 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     for name, layers in kept.kept.items():
         groups.structures[name].check_pools(layers)
     uneven = layer_sizes(groups, kept, head_dim_of(model.config))
-    config = resized_config(model.config, kept_sizes(groups, kept))
+    config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
     with no_init_weights():
         small = type(model)(config)
         if uneven is not None:
@@ -81,11 +121,7 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     small.tie_weights()
     small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
-    buffers = dict(small.named_buffers())
-    for name, buffer in model.named_buffers():
-        # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
-        if buffer.dim() and name in buffers and buffers[name].shape == buffer.shape:
-            buffers[name].copy_(buffer)
+    _copy_buffers(small, model, groups, kept)
     small.generation_config = copy.deepcopy(model.generation_config)
     if hasattr(config, "use_cache"):
         config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache

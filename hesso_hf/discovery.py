@@ -11,6 +11,7 @@ Legend: N indices of an axis, U units.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,8 +88,7 @@ class GradientProbe:
             zero: zeroes in place what reads the units of a mask, shape (U,), bool; undone afterwards.
         """
         axes = list(axes)
-        bits = (units + 1).bit_length()
-        codes = torch.arange(1, units + 1)
+        bits, codes = _codes(units)
         found = {axis: torch.zeros(self.parameters[axis[0]].shape[axis[1]], dtype=torch.long) for axis in axes}
         for bit in range(bits):
             with self._undone():
@@ -97,10 +97,9 @@ class GradientProbe:
             for axis, mask in vanished.items():
                 found[axis] += mask.long() << bit
         dead = self._dead(axes)
-        return {
-            axis: torch.where(dead[axis], UNKNOWN, torch.where((code > 0) & (code <= units), code - 1, NOBODY))
-            for axis, code in found.items()
-        }
+        units_of = torch.full((1 << bits,), NOBODY)
+        units_of[codes] = torch.arange(units)
+        return {axis: torch.where(dead[axis], UNKNOWN, units_of[code]) for axis, code in found.items()}
 
     def vanished(self, axes: Iterable[AxisName]) -> dict[AxisName, torch.Tensor]:
         """Return, per axis, which indices have no gradient at all: shape (N,), bool."""
@@ -144,6 +143,18 @@ class GradientProbe:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data.copy_(before[name])
+
+
+def _codes(units: int) -> tuple[int, torch.Tensor]:
+    """Return a number of bits and one code for each unit, half of whose bits are set.
+
+    What feeds several units vanishes in the bits that all of these have, so fewer: never another unit's code.
+    """
+    bits = 2
+    while math.comb(bits, bits // 2) < units:
+        bits += 1
+    codes = [code for code in range(1 << bits) if code.bit_count() == bits // 2]
+    return bits, torch.tensor(codes[:units])
 
 
 def layout_of(owners: torch.Tensor, units: int) -> Layout | None:
@@ -233,14 +244,21 @@ def _best_branch(
 def _reader_groups(
     probe: GradientProbe, axis_map: AxisMap, remaining: dict[AxisName, list[AxisName]], units: int
 ) -> list[dict[AxisName, Layout]]:
-    """List blocks in which several matrices read the units: a state-space mixer's channels feed its projections too."""
+    """List matrices that read the same units together.
+
+    A state-space mixer's channels feed its own projections too, and layers of several kinds may share a table (the
+    position biases of T5's heads).
+    """
     blocks: dict[str, dict[AxisName, Layout]] = {}
     for axis, found in remaining.items():
         info = axis_map.parameters[found[0][0]]
         linear = isinstance(probe.model.get_submodule(info.module), nn.Linear)
         if linear and axis[1] == 1 and info.shape[1] % units == 0 and info.role == "matrix":
             block = axis[0].rpartition(".")[0].rpartition(".")[0]
-            blocks.setdefault(block, {})[axis] = Layout((Segment(1, info.shape[1] // units),))
+            layout = Layout((Segment(1, info.shape[1] // units),))
+            blocks.setdefault(block, {})[axis] = layout
+            stack = info.layer.rpartition(".")[0]
+            blocks.setdefault(f"{stack}|{info.module.removeprefix(info.layer)}", {})[axis] = layout
     return [readers for readers in blocks.values() if len(readers) > 1]
 
 

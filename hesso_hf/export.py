@@ -13,10 +13,12 @@ from transformers.utils import logging
 
 from .card import PruningReport, count_parameters
 from .checkpoint import STATE_NAME, read_state
-from .config import structures_around
+from .config import OPT_IN, structures_around
 from .cut import cut_model
+from .depth import LAYER_UNITS, without_dropped_layers
 from .embeddings import rows_elements, trim_embeddings
 from .errors import HessoError
+from .experts import EXPERT_UNITS, num_experts
 from .groups import KeptUnits, PruningGroups
 from .per_layer import layer_list, write_modelling_file
 from .plots import PLOT_NAME
@@ -75,15 +77,13 @@ def export_pruned(
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
-    kept = kept_units or KeptUnits(
-        {name: structure.num_units for name, structure in groups.structures.items()},
-        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in zero[name]) for name in zero},
-    )
+    kept = kept_units or _units_that_live(zero, groups)
     _check_zero(zero, kept)
     for name, layers in kept.kept.items():
         groups.structures[name].check_pools(layers)
-    if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in kept.kept.values()):
-        counts = {name: [len(layer) for layer in layers] for name, layers in kept.kept.items()}
+    staying = without_dropped_layers(groups, kept).kept
+    if kept_units is None and any(len({len(layer) for layer in layers}) > 1 for layers in staying.values()):
+        counts = {name: [len(layer) for layer in layers] for name, layers in staying.items()}
         raise HessoError(
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
@@ -148,7 +148,7 @@ def _report(
         sizes_before={name: get_size(model.config, name) or 0 for name in names},
         sizes_after={name: _size_after(small.config, name) for name in names},
         stock=not hasattr(small.config, "layer_sizes"),
-        kept_units=kept,
+        kept_units=without_dropped_layers(groups, kept),
         verification=verification,
         training=training,
         vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
@@ -178,8 +178,13 @@ def _size_after(config: PretrainedConfig, name: str) -> float:
 
 
 def _groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
-    """Prove the structures of a decision; without one, single query heads where some of them alone are at zero."""
-    groups = proved_groups(type(model), model.config, structures_around(kept.kept if kept is not None else ()))[0]
+    """Prove the structures of a decision; without one, also those that must be named where some of them are at zero."""
+    if kept is not None:
+        named = tuple(kept.kept)
+    else:
+        possible = {EXPERT_UNITS: num_experts(model.config) is not None, LAYER_UNITS: _has_zero_matrix(model)}
+        named = tuple(name for name, asked in possible.items() if asked)
+    groups = proved_groups(type(model), model.config, structures_around(named))[0]
     whole = PruningGroups({n: g for n, g in groups.structures.items() if n == "attention_heads"})
     if kept is not None or not whole.structures or zero_units(model, whole)["attention_heads"].any():
         return groups
@@ -188,6 +193,11 @@ def _groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups
         return groups
     others = {name: group for name, group in groups.structures.items() if name not in whole.structures}
     return PruningGroups(single.structures | others, groups.refused)
+
+
+def _has_zero_matrix(model: PreTrainedModel) -> bool:
+    """Tell whether a matrix is all zero, as one that writes to the stream is in a layer that does nothing."""
+    return any(parameter.dim() > 1 and not parameter.any() for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -199,6 +209,15 @@ def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch
     for name, found in groups.by_parameter().items():
         accumulate_(sums, parameters[name].data, None, found)
     return {name: (terms["x2"] == 0).cpu() for name, terms in sums.sums.items()}
+
+
+def _units_that_live(zero: Mapping[str, torch.Tensor], groups: PruningGroups) -> KeptUnits:
+    """Return the units that aren't zero; of structures that must be named only where one is."""
+    named = {name: found for name, found in zero.items() if name not in OPT_IN or bool(found.any())}
+    return KeptUnits(
+        {name: groups.structures[name].num_units for name in named},
+        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in found) for name, found in named.items()},
+    )
 
 
 def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:

@@ -18,6 +18,7 @@ from .layout import Layout
 from .probe import AxisMap
 from .sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
 
+COUPLED = ("attention_heads", "embedding_channels")  # where head_dim follows from both
 AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
 
@@ -51,7 +52,10 @@ class StructureGroups:
 
     Attributes:
         pools: consecutive runs into which a layer's units are split, each of which keeps equally many: for query heads
-            those of one key-value head each, else 1.
+            those of one key-value head each, for experts those of one routing group, else 1.
+        least: units that a layer keeps at least, and `needed_for` what.
+        buffers: axes of buffers, per layer; these are cut with the units, and never shrunk.
+        stack: where the units are whole layers, the module list that these are the members of.
     """
 
     structure: str
@@ -60,6 +64,10 @@ class StructureGroups:
     layers: tuple[str, ...]
     axes: tuple[tuple[Axis, ...], ...]
     pools: int = 1
+    least: int = 1
+    needed_for: str = ""
+    buffers: tuple[tuple[Axis, ...], ...] = ()
+    stack: str = ""
 
     @property
     def pool_size(self) -> int:
@@ -97,9 +105,11 @@ class StructureGroups:
 
     def elements_per_unit(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Return the number of elements that one unit of the first layer owns."""
-        return sum(
-            math.prod(shapes[a.parameter]) // shapes[a.parameter][a.dim] * a.layout.per_unit for a in self.axes[0]
-        )
+        total = 0
+        for axis in self.axes[0]:
+            across = math.prod(shapes[axis.parameter]) // shapes[axis.parameter][axis.dim]
+            total += across * (axis.layout.per_unit * self.num_units + axis.layout.owned)
+        return total // self.num_units
 
 
 @dataclass(frozen=True)
@@ -281,7 +291,7 @@ def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap, 
     for structure, groups in structures.items():
         if not groups.increments:  # its size follows from another's
             continue
-        coupled = axis_map.coupling is not None and structure in ("attention_heads", "embedding_channels")
+        coupled = axis_map.coupling is not None and structure in COUPLED
         for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map, config):
             if (name, dim) not in covered:
                 raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
@@ -294,6 +304,25 @@ def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: d
         return template.per_unit * granule // scheme.granule
     slopes = axis_map.slopes.get(axis, {})
     return sum(slopes.get(size, 0) * increment for size, increment in increments.items())
+
+
+def coupled_units(
+    structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
+) -> dict[str, int]:
+    """Return how many units of each coupled structure go with one of the coarsest; empty where nothing is coupled."""
+    names = needing_others(axis_map, schemes)
+    if not names or not names <= structures.keys():
+        return {}
+    fewest = min(structures[name].num_units for name in names)
+    return {name: structures[name].num_units // fewest for name in structures if name in names}
+
+
+def needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
+    """Return the structures that only shrink together with others."""
+    followers = {name for name, scheme in schemes.items() if scheme.per_channel}
+    if axis_map.coupling is not None:
+        return followers | set(COUPLED)
+    return followers | {"embedding_channels"} if followers else set()
 
 
 def _labels(keys: list[tuple[str, AxisName]]) -> tuple[str, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .budget import solve_budget
-from .config import DEFAULT_STRUCTURES, STRUCTURES, HessoConfig
+from .config import OPT_IN, HessoConfig
 from .cost import build_cost
+from .depth import parameters_of_layer
 from .errors import HessoError
 from .groups import PruningGroups, StructureGroups
 from .probe import AxisMap
@@ -91,9 +93,8 @@ def inspect_model(
     model_class = type(source) if isinstance(source, PreTrainedModel) else model_class_of(config)
     groups, proof, axis_map = proved_groups(model_class, config)
     structures = _describe_all(groups, proof, axis_map)
-    for name in STRUCTURES:
-        if name not in DEFAULT_STRUCTURES:  # they exclude one of these, so they are proved and priced apart
-            structures |= _describe_all(*proved_groups(model_class, config, (name,)))
+    for name in OPT_IN:  # the default ones do without them, so they are proved and priced apart
+        structures |= _describe_all(*proved_groups(model_class, config, (name,)))
     counts = build_cost("parameters", groups, axis_map, config)
     feasible: dict[str, dict[str, Any]] = {}
     for ratio in pruning_ratios if groups.structures else ():
@@ -133,6 +134,9 @@ def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -
         _elements(shapes[axis.parameter], axis.dim, axis.layout.per_unit) * groups.num_units
         for _, axis in groups.all_axes()
     )
+    if groups.stack:  # all of a layer goes, not only what writes to the stream
+        per_unit = sum(math.prod(info.shape) for info in parameters_of_layer(groups, axis_map))
+        total = per_unit * groups.num_units
     return StructureInspection(
         "proved", groups.num_units, len(groups.layers), per_unit, total,
         groups.config_sizes(groups.num_units), layouts, powers, error,

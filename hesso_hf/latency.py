@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .cost import Counts, Factor, moving_sizes
+from .depth import LAYER_UNITS, in_stack
 from .groups import PruningGroups
 from .probe import AxisMap, ParameterInfo
 
@@ -23,12 +24,12 @@ class LatencyTable:
     """Forward milliseconds of all matrix products for TOKENS tokens, bilinear between timed shapes.
 
     Attributes:
-        products: (number of equal products, output side, input side); a side is fixed or counted in kept units.
+        products: (number of equal products, output side, input side), each fixed or counted in kept units.
         units: units a layer of each structure in the full model.
         pools: into how many runs these are split that keep equally many.
     """
 
-    products: list[tuple[int, Factor | int, Factor | int]]
+    products: list[tuple[Factor | int, Factor | int, Factor | int]]
     units: dict[str, int]
     pools: dict[str, int]
     device: torch.device
@@ -40,7 +41,9 @@ class LatencyTable:
         """Price kept units (milliseconds); structures that aren't named stay whole."""
         total: np.ndarray = np.zeros(())
         for count, *sides in self.products:
-            total = total + count * self._interpolate([self._size(side, kept) for side in sides], sides)
+            total = total + self._size(count, kept) * self._interpolate(
+                [self._size(side, kept) for side in sides], sides
+            )
         return total
 
     def _size(self, side: Factor | int, kept: Counts) -> np.ndarray:
@@ -100,13 +103,18 @@ def build_latency(groups: PruningGroups, axis_map: AxisMap, device: torch.device
     """List a model's matrix products; they are timed when first priced."""
     moving = moving_sizes(groups)
     tied = not any(info.role == "output" for info in axis_map.parameters.values())
-    counts: dict[tuple[Factor | int, Factor | int], int] = {}
+    counts: dict[tuple[bool, Factor | int, Factor | int], int] = {}
     for info in axis_map.parameters.values():
         if info.role in ("norm", "bias") or (info.role == "embedding" and not tied):
             continue
-        sides = _sides(info, moving.get(info.name, {}))
-        counts[sides] = counts.get(sides, 0) + _repeats(info)
-    products = [(count, *sides) for sides, count in counts.items()]
+        place = in_stack(groups, info)
+        if place == "other":  # the first layer stands for all
+            continue
+        key = (place == "first", *_sides(info, moving.get(info.name, {})))
+        counts[key] = counts.get(key, 0) + _repeats(info)
+    products: list[tuple[Factor | int, Factor | int, Factor | int]] = []
+    for (in_layer, *sides), count in counts.items():
+        products.append(((LAYER_UNITS, count, 0) if in_layer else count, sides[0], sides[1]))
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     pools = {name: structure.pools for name, structure in groups.structures.items()}
     return LatencyTable(products, units, pools, device, dtype)

@@ -2,6 +2,7 @@
 
 U units share an axis as a sequence of segments. A segment of repeat n and block k holds n*U*k indices; unit j owns
 i*U*k + j*k + r for i < n, r < k. `block` is one segment with n = 1, `stride` one with n > 1, fused QKV three segments.
+Where a unit is a whole layer, an axis of that layer is one `owned` segment: all its indices belong to that one unit.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import torch
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of an axis: `repeat` runs of all units, each owning `block` neighbours; or `fixed` untouched ones."""
+    """A stretch of an axis: `repeat` runs of all units, each owning `block` neighbours; or `fixed` untouched ones.
+
+    With `unit`, the `fixed` indices all belong to that unit.
+    """
 
     repeat: int = 1
     block: int = 1
     fixed: int = 0
+    unit: int | None = None
 
     def size(self, units: int) -> int:
         """Return the number of indices for `units` units."""
@@ -26,6 +31,8 @@ class Segment:
 
     def expand(self, values: torch.Tensor, fixed_value: float) -> torch.Tensor:
         """Spread one value per unit, shape (U,), over the stretch's indices."""
+        if self.unit is not None:
+            return values[self.unit].expand(self.fixed)
         if self.fixed:
             return values.new_full((self.fixed,), fixed_value)
         return values.view(1, -1, 1).expand(self.repeat, -1, self.block).reshape(-1)
@@ -33,7 +40,10 @@ class Segment:
     def collect(self, sums: torch.Tensor, units: int) -> torch.Tensor:
         """Add the stretch's per-index sums up per unit: shape (U,)."""
         if self.fixed:
-            return sums.new_zeros(units)
+            collected = sums.new_zeros(units)
+            if self.unit is not None:
+                collected[self.unit] = sums.sum()
+            return collected
         return sums.view(self.repeat, units, self.block).sum((0, 2))
 
 
@@ -49,8 +59,15 @@ class Layout:
         return sum(segment.repeat * segment.block for segment in self.segments if not segment.fixed)
 
     @property
+    def owned(self) -> int:
+        """Number of indices that belong to one certain unit."""
+        return sum(segment.fixed for segment in self.segments if segment.unit is not None)
+
+    @property
     def kind(self) -> str:
-        """`block`, `stride` or `segments`."""
+        """`block`, `stride`, `segments` or `owned`."""
+        if self.owned:
+            return "owned"
         if len(self.segments) > 1:
             return "segments"
         return "block" if self.segments[0].repeat == 1 else "stride"
@@ -94,7 +111,8 @@ class Layout:
         """Spread one value per unit, shape (U,), over the axis; indices of no unit get `fixed_value`."""
         if len(self.segments) == 1:
             segment = self.segments[0]
-            return values if segment.repeat * segment.block == 1 else segment.expand(values, fixed_value)
+            plain = segment.repeat * segment.block == 1 and not segment.fixed
+            return values if plain else segment.expand(values, fixed_value)
         return torch.cat([segment.expand(values, fixed_value) for segment in self.segments])
 
     def collect(self, sums: torch.Tensor, units: int) -> torch.Tensor:
@@ -113,6 +131,8 @@ class Layout:
 
 
 def _segment_text(segment: Segment) -> str:
+    if segment.unit is not None:
+        return str(segment.fixed)
     if segment.fixed:
         return f"fixed {segment.fixed}"
     if segment.repeat == 1:
@@ -123,3 +143,8 @@ def _segment_text(segment: Segment) -> str:
 def block_layout(block: int) -> Layout:
     """Unit j owns [j*block, (j+1)*block)."""
     return Layout((Segment(1, block),))
+
+
+def owned_layout(size: int, unit: int) -> Layout:
+    """All indices belong to unit `unit`."""
+    return Layout((Segment(fixed=size, unit=unit),))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .probe import ParameterInfo
+from .tiny import forward_logits
 
 _SEED = 20240915
 
@@ -113,7 +114,7 @@ def norms_after_writers(model: PreTrainedModel, input_ids: torch.Tensor, writers
         if name and module is not embeddings and id(module) not in layers and not holds_layers:
             handles.append(module.register_forward_hook(note))
     try:
-        type(model).forward(model, input_ids=input_ids, use_cache=False)
+        forward_logits(model, input_ids)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .depth import is_dropped, without_dropped_layers
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
 
@@ -46,13 +47,14 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
     """
     by_layer: dict[str, dict[str, int]] = {}
     uneven = False
-    for name, layers in kept.kept.items():
+    for name, layers in without_dropped_layers(groups, kept).kept.items():
         structure = groups.structures[name]
+        staying = [layer for layer in structure.layers if not is_dropped(layer, groups, kept)]
         counts = [len(layer) for layer in layers]
         if min(counts) == 0:
             raise HessoError(f"{name}: layer {counts.index(0)} keeps no unit; prune less or raise the layer's share")
         uneven = uneven or len(set(counts)) > 1
-        for label, count in zip(structure.layers, counts, strict=True):
+        for label, count in zip(staying, counts, strict=True):
             layer, sizes = _layer_of(label), structure.config_sizes(count)
             if layer and by_layer.setdefault(layer, {}) | sizes != sizes | by_layer[layer]:
                 raise HessoError(f"{name}: {label} keeps another number of units than the rest of {layer}")

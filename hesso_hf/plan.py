@@ -16,15 +16,17 @@ from .calibration import LossCurves
 from .config import HessoConfig, structures_around
 from .cost import Cost, build_cost
 from .errors import BudgetError, UnsupportedStructureError
+from .experts import EXPERT_UNITS
 from .groups import PruningGroups
 from .latency import build_latency
 from .optimizer import HessoOptimizer
 from .probe import AxisMap
 from .process import PruningProcess
 from .proof import proved_groups
+from .routing import RouterGates
 from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
-from .sizes import build_meta, resized_config
+from .sizes import build_meta, canonical_name, resized_config
 
 logger = logging.get_logger(__name__)
 
@@ -117,10 +119,13 @@ class PruningPlan:
 
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""
-        return PruningProcess(dict(self.model.named_parameters()), self.groups, self.target, schedule, self.config)
+        experts = self.groups.structures.get(EXPERT_UNITS)
+        gates = RouterGates.attach(self.model, experts) if experts is not None else None
+        parameters = dict(self.model.named_parameters())
+        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates)
 
     def _pinned(self) -> set[str]:
-        sizes = set(self.config.pinned_sizes)
+        sizes = {canonical_name(self.model.config, name) for name in self.config.pinned_sizes}
         return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
 
 

@@ -135,7 +135,7 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         owner = owners[module_name]
-        role, layer, pattern = _role(owner, leaf, owner is output), _layer_of(name, owners), _pattern_of(name, owners)
+        role, layer, pattern = _role(owner, leaf, owner is output), layer_of(name, owners), _pattern_of(name, owners)
         found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
     return _with_kinds(found)
 
@@ -231,7 +231,7 @@ def _pattern_of(name: str, owners: dict[str, nn.Module]) -> str:
     return ".".join(parts)
 
 
-def _layer_of(name: str, owners: dict[str, nn.Module]) -> str:
+def layer_of(name: str, owners: dict[str, nn.Module]) -> str:
     """Return the outermost indexed module that holds the parameter (`model.layers.3`), or "" outside any layer."""
     for parent, layer in _indexed_prefixes(name):
         if isinstance(owners.get(parent), nn.ModuleList):

@@ -22,6 +22,7 @@ from .config import HessoConfig
 from .errors import CheckpointMismatchError, HessoError
 from .groups import KeptUnits, PruningGroups
 from .ranking import PerUnit, Ranking, agreed
+from .routing import RouterGates
 from .schedule import PeriodStep, Schedule
 from .snapshot import Snapshot, snapshot_of
 from .trial import CricTrial
@@ -38,6 +39,7 @@ class PruningProcess:
         target: units to keep a layer.
         schedule: resolved steps.
         config: criteria and ranking.
+        gates: on the model's routers, where experts are pruned.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class PruningProcess:
         target: TargetSizes,
         schedule: Schedule,
         config: HessoConfig,
+        gates: RouterGates | None = None,
     ) -> None:
         self.groups, self.target, self.schedule, self.config = groups, target, schedule, config
         self.step = 0
-        self.bound = BoundGroups(parameters, groups)
+        self.bound = BoundGroups(parameters, groups, gates)
         self._ranking = Ranking(groups, target, config, self.bound.elements_per_unit())
         shapes, device = self.bound.shapes(), self.bound.device
         self.scales = {name: torch.ones(size, device=device) for name, size in shapes.items()}
@@ -148,6 +151,12 @@ class PruningProcess:
             self.schedule = self.schedule.after_cycles(self.trial.cric.cycles)
             self._order, self._reorder = self.trial.scores(), False
 
+    def leave_trial(self) -> None:
+        """Put back the weights from before an unfinished cycle; training can't go on from there."""
+        if self.on_trial is not None:
+            self.on_trial.restore_weights()
+            self.bound.route(self.scales)
+
     @property
     def wants_probe(self) -> bool:
         """Whether CRIC, in its mode without training steps, is to look before the coming step."""
@@ -193,6 +202,7 @@ class PruningProcess:
             # pruned units are kept at zero by the same multiply
             factors[name] = torch.where(redundant, position.factor, (self.scales[name] > 0).float())
             self.scales[name].masked_fill_(redundant, scale)
+        self.bound.route(self.scales)
         if not position.last:
             self.bound.multiply_(factors)
             return
@@ -262,6 +272,7 @@ class PruningProcess:
         self._period_start.restore()
         for name, redundant in self.redundant.items():
             self.scales[name].masked_fill_(redundant, 1.0)
+        self.bound.route(self.scales)
         self.schedule, order = later, self._order
         self._end_period()
         self._order, self._reorder, self._giving_up = order, False, False  # the same order, fewer of its units
@@ -415,6 +426,10 @@ class PruningProcess:
         self.trial = self._new_trial()  # the samples of a cycle are the schedule's
         if self.trial is not None:
             self.trial.load_state_dict(state["trial"], base)
+        self.bound.route(self.scales)
+        sampling = self._sampling_step
+        if self.trial is not None and self.trial.snapshot is not None and sampling is not None:
+            self.trial.route(sampling.t)
         self._period_start = None
         if state["period_start"] is not None:
             self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")

@@ -34,7 +34,12 @@ MOST_LAYERS = 6
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that depend on each other; `own_heads` keeps the config's other sizes inside a head."""
+    """The sizes that depend on each other, and how much else of the config is kept.
+
+    Attributes:
+        own_heads: keeps the config's other sizes inside a head.
+        all_layers: keeps every layer, and with them all that the config says by layer.
+    """
 
     heads: int
     kv_heads: int
@@ -42,6 +47,7 @@ class Geometry:
     hidden: int
     own_heads: bool = False
     layers_of_a_kind: int = 1
+    all_layers: bool = False
 
 
 # Sizes of the field that have no canonical name here. All differ from each other and from the canonical ones.
@@ -111,7 +117,8 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
     parts = {name for name in values if isinstance(getattr_or_none(config, name), PretrainedConfig)}
     old_hidden = get_size(config, HIDDEN) if is_text or not parts else None
     if is_text or not parts:
-        keep_some_layers(config, values, geometry.layers_of_a_kind)
+        if not geometry.all_layers:
+            keep_some_layers(config, values, geometry.layers_of_a_kind)
         old = config.to_dict()
         fields = _sizes_of_fields(config, geometry)
         for name in values.keys() & fields.keys():

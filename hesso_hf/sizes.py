@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, NotApplicableError, UnsupportedStructureError
+from .layer_lists import keep_layers_
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
@@ -109,6 +111,17 @@ def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
         for owner, attribute in size_places(config, name) or [(text_config_of(config), name)]:
             if not isinstance(getattr(type(owner), attribute, None), property):
                 setattr(owner, attribute, value)
+
+
+def canonical_name(config: PretrainedConfig, name: str) -> str:
+    """Return the canonical name of the size that a config's class calls `name`; `name` itself where it is none's."""
+    if name in OTHER_NAMES:
+        return name
+    for canonical in OTHER_NAMES:
+        for owner, attribute in size_places(config, canonical):
+            if name in (attribute, type(owner).attribute_map.get(attribute)):
+                return canonical
+    return name
 
 
 def hasattr_safely(config: PretrainedConfig, name: str) -> bool:
@@ -233,15 +246,23 @@ def _explicit_mlp(config: PretrainedConfig) -> dict[str, int]:
     return {} if derived is None else {MLP: derived}
 
 
-def resized_config(config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
+def resized_config(
+    config: PretrainedConfig, sizes: dict[str, int], layers: Sequence[int] | None = None
+) -> PretrainedConfig:
     """Return the validated config of the smaller model, through the class' own constructor.
 
     `head_dim` is written only where hidden_size // num_attention_heads doesn't give it: some engines ignore it.
+
+    Args:
+        layers: where the number of layers changes, those that stay; by default the first ones, which has the same size.
 
     Raises:
         HessoError: where the config class refuses the sizes.
     """
     changed = copy.deepcopy(config)
+    if LAYERS in sizes:
+        staying = range(sizes[LAYERS]) if layers is None else layers
+        keep_layers_(text_config_of(changed), staying, get_size(config, LAYERS) or 0)
     set_sizes(changed, _explicit_mlp(config) | sizes)
     head_dim = head_dim_of(config)
     try:

@@ -7,6 +7,7 @@ first that builds and runs is taken.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -20,17 +21,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, UnsupportedStructureError
+from .groups import KeptUnits, PruningGroups, StructureGroups
 from .shrink import TINY_MLP, TINY_VOCAB, Geometry, getattr_or_none, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
     HEADS,
-    HIDDEN,
     KV_HEADS,
     MLP,
     VOCAB,
     build_meta,
     get_size,
     head_dim_of,
+    resized_config,
     set_sizes,
     text_config_of,
 )
@@ -69,8 +71,13 @@ def config_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     return next((part for part in parts if isinstance(part, wanted)), config)
 
 
-def tiny_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+def tiny_config(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, all_layers: bool = False
+) -> PretrainedConfig:
     """Return a config of the same class with small sizes that differ, large epsilons and one layer of each kind.
+
+    Args:
+        all_layers: whether to keep every layer instead of one of each kind.
 
     Raises:
         UnsupportedStructureError: where no candidate builds and runs; with each different reason.
@@ -81,7 +88,7 @@ def tiny_config(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     reasons: dict[str, None] = {}
     for geometry in _geometries(model_class, config):
         try:
-            candidate = _candidate(config, geometry)
+            candidate = _candidate(config, replace(geometry, all_layers=all_layers))
             _check(model_class, candidate)
             return candidate
         except Exception as error:  # model code may refuse sizes with any exception type
@@ -109,12 +116,20 @@ def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     return forward_logits(model, input_ids)
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return max |found - expected| / max |expected|."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
 def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the fp32 logits of a forward pass without a cache, with a gradient where one is wanted.
 
     Models without an output matrix give their last hidden states; an encoder-decoder reads the ids on both sides. The
     class' forward is called, since mixed-precision training wraps the instance's in autocast.
     """
+    pad = getattr_or_none(model.config.get_text_config(), "pad_token_id")
+    if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
+        return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
     accepted = inspect.signature(type(model).forward).parameters
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
@@ -219,17 +234,55 @@ def _check(model_class: type[PreTrainedModel], config: PretrainedConfig) -> None
     """Build the model and run it.
 
     Raises:
-        HessoError: where it is too big, or what comes out isn't finite or hasn't the shape of logits or hidden states.
+        HessoError: where it is too big, or what comes out isn't finite or not of as many examples.
     """
     size = sum(parameter.numel() for parameter in build_meta(model_class, config).parameters())
     if size > _MOST_PARAMETERS:
         raise HessoError(f"it would have {size} parameters")
     logits = logits_of(random_model(model_class, config), token_ids(config))
-    widths = (get_size(config, VOCAB), get_size(config, HIDDEN))
-    if logits.shape[:2] != _SHAPE or logits.shape[2] not in widths or not logits.isfinite().all():
-        raise HessoError(f"its logits of shape {tuple(logits.shape)} aren't of {_SHAPE} tokens or not finite")
+    if logits.shape[0] != _SHAPE[0] or not logits.isfinite().all():
+        raise HessoError(f"its logits of shape {tuple(logits.shape)} aren't of {_SHAPE[0]} examples or not finite")
 
 
 def _short(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:200]
+
+
+def units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
+    """Choose random units of a tiny model to keep, about three of four, so many that its config class accepts them."""
+    free = {name: groups.structures[name] for name in groups.independent}
+    options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
+    error: HessoError | None = None
+    for choice in itertools.product(*options):
+        counts = groups.with_coupled(dict(zip(free, choice, strict=True)))
+        sizes: dict[str, int] = {}
+        for name, count in counts.items():
+            sizes |= groups.structures[name].config_sizes(count)
+        try:
+            small = resized_config(config, sizes)
+        except HessoError as refusal:
+            error = refusal
+            continue
+        generator = torch.Generator().manual_seed(SEED + 1)
+        kept = {}
+        for name, count in counts.items():
+            structure = groups.structures[name]
+            kept[name] = tuple(_random_units(structure, count, generator) for _ in structure.layers)
+        return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
+    raise error or UnsupportedStructureError("there is only one unit a layer")
+
+
+def _random_units(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Choose `count` units of a layer, equally many of each pool."""
+    units: list[int] = []
+    for pool in range(structure.pools):
+        order = torch.randperm(structure.pool_size, generator=generator) + pool * structure.pool_size
+        units += order[: count // structure.pools].tolist()
+    return tuple(sorted(units))
+
+
+def _tiny_counts(units: int) -> list[int]:
+    """List numbers of units to keep, multiples of four first: grouped expert kernels need rows of 16 bytes."""
+    counts = [count for count in range(units - 1, 0, -1) if 0.5 <= count / units < 0.9]
+    return sorted(counts, key=lambda count: count % 4 != 0)

@@ -18,7 +18,7 @@ from .agreement import first_error, world_size
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves, usable
 from .card import CARD_NAME, REPORT_NAME, PruningReport
-from .checkpoint import check_config, check_resumable, last_checkpoint, read_state, write_state
+from .checkpoint import check_config, check_resumable, last_checkpoint, load_converted_, read_state, write_state
 from .config import HessoConfig
 from .cric import PROBE_BATCH_SIZE, PROBE_BATCHES
 from .errors import HessoError, TrainingDivergedError
@@ -87,7 +87,7 @@ class HessoMixin(HubMixin):
         process = self.hesso_optimizer.process if self.hesso_optimizer else None
         if process is not None and process.on_trial is not None:
             logger.warning("training ended in the middle of a CRIC cycle: the weights from before it are put back")
-            process.on_trial.restore_weights()
+            process.leave_trial()
         if process is not None and not process.finished:
             logger.warning(
                 f"training ended at step {process.step} of pruning, which needs {process.schedule.end} (skipped steps "
@@ -334,6 +334,10 @@ class HessoMixin(HubMixin):
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_converted_(self._bare_model(), Path(resume_from_checkpoint))
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Only a model whose pruning has ended can be the best one."""
         if not self._process.finished:
@@ -342,6 +346,7 @@ class HessoMixin(HubMixin):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
+        load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
         self._process.reapply()
 
     # -- checks ---------------------------------------------------------------------------------------------------

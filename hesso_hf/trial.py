@@ -71,8 +71,10 @@ class CricTrial:
         assert self.snapshot is not None
         if not position.last:
             self._bound.multiply_(self._factors(position.factor))
+            self.route(position.t + 1)
             return
         self.snapshot.restore()
+        self.route(0)
         self._next_cycle()
 
     def scores(self) -> PerUnit:
@@ -98,9 +100,11 @@ class CricTrial:
                 for t in range(self.cric.samples):
                     self._probe_point(t, losses, sums, loss_scale)
                 self.snapshot.restore_weights()
+                self.route(0)
                 self._next_cycle()
         except BaseException:  # whatever a loss raises, it can be tried again
             self.snapshot.restore_weights()
+            self.route(0)
             self.snapshot = None
             self.cric.load_state_dict(before)
             raise
@@ -112,6 +116,7 @@ class CricTrial:
         if t:
             self.snapshot.restore_weights()
             self._bound.multiply_(self._factors(self._scale(t)))
+            self.route(t)
         sums.zero_()
         for loss in losses:
             with torch.enable_grad():
@@ -145,6 +150,10 @@ class CricTrial:
             return
         self.cric.decide(agreed(self._ranking.lowest(self.scores())))
         self.snapshot = None
+
+    def route(self, t: int) -> None:
+        """Let routers choose experts as they are scaled at sample t."""
+        self._bound.route(self._factors(self._scale(t)))
 
     def _scale(self, t: int) -> float:
         """What is left of the units on trial at sample t."""

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .cut import cut_model
+from .cut import cut_model, zero_units_
 from .embeddings import trim_embeddings
 from .errors import VerificationError
+from .experts import EXPERT_UNITS
 from .groups import KeptUnits, PruningGroups
-from .proof import logits_of, relative_error, zero_units_
+from .routing import routed_by
+from .tiny import logits_of, relative_error
 from .tokens import KeptTokens
 
 FOLD_TOLERANCE = 1e-4
@@ -54,12 +56,15 @@ class Verifier:
         self.groups, self.kept = groups, kept
         self.input_ids = verification_tokens(model)
         self._model = _in_fp32(model, groups, kept)
-        if vocabulary is None:
-            self.logits = _evaluate(self._model, self.input_ids)
-            return
-        tokens = vocabulary.indices(vocabulary.vocab_size, self.input_ids.device)
-        self.input_ids %= len(tokens)
-        self.logits = _evaluate(self._model, tokens[self.input_ids])[..., tokens]
+        self._experts = groups.structures[EXPERT_UNITS] if EXPERT_UNITS in kept.kept else None
+        self._kept_experts = kept_mask(kept, EXPERT_UNITS) if EXPERT_UNITS in kept.kept else None
+        with routed_by(self._model, self._experts, self._kept_experts):  # a checkpoint's model has no gates
+            if vocabulary is None:
+                self.logits = _evaluate(self._model, self.input_ids)
+                return
+            tokens = vocabulary.indices(vocabulary.vocab_size, self.input_ids.device)
+            self.input_ids %= len(tokens)
+            self.logits = _evaluate(self._model, tokens[self.input_ids])[..., tokens]
         self._model = trim_embeddings(self._model, vocabulary)
 
     def check_fold(self) -> float:
@@ -88,15 +93,18 @@ class Verifier:
         options = {"trust_remote_code": True} if uneven else {}
         attention = expected.config._attn_implementation
         reloaded = loader.from_pretrained(folder, attn_implementation=attention, **options).eval()
-        found = dict(reloaded.named_parameters())
-        for name, parameter in expected.named_parameters():
-            if name not in found or not torch.equal(found[name].cpu(), parameter.cpu()):
+        found = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
+        cut = [axis.parameter for group in self.groups.structures.values() for axes in group.buffers for axis in axes]
+        buffers = dict(expected.named_buffers())
+        for name, tensor in (*expected.named_parameters(), *((name, buffers[name]) for name in cut)):
+            if name not in found or not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype)):
                 raise VerificationError(f"{name} reads back from {folder} differently than it was written")
         return relative_error(_evaluate(reloaded.to(expected.device), self.input_ids), self.logits)
 
     def _fold_error(self, kept: KeptUnits) -> float:
         small = cut_model(self._model, self.groups, kept, torch.float32)
-        return relative_error(_evaluate(small, self.input_ids), self.logits)
+        with routed_by(small, None if EXPERT_UNITS in kept.kept else self._experts, self._kept_experts):
+            return relative_error(_evaluate(small, self.input_ids), self.logits)
 
     def _culprits(self) -> str:
         """Cut one structure at a time."""
@@ -109,6 +117,15 @@ class Verifier:
                 errors[name] = float("nan")
                 del refusal
         return "alone: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def kept_mask(kept: KeptUnits, structure: str) -> torch.Tensor:
+    """Return which units stay, shape (L, U), bool."""
+    layers = kept.kept[structure]
+    mask = torch.zeros(len(layers), kept.num_units[structure], dtype=torch.bool)
+    for row, units in zip(mask, layers, strict=True):
+        row[list(units)] = True
+    return mask
 
 
 def verification_tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -119,7 +119,7 @@ def test_saliency_weights_of_a_name_a_list_and_a_dict() -> None:
 
 def test_structures_of_all_a_list_and_a_dict_of_shares() -> None:
     assert HessoConfig(0.5).structure_names == DEFAULT_STRUCTURES
-    assert set(STRUCTURES) - set(DEFAULT_STRUCTURES) == {"query_heads"}
+    assert set(STRUCTURES) - set(DEFAULT_STRUCTURES) == {"query_heads", "experts", "layers"}
     assert HessoConfig(0.5).structure_shares is None
     named = HessoConfig(0.5, structures=["mlp_channels", "attention_heads"])
     assert named.structure_names == ("mlp_channels", "attention_heads")

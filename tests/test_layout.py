@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hesso_hf.discovery import NOBODY, UNKNOWN, layout_of
-from hesso_hf.layout import Layout, Segment, block_layout
+from hesso_hf.layout import Layout, Segment, block_layout, owned_layout
 
 UNITS = 5
 LAYOUTS = {
@@ -151,3 +151,12 @@ def test_an_axis_of_nobody_has_a_layout_without_units() -> None:
     found = layout_of(torch.full((6,), NOBODY), UNITS)
     assert found is not None
     assert (found.per_unit, found.size(UNITS)) == (0, 6)
+
+
+def test_an_owned_axis_belongs_to_one_unit() -> None:
+    layout = owned_layout(3, unit=1)
+    assert (layout.size(UNITS), layout.per_unit, layout.owned, str(layout)) == (3, 0, 3, "owned(3)")
+    assert layout.expand(torch.tensor([0.5, 1.5, 2.5, 3.5, 4.5])).tolist() == [1.5] * 3
+    assert layout.collect(torch.tensor([1.0, 2.0, 4.0]), UNITS).tolist() == [0.0, 7.0, 0.0, 0.0, 0.0]
+    assert layout.indices(torch.tensor([0, 1]), UNITS).tolist() == [0, 1, 2]
+    assert layout.indices(torch.tensor([0, 2]), UNITS).tolist() == []

@@ -13,8 +13,9 @@ import hesso_hf
 
 PACKAGE = Path(hesso_hf.__file__).parent
 ORDER = (
-    "errors", "config", "layout", "sizes", "probe", "groups", "shrink", "tiny", "discovery", "norms", "streams",
-    "per_layer", "cut", "proof", "cost", "latency", "budget",
+    "errors", "config", "layout", "layer_lists", "sizes", "probe", "groups", "shrink", "tiny", "discovery", "norms",
+    "streams", "experts", "routing", "depth", "outcome", "per_layer", "cut", "expert_trial", "depth_proof", "proof",
+    "cost", "latency", "budget",
     "inspection", "schedule", "saliency", "calibration", "agreement", "snapshot", "bound", "ranking", "cric", "trial",
     "collapse", "process", "optimizer", "plan", "tokens", "spelling", "retokenize", "embeddings",
     "vocabulary", "verify", "publish", "plots", "card", "checkpoint", "export", "progress", "hub", "trainer",
