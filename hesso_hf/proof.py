@@ -41,7 +41,7 @@ from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .outcome import TOLERANCE, Proof, StructureProof, guarded
 from .probe import AxisMap, coupled_axes, probe_axes
-from .sizes import HIDDEN, head_dim_of, num_units
+from .sizes import HIDDEN, MLP, get_size, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
 
@@ -327,7 +327,8 @@ class _Bench:
         others = {"attention_heads": next(self._schemes_of(attention, units, mine, coupling.head_dim))}
         rest = [axis for axis in inner if axis not in mine]
         if rest:
-            others["mlp_channels"] = self._mlp_by_width(rest)
+            own_size = get_size(self.config, MLP) is not None
+            others["mixer_channels" if own_size else "mlp_channels"] = self._mlp_by_width(rest)
         return self._first_exact(others, "embedding_channels", self._stream_schemes(stream))
 
     def _axes_of(self, branch: Branch, axes: list[AxisName]) -> list[AxisName]:
@@ -339,7 +340,8 @@ class _Bench:
         name, dim = next(axis for axis in mine if self.axis_map.parameters[axis[0]].pattern == branch.reader[0])
         channels = self.axis_map.parameters[name].shape[dim]
         try:
-            return len(discover_branches(self.gradients, self.axis_map, mine, channels, 1)) == 1
+            found = discover_branches(self.gradients, self.axis_map, mine, channels, 1)
+            return len(found) == 1 and all(layout.size(1) == layout.per_unit for layout in found[0].layouts.values())
         except UnsupportedStructureError:
             return False
 
