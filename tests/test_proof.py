@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations import sdpa_attention
 
-from hesso_hf import proof, streams
+from hesso_hf import streams, tiny
 from hesso_hf.bound import BoundGroups
 from hesso_hf.groups import AxisName, Scheme, StructureGroups
 from hesso_hf.inspection import inspect_model
@@ -180,14 +180,14 @@ def test_whether_a_norm_uses_w_or_one_plus_w_is_found_and_the_other_caught(
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma"])
 def test_a_changed_epsilon_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
-    original = proof.resized_config
+    original = tiny.resized_config
 
     def changed(config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
         small = original(config, sizes)
         small.rms_norm_eps *= sizes["hidden_size"] / config.hidden_size if "hidden_size" in sizes else 1.0
         return small
 
-    monkeypatch.setattr(proof, "resized_config", changed)
+    monkeypatch.setattr(tiny, "resized_config", changed)
     structures = found(ALL[name].config()).structures
     assert structures[STREAM].scheme is None
     assert structures[MLP].scheme is not None  # whose sizes leave the width, and so the epsilon here, alone
@@ -308,7 +308,7 @@ def test_units_that_stay_are_never_just_the_first_ones():
     """Else what depends on a unit's position (the slopes of ALiBi) would look exact."""
     structure = StructureGroups(HEADS, {}, 3, ("",), ())
     for seed in range(20):
-        kept = proof._random_units(structure, 2, torch.Generator().manual_seed(seed))
+        kept = tiny._random_units(structure, 2, torch.Generator().manual_seed(seed))
         assert kept != (0, 1), seed
 
 
