@@ -431,7 +431,7 @@ def test_impossible_coupled_sizes_are_refused_with_numbers(name: str, pins: dict
 
 @pytest.mark.parametrize("structures", [[HEADS], [STREAM], [HEADS, MLP], [STREAM, MLP]], ids=str)
 def test_one_of_the_coupled_structures_alone_is_refused_with_the_reason(structures: list[str]):
-    with pytest.raises(UnsupportedStructureError, match="only shrink together; name all of them, or none") as caught:
+    with pytest.raises(UnsupportedStructureError, match=r"only shrink together.*name all of them, or none") as caught:
         solve("gpt2-tied", pruning_ratio=0.2, structures=structures)
     other = STREAM if HEADS in structures else HEADS
     assert f"leaves out ['{other}']" in str(caught.value)
