@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from hesso_hf.groups import KeptUnits, PruningGroups, StructureGroups, mask_
 from hesso_hf.sizes import model_class_of
 
 HEADS, MLP, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
-QUERY = "query_heads"
+QUERY, EXPERT = "query_heads", "expert_channels"
 SEED = 7
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -29,7 +31,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 # Units that tests keep: every config class accepts them, together and alone (72 and 48 divide by 6 and 4 heads).
-KEPT = {HEADS: 2, MLP: 37, STREAM: 48}
+KEPT = {HEADS: 2, MLP: 37, STREAM: 48, EXPERT: 20}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Family:
         refused: structures that can't be pruned in this class, with what the reason must name.
         kept: units that a test keeps in every layer, where not those of `KEPT`.
         structures: those that tests ask for.
+        channels_per_head: embedding channels that go with a unit of heads, where they only shrink together.
+        mlp, kv_heads: what the class calls these sizes.
+        apart: whether every structure is exported alone too, and not only all together.
     """
 
     name: str
@@ -49,6 +54,10 @@ class Family:
     refused: dict[str, str] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     structures: tuple[str, ...] = (HEADS, MLP, STREAM)
+    channels_per_head: int = 0
+    mlp: str = "intermediate_size"
+    kv_heads: str = "num_key_value_heads"
+    apart: bool = True
 
     @property
     def proved(self) -> tuple[str, ...]:
@@ -67,10 +76,6 @@ class Family:
         return {name: (KEPT | self.kept)[name] for name in structures}
 
 
-def _layernorm(name: str, **sizes: Any) -> Family:
-    return Family(name, name, sizes, refused={STREAM: "LayerNorm"})
-
-
 FAMILIES = (
     Family("llama", "llama"),
     Family("mistral", "mistral"),
@@ -80,19 +85,19 @@ FAMILIES = (
     Family("gemma", "gemma"),
     Family("gemma2", "gemma2", {"query_pre_attn_scalar": 10}),
     Family("gemma3_text", "gemma3_text", {"query_pre_attn_scalar": 10}),
-    _layernorm("phi", head_dim=None, partial_rotary_factor=0.5),
+    Family("phi", "phi", {"head_dim": None, "partial_rotary_factor": 0.5}),
     Family("phi3", "phi3", {"head_dim": None}),
-    _layernorm("olmo", head_dim=None),
+    Family("olmo", "olmo", {"head_dim": None}),
     Family("olmo2", "olmo2", {"head_dim": None}),
     Family("granite", "granite", {"head_dim": None}),
     Family("smollm3", "smollm3", {"head_dim": None}),
-    _layernorm("starcoder2", head_dim=None, use_bias=True),
+    Family("starcoder2", "starcoder2", {"head_dim": None, "use_bias": True}),
     Family("mixtral", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, kept={MLP: 40}),
     Family("glm4", "glm4"),
     Family("exaone4", "exaone4", {"head_dim": None}),
     Family("ernie4_5", "ernie4_5", {"use_bias": True}),
     Family("hunyuan_v1_dense", "hunyuan_v1_dense"),
-    _layernorm("cohere2", head_dim=None),
+    Family("cohere2", "cohere2", {"head_dim": None}),
 )
 VARIANTS = (
     Family("llama-tied", "llama", {"tie_word_embeddings": True}),
@@ -104,6 +109,65 @@ VARIANTS = (
     Family("phi3-multi-query", "phi3", {"head_dim": None, "num_key_value_heads": 1}, kept={HEADS: 4}),
 )
 ALL = {family.name: family for family in (*FAMILIES, *VARIANTS)}
+
+
+def _coupled(
+    name: str, model_type: str, head_dim: int = 12, mlp: str = "n_inner", kv_heads: str = "", **sizes: Any
+) -> Family:
+    """A class whose head_dim follows hidden_size / num_attention_heads, without key-value heads unless named."""
+    plain = {"head_dim": None, "num_key_value_heads": None, "intermediate_size": None, mlp: 52}
+    kept = {HEADS: 2, STREAM: 48} if kv_heads else {HEADS: 4, STREAM: 48}
+    per_head = 72 // 3 if kv_heads else head_dim
+    structures = (HEADS, MLP, STREAM)
+    return Family(
+        name, model_type, plain | sizes, {}, kept, structures, per_head, mlp, kv_heads or "num_key_value_heads", False
+    )
+
+
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 28}
+_GROUPS = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_LATENT = {
+    "num_key_value_heads": 6, "head_dim": None, "kv_lora_rank": 20, "q_lora_rank": 24, "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 8, "v_head_dim": 10,
+}  # fmt: skip
+
+
+def _experts(name: str, sizes: dict[str, Any], dense: bool = True, alone: bool = True) -> Family:
+    structures = (HEADS, *[MLP] * dense, STREAM, *[EXPERT] * alone)
+    kept = {HEADS: 4 if sizes.get("num_key_value_heads") == 6 else 2, MLP: 40}
+    return Family(name, name, sizes, {}, kept, structures, apart=False)
+
+
+OTHERS = (
+    Family("nemotron", "nemotron", apart=False),
+    Family("cohere-untied", "cohere", {"head_dim": None, "tie_word_embeddings": False}, apart=False),
+    _coupled("gpt2", "gpt2"),
+    _coupled("gpt2-derived", "gpt2", n_inner=None),
+    _coupled("gpt_neox", "gpt_neox", mlp="intermediate_size", intermediate_size=52),
+    _coupled("gptj", "gptj", rotary_dim=8),
+    _coupled("opt", "opt", mlp="ffn_dim"),
+    _coupled("opt-projected", "opt", mlp="ffn_dim", word_embed_proj_dim=40),
+    _coupled(
+        "gpt_neo", "gpt_neo", mlp="intermediate_size", intermediate_size=52,
+        attention_types=[[["global", "local"], 1]],
+    ),
+    _coupled("gpt_bigcode", "gpt_bigcode"),
+    _coupled("falcon-multi-query", "falcon", mlp="ffn_hidden_size"),
+    _coupled("falcon-multi-head", "falcon", mlp="ffn_hidden_size", multi_query=False),
+    _coupled(
+        "falcon-grouped", "falcon", mlp="ffn_hidden_size", kv_heads="num_kv_heads", new_decoder_architecture=True,
+        num_kv_heads=3,
+    ),
+    _coupled(
+        "stablelm", "stablelm", mlp="intermediate_size", kv_heads="num_key_value_heads", intermediate_size=52,
+        num_key_value_heads=3, partial_rotary_factor=0.5,
+    ),
+    _experts("deepseek_v2", _LATENT | _EXPERTS | _GROUPS),
+    _experts("deepseek_v3", _LATENT | _EXPERTS | _GROUPS),
+    _experts("qwen3_moe", _EXPERTS | {"num_experts": 4}, dense=False),
+    _experts("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}, alone=False),
+    _experts("glm4_moe", _EXPERTS | _GROUPS | {"use_qk_norm": True}),
+)  # fmt: skip
 
 
 def _queries(model_type: str, heads: int, kept: int, **sizes: Any) -> Family:
@@ -158,7 +222,7 @@ def _random_layer(structure: StructureGroups, count: int, generator: torch.Gener
 
 
 def zero_pruned_(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
-    """Set every unit that isn't kept to zero."""
+    """Set every unit that isn't kept to zero; where norms subtract the stream's mean, take it out of what is kept."""
     parameters = dict(model.named_parameters())
     for name, layers in kept.kept.items():
         structure = groups.structures[name]
@@ -166,6 +230,37 @@ def zero_pruned_(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits)
             pruned = torch.ones(structure.num_units, dtype=torch.bool)
             pruned[list(layers[index])] = False
             mask_(parameters[axis.parameter].data, axis, pruned)
+    if STREAM in kept.kept and subtracts_mean(model):
+        centre_writers_(model, kept.kept[STREAM][0])
+
+
+WRITERS = (
+    "o_proj", "dense", "out_proj", "c_proj", "fc_out", "dense_4h_to_h", "fc2", "down_proj", "project_in",
+)  # fmt: skip
+
+
+def subtracts_mean(model: PreTrainedModel) -> bool:
+    """Tell from the names of its modules whether a model's norms are layer norms."""
+    return any("LayerNorm" in type(module).__name__ for module in model.modules())
+
+
+@torch.no_grad()
+def centre_writers_(model: PreTrainedModel, channels: tuple[int, ...]) -> None:
+    """Subtract, from everything that is added to the stream, its mean over some of the channels."""
+    width, index = model.config.hidden_size, torch.tensor(channels)
+    done = set()
+    for name, module in model.named_modules():
+        pieces: list[tuple[torch.Tensor, int]] = []
+        if isinstance(module, nn.Embedding):
+            pieces = [(module.weight, 1)]
+        elif name.endswith(WRITERS) and isinstance(module, nn.Linear | Conv1D):
+            pieces = [(module.weight, int(isinstance(module, Conv1D)))]
+            pieces += [(module.bias, 0)] if module.bias is not None else []
+        for tensor, dim in pieces:
+            if tensor.shape[dim] == width and tensor.data_ptr() not in done:
+                done.add(tensor.data_ptr())
+                chosen = tensor.data.index_select(dim, index)
+                tensor.data.index_copy_(dim, index, chosen - chosen.double().mean(dim, keepdim=True).float())
 
 
 def token_ids(config: PretrainedConfig, length: int = 12) -> torch.Tensor:

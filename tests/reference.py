@@ -137,6 +137,44 @@ def fused_units(model: PreTrainedModel) -> Structures:
     return units
 
 
+PHI = {  # Phi's names for what Llama calls otherwise
+    "self_attn.dense": "self_attn.o_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
+    "final_layernorm": "norm",
+}  # fmt: skip
+
+
+def phi_units(model: PreTrainedModel) -> tuple[Structures, dict[str, int]]:
+    """List every unit of Phi, and what writes to its stream: parameter and the dimension along the channels."""
+    real = {name: name for name, _ in model.named_parameters()}
+    for name in list(real):
+        for phi, llama in PHI.items():
+            if f"{phi}." in name:
+                real[name.replace(phi, llama)] = name
+
+    class Renamed:
+        """The model as if its modules had Llama's names."""
+
+        def __init__(self) -> None:
+            self.config = model.config
+
+        def named_parameters(self) -> list[tuple[str, None]]:
+            return [(name, None) for name in real]
+
+    def rename(piece: Slice) -> Slice:
+        return Slice(real[piece.parameter], piece.dim, piece.indices, piece.offset)
+
+    units: Structures = {
+        structure: [[[rename(piece) for piece in unit] for unit in layer] for layer in layers]
+        for structure, layers in decoder_units(Renamed(), ("input_layernorm",)).items()  # type: ignore[arg-type]
+    }
+    width = model.config.hidden_size
+    for channel, unit in enumerate(units["embedding_channels"][0]):  # a norm has a bias here
+        unit += [Slice(n, 0, (channel,)) for n in real if n == real[n] and n.endswith("layernorm.bias")]
+    writers = {name: 0 for name in real if real[name] == name and (".dense." in name or ".fc2." in name)}
+    assert all(model.get_parameter(name).shape[0] == width for name in writers)
+    return units, writers | {"model.embed_tokens.weight": 1}
+
+
 def piece_of(tensor: torch.Tensor, piece: Slice) -> torch.Tensor:
     """Copy a slice's values out of a tensor of the parameter's shape."""
     return tensor.index_select(piece.dim, torch.tensor(piece.indices))
@@ -190,6 +228,7 @@ class ReferenceHesso:
         removed: units to remove a layer, per structure.
         across_layers: whether the units of all layers compete, and as many go in total.
         kv_heads: key-value heads a layer; as many query heads of each go.
+        writers: parameters that write to a stream of mean zero, with the dimension along its channels.
     """
 
     def __init__(
@@ -205,7 +244,9 @@ class ReferenceHesso:
         saliency_batches: int = 8,
         across_layers: bool = False,
         kv_heads: int = 1,
+        writers: dict[str, int] | None = None,
     ) -> None:
+        self.writers = writers or {}
         self.kv_heads, self.heads = kv_heads, len(units["query_heads"][0])
         self.parameters = dict(model.named_parameters())
         self.base, self.removed, self.saliency, self.across_layers = base, removed, saliency, across_layers
@@ -250,7 +291,27 @@ class ReferenceHesso:
                     self.redundant = set()
         for key in self.pruned:
             self._fill(key)
+        if self.steps >= self.periods[0][0]:
+            self._centre()
         self.steps += 1
+
+    def _centre(self) -> None:
+        """Take the mean out of what is written to the stream: all of it, in the first period 1/(T-t) at step t."""
+        share, scales = 1.0, {key[2]: 1.0 for key in self.units if key[0] == "embedding_channels"}
+        for period, (start, length) in enumerate(self.periods):
+            t = self.steps - start
+            if 0 <= t < length:
+                share = 1.0 / (length - t) if period == 0 else 1.0
+                scales |= {
+                    key[2]: (length - t - 1) / length for key in self.redundant if key[0] == "embedding_channels"
+                }
+        scales |= {key[2]: 0.0 for key in self.pruned if key[0] == "embedding_channels"}
+        for name, dim in self.writers.items():
+            tensor = self.parameters[name].data
+            total = tensor.double().sum(dim)
+            for channel, scale in scales.items():
+                old = tensor.select(dim, channel)
+                old.copy_(old.double() - share * scale * total / sum(scales.values()))
 
     def observe(self) -> None:
         """Remember every unit's weights and gradient of this step."""

@@ -7,10 +7,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from families import ALL, HEADS, MLP, QUERIES, QUERY, STREAM, random_model
-from transformers import Gemma2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 from hesso_hf.budget import TargetSizes, default_round_to, solve_budget
+from hesso_hf.calibration import measure_curves
 from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.cost import CONTEXT, Cost, build_cost
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
@@ -21,6 +32,13 @@ from hesso_hf.probe import AxisMap
 from hesso_hf.proof import proved_groups
 from hesso_hf.sizes import build_meta, copy_with, model_class_of
 
+COUPLED: dict[str, PretrainedConfig] = {
+    "gpt2-tied": GPT2Config(vocab_size=400, n_embd=192, n_head=12, n_layer=3, n_inner=520, n_positions=64),
+    "falcon-grouped": FalconConfig(
+        vocab_size=400, hidden_size=192, num_attention_heads=12, num_kv_heads=6, num_hidden_layers=3,
+        ffn_hidden_size=520, new_decoder_architecture=True,
+    ),
+}  # fmt: skip
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama-1b": LlamaConfig(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
@@ -52,13 +70,13 @@ ONE_B, SINGLE = "llama-1b", "qwen3-queries"
 
 @cache
 def proved(name: str, asked: tuple[str, ...] = ()) -> tuple[PruningGroups, AxisMap]:
-    config = CONFIGS.get(name) or ALL[name].config()
+    config = (CONFIGS | COUPLED).get(name) or ALL[name].config()
     groups, _, axis_map = proved_groups(model_class_of(config), config, structures_around(asked))
     return groups, axis_map
 
 
 def solve(name: str, **choices: Any) -> TargetSizes:
-    config = CONFIGS.get(name) or ALL[name].config()
+    config = (CONFIGS | COUPLED).get(name) or ALL[name].config()
     hesso = HessoConfig(**choices)
     groups, axis_map = proved(name, hesso.structure_names)
     chosen = groups.select(hesso.structure_names, explicit=hesso.structures != "all")
@@ -69,7 +87,7 @@ def solve(name: str, **choices: Any) -> TargetSizes:
 
 def built(name: str, sizes: dict[str, int]) -> int:
     """Count the parameters of the stock model with these sizes, head_dim as it was (sizes alone needn't be valid)."""
-    small = copy_with(CONFIGS.get(name) or ALL[name].config(), sizes)
+    small = copy_with((CONFIGS | COUPLED).get(name) or ALL[name].config(), sizes)
     return sum(parameter.numel() for parameter in build_meta(model_class_of(small), small).parameters())
 
 
@@ -367,6 +385,93 @@ def test_only_numbers_of_query_heads_that_can_be_are_timed(monkeypatch: pytest.M
     assert target.ratio == pytest.approx(0.05, abs=0.05)
     assert {20, 40, 60, 80} <= timed
     assert not {10, 30, 50, 70} & timed
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.5])
+@pytest.mark.parametrize("name", COUPLED)
+def test_heads_and_width_that_shrink_together_meet_the_ratio(name: str, ratio: float):
+    target = solve(name, pruning_ratio=ratio)
+    assert target.parameters_before == built(name, {})
+    assert target.parameters_after == built(name, target.sizes)
+    assert target.parameter_ratio == pytest.approx(ratio, abs=0.01)
+    assert target.sizes["hidden_size"] == 16 * target.sizes["num_attention_heads"]
+    assert target.kept_units[STREAM] == target.sizes["hidden_size"]
+    assert target.kept_units[HEADS] == target.sizes["num_attention_heads"] // (2 if name == "falcon-grouped" else 1)
+
+
+@pytest.mark.parametrize(
+    "pins", [{"hidden_size": 128}, {"num_attention_heads": 8}, {"hidden_size": 128, "num_attention_heads": 8}], ids=str
+)
+@pytest.mark.parametrize("name", COUPLED)
+def test_one_of_the_coupled_sizes_pins_the_other(name: str, pins: dict[str, int]):
+    sizes = solve(name, target_sizes=pins).sizes
+    assert (sizes["hidden_size"], sizes["num_attention_heads"]) == (128, 8)
+    assert sizes["intermediate_size"] == 520
+    around = solve(name, pruning_ratio=0.5, target_sizes=pins)
+    assert (around.sizes["hidden_size"], around.sizes["num_attention_heads"]) == (128, 8)
+    assert around.parameter_ratio == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "pins", "named"),
+    [
+        ("gpt2-tied", {"hidden_size": 128, "num_attention_heads": 6}, ["contradict", "8", "6"]),
+        ("gpt2-tied", {"hidden_size": 120}, ["hidden_size", "(120)", "multiple of 16", "shrink together"]),
+        ("gpt2-tied", {"hidden_size": 208}, ["hidden_size", "(208)", "192"]),
+        ("falcon-grouped", {"hidden_size": 144}, ["hidden_size", "(144)", "multiple of 32"]),
+        ("falcon-grouped", {"num_attention_heads": 7}, ["num_attention_heads", "(7)", "multiple of 2"]),
+    ],
+)
+def test_impossible_coupled_sizes_are_refused_with_numbers(name: str, pins: dict[str, int], named: list[str]):
+    with pytest.raises(HessoError) as caught:
+        solve(name, target_sizes=pins)
+    for part in named:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("structures", [[HEADS], [STREAM], [HEADS, MLP], [STREAM, MLP]], ids=str)
+def test_one_of_the_coupled_structures_alone_is_refused_with_the_reason(structures: list[str]):
+    with pytest.raises(UnsupportedStructureError, match=r"only shrink together.*name all of them, or none") as caught:
+        solve("gpt2-tied", pruning_ratio=0.2, structures=structures)
+    other = STREAM if HEADS in structures else HEADS
+    assert f"leaves out ['{other}']" in str(caught.value)
+
+
+def test_the_mlp_of_a_coupled_model_can_be_pruned_alone():
+    target = solve("gpt2-tied", pruning_ratio=0.2, structures=[MLP])
+    assert list(target.kept_units) == [MLP]
+    assert target.sizes.keys() == {"intermediate_size"}
+    assert target.parameter_ratio == pytest.approx(0.2, abs=0.01)
+
+
+def test_shares_of_coupled_structures_steer_the_split():
+    def sizes(mlp: float) -> dict[str, int]:
+        shares = {HEADS: 1, STREAM: 1, MLP: mlp}
+        return solve("gpt2-tied", pruning_ratio=0.35, structures=shares, round_to=8).sizes
+
+    more, less = sizes(6), sizes(0.2)
+    assert more["intermediate_size"] < less["intermediate_size"]
+    assert more["hidden_size"] >= less["hidden_size"]
+    for found in (more, less):
+        assert found["hidden_size"] == 16 * found["num_attention_heads"]
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_the_split_of_a_coupled_model_can_be_measured(name: str):
+    model = random_model(COUPLED[name])
+    before = [parameter.clone() for parameter in model.parameters()]
+    batches = [torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    hesso = HessoConfig(pruning_ratio=0.3)
+    plan = PruningPlan.prepare(model, hesso)
+
+    def loss(tried: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+        return tried(input_ids=batch, labels=batch).loss
+
+    assert plan.wants_calibration
+    plan.settle(lambda: measure_curves(model, plan.groups, batches, loss, hesso))
+    assert plan.target.parameter_ratio == pytest.approx(0.3, abs=0.01)
+    assert plan.target.sizes["hidden_size"] == 16 * plan.target.sizes["num_attention_heads"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
 def cost(metric: str, name: str) -> Cost:

@@ -12,7 +12,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from families import ALL, HEADS, MLP, QUERIES, QUERY, STREAM, Family
+from families import ALL, EXPERT, HEADS, MLP, OTHERS, QUERIES, QUERY, STREAM, Family
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -22,11 +22,11 @@ from hesso_hf.groups import PruningGroups
 from hesso_hf.proof import proved_groups
 from hesso_hf.sizes import build_meta, model_class_of
 
-EVERY = ALL | QUERIES
+EVERY = ALL | QUERIES | {family.name: family for family in OTHERS}
 CASES = [
     pytest.param(family, structures, id=f"{family.name}-{'+'.join(structures)}")
     for family in EVERY.values()
-    for structures in [*((name,) for name in family.proved), family.proved]
+    for structures in [*((name,) for name in family.proved if family.apart), family.proved]
 ]
 STANDALONE = """
 import importlib.abc, sys
@@ -99,21 +99,24 @@ def export(root: Path, family: Family, structures: tuple[str, ...]) -> tuple[Pat
 def expected_sizes(family: Family, structures: tuple[str, ...]) -> dict[str, int]:
     """Return the config sizes after the cut, worked out from the words of the design alone."""
     config, counts = family.config(), family.units_to_keep(structures)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, getattr(config, family.kv_heads, None)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        family.kv_heads: kv_heads,
         "hidden_size": counts.get(STREAM, config.hidden_size),
-        "intermediate_size": counts.get(MLP, config.intermediate_size),
-        "head_dim": head_dim,
+        family.mlp: counts.get(MLP, getattr(config, family.mlp, None)),
+        "head_dim": None if family.channels_per_head else head_dim,
     }
     if HEADS in counts:  # a unit is a key-value head with its query heads; a query head where there is but one
-        sizes["num_attention_heads"] = counts[HEADS] * (1 if kv_heads == 1 else heads // kv_heads)
-        sizes["num_key_value_heads"] = 1 if kv_heads == 1 else counts[HEADS]
+        grouped = kv_heads is not None and kv_heads > 1 and kv_heads <= heads
+        sizes["num_attention_heads"] = counts[HEADS] * (heads // kv_heads if grouped else 1)
+        sizes[family.kv_heads] = counts[HEADS] if grouped else kv_heads
     if QUERY in counts:
         sizes["num_attention_heads"] = counts[QUERY]
-    return sizes
+    if EXPERT in counts:
+        sizes["moe_intermediate_size"] = counts[EXPERT]
+    return {name: size for name, size in sizes.items() if size is not None or name == "head_dim"}
 
 
 def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
@@ -126,7 +129,8 @@ def test_what_can_be_pruned_is_proved_and_the_rest_refused_by_name(family: Famil
     assert sorted(groups.structures) == sorted(family.proved), groups.refused
     for structure, named in family.refused.items():
         assert named in groups.refused[structure]
-        assert "norm" in groups.refused[structure].split(" ")[0]  # the module's own name comes first
+    per_head = family.channels_per_head
+    assert groups.coupled == ({HEADS: 1, STREAM: per_head} if per_head else {})
 
 
 @pytest.mark.parametrize(("family", "structures"), CASES)
@@ -156,7 +160,7 @@ def test_exported_model_is_stock_exact_and_of_the_sizes_asked_for(
     assert report.parameters_after < report.parameters_before
 
 
-@pytest.mark.parametrize("family", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("family", (ALL | QUERIES).values(), ids=ALL | QUERIES)
 def test_stored_tensors_are_the_kept_rows_and_tied_ones_are_stored_once(family: Family, root: Path):
     folder, report, _ = export(root, family, (MLP,))
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -167,7 +171,7 @@ def test_stored_tensors_are_the_kept_rows_and_tied_ones_are_stored_once(family: 
 def test_exported_models_load_and_generate_where_hesso_hf_is_not_installed(root: Path):
     names = []
     for family in EVERY.values():
-        for structures in {(name,) for name in family.proved} | {family.proved}:
+        for structures in {(name,) for name in family.proved if family.apart} | {family.proved}:
             if set(structures) <= set(proved(family.name).structures):  # otherwise it fails in its own test above
                 names += _exported_name(root, family, structures)
     script = root.parent / "standalone.py"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from families import ALL, HEADS, MLP, QUERY, STREAM, random_model
-from transformers import GPT2Config, PretrainedConfig
+from families import ALL, EXPERT, HEADS, MLP, OTHERS, QUERY, STREAM, random_model
+from transformers import FalconConfig, GPT2Config, PretrainedConfig
 
 from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError
@@ -38,6 +38,7 @@ def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
     assert values.keys() == {*STRUCTURES, "model", "feasible"}
     for absent in ("expert_channels", "experts"):
         assert values[absent]["status"] == "not_applicable"
+    assert "LlamaConfig has no integer `moe_intermediate_size`" in values[EXPERT]["reason"]
     for structure in (HEADS, MLP, STREAM, QUERY, "layers"):
         assert values[structure].keys() >= KEYS
         assert values[structure]["status"] == "proved"
@@ -82,6 +83,39 @@ def test_a_refused_structure_keeps_its_key_and_has_a_reason():
     assert values["layers"]["status"] == "refused"
     assert "only one layer" in values["layers"]["reason"]
     assert values["layers"]["units"] is None
+
+
+def test_heads_and_width_that_are_not_exact_are_refused_with_the_error():
+    config = FalconConfig(vocab_size=97, hidden_size=48, num_attention_heads=4, num_hidden_layers=1, alibi=True)
+    values = inspect_model(config).to_dict()
+    for name in (HEADS, STREAM):
+        assert values[name]["status"] == "refused"
+        assert "best relative error" in values[name]["reason"]
+        assert values[name]["units"] is None
+        assert values[name]["relative_error"] > 1e-5
+    assert values[MLP]["status"] == "proved"
+
+
+def test_a_structure_that_the_architecture_lacks_is_not_called_refused():
+    family = next(family for family in OTHERS if family.name == "qwen3_moe")
+    found = inspect_model(family.config()).structures
+    assert {found[name].status for name in (HEADS, STREAM, EXPERT, QUERY)} == {"proved"}
+    assert found[MLP].status == "not_applicable"
+    assert "no parameter's shape depends on `intermediate_size`" in found[MLP].reason
+    assert (found[MLP].units, found[MLP].relative_error) == (None, None)
+    assert (found[EXPERT].units, found[EXPERT].layers) == (28, 2)
+    assert found[EXPERT].parameters_per_unit == 4 * 3 * 72  # of four experts
+    assert found[EXPERT].config_sizes == {"moe_intermediate_size": 28}
+
+
+def test_heads_and_width_that_shrink_together_are_both_described():
+    family = next(family for family in OTHERS if family.name == "gpt2")
+    found = inspect_model(family.config(), pruning_ratios=(0.3,))
+    assert found.structures[HEADS].layouts["transformer.h.*.attn.c_attn.weight[1]"] == "stride(3x12)"
+    assert found.structures[HEADS].config_sizes == {"num_attention_heads": 6}
+    assert found.structures[STREAM].config_sizes == {"hidden_size": 72}
+    sizes = found.feasible["0.3"]["sizes"]
+    assert sizes["hidden_size"] == 12 * sizes["num_attention_heads"] < 72
 
 
 @pytest.mark.parametrize(("name", "why"), [("multi-head", "a key-value head of its own"), ("multi-query", "share one")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hesso_hf.discovery import NOBODY, UNKNOWN, layout_of
 from hesso_hf.layout import Layout, Segment, block_layout, owned_layout
 
 UNITS = 5
@@ -72,20 +73,84 @@ def test_indices_are_those_of_the_units_and_the_fixed_ones(layout: Layout, kept:
     assert layout.indices(torch.tensor(kept), UNITS).tolist() == expected
 
 
+FUSED, SHARED = LAYOUTS["fused qkv"], LAYOUTS["shared key and value"]
+
+
 @pytest.mark.parametrize(
-    ("template", "to_units", "size", "per_unit", "expected"),
+    ("layout", "to_units", "size", "per_unit", "expected"),
     [
-        (block_layout(4), 7, 42, 6, block_layout(6)),
-        (Layout((Segment(2, 4),)), 3, 48, 16, Layout((Segment(2, 8),))),
-        (Layout((Segment(1, 4), Segment(fixed=7))), 6, 33, 4, Layout((Segment(1, 4), Segment(fixed=9)))),
-        (Layout((Segment(1, 4), Segment(fixed=7))), 6, 24, 4, None),
-        (block_layout(4), 7, 41, 6, None),
+        (block_layout(4), 7, 7 * 10, 10, "block(10)"),
+        (block_layout(4), 2, 2 * 4, 4, "block(4)"),
+        (Layout((Segment(3, 1),)), 9, 27, 3, "stride(3x1)"),
+        (Layout((Segment(2, 4),)), 3, 3 * 12, 12, "stride(2x6)"),
+        (FUSED, 4, 4 * 24, 24, "segments(12, 6, 6)"),
+        (FUSED, 4, 4 * 4, 4, "segments(2, 1, 1)"),
+        (SHARED, 6, 6 * 10 + 20, 10, "segments(10, fixed 20)"),
     ],
 )
-def test_a_layout_fits_a_model_of_other_sizes_or_not(
-    template: Layout, to_units: int, size: int, per_unit: int, expected: Layout | None
+def test_a_layout_is_carried_over_to_other_sizes(
+    layout: Layout, to_units: int, size: int, per_unit: int, expected: str
 ) -> None:
-    assert template.fitted(UNITS, to_units, size, per_unit) == expected
+    fitted = layout.fitted(UNITS, to_units, size, per_unit)
+    assert str(fitted) == expected
+    assert fitted is not None
+    assert (fitted.size(to_units), fitted.per_unit) == (size, per_unit)
+
+
+@pytest.mark.parametrize("to_units", [1, 4, 9])
+def test_every_layout_fits_itself_at_another_number_of_units(layout: Layout, to_units: int) -> None:
+    assert layout.fitted(UNITS, to_units, layout.size(to_units), layout.per_unit) == layout
+
+
+@pytest.mark.parametrize(
+    ("layout", "size", "per_unit"),
+    [
+        (block_layout(4), UNITS * 4 + 1, 4),  # an index too many that belonged to nobody nowhere
+        (block_layout(4), UNITS * 4 - 1, 4),  # one too few
+        (SHARED, UNITS * 4, 4),  # those that belong to nobody are gone
+        (FUSED, UNITS * 10, 10),  # 10 don't divide as 6, 3 and 3
+        (Layout((Segment(4, 1),)), UNITS * 6, 6),  # 6 don't divide over four runs
+        (LAYOUTS["fixed first"], UNITS * 6 + 9, 6),  # which of two stretches would have grown?
+    ],
+)
+def test_a_layout_that_does_not_fit_is_none(layout: Layout, size: int, per_unit: int) -> None:
+    assert layout.fitted(UNITS, UNITS, size, per_unit) is None
+
+
+def owner_tensor(layout: Layout) -> torch.Tensor:
+    return torch.tensor([NOBODY if j is None else j for j in owners(layout)])
+
+
+def test_a_layout_is_read_off_the_owners(layout: Layout) -> None:
+    owner = owner_tensor(layout)
+    found = layout_of(owner, UNITS)
+    assert found is not None
+    assert torch.equal(found.expand(torch.arange(UNITS), fixed_value=NOBODY), owner)
+    assert (found.per_unit, found.size(UNITS)) == (layout.per_unit, len(owner))
+
+
+@pytest.mark.parametrize(
+    "owner",
+    [
+        [1, 0, 2, 3, 4],
+        [4, 3, 2, 1, 0],
+        [0, 0, 1, 2, 3, 4],  # blocks of several lengths
+        [0, 1, 2, 3],  # a unit owns nothing
+        [0, 1, 2, 3, 4, 0, 1, 2],  # some own more
+        [0, 1, NOBODY, 2, 3, 4],  # a gap inside a run
+        [0, 1, 2, 3, 4, 5],  # there is no unit 5
+        [0, 1, 2, UNKNOWN, 4],
+        [UNKNOWN] * 5,
+    ],
+)
+def test_units_that_lie_otherwise_have_no_layout(owner: list[int]) -> None:
+    assert layout_of(torch.tensor(owner), UNITS) is None
+
+
+def test_an_axis_of_nobody_has_a_layout_without_units() -> None:
+    found = layout_of(torch.full((6,), NOBODY), UNITS)
+    assert found is not None
+    assert (found.per_unit, found.size(UNITS)) == (0, 6)
 
 
 def test_an_owned_axis_belongs_to_one_unit() -> None:

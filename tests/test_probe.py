@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import ALL
+from families import ALL, OTHERS
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hesso_hf.probe import AxisMap, ParameterInfo, describe_parameters, probe_axes
+from hesso_hf.probe import AxisMap, Coupling, ParameterInfo, describe_parameters, probe_axes
 from hesso_hf.proof import prove
 from hesso_hf.sizes import build_meta, model_class_of
 
@@ -103,10 +103,75 @@ def test_layers_are_the_outermost_list_entries_also_inside_experts():
     assert {info.layer for info in parameters.values()} == {"", "model.layers.0", "model.layers.1"}
 
 
-def test_patterns_are_the_same_in_every_layer():
-    first = ParameterInfo("model.layers.0.mlp.experts.11.w1.weight", (1,), "matrix", "", "")
-    second = ParameterInfo("model.layers.31.mlp.experts.2.w1.weight", (1,), "matrix", "", "")
-    assert first.pattern == second.pattern == "model.layers.*.mlp.experts.*.w1.weight"
+OTHER = {family.name: family for family in OTHERS}
+
+
+def described(name: str, **changes: int) -> dict[str, ParameterInfo]:
+    config = OTHER[name].config(**changes)
+    return describe_parameters(build_meta(model_class_of(config), config))
+
+
+def test_patterns_are_the_same_in_every_layer_of_a_kind():
+    """GLM-4-MoE's first layers have an MLP, the others experts: their parameters aren't the same, so nor patterns."""
+    parameters = described("glm4_moe", num_hidden_layers=4, first_k_dense_replace=2)
+    kinds = {}
+    for info in parameters.values():
+        if info.layer:
+            kinds.setdefault(info.layer, set()).add(info.kind)
+    dense, experts = ({kinds[f"model.layers.{i}"].pop(), kinds[f"model.layers.{i + 1}"].pop()} for i in (0, 2))
+    assert len(dense) == len(experts) == 1
+    assert dense | experts == {"model.layers.*0", "model.layers.*1"}
+    patterns = {parameters[f"model.layers.{i}.self_attn.q_proj.weight"].pattern for i in range(4)}
+    assert patterns == {f"{kind}.self_attn.q_proj.weight" for kind in dense | experts}
+    assert parameters["model.norm.weight"].kind == ""
+
+
+def test_patterns_leave_out_every_index_where_all_layers_are_alike():
+    parameters = probed("mixtral").parameters
+    assert {info.kind for info in parameters.values()} == {"", "model.layers.*"}
+    for name, info in parameters.items():
+        assert info.pattern == name.replace("layers.0", "layers.*").replace("layers.1", "layers.*")
+
+
+@pytest.mark.parametrize(("name", "head_dim"), [("gpt2", 12), ("gptj", 12), ("opt", 12), ("falcon-grouped", 12)])
+def test_where_head_dim_follows_the_width_the_probe_says_so(name: str, head_dim: int):
+    config = OTHER[name].config()
+    axis_map = probe_axes(model_class_of(config), config)
+    assert axis_map.coupling == Coupling(head_dim)
+    assert probe_axes(model_class_of(config), config, couple=False).coupling is None
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-square", "phi", "olmo2", "gemma2", "phi3"])
+def test_where_head_dim_can_be_written_heads_and_width_are_not_coupled(name: str):
+    assert probed(name).coupling is None
+
+
+def test_the_axes_of_a_coupled_width_are_those_of_heads_and_channels_together():
+    axis_map = probe_axes(model_class_of(OTHER["gpt2"].config()), OTHER["gpt2"].config())
+    layer = "transformer.h.1."
+    assert {
+        (name.removeprefix(layer), dim): slopes
+        for (name, dim), slopes in axis_map.slopes.items()
+        if name.startswith(layer) and name.endswith("weight")
+    } == {
+        ("ln_1.weight", 0): {HIDDEN: 1},
+        ("ln_2.weight", 0): {HIDDEN: 1},
+        ("attn.c_attn.weight", 0): {HIDDEN: 1},
+        ("attn.c_attn.weight", 1): {HIDDEN: 3},
+        ("attn.c_proj.weight", 0): {HIDDEN: 1},
+        ("attn.c_proj.weight", 1): {HIDDEN: 1},
+        ("mlp.c_fc.weight", 0): {HIDDEN: 1},
+        ("mlp.c_fc.weight", 1): {MLP: 1},
+        ("mlp.c_proj.weight", 0): {MLP: 1},
+        ("mlp.c_proj.weight", 1): {HIDDEN: 1},
+    }
+
+
+def test_a_key_value_head_of_a_coupled_width_stays_as_it_is():
+    """GPT-BigCode: the rows of its one key and one value don't grow when heads and width do."""
+    axis_map = probe_axes(model_class_of(OTHER["gpt_bigcode"].config()), OTHER["gpt_bigcode"].config())
+    assert axis_map.slopes["transformer.h.0.attn.c_attn.weight", 0][HIDDEN] == 1
+    assert axis_map.parameters["transformer.h.0.attn.c_attn.weight"].shape[0] == 72 + 2 * 12
 
 
 @pytest.mark.parametrize(
@@ -186,8 +251,10 @@ def test_inspecting_llama_405b_takes_less_than_two_gigabytes():
         "from hesso_hf import inspect_model\n"
         "found = inspect_model(LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=53248,\n"
         "    num_hidden_layers=126, num_attention_heads=128, num_key_value_heads=8))\n"
-        "found.structures.pop('experts')\n"
-        "assert [s.status for s in found.structures.values()] == ['proved'] * 3, found.structures\n"
+        "found_all = {name: s.status for name, s in found.structures.items()}\n"
+        "absent = {found_all.pop(n) for n in ('expert_channels', 'experts', 'mixer_channels')}\n"
+        "assert absent == {'not_applicable'}, absent\n"
+        "assert list(found_all.values()) == ['proved'] * len(found_all), found.structures\n"
         "print(found.parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

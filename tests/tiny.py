@@ -10,10 +10,16 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedModel,
 )
 
@@ -66,6 +72,24 @@ def tiny_phi3(seed: int = 1, **changes: Any) -> Phi3ForCausalLM:
     return random_model(Phi3ForCausalLM, Phi3Config(**(_SIZES | changes)), seed)
 
 
+def tiny_phi(seed: int = 1, **changes: Any) -> PhiForCausalLM:
+    """Phi: layer norms with weights and biases, which subtract the stream's mean; an untied output matrix."""
+    return random_model(PhiForCausalLM, PhiConfig(**(_SIZES | {"partial_rotary_factor": 0.5} | changes)), seed)
+
+
+def tiny_olmo(seed: int = 1, **changes: Any) -> OlmoForCausalLM:
+    """OLMo: layer norms without weights."""
+    return random_model(OlmoForCausalLM, OlmoConfig(**(_SIZES | changes)), seed)
+
+
+def tiny_gpt2(seed: int = 1, **changes: Any) -> GPT2LMHeadModel:
+    """GPT-2: layer norms and a tied output matrix; heads and width only shrink together, 10 channels a head."""
+    sizes = {"n_embd": HIDDEN, "n_head": HEADS, "n_inner": MLP, "n_layer": 2, "n_positions": 128, "vocab_size": VOCAB}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return random_model(GPT2LMHeadModel, GPT2Config(**(sizes | tokens | dropout | changes)), seed)
+
+
 @functools.cache
 def _proved(
     model_class: type[PreTrainedModel], config_json: str, names: tuple[str, ...]
@@ -79,9 +103,11 @@ def process_for(
     model: PreTrainedModel, kept_units: dict[str, int], schedule: Schedule, **config: Any
 ) -> PruningProcess:
     """Prove the structures named in `kept_units` and build the pruning state that keeps exactly so many a layer."""
-    sizes = {SIZE_OF[name]: kept for name, kept in kept_units.items()}
-    hesso_config = HessoConfig(structures=list(kept_units), target_sizes=sizes, **config)
     proved, axis_map = _proved(type(model), model.config.to_json_string(), structures_around(kept_units))
+    sizes = {SIZE_OF[name]: kept for name, kept in kept_units.items()}
+    if proved.coupled and "attention_heads" in kept_units:
+        sizes["num_attention_heads"] = sizes.pop("num_key_value_heads")
+    hesso_config = HessoConfig(structures=list(kept_units), target_sizes=sizes, **config)
     groups = proved.select(kept_units, explicit=True)
     cost = build_cost("parameters", groups, axis_map, model.config)
     target = solve_budget(hesso_config, model.config, groups, cost)
