@@ -223,21 +223,25 @@ def _best_branch(
                 best = found
             if best is not None and len(best.layouts) == len(remaining):
                 return best
-    together = _branch_of_readers(probe, axis_map, remaining, units)
-    return together if together is not None and len(together.layouts) > (len(best.layouts) if best else 1) else best
+    for readers in _reader_groups(probe, axis_map, remaining, units):
+        together = _branch(probe, remaining, readers, units)
+        if len(together.layouts) > (len(best.layouts) if best else 1):
+            best = together
+    return best
 
 
-def _branch_of_readers(
+def _reader_groups(
     probe: GradientProbe, axis_map: AxisMap, remaining: dict[AxisName, list[AxisName]], units: int
-) -> Branch | None:
-    """Zero all matrices at once that read the units (a state-space mixer's channels feed its own projections too)."""
-    readers: dict[AxisName, Layout] = {}
+) -> list[dict[AxisName, Layout]]:
+    """List blocks in which several matrices read the units: a state-space mixer's channels feed its projections too."""
+    blocks: dict[str, dict[AxisName, Layout]] = {}
     for axis, found in remaining.items():
         info = axis_map.parameters[found[0][0]]
         linear = isinstance(probe.model.get_submodule(info.module), nn.Linear)
         if linear and axis[1] == 1 and info.shape[1] % units == 0 and info.role == "matrix":
-            readers[axis] = Layout((Segment(1, info.shape[1] // units),))
-    return _branch(probe, remaining, readers, units) if len(readers) > 1 else None
+            block = axis[0].rpartition(".")[0].rpartition(".")[0]
+            blocks.setdefault(block, {})[axis] = Layout((Segment(1, info.shape[1] // units),))
+    return [readers for readers in blocks.values() if len(readers) > 1]
 
 
 def _confirmed(probe: GradientProbe, remaining: dict[AxisName, list[AxisName]], branch: Branch, units: int) -> Branch:

@@ -68,8 +68,12 @@ class AxisMap:
         return {axis: found for axis, found in self.slopes.items() if wanted & set(found)}
 
 
-def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> AxisMap:
-    """Find the axes of every probed config size by comparing parameter shapes on the meta device."""
+def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, couple: bool = True) -> AxisMap:
+    """Find the axes of every probed config size by comparing parameter shapes on the meta device.
+
+    Args:
+        couple: whether to look for heads and width that only shrink together.
+    """
     base_model = build_meta(model_class, copy_with(config, {}))
     parameters = describe_parameters(base_model)
     slopes: dict[tuple[str, int], dict[str, int]] = {}
@@ -85,10 +89,11 @@ def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         for axis, slope in changed.items():
             slopes.setdefault(axis, {})[size] = slope
     axis_map = AxisMap(parameters, slopes, failed)
-    return coupled_axes(model_class, config, axis_map) if _heads_follow_width(config, slopes) else axis_map
+    follows = couple and _heads_follow_width(slopes)
+    return coupled_axes(model_class, config, axis_map) if follows else axis_map
 
 
-def _heads_follow_width(config: PretrainedConfig, slopes: dict[tuple[str, int], dict[str, int]]) -> bool:
+def _heads_follow_width(slopes: dict[tuple[str, int], dict[str, int]]) -> bool:
     """Tell whether heads and width only change together: another number of heads alone leaves their rows as they are.
 
     Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows.

@@ -98,10 +98,8 @@ def proved_groups(
 ) -> tuple[PruningGroups, Proof, AxisMap]:
     """Probe a model's config, prove the named structures and return the groups of those that hold."""
     proof = prove(model_class, config, names)
-    axis_map = probe_axes(model_class, config)
-    if not proof.coupled:
-        axis_map = replace(axis_map, coupling=None)
-    elif axis_map.coupling is None:
+    axis_map = probe_axes(model_class, config, couple=False)
+    if proof.coupled:
         axis_map = coupled_axes(model_class, config, axis_map)
     structures: dict[str, StructureGroups] = {}
     refused: dict[str, str] = {}
@@ -163,12 +161,24 @@ class _Bench:
         coupled = self.axis_map.coupling is not None
         if coupled and set(COUPLED) <= set(names):
             proofs |= self._guarded(COUPLED, self._prove_coupled)
+            if all(proofs[name].scheme is None for name in COUPLED):
+                proofs |= self._width_after_all(proofs["attention_heads"].reason)
         for name in names:
             if name not in proofs:
                 proofs |= self._guarded((name,), partial(self._prove_alone, name))
         if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
             proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
+
+    def _width_after_all(self, reason: str) -> dict[str, StructureProof]:
+        """Some classes have their heads' sizes elsewhere: the width alone may be proved then, and heads are refused."""
+        before = self.axis_map
+        self.axis_map = probe_axes(self.model_class, self.config, couple=False)
+        proofs = self._guarded(("embedding_channels",), partial(self._prove_alone, "embedding_channels"))
+        if proofs["embedding_channels"].scheme is not None:
+            return proofs | {"attention_heads": StructureProof("attention_heads", None, None, reason)}
+        self.axis_map = before
+        return {}
 
     def _coupled_after_all(self) -> dict[str, StructureProof]:
         """Some classes take head_dim, and all the same need heads * head_dim to be the width."""
@@ -307,18 +317,30 @@ class _Bench:
         by_width = [axis for axis, found in self.axis_map.slopes.items() if HIDDEN in found]
         stream, inner = self._split(by_width)
         if not inner:  # there are no heads to follow the width
-            self.axis_map = replace(self.axis_map, coupling=None)
+            self.axis_map = probe_axes(self.model_class, self.config, couple=False)
             return self._prove_alone("embedding_channels")
         units = num_units("attention_heads", self.config)
         branches = discover_branches(self.gradients, self.axis_map, inner, units, coupling.head_dim, partial=True)
-        covered = {axis for branch in branches for axis in branch.layouts}
-        mine = [axis for axis in inner if (self.axis_map.parameters[axis[0]].pattern, axis[1]) in covered]
-        heads = next(self._schemes_of(branches, units, mine, coupling.head_dim))
+        attention = [branch for branch in branches if not self._divides_by_channel(branch, inner)]
+        mine = [axis for branch in attention for axis in self._axes_of(branch, inner)]
+        others = {"attention_heads": next(self._schemes_of(attention, units, mine, coupling.head_dim))}
         rest = [axis for axis in inner if axis not in mine]
-        others = {"attention_heads": heads}
         if rest:
             others["mlp_channels"] = self._mlp_by_width(rest)
         return self._first_exact(others, "embedding_channels", self._stream_schemes(stream))
+
+    def _axes_of(self, branch: Branch, axes: list[AxisName]) -> list[AxisName]:
+        return [(name, dim) for name, dim in axes if (self.axis_map.parameters[name].pattern, dim) in branch.layouts]
+
+    def _divides_by_channel(self, branch: Branch, axes: list[AxisName]) -> bool:
+        """Tell an MLP from an attention: its units can be single channels."""
+        mine = self._axes_of(branch, axes)
+        name, dim = next(axis for axis in mine if self.axis_map.parameters[axis[0]].pattern == branch.reader[0])
+        channels = self.axis_map.parameters[name].shape[dim]
+        try:
+            return len(discover_branches(self.gradients, self.axis_map, mine, channels, 1)) == 1
+        except UnsupportedStructureError:
+            return False
 
     def _mlp_by_width(self, axes: list[AxisName]) -> Scheme:
         width = num_units("embedding_channels", self.config)

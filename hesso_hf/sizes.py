@@ -48,6 +48,7 @@ _HALVES_OF_COUNTS = {
     HEADS: ("num_decoder_attention_heads", "num_encoder_attention_heads"),
     LAYERS: ("num_decoder_layers", "num_encoder_layers"),
 }
+_WITH_WIDTH = ("word_embed_proj_dim", "embedding_size")  # of the embedding: the width, where nothing projects it
 _PARTS = ("attn_config", "ffn_config")
 
 
@@ -71,7 +72,10 @@ def size_places(config: PretrainedConfig, name: str) -> list[tuple[PretrainedCon
         places += ([place for place in held if _raw(*place) is not None] or held)[:1]
     values = [_raw(*place) for place in places]
     known = [value for value in values if value is not None]
-    return [place for place, value in zip(places, values, strict=True) if value == known[0]] if known else places[:1]
+    if not known:
+        return places[:1]
+    widths = [(text, attribute) for attribute in _WITH_WIDTH if name == HIDDEN and _raw(text, attribute) == known[0]]
+    return [place for place, value in zip(places, values, strict=True) if value == known[0]] + widths
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:

@@ -119,7 +119,7 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool, centred: 
         elif axis.side == "either":
             choices.append(((axis.pattern,), _either(axis)))
         else:
-            writers.setdefault(axis.pattern.rpartition(".")[0], []).append(axis.pattern)
+            writers.setdefault(axis.info.module.removeprefix(f"{axis.info.layer}."), []).append(axis.pattern)
     choices += [(tuple(group), (0, -1) if kind in normed else (-1, 0)) for (kind, _), group in readers.items()]
     choices += [(tuple(group), (1, 0)) for group in writers.values()]
     modules = {axis.pattern: axis.info.module for axis in scales}
