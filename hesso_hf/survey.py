@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -66,26 +67,32 @@ def refuse_all(reason: str, names: Sequence[str] = STRUCTURES) -> TypeSurvey:
 def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
     """Survey structures that don't exclude each other."""
     model_class, config = default_config(model_type)
-    tiny = tiny_config(model_class, config)
     groups, proof, _ = proved_groups(model_class, config, names)
-    trips = None
-    if groups.structures:
-        axis_map = probe_axes(model_class, tiny)
-        axis_map = axis_map if proof.coupled else replace(axis_map, coupling=None)
-        schemes = {name: proof.structures[name].scheme for name in groups.structures}
-        known = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-        built = {name: build_groups(name, axis_map, tiny, scheme) for name, scheme in known.items()}
-        trips = RoundTrips(model_class, tiny, PruningGroups(built, {}, coupled_units(built, axis_map, known)))
     found = {name: _unproved(name, groups, proof) for name in names if name not in groups.structures}
-    proved: list[str] = []
-    for together in _together(groups) if trips is not None else ():
-        assert trips is not None
-        outcome = _round_trip(trips, together, coupled=together[0] in groups.coupled)
-        found |= dict.fromkeys(together, outcome)
-        proved += together if outcome.status == "proved" else ()
-    if names == DEFAULT_STRUCTURES:
-        found[JOINT] = found[proved[0]] if len(proved) == 1 else _joint(trips, proved)
-    return found
+    joint = _NOTHING
+    if groups.structures:
+        tiny = tiny_config(model_class, config)
+        trips = RoundTrips(model_class, tiny, _groups_of(model_class, tiny, groups, proof))
+        for together in _together(groups):
+            found |= dict.fromkeys(together, _round_trip(trips, together, together[0] in groups.coupled))
+        proved = tuple(name for name in groups.structures if found[name].status == "proved")
+        if len(proved) > 1:
+            joint = _round_trip(trips, proved, coupled=False)
+        elif proved:
+            joint = found[proved[0]]
+    return found | {JOINT: joint} if names == DEFAULT_STRUCTURES else found
+
+
+def _groups_of(
+    model_class: type[PreTrainedModel], tiny: PretrainedConfig, groups: PruningGroups, proof: Proof
+) -> PruningGroups:
+    """Return the tiny model's groups of what is proved for the default sizes."""
+    axis_map = probe_axes(model_class, tiny)
+    axis_map = axis_map if proof.coupled else replace(axis_map, coupling=None)
+    schemes = {name: found.scheme for name, found in proof.structures.items() if name in groups.structures}
+    known = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    built = {name: build_groups(name, axis_map, tiny, scheme) for name, scheme in known.items()}
+    return PruningGroups(built, {}, coupled_units(built, axis_map, known))
 
 
 def _unproved(name: str, groups: PruningGroups, proof: Proof) -> StructureSurvey:
@@ -99,12 +106,6 @@ def _together(groups: PruningGroups) -> list[tuple[str, ...]]:
     """List the structures, those that only shrink together as one."""
     alone: list[tuple[str, ...]] = [(name,) for name in groups.structures if name not in groups.coupled]
     return [tuple(groups.coupled), *alone] if groups.coupled else alone
-
-
-def _joint(trips: RoundTrips | None, proved: list[str]) -> StructureSurvey:
-    if trips is None or not proved:
-        return _NOTHING
-    return _round_trip(trips, tuple(proved), coupled=False)
 
 
 def _round_trip(trips: RoundTrips, names: tuple[str, ...], coupled: bool) -> StructureSurvey:
