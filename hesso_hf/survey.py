@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -29,7 +29,7 @@ from .architectures import JOINT, StructureSurvey, one_line, render_architecture
 from .config import DEFAULT_STRUCTURES, STRUCTURES
 from .errors import HessoError, VerificationError, nearest_name
 from .groups import PruningGroups, build_groups
-from .probe import probe_axes
+from .probe import coupled_axes, probe_axes
 from .proof import Proof, coupled_units, proved_groups
 from .roundtrip import RoundTrips, describe
 from .tiny import default_config, tiny_config
@@ -87,8 +87,9 @@ def _groups_of(
     model_class: type[PreTrainedModel], tiny: PretrainedConfig, groups: PruningGroups, proof: Proof
 ) -> PruningGroups:
     """Return the tiny model's groups of what is proved for the default sizes."""
-    axis_map = probe_axes(model_class, tiny)
-    axis_map = axis_map if proof.coupled else replace(axis_map, coupling=None)
+    axis_map = probe_axes(model_class, tiny, couple=False)
+    if proof.coupled:
+        axis_map = coupled_axes(model_class, tiny, axis_map)
     schemes = {name: found.scheme for name, found in proof.structures.items() if name in groups.structures}
     known = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     built = {name: build_groups(name, axis_map, tiny, scheme) for name, scheme in known.items()}
