@@ -18,7 +18,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup quickstart test test-slow coverage lint format wheel-test bench clean
+.PHONY: help setup quickstart test test-slow coverage lint format wheel-test bench survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
@@ -79,6 +79,9 @@ wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use
 
 bench: $(STAMP) ## benchmarks/stories.py, whose results are committed under benchmarks/results
 	$(BIN)/python benchmarks/stories.py $(ARGS)
+
+survey: $(STAMP) ## docs/architectures.json and .md: what can be pruned in every model type, about 20 minutes
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/hesso-hf survey --jobs $(WORKERS) $(ARGS)
 
 clean: ## remove caches and build products (.venv stays)
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hesso_hf.architectures import summary
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 _TABLE = re.compile(r"(<!-- begin:(\w+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
@@ -195,6 +197,11 @@ def _percent(ratios: set[float]) -> str:
     return " or ".join(f"{ratio:.0%}" for ratio in sorted(ratios))
 
 
+def architectures(result: dict[str, Any]) -> str:
+    """The counts of the survey of all model types."""
+    return summary(result)
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "stories": ("stories.json", "make bench", stories),
@@ -205,6 +212,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     ),
     "overhead": ("overhead.json", "python benchmarks/overhead.py", overhead),
     "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
+    "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
 }
 

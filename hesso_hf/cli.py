@@ -1,4 +1,4 @@
-"""`hesso-hf inspect | prune | export | eval | report | quickstart`."""
+"""`hesso-hf inspect | prune | export | eval | report | survey | quickstart`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .errors import HessoError
@@ -61,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print JSON")
     report.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
     report.set_defaults(run=_report)
+
+    survey = commands.add_parser("survey", help="what can be pruned in every model type of the installed transformers")
+    survey.add_argument("--types", nargs="+", help="model types; the others that the output has are kept")
+    survey.add_argument("--output", default="docs/architectures.json", help="JSON file; a page is written beside it")
+    survey.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    survey.add_argument("--resume", action="store_true", help="leave out the types that the output has already")
+    survey.add_argument("--time-limit", type=float, default=120.0, help="seconds for one type")
+    survey.set_defaults(run=_survey)
 
     quickstart = commands.add_parser("quickstart", help="prune the bundled model by half and compare, offline")
     quickstart.add_argument("--model", help="folder or Hub id instead of the bundled model")
@@ -157,6 +166,26 @@ def _report(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1))
     else:
         _print_report(report, arguments.model, None)
+    return 0
+
+
+def _survey(arguments: argparse.Namespace) -> int:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .architectures import summary
+    from .commands import survey
+
+    columns = (TextColumn("{task.description:<28}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(done: int, total: int, model_type: str) -> None:
+            progress.update(task, completed=done, total=total, description=model_type)
+
+        path = Path(arguments.output)
+        content = survey(arguments.types, path, arguments.jobs, arguments.resume, arguments.time_limit, show)
+    print(summary(content))
+    print(f"written: {path} and {path.with_suffix('.md')}")
     return 0
 
 

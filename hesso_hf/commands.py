@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .evaluate import held_out_loss, perplexity
 from .plots import draw_cric
 from .recipe import Recipe, RunArguments
 from .sizes import load_config, model_class_of
+from .survey import SurveyFile, survey_types
 from .trainer import HessoTrainer
 
 
@@ -168,3 +170,25 @@ def plot_report(report: dict[str, Any], path: str) -> None:
         raise HessoError(f"`--plot` ({path!r}): there is no folder {str(Path(path).parent)!r}; make it first")
     if not draw_cric(report["cric"], Path(path)):
         raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")
+
+
+def survey(
+    types: Sequence[str] | None, output: Path, jobs: int, resume: bool, time_limit: float,
+    show: Callable[[int, int, str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Survey model types and write what is found after each; return the JSON's content.
+
+    Args:
+        show: called with the number of types done, of all, and the name of the last one done.
+
+    Raises:
+        HessoError: for an unknown type, a count that isn't positive, or an output that can't be gone on with.
+    """
+    for name, value in (("jobs", jobs), ("time-limit", time_limit)):
+        if value <= 0:
+            raise HessoError(f"`--{name}` ({value}) must be above zero")
+    file = SurveyFile(output, types, resume)
+    for done, (model_type, found) in enumerate(survey_types(file.left, jobs, time_limit), 1):
+        file.add(model_type, found)
+        show(done, len(file.left), model_type)
+    return file.content

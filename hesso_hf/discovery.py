@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedStructureError
 from .groups import AxisName, Branch
@@ -133,6 +134,12 @@ class GradientProbe:
                 weight = self.parameters.get(name.removesuffix("bias") + "weight")
                 if weight is not None and weight.grad is not None and parameter.grad is not None:
                     yield name, parameter.grad.abs() <= NOISE * weight.grad.abs().max()
+
+    def bias_beside(self, name: str, dim: int) -> nn.Parameter | None:
+        """Return the bias that lies along a weight's output side, where `dim` is that."""
+        module = self.model.get_submodule(name.rpartition(".")[0])
+        output = {nn.Linear: 0, Conv1D: 1}.get(type(module))
+        return self.parameters.get(name.removesuffix("weight") + "bias") if dim == output else None
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
@@ -301,7 +308,11 @@ def _branch(
                 parameter = probe.parameters[name]
                 shape = [1] * parameter.dim()
                 shape[dim] = -1
-                parameter.masked_fill_(layout.expand(mask, fixed_value=False).view(shape), 0.0)
+                spread = layout.expand(mask, fixed_value=False)
+                parameter.masked_fill_(spread.view(shape), 0.0)
+                bias = probe.bias_beside(name, dim)
+                if bias is not None:
+                    bias.masked_fill_(spread, 0.0)
 
     others = [axis for pattern, found in remaining.items() if pattern not in readers for axis in found]
     owners = probe.owners(units, zero, others)

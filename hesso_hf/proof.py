@@ -106,45 +106,57 @@ def proved_groups(
 ) -> tuple[PruningGroups, Proof, AxisMap]:
     """Probe a model's config, prove the named structures and return the groups of those that hold."""
     proof = prove(model_class, config, names)
+    groups, axis_map = groups_of(model_class, config, proof)
+    return groups, proof, axis_map
+
+
+def groups_of(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, proof: Proof
+) -> tuple[PruningGroups, AxisMap]:
+    """Apply a proof to a model of any size of the same architecture."""
     axis_map = probe_axes(model_class, config, couple=False)
     if proof.coupled:
         axis_map = coupled_axes(model_class, config, axis_map)
     structures: dict[str, StructureGroups] = {}
-    refused: dict[str, str] = {}
+    refused = {n: found.reason for n, found in proof.structures.items() if found.scheme is None and found.applicable}
     schemes: dict[str, Scheme] = {}
-    absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
     for name, found in proof.structures.items():
         if found.scheme is None:
-            refused |= {name: found.reason} if found.applicable else {}
             continue
         try:
-            if isinstance(found.scheme, ExpertScheme):
-                structures[name] = expert_groups(model_class, config)
-            elif isinstance(found.scheme, LayerScheme):
-                structures[name] = layer_groups(axis_map, config, found.scheme)
-            else:
-                structures[name] = build_groups(name, axis_map, config, found.scheme)
+            structures[name] = _build(name, model_class, config, axis_map, found.scheme)
+            if structures[name].num_units < 2:
+                raise UnsupportedStructureError("there is only one unit a layer")
+            if isinstance(found.scheme, Scheme):
                 schemes[name] = found.scheme
         except UnsupportedStructureError as error:
             refused[name] = str(error)
-        if name in structures and structures[name].num_units < 2:
-            refused[name] = "there is only one unit a layer"
-            del structures[name]
+    structures = {name: built for name, built in structures.items() if name not in refused}
     coupled = coupled_units(structures, axis_map, schemes)
     for name in schemes:
-        together = {
-            other: structures[other] for other in (coupled if name in coupled else (name,)) if other in structures
-        }
+        members = coupled if name in coupled else (name,)
         try:
-            check_covered(together, axis_map, config)
+            check_covered({other: structures[other] for other in members}, axis_map, config)
         except UnsupportedStructureError as error:
-            refused[name] = str(error)
-    structures = {name: found for name, found in structures.items() if name not in refused}
+            refused |= dict.fromkeys(members, str(error))
     needing = needing_others(axis_map, schemes)
-    for name in () if coupled else needing & structures.keys():
+    for name in needing - refused.keys() if not coupled.keys() - refused.keys() else ():
         refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
-        del structures[name]
-    return PruningGroups(structures, refused, coupled, absent), proof, axis_map
+    structures = {name: built for name, built in structures.items() if name not in refused}
+    absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
+    coupled = {name: ratio for name, ratio in coupled.items() if name in structures}
+    return PruningGroups(structures, refused, coupled, absent), axis_map
+
+
+def _build(
+    name: str, model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap, scheme: object
+) -> StructureGroups:
+    if isinstance(scheme, ExpertScheme):
+        return expert_groups(model_class, config)
+    if isinstance(scheme, LayerScheme):
+        return layer_groups(axis_map, config, scheme)
+    assert isinstance(scheme, Scheme)
+    return build_groups(name, axis_map, config, scheme)
 
 
 class _Bench:

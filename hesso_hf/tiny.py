@@ -274,11 +274,17 @@ def units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[Kept
 
 
 def _random_units(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Choose `count` units of a layer, equally many of each pool."""
+    """Choose `count` units of a layer, equally many of each pool.
+
+    Never just the first ones: what depends on a unit's position (ALiBi's slopes) must not look the same after the cut.
+    """
     units: list[int] = []
     for pool in range(structure.pools):
-        order = torch.randperm(structure.pool_size, generator=generator) + pool * structure.pool_size
-        units += order[: count // structure.pools].tolist()
+        size, wanted = structure.pool_size, count // structure.pools
+        chosen = torch.randperm(size, generator=generator)[:wanted].tolist()
+        if wanted < size and sorted(chosen) == list(range(wanted)):
+            chosen[chosen.index(0)] = size - 1
+        units += [pool * size + unit for unit in chosen]
     return tuple(sorted(units))
 
 

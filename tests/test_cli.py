@@ -28,7 +28,7 @@ from hesso_hf.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-COMMANDS = ["inspect", "prune", "export", "eval", "report", "quickstart"]
+COMMANDS = ["inspect", "prune", "export", "eval", "report", "survey", "quickstart"]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,8 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
         (["report", "."], "pruning_report.json"),
         (["export", "nowhere", "out"], "no folder"),
         (["eval", "x"], "needs `--dataset`"),
+        (["survey", "--types", "lama"], "'lama'"),
+        (["survey", "--types", "llama", "--jobs", "0"], "must be above zero"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
