@@ -29,6 +29,13 @@ def prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) 
     return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, None, error, reason)}
 
 
+def with_enough_experts(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a tiny model's config with so many experts, where it has any, that there are some to choose from."""
+    if not num_experts(config):
+        return config
+    return resized_config(config, {EXPERTS: _PER_POOL * routing_groups(config)[0]})
+
+
 @torch.no_grad()
 def expert_error(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = SEED) -> float:
     """Prune random experts of a tiny model, cut them out, and return the relative error of the cut model's logits.
@@ -40,8 +47,7 @@ def expert_error(model_class: type[PreTrainedModel], config: PretrainedConfig, s
         NotApplicableError: for a model without experts.
         UnsupportedStructureError: where experts or routers can't be found, or pruning them changes nothing.
     """
-    if num_experts(config):
-        config = resized_config(config, {EXPERTS: _PER_POOL * routing_groups(config)[0]})
+    config = with_enough_experts(config)
     structure = expert_groups(model_class, config)
     model, input_ids = random_model(model_class, config), token_ids(config)
     generator = torch.Generator().manual_seed(seed)

@@ -15,9 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architectures import UNTRIED, one_line
 from .cut import cut_model, zero_units_
 from .errors import HessoError, VerificationError
+from .experts import EXPERT_UNITS
 from .groups import PruningGroups
 from .outcome import TOLERANCE
+from .routing import routed_by
 from .tiny import SEED, logits_of, random_model, relative_error, token_ids, units_to_keep
+from .verify import kept_mask
 
 _PROMPT, _NEW_TOKENS = 8, 8
 
@@ -53,9 +56,14 @@ class RoundTrips:
         kept, _ = units_to_keep(groups, self.config)
         zeroed = copy.deepcopy(self.dense)
         zero_units_(dict(zeroed.named_parameters()), groups, kept)
-        expected = logits_of(zeroed, self.input_ids)
         with _stage("cutting"):
             small = cut_model(zeroed, groups, kept, torch.float32)
+        experts = groups.structures.get(EXPERT_UNITS)
+        with routed_by(zeroed, experts, kept_mask(kept, EXPERT_UNITS) if experts is not None else None):
+            return self._compare(zeroed, small)
+
+    def _compare(self, zeroed: PreTrainedModel, small: PreTrainedModel) -> float:
+        expected = logits_of(zeroed, self.input_ids)
         try:
             reloaded = _reload(small)
             with _stage("running the reloaded model"):

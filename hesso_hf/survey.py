@@ -27,6 +27,8 @@ from transformers.utils import logging
 from .architectures import JOINT, StructureSurvey, one_line, render_architectures
 from .config import DEFAULT_STRUCTURES, STRUCTURES
 from .errors import HessoError, VerificationError, nearest_name
+from .expert_trial import with_enough_experts
+from .experts import EXPERT_UNITS
 from .groups import PruningGroups
 from .outcome import Proof
 from .proof import groups_of, proved_groups
@@ -71,6 +73,8 @@ def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
     joint = _NOTHING
     if groups.structures:
         tiny = tiny_config(model_class, config)
+        if EXPERT_UNITS in names:
+            tiny = with_enough_experts(tiny)
         trips = RoundTrips(model_class, tiny, groups_of(model_class, tiny, proof)[0])
         for together in _together(groups):
             found |= dict.fromkeys(together, _round_trip(trips, together, together[0] in groups.coupled))
