@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,6 @@ from .layout import Layout, Segment
 from .probe import AxisMap
 
 NOBODY, UNKNOWN = -1, -2
-NOISE = 1e-5  # a bias whose gradient is smaller than this share of its weight's has none
 _RELUS = {F.relu, torch.relu, torch.Tensor.relu}
 _MEANS = {torch.mean, torch.Tensor.mean, torch.var, torch.Tensor.var, torch.std, torch.Tensor.std}
 
@@ -123,23 +122,18 @@ class GradientProbe:
         if self._baseline is None:
             every = [(name, dim) for name, p in self.parameters.items() for dim in range(p.dim())]
             self._baseline = self.vanished(every)
-            for name, noise in self._rounding_noise():
-                self._baseline[name, 0] |= noise
         return {axis: self._baseline[axis] for axis in axes}
 
-    def _rounding_noise(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield biases with a mask of indices that have but rounding noise for a gradient, as those of the keys."""
-        for name, parameter in self.parameters.items():
-            if name.endswith("bias") and parameter.dim() == 1:
-                weight = self.parameters.get(name.removesuffix("bias") + "weight")
-                if weight is not None and weight.grad is not None and parameter.grad is not None:
-                    yield name, parameter.grad.abs() <= NOISE * weight.grad.abs().max()
+    def output_axis(self, name: str) -> AxisName | None:
+        """Return the axis of a linear layer's weight along which its bias lies; None for other parameters."""
+        module_name, _, leaf = name.rpartition(".")
+        dim = {nn.Linear: 0, Conv1D: 1}.get(type(self.model.get_submodule(module_name)))
+        return (f"{module_name}.weight", dim) if leaf == "bias" and dim is not None else None
 
     def bias_beside(self, name: str, dim: int) -> nn.Parameter | None:
-        """Return the bias that lies along a weight's output side, where `dim` is that."""
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        output = {nn.Linear: 0, Conv1D: 1}.get(type(module))
-        return self.parameters.get(name.removesuffix("weight") + "bias") if dim == output else None
+        """Return the bias that lies along an axis of a linear layer's weight, if it has one."""
+        bias = name.removesuffix("weight") + "bias"
+        return self.parameters[bias] if bias in self.parameters and self.output_axis(bias) == (name, dim) else None
 
     @contextmanager
     def _undone(self) -> Iterator[None]:
@@ -212,6 +206,9 @@ def discover_branches(
     remaining: dict[AxisName, list[AxisName]] = {}
     for name, dim in axes:
         remaining.setdefault((axis_map.parameters[name].pattern, dim), []).append((name, dim))
+    beside = _biases(probe, axis_map, remaining)
+    for axis in beside:
+        del remaining[axis]
     branches: list[Branch] = []
     while remaining:
         branch = _best_branch(probe, axis_map, remaining, units, granule)
@@ -220,10 +217,28 @@ def discover_branches(
         if branch is None:
             pattern, dim = next(iter(remaining))
             raise UnsupportedStructureError(f"no gradient ties {pattern} dimension {dim} to single units")
-        branches.append(branch)
         for axis in branch.layouts:
             del remaining[axis]
+        biases = {bias: branch.layouts[weight] for bias, weight in beside.items() if weight in branch.layouts}
+        branches.append(Branch(branch.reader, branch.layouts | biases))
     return branches
+
+
+def _biases(
+    probe: GradientProbe, axis_map: AxisMap, axes: Mapping[AxisName, list[AxisName]]
+) -> dict[AxisName, AxisName]:
+    """Return, for each bias of a linear layer, its weight's axis: they lie alike.
+
+    (By its gradient alone a bias of the keys can't be placed: it moves all scores of a query alike, so the softmax
+    leaves it but rounding noise.)
+    """
+    found: dict[AxisName, AxisName] = {}
+    for axis, members in axes.items():
+        weight = probe.output_axis(members[0][0])
+        if weight is not None and weight[0] in axis_map.parameters:
+            pattern = (axis_map.parameters[weight[0]].pattern, weight[1])
+            found |= {axis: pattern} if pattern in axes else {}
+    return found
 
 
 def _best_branch(
@@ -334,10 +349,7 @@ def _branch(
 def _like_others(
     unclear: dict[AxisName, list[torch.Tensor]], layouts: dict[AxisName, Layout], units: int
 ) -> dict[AxisName, Layout]:
-    """Give axes with indices that no gradient reaches the layout of another that agrees in the rest.
-
-    (A bias of the keys moves all scores of a query alike, so the softmax leaves it without a gradient.)
-    """
+    """Give axes with indices that no gradient reaches the layout of another that agrees in the rest."""
     found: dict[AxisName, Layout] = {}
     for axis, seen in unclear.items():
         module = axis[0].rpartition(".")[0]

@@ -6,7 +6,7 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, build_meta, copy_with, get_size
+from .sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, build_meta, copy_with, get_size, text_config_of
 
 Role = Literal["matrix", "bias", "norm", "embedding", "output", "other"]
 PROBED_SIZES = (HEADS, KV_HEADS, MLP, EXPERT_MLP, HIDDEN)
@@ -137,15 +137,28 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
         owner = owners[module_name]
         role, layer, pattern = _role(owner, leaf, owner is output), layer_of(name, owners), _pattern_of(name, owners)
         found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
-    return _with_kinds(found)
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    types = getattr(text_config_of(config), "layer_types", None) if config is not None else None
+    return _with_kinds(found, types or ())
 
 
-def _with_kinds(parameters: dict[str, ParameterInfo]) -> dict[str, ParameterInfo]:
-    """Tell the patterns of layers apart that have other parameters than the rest of their list."""
+def _with_kinds(parameters: dict[str, ParameterInfo], types: Sequence[str]) -> dict[str, ParameterInfo]:
+    """Tell the patterns of layers apart that have other parameters than the rest of their list, or other shapes.
+
+    Args:
+        types: what the config calls each layer.
+    """
     members: dict[str, set[str]] = {}
+    shapes: dict[str, set[tuple[int, ...]]] = {}
     for info in parameters.values():
         if info.layer:
             members.setdefault(info.layer, set()).add(info.pattern)
+            shapes.setdefault(info.pattern, set()).add(info.shape)
+    if any(len(found) > 1 for found in shapes.values()):
+        for layer, patterns in members.items():
+            index = layer.rpartition(".")[2]
+            if index.isdigit() and int(index) < len(types):
+                patterns.add(f"({types[int(index)]})")
     kinds: dict[str, list[list[str]]] = {}
     for layer, patterns in members.items():
         kinds.setdefault(layer.rpartition(".")[0], []).append(sorted(patterns))

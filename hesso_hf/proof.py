@@ -336,12 +336,20 @@ class _Bench:
         branches = discover_branches(self.gradients, self.axis_map, inner, units, coupling.head_dim, partial=True)
         attention = [branch for branch in branches if not self._divides_by_channel(branch, inner)]
         mine = [axis for branch in attention for axis in self._axes_of(branch, inner)]
-        others = {"attention_heads": next(self._schemes_of(attention, units, mine, coupling.head_dim))}
+        others: dict[str, Scheme] = {}
         rest = [axis for axis in inner if axis not in mine]
         if rest:
             own_size = get_size(self.config, MLP) is not None
             others["mixer_channels" if own_size else "mlp_channels"] = self._mlp_by_width(rest)
-        return self._first_exact(others, "embedding_channels", self._stream_schemes(stream))
+        proofs: dict[str, StructureProof] = {}
+        for heads in self._schemes_of(attention, units, mine, coupling.head_dim):
+            if heads.shared and not any(power for power in heads.powers.values()):
+                break  # layers that read each other's keys are refused here
+            others["attention_heads"] = heads
+            proofs = self._first_exact(others, "embedding_channels", self._stream_schemes(stream))
+            if proofs["attention_heads"].scheme is not None:
+                break
+        return proofs
 
     def _axes_of(self, branch: Branch, axes: list[AxisName]) -> list[AxisName]:
         return [(name, dim) for name, dim in axes if (self.axis_map.parameters[name].pattern, dim) in branch.layouts]
@@ -371,29 +379,37 @@ class _Bench:
 
         Where all norms let nothing of a channel through, no weight has a gradient at that channel of the stream.
         """
-        known = {(axis.pattern, axis.dim): axis for axis in stream_axes(self.model, self.axis_map, axes)}
-        gates: list[tuple[torch.nn.Parameter, float]] = []
-        width = num_units("embedding_channels", self.config)
-        for name, dim in axes:
-            axis = self._seen(known, name, dim)
-            if axis.vector.kind != "other" and axis.info.shape == (width,):
-                gates.append((self.gradients.parameters[name], -axis.vector.shift))
+        gates = self._gates(axes)
 
         def zero(mask: torch.Tensor) -> None:
-            for parameter, fill in gates:
-                parameter.masked_fill_(mask, fill)
+            for (name, _), fill in gates.items():
+                self.gradients.parameters[name].masked_fill_(mask, fill)
 
-        owners = self.gradients.owners(width, zero, axes)
-        along = {axis for axis in axes if (layout := layout_of(owners[axis], width)) and layout.per_unit == 1}
-        along |= {
-            (name, dim)
-            for name, dim in axes
-            if self._seen(known, name, dim).vector.kind != "other" and owners[name, dim].shape == (width,)
-        }
+        owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, axes)
+        along = set(gates)
+        for axis in axes:
+            layout = layout_of(owners[axis], len(owners[axis]))
+            if layout is not None and layout.per_unit == 1:
+                along.add(axis)
+        along |= {axis for axis in axes if self.gradients.output_axis(axis[0]) in along}  # biases, as weights' rows
         return [axis for axis in axes if axis in along], [axis for axis in axes if axis not in along]
 
-    def _seen(self, known: Mapping[AxisName, StreamAxis], name: str, dim: int) -> StreamAxis:
-        return known[self.axis_map.parameters[name].pattern, dim]
+    def _gates(self, axes: list[AxisName]) -> dict[AxisName, float]:
+        """Return the vectors of the stream's norms with the value that lets nothing through.
+
+        Where a layer's norms are its own members, a norm further inside (of the queries of all heads) is none of them.
+        """
+        width = num_units("embedding_channels", self.config)
+        gates: dict[AxisName, float] = {}
+        inner: dict[AxisName, float] = {}
+        for axis in stream_axes(self.model, self.axis_map, axes):
+            for name, dim in axes:
+                info = self.axis_map.parameters[name]
+                if (info.pattern, dim) == (axis.pattern, axis.dim) and info.shape == (width,):
+                    member = info.module.rpartition(".")[0] == info.layer or not info.layer
+                    if axis.vector.kind != "other":
+                        (gates if member else inner)[name, dim] = -axis.vector.shift
+        return gates if any(self.axis_map.parameters[name].layer for name, _ in gates) else gates | inner
 
     # -- trials ---------------------------------------------------------------------------------------------------
 

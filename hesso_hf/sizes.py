@@ -139,6 +139,15 @@ def _raw(config: PretrainedConfig, name: str) -> Any:
         return None
 
 
+def varies(config: PretrainedConfig, name: str) -> bool:
+    """Tell whether a size differs between layers, so that the config refuses to give one."""
+    try:
+        getattr(text_config_of(config), name, None)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _is_plain(config: PretrainedConfig, name: str) -> bool:
     return name not in type(config).attribute_map and isinstance(_raw(config, name), int)
 
@@ -171,6 +180,8 @@ def _shapes_with(model_class: type[PreTrainedModel], config: PretrainedConfig, c
 def head_dim_of(config: PretrainedConfig) -> int | None:
     """Return the effective head_dim: the explicit one, else hidden_size // num_attention_heads."""
     explicit = get_size(config, HEAD_DIM)
+    if explicit is None and varies(config, HEAD_DIM):
+        return None
     hidden, heads = get_size(config, HIDDEN), get_size(config, HEADS)
     return explicit or (hidden // heads if hidden and heads else None)
 
