@@ -22,6 +22,7 @@ from .probe import AxisMap, ParameterInfo
 
 DEVIATIONS, MOST_CANDIDATES = 3, 600
 Side = Literal["in", "out", "either"]
+Place = list[dict[str, int]]  # alternatives: pattern to power, the likeliest first
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,10 @@ class StreamAxis:
     vector: VectorRole
 
     @property
-    def reader_group(self) -> tuple[str, str]:
-        """Readers in one block read the same thing: the kind of layer and the name of the module that holds them."""
-        return self.info.kind, self.info.module.rpartition(".")[0].rpartition(".")[2]
+    def reader_group(self) -> str:
+        """Readers in one block read the same thing: the name of the module that holds them, "" for a layer's own."""
+        holder = self.info.module.rpartition(".")[0]
+        return "" if holder == self.info.layer else holder.rpartition(".")[2]
 
 
 def stream_axes(model: PreTrainedModel, axis_map: AxisMap, axes: list[AxisName]) -> list[StreamAxis]:
@@ -93,45 +95,65 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool, centred: 
         tied: whether the embedding is the output matrix too.
         centred: whether the stream's mean is kept at zero, which a norm's output can't be.
     """
-    scales = [a for a in axes if a.vector.kind == "scale"]
-    normed = {a.info.kind for a in scales if a.info.layer and a.info.module not in after}
     offsets = {a.info.module: a.pattern for a in axes if a.vector.kind == "offset"}
-    choices: list[tuple[tuple[str, ...], tuple[int, ...]]] = []  # patterns, powers from the likeliest to the least
-    readers: dict[tuple[str, str], list[str]] = {}
-    writers: dict[str, list[str]] = {}
-    final = any(not a.info.layer for a in scales)
+    modules = {a.pattern: a.info.module for a in axes if a.vector.kind == "scale"}
+    # the second guess: the stream is the norms' output, which the blocks read as it is
+    for raw in (False,) if centred else (False, True):
+        for powers in _deviating([_ends(axes, tied), *_places(axes, after, raw)]):
+            for pattern, module in modules.items():
+                if module in offsets:  # the norm's output is c times too large where its weight isn't divided by c
+                    powers[offsets[module]] = powers[pattern] + 1
+            yield powers
+
+
+def _ends(axes: list[StreamAxis], tied: bool) -> Place:
+    """What comes in and out: the embedding, the last norm and the output matrix, the likeliest powers first."""
+    first = [a.pattern for a in axes if a.info.role == "embedding"][:1]
+    finals = [a.pattern for a in axes if a.vector.kind == "scale" and not a.info.layer]
+    outputs = [a.pattern for a in axes if a.info.role == "output"]
+    options = [(1, -2, 0), (0, -1, 0), (1, -1, 0), (0, -2, 0), (0, 0, 0), (1, 0, 0), (1, -3, 0)]
+    if not tied:
+        options = [(1, -1, 0), (0, -1, 0), (1, -2, 0), (1, 0, 0), (0, 0, 0)]
+    if not finals and outputs:
+        options = [(1, 0, -1), (1, 0, 0), (0, 0, -1), (0, 0, 0)]
+    return [
+        dict.fromkeys(first, embedding) | dict.fromkeys(finals, final) | dict.fromkeys(outputs, output)
+        for embedding, final, output in options
+    ]
+
+
+def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
+    """List what else may take one power or another; alike in all kinds of layers where the guess is the same."""
+    scales = [a for a in axes if a.vector.kind == "scale" and a.info.layer]
+    normed = {a.info.kind for a in scales if a.info.module not in after}
+    embeddings = [a.pattern for a in axes if a.info.role == "embedding"]
+    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+
+    def place(name: str, options: tuple[int, ...], pattern: str) -> None:
+        found.setdefault((name, options), []).append(pattern)
+
     for axis in axes:
+        tail = axis.info.module.removeprefix(f"{axis.info.layer}.")
         if axis.vector.kind == "scale":
-            usual: tuple[int, ...] = (0, -1) if axis.info.module in after else (-1, 0)
-            if not axis.info.layer:
-                usual = (-2, -1, 0, -3) if tied else (-1, -2, 0, -3)
-            choices.append(((axis.pattern,), usual))
-        elif axis.vector.kind == "offset":
+            usual = 0 if raw or axis.info.module in after else -1
+            if axis.info.layer:
+                place(tail, (usual, -1 - usual), axis.pattern)
+        elif axis.vector.kind == "offset" or axis.info.role == "output":
             continue
         elif axis.info.role == "embedding":
-            choices.append(((axis.pattern,), (1, 0)))
-        elif axis.info.role == "output":
-            choices.append(((axis.pattern,), (0, -1) if final else (-1, 0)))
+            if axis.pattern != embeddings[0]:
+                place(tail, (1, 0), axis.pattern)
         elif axis.info.role in ("norm", "other"):
-            choices.append(((axis.pattern,), (0, 1, -1)))
+            place(f"{tail} {axis.pattern}", (0, 1, -1), axis.pattern)
         elif axis.side == "in":
-            readers.setdefault(axis.reader_group, []).append(axis.pattern)
+            usual = -1 if raw or axis.info.kind not in normed else 0
+            place(axis.reader_group, (usual, -1 - usual), axis.pattern)
         elif axis.side == "either":
-            choices.append(((axis.pattern,), _either(axis)))
+            options = _either(axis)
+            place(axis.pattern, (-1, 0, 1) if raw and options[0] == 0 else options, axis.pattern)
         else:
-            writers.setdefault(axis.info.module.removeprefix(f"{axis.info.layer}."), []).append(axis.pattern)
-    choices += [(tuple(group), (0, -1) if kind in normed else (-1, 0)) for (kind, _), group in readers.items()]
-    choices += [(tuple(group), (1, 0)) for group in writers.values()]
-    modules = {axis.pattern: axis.info.module for axis in scales}
-    inside = {axis.pattern for axis in scales if axis.info.layer} | {p for group in readers.values() for p in group}
-    fused = {axis.pattern for axis in axes if axis.side == "either"}
-    swapped = [(p, found[::-1] if p[0] in inside else _raw(found) if p[0] in fused else found) for p, found in choices]
-    # the second guess: the stream is the norms' output, which the blocks read as it is
-    for powers in itertools.chain(_deviating(choices), () if centred else _deviating(swapped)):
-        for pattern, module in modules.items():
-            if module in offsets:  # the norm's output is c times too large where its weight isn't divided by c
-                powers[offsets[module]] = powers[pattern] + 1
-        yield powers
+            place(f"{tail} writes", (1, 0), axis.pattern)
+    return [[dict.fromkeys(patterns, power) for power in options] for (_, options), patterns in found.items()]
 
 
 def _either(axis: StreamAxis) -> tuple[int, ...]:
@@ -139,20 +161,14 @@ def _either(axis: StreamAxis) -> tuple[int, ...]:
     return (0, 1, -1) if axis.dim == len(axis.info.shape) - 1 else (1, 0, -1)
 
 
-def _raw(powers: tuple[int, ...]) -> tuple[int, ...]:
-    """Put the power of what reads the raw stream first, where that of what reads a norm's output was."""
-    return (-1, 0, 1) if powers[0] == 0 else powers
-
-
-def _deviating(choices: list[tuple[tuple[str, ...], tuple[int, ...]]]) -> Iterator[dict[str, int]]:
-    """Yield assignments by the number of places in which they deviate from the first choices."""
-    usual = {pattern: powers[0] for patterns, powers in choices for pattern in patterns}
+def _deviating(places: list[Place]) -> Iterator[dict[str, int]]:
+    """Yield assignments by the number of places in which they deviate from the first options."""
+    usual = {pattern: power for options in places for pattern, power in options[0].items()}
     count = 0
     for deviations in range(DEVIATIONS + 1):
-        for places in itertools.combinations(choices, deviations):
-            for powers in itertools.product(*(options[1:] for _, options in places)):
-                changed = {p: power for (patterns, _), power in zip(places, powers, strict=True) for p in patterns}
-                yield usual | changed
+        for chosen in itertools.combinations(places, deviations):
+            for options in itertools.product(*(place[1:] for place in chosen)):
+                yield usual | {pattern: power for option in options for pattern, power in option.items()}
                 count += 1
                 if count == MOST_CANDIDATES:
                     return
