@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .depth import LayerScheme
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .depth import LayerScheme, layer_groups
 from .errors import NotApplicableError, UnsupportedStructureError
-from .experts import ExpertScheme
-from .groups import Scheme
+from .experts import ExpertScheme, expert_groups
+from .groups import PruningGroups, Scheme, StructureGroups, build_groups, check_covered, coupled_units, needing_others
+from .probe import AxisMap, coupled_axes, probe_axes
 
 TOLERANCE = 1e-5
 
@@ -53,3 +56,52 @@ def guarded(names: tuple[str, ...], prove: Callable[[], dict[str, StructureProof
     except Exception as error:  # model code may fail on a cut model with any exception type
         reason = f"{type(error).__name__}: {error}"
     return {name: StructureProof(name, None, None, reason) for name in names}
+
+
+def groups_of(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, proof: Proof
+) -> tuple[PruningGroups, AxisMap]:
+    """Apply a proof to a model of any size of the same architecture."""
+    axis_map = probe_axes(model_class, config, couple=False)
+    if proof.coupled:
+        axis_map = coupled_axes(model_class, config, axis_map)
+    structures: dict[str, StructureGroups] = {}
+    refused = {n: found.reason for n, found in proof.structures.items() if found.scheme is None and found.applicable}
+    schemes: dict[str, Scheme] = {}
+    for name, found in proof.structures.items():
+        if found.scheme is None:
+            continue
+        try:
+            structures[name] = _build(name, model_class, config, axis_map, found.scheme)
+            if structures[name].num_units < 2:
+                raise UnsupportedStructureError("there is only one unit a layer")
+            if isinstance(found.scheme, Scheme):
+                schemes[name] = found.scheme
+        except UnsupportedStructureError as error:
+            refused[name] = str(error)
+    structures = {name: built for name, built in structures.items() if name not in refused}
+    coupled = coupled_units(structures, axis_map, schemes)
+    for name in schemes:
+        members = coupled if name in coupled else (name,)
+        try:
+            check_covered({other: structures[other] for other in members}, axis_map, config)
+        except UnsupportedStructureError as error:
+            refused |= dict.fromkeys(members, str(error))
+    needing = needing_others(axis_map, schemes)
+    for name in needing - refused.keys() if not coupled.keys() - refused.keys() else ():
+        refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
+    structures = {name: built for name, built in structures.items() if name not in refused}
+    absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
+    coupled = {name: ratio for name, ratio in coupled.items() if name in structures}
+    return PruningGroups(structures, refused, coupled, absent), axis_map
+
+
+def _build(
+    name: str, model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap, scheme: object
+) -> StructureGroups:
+    if isinstance(scheme, ExpertScheme):
+        return expert_groups(model_class, config)
+    if isinstance(scheme, LayerScheme):
+        return layer_groups(axis_map, config, scheme)
+    assert isinstance(scheme, Scheme)
+    return build_groups(name, axis_map, config, scheme)

@@ -6,6 +6,7 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,7 +28,7 @@ class ParameterInfo:
     Attributes:
         layer: name of the outermost list's member that holds it (`model.layers.3`), "" outside any.
         pattern: the name with every index of a module list replaced by `*`, the same for all layers that have the same
-            parameters; where layers of several kinds make up the list, `*0`, `*1`, ... tell them apart.
+            parameters; where layers of several kinds make up the list, a digest of these behind it tells them apart.
     """
 
     name: str
@@ -162,16 +163,20 @@ def _with_kinds(parameters: dict[str, ParameterInfo], types: Sequence[str]) -> d
     kinds: dict[str, list[list[str]]] = {}
     for layer, patterns in members.items():
         kinds.setdefault(layer.rpartition(".")[0], []).append(sorted(patterns))
-    ranked = {name: sorted({tuple(kind) for kind in found}) for name, found in kinds.items()}
+    several = {name for name, found in kinds.items() if len({tuple(kind) for kind in found}) > 1}
     named = {}
     for name, info in parameters.items():
-        several = ranked.get(info.layer.rpartition(".")[0], [])
-        if info.layer and len(several) > 1:
+        if info.layer.rpartition(".")[0] in several:
             parts = info.pattern.split(".")
-            parts[info.layer.count(".")] = f"*{several.index(tuple(sorted(members[info.layer])))}"
+            parts[info.layer.count(".")] = f"*{_digest(members[info.layer])}"
             info = replace(info, pattern=".".join(parts))
         named[name] = info
     return named
+
+
+def _digest(members: set[str]) -> str:
+    """Name a kind of layer by what it consists of, so that the name is the same in a model with other kinds beside."""
+    return hashlib.sha256("|".join(sorted(members)).encode()).hexdigest()[:6]
 
 
 def _slopes_of(

@@ -18,32 +18,38 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .config import DEFAULT_STRUCTURES
 from .cut import load_cut, zero_units_
-from .depth import LAYER_UNITS, LayerScheme, layer_groups
+from .depth import LAYER_UNITS
 from .depth_proof import LayerTrial
 from .discovery import GradientProbe, discover_branches, layout_of
 from .errors import UnsupportedStructureError
 from .expert_trial import prove_experts
-from .experts import EXPERT_UNITS, ExpertScheme, expert_groups
+from .experts import EXPERT_UNITS
 from .groups import (
     COUPLED,
     AxisName,
     Branch,
     PruningGroups,
     Scheme,
-    StructureGroups,
     build_groups,
-    check_covered,
     coupled_units,
     moving_axes,
-    needing_others,
 )
 from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
-from .outcome import TOLERANCE, Proof, StructureProof, guarded
+from .outcome import TOLERANCE, Proof, StructureProof, groups_of, guarded
 from .probe import AxisMap, coupled_axes, probe_axes
 from .sizes import HIDDEN, MLP, get_size, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
-from .tiny import forward_logits, logits_of, random_model, relative_error, tiny_config, token_ids, units_to_keep
+from .tiny import (
+    covering_config,
+    forward_logits,
+    logits_of,
+    random_model,
+    relative_error,
+    tiny_config,
+    token_ids,
+    units_to_keep,
+)
 
 _SEED = 20240915
 
@@ -68,7 +74,7 @@ def prove(
 
 def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
     try:
-        bench = _Bench(model_class, tiny_config(model_class, config))
+        bench = _Bench(model_class, covering_config(model_class, config))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
         return Proof({name: StructureProof(name, None, None, reason) for name in names})
@@ -108,55 +114,6 @@ def proved_groups(
     proof = prove(model_class, config, names)
     groups, axis_map = groups_of(model_class, config, proof)
     return groups, proof, axis_map
-
-
-def groups_of(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, proof: Proof
-) -> tuple[PruningGroups, AxisMap]:
-    """Apply a proof to a model of any size of the same architecture."""
-    axis_map = probe_axes(model_class, config, couple=False)
-    if proof.coupled:
-        axis_map = coupled_axes(model_class, config, axis_map)
-    structures: dict[str, StructureGroups] = {}
-    refused = {n: found.reason for n, found in proof.structures.items() if found.scheme is None and found.applicable}
-    schemes: dict[str, Scheme] = {}
-    for name, found in proof.structures.items():
-        if found.scheme is None:
-            continue
-        try:
-            structures[name] = _build(name, model_class, config, axis_map, found.scheme)
-            if structures[name].num_units < 2:
-                raise UnsupportedStructureError("there is only one unit a layer")
-            if isinstance(found.scheme, Scheme):
-                schemes[name] = found.scheme
-        except UnsupportedStructureError as error:
-            refused[name] = str(error)
-    structures = {name: built for name, built in structures.items() if name not in refused}
-    coupled = coupled_units(structures, axis_map, schemes)
-    for name in schemes:
-        members = coupled if name in coupled else (name,)
-        try:
-            check_covered({other: structures[other] for other in members}, axis_map, config)
-        except UnsupportedStructureError as error:
-            refused |= dict.fromkeys(members, str(error))
-    needing = needing_others(axis_map, schemes)
-    for name in needing - refused.keys() if not coupled.keys() - refused.keys() else ():
-        refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
-    structures = {name: built for name, built in structures.items() if name not in refused}
-    absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
-    coupled = {name: ratio for name, ratio in coupled.items() if name in structures}
-    return PruningGroups(structures, refused, coupled, absent), axis_map
-
-
-def _build(
-    name: str, model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap, scheme: object
-) -> StructureGroups:
-    if isinstance(scheme, ExpertScheme):
-        return expert_groups(model_class, config)
-    if isinstance(scheme, LayerScheme):
-        return layer_groups(axis_map, config, scheme)
-    assert isinstance(scheme, Scheme)
-    return build_groups(name, axis_map, config, scheme)
 
 
 class _Bench:
@@ -386,11 +343,8 @@ class _Bench:
                 self.gradients.parameters[name].masked_fill_(mask, fill)
 
         owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, axes)
-        along = set(gates)
-        for axis in axes:
-            layout = layout_of(owners[axis], len(owners[axis]))
-            if layout is not None and layout.per_unit == 1:
-                along.add(axis)
+        one_each = Layout((Segment(1, 1),))
+        along = set(gates) | {axis for axis in axes if layout_of(owners[axis], len(owners[axis])) == one_each}
         along |= {axis for axis in axes if self.gradients.output_axis(axis[0]) in along}  # biases, as weights' rows
         return [axis for axis in axes if axis in along], [axis for axis in axes if axis not in along]
 

@@ -30,8 +30,8 @@ from .errors import HessoError, VerificationError, nearest_name
 from .expert_trial import with_enough_experts
 from .experts import EXPERT_UNITS
 from .groups import PruningGroups
-from .outcome import Proof
-from .proof import groups_of, proved_groups
+from .outcome import Proof, groups_of
+from .proof import proved_groups
 from .roundtrip import RoundTrips, describe
 from .tiny import default_config, tiny_config
 

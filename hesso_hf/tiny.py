@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, UnsupportedStructureError
 from .groups import KeptUnits, PruningGroups, StructureGroups
+from .probe import describe_parameters
 from .shrink import TINY_MLP, TINY_VOCAB, Geometry, getattr_or_none, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
@@ -94,6 +95,18 @@ def tiny_config(
         except Exception as error:  # model code may refuse sizes with any exception type
             reasons[f"{type(error).__name__}: {_short(error)}"] = None
     raise UnsupportedStructureError(f"no tiny {model_class.__name__} could be built: {'; '.join(list(reasons)[:4])}")
+
+
+def covering_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
+    """Return a tiny config whose layers are of all kinds that the model has, of all its layers where fewer don't do."""
+    small = tiny_config(model_class, config)
+    if _kinds(model_class, small) >= _kinds(model_class, config_for(model_class, config)):
+        return small
+    return tiny_config(model_class, config, all_layers=True)
+
+
+def _kinds(model_class: type[PreTrainedModel], config: PretrainedConfig) -> set[str]:
+    return {info.kind for info in describe_parameters(build_meta(model_class, config)).values()}
 
 
 def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = SEED) -> PreTrainedModel:

@@ -158,7 +158,7 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
     process = process_for(model, kept, Schedule(5, 4, 2, 9), saliency=list(SALIENCIES))
     process._chunk = chunk
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    units = decoder_units(model)
+    units = {name: layers for name, layers in decoder_units(model).items() if name in kept}
     flat: dict[tuple[str, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for batch in token_batches(2):
         backward(model, batch)

@@ -118,12 +118,13 @@ def test_what_deviates_in_fewer_places_is_tried_first_and_no_more_than_so_many(n
     powers, axes = guesses(name, centred=False)
     middle = len(powers) // 2  # the first guess and what deviates from it, then the second
     assert 100 < middle <= MOST_CANDIDATES
-    readers = {axis.pattern: axis.reader_group for axis in axes if axis.info.role == "matrix" and axis.side == "in"}
+    place = {axis.pattern: axis.reader_group for axis in axes if axis.info.role == "matrix" and axis.side == "in"}
+    place |= {axis.pattern: "the ends" for axis in axes if not axis.info.layer}
     for half in (powers[:middle], powers[middle:]):
         usual, places = half[0], []
         for guess in half:
             changed = [pattern for pattern, power in guess.items() if power != usual[pattern]]
-            places.append(len({readers.get(pattern, pattern) for pattern in changed}))
+            places.append(len({place.get(pattern, pattern) for pattern in changed}))
         assert places == sorted(places)
         assert places[:2] == [0, 1]
         assert places[-1] == DEVIATIONS
@@ -144,7 +145,7 @@ def test_a_centred_stream_has_no_second_guess():
 
 
 def test_no_more_than_so_many_are_tried_however_many_places_there_are():
-    found = list(_deviating([((f"norm {i}",), (0, 1, -1)) for i in range(40)]))
+    found = list(_deviating([[{f"norm {i}": power} for power in (0, 1, -1)] for i in range(40)]))
     assert len(found) == MOST_CANDIDATES
     assert set(found[0].values()) == {0}
     assert all(sum(map(bool, guess.values())) == 1 for guess in found[1:81])
