@@ -296,7 +296,7 @@ def _confirmed(probe: GradientProbe, remaining: dict[AxisName, list[AxisName]], 
 
 
 def _reader_layouts(size: int, units: int, granule: int) -> list[Layout]:
-    """List how a reader's units may lie: in blocks, strided, or beside indices that belong to nobody."""
+    """List how a reader's units may lie: in blocks or strided."""
     per_unit, rest = divmod(size, units)
     layouts = []
     if not rest:
