@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .groups import Axis
+from .saliency import sum_but
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
@@ -211,30 +212,31 @@ class PathDisplacements:
         shrinking: Mapping[str, torch.Tensor],
         scale: float,
     ) -> None:
-        self._origin, self._shift = origin, axes[0][2].shift
-        self._start, self._rows = -1, origin  # the rows at hand, on the parameter's device
-        self._shrinking = [
-            (axis.dim, axis.spread(shrinking[structure][layer], origin.dim(), fixed_value=False))
-            for structure, layer, axis in axes
-        ]
-        self._scale = scale
+        self._origin, self._shift, self._scale = origin, axes[0][2].shift, scale
+        self._dims = [axis.dim for _, _, axis in axes]
+        self._masks = [axis.layout.expand(shrinking[name][layer], fixed_value=False) for name, layer, axis in axes]
 
-    def of_rows(self, weights: torch.Tensor, start: int, axis_index: int) -> torch.Tensor:
-        """Return the displacement of rows `start` and on for the units of one axis."""
-        rows = slice(start, start + weights.shape[0])
-        if start != self._start:  # once for all axes
-            self._start = start
-            self._rows = self._origin[rows].to(weights.device, torch.float32) + self._shift
-        displaced = self._rows
-        chosen = None
-        for index, (dim, mask) in enumerate(self._shrinking):
-            part = mask[rows] if dim == 0 else mask
-            if index == axis_index:
-                chosen = part
-            else:
-                displaced = torch.where(part, displaced * self._scale, displaced)
-        assert chosen is not None
-        return torch.where(chosen, displaced, weights)
+    def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
+        """Return the rows `start` and on at the snapshot."""
+        origin = self._origin[start : start + weights.shape[0]].to(weights.device, torch.float32)
+        return origin + self._shift if self._shift else origin
+
+    def replace(self, sums: torch.Tensor, values: torch.Tensor, start: int, index: int, power: int) -> torch.Tensor:
+        """Return the sums along one axis, with those of units on trial as the other axes' units leave them."""
+        masks = [
+            mask[start : start + values.shape[0]] if dim == 0 else mask
+            for dim, mask in zip(self._dims, self._masks, strict=True)
+        ]
+        left: dict[int, torch.Tensor] = {}  # per dimension, what the other axes' units leave of each index
+        for other, (dim, mask) in enumerate(zip(self._dims, masks, strict=True)):
+            if other != index:
+                factor = torch.where(mask, self._scale**power, 1.0)
+                left[dim] = left[dim] * factor if dim in left else factor
+        dim = self._dims[index]
+        on_the_way = sum_but(values, dim, left)
+        if dim in left:
+            on_the_way = on_the_way * left[dim]
+        return torch.where(masks[index], on_the_way, sums)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

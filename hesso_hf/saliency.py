@@ -6,7 +6,7 @@ Legend: L layers, U units a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,13 +69,20 @@ class UnitSums:
 class Displacements(Protocol):
     """What a unit's removal moves its weights by, where that isn't the weights as they stand."""
 
-    def of_rows(self, weights: torch.Tensor, start: int, axis_index: int) -> torch.Tensor:
-        """Return the displacement of rows `start` and on for the units of one of the parameter's axes.
+    def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
+        """Return what stands for the rows `start` and on of units that are displaced, as a tensor like `weights`."""
+
+    def replace(self, sums: torch.Tensor, values: torch.Tensor, start: int, index: int, power: int) -> torch.Tensor:
+        """Return the sums along one axis, with those of displaced units taken from `values`.
 
         Args:
-            weights: these rows as they stand.
-            axis_index: position in the parameter's list of axes.
+            sums: per index of the axis, over the weights as they stand.
+            values: per element of the rows, of degree `power` in what `rows` returned.
+            index: position in the parameter's list of axes.
         """
+
+
+_POWERS = {"x2": 2, "xg": 1, "xg2": 2, "g2": 0}  # of x in a term
 
 
 @torch.no_grad()
@@ -96,31 +103,43 @@ def accumulate_(
         chunk: elements that are worked on at a time.
         displacements: what stands for x; by default the weights.
     """
-    terms = next(iter(sums.sums.values())).keys()
+    terms = [term for term in next(iter(sums.sums.values())) if gradient is not None or term == "x2"]
     rows = chunk_rows(parameter, chunk or _CHUNK)
     for start in range(0, parameter.shape[0], rows):
         weights = parameter[start : start + rows].float()
         if axes[0][2].shift:
             weights = weights + axes[0][2].shift
         slope = None if gradient is None else gradient[start : start + rows].float()
-        for members, displaced in _by_displacement(weights, start, axes, displacements):
-            for term in terms:
-                values = _elementwise(term, displaced, slope)
-                if values is None:
-                    continue
-                for structure, layer, axis in members:
-                    _collect_(sums.sums[structure][term][layer], values, axis, start, parameter.shape[axis.dim])
+        present = _elementwise(terms, weights, slope)
+        displaced = _elementwise(terms, displacements.rows(start, weights), slope) if displacements else {}
+        for index, (structure, layer, axis) in enumerate(axes):
+            for term, values in present.items():
+                along = sum_but(values, axis.dim)
+                if displacements is not None and _POWERS[term]:
+                    along = displacements.replace(along, displaced[term], start, index, _POWERS[term])
+                _collect_(sums.sums[structure][term][layer], along, axis, start, parameter.shape[axis.dim])
 
 
-def _by_displacement(
-    weights: torch.Tensor, start: int, axes: list[tuple[str, int, Axis]], displacements: Displacements | None
-) -> Iterator[tuple[list[tuple[str, int, Axis]], torch.Tensor]]:
-    """Yield the axes that share one displacement: all of them, or each its own."""
-    if displacements is None:
-        yield axes, weights
-        return
-    for index, member in enumerate(axes):
-        yield [member], displacements.of_rows(weights, start, index)
+def _elementwise(terms: Iterable[str], weights: torch.Tensor, gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    found = {"x2": weights.square()} if "x2" in terms else {}
+    if gradient is None:
+        return found
+    product = weights * gradient
+    values = {"xg": lambda: product, "xg2": product.square, "g2": gradient.square}
+    return found | {term: value() for term, value in values.items() if term in terms}
+
+
+def sum_but(values: torch.Tensor, dim: int, factors: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """Add up over all dimensions but one, shape (length of that one,), each index times its factor.
+
+    Args:
+        factors: per dimension, shape (its length,); 1 where there is none.
+    """
+    for other in reversed(range(values.dim())):
+        if factors and other in factors and other != dim:
+            values = torch.tensordot(values, factors[other].to(values.dtype), dims=([other], [0])).unsqueeze(other)
+    others = [other for other in range(values.dim()) if other != dim]
+    return values.sum(others) if others else values
 
 
 def chunk_size(elements: int) -> int:
@@ -133,20 +152,8 @@ def chunk_rows(parameter: torch.Tensor, chunk: int) -> int:
     return max(1, chunk * parameter.shape[0] // max(1, parameter.numel()))
 
 
-def _elementwise(term: str, weights: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor | None:
-    if term == "x2":
-        return weights.square()
-    if gradient is None:
-        return None
-    if term == "g2":
-        return gradient.square()
-    product = weights * gradient
-    return product if term == "xg" else product.square_()
-
-
-def _collect_(into: torch.Tensor, values: torch.Tensor, axis: Axis, start: int, length: int) -> None:
-    others = [dim for dim in range(values.dim()) if dim != axis.dim]
-    reduced = (values.sum(others) if others else values).to(into.dtype)
+def _collect_(into: torch.Tensor, along: torch.Tensor, axis: Axis, start: int, length: int) -> None:
+    reduced = along.to(into.dtype)
     if axis.dim == 0 and len(reduced) != length:
         reduced = torch.nn.functional.pad(reduced, (start, length - start - len(reduced)))
     into += axis.layout.collect(reduced, into.shape[0])
