@@ -183,9 +183,9 @@ def _run(
     for step in range(schedule.end + repeats):
         position = schedule.period_step(step)
         kind = schedule.phase(step) if position is None else ("scoring" if position.t == 0 else "shrinking")
-        whole, own = _step(model, batch, optimizer, part)
+        whole, scoring, shrinking = _step(model, batch, optimizer, part)
         if step:  # the first step makes the base optimizer's state
-            times.add(kind, whole, own)
+            times.add(kind, whole, scoring + shrinking)
 
 
 def _run_cric(
@@ -203,10 +203,12 @@ def _run_cric(
     share = 0.0
     for step in range(schedule.sampling_end):
         position = schedule.sampling_step(step)
-        whole, own = _step(model, batch, optimizer, part)
+        whole, scoring, shrinking = _step(model, batch, optimizer, part)
         if position is not None:
             kind = "snapshot" if position.t == 0 else ("restore" if position.last else "sampling")
-            times.add(kind, whole, own)
+            times.add(kind, whole, scoring + shrinking)
+            if kind == "sampling":
+                times.add("score of a sample", whole - shrinking, scoring)
         snapshot = optimizer.process.on_trial
         if snapshot is not None:
             held = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
@@ -224,18 +226,17 @@ def _step(
     batch: torch.Tensor,
     optimizer: HessoOptimizer,
     part: Callable[[Callable[[], None]], float],
-) -> tuple[float, float]:
-    """Make one training step; return its seconds and those of HESSO's parts."""
+) -> tuple[float, float, float]:
+    """Make one training step; return its seconds, those of scoring and those of shrinking."""
     process, base = optimizer.process, optimizer.base
     started = _now(batch.device)
     optimizer.zero_grad()
     model(input_ids=batch, labels=batch).loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))  # as Trainer does in every step
-    own = part(process.observe_gradients)
-    own += part(lambda: process.before_step(base))
+    scoring = part(process.observe_gradients) + part(lambda: process.before_step(base))
     base.step()
-    own += part(lambda: process.after_step(base))
-    return _now(batch.device) - started, own
+    shrinking = part(lambda: process.after_step(base))
+    return _now(batch.device) - started, scoring, shrinking
 
 
 def _now(device: torch.device) -> float:

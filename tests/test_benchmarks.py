@@ -65,7 +65,7 @@ def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypat
     assert overhead.main() == 0
     entry = json.loads(output.read_text())["cpu tiny"]
     for found in entry["results"].values():
-        kinds = {"warmup", "scoring", "shrinking", "recovery", "snapshot", "sampling", "restore"}
+        kinds = {"warmup", "scoring", "shrinking", "recovery", "snapshot", "sampling", "restore", "score of a sample"}
         assert set(found["steps"]) == kinds
         assert 0.99 < found["cric_snapshot_share_of_parameters_and_state"] <= 1
         assert all(kind["hesso_seconds"] > 0 for kind in found["steps"].values())
