@@ -1,10 +1,11 @@
 """Fine-tune a Hugging Face language model as usual and come out with a smaller one of the same stock class.
 
 The modules in the order of the data flow, each importing only from those before it: errors, config, layout,
-layer_lists, sizes, probe, groups, shrink, tiny, discovery, norms, streams, experts, routing, depth, outcome, per_layer,
-cut, expert_trial, depth_proof, proof, cost, latency, budget, inspection, schedule, saliency, calibration, agreement,
-snapshot, bound, ranking, cric, trial, collapse, process, optimizer, plan, tokens, spelling, retokenize, embeddings,
-vocabulary, verify, publish, plots, card, checkpoint, export, progress, hub, trainer, and then the command line's.
+layer_lists, sizes, probe, shards, groups, shrink, tiny, discovery, norms, streams, experts, routing, depth, outcome,
+per_layer, cut, expert_trial, depth_proof, proof, cost, latency, budget, inspection, schedule, saliency, agreement,
+snapshot, bound, calibration, ranking, cric, trial, collapse, process, optimizer, shard_state, plan, tokens, spelling,
+retokenize, embeddings, vocabulary, verify, publish, plots, card, checkpoint, export, progress, hub, trainer, and then
+the command line's.
 """
 
 from __future__ import annotations

@@ -30,13 +30,20 @@ def check_agreement(values: torch.Tensor, salt: int = 0) -> None:
         raise HessoError("the processes disagree about which units are pruned; does every rank train the same model?")
 
 
-def broadcast_decision_(decision: torch.Tensor) -> None:
-    """Overwrite a decision with rank 0's, in place."""
+def broadcast_decisions_(decisions: list[torch.Tensor]) -> None:
+    """Overwrite decisions with rank 0's, in place, in one broadcast."""
     if world_size() == 1:
         return
-    bits = decision.to(torch.uint8)
+    bits = torch.cat([decision.flatten().to(torch.uint8) for decision in decisions])
     dist.broadcast(bits, src=0)
-    decision.copy_(bits.to(decision.dtype))
+    for decision, part in zip(decisions, bits.split([d.numel() for d in decisions]), strict=True):
+        decision.copy_(part.view(decision.shape))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def is_main_process() -> bool:

@@ -6,19 +6,23 @@ Legend: L layers, U units a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
+from .agreement import is_main_process
 from .errors import CheckpointMismatchError
 from .experts import EXPERT_UNITS
 from .groups import Axis, PruningGroups, centre_, mask_, shrink_
 from .routing import RouterGates
-from .saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size
+from .saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
+from .shards import Part, add_over_ranks, is_sharded, local, part_of
 
 PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
+Displaced = Callable[[str, list[tuple[str, int, Axis]], Part], Displacements]
 
 
 class BoundGroups:
@@ -44,6 +48,13 @@ class BoundGroups:
         if missing:
             raise CheckpointMismatchError(f"the model has no parameter {missing[0]!r} that the groups were built on")
         self.parameters = {name: parameters[name] for name in self.axes}
+        self.sharded = is_sharded(self.parameters.values())
+        self.parts = {name: part_of(name, parameter) for name, parameter in self.parameters.items()}
+        self._counted = {name: part.counted for name, part in self.parts.items()}
+        if self.sharded and not is_main_process():  # of what isn't distributed at all, one process' copy counts
+            self._counted |= {
+                name: isinstance(p, DTensor) and self._counted[name] for name, p in self.parameters.items()
+            }
 
     @property
     def device(self) -> torch.device:
@@ -59,25 +70,30 @@ class BoundGroups:
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         return {name: group.elements_per_unit(shapes) for name, group in self.groups.structures.items()}
 
-    def accumulate_(
-        self, sums: UnitSums, displacements: Callable[[str, list[tuple[str, int, Axis]]], Displacements] | None = None
-    ) -> None:
-        """Add the gradient that stands in `.grad` to the units' sums.
+    def accumulate_(self, sums: UnitSums, displacements: Displaced | None = None) -> None:
+        """Add the gradient that stands in `.grad` to the units' sums, of this process' parts.
 
         Args:
-            displacements: makes what stands for x, from a parameter's name and axes; by default the weights.
+            displacements: makes what stands for x, from a parameter's name, axes and part; by default the weights.
         """
         for name, axes in self.axes.items():
-            parameter = self.parameters[name]
-            displaced = displacements(name, axes) if displacements else None
-            accumulate_(sums, parameter.data, parameter.grad, axes, self._chunk, displaced)
+            if not self._counted[name]:
+                continue
+            parameter, part = self.parameters[name], self.parts[name]
+            gradient = None if parameter.grad is None else local(parameter.grad)
+            displaced = displacements(name, axes, part) if displacements else None
+            accumulate_(sums, local(parameter.data), gradient, axes, self._chunk, displaced, part)
+
+    def over_ranks(self, sums: UnitSums) -> UnitSums:
+        """Return the sums of all processes' parts; the same where each holds all of the model."""
+        return sums.over_ranks() if self.sharded else sums
 
     def multiply_(self, factors: PerUnit) -> None:
         """Multiply each unit's effective weights by its factor."""
         for name, axes in self.axes.items():
             for structure, layer, axis in axes:
                 if structure in factors:
-                    shrink_(self.parameters[name].data, axis, factors[structure][layer])
+                    shrink_(local(self.parameters[name].data), axis, factors[structure][layer], self.parts[name])
 
     def route(self, scales: PerUnit) -> None:
         """Let the routers choose experts by their scales."""
@@ -86,58 +102,81 @@ class BoundGroups:
 
     def mask_weights_(self, pruned: PerUnit) -> None:
         """Set pruned units' effective weights to exactly zero."""
-        self._each(pruned, lambda parameter, axis, units: mask_(parameter.data, axis, units))
+        for name, axis, units in self._each(pruned):
+            mask_(local(self.parameters[name].data), axis, units, part=self.parts[name])
 
     def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
-        """Take `share` of the mean out of what writes to a stream that norms subtract the mean of."""
-        for name, axes in self.axes.items():
-            for structure, layer, axis in axes:
-                if axis.centred and structure in scales:
-                    centre_(self.parameters[name].data, axis, scales[structure][layer], share)
+        """Take `share` of the mean out of what writes to a stream that norms subtract the mean of.
+
+        Where processes hold some of the channels each, the sums over them take one all-reduce.
+        """
+        found = [(name, axis, units) for name, axis, units in self._each(scales) if axis.centred]
+        split = [n for n, (name, axis, _) in enumerate(found) if self._splits(name, axis.dim)]
+        totals: dict[int, torch.Tensor] = {}
+        if split:
+            sums = [self._channel_sum(name, axis) for name, axis, _ in (found[n] for n in split)]
+            totals = dict(zip(split, add_over_ranks(sums), strict=True))
+        for n, (name, axis, units) in enumerate(found):
+            part = self.parts[name]
+            centre_(local(self.parameters[name].data), axis, units, share, part, totals.get(n))
+
+    def _splits(self, name: str, dim: int) -> bool:
+        """Whether processes hold different indices of a dimension: the same answer on all of them."""
+        parameter = self.parameters[name]
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        return any(isinstance(placement, Shard) and placement.dim == dim for placement in placements)
+
+    def _channel_sum(self, name: str, axis: Axis) -> torch.Tensor:
+        total = local(self.parameters[name].data).float().sum(axis.dim, keepdim=True)
+        return total if self._counted[name] else torch.zeros_like(total)
 
     def mask_gradients_(self, pruned: PerUnit) -> None:
         """Set pruned units' gradients to zero."""
-        self._each(pruned, lambda p, axis, units: None if p.grad is None else mask_(p.grad, axis, units, 0.0))
+        for name, axis, units in self._each(pruned):
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                mask_(local(gradient), axis, units, 0.0, self.parts[name])
 
     def mask_state_(
         self, state: Mapping[torch.Tensor, Mapping[str, Any]], pruned: PerUnit, vectors_only: bool = False
     ) -> None:
         """Zero pruned units' entries in optimizer state of the parameter's own shape and a floating dtype."""
-
-        def mask(parameter: nn.Parameter, axis: Axis, units: torch.Tensor) -> None:
+        for name, axis, units in self._each(pruned):
+            parameter = self.parameters[name]
+            if vectors_only and parameter.dim() > 1:
+                continue
             for value in state.get(parameter, {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    mask_(value, axis, units, 0.0)
-
-        self._each(pruned, mask, vectors_only)
+                    mask_(local(value), axis, units, 0.0, self.parts[name])
 
     def norm_of(self, marked: PerUnit) -> float:
         """Return the L2 norm of the marked units' effective weights, each element counted once."""
         total = 0.0
         for name, axes in self.axes.items():
-            total += self._marked_square_sum(self.parameters[name].data, axes, marked)
+            if self._counted[name]:
+                total += self._marked_square_sum(name, axes, marked)
+        if self.sharded:
+            total = float(add_over_ranks([torch.tensor([total], dtype=float_sums(self.device), device=self.device)])[0])
         return total**0.5
 
-    def _marked_square_sum(self, parameter: torch.Tensor, axes: list[tuple[str, int, Axis]], marked: PerUnit) -> float:
+    def _marked_square_sum(self, name: str, axes: list[tuple[str, int, Axis]], marked: PerUnit) -> float:
+        values, part = local(self.parameters[name].data), self.parts[name]
         masks = [
-            (axis.dim, axis.spread(marked[structure][layer], parameter.dim(), fixed_value=False))
+            (axis.dim, axis.spread(marked[structure][layer], values.dim(), fixed_value=False, part=part))
             for structure, layer, axis in axes
         ]
-        total, rows = 0.0, chunk_rows(parameter, self._chunk)
-        for start in range(0, parameter.shape[0], rows):
-            part = parameter[start : start + rows].float()
-            chosen = torch.zeros_like(part, dtype=torch.bool)
+        total, rows = 0.0, chunk_rows(values, self._chunk)
+        for start in range(0, values.shape[0], rows):
+            block = values[start : start + rows].float()
+            chosen = torch.zeros_like(block, dtype=torch.bool)
             for dim, mask in masks:
                 chosen |= mask[start : start + rows] if dim == 0 else mask
-            total += float((part + axes[0][2].shift).masked_select(chosen).square().sum())
+            total += float((block + axes[0][2].shift).masked_select(chosen).square().sum())
         return total
 
-    def _each(
-        self, units: PerUnit, apply: Callable[[nn.Parameter, Axis, torch.Tensor], Any], vectors_only: bool = False
-    ) -> None:
+    def _each(self, units: PerUnit) -> Iterator[tuple[str, Axis, torch.Tensor]]:
+        """Yield (parameter's name, axis, one value per unit) of the given structures."""
         for name, axes in self.axes.items():
-            if vectors_only and self.parameters[name].dim() > 1:
-                continue
             for structure, layer, axis in axes:
                 if structure in units:
-                    apply(self.parameters[name], axis, units[structure][layer])
+                    yield name, axis, units[structure][layer]

@@ -16,13 +16,15 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .bound import BoundGroups
 from .budget import LossFunction
 from .config import HessoConfig
 from .cost import Counts
 from .experts import EXPERT_UNITS
-from .groups import Axis, PruningGroups, StructureGroups, centre_, mask_
+from .groups import PruningGroups, StructureGroups
 from .routing import routed_by
-from .saliency import UnitSums, accumulate_, lowest_units, needed_sums, saliency_scores
+from .saliency import UnitSums, lowest_units, needed_sums, saliency_scores
+from .shards import local, named_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +69,7 @@ def measure_curves(
 
     Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
     """
-    axes = groups.by_parameter()
+    bound = BoundGroups(named_parameters(model), groups)
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -77,10 +79,10 @@ def measure_curves(
             if not batches:
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
-            scores = _scores(model, groups, axes, batches, batch_loss, config)
+            scores = _scores(model, bound, batches, batch_loss, config)
             before = _mean_loss(model, batches, batch_loss)
             rises = {
-                name: _rises(model, groups, name, scores[name], batches, batch_loss, before)
+                name: _rises(model, bound, name, scores[name], batches, batch_loss, before)
                 for name in groups.structures
             }
         finally:
@@ -106,57 +108,46 @@ def _counts(structure: StructureGroups) -> list[int]:
 
 
 def _scores(
-    model: PreTrainedModel,
-    groups: PruningGroups,
-    axes: Mapping[str, list[tuple[str, int, Axis]]],
-    batches: list[Any],
-    batch_loss: BatchLoss,
-    config: HessoConfig,
+    model: PreTrainedModel, bound: BoundGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
 ) -> dict[str, torch.Tensor]:
-    parameters = dict(model.named_parameters())
-    sums = UnitSums.zeros(groups, needed_sums(config.calibration_weights), model.device)
+    sums = UnitSums.zeros(bound.groups, needed_sums(config.calibration_weights), bound.device)
     for batch in batches:
         model.zero_grad(set_to_none=True)
         with torch.enable_grad():
             batch_loss(model, batch).backward()
-        for name, found in axes.items():
-            accumulate_(sums, parameters[name].data, parameters[name].grad, found)
+        bound.accumulate_(sums)
         sums.batches += 1
     model.zero_grad(set_to_none=True)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    elements = {name: structure.elements_per_unit(shapes) for name, structure in groups.structures.items()}
-    pools = {name: structure.pools for name, structure in groups.structures.items()}
+    pools = {name: structure.pools for name, structure in bound.groups.structures.items()}
+    sums, elements = bound.over_ranks(sums), bound.elements_per_unit()
     return saliency_scores(sums, config.calibration_weights, elements, across_layers=False, pools=pools)
 
 
 @torch.no_grad()
 def _rises(
     model: PreTrainedModel,
-    groups: PruningGroups,
+    bound: BoundGroups,
     name: str,
     scores: torch.Tensor,
     batches: list[Any],
     batch_loss: BatchLoss,
     before: float,
 ) -> tuple[float, ...]:
-    structure = groups.structures[name]
-    parameters = dict(model.named_parameters())
+    structure = bound.groups.structures[name]
     touched = {axis.parameter for _, axis in structure.all_axes()}
-    copies = {key: parameters[key].detach().to("cpu", copy=True) for key in touched}
+    copies = {key: local(bound.parameters[key]).detach().to("cpu", copy=True) for key in touched}
     rises: list[float] = []
     try:
         for count in _counts(structure):
             pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
-            for layer, axis in structure.all_axes():
-                mask_(parameters[axis.parameter].data, axis, pruned[layer])
-                if axis.centred:
-                    centre_(parameters[axis.parameter].data, axis, (~pruned[layer]).float())
+            bound.mask_weights_({name: pruned})
+            bound.centre_({name: (~pruned).float()})
             with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):
                 rise = _mean_loss(model, batches, batch_loss) - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
     finally:
         for key, copy in copies.items():
-            parameters[key].data.copy_(copy)
+            local(bound.parameters[key].data).copy_(copy)
     return tuple(rises)
 
 

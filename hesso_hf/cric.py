@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from .groups import Axis
-from .saliency import sum_but
+from .saliency import float_sums
+from .shards import Part
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
@@ -53,7 +54,7 @@ class Cric:
         self.entering = _masks(shapes, device)
         self.seen = _masks(shapes, device)  # H, the units whose cycle is over
         self.decided = _masks(shapes, device)
-        dtype = torch.float32 if device.type == "mps" else torch.float64
+        dtype = float_sums(device)
         parts = min(PATH_PARTS, samples)
         self._own = {name: _zeros((criteria, parts, *shape), dtype, device) for name, shape in shapes.items()}
         self._all = {name: _zeros((criteria, *shape), dtype, device) for name, shape in shapes.items()}
@@ -199,10 +200,11 @@ class PathDisplacements:
     element, each takes it as the other leaves it, so that all scores add up to the joint rise of the loss.
 
     Args:
-        origin: the parameter at the snapshot, on any device.
+        origin: the parameter at the snapshot, or this process' part of it, on any device.
         axes: (structure, layer index, axis) of the parameter.
         shrinking: the units on trial, bool (L, U) per structure.
         scale: what is left of them.
+        part: which part of the parameter it is.
     """
 
     def __init__(
@@ -211,32 +213,34 @@ class PathDisplacements:
         axes: list[tuple[str, int, Axis]],
         shrinking: Mapping[str, torch.Tensor],
         scale: float,
+        part: Part,
     ) -> None:
         self._origin, self._shift, self._scale = origin, axes[0][2].shift, scale
         self._dims = [axis.dim for _, _, axis in axes]
-        self._masks = [axis.layout.expand(shrinking[name][layer], fixed_value=False) for name, layer, axis in axes]
+        self._masks = [
+            part.along(axis.layout.expand(shrinking[name][layer], fixed_value=False), axis.dim)
+            for name, layer, axis in axes
+        ]
 
     def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
         """Return the rows `start` and on at the snapshot."""
         origin = self._origin[start : start + weights.shape[0]].to(weights.device, torch.float32)
         return origin + self._shift if self._shift else origin
 
-    def replace(self, sums: torch.Tensor, values: torch.Tensor, start: int, index: int, power: int) -> torch.Tensor:
-        """Return the sums along one axis, with those of units on trial as the other axes' units leave them."""
-        masks = [
-            mask[start : start + values.shape[0]] if dim == 0 else mask
-            for dim, mask in zip(self._dims, self._masks, strict=True)
-        ]
-        left: dict[int, torch.Tensor] = {}  # per dimension, what the other axes' units leave of each index
-        for other, (dim, mask) in enumerate(zip(self._dims, masks, strict=True)):
+    def left(self, index: int, power: int) -> dict[int, torch.Tensor]:
+        """Return, per dimension, what the other axes' units on trial leave of each index, to the given power."""
+        found: dict[int, torch.Tensor] = {}
+        for other, (dim, mask) in enumerate(zip(self._dims, self._masks, strict=True)):
             if other != index:
                 factor = torch.where(mask, self._scale**power, 1.0)
-                left[dim] = left[dim] * factor if dim in left else factor
+                found[dim] = found[dim] * factor if dim in found else factor
+        return found
+
+    def replace(self, sums: torch.Tensor, displaced: torch.Tensor, index: int, power: int) -> torch.Tensor:
+        """Return the sums along one axis, with those of units on trial as the other axes' units leave them."""
         dim = self._dims[index]
-        on_the_way = sum_but(values, dim, left)
-        if dim in left:
-            on_the_way = on_the_way * left[dim]
-        return torch.where(masks[index], on_the_way, sums)
+        along = self.left(index, power).get(dim)  # what other axes along the same dimension leave
+        return torch.where(self._masks[index], displaced if along is None else displaced * along, sums)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

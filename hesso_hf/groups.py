@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from .errors import HessoError, NotApplicableError, UnsupportedStructureError
 from .layout import Layout
 from .probe import AxisMap
+from .shards import Part
 from .sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
 
 COUPLED = ("attention_heads", "embedding_channels")  # where head_dim follows from both
@@ -39,11 +40,14 @@ class Axis:
     power: int = 0
     centred: bool = False
 
-    def spread(self, values: torch.Tensor, ndim: int, fixed_value: float = 1.0) -> torch.Tensor:
-        """Turn one value per unit, shape (U,), into a factor that broadcasts over the parameter."""
+    def spread(
+        self, values: torch.Tensor, ndim: int, fixed_value: float = 1.0, part: Part | None = None
+    ) -> torch.Tensor:
+        """Turn one value per unit, shape (U,), into a factor that broadcasts over the parameter or a part of it."""
         shape = [1] * ndim
         shape[self.dim] = -1
-        return self.layout.expand(values, fixed_value).view(shape)
+        along = self.layout.expand(values, fixed_value)
+        return (part.along(along, self.dim) if part is not None else along).view(shape)
 
 
 @dataclass(frozen=True)
@@ -339,21 +343,29 @@ def _labels(keys: list[tuple[str, AxisName]]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def shrink_(tensor: torch.Tensor, axis: Axis, factors: torch.Tensor) -> None:
+def shrink_(tensor: torch.Tensor, axis: Axis, factors: torch.Tensor, part: Part | None = None) -> None:
     """Multiply each unit's slice by its factor, in place; a factor of 1 leaves it as it is, bit for bit.
 
     Args:
-        tensor: the parameter's data.
+        tensor: the parameter's data, or what this process holds of it.
         factors: one factor per unit, shape (U,).
+        part: which part that is; all of it by default.
     """
-    spread = axis.spread(factors.to(tensor.dtype), tensor.dim())
+    spread = axis.spread(factors.to(tensor.dtype), tensor.dim(), part=part)
     tensor.mul_(spread)
     if axis.shift:  # (w + shift) * f - shift, without rounding where f is 1
         tensor.add_((spread - 1) * axis.shift)
 
 
 @torch.no_grad()
-def centre_(tensor: torch.Tensor, axis: Axis, scales: torch.Tensor, share: float = 1.0) -> None:
+def centre_(
+    tensor: torch.Tensor,
+    axis: Axis,
+    scales: torch.Tensor,
+    share: float = 1.0,
+    part: Part | None = None,
+    total: torch.Tensor | None = None,
+) -> None:
     """Take the mean out of what is written to the residual stream, in place, each channel by its scale.
 
     A norm that subtracts the mean over all channels doesn't see it while all scales are 1; when pruned channels are at
@@ -362,18 +374,24 @@ def centre_(tensor: torch.Tensor, axis: Axis, scales: torch.Tensor, share: float
     Args:
         scales: shape (U,), 1 kept to 0 pruned.
         share: of the mean, how much is taken out.
+        part: which part of the parameter `tensor` is; all of it by default.
+        total: sum over the channels of all parts, where `tensor` holds some of them.
     """
-    spread = axis.spread(scales.to(tensor.dtype), tensor.dim())
-    tensor.sub_(spread * (tensor.sum(axis.dim, keepdim=True) * (share / scales.sum())))
+    spread = axis.spread(scales.to(tensor.dtype), tensor.dim(), part=part)
+    total = tensor.sum(axis.dim, keepdim=True) if total is None else total.to(tensor.dtype)
+    tensor.sub_(spread * (total * (share / scales.sum())))
 
 
 @torch.no_grad()
-def mask_(tensor: torch.Tensor, axis: Axis, pruned: torch.Tensor, fill: float | None = None) -> None:
+def mask_(
+    tensor: torch.Tensor, axis: Axis, pruned: torch.Tensor, fill: float | None = None, part: Part | None = None
+) -> None:
     """Set pruned units' slices to what stands for zero, in place, even where they hold NaN.
 
     Args:
         pruned: shape (U,), bool.
         fill: the value; by default -shift, so that the effective weight is zero.
+        part: which part of the parameter `tensor` is; all of it by default.
     """
-    spread = axis.spread(pruned, tensor.dim(), fixed_value=False)
+    spread = axis.spread(pruned, tensor.dim(), fixed_value=False, part=part)
     tensor.masked_fill_(spread, -axis.shift if fill is None else fill)

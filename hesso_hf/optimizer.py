@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.utils import logging
 
@@ -45,6 +46,7 @@ class HessoOptimizer(Optimizer):
         self._observed = False
         self._gradient_norm: float | None = None
         self._skipped = 0
+        self._awaits_state = False
         for mode in ("train", "eval"):  # schedule-free optimizers keep other weights for evaluation
             if callable(getattr(base, mode, None)):
                 setattr(self, mode, getattr(base, mode))
@@ -78,7 +80,7 @@ class HessoOptimizer(Optimizer):
 
     def report_gradient_norm(self, norm: float | torch.Tensor) -> None:
         """Tell the norm of this step's gradient over all processes, so that `step` needn't compute it."""
-        self._gradient_norm = float(norm)
+        self._gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Tell the loss of the coming step, so that a collapse is noticed (`collapse_threshold`)."""
@@ -117,8 +119,16 @@ class HessoOptimizer(Optimizer):
                 loss = closure()
             self.report_loss(loss)
         if not self._observed:
+            if self._only_makes_state():
+                self.base.step()
+                return loss
             self.observe_gradients()
         self._observed = False
+        if self._awaits_state:
+            raise CheckpointMismatchError(
+                "the base optimizer's state was loaded, but not the pruning state: call "
+                "`load_pruning_state(optimizer, model, folder)` before training goes on"
+            )
         if not self._gradient_is_finite():
             return loss
         started = time.perf_counter()
@@ -130,11 +140,19 @@ class HessoOptimizer(Optimizer):
         self.seconds += time.perf_counter() - after_base + before_base - started
         return loss
 
+    def _only_makes_state(self) -> bool:
+        """Whether a step is torch's own (before it loads or saves distributed state), which only makes empty state."""
+        if not self.process.bound.sharded or self.base.state:
+            return False
+        if any(float(group.get("lr", 1.0)) for group in self.param_groups):
+            return False
+        found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return total_norm(found) == 0.0
+
     def _gradient_is_finite(self) -> bool:
         norm = self._gradient_norm
         if norm is None:
-            gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients)) if gradients else 0.0
+            norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         self._gradient_norm = None
         if math.isfinite(norm):
             self._skipped = 0
@@ -160,7 +178,12 @@ class HessoOptimizer(Optimizer):
         self.base.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base optimizer's state with HESSO's under `hesso`."""
+        """Return the base optimizer's state with HESSO's under `hesso`.
+
+        Where parameters are sharded, the pruning state isn't in it: `save_pruning_state` writes it.
+        """
+        if self.process.bound.sharded:
+            return self.base.state_dict()
         return {**self.base.state_dict(), "hesso": self.process.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -171,6 +194,10 @@ class HessoOptimizer(Optimizer):
         """
         state = dict(state_dict)
         pruning = state.pop("hesso", None)
+        if pruning is None and self.process.bound.sharded:
+            self.base.load_state_dict(state)
+            self._awaits_state = True
+            return
         if pruning is None:
             raise CheckpointMismatchError(
                 "the checkpoint holds no pruning state: it was made without HessoOptimizer; "
@@ -185,8 +212,25 @@ class HessoOptimizer(Optimizer):
             ) from error
         self.process.load_state_dict(pruning, self.base)
 
+    def load_pruning_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved pruning state; the base optimizer's own is loaded already.
+
+        Raises:
+            CheckpointMismatchError: where it belongs to another model, budget or config.
+        """
+        self.process.load_state_dict(state, self.base)
+        self._awaits_state = False
+
     def __repr__(self) -> str:
         return f"HessoOptimizer({self.base!r})"
+
+
+def total_norm(gradients: list[torch.Tensor]) -> float:
+    """Return the L2 norm of all gradients together, over all processes where they are sharded."""
+    if not gradients:
+        return 0.0
+    norm = nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _refuse(base: Optimizer) -> None:

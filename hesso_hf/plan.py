@@ -26,6 +26,7 @@ from .proof import proved_groups
 from .routing import RouterGates
 from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
+from .shards import named_parameters, stock_class
 from .sizes import build_meta, canonical_name, resized_config
 
 logger = logging.get_logger(__name__)
@@ -61,7 +62,7 @@ class PruningPlan:
         """
         checked = check_model(model)
         known = structures_around(config.structure_names)
-        proved, _, axis_map = proved_groups(type(checked), checked.config, known)
+        proved, _, axis_map = proved_groups(stock_class(checked), checked.config, known)
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
@@ -105,11 +106,11 @@ class PruningPlan:
         """
         if self.config.layer_widths == "per_layer":
             return  # the sizes are means over the layers
-        small = build_meta(type(self.model), resized_config(self.model.config, self.target.sizes))
+        small = build_meta(stock_class(self.model), resized_config(self.model.config, self.target.sizes))
         count = sum(parameter.numel() for parameter in small.parameters())
         if count != self.target.parameters_after:
             raise BudgetError(
-                f"{type(self.model).__name__} with {self.target.sizes} has {count:,} parameters, "
+                f"{stock_class(self.model).__name__} with {self.target.sizes} has {count:,} parameters, "
                 f"{self.target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
             )
 
@@ -121,7 +122,7 @@ class PruningPlan:
         """Build the pruning state over the model's parameters."""
         experts = self.groups.structures.get(EXPERT_UNITS)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
-        parameters = dict(self.model.named_parameters())
+        parameters = named_parameters(self.model)
         return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates)
 
     def _pinned(self) -> set[str]:
@@ -157,7 +158,7 @@ def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: Hesso
     """
     if set(needed_sums(config.saliency_weights)) <= {"x2"}:
         return
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in named_parameters(model).items() if parameter.requires_grad}
     for name, structure in groups.structures.items():
         for layer, axes in zip(structure.layers, structure.axes, strict=True):
             if not any(axis.parameter in trained for axis in axes):
@@ -173,7 +174,7 @@ def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:
     Raises:
         UnsupportedStructureError: naming the first that is missing, extra (weights tied or untied by hand) or resized.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(model).items()}
     for name in sorted(shapes.keys() ^ axis_map.parameters.keys()):
         where = "the model but not in what" if name in shapes else "what"
         raise UnsupportedStructureError(

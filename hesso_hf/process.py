@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .agreement import check_agreement, mean_over_ranks
+from .agreement import check_agreement, is_main_process, mean_over_ranks
 from .bound import BoundGroups
 from .budget import TargetSizes
 from .collapse import LEVEL_STEPS, RECENT_STEPS, CollapseWatch
@@ -142,7 +142,7 @@ class PruningProcess:
             self._sums.add_(self._pending)
             self.trial.begin(self.scores(), base)
             self._sums.zero_()
-        self.trial.record(sampling.t, self._pending)
+        self.trial.record(sampling.t, self.bound.over_ranks(self._pending))
 
     def _go_along(self, sampling: PeriodStep) -> None:
         assert self.trial is not None
@@ -193,7 +193,8 @@ class PruningProcess:
 
     def scores(self) -> PerUnit:
         """Return the saliency of every unit from the gradients counted so far: shape (L, U) per structure."""
-        return self._ranking.scores(self._sums, {name: scales > 0 for name, scales in self.scales.items()})
+        sums = self.bound.over_ranks(self._sums)
+        return self._ranking.scores(sums, {name: scales > 0 for name, scales in self.scales.items()})
 
     def _shrink(self, position: PeriodStep) -> None:
         scale = (position.length - position.t - 1) / position.length
@@ -358,7 +359,12 @@ class PruningProcess:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that decides the future: tensors and plain containers only."""
+        """Return everything that decides the future: tensors and plain containers only.
+
+        Where parameters are sharded all processes call it, since sums are added up, and a snapshot in it holds this
+        process' parts.
+        """
+        sums = self.bound.over_ranks(self._sums)
         return {
             "format": FORMAT,
             "step": self.step,
@@ -367,7 +373,7 @@ class PruningProcess:
             "choices": self._choices(),
             "scales": dict(self.scales),
             "redundant": dict(self.redundant),
-            "sums": {name: dict(terms) for name, terms in self._sums.sums.items()},
+            "sums": {name: dict(terms) for name, terms in sums.sums.items()},
             "batches": self._sums.batches,
             "order": None if self._order is None else dict(self._order),
             "reorder": self._reorder,
@@ -413,6 +419,8 @@ class PruningProcess:
             self.redundant[name].copy_(state["redundant"][name])
             for term, value in self._sums.sums[name].items():
                 value.copy_(state["sums"][name][term])
+                if self.bound.sharded and not is_main_process():
+                    value.zero_()  # the saved sums are those of all processes
         self._sums.batches = int(state["batches"])
         self._pending.zero_()
         self.schedule = Schedule.from_dict(state["schedule"])

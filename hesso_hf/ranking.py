@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import torch
 
-from .agreement import broadcast_decision_
+from .agreement import broadcast_decisions_
 from .budget import TargetSizes
 from .config import HessoConfig
 from .groups import PruningGroups
@@ -82,7 +82,6 @@ class Ranking:
 
 
 def agreed(marked: PerUnit) -> PerUnit:
-    """Overwrite a decision with that of rank 0, on all ranks."""
-    for units in marked.values():
-        broadcast_decision_(units)
+    """Overwrite a decision with that of rank 0, on all ranks, in one broadcast."""
+    broadcast_decisions_(list(marked.values()))
     return marked

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from .groups import Axis, PruningGroups
+from .shards import Part, add_over_ranks, whole
 
 _CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
 _NEEDS = {
@@ -39,10 +40,10 @@ class UnitSums:
     @classmethod
     def zeros(cls, groups: PruningGroups, terms: tuple[str, ...], device: torch.device) -> UnitSums:
         """Start with no batch."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+        options: dict[str, Any] = {"dtype": float_sums(device), "device": device}
         return cls(
             {
-                name: {term: torch.zeros(len(g.layers), g.num_units, dtype=dtype, device=device) for term in terms}
+                name: {term: torch.zeros(len(g.layers), g.num_units, **options) for term in terms}
                 for name, g in groups.structures.items()
             }
         )
@@ -53,6 +54,15 @@ class UnitSums:
             for term, value in terms.items():
                 self.sums[name][term] += value
         self.batches += other.batches
+
+    def over_ranks(self) -> UnitSums:
+        """Return the sums of all processes, each of which holds other parts, in one all-reduce."""
+        places = [(name, term) for name, terms in self.sums.items() for term in terms]
+        added = add_over_ranks([self.sums[name][term] for name, term in places])
+        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.sums}
+        for (name, term), value in zip(places, added, strict=True):
+            found[name][term] = value
+        return UnitSums(found, self.batches)
 
     def are_finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
@@ -72,13 +82,19 @@ class Displacements(Protocol):
     def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
         """Return what stands for the rows `start` and on of units that are displaced, as a tensor like `weights`."""
 
-    def replace(self, sums: torch.Tensor, values: torch.Tensor, start: int, index: int, power: int) -> torch.Tensor:
-        """Return the sums along one axis, with those of displaced units taken from `values`.
+    def left(self, index: int, power: int) -> Mapping[int, torch.Tensor]:
+        """Return, per dimension, what the other axes' units leave of each index, to the given power.
+
+        Args:
+            index: position in the parameter's list of axes.
+        """
+
+    def replace(self, sums: torch.Tensor, displaced: torch.Tensor, index: int, power: int) -> torch.Tensor:
+        """Return the sums along one axis, with those of displaced units in their places.
 
         Args:
             sums: per index of the axis, over the weights as they stand.
-            values: per element of the rows, of degree `power` in what `rows` returned.
-            index: position in the parameter's list of axes.
+            displaced: per index, over what `rows` returned times what `left` leaves of the other dimensions.
         """
 
 
@@ -93,31 +109,73 @@ def accumulate_(
     axes: list[tuple[str, int, Axis]],
     chunk: int | None = None,
     displacements: Displacements | None = None,
+    part: Part | None = None,
 ) -> None:
     """Add one parameter's contribution to its units' sums.
 
     Args:
-        parameter: the weights; where the model adds a constant to them, so does this (`Axis.shift`).
+        parameter: the weights, or what this process holds of them; where the model adds a constant to them, so does
+            this (`Axis.shift`).
         gradient: its gradient; None (a frozen weight) contributes to x^2 only.
         axes: (structure, layer index, axis) of every axis of the parameter.
         chunk: elements that are worked on at a time.
         displacements: what stands for x; by default the weights.
+        part: which part of the whole parameter the weights are; all of it by default.
     """
+    if not parameter.numel():
+        return
+    part = part or whole(parameter.shape)
     terms = [term for term in next(iter(sums.sums.values())) if gradient is not None or term == "x2"]
-    rows = chunk_rows(parameter, chunk or _CHUNK)
+    found = _sums_along(terms, parameter, gradient, axes, chunk or _CHUNK, displacements)
+    for (index, term), along in found.items():
+        structure, layer, axis = axes[index]
+        into = sums.sums[structure][term][layer]
+        into += axis.layout.collect(part.spread_out(along, axis.dim), into.shape[0])
+
+
+def _sums_along(
+    terms: list[str],
+    parameter: torch.Tensor,
+    gradient: torch.Tensor | None,
+    axes: list[tuple[str, int, Axis]],
+    chunk: int,
+    displacements: Displacements | None,
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Return each term per index of each axis, by the axis' position and the term."""
+    present: dict[tuple[int, str], torch.Tensor] = {}
+    displaced: dict[tuple[int, str], torch.Tensor] = {}
+    left = {(n, p): displacements.left(n, p) for n in range(len(axes)) for p in (1, 2)} if displacements else {}
+    rows = chunk_rows(parameter, chunk)
     for start in range(0, parameter.shape[0], rows):
         weights = parameter[start : start + rows].float()
         if axes[0][2].shift:
             weights = weights + axes[0][2].shift
         slope = None if gradient is None else gradient[start : start + rows].float()
-        present = _elementwise(terms, weights, slope)
-        displaced = _elementwise(terms, displacements.rows(start, weights), slope) if displacements else {}
-        for index, (structure, layer, axis) in enumerate(axes):
-            for term, values in present.items():
-                along = sum_but(values, axis.dim)
-                if displacements is not None and _POWERS[term]:
-                    along = displacements.replace(along, displaced[term], start, index, _POWERS[term])
-                _collect_(sums.sums[structure][term][layer], along, axis, start, parameter.shape[axis.dim])
+        for term, values in _elementwise(terms, weights, slope).items():
+            for index, (_, _, axis) in enumerate(axes):
+                _add(present, (index, term), sum_but(values, axis.dim), axis.dim)
+        if displacements is None:
+            continue
+        moving = [term for term in terms if _POWERS[term]]
+        for term, values in _elementwise(moving, displacements.rows(start, weights), slope).items():
+            for index, (_, _, axis) in enumerate(axes):
+                factors = left[index, _POWERS[term]]
+                if 0 in factors:
+                    factors = {**factors, 0: factors[0][start : start + rows]}
+                _add(displaced, (index, term), sum_but(values, axis.dim, factors), axis.dim)
+    for (index, term), values in displaced.items():
+        assert displacements is not None
+        present[index, term] = displacements.replace(present[index, term], values, index, _POWERS[term])
+    return present
+
+
+def _add(found: dict[tuple[int, str], torch.Tensor], key: tuple[int, str], sums: torch.Tensor, dim: int) -> None:
+    """Join the sums of further rows to those of the rows before."""
+    sums = sums.to(float_sums(sums.device))
+    if key not in found:
+        found[key] = sums
+    else:
+        found[key] = torch.cat([found[key], sums]) if dim == 0 else found[key] + sums
 
 
 def _elementwise(terms: Iterable[str], weights: torch.Tensor, gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -142,6 +200,11 @@ def sum_but(values: torch.Tensor, dim: int, factors: Mapping[int, torch.Tensor] 
     return values.sum(others) if others else values
 
 
+def float_sums(device: torch.device) -> torch.dtype:
+    """Return the dtype that sums are kept in on a device: mps has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def chunk_size(elements: int) -> int:
     """Return how many elements to work on at a time: temporaries stay below a thousandth of the model's."""
     return max(1 << 14, min(_CHUNK, elements >> 10))
@@ -150,13 +213,6 @@ def chunk_size(elements: int) -> int:
 def chunk_rows(parameter: torch.Tensor, chunk: int) -> int:
     """Return how many rows of a parameter hold about `chunk` elements, one at least."""
     return max(1, chunk * parameter.shape[0] // max(1, parameter.numel()))
-
-
-def _collect_(into: torch.Tensor, along: torch.Tensor, axis: Axis, start: int, length: int) -> None:
-    reduced = along.to(into.dtype)
-    if axis.dim == 0 and len(reduced) != length:
-        reduced = torch.nn.functional.pad(reduced, (start, length - start - len(reduced)))
-    into += axis.layout.collect(reduced, into.shape[0])
 
 
 def saliency_scores(

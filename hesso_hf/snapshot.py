@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
+from .shards import like_parameter, local
+
 _SCHEDULED = (
     "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "momentum", "max_momentum", "base_momentum", "betas",
     "weight_decay",
@@ -32,7 +34,7 @@ class Snapshot:
         self._parameters = list(parameters)
         self._optimizer, self._on_cpu = optimizer, on_cpu
         self._position = {id(parameter): index for index, parameter in enumerate(self._parameters)}
-        self._weights = [self._copy(parameter.data) for parameter in self._parameters]
+        self._weights = [self._copy(local(parameter.data)) for parameter in self._parameters]
         state = optimizer.state if optimizer else {}
         self._state = [self._copy(state.get(parameter)) for parameter in self._parameters]
         groups = optimizer.param_groups if optimizer else []
@@ -40,7 +42,7 @@ class Snapshot:
         self._random = random_state(self._device)
 
     def weights_of(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return the copy of a parameter's values, where it lies."""
+        """Return the copy of what this process holds of a parameter, where it lies."""
         return self._weights[self._position[id(parameter)]]
 
     @torch.no_grad()
@@ -54,7 +56,7 @@ class Snapshot:
                 self._optimizer.state.pop(parameter, None)
             else:
                 present = self._optimizer.state.get(parameter)
-                self._optimizer.state[parameter] = _put_back(saved, present, parameter.device)
+                self._optimizer.state[parameter] = _put_back(saved, present, parameter.device, parameter)
         for group, saved in zip(self._optimizer.param_groups if self._optimizer else [], self._options, strict=True):
             group.update({key: _put_back(value, group.get(key), self._device) for key, value in saved.items()})
         set_random_state(self._random, self._device)
@@ -63,14 +65,15 @@ class Snapshot:
     def restore_weights(self) -> None:
         """Put the weights back and nothing else."""
         for parameter, saved in zip(self._parameters, self._weights, strict=True):
-            parameter.data.copy_(saved)
+            local(parameter.data).copy_(saved)
 
     @torch.no_grad()
     def swap_weights(self) -> None:
         """Exchange the weights with the copies, so that a second call undoes the first."""
         for parameter, saved in zip(self._parameters, self._weights, strict=True):
-            present = parameter.data.clone()
-            parameter.data.copy_(saved)
+            values = local(parameter.data)
+            present = values.clone()
+            values.copy_(saved)
             saved.copy_(present)
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Snapshot:
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
+            value = local(value)
             if self._on_cpu and value.is_cuda and type(value) in (torch.Tensor, torch.nn.Parameter) and value.dim():
                 return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
             return value.detach().to("cpu" if self._on_cpu else value.device, copy=True)
@@ -112,20 +116,34 @@ class Snapshot:
 
 def snapshot_of(optimizer: Optimizer, scaled: Iterable[torch.Tensor], on_cpu: bool) -> Snapshot:
     """Copy what an optimizer trains, and what else is scaled (frozen weights too), each once."""
+    return Snapshot(snapshotted(optimizer, scaled), optimizer, on_cpu)
+
+
+def snapshotted(optimizer: Optimizer, scaled: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the parameters that a snapshot copies, in its order."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     known = {id(parameter) for parameter in trained}
-    return Snapshot([*trained, *(parameter for parameter in scaled if id(parameter) not in known)], optimizer, on_cpu)
+    return [*trained, *(parameter for parameter in scaled if id(parameter) not in known)]
 
 
-def _put_back(saved: Any, present: Any, device: torch.device) -> Any:
-    """Return `saved` as live state: in the tensors that are there where they fit, else as copies."""
+def _put_back(saved: Any, present: Any, device: torch.device, owner: torch.Tensor | None = None) -> Any:
+    """Return `saved` as live state: in the tensors that are there where they fit, else as copies.
+
+    Args:
+        owner: the parameter that it is the state of; what has its shape is placed over the processes as it is.
+    """
     if isinstance(saved, torch.Tensor):
-        if isinstance(present, torch.Tensor) and present.shape == saved.shape and present.dtype == saved.dtype:
-            return present.copy_(saved)
-        return saved.to(device, copy=True) if saved.dim() else saved.clone()  # step counts stay on the CPU
+        if isinstance(present, torch.Tensor) and present.dtype == saved.dtype and local(present).shape == saved.shape:
+            local(present).copy_(saved)
+            return present
+        if not saved.dim():
+            return saved.clone()  # step counts stay on the CPU
+        copied = saved.to(device, copy=True)
+        of_parameter = owner is not None and local(owner).shape == saved.shape
+        return like_parameter(copied, owner) if owner is not None and of_parameter else copied
     if isinstance(saved, Mapping):
         known = present if isinstance(present, Mapping) else {}
-        return {key: _put_back(value, known.get(key), device) for key, value in saved.items()}
+        return {key: _put_back(value, known.get(key), device, owner) for key, value in saved.items()}
     if isinstance(saved, list | tuple):
         fits = isinstance(present, type(saved)) and len(present) == len(saved)
         olds = present if fits else [None] * len(saved)

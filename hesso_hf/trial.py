@@ -19,6 +19,7 @@ from .errors import HessoError
 from .ranking import PerUnit, Ranking, agreed
 from .saliency import UnitSums
 from .schedule import PeriodStep, Schedule
+from .shards import Part
 from .snapshot import Snapshot, snapshot_of
 
 
@@ -62,7 +63,7 @@ class CricTrial:
         sums.batches += 1
 
     def record(self, t: int, sums: UnitSums) -> None:
-        """Score all units by what was accumulated at sample t, and note which look redundant from there."""
+        """Score all units by what all processes accumulated at sample t, and note which look redundant from there."""
         values = self._ranking.values(sums, signed=True)
         self.cric.record(t, values, self._ranking.lowest(self._ranking.combine(values)))
 
@@ -128,6 +129,7 @@ class CricTrial:
             self.accumulate_(sums, t)
             for parameter in self._bound.parameters.values():
                 parameter.grad = None
+        sums = self._bound.over_ranks(sums)
         if not sums.are_finite():
             raise HessoError(
                 f"`losses` of the probe: a gradient isn't finite where {self._scale(t):.0%} of the units on trial are "
@@ -162,12 +164,12 @@ class CricTrial:
     def _factors(self, factor: float) -> PerUnit:
         return {name: torch.where(units, factor, 1.0) for name, units in self.cric.shrinking.items()}
 
-    def _displacements(self, scale: float) -> Callable[[str, Any], PathDisplacements]:
+    def _displacements(self, scale: float) -> Callable[[str, Any, Part], PathDisplacements]:
         assert self.snapshot is not None
         shrinking, snapshot = self.cric.shrinking, self.snapshot
 
-        def displacements(name: str, axes: Any) -> PathDisplacements:
-            return PathDisplacements(snapshot.weights_of(self._bound.parameters[name]), axes, shrinking, scale)
+        def displacements(name: str, axes: Any, part: Part) -> PathDisplacements:
+            return PathDisplacements(snapshot.weights_of(self._bound.parameters[name]), axes, shrinking, scale, part)
 
         return displacements
 

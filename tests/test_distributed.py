@@ -88,7 +88,7 @@ def test_two_processes_write_one_small_model(two_ranks: Path) -> None:
 _DISAGREE = """
 import torch, torch.distributed as dist
 dist.init_process_group("gloo")
-from hesso_hf.agreement import broadcast_decision_, check_agreement
+from hesso_hf.agreement import broadcast_decisions_, check_agreement
 from hesso_hf.errors import HessoError
 check_agreement(torch.tensor([1.0, 0.5]))
 try:
@@ -96,7 +96,9 @@ try:
 except HessoError:
     print("CAUGHT", flush=True)
 own = torch.tensor([dist.get_rank() == 0, True, dist.get_rank() == 1])
-broadcast_decision_(own)
+other = own.clone().view(3, 1)
+broadcast_decisions_([own, other])
+assert other.shape == (3, 1) and other.flatten().tolist() == own.tolist()
 assert own.tolist() == [True, True, False], own
 dist.destroy_process_group()
 print("AGREED")

@@ -13,12 +13,12 @@ import hesso_hf
 
 PACKAGE = Path(hesso_hf.__file__).parent
 ORDER = (
-    "errors", "config", "layout", "layer_lists", "sizes", "probe", "groups", "shrink", "tiny", "discovery", "norms",
-    "streams", "experts", "routing", "depth", "outcome", "per_layer", "cut", "expert_trial", "depth_proof", "proof",
-    "cost", "latency", "budget",
-    "inspection", "schedule", "saliency", "calibration", "agreement", "snapshot", "bound", "ranking", "cric", "trial",
-    "collapse", "process", "optimizer", "plan", "tokens", "spelling", "retokenize", "embeddings",
-    "vocabulary", "verify", "publish", "plots", "card", "checkpoint", "export", "progress", "hub", "trainer",
+    "errors", "config", "layout", "layer_lists", "sizes", "probe", "shards", "groups", "shrink", "tiny",
+    "discovery", "norms", "streams", "experts", "routing", "depth", "outcome", "per_layer", "cut",
+    "expert_trial", "depth_proof", "proof", "cost", "latency", "budget", "inspection", "schedule", "saliency",
+    "agreement", "snapshot", "bound", "calibration", "ranking", "cric", "trial", "collapse", "process",
+    "optimizer", "shard_state", "plan", "tokens", "spelling", "retokenize", "embeddings", "vocabulary",
+    "verify", "publish", "plots", "card", "checkpoint", "export", "progress", "hub", "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)

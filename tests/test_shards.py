@@ -1,0 +1,117 @@
+"""Sharded parameters: two and four real processes with FSDP2 prune what one process prunes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded
+import torch
+from sharded import CRIC, HESSO, launch
+
+from hesso_hf.errors import CheckpointMismatchError
+from hesso_hf.shard_state import FOLDER
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"steps": 16},
+    "across-layers": {"steps": 16, "layer_widths": "per_layer", "saliency": "cosine_similarity",
+                      "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28}},
+    "one-plus-w": {"steps": 16, "kind": "gemma2"},
+    "layer-norm": {"steps": 16, "kind": "phi"},
+    "cric": {"steps": 14, "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, [("train", folder / name, {"mesh": "shard", **options}) for name, options in KINDS.items()])
+    return folder
+
+
+def results(folder: Path, processes: int = 2) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+    assert found["kept"] == expected["kept"]
+    for name, weight in expected["weights"].items():
+        error = (found["weights"][name] - weight).abs().max() / weight.abs().max()
+        assert error <= tolerance, (name, float(error))
+    assert abs(found["norm"] - expected["norm"]) <= 1e-5 * max(1.0, expected["norm"])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_two_processes_that_hold_half_each_equal_one(name: str, two: Path, tmp_path: Path) -> None:
+    sharded.train(tmp_path, mesh=None, **KINDS[name])
+    alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    for found in results(two / name):
+        assert_same(found, alone)
+        assert found["cric"] == alone["cric"]
+        assert bool(found["cric"]) == (name == "cric")
+
+
+def test_communication_is_one_sum_one_decision_and_one_checksum_a_scoring(two: Path) -> None:
+    for found in results(two / "llama"):
+        starts = {HESSO.warmup_steps + 3 * period for period in range(2)}
+        assert found["collectives"] == [3 if step in starts else 0 for step in range(16)]
+
+
+def test_streams_of_mean_zero_take_one_sum_a_step(two: Path) -> None:
+    first = HESSO.warmup_steps
+    for found in results(two / "layer-norm"):
+        starts = {first, first + 3}
+        assert found["collectives"] == [(step >= first) + 3 * (step in starts) for step in range(16)]
+
+
+def test_cric_adds_one_sum_a_sample(two: Path) -> None:
+    samples = range(CRIC.warmup_steps, CRIC.warmup_steps + 2 * 3)
+    for found in results(two / "cric"):
+        counts = [found["collectives"][step] for step in samples]
+        inner = [counts[n] for n in (1, 4)]  # neither the first of all nor the end of a cycle
+        assert inner == [1, 1], counts
+        assert max(counts) <= 4, counts
+
+
+def test_replicas_of_shards_are_counted_once(tmp_path: Path) -> None:
+    launch(tmp_path, [("train", tmp_path / "four", {"mesh": "replicate_shard", "steps": 16})], processes=4)
+    sharded.train(tmp_path, mesh=None, steps=16)
+    alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    for found in results(tmp_path / "four", 4):
+        assert_same(found, alone)
+
+
+@pytest.mark.parametrize(
+    ("stop", "reader"), [(5, 1), (4, 2), (9, 2)], ids=["in-a-cycle-on-one", "in-a-cycle", "pruning"]
+)
+def test_a_sharded_run_goes_on_elsewhere(stop: int, reader: int, tmp_path: Path) -> None:
+    options = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, "on_collapse": "pause"}
+    jobs = [
+        ("train_and_save", tmp_path / "saved", {"steps": stop, "mesh": "shard", **options}),
+        ("train", tmp_path / "straight", {"steps": 14, "mesh": "shard", **options}),
+    ]
+    resumed = {"source": str(tmp_path / "saved"), "steps": 14 - stop, **options}
+    if reader == 2:
+        jobs.append(("load_and_train", tmp_path / "resumed", {"mesh": "shard", **resumed}))
+    launch(tmp_path, jobs)
+    if reader == 1:
+        (tmp_path / "resumed").mkdir()
+        sharded.load_and_train(tmp_path / "resumed", mesh=None, **resumed)
+    straight = results(tmp_path / "straight")
+    for found in results(tmp_path / "resumed", reader):
+        assert_same(found, straight[0], 0.0 if reader == 2 else 1e-5)
+        assert found["cric"] == straight[0]["cric"]
+
+
+def test_a_stored_part_that_is_lost_is_an_error(tmp_path: Path) -> None:
+    options = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2}
+    launch(tmp_path, [("train_and_save", tmp_path / "saved", {"steps": 4, "mesh": "shard", **options})])
+    (tmp_path / "saved" / FOLDER / "parts-00001.safetensors").unlink()
+    with pytest.raises(CheckpointMismatchError, match=r"elements are missing|holds .* of shape None"):
+        sharded.load_and_train(tmp_path, str(tmp_path / "saved"), steps=1, mesh=None, **options)
+
+
+def test_going_on_without_the_pruning_state_is_an_error(tmp_path: Path) -> None:
+    launch(tmp_path, [("forget_the_pruning_state", tmp_path / "forgotten", {})])
+    assert (tmp_path / "forgotten" / "refused").read_text() == "call `load_pruning_state"
