@@ -60,6 +60,15 @@ def mean_over_ranks(value: float | torch.Tensor, device: torch.device) -> float:
     return float(shared) / world_size()
 
 
+def any_error(error: str | None) -> str | None:
+    """Return the first process' error text, or None where none has one, on every rank; all wait for it."""
+    if world_size() == 1:
+        return error
+    told: list[str | None] = [None] * world_size()
+    dist.all_gather_object(told, error)
+    return next((text for text in told if text is not None), None)
+
+
 def first_error(error: str | None) -> str | None:
     """Return rank 0's error text, or None, on every rank; all wait for it."""
     if world_size() == 1:

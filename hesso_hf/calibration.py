@@ -24,7 +24,7 @@ from .experts import EXPERT_UNITS
 from .groups import PruningGroups, StructureGroups
 from .routing import routed_by
 from .saliency import UnitSums, lowest_units, needed_sums, saliency_scores
-from .shards import local, named_parameters
+from .shards import local, named_parameters, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +98,9 @@ def measure_curves(
 @torch.no_grad()
 def usable(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> list[Any]:
     """Leave out batches without a finite loss, such as an example whose labels were all masked."""
-    return [batch for batch in batches if math.isfinite(float(batch_loss(model, batch)))]
+    found = [batch for batch in batches if math.isfinite(float(batch_loss(model, batch)))]
+    reshard(model)
+    return found
 
 
 def _counts(structure: StructureGroups) -> list[int]:
@@ -153,4 +155,6 @@ def _rises(
 
 @torch.no_grad()
 def _mean_loss(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> float:
-    return sum(float(batch_loss(model, batch)) for batch in batches) / len(batches)
+    mean = sum(float(batch_loss(model, batch)) for batch in batches) / len(batches)
+    reshard(model)
+    return mean

@@ -52,7 +52,8 @@ def check_resumable(folder: Path) -> None:
         CheckpointMismatchError: where there is no pruning state, or no optimizer's.
     """
     read_state(folder)
-    if not (folder / OPTIMIZER_NAME).exists():
+    sharded = [path for path in folder.glob("optimizer_*") if path.is_dir()]
+    if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
         raise CheckpointMismatchError(
             f"`resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was saved with save_only_model; "
             "export it, or start a new run from its weights"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +14,7 @@ from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
 from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
 from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
+from .shards import Part, stock_class
 from .sizes import head_dim_of, resized_config
 
 
@@ -43,7 +44,7 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
     odd = sorted(set(origins.values()) ^ {name for name in full if not is_dropped(name, groups, kept)})
     if odd:
         raise UnsupportedStructureError(f"parameter {odd[0]} exists in only one of the full and the smaller model")
-    cuts = _cuts_by_tensor(groups, kept)
+    cuts = cuts_by_tensor(groups, kept)
     for name, parameter in parameters.items():
         tensor = full[origins[name]].detach()
         for axis, units, total in cuts.get(origins[name], ()):
@@ -55,7 +56,7 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
         parameter.copy_(tensor)
 
 
-def _cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
+def cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
     """Return, per parameter or buffer, (axis, kept units, all units) of each cut."""
     cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
     for name, layers in kept.kept.items():
@@ -67,9 +68,9 @@ def _cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tu
     return cuts
 
 
-def _copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
     """Copy buffers, cut where units lie on them."""
-    buffers, cuts = dict(full.named_buffers()), _cuts_by_tensor(groups, kept)
+    buffers, cuts = dict(full.named_buffers()), cuts_by_tensor(groups, kept)
     for name, origin in full_names(dict(small.named_buffers()), groups, kept).items():
         owner, _, leaf = name.rpartition(".")
         holder, trained = small.get_submodule(owner), buffers.get(origin)
@@ -86,10 +87,28 @@ def _copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: Pruning
 
 def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
     cut = tensor.index_select(axis.dim, axis.layout.indices(units, total).to(tensor.device))
-    if axis.power:
-        factor = math.sqrt(len(units) / total) ** axis.power
-        cut = (cut.float() + axis.shift) * factor - axis.shift
-    return cut
+    return _folded(cut, axis, len(units) / total)
+
+
+def _folded(cut: torch.Tensor, axis: Axis, share: float) -> torch.Tensor:
+    """Take the axis' power of c, the root of the share of units that are kept, in fp32."""
+    if not axis.power:
+        return cut
+    return (cut.float() + axis.shift) * math.sqrt(share) ** axis.power - axis.shift
+
+
+def cut_part(tensor: torch.Tensor, part: Part, cuts: Iterable[tuple[Axis, torch.Tensor, int]]) -> torch.Tensor:
+    """Return what is left of a part of a tensor when units are cut; it has fewer indices where the part has some.
+
+    Args:
+        cuts: (axis, kept units, all units) of each cut.
+    """
+    for axis, units, total in cuts:
+        indices = axis.layout.indices(units, total)
+        first, held = part.starts[axis.dim], part.sizes[axis.dim]
+        here = indices[(indices >= first) & (indices < first + held)] - first
+        tensor = _folded(tensor.index_select(axis.dim, here.to(tensor.device)), axis, len(units) / total)
+    return tensor
 
 
 def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
@@ -102,6 +121,27 @@ def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
     return sizes
 
 
+def build_cut(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
+    """Build the smaller model of the same class, its weights unset.
+
+    Raises:
+        HessoError: where the config class refuses the sizes, or a layer keeps no unit.
+    """
+    uneven = layer_sizes(groups, kept, head_dim_of(model.config))
+    config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
+    with no_init_weights():
+        small = stock_class(model)(config)
+        if uneven is not None:
+            rebuild_layers(small, layer_list(groups), uneven)
+            annotate_config(config, stock_class(model).__name__, uneven)
+    small.tie_weights()
+    if model.can_generate():
+        small.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache
+    return small
+
+
 @torch.no_grad()
 def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
     """Build the smaller model of the same class, on the model's device, folded in fp32 and then cast to `dtype`.
@@ -111,19 +151,8 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     """
     for name, layers in kept.kept.items():
         groups.structures[name].check_pools(layers)
-    uneven = layer_sizes(groups, kept, head_dim_of(model.config))
-    config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
-    with no_init_weights():
-        small = type(model)(config)
-        if uneven is not None:
-            rebuild_layers(small, layer_list(groups), uneven)
-            annotate_config(config, type(model).__name__, uneven)
-    small.tie_weights()
+    small = build_cut(model, groups, kept)
     small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
-    _copy_buffers(small, model, groups, kept)
-    if model.can_generate():
-        small.generation_config = copy.deepcopy(model.generation_config)
-    if hasattr(config, "use_cache"):
-        config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache
+    copy_buffers(small, model, groups, kept)
     return small.eval()

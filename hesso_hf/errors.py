@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class HessoError(ValueError):
     """Base class of the errors that the library raises for bad input or an impossible request."""
@@ -37,3 +40,17 @@ def nearest_name(name: str, known: list[str]) -> str:
 
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def check_same(what: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's settings with a run's.
+
+    Raises:
+        CheckpointMismatchError: naming the first that differs.
+    """
+    for key, value in current.items():
+        if saved.get(key) != value:
+            raise CheckpointMismatchError(
+                f"the checkpoint was made with {what} {key} = {saved.get(key)!r}, this run has {value!r}; "
+                "resume with the same configuration or start anew"
+            )

@@ -26,6 +26,7 @@ from .proof import proved_groups
 from .publish import staged_folder
 from .retokenize import check_saved_tokenizer, trim_tokenizer
 from .saliency import UnitSums, accumulate_
+from .shards import stock_class
 from .sizes import get_size, load_config, model_class_of
 from .tokens import KeptTokens
 from .verify import Verification, Verifier
@@ -122,7 +123,7 @@ def _export(
         rounding_error = verifier.check_saved(folder, small)
         name = str(dtype).removeprefix("torch.")
         verification = Verification(fold_error, rounding_error, name, verifier.input_ids.numel())
-        report = _report(model, small, groups, kept, verification, training, vocabulary)
+        report = make_report(model, small, groups, kept, verification, training, vocabulary)
         picture = report.write(folder)
     if not picture:
         (Path(output_dir) / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
@@ -130,7 +131,7 @@ def _export(
     return report
 
 
-def _report(
+def make_report(
     model: PreTrainedModel,
     small: PreTrainedModel,
     groups: PruningGroups,
@@ -139,9 +140,10 @@ def _report(
     training: Mapping[str, Any],
     vocabulary: KeptTokens | None,
 ) -> PruningReport:
+    """Say what was removed from a model, and how exactly."""
     names = [size for name in kept.kept for size in groups.structures[name].increments]
     return PruningReport(
-        model_class=type(model).__name__,
+        model_class=stock_class(model).__name__,
         base_model=model.config.name_or_path or "",
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(small),

@@ -19,7 +19,7 @@ from .bound import BoundGroups
 from .budget import TargetSizes
 from .collapse import LEVEL_STEPS, RECENT_STEPS, CollapseWatch
 from .config import HessoConfig
-from .errors import CheckpointMismatchError, HessoError
+from .errors import CheckpointMismatchError, HessoError, check_same
 from .groups import KeptUnits, PruningGroups
 from .ranking import PerUnit, Ranking, agreed
 from .routing import RouterGates
@@ -398,8 +398,8 @@ class PruningProcess:
             raise CheckpointMismatchError(
                 f"pruning state of format {state.get('format')!r}; this version reads {FORMAT}"
             )
-        _check_same("target", state["target"], self.target.to_dict())
-        _check_same("config", state["choices"], self._choices())
+        check_same("target", state["target"], self.target.to_dict())
+        check_same("config", state["choices"], self._choices())
         for name, scales in self.scales.items():
             if name not in state["scales"] or state["scales"][name].shape != scales.shape:
                 raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")
@@ -442,12 +442,3 @@ class PruningProcess:
         if state["period_start"] is not None:
             self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")
             self._period_start.load_state_dict(state["period_start"])
-
-
-def _check_same(what: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    for key, value in current.items():
-        if saved.get(key) != value:
-            raise CheckpointMismatchError(
-                f"the checkpoint was made with {what} {key} = {saved.get(key)!r}, this run has {value!r}; "
-                "resume with the same configuration or start anew"
-            )

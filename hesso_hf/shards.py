@@ -97,12 +97,23 @@ def is_sharded(parameters: Iterable[torch.Tensor]) -> bool:
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by the names that the model has for them before anything is wrapped around its modules."""
+    """Return the parameters by the names that the model has for them before anything is wrapped around its modules.
+
+    Under FSDP2 they are the shards, also where a forward pass has left them gathered.
+    """
+    reshard(model)
     wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
     found = {}
     for name, parameter in model.named_parameters():
         found[".".join(part for part in name.split(".") if part not in wrappers)] = parameter
     return found
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go what FSDP2 has gathered for a forward pass, so that the next one sees what was changed in the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def stock_class(model: nn.Module) -> type:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -149,7 +150,8 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
         inputs["use_cache"] = False
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = input_ids
-    output = type(model).forward(model, **inputs)
+    # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
+    output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
     found = output.get("logits")
     return (found if found is not None else output["last_hidden_state"]).float()
 

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .agreement import first_error, world_size
+from .agreement import first_error
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves, usable
 from .card import CARD_NAME, REPORT_NAME, PruningReport
 from .checkpoint import check_config, check_resumable, last_checkpoint, load_converted_, read_state, write_state
 from .config import HessoConfig
 from .cric import PROBE_BATCH_SIZE, PROBE_BATCHES
+from .engines import EngineMixin
 from .errors import HessoError, TrainingDivergedError
 from .export import export_pruned
-from .hub import HubMixin
 from .optimizer import HessoOptimizer
 from .per_layer import MODULE_NAME
 from .plan import PruningPlan
@@ -31,6 +30,7 @@ from .plots import PLOT_NAME
 from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics
 from .schedule import Schedule, resolve_schedule
+from .shards import reshard
 from .snapshot import kept_random_state
 from .tokens import KeptTokens
 from .vocabulary import ROUND_TO, check_countable, keep_tokens
@@ -38,7 +38,7 @@ from .vocabulary import ROUND_TO, check_countable, keep_tokens
 logger = logging.get_logger(__name__)
 
 
-class HessoMixin(HubMixin):
+class HessoMixin(EngineMixin):
     """Adds pruning to a `Trainer` class: `class X(HessoMixin, SomeTrainer)`.
 
     Args:
@@ -168,13 +168,8 @@ class HessoMixin(HubMixin):
                 )
             return schedule
         schedule = resolve_schedule(self.hesso_config, self._total_steps())
-        self.hesso_plan.settle(self._measure_curves)
-        if world_size() > 1:
-            decision = [self.hesso_plan.target.to_dict()]
-            dist.broadcast_object_list(decision, src=0)
-            self.hesso_plan.target = TargetSizes.from_dict(decision[0])
-        sizes = self.hesso_plan.target.sizes
-        logger.info(f"HESSO prunes {self.hesso_plan.target.parameter_ratio:.1%} of the parameters: {sizes}")
+        if not self._is_sharded:  # there it is measured on the shards, when they have been made
+            self._settle_sizes()
         return schedule
 
     def _total_steps(self) -> int:
@@ -265,6 +260,8 @@ class HessoMixin(HubMixin):
             if self.args.should_save:
                 _remove_export(target)
             with self._before_trial():
+                if self._is_sharded:
+                    return self._save_dense_sharded(target)
                 return super().save_model(output_dir, _internal_call=_internal_call)
         self._export(process, target)
         if self.args.push_to_hub and not _internal_call:
@@ -286,7 +283,10 @@ class HessoMixin(HubMixin):
             snapshot.swap_weights()
 
     def _export(self, process: PruningProcess, target: Path) -> None:
-        """Write the smaller model from one process; an error of that one is raised on all."""
+        """Write the smaller model from one process, or from the shards of all; an error is raised on all."""
+        if self._is_sharded:
+            self.pruning_report = self._export_sharded(process.kept_units(), target)
+            return
         failed: Exception | None = None
         if self.args.should_save:
             try:
@@ -315,6 +315,7 @@ class HessoMixin(HubMixin):
             if self.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_state(folder, self._process.decision(), self.hesso_config, self._training_record())
+            self._write_shards(folder)
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
@@ -348,25 +349,12 @@ class HessoMixin(HubMixin):
         super()._load_best_model()
         load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
         self._process.reapply()
+        reshard(self._bare_model())
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    def _bare_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
     def _tokenizer(self) -> Any:
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
-
-    def _refuse_engines(self) -> None:
-        for name, enabled in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
-            if enabled:
-                raise HessoError(f"{name} shards the parameters, which pruning doesn't support yet; use one GPU or DDP")
-        if self.args.auto_find_batch_size:
-            raise HessoError("`auto_find_batch_size` (True) starts training over midway; set a batch size that fits")
-        if self.args.push_to_hub and self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
-            logger.warning(
-                f"`hub_strategy` ({self.args.hub_strategy}): only the smaller model is pushed, no checkpoints"
-            )
 
     def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
         """Return the folder to resume from; for True the last whole one, as a killed run may leave half a one.

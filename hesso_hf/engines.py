@@ -1,0 +1,151 @@
+"""Engines: what changes for a trainer whose parameters Accelerate shards, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .agreement import barrier, world_size
+from .budget import TargetSizes
+from .calibration import LossCurves
+from .card import PruningReport
+from .config import HessoConfig
+from .errors import HessoError
+from .groups import KeptUnits
+from .hub import HubMixin
+from .plan import PruningPlan
+from .shard_export import Writers, export_sharded, write_dense
+from .shard_state import load_pruning_state, save_pruning_state
+from .shards import named_parameters
+
+logger = logging.get_logger(__name__)
+
+
+class EngineMixin(HubMixin):
+    """What a trainer with a `hesso_plan` does where FSDP2 shards the parameters, as Accelerate's config says."""
+
+    hesso_plan: PruningPlan
+    hesso_config: HessoConfig
+    _resume_from: str | None
+    _measure_curves: Callable[[], LossCurves]
+    _training_record: Callable[[], dict[str, Any]]
+    _tokenizer: Callable[[], Any]
+
+    def _bare_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled
+
+    def _refuse_engines(self) -> None:
+        """Refuse what can't work, before any work.
+
+        Raises:
+            HessoError: naming the engine or the argument and the remedy.
+        """
+        if self.is_deepspeed_enabled:
+            raise HessoError("DeepSpeed isn't supported: use FSDP2 (`fsdp_version: 2`), which shards as ZeRO-3 does")
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            raise HessoError(
+                "`model` was sharded while it was loaded (`tp_plan` or `distributed_config`), which pruning doesn't "
+                "support; load it whole and choose FSDP2 in Accelerate's config"
+            )
+        if self.args.auto_find_batch_size:
+            raise HessoError("`auto_find_batch_size` (True) starts training over midway; set a batch size that fits")
+        if self._is_sharded and self.hesso_config.prune_vocabulary:
+            raise HessoError(
+                "`prune_vocabulary` (True) isn't supported where parameters are sharded; leave it out, and trim the "
+                "saved model on one process (`export_pruned(..., vocabulary=keep_tokens(...))`)"
+            )
+        if self.args.push_to_hub and self.args.hub_strategy in ("checkpoint", "all_checkpoints"):
+            logger.warning(
+                f"`hub_strategy` ({self.args.hub_strategy}): only the smaller model is pushed, no checkpoints"
+            )
+
+    # -- after sharding -------------------------------------------------------------------------------------------
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._is_sharded:
+            self._bind()
+            if self._resume_from is None:
+                self._settle_sizes()
+                assert self.hesso_optimizer is not None
+                self.hesso_optimizer.process = self.hesso_plan.process(self._process.schedule)
+        return prepared
+
+    def _bind(self) -> None:
+        """Take the parameters that sharding has put in the place of those that the plan was made on."""
+        self._process.bound.bind(named_parameters(self._bare_model()))
+
+    def _settle_sizes(self) -> None:
+        """Measure the split between structures, and take what the main process found."""
+        self.hesso_plan.settle(self._measure_curves)
+        if world_size() > 1:
+            decision = [self.hesso_plan.target.to_dict()]
+            dist.broadcast_object_list(decision, src=0)
+            self.hesso_plan.target = TargetSizes.from_dict(decision[0])
+        sizes = self.hesso_plan.target.sizes
+        logger.info(f"HESSO prunes {self.hesso_plan.target.parameter_ratio:.1%} of the parameters: {sizes}")
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_sharded:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        self._bind()
+        super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.hesso_optimizer is not None
+        return load_pruning_state(self.hesso_optimizer, self._bare_model(), Path(checkpoint))
+
+    def _write_shards(self, folder: Path) -> None:
+        """Write beside a sharded checkpoint what torch leaves out: the pruning state, config and tokenizer."""
+        if not self._is_sharded:
+            return
+        if self.args.should_save:
+            self._bare_model().config.save_pretrained(folder)
+            if self._tokenizer() is not None:
+                self._tokenizer().save_pretrained(folder)
+        assert self.hesso_optimizer is not None
+        save_pruning_state(self.hesso_optimizer, self._bare_model(), folder)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save every process' random state before the file that says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        barrier()
+
+    # -- the smaller model ----------------------------------------------------------------------------------------
+
+    def _export_sharded(self, kept: KeptUnits, target: Path) -> PruningReport:
+        return export_sharded(
+            self._bare_model(),
+            target,
+            kept_units=kept,
+            groups=self.hesso_plan.groups,
+            tokenizer=self._tokenizer(),
+            dtype=self.hesso_config.export_dtype,
+            writers=self._writers(),
+            training=self._training_record(),
+        )
+
+    def _save_dense_sharded(self, target: Path) -> None:
+        write_dense(self._bare_model(), target, self.hesso_plan.groups, self._tokenizer(), self._writers())
+
+    def _writers(self) -> Writers:
+        """Return who writes files: all processes into one folder, or those of each node into one of the node's own."""
+        if self.args.save_on_each_node:
+            return Writers(self.args.local_process_index, self._processes_a_node(), self.args.should_save)
+        return Writers(self.args.process_index, world_size(), self.args.should_save)
+
+    def _processes_a_node(self) -> int:
+        shared: list[Any] = [None] * world_size()
+        dist.all_gather_object(shared, self.args.local_process_index)
+        return max(shared) + 1
