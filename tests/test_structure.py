@@ -18,7 +18,8 @@ ORDER = (
     "expert_trial", "depth_proof", "proof", "cost", "latency", "budget", "inspection", "schedule", "saliency",
     "agreement", "snapshot", "bound", "calibration", "ranking", "cric", "trial", "collapse", "process",
     "optimizer", "shard_state", "plan", "tokens", "spelling", "retokenize", "embeddings", "vocabulary",
-    "verify", "publish", "plots", "card", "checkpoint", "export", "shard_export", "progress", "hub", "engines", "trainer",
+    "verify", "publish", "plots", "card", "checkpoint", "export", "shard_export", "progress", "hub", "engines",
+    "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)
