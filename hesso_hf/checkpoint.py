@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -20,6 +23,7 @@ from .errors import CheckpointMismatchError
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "hesso_state.json"
+SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded run's checkpoint
 
 
 def write_state(folder: Path, decision: Mapping[str, Any], config: HessoConfig, training: Mapping[str, Any]) -> None:
@@ -69,6 +73,23 @@ def load_converted_(model: PreTrainedModel, folder: Path) -> None:
         return
     logger.info(f"{type(model).__name__} stores weights under other names: they are loaded through `from_pretrained`")
     model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+def load_shards(model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> PreTrainedModel:
+    """Load the model of a checkpoint that a sharded run wrote, whole, on one process.
+
+    Args:
+        folder: of the checkpoint; torch's distributed files lie in a folder of it.
+    """
+    reader = FileSystemReader(folder / SHARDS_NAME)
+    stored = reader.read_metadata().state_dict_metadata
+    dtypes = {found.properties.dtype for found in stored.values() if isinstance(found, TensorStorageMetadata)}
+    with no_init_weights():
+        model = model_class(config)
+    model.tie_weights()
+    model = model.to(dtypes.pop())  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
+    load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
+    return model
 
 
 def stored_names(folder: Path) -> set[str]:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import logging
 
 from .card import PruningReport, count_parameters
-from .checkpoint import STATE_NAME, read_state
+from .checkpoint import SHARDS_NAME, STATE_NAME, load_shards, read_state
 from .config import OPT_IN, structures_around
 from .cut import cut_model
 from .depth import LAYER_UNITS, without_dropped_layers
@@ -275,7 +275,10 @@ def _read_checkpoint(
         training = training or state["training"]
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
-    model = model_class_of(load_config(folder)).from_pretrained(folder)
+    config = load_config(folder)
+    model_class = model_class_of(config)
+    sharded = (folder / SHARDS_NAME).is_dir()
+    model = load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
     if training and training.get("base_model"):
         model.config.name_or_path = training["base_model"]
     if tokenizer is None and (folder / "tokenizer_config.json").exists():

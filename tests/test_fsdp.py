@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import fsdp_cpu
+import killing
+import pytest
 import torch
+import torch.distributed as dist
 from training import hesso_config, trainer
 from transformers import AutoModelForCausalLM
 
-from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf import HessoConfig, HessoTrainer, export_pruned
+from hesso_hf.checkpoint import last_checkpoint
+from hesso_hf.shards import local, named_parameters
 
 RATIO = {"pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 9, "pruning_periods": 3}
 
@@ -64,3 +74,141 @@ def test_two_processes_under_fsdp_equal_one(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "two" / "small").iterdir()) == sorted(
         p.name for p in (tmp_path / "one" / "small").iterdir()
     )
+
+
+CRIC = {
+    "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28, "hidden_size": 48},
+    "warmup_steps": 2, "pruning_steps": 5, "pruning_periods": 2, "saliency_batches": 2,
+    "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2,
+}  # fmt: skip
+STEPS = 20
+
+
+def every_step(folder: str, processes: int, **changes: Any) -> HessoTrainer:
+    """Build a CRIC run that writes a checkpoint every step."""
+    return build(folder, STEPS, processes, hesso=CRIC, save_strategy="steps", save_steps=1, **changes)
+
+
+def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
+    """Return all that a process holds of weights and optimizer state, and the decision."""
+    found: dict[str, torch.Tensor] = {}
+    base = run.hesso_optimizer.base
+    for name, parameter in named_parameters(run.accelerator.unwrap_model(run.model)).items():
+        found[name] = local(parameter.detach()).clone()
+        for key, value in base.state[parameter].items():
+            found[f"{name} {key}"] = local(torch.as_tensor(value)).clone()
+    return found | {f"scales {name}": scales for name, scales in run.hesso_optimizer.process.scales.items()}
+
+
+def resumed_job(folder: str, processes: int, steps: list[int]) -> None:
+    """Train without interruption, then again from some of the checkpoints, and compare bit for bit."""
+    whole = every_step(f"{folder}/whole", processes)
+    whole.train()
+    expected = state_of(whole)
+    for step in steps:
+        output = Path(f"{folder}/from-{step}/out")
+        if whole.args.process_index == 0:
+            shutil.copytree(f"{folder}/whole/out/checkpoint-{step}", output / f"checkpoint-{step}")
+        dist.barrier()
+        again = every_step(f"{folder}/from-{step}", processes)
+        again.train(resume_from_checkpoint=True)
+        found = state_of(again)
+        assert found.keys() == expected.keys()
+        different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+        assert not different, (step, different)
+    print("RESUMED", flush=True)
+
+
+def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(tmp_path: Path) -> None:
+    # inside a CRIC cycle, in the middle of a period
+    done = fsdp_cpu.run(tmp_path / "two", "test_fsdp", "resumed_job", steps=[3, 10])
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("RESUMED") == 2
+    checkpoint = tmp_path / "two" / "whole" / "out" / "checkpoint-4"
+    assert last_checkpoint(checkpoint.parent) == checkpoint.parent / f"checkpoint-{STEPS}"
+    (tmp_path / "one" / "out").mkdir(parents=True)
+    shutil.copytree(checkpoint, tmp_path / "one" / "out" / "checkpoint-4")
+    done = fsdp_cpu.run(tmp_path / "one", "test_fsdp", "job", processes=1, steps=STEPS, resume=True, hesso=CRIC)
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
+    export_pruned(tmp_path / "two" / "whole" / "out" / f"checkpoint-{STEPS}", tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "small")
+    assert alone["kind"] == "FSDPLlamaForCausalLM"
+    for (name, ours), theirs in zip(small.named_parameters(), exported.parameters(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
+def killed_job(folder: str, processes: int, save_on_each_node: bool = False) -> None:
+    """Train and save, from the last checkpoint where there is one, and leave what each process holds."""
+    killing.arm()
+    run = every_step(folder, processes, save_total_limit=3)
+    run.train(resume_from_checkpoint=last_checkpoint(Path(folder) / "out") is not None or None)
+    run.save_model(f"{folder}/small")
+    torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
+
+
+def check_kills(folder: Path, kills: int, events: int, seed: int) -> list[str]:
+    """Kill a run again and again at random events, let it end, and compare it with one that was left alone."""
+    generator = random.Random(seed)
+    for name in ("killed", "alone"):
+        (folder / name).mkdir(parents=True)
+    env = fsdp_cpu.ENVIRONMENT
+    points = []
+    command = fsdp_cpu.command(
+        folder / "killed", "test_fsdp", "killed_job", 2, folder=str(folder / "killed"), processes=2
+    )
+    while len(points) < kills:
+        event, rank = generator.randrange(1, events), generator.randrange(2)
+        point = killing.run_and_kill(command, folder / "mark", event, rank, env)
+        if point is None:  # it ended before: begin anew
+            shutil.rmtree(folder / "killed" / "out")
+            shutil.rmtree(folder / "killed" / "small")
+            continue
+        points.append(point)
+    for name in ("killed", "alone"):
+        done = fsdp_cpu.run(folder / name, "test_fsdp", "killed_job")
+        assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        expected = torch.load(folder / "alone" / f"final{rank}.pt", weights_only=True)
+        found = torch.load(folder / "killed" / f"final{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    AutoModelForCausalLM.from_pretrained(folder / "killed" / "small")
+    assert not list((folder / "killed").glob(".small*"))
+    return points
+
+
+def test_kill_9_at_random_events(tmp_path: Path) -> None:
+    check_kills(tmp_path, kills=2, events=60, seed=4)
+
+
+@pytest.mark.slow
+def test_kill_9_at_many_random_events(tmp_path: Path) -> None:
+    points = check_kills(tmp_path, kills=20, events=60, seed=5)
+    assert len({point.partition(": ")[2] for point in points}) >= 3, points
+
+
+def test_one_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    command = fsdp_cpu.command(tmp_path / "run", "test_fsdp", "dying_job", 2, folder=str(tmp_path / "run"), processes=2)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **fsdp_cpu.ENVIRONMENT}, timeout=300
+    )
+    assert done.returncode != 0
+    assert "rank      : 1" in done.stderr
+    assert "SIGKILL" in done.stderr
+
+
+def dying_job(folder: str, processes: int) -> None:
+    """Train; process 1 dies in step 5."""
+    run = every_step(folder, processes)
+    plain = run.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if run.state.global_step == 5 and run.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args, **kwargs)
+
+    run.training_step = training_step
+    run.train()
