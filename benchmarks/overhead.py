@@ -63,7 +63,7 @@ class Allocations(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        if storage._cdata in given or storage._cdata in self._seen:
+        if storage._cdata in given or storage._cdata in self._seen or storage.device.type == "meta":
             return
         self._seen.add(storage._cdata)
         self.now += storage.nbytes()

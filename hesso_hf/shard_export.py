@@ -7,6 +7,7 @@ it belongs to. Verification runs on fp32 copies that are sharded as the trained 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
 import socket
@@ -139,6 +140,7 @@ class ShardedExport:
         with routed_by(full, self._experts, self._mask):
             self.logits = logits_of(full, self.input_ids)
         del full
+        gc.collect()  # FSDP2's modules refer to each other in circles
         self.small = self._filled(kept)
         self.fold_error = self._error()
         if not self.fold_error <= FOLD_TOLERANCE:
@@ -281,6 +283,7 @@ def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits)
     fully_shard(small, mesh=_mesh_of(model))
     buffers = {name: buffer.to(device) for name, buffer in small.named_buffers()}
     small.to_empty(device=device)
+    small.tie_weights()  # memory is given to each module by itself
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         small.get_submodule(owner)._buffers[leaf] = buffer

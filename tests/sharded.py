@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+from moe import moe_model
 from tiny import VOCAB, tiny_gemma2, tiny_llama, tiny_phi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from hesso_hf import HessoConfig, HessoOptimizer
+from hesso_hf import HessoConfig, HessoOptimizer, export_pruned
+from hesso_hf.groups import KeptUnits, mask_
 from hesso_hf.plan import PruningPlan
 from hesso_hf.schedule import Schedule
+from hesso_hf.shard_export import Writers, export_sharded, write_dense
 from hesso_hf.shard_state import load_pruning_state, save_pruning_state
+from hesso_hf.shards import part_of
 
 BATCH, LENGTH = 4, 9
-MODELS: dict[str, Callable[..., PreTrainedModel]] = {"llama": tiny_llama, "gemma2": tiny_gemma2, "phi": tiny_phi}
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": tiny_llama, "gemma2": tiny_gemma2, "phi": tiny_phi,
+    **{name: functools.partial(moe_model, name) for name in ("mixtral", "deepseek_v3")},
+}  # fmt: skip
 SIZES = {"num_key_value_heads": 2, "intermediate_size": 28, "hidden_size": 48}
 PHI_SIZES = {"intermediate_size": 28, "hidden_size": 48}
 HESSO = Schedule(3, 6, 2, 14)
@@ -38,8 +49,8 @@ class Run:
         mesh: how the processes are laid out, "shard" or "replicate_shard"; None for no sharding.
     """
 
-    def __init__(self, kind: str = "llama", mesh: str | None = None, **config: Any) -> None:
-        self.model = MODELS[kind](seed=5).train()
+    def __init__(self, kind: str = "llama", mesh: str | None = None, layers: int = 2, **config: Any) -> None:
+        self.model = MODELS[kind](seed=5, **({"num_hidden_layers": layers} if layers != 2 else {})).train()
         sizes = PHI_SIZES if kind == "phi" else SIZES
         self.config = HessoConfig(**({"target_sizes": sizes, "saliency_batches": 2} | config))
         if mesh:
@@ -170,6 +181,69 @@ def load_and_train(folder: Path, source: str, steps: int, mesh: str | None, kind
     torch.save(run.result(), folder / f"rank{dist.get_rank() if dist.is_initialized() else 0}.pt")
 
 
+def export(folder: Path, kind: str, dtype: str | None = None, layers: int = 2, **config: Any) -> None:
+    """Prune, write the smaller model from shards, and from a whole copy on process 0 beside it."""
+    run = Run(kind, "shard", layers, **config)
+    while not run.optimizer.process.finished:
+        run.step()
+    kept, rank = run.optimizer.process.kept_units(), dist.get_rank()
+    writers = Writers(rank, dist.get_world_size(), rank == 0)
+    options = {"kept_units": kept, "groups": run.plan.groups, "tokenizer": None, "dtype": dtype}
+    report = export_sharded(run.model, folder / "small", writers=writers, training={}, max_shard_size="30KB", **options)
+    write_dense(run.model, folder / "dense", run.plan.groups, None, writers)
+    whole_model = MODELS[kind](seed=5, **({"num_hidden_layers": layers} if layers != 2 else {}))
+    state = {name: whole(p.detach()) for name, p in run.model.named_parameters()}
+    torch.save({"fold": report.verification.fold_error}, folder / f"rank{rank}.pt")
+    if rank == 0:
+        whole_model.load_state_dict(state, strict=False)
+        whole_model.tie_weights()
+        export_pruned(whole_model, folder / "plain", **options)
+        whole_model.save_pretrained(folder / "plain-dense")
+
+
+def export_in_little_memory(folder: Path) -> None:
+    """Write a model of 100 MB from shards; say how much memory this process took for it."""
+    sizes = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 16, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "head_dim": 40}  # fmt: skip
+    model = tiny_llama(seed=5, **sizes)
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    shard_(model, "shard")
+    groups = PruningPlan.prepare(model, HessoConfig(target_sizes={"intermediate_size": 640})).groups
+    structure = groups.structures["mlp_channels"]
+    with torch.no_grad():
+        for _, axis in structure.all_axes():
+            parameter = model.get_parameter(axis.parameter)
+            mask_(parameter.to_local(), axis, torch.arange(1280) >= 640, part=part_of(axis.parameter, parameter))
+    kept = KeptUnits({"mlp_channels": 1280}, {"mlp_channels": (tuple(range(640)),) * len(structure.layers)})
+    rank = dist.get_rank()
+    gc.collect()
+    with Growth() as grown:
+        export_sharded(
+            model, folder / "small", kept_units=kept, groups=groups, tokenizer=None, dtype=None, training={},
+            writers=Writers(rank, dist.get_world_size(), rank == 0), max_shard_size="8MB",
+        )  # fmt: skip
+    torch.save({"grown": grown.peak, "dense": dense}, folder / f"rank{rank}.pt")
+
+
+class Growth:
+    """How much memory this process takes at most, beyond what it had."""
+
+    def __enter__(self) -> Growth:
+        self._process, self._ended = psutil.Process(), threading.Event()
+        self._before, self.peak = self._process.memory_info().rss, 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.002):
+            self.peak = max(self.peak, self._process.memory_info().rss - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
 def forget_the_pruning_state(folder: Path) -> None:
     """Load torch's own state of the optimizer through a distributed checkpoint, and train on."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -210,5 +284,7 @@ def launch(folder: Path, jobs: list[tuple[str, Path, dict[str, Any]]], processes
     (folder / "jobs.json").write_text(json.dumps([(job, str(where), options) for job, where, options in jobs]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(folder / "worker.py"), str(Path(__file__).parent), str(folder / "jobs.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-4000:]
+    # without the threshold the allocator keeps what FSDP2 lets go
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[:8000]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded
 import torch
+from safetensors.torch import load_file
 from sharded import CRIC, HESSO, launch
+from transformers import AutoModelForCausalLM
 
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.shard_state import FOLDER
@@ -115,3 +118,55 @@ def test_a_stored_part_that_is_lost_is_an_error(tmp_path: Path) -> None:
 def test_going_on_without_the_pruning_state_is_an_error(tmp_path: Path) -> None:
     launch(tmp_path, [("forget_the_pruning_state", tmp_path / "forgotten", {})])
     assert (tmp_path / "forgotten" / "refused").read_text() == "call `load_pruning_state"
+
+
+MOE = {"target_sizes": None, "pruning_ratio": 0.25, "calibration_examples": 0}
+EXPORTS: dict[str, dict[str, Any]] = {
+    "many-files": {"kind": "llama", "layers": 10, "dtype": "bfloat16"},
+    "tied": {"kind": "gemma2"},
+    "layer-norm": {"kind": "phi"},
+    "uneven": {"kind": "llama", "layer_widths": "per_layer",
+               "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28}},
+    "experts": {"kind": "mixtral", **MOE, "structures": ["attention_heads", "experts"]},
+    "latent": {"kind": "deepseek_v3", **MOE},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    launch(folder, [("export", folder / name, options) for name, options in EXPORTS.items()])
+    return folder
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+@pytest.mark.parametrize("kind", ["small", "dense"])
+def test_what_is_written_from_shards_is_what_is_written_from_a_whole_model(name: str, kind: str, exports: Path) -> None:
+    folder = exports / name / kind
+    plain = exports / name / {"small": "plain", "dense": "plain-dense"}[kind]
+    ours, expected = tensors_in(folder), tensors_in(plain)
+    assert ours.keys() == expected.keys()
+    for tensor, value in expected.items():
+        assert ours[tensor].dtype == value.dtype
+        assert torch.equal(ours[tensor], value), tensor
+    config, wanted = (json.loads((where / "config.json").read_text()) for where in (folder, plain))
+    assert {**config, "use_cache": 0} == {**wanted, "use_cache": 0}
+    same = {path.name for path in folder.iterdir() if not path.name.startswith("model")}
+    assert same == {path.name for path in plain.iterdir() if not path.name.startswith("model")}
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_many_files_are_written_by_both_processes(exports: Path) -> None:
+    assert len(list((exports / "many-files" / "small").glob("model-*.safetensors"))) >= 4
+    assert all(found["fold"] <= 1e-5 for found in results(exports / "many-files"))
+
+
+def test_no_process_holds_a_full_copy_while_it_writes(tmp_path: Path) -> None:
+    launch(tmp_path, [("export_in_little_memory", tmp_path / "big", {})])
+    for found in results(tmp_path / "big"):
+        assert found["dense"] >= 80e6
+        assert found["grown"] <= 0.8 * found["dense"], found
