@@ -202,6 +202,83 @@ def architectures(result: dict[str, Any]) -> str:
     return summary(result)
 
 
+def memory(result: dict[str, Any]) -> str:
+    """Estimated over measured memory of training, by device, setting and trainer."""
+    rows, shapes = [], set()
+    for entry in result.values():
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for run in entry["runs"]:
+            groups.setdefault((run["setting"], run["trainer"]), []).append(run)
+            shapes.add((run["workload"]["batch_size"], run["workload"]["sequence_length"]))
+        for (setting, trainer), runs in groups.items():
+            speeds = [f"{run['tokens_per_second']:,.0f}" for run in runs if run["tokens_per_second"] is not None]
+            peaks = [run["measured"]["peak"] / 1e6 for run in runs]
+            kept = [run["ratio"]["peak"] for run in runs]
+            moving = [run["ratio"]["peak above parameters and state"] for run in runs]
+            rows.append(
+                [
+                    f"{_plural(len(runs), 'model')} on {entry['device']}",
+                    setting,
+                    trainer,
+                    _spread(peaks, ",.0f"),
+                    _spread(kept, ".3f"),
+                    _spread(moving, ".3f"),
+                    ", ".join(speeds) or "-",
+                ]
+            )
+    return "\n".join(
+        [
+            _table(
+                ["models", "setting", "trainer", "peak (MB)", "estimate/peak", "without what stays", "tokens/s"], rows
+            ),
+            "",
+            f"Micro-batches of {' or '.join(f'{batch} x {length}' for batch, length in sorted(shapes))} tokens, AdamW. "
+            "The ratios are the estimate over the measurement: of the peak, and of what is above the parameters and "
+            "the optimizer state, which the estimate has exactly.",
+        ]
+    )
+
+
+def _spread(values: list[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low} to {high}"
+
+
+PLANNED = ("ddp", "fsdp2", "zero2", "zero3", "fsdp2_offload", "zero2_offload", "lora")
+
+
+def plans(result: dict[str, Any]) -> str:
+    """GB a GPU by model, number of GPUs and engine; bold where it fits."""
+    from hesso_hf.strategies import ENGINES
+
+    titles = {engine.name: engine.title for engine in ENGINES}
+    rows = []
+    for plan in result["plans"]:
+        engines, cluster = plan["engines"], plan["cluster"]
+        host = engines[plan["recommended"] or "fsdp2"]["host_bytes_per_node"]
+        cells = [_plan_cell(engines.get(name)) for name in PLANNED]
+        chosen = titles[plan["recommended"]] if plan["recommended"] else "none"
+        rows.append([plan["model"], str(cluster["num_gpus"]), *cells, chosen, f"{host / 1e9:,.0f}"])
+    work, memory = result["plans"][0]["workload"], result["plans"][0]["cluster"]["gpu_memory"]
+    return "\n".join(
+        [
+            _table(["model", "GPUs", *[titles[name] for name in PLANNED], "recommended", "host/node"], rows),
+            "",
+            f"Estimated GB: the peak of one GPU, bold where it fits {memory / 1e9:g} GB, and main memory of a node of "
+            "up to eight GPUs under the recommended engine. "
+            f"Micro-batches of {work['batch_size']} x {work['sequence_length']} tokens, {work['dtype']}, "
+            f"{work['optimizer']}, gradient checkpointing and accumulation, CRIC with its snapshot in main memory.",
+        ]
+    )
+
+
+def _plan_cell(engine: dict[str, Any] | None) -> str:
+    if engine is None:
+        return "-"
+    text = f"{engine['peak_bytes'] / 1e9:.1f}"
+    return f"**{text}**" if engine["fits"] else text
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "stories": ("stories.json", "make bench", stories),
@@ -211,6 +288,8 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         quickstart,
     ),
     "overhead": ("overhead.json", "python benchmarks/overhead.py", overhead),
+    "memory": ("memory.json", "python benchmarks/memory.py", memory),
+    "plans": ("plans.json", "python benchmarks/plans.py", plans),
     "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),

@@ -1,4 +1,4 @@
-"""`hesso-hf inspect | prune | export | eval | report | survey | quickstart`."""
+"""`hesso-hf inspect | plan | prune | export | eval | report | survey | quickstart`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,27 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--trust-remote-code", action="store_true")
     inspect.set_defaults(run=_inspect)
+
+    plan = commands.add_parser("plan", help="which engine a training run fits in memory, from the config alone")
+    plan.add_argument("model", help="Hub id, folder or config.json")
+    plan.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB, 1e9 bytes)")
+    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--host-memory", type=float, help="main memory of one node (GB); by default as much as is needed")
+    plan.add_argument("--batch-size", type=int, default=1, help="examples in one GPU's micro-batch")
+    plan.add_argument("--sequence-length", type=int, default=2048, help="tokens in one example")
+    plan.add_argument("--gradient-checkpointing", action="store_true")
+    plan.add_argument("--gradient-accumulation", action="store_true", help="gradients stay between micro-batches")
+    plan.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
+    plan.add_argument("--optimizer", choices=["adamw", "adamw_8bit", "adafactor", "sgd"], default="adamw")
+    plan.add_argument(
+        "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
+    )
+    plan.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
+    plan.add_argument("--lora-rank", type=int, default=16)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--trust-remote-code", action="store_true")
+    plan.set_defaults(run=_plan)
 
     commands.add_parser("prune", help="fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]")
 
@@ -113,6 +134,28 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _sizes_line(option: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in option["sizes"].items())
     return f"{option['parameters']:,} parameters ({option['ratio']:.1%} removed): {sizes}"
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .bundled import resolve_model
+    from .memory import GB, Cluster, Workload
+    from .planning import plan_memory
+
+    workload = Workload(
+        arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
+        arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
+        arguments.lora_rank,
+    )  # fmt: skip
+    host = None if arguments.host_memory is None else arguments.host_memory * GB
+    cluster = Cluster(arguments.gpus, arguments.gpu_memory * GB, arguments.gpus_per_node, host)
+    model = resolve_model(arguments.model)
+    found = plan_memory(model, workload, cluster, arguments.trust_remote_code, arguments.model)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return 0
+    _table(found.title(), found.header(), found.rows())
+    print("\n".join(found.notes()))
+    return 0
 
 
 def _prune(flags: list[str]) -> int:

@@ -72,6 +72,27 @@ def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypat
         assert 0 < found["extra_bytes_peak"] < 869_504 * 4
 
 
+def test_memory_measures_every_moment_of_both_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import memory
+
+    output = tmp_path / "memory.json"
+    flags = ["--device", "cpu", "--shapes", "tiny", "--batch-size", "3", "--length", "160", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *flags])
+    assert memory.main() == 0
+    runs = json.loads(output.read_text())["cpu"]["runs"]
+    assert {(run["setting"], run["trainer"]) for run in runs} == {
+        *((setting, "Trainer") for setting in memory.SETTINGS),
+        ("bf16 autocast", "HessoTrainer"),
+        ("bf16 autocast, checkpointing", "HessoTrainer"),
+    }
+    for run in runs:
+        assert run["ratio"]["peak above parameters and state"] == pytest.approx(1, rel=0.05), run["setting"]
+        assert run["ratio"]["forward"] == pytest.approx(1, rel=0.06), run["setting"]  # labels and masks count here
+        if run["setting"] != "bf16 weights":
+            for name in ("parameters", "gradients", "optimizer"):
+                assert run["estimated"][name] == run["measured"][name]
+
+
 def test_collapse_runs_every_start_and_method_with_equal_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
