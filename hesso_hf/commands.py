@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bundled import resolve_model
 from .card import REPORT_NAME
+from .checkpoint import last_checkpoint
 from .data import held_out_split, text_blocks
 from .errors import HessoError
 from .evaluate import held_out_loss, perplexity
@@ -50,7 +51,10 @@ def prune(recipe: Recipe) -> PruneResult | None:
         processing_class=tokenizer,
         hesso_config=recipe.hesso,
     )
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    resume: Any = recipe.training.resume_from_checkpoint
+    if resume == "auto":
+        resume = last_checkpoint(Path(str(recipe.training.output_dir)))
+    trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     loss = trainer.evaluate()["eval_loss"] if held_out is not None else None
     output = Path(run.output) if run.output else Path(str(recipe.training.output_dir)) / "small"
     trainer.save_model(str(output), _internal_call=True)

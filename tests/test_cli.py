@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hesso_hf import HessoConfig
+from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli import main
 from hesso_hf.errors import HessoError
@@ -27,8 +27,9 @@ from hesso_hf.proof import random_model
 from hesso_hf.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-COMMANDS = ["inspect", "prune", "export", "eval", "report", "survey", "quickstart"]
+LAUNCHERS = ("accelerate_configs", "kubernetes")  # test_recipes.py is theirs
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in LAUNCHERS]
+COMMANDS = ["inspect", "plan", "prune", "export", "eval", "report", "survey", "quickstart"]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_help(command: str) -> None:
         assert "--learning_rate" in done.stdout
 
 
-@pytest.mark.parametrize("recipe", [path for path in RECIPES if path.parent.name != "accelerate_configs"], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_recipe_runs_on_a_tiny_model(
     recipe: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,8 +94,6 @@ def test_recipe_has_a_header_with_the_command(recipe: Path) -> None:
     header = recipe.read_text().split("\n\n")[0]
     assert header.startswith("#")
     assert "hesso-hf prune" in header or "hesso_hf prune" in header
-    if recipe.parent.name == "accelerate_configs":
-        assert yaml.safe_load(recipe.read_text())["distributed_type"] == "MULTI_GPU"
 
 
 def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: Path) -> None:
@@ -136,6 +135,49 @@ def test_inspect_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "869,504 parameters" in out
 
 
+def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--gpus", "2", "--gpu-memory", "24", "--batch-size", "3", "--sequence-length", "96", "--cric", "device"]
+    assert main(["plan", str(bundled_model_path()), *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recommended"] == "ddp"
+    assert found["workload"]["cric"] == "device"
+    assert (found["workload"]["batch_size"], found["workload"]["sequence_length"]) == (3, 96)
+    assert (found["cluster"]["num_gpus"], found["cluster"]["gpu_memory"]) == (2, 24e9)
+    assert {"ddp", "fsdp2", "zero2", "zero3", "lora"} <= found["engines"].keys()
+    for engine in found["engines"].values():
+        assert abs(sum(engine["parts"].values()) - engine["peak_bytes"]) < 10
+    assert main(["plan", "bundled", "--gpus", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "869,504 parameters" in out
+    assert "recipes/accelerate_configs/ddp.yaml" in out
+
+
+def test_resume_auto_begins_where_there_is_no_whole_checkpoint(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--resume_from_checkpoint", "auto",
+        "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_pruning_ratio", "0.3",
+        "--use_cpu", "true",
+    ]  # fmt: skip
+    resumed: list[str | None] = []
+
+    def train(self: HessoTrainer, resume_from_checkpoint: str | None = None) -> None:
+        resumed.append(resume_from_checkpoint)
+        raise HessoError("far enough")
+
+    monkeypatch.setattr(HessoTrainer, "train", train)
+    checkpoint, half_written = tmp_path / "run" / "checkpoint-40", tmp_path / "run" / "checkpoint-100"
+    assert main(["prune", *flags]) == 2
+    half_written.mkdir(parents=True)
+    assert main(["prune", *flags]) == 2
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert main(["prune", *flags]) == 2
+    assert resumed == [None, None, str(checkpoint)]
+
+
 def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
     flags = [
@@ -171,6 +213,10 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
         (["report", "."], "pruning_report.json"),
         (["export", "nowhere", "out"], "no folder"),
         (["eval", "x"], "needs `--dataset`"),
+        (["plan", "nowhere"], "no model config"),
+        (["plan", "bundled", "--gpus", "0"], "`num_gpus` (0) must be above zero"),
+        (["plan", "bundled", "--gpus", "12"], "must be a multiple of gpus_per_node (8)"),
+        (["plan", "bundled", "--batch-size", "0"], "`batch_size` (0) must be at least 1"),
         (["survey", "--types", "lama"], "'lama'"),
         (["survey", "--types", "llama", "--jobs", "0"], "must be above zero"),
     ],
