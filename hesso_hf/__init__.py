@@ -5,7 +5,8 @@ layer_lists, sizes, probe, shards, groups, shrink, tiny, discovery, norms, strea
 per_layer, cut, expert_trial, depth_proof, proof, cost, latency, budget, inspection, strategies, model_sizes, memory,
 planning, schedule, saliency, agreement, snapshot, bound, calibration, ranking, cric, trial, collapse, process,
 optimizer, shard_state, plan, tokens, spelling, retokenize, embeddings, vocabulary, verify, publish, plots, card,
-checkpoint, export, shard_export, progress, hub, engines, trainer, and then the command line's.
+checkpoint, export, shard_export, progress, hub, engines, distillation,
+trainer, and then the command line's.
 """
 
 from __future__ import annotations

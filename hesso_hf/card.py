@@ -62,7 +62,7 @@ class PruningReport:
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
             "verification": self.verification.to_dict(),
-            **{key: value for key, value in self.training.items() if key not in ("base_model", "vocabulary")},
+            **{key: value for key, value in _public(self.training).items() if key not in ("base_model", "vocabulary")},
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
             "kept_units": self.kept_units.to_dict(),
             "versions": versions(),
@@ -101,6 +101,7 @@ class PruningReport:
             rounding=self.verification.rounding_error,
             dtype=self.verification.dtype,
             tokens="" if self.vocabulary is None else _FEWER_TOKENS,
+            distilled=_distilled(_public(self.training).get("distillation")),
             report=REPORT_NAME,
         ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
 
@@ -137,6 +138,27 @@ def _repo_id(base_model: str) -> str:
     return base_model if is_id else ""
 
 
+def _public(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training record in which a teacher from a folder goes by the folder's name."""
+    found = dict(training)
+    config, distillation = found.get("hesso_config") or {}, found.get("distillation")
+    if config.get("distill_from"):
+        shown = _repo_id(config["distill_from"]) or Path(config["distill_from"]).name
+        found["hesso_config"] = {**config, "distill_from": shown}
+        if distillation:
+            found["distillation"] = {**distillation, "teacher": shown}
+    return found
+
+
+def _distilled(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    return (
+        f"It learnt from {record['teacher']} as the teacher (distillation weight {record['alpha']}, temperature "
+        f"{record['temperature']}). "
+    )
+
+
 def _front_matter(base_model: str) -> str:
     lines = ["---", "library_name: transformers", "tags:", "- pruned", "- hesso"]
     if base_model:
@@ -158,7 +180,7 @@ _CARD = """{front}
 # {name}, pruned
 
 {ratio:.1%} of the parameters were removed by structured pruning with HESSO
-([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {kind}
+([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{kind}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

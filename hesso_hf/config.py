@@ -118,6 +118,18 @@ class HessoConfig:
         default=16,
         metadata={"help": "Examples on which the split between structures is measured; 0 splits evenly."},
     )
+    distillation_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence from a teacher in the loss, in [0, 1]; 0 is without a teacher."},
+    )
+    distillation_temperature: float = field(
+        default=1.0,
+        metadata={"help": "What teacher's and student's logits are divided by before they are compared."},
+    )
+    distill_from: str | None = field(
+        default=None,
+        metadata={"help": "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."},
+    )
     prune_vocabulary: bool = field(
         default=False,
         metadata={"help": "Remove tokens that train_dataset never uses from the saved model and its tokenizer."},
@@ -142,6 +154,7 @@ class HessoConfig:
         self._check_structures()
         self._check_schedule()
         self._check_collapse()
+        self._check_distillation()
         if self.saliency is not None:
             _weights_by_name("saliency", self.saliency, SALIENCIES)
 
@@ -196,7 +209,8 @@ class HessoConfig:
 
     def _check_types(self) -> None:
         """Refuse what isn't a number where one is needed: YAML reads 5e-1 as text."""
-        for name in ("pruning_ratio", "warmup_steps", "pruning_steps", "cric_tolerance", "collapse_threshold"):
+        numbers = ("pruning_ratio", "warmup_steps", "pruning_steps", "cric_tolerance", "collapse_threshold")
+        for name in (*numbers, "distillation_alpha", "distillation_temperature"):
             value = getattr(self, name)
             optional = name == "pruning_ratio" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -300,6 +314,23 @@ class HessoConfig:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
                 reader = "`cric` (False)" + (" or `on_collapse` 'pause'" if name == "cric_snapshot" else "")
                 raise HessoError(f"`{name}` ({getattr(self, name)!r}) does nothing without {reader}")
+
+    def _check_distillation(self) -> None:
+        if not 0 <= self.distillation_alpha <= 1:
+            raise HessoError(
+                f"`distillation_alpha` ({self.distillation_alpha}) must lie in [0, 1]: it is the teacher's weight in "
+                "the loss, 0 trains without one"
+            )
+        if not 0 < self.distillation_temperature < math.inf:
+            raise HessoError(f"`distillation_temperature` ({self.distillation_temperature}) must be a positive number")
+        if self.distill_from is not None and not isinstance(self.distill_from, str):
+            raise HessoError(f"`distill_from` ({self.distill_from!r}) must be a folder or a Hub id, or None")
+        for name in ("distillation_temperature", "distill_from"):
+            if self.distillation_alpha == 0 and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise HessoError(
+                    f"`{name}` ({getattr(self, name)!r}) does nothing with `distillation_alpha` (0); set that too, "
+                    "to 0.9 for example"
+                )
 
 
 def structures_around(names: Iterable[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from .card import CARD_NAME, REPORT_NAME, PruningReport
 from .checkpoint import check_config, check_resumable, last_checkpoint, load_converted_, read_state, write_state
 from .config import HessoConfig
 from .cric import PROBE_BATCH_SIZE, PROBE_BATCHES
+from .distillation import DistillationMixin
 from .engines import EngineMixin
 from .errors import HessoError, TrainingDivergedError
 from .export import export_pruned
@@ -38,7 +39,7 @@ from .vocabulary import ROUND_TO, check_countable, keep_tokens
 logger = logging.get_logger(__name__)
 
 
-class HessoMixin(EngineMixin):
+class HessoMixin(EngineMixin, DistillationMixin):
     """Adds pruning to a `Trainer` class: `class X(HessoMixin, SomeTrainer)`.
 
     Args:
@@ -57,6 +58,7 @@ class HessoMixin(EngineMixin):
         self.pruning_report: PruningReport | None = None
         self.kept_tokens: KeptTokens | None = None
         self.hesso_optimizer = None
+        self.distillation = None
         self._resume_from: str | None = None
         self._saving_checkpoint = False
         self._step_loss: torch.Tensor | None = None
@@ -65,6 +67,7 @@ class HessoMixin(EngineMixin):
         if hesso_config.prune_vocabulary:
             check_countable(self._tokenizer(), self.train_dataset)
         self.hesso_plan = PruningPlan.prepare(self._bare_model(), hesso_config)
+        self.distillation = self._prepare_distillation(self._bare_model(), self._tokenizer())
         self.add_callback(HessoProgressCallback(self))
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -117,7 +120,8 @@ class HessoMixin(EngineMixin):
         if self._process.wants_probe:
             self._probe()
         loss = super().training_step(*args, **kwargs)
-        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        noted = self._noted_loss(loss)
+        self._step_loss = noted if self._step_loss is None else self._step_loss + noted
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -150,6 +154,8 @@ class HessoMixin(EngineMixin):
         """Log the trainer's metrics and, with the training loss, HESSO's."""
         if "loss" in logs and self.hesso_optimizer is not None:
             logs.update(metrics(self.hesso_optimizer, self.hesso_plan.parameters))
+            if self.distillation is not None:
+                logs["hesso/distillation_loss"] = self.distillation.mean(self.state.global_step)
         super().log(logs, *args, **kwargs)
 
     # -- the plan -------------------------------------------------------------------------------------------------
@@ -159,6 +165,8 @@ class HessoMixin(EngineMixin):
         if self._resume_from is not None:
             state = read_state(Path(self._resume_from))
             check_config(state["config"], self.hesso_config.to_dict(), self._resume_from)
+            if self.distillation is not None:
+                self.distillation.check(state["training"].get("distillation"), self._resume_from)
             self.hesso_plan.target = TargetSizes.from_dict(state["target"])
             schedule = Schedule.from_dict(state["schedule"])
             if schedule.end > self._total_steps():
@@ -332,6 +340,7 @@ class HessoMixin(EngineMixin):
             "calibration": curves.to_dict() if curves else None,
             "steps": process.step,
             "cric": process.cric_report(),
+            "distillation": self._distillation_record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
 
