@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N positions that are trained on, D embedding channels
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -173,6 +174,23 @@ def divergence(
     return total * temperature**2, len(positions)
 
 
+@contextlib.contextmanager
+def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the logits that forwards of the model return meanwhile, with gradients where these are on."""
+    found: list[torch.Tensor] = []
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if logits is not None and (logits.requires_grad or not torch.is_grad_enabled()):
+            found.append(logits)
+
+    handle = model.register_forward_hook(record)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Copy a model, its parameters in `dtype` and without gradients, buffers as they are; tied ones stay tied."""
     memo: dict[int, Any] = {
@@ -234,7 +252,7 @@ class Distillation:
         fingerprint: of the teacher's weights before they were put in another dtype.
         plain, last: the last micro-batch's loss without the teacher, and its divergence.
         scaled: whether these are shares of an accumulated batch already.
-        own_forward: whether the trainer's loss leaves no logits with gradients, so that they take a second forward.
+        own_forward: whether the trainer's loss computes no logits, so that they take a second forward.
     """
 
     teacher: Teacher
@@ -318,12 +336,11 @@ class DistillationMixin(_TrainerBase):
             return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         batch = dict(inputs)  # the trainer may take labels out
         targets = self._targets(batch)
-        outputs: Any = None
-        if return_outputs or not self.distillation.own_forward:
-            loss, outputs = plain(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        else:
-            loss = plain(model, inputs, num_items_in_batch=num_items_in_batch)
-        logits = self._student_logits(model, batch, outputs)
+        with _recorded_logits(model) as recorded:
+            result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        logits = recorded[-1] if recorded else self._second_forward(model, batch)
+        self._check_shapes(logits, targets)
         summed, count = divergence(
             self.distillation.teacher, batch, logits, targets, self.hesso_config.distillation_temperature
         )
@@ -349,16 +366,20 @@ class DistillationMixin(_TrainerBase):
             return labels
         return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
-    def _student_logits(self, model: nn.Module, batch: Mapping[str, Any], outputs: Any) -> torch.Tensor:
+    def _check_shapes(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        if logits.shape[:-1] != targets.shape:
+            raise HessoError(
+                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}) needs a language model with a label at "
+                f"every position; labels have the shape {tuple(targets.shape)}, logits {tuple(logits.shape)}"
+            )
+
+    def _second_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
         assert self.distillation is not None
-        logits = outputs.get("logits") if isinstance(outputs, dict) else None
-        if logits is not None and (logits.requires_grad or not torch.is_grad_enabled()):
-            return logits
         if not self.distillation.own_forward:
             self.distillation.own_forward = True
             logger.warning(
-                f"{type(self).__name__}'s loss leaves no logits to compare with the teacher's: distillation takes a "
-                "second forward and backward of the model in every step"
+                f"{type(self).__name__}'s loss computes no logits to compare with the teacher's: distillation "
+                "takes a second forward and backward of the model in every step"
             )
         return model(**{name: value for name, value in batch.items() if name not in _TARGETS}).logits
 

@@ -1,7 +1,10 @@
-"""A progress line that says which phase runs and when pruning ends."""
+"""What is shown and logged: a progress line that says which phase runs and when pruning ends, and the metrics."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -48,6 +51,27 @@ def metrics(optimizer: HessoOptimizer, parameters: Any) -> dict[str, float]:
         found["hesso/cric_cycle"] = float(process.trial.cric.cycles)
         found["hesso/cric_units_on_trial"] = float(process.trial.units_on_trial())
     return found
+
+
+@contextlib.contextmanager
+def uncounted(trainer: Any) -> Iterator[None]:
+    """Put back what a trainer counts for its log: the attributes that are numbers, or hold nothing but numbers.
+
+    Some trainers count tokens and collect metrics where they compute a loss, also one that is only measured.
+    """
+    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _holds_numbers(value)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(before)
+
+
+def _holds_numbers(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_holds_numbers(each) for each in value.values())
+    if isinstance(value, list):
+        return all(_holds_numbers(each) for each in value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class HessoProgressCallback(TrainerCallback):

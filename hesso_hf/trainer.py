@@ -29,7 +29,7 @@ from .per_layer import MODULE_NAME
 from .plan import PruningPlan
 from .plots import PLOT_NAME
 from .process import PruningProcess
-from .progress import HessoProgressCallback, metrics
+from .progress import HessoProgressCallback, metrics, uncounted
 from .schedule import Schedule, resolve_schedule
 from .shards import reshard
 from .snapshot import kept_random_state
@@ -65,9 +65,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
         super().__init__(*args, **kwargs)
         self._refuse_engines()
         if hesso_config.prune_vocabulary:
-            check_countable(self._tokenizer(), self.train_dataset)
+            check_countable(self._saved_tokenizer(), self.train_dataset)
         self.hesso_plan = PruningPlan.prepare(self._bare_model(), hesso_config)
-        self.distillation = self._prepare_distillation(self._bare_model(), self._tokenizer())
+        self.distillation = self._prepare_distillation(self._bare_model(), self._saved_tokenizer())
         self.add_callback(HessoProgressCallback(self))
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         schedule = self._settle()
         if self.hesso_config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
-                self._tokenizer(), self.train_dataset, self._bare_model(),
+                self._saved_tokenizer(), self.train_dataset, self._bare_model(),
                 round_to=self.hesso_config.round_to or ROUND_TO,
             )  # fmt: skip
         self.hesso_optimizer = HessoOptimizer(base, self.hesso_plan.process(schedule))
@@ -191,7 +191,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
     def _measure_curves(self) -> LossCurves:
         with kept_random_state(self.args.device):  # collators may draw random numbers
             batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
-        return measure_curves(self._bare_model(), self.hesso_plan.groups, batches, self._batch_loss, self.hesso_config)
+        model, groups = self._bare_model(), self.hesso_plan.groups
+        with uncounted(self):
+            return measure_curves(model, groups, batches, self._batch_loss, self.hesso_config)
 
     def _batch_loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():
@@ -228,7 +230,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         self._bare_model().train()  # as the trainer does before each step, the optimizer's mode with it
         if callable(getattr(self.hesso_optimizer, "train", None)):
             self.hesso_optimizer.train()  # type: ignore[attr-defined]
-        with kept_random_state(self.args.device):
+        with kept_random_state(self.args.device), uncounted(self):
             count = PROBE_BATCHES * PROBE_BATCH_SIZE
             examples = [self._prepare_inputs(example) for example in self._single_examples(count)]
             examples = usable(self._bare_model(), examples, self._batch_loss)
@@ -303,7 +305,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
                     target,
                     kept_units=process.kept_units(),
                     groups=self.hesso_plan.groups,
-                    tokenizer=self._tokenizer(),
+                    tokenizer=self._saved_tokenizer(),
                     dtype=self.hesso_config.export_dtype,
                     training=self._training_record(),
                 )
@@ -362,7 +364,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    def _tokenizer(self) -> Any:
+    def _saved_tokenizer(self) -> Any:
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
