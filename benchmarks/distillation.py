@@ -75,7 +75,8 @@ def load(options: argparse.Namespace) -> tuple[str, Setting]:
         folder = bundled_model_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if name == "bundled":
-        train, held_out = (python_docs_dataset(tokenizer, split, BLOCK) for split in ("train", "test"))
+        block = 32 if options.scale == "tiny" else BLOCK
+        train, held_out = (python_docs_dataset(tokenizer, split, block) for split in ("train", "test"))
     else:
         stories = options.data / "data" / "tinystories"
         train, held_out = (load_blocks(stories / f"{split}.jsonl", tokenizer) for split in ("train", "test"))
@@ -102,9 +103,9 @@ def main() -> int:
     name, setting = load(options)
     result = json.loads(options.output.read_text()) if options.output.exists() else {}
     entry = result.setdefault(name, {"runs": []})
-    entry["original_loss"] = held_out_loss(
-        AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32), setting.held_out
-    )
+    if "original_loss" not in entry:
+        model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
+        entry["original_loss"] = held_out_loss(model, setting.held_out)
     for seed in options.seeds:
         for method in options.methods:
             key = (method, seed, setting.learning_rate, setting.steps * BATCH * BLOCK)

@@ -135,6 +135,33 @@ def overhead(result: dict[str, Any]) -> str:
     )
 
 
+def distillation(result: dict[str, Any]) -> str:
+    """Held-out losses with and without a teacher; one table a model."""
+    return "\n\n".join(_distillation_table(name, entry) for name, entry in result.items())
+
+
+def _distillation_table(name: str, entry: dict[str, Any]) -> str:
+    medians, last = entry["medians"], entry["runs"][-1]
+    alike = [r for r in entry["runs"] if (r["learning_rate"], r["tokens"]) == (last["learning_rate"], last["tokens"])]
+    rows = []
+    for method, median in medians.items():
+        losses = {run["seed"]: run["loss"] for run in alike if run["method"] == method}
+        plain = {run["seed"]: run["loss"] for run in alike if run["method"] == "none"}
+        gains = [losses[seed] - plain[seed] for seed in sorted(losses.keys() & plain.keys())]
+        gain = f"{min(gains):+.3f} to {max(gains):+.3f}" if gains and method != "none" else "-"
+        rows.append([method, f"{median['loss']:.3f}", f"{median['spread']:.3f}", gain, str(median["seeds"])])
+    parameters = _range({run["parameters"] for run in alike})
+    return "\n".join(
+        [
+            _table([f"`distillation_alpha`, {name}", "held-out loss", "spread", "change by seed", "seeds"], rows),
+            "",
+            f"Medians over seeds; the change is against the same seed without a teacher. {entry['ratio']:.0%} of the "
+            f"parameters removed ({parameters} left), {last['tokens']:,} training tokens each, learning rate "
+            f"{last['learning_rate']:g}. The unpruned model as it comes: {entry['original_loss']:.3f}.",
+        ]
+    )
+
+
 def bundled(result: dict[str, Any]) -> str:
     """One sentence on the bundled model."""
     return (
@@ -291,6 +318,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory.json", "python benchmarks/memory.py", memory),
     "plans": ("plans.json", "python benchmarks/plans.py", plans),
     "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
+    "distillation": ("distillation.json", "python benchmarks/distillation.py", distillation),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
 }

@@ -142,3 +142,28 @@ def test_the_rescaled_model_computes_the_same_and_trains_the_same(monkeypatch: p
             optimizer.step()
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, other(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_distillation_runs_with_and_without_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distillation
+    import render_readme
+    import stories
+
+    for module in (stories, distillation):
+        monkeypatch.setattr(module, "BATCH", 1)
+    output = tmp_path / "distillation.json"
+    flags = ["--data", str(tmp_path), "--scale", "tiny", "--seeds", "0", "--methods", "none", "0.9"]
+    monkeypatch.setattr(sys, "argv", ["distillation.py", *flags, "--output", str(output)])
+    assert distillation.main() == 0
+    (entry,) = json.loads(output.read_text()).values()
+    plain, taught = entry["runs"]
+    assert (plain["method"], taught["method"]) == ("none", "0.9")
+    assert plain["sizes"] == taught["sizes"]
+    assert plain["tokens"] == taught["tokens"]
+    assert plain["loss"] != taught["loss"]
+    table = render_readme.render_table("distillation", tmp_path)
+    assert "distillation_alpha`, bundled" in table
+    assert f"{taught['loss']:.3f}" in table
+    before = output.read_text()
+    assert distillation.main() == 0  # nothing is run again
+    assert output.read_text() == before
