@@ -34,7 +34,7 @@ class EngineMixin(HubMixin):
     _resume_from: str | None
     _measure_curves: Callable[[], LossCurves]
     _training_record: Callable[[], dict[str, Any]]
-    _tokenizer: Callable[[], Any]
+    _saved_tokenizer: Callable[[], Any]
 
     def _bare_model(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -112,8 +112,8 @@ class EngineMixin(HubMixin):
             return
         if self.args.should_save:
             self._bare_model().config.save_pretrained(folder)
-            if self._tokenizer() is not None:
-                self._tokenizer().save_pretrained(folder)
+            if self._saved_tokenizer() is not None:
+                self._saved_tokenizer().save_pretrained(folder)
         assert self.hesso_optimizer is not None
         save_pruning_state(self.hesso_optimizer, self._bare_model(), folder)
 
@@ -130,14 +130,14 @@ class EngineMixin(HubMixin):
             target,
             kept_units=kept,
             groups=self.hesso_plan.groups,
-            tokenizer=self._tokenizer(),
+            tokenizer=self._saved_tokenizer(),
             dtype=self.hesso_config.export_dtype,
             writers=self._writers(),
             training=self._training_record(),
         )
 
     def _save_dense_sharded(self, target: Path) -> None:
-        write_dense(self._bare_model(), target, self.hesso_plan.groups, self._tokenizer(), self._writers())
+        write_dense(self._bare_model(), target, self.hesso_plan.groups, self._saved_tokenizer(), self._writers())
 
     def _writers(self) -> Writers:
         """Return who writes files: all processes into one folder, or those of each node into one of the node's own."""
