@@ -20,7 +20,7 @@ from .groups import KeptUnits
 from .hub import HubMixin
 from .plan import PruningPlan
 from .shard_export import Writers, export_sharded, write_dense
-from .shard_state import load_pruning_state, save_pruning_state
+from .shard_state import load_pruning_state, load_random_states, save_pruning_state, save_random_states
 from .shards import named_parameters
 
 logger = logging.get_logger(__name__)
@@ -99,12 +99,17 @@ class EngineMixin(HubMixin):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._is_sharded:
+        if checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        self._bind()
+        if self._is_sharded:
+            self._bind()
         super()._load_optimizer_and_scheduler(checkpoint)
         assert self.hesso_optimizer is not None
-        return load_pruning_state(self.hesso_optimizer, self._bare_model(), Path(checkpoint))
+        if self._is_sharded:
+            return load_pruning_state(self.hesso_optimizer, self._bare_model(), Path(checkpoint))
+        if world_size() > 1:  # all that the others share is process 0's
+            load_random_states(self.hesso_optimizer, Path(checkpoint))
+        return None
 
     def _write_shards(self, folder: Path) -> None:
         """Write beside a sharded checkpoint what torch leaves out: the pruning state, config and tokenizer."""
@@ -120,6 +125,9 @@ class EngineMixin(HubMixin):
     def _save_rng_state(self, output_dir: str) -> None:
         """Save every process' random state before the file that says that the checkpoint is whole."""
         super()._save_rng_state(output_dir)
+        if world_size() > 1 and not self._is_sharded:
+            assert self.hesso_optimizer is not None
+            save_random_states(self.hesso_optimizer, Path(output_dir))
         barrier()
 
     # -- the smaller model ----------------------------------------------------------------------------------------

@@ -320,6 +320,12 @@ class PruningProcess:
         position = self.schedule.period_step(self.step - 1) if self.step else None
         return position is not None and position.last
 
+    @property
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The snapshots that a run may return to: of CRIC's trial, and of the period's start where it may pause."""
+        found = {"trial": self.on_trial, "period_start": self._period_start}
+        return {kind: snapshot for kind, snapshot in found.items() if snapshot is not None}
+
     def kept_units(self) -> KeptUnits:
         """Return the units that aren't at zero."""
         kept = {}

@@ -44,7 +44,6 @@ def save_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
     state = optimizer.process.state_dict()  # collective: sums are added up
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     parts: dict[str, tuple[torch.Tensor, Part]] = {}
-    randoms: dict[str, Any] = {}
     parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
     for kind, snapshot in _snapshots_in(state):
         own_state = []
@@ -59,7 +58,6 @@ def save_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
                 else:
                     rest[key] = _checked(value, name, key, part)
             own_state.append(rest)
-        randoms[kind] = snapshot["random"]
         snapshot |= {"weights": None, "state": own_state, "random": None}
     target.mkdir(parents=True, exist_ok=True)
     if is_main_process():
@@ -68,8 +66,7 @@ def save_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
     places = {key: {"starts": part.starts, "shape": part.shape} for key, (_, part) in kept.items()}
     tensors = {key: value.detach().cpu().contiguous() for key, (value, _) in kept.items()}
     save_file(tensors, target / f"parts-{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
-    for kind, random in randoms.items():
-        torch.save(random, target / f"random-{kind}-{rank:05d}.pt")
+    save_random_states(optimizer, folder)
     barrier()
 
 
@@ -79,7 +76,7 @@ def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
     Raises:
         CheckpointMismatchError: where there is no such state, or one of another model, budget or config.
     """
-    source, rank = folder / FOLDER, dist.get_rank() if world_size() > 1 else 0
+    source = folder / FOLDER
     if not (source / SHARED_NAME).exists():
         raise CheckpointMismatchError(
             f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state of a sharded run ({FOLDER}/"
@@ -98,8 +95,30 @@ def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
             own = dict(snapshot["state"][position])
             own |= {key: stored.read(f"{kind}/{key}/{name}", part) for key in stored.keys_of(kind, name)}
             states.append(own or None)
-        snapshot |= {"weights": weights, "state": states, "random": _random(source, kind, rank, parameters[0].device)}
+        snapshot |= {"weights": weights, "state": states, "random": random_state(parameters[0].device)}
     optimizer.load_pruning_state(state)
+    load_random_states(optimizer, folder)
+
+
+def save_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
+    """Write the random states of this process that a snapshot will return to, beside those of the other processes."""
+    for kind, snapshot in optimizer.process.snapshots.items():
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        torch.save(snapshot.random, folder / FOLDER / _random_name(kind))
+
+
+def load_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
+    """Give the snapshots this process' own random states; those of now, with a warning, where there were fewer."""
+    for kind, snapshot in optimizer.process.snapshots.items():
+        path = folder / FOLDER / _random_name(kind)
+        if path.exists():
+            snapshot.take_random(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(f"{path} is missing: this process goes on with the random state of now after the trial")
+
+
+def _random_name(kind: str) -> str:
+    return f"random-{kind}-{dist.get_rank() if world_size() > 1 else 0:05d}.pt"
 
 
 class StoredParts:
@@ -182,12 +201,3 @@ def _checked(value: Any, name: str, key: str, part: Part) -> Any:
         f"`optim`: its state {key!r} of {name} isn't one value an element, so a CRIC snapshot of it can't be stored in "
         "shards; use adamw_torch, or save checkpoints outside of CRIC's cycles"
     )
-
-
-def _random(source: Path, kind: str, rank: int, device: torch.device) -> dict[str, Any]:
-    """Return this process' random state of the snapshot; that of now where there were fewer processes."""
-    path = source / f"random-{kind}-{rank:05d}.pt"
-    if path.exists():
-        return torch.load(path, map_location="cpu", weights_only=True)
-    logger.warning(f"{path} is missing: this process goes on with the random state of now after the trial")
-    return random_state(device)

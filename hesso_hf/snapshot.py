@@ -86,11 +86,20 @@ class Snapshot:
         self._weights = _put_back(list(state["weights"]), self._weights, self._device)
         self._state = _put_back(list(state["state"]), self._state, self._device)
         self._options = _put_back(list(state["options"]), self._options, self._device)
-        self._random = {  # where the checkpoint was loaded to another device
+        self.take_random(state["random"])
+
+    @property
+    def random(self) -> dict[str, Any]:
+        """This process' random state at the snapshot."""
+        return self._random
+
+    def take_random(self, state: Mapping[str, Any]) -> None:
+        """Take over a random state that was saved; it may have been loaded to another device."""
+        self._random = {
             name: [part.cpu() if isinstance(part, torch.Tensor) else part for part in value]
             if isinstance(value, list)
             else value.cpu()
-            for name, value in state["random"].items()
+            for name, value in state.items()
         }
 
     def num_bytes(self) -> int:

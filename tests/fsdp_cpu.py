@@ -23,11 +23,15 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 
+DDP = {"OMP_NUM_THREADS": "1"}
+
 _WORKER = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-import fsdp_cpu
-fsdp_cpu.start()
+import os, torch, fsdp_cpu
+torch.set_num_threads(1)
+if os.environ.get("ACCELERATE_USE_FSDP"):
+    fsdp_cpu.start()
 import {module}
 {module}.{function}(**json.loads(sys.argv[2]))
 """
@@ -38,7 +42,6 @@ def start() -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_HPU)  # type: ignore[method-assign]
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
@@ -54,8 +57,8 @@ def command(where: Path, module: str, function: str, nproc: int, **arguments: An
 
 
 def run(
-    where: Path, module: str, function: str, processes: int = 2, env: dict[str, str] | None = None, **arguments: Any
+    where: Path, module: str, function: str, processes: int = 2, sharded: bool = True, **arguments: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Call a function of a test module, with the folder, in several processes under FSDP2."""
+    """Call a function of a test module, with the folder, in several processes under FSDP2, or else under DDP."""
     line = command(where, module, function, processes, folder=str(where), processes=processes, **arguments)
-    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT, **(env or {})})
+    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **(ENVIRONMENT if sharded else DDP)})

@@ -15,6 +15,7 @@ import killing
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import tiny_llama
 from training import hesso_config, trainer
 from transformers import AutoModelForCausalLM
 
@@ -84,9 +85,10 @@ CRIC = {
 STEPS = 20
 
 
-def every_step(folder: str, processes: int, **changes: Any) -> HessoTrainer:
+def every_step(folder: str, processes: int, dropout: float = 0.0, **changes: Any) -> HessoTrainer:
     """Build a CRIC run that writes a checkpoint every step."""
-    return build(folder, STEPS, processes, hesso=CRIC, save_strategy="steps", save_steps=1, **changes)
+    model = tiny_llama(seed=4, attention_dropout=dropout)
+    return build(folder, STEPS, processes, model=model, hesso=CRIC, save_strategy="steps", save_steps=1, **changes)
 
 
 def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
@@ -100,9 +102,9 @@ def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
     return found | {f"scales {name}": scales for name, scales in run.hesso_optimizer.process.scales.items()}
 
 
-def resumed_job(folder: str, processes: int, steps: list[int]) -> None:
+def resumed_job(folder: str, processes: int, steps: list[int], dropout: float = 0.0) -> None:
     """Train without interruption, then again from some of the checkpoints, and compare bit for bit."""
-    whole = every_step(f"{folder}/whole", processes)
+    whole = every_step(f"{folder}/whole", processes, dropout)
     whole.train()
     expected = state_of(whole)
     for step in steps:
@@ -110,13 +112,27 @@ def resumed_job(folder: str, processes: int, steps: list[int]) -> None:
         if whole.args.process_index == 0:
             shutil.copytree(f"{folder}/whole/out/checkpoint-{step}", output / f"checkpoint-{step}")
         dist.barrier()
-        again = every_step(f"{folder}/from-{step}", processes)
+        again = every_step(f"{folder}/from-{step}", processes, dropout)
         again.train(resume_from_checkpoint=True)
         found = state_of(again)
         assert found.keys() == expected.keys()
         different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
         assert not different, (step, different)
     print("RESUMED", flush=True)
+
+
+def one_job(folder: str, processes: int) -> None:
+    """Go on from a checkpoint to the end, and save the small model."""
+    run = every_step(folder, processes)
+    run.train(resume_from_checkpoint=True)
+    run.save_model(f"{folder}/small")
+    torch.save({"kind": type(run.model).__name__}, f"{folder}/rank{run.args.process_index}.pt")
+
+
+def test_interrupted_equals_uninterrupted_under_ddp(tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path / "two", "test_fsdp", "resumed_job", sharded=False, steps=[3], dropout=0.2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("RESUMED") == 2
 
 
 def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(tmp_path: Path) -> None:
@@ -128,8 +144,9 @@ def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(t
     assert last_checkpoint(checkpoint.parent) == checkpoint.parent / f"checkpoint-{STEPS}"
     (tmp_path / "one" / "out").mkdir(parents=True)
     shutil.copytree(checkpoint, tmp_path / "one" / "out" / "checkpoint-4")
-    done = fsdp_cpu.run(tmp_path / "one", "test_fsdp", "job", processes=1, steps=STEPS, resume=True, hesso=CRIC)
+    done = fsdp_cpu.run(tmp_path / "one", "test_fsdp", "one_job", processes=1)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "random-trial" not in done.stderr  # process 0 has its own
     alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
     export_pruned(tmp_path / "two" / "whole" / "out" / f"checkpoint-{STEPS}", tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
@@ -139,10 +156,10 @@ def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(t
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
-def killed_job(folder: str, processes: int, save_on_each_node: bool = False) -> None:
+def killed_job(folder: str, processes: int) -> None:
     """Train and save, from the last checkpoint where there is one, and leave what each process holds."""
     killing.arm()
-    run = every_step(folder, processes, save_total_limit=3)
+    run = every_step(folder, processes, dropout=0.2, save_total_limit=3)
     run.train(resume_from_checkpoint=last_checkpoint(Path(folder) / "out") is not None or None)
     run.save_model(f"{folder}/small")
     torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
