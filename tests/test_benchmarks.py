@@ -72,6 +72,20 @@ def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypat
         assert 0 < found["extra_bytes_peak"] < 869_504 * 4
 
 
+def test_sharding_compares_with_the_optimizer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sharding
+
+    output = tmp_path / "sharding.json"
+    flags = ["--scale", "tiny", "--length", "16", "--repeats", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["sharding.py", *flags])
+    assert sharding.main() == 0
+    entry = json.loads(output.read_text())["cpu tiny"]
+    assert entry["processes"] == 2
+    assert set(entry["steps"]) == {"warmup", "scoring", "shrinking", "recovery"}
+    assert entry["plain_step_seconds"] > 0
+    assert 0.5 < entry["peak_ratio"] < 2
+
+
 def test_memory_measures_every_moment_of_both_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import memory
 
