@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from .adapters import NO_ADAPTERS, Adapters
 from .agreement import is_main_process
-from .errors import CheckpointMismatchError
+from .errors import CheckpointMismatchError, UnsupportedStructureError
 from .experts import EXPERT_UNITS
+from .frozen import FrozenWeights
 from .groups import Axis, PruningGroups, centre_, mask_, shrink_
 from .routing import RouterGates
 from .saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
@@ -29,16 +31,22 @@ class BoundGroups:
     """The axes of all groups with the parameters that they lie on.
 
     Args:
-        parameters: the model's parameters by name; frozen ones included.
+        parameters: the model's parameters by name; frozen ones and adapters' factors included.
         groups: the structures that are pruned.
         gates: on the model's routers, where experts are pruned.
+        adapters: of the model.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], groups: PruningGroups, gates: RouterGates | None = None
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: PruningGroups,
+        gates: RouterGates | None = None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> None:
-        self.groups, self._gates = groups, gates
-        self.axes = groups.by_parameter()
+        self.groups, self._gates, self._adapters = groups, gates, adapters
+        self.axes = adapters.extend(groups).by_parameter()
+        self._scored = groups.by_parameter()  # an adapter counts as part of the weight that it adds to
         self.bind(parameters)
         self._chunk = chunk_size(sum(parameter.numel() for parameter in parameters.values()))
 
@@ -55,6 +63,12 @@ class BoundGroups:
             self._counted |= {
                 name: isinstance(p, DTensor) and self._counted[name] for name, p in self.parameters.items()
             }
+        if self.sharded and self._adapters:
+            raise UnsupportedStructureError(
+                "LoRA together with parameters that are sharded over the processes (FSDP) isn't supported; use DDP"
+            )
+        frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
+        self.frozen = FrozenWeights(frozen, self.axes)
 
     @property
     def device(self) -> torch.device:
@@ -70,19 +84,25 @@ class BoundGroups:
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         return {name: group.elements_per_unit(shapes) for name, group in self.groups.structures.items()}
 
+    def effective(
+        self, name: str, values: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: local(parameter.data)
+    ) -> torch.Tensor:
+        """Return a weight with what its adapter adds, from the values of parameters."""
+        return self._adapters.effective(name, lambda key: values(self.parameters[key]))
+
     def accumulate_(self, sums: UnitSums, displacements: Displaced | None = None) -> None:
         """Add the gradient that stands in `.grad` to the units' sums, of this process' parts.
 
         Args:
             displacements: makes what stands for x, from a parameter's name, axes and part; by default the weights.
         """
-        for name, axes in self.axes.items():
+        for name, axes in self._scored.items():
             if not self._counted[name]:
                 continue
             parameter, part = self.parameters[name], self.parts[name]
             gradient = None if parameter.grad is None else local(parameter.grad)
             displaced = displacements(name, axes, part) if displacements else None
-            accumulate_(sums, local(parameter.data), gradient, axes, self._chunk, displaced, part)
+            accumulate_(sums, self.effective(name), gradient, axes, self._chunk, displaced, part)
 
     def over_ranks(self, sums: UnitSums) -> UnitSums:
         """Return the sums of all processes' parts; the same where each holds all of the model."""
@@ -152,7 +172,7 @@ class BoundGroups:
     def norm_of(self, marked: PerUnit) -> float:
         """Return the L2 norm of the marked units' effective weights, each element counted once."""
         total = 0.0
-        for name, axes in self.axes.items():
+        for name, axes in self._scored.items():
             if self._counted[name]:
                 total += self._marked_square_sum(name, axes, marked)
         if self.sharded:
@@ -160,7 +180,7 @@ class BoundGroups:
         return total**0.5
 
     def _marked_square_sum(self, name: str, axes: list[tuple[str, int, Axis]], marked: PerUnit) -> float:
-        values, part = local(self.parameters[name].data), self.parts[name]
+        values, part = self.effective(name), self.parts[name]
         masks = [
             (axis.dim, axis.spread(marked[structure][layer], values.dim(), fixed_value=False, part=part))
             for structure, layer, axis in axes

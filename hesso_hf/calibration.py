@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import Adapters, parameters_of
 from .bound import BoundGroups
 from .budget import LossFunction
 from .config import HessoConfig
@@ -24,7 +25,7 @@ from .experts import EXPERT_UNITS
 from .groups import PruningGroups, StructureGroups
 from .routing import routed_by
 from .saliency import UnitSums, lowest_units, needed_sums, saliency_scores
-from .shards import local, named_parameters, reshard
+from .shards import local, reshard
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +70,7 @@ def measure_curves(
 
     Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
     """
-    bound = BoundGroups(named_parameters(model), groups)
+    bound = BoundGroups(parameters_of(model), groups, adapters=Adapters.of(model))
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -79,7 +80,8 @@ def measure_curves(
             if not batches:
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
-            scores = _scores(model, bound, batches, batch_loss, config)
+            with bound.frozen.revealed():
+                scores = _scores(model, bound, batches, batch_loss, config)
             before = _mean_loss(model, batches, batch_loss)
             rises = {
                 name: _rises(model, bound, name, scores[name], batches, batch_loss, before)
@@ -136,7 +138,7 @@ def _rises(
     before: float,
 ) -> tuple[float, ...]:
     structure = bound.groups.structures[name]
-    touched = {axis.parameter for _, axis in structure.all_axes()}
+    touched = [key for key, axes in bound.axes.items() if any(owner == name for owner, _, _ in axes)]
     copies = {key: local(bound.parameters[key]).detach().to("cpu", copy=True) for key in touched}
     rises: list[float] = []
     try:

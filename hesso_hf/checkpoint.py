@@ -116,7 +116,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
     for key, value in current.items():
-        if key != "export_dtype" and saved.get(key) != json.loads(json.dumps(value)):
+        if key not in ("export_dtype", "lora_export") and saved.get(key) != json.loads(json.dumps(value)):
             raise CheckpointMismatchError(
                 f"{folder} was made with `{key}` = {saved.get(key)!r}, this run has {value!r}; "
                 "resume with the same HessoConfig or start a new run"

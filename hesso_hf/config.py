@@ -140,6 +140,13 @@ class HessoConfig:
             "help": "Stored dtype of the smaller model: float32, bfloat16, float16; default that of the weights."
         },
     )
+    lora_export: str = field(
+        default="merged",
+        metadata={
+            "help": "What is saved after training with LoRA: merged, one smaller model; adapter, the smaller base "
+            "model, and the adapter cut to it in the folder `adapter` there."
+        },
+    )
     tensor_parallel_size: int = field(
         default=1, metadata={"help": "Heads and channels stay divisible by this many tensor-parallel ranks."}
     )
@@ -189,6 +196,12 @@ class HessoConfig:
     def pinned_sizes(self) -> dict[str, int]:
         """`target_sizes`, empty where none are given."""
         return dict(self.target_sizes) if isinstance(self.target_sizes, dict) else {}
+
+    def choices(self) -> dict[str, Any]:
+        """Return what a run's sums and scales depend on."""
+        names = ["saliency_batches", "layer_widths", "on_collapse"]
+        names += [name for name in self.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
+        return {"saliency": self.saliency_weights} | {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
@@ -252,6 +265,9 @@ class HessoConfig:
             raise HessoError(f"`prune_vocabulary` ({self.prune_vocabulary!r}) must be true or false")
         if self.export_dtype not in (None, "float32", "bfloat16", "float16"):
             raise HessoError(f"`export_dtype` ({self.export_dtype!r}) must be float32, bfloat16 or float16")
+
+        if self.lora_export not in ("merged", "adapter"):
+            raise HessoError(f"`lora_export` ({self.lora_export!r}) must be 'merged' or 'adapter'")
 
     def _check_structures(self) -> None:
         if self.structures == "all":

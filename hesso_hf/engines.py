@@ -10,6 +10,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import base_of, lora_layers
 from .agreement import barrier, world_size
 from .budget import TargetSizes
 from .calibration import LossCurves
@@ -37,6 +38,10 @@ class EngineMixin(HubMixin):
     _saved_tokenizer: Callable[[], Any]
 
     def _bare_model(self) -> PreTrainedModel:
+        """Return the transformers model, with its adapters in place."""
+        return base_of(self._unwrapped_model())
+
+    def _unwrapped_model(self) -> Any:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
@@ -58,6 +63,13 @@ class EngineMixin(HubMixin):
                 "`model` was sharded while it was loaded (`tp_plan` or `distributed_config`), which pruning doesn't "
                 "support; load it whole and choose FSDP2 in Accelerate's config"
             )
+        if lora_layers(self._bare_model()):
+            if self._is_sharded:
+                raise HessoError("LoRA together with FSDP isn't supported; use DDP, or merge the adapter first")
+            if self.args.fp16:
+                raise HessoError(
+                    "`fp16` (True) with LoRA: frozen weights' gradients would keep the loss scale; use bf16"
+                )
         if self.args.auto_find_batch_size:
             raise HessoError("`auto_find_batch_size` (True) starts training over midway; set a batch size that fits")
         if self._is_sharded and self.hesso_config.prune_vocabulary:

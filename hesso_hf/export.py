@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from .adapter_export import cut_base, remove_cut_adapter, save_cut_adapter
+from .adapters import ADAPTER_CONFIG, Adapters, base_of, dense_model, lora_layers, parameters_of
 from .card import PruningReport, count_parameters
 from .checkpoint import SHARDS_NAME, STATE_NAME, load_shards, read_state
 from .config import OPT_IN, structures_around
-from .cut import cut_model
+from .cut import cut_model, zero_units_
 from .depth import LAYER_UNITS, without_dropped_layers
 from .embeddings import rows_elements, trim_embeddings
 from .errors import HessoError
@@ -37,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export_pruned(
-    source: str | os.PathLike[str] | PreTrainedModel,
+    source: str | os.PathLike[str] | nn.Module,
     output_dir: str | os.PathLike[str],
     *,
     kept_units: KeptUnits | None = None,
@@ -47,11 +50,13 @@ def export_pruned(
     max_shard_size: str = "5GB",
     training: Mapping[str, Any] | None = None,
     vocabulary: KeptTokens | None = None,
+    lora_export: str | None = None,
 ) -> PruningReport:
     """Cut the pruned units out of a model, verify the result and publish it atomically.
 
     Args:
-        source: a model whose pruned units are at zero, or a checkpoint folder that training wrote.
+        source: a model (or a PeftModel with LoRA) whose pruned units are at zero, or a checkpoint folder that training
+            wrote.
         output_dir: files of other kinds in it (`checkpoint-*`, ...) are left alone.
         kept_units: the decision; by default what the checkpoint says, or the units that aren't exactly zero.
         groups: the model's groups, where they are at hand already.
@@ -59,6 +64,7 @@ def export_pruned(
         dtype: stored dtype, float32, bfloat16 or float16; that of the weights by default.
         training: what the report says about the run.
         vocabulary: the tokens to keep (`keep_tokens`); by default what the checkpoint says, or all.
+        lora_export: of a model with adapters, `merged` or `adapter`, as in `HessoConfig`, which is the default.
 
     Raises:
         HessoError: where pruning hasn't finished, a unit to be cut isn't zero, or the layers differ unasked.
@@ -69,10 +75,13 @@ def export_pruned(
     for name in ("trainer_state.json", "optimizer.pt"):
         if (Path(output_dir) / name).exists() and Path(output_dir).name.startswith("checkpoint-"):
             raise HessoError(f"`output_dir` ({str(output_dir)!r}) is a checkpoint of a run; choose another folder")
-    if isinstance(source, PreTrainedModel):
-        model = source
+    if isinstance(source, nn.Module):
+        trained: PreTrainedModel = base_of(source)
     else:
-        model, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
+        trained, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
+    asked = (training or {}).get("hesso_config", {})
+    adapted = _lora_export(trained, lora_export, asked)
+    model = dense_model(trained, torch.float32) if adapted else trained
     if groups is None:
         groups = _groups_for(model, kept_units)
     if kept_units is not None:
@@ -89,13 +98,16 @@ def export_pruned(
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
         )
-    wanted = dtype or (training or {}).get("hesso_config", {}).get("export_dtype")
-    stored = DTYPES[wanted] if wanted else model.dtype
+    wanted = dtype or asked.get("export_dtype")
+    stored = DTYPES[wanted] if wanted else trained.dtype
     if vocabulary is None and (training or {}).get("vocabulary"):
         vocabulary = KeptTokens.from_dict((training or {})["vocabulary"])
     if vocabulary is not None:
         tokenizer = _trimmed(tokenizer, vocabulary)
-    return _export(model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {}, vocabulary)
+    return _export(
+        model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {}, vocabulary,
+        trained if adapted else None, adapted == "adapter",
+    )  # fmt: skip
 
 
 def _export(
@@ -108,10 +120,22 @@ def _export(
     max_shard_size: str,
     training: Mapping[str, Any],
     vocabulary: KeptTokens | None,
+    adapted: PreTrainedModel | None,
+    keep_adapter: bool,
 ) -> PruningReport:
-    verifier = Verifier(model, groups, kept, vocabulary)
+    """Write the smaller model.
+
+    Args:
+        model: all weights, what adapters add included.
+        adapted: the trained model, where it has adapters.
+        keep_adapter: writes the smaller base model and the adapter apart.
+    """
+    verifier = Verifier(model, groups, kept, vocabulary, adapted)
     fold_error = verifier.check_fold()
-    small = cut_model(trim_embeddings(model, vocabulary) if vocabulary else model, groups, kept, dtype)
+    if adapted is not None and keep_adapter:
+        small = cut_base(adapted, groups, kept, dtype, vocabulary)
+    else:
+        small = cut_model(trim_embeddings(model, vocabulary) if vocabulary else model, groups, kept, dtype)
     with staged_folder(output_dir) as folder:
         small.save_pretrained(folder, max_shard_size=max_shard_size)
         if hasattr(small.config, "layer_sizes"):
@@ -121,14 +145,29 @@ def _export(
         if vocabulary is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
             check_saved_tokenizer(folder, tokenizer)
         rounding_error = verifier.check_saved(folder, small)
+        if adapted is not None and keep_adapter:
+            fold_error, rounding_error = save_cut_adapter(folder, adapted, groups, kept, verifier, output_dir)
         name = str(dtype).removeprefix("torch.")
         verification = Verification(fold_error, rounding_error, name, verifier.input_ids.numel())
         report = make_report(model, small, groups, kept, verification, training, vocabulary)
         picture = report.write(folder)
+    if not keep_adapter:
+        remove_cut_adapter(output_dir)
     if not picture:
         (Path(output_dir) / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
     logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output_dir}, relative error {fold_error:.1e}")
     return report
+
+
+def _lora_export(model: nn.Module, lora_export: str | None, asked: Mapping[str, Any]) -> str | None:
+    """Return how adapters are exported, None where the model has none."""
+    if lora_export not in (None, "merged", "adapter"):
+        raise HessoError(f"`lora_export` ({lora_export!r}) must be 'merged' or 'adapter'")
+    if lora_layers(model):
+        return lora_export or asked.get("lora_export", "merged")
+    if lora_export is not None:
+        raise HessoError(f"`lora_export` ({lora_export!r}): {type(model).__name__} has no LoRA adapter; leave it out")
+    return None
 
 
 def make_report(
@@ -275,12 +314,33 @@ def _read_checkpoint(
         training = training or state["training"]
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
-    config = load_config(folder)
-    model_class = model_class_of(config)
-    sharded = (folder / SHARDS_NAME).is_dir()
-    model = load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
+    model = _load_trained(folder, kept)
     if training and training.get("base_model"):
         model.config.name_or_path = training["base_model"]
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, kept, tokenizer, training or {}
+
+
+def _load_trained(folder: Path, kept: KeptUnits | None) -> PreTrainedModel:
+    """Load a checkpoint's weights; where it holds an adapter only, into the base model that this names.
+
+    Raises:
+        HessoError: where the base model can't be told.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        config = load_config(folder)
+        model_class = model_class_of(config)
+        sharded = (folder / SHARDS_NAME).is_dir()
+        return load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base or kept is None:
+        missing = "no base model" if kept is not None else "an adapter without a pruning state"
+        raise HessoError(f"`source` ({str(folder)!r}) names {missing}; pass the PeftModel itself")
+    plain = model_class_of(load_config(base)).from_pretrained(base)
+    model: PreTrainedModel = base_of(PeftModel.from_pretrained(plain, folder))
+    structures = _groups_for(model, kept)
+    zero_units_(parameters_of(model), Adapters.of(model).extend(structures), kept)
+    return model

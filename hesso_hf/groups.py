@@ -226,6 +226,14 @@ class KeptUnits:
     num_units: dict[str, int]
     kept: dict[str, tuple[tuple[int, ...], ...]]
 
+    @classmethod
+    def of(cls, masks: Mapping[str, torch.Tensor]) -> KeptUnits:
+        """Take the decision from masks, bool (L, U) per structure."""
+        kept = {
+            name: tuple(tuple(layer.nonzero().flatten().tolist()) for layer in m.cpu()) for name, m in masks.items()
+        }
+        return cls({name: mask.shape[1] for name, mask in masks.items()}, kept)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {

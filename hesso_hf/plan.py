@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import Adapters, base_of, check_adapters, lora_layers, parameters_of
 from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
 from .config import HessoConfig, structures_around
@@ -75,7 +76,8 @@ class PruningPlan:
         elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
         target = solve_budget(config, checked.config, groups, parameters, price)
-        check_gradients(checked, groups, config)
+        if not lora_layers(checked):  # else frozen weights get a gradient where one is needed
+            check_gradients(checked, groups, config)
         plan = cls(config, checked, groups, parameters, target, price)
         plan.check_target()
         return plan
@@ -122,22 +124,22 @@ class PruningPlan:
         """Build the pruning state over the model's parameters."""
         experts = self.groups.structures.get(EXPERT_UNITS)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
-        parameters = named_parameters(self.model)
-        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates)
+        adapters = Adapters.of(self.model)
+        parameters = parameters_of(self.model)
+        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters)
 
     def _pinned(self) -> set[str]:
         sizes = {canonical_name(self.model.config, name) for name in self.config.pinned_sizes}
         return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
 
 
-def wrap_optimizer(
-    optimizer: Optimizer, model: PreTrainedModel, config: HessoConfig, total_steps: int
-) -> HessoOptimizer:
+def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:
     """Put HESSO around an optimizer for a training loop of one's own; the split between structures is even.
 
     Call `step` as usual; when `optimizer.process.finished`, `export_pruned(model, folder)` writes the smaller model.
 
     Args:
+        model: a transformers model, or a PeftModel of one with LoRA; wrap it with DDP, where that is used, before.
         total_steps: optimizer steps of the whole run, of which shares in `config` are taken.
 
     Raises:
@@ -147,7 +149,9 @@ def wrap_optimizer(
         >>> # optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(0.5), 1000)
     """
     plan = PruningPlan.prepare(model, config)
-    return HessoOptimizer(optimizer, plan.process(resolve_schedule(config, total_steps)))
+    process = plan.process(resolve_schedule(config, total_steps))
+    process.prepare_gradients()
+    return HessoOptimizer(optimizer, process)
 
 
 def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: HessoConfig) -> None:
@@ -174,7 +178,8 @@ def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:
     Raises:
         UnsupportedStructureError: naming the first that is missing, extra (weights tied or untied by hand) or resized.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(model).items()}
+    factors = Adapters.of(model).factors()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters_of(model).items() if name not in factors}
     for name in sorted(shapes.keys() ^ axis_map.parameters.keys()):
         where = "the model but not in what" if name in shapes else "what"
         raise UnsupportedStructureError(
@@ -192,17 +197,17 @@ def check_model(model: nn.Module) -> PreTrainedModel:
     """Return the model where it can be pruned as it is.
 
     Raises:
-        UnsupportedStructureError: for anything but an unquantised `PreTrainedModel`.
+        UnsupportedStructureError: for anything but an unquantised `PreTrainedModel`, or a PeftModel of one with LoRA.
     """
-    if not isinstance(model, PreTrainedModel):
-        name = type(model).__name__
-        hint = "; merge the adapter first (`merge_and_unload()`)" if name.startswith("Peft") else ""
-        raise UnsupportedStructureError(f"`model` ({name}) must be a transformers PreTrainedModel{hint}")
-    if getattr(model, "hf_quantizer", None) is not None:
+    if getattr(base_of(model), "hf_quantizer", None) is not None:
         raise UnsupportedStructureError(
-            f"`model` ({type(model).__name__}) is quantised: packed weights can't be cut. Load it in float32"
+            f"`model` ({type(base_of(model)).__name__}) is quantised: packed weights can't be cut. "
+            "Load it in float32, or call `model.dequantize()` (before `get_peft_model`, where an adapter is trained)"
         )
-    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16):
+    model = check_adapters(model)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedStructureError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel")
+    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) and not lora_layers(model):
         logger.warning(
             f"`model` trains pure {str(model.dtype).removeprefix('torch.')} weights: small updates are rounded away. "
             "Load it with `dtype=torch.float32` and set `bf16=True` in TrainingArguments for fp32 masters"

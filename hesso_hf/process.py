@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .adapters import NO_ADAPTERS, Adapters
 from .agreement import check_agreement, is_main_process, mean_over_ranks
 from .bound import BoundGroups
 from .budget import TargetSizes
@@ -40,6 +41,7 @@ class PruningProcess:
         schedule: resolved steps.
         config: criteria and ranking.
         gates: on the model's routers, where experts are pruned.
+        adapters: of the model, whose other parameters are frozen.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class PruningProcess:
         schedule: Schedule,
         config: HessoConfig,
         gates: RouterGates | None = None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> None:
         self.groups, self.target, self.schedule, self.config = groups, target, schedule, config
         self.step = 0
-        self.bound = BoundGroups(parameters, groups, gates)
+        self.bound = BoundGroups(parameters, groups, gates, adapters)
         self._ranking = Ranking(groups, target, config, self.bound.elements_per_unit())
         shapes, device = self.bound.shapes(), self.bound.device
         self.scales = {name: torch.ones(size, device=device) for name, size in shapes.items()}
@@ -78,19 +81,25 @@ class PruningProcess:
         """Tell the loss of the step that comes, so that a collapse is noticed."""
         self._loss = loss
 
+    def prepare_gradients(self) -> None:
+        """Before a forward pass: let frozen weights have gradients if this step is scored by them, and only then."""
+        scored = self._sampling_step is not None or self._scores_soon()
+        self.bound.frozen.reveal(scored and self._ranking.needs_gradients)
+
     @torch.no_grad()
     def observe_gradients(self) -> None:
         """Mask the pruned units' gradients and, where a scoring is near, take the step's sums (not yet counted)."""
+        self.bound.frozen.average_gradients_()
         if self._masking:
             self.bound.mask_gradients_(self._pruned())
         self._pending.zero_()
         sampling = self._sampling_step
-        if sampling is not None:
-            assert self.trial is not None
+        if sampling is not None and self.trial is not None:
             self.trial.accumulate_(self._pending, sampling.t)
         elif self._scores_soon():
             self.bound.accumulate_(self._pending)
             self._pending.batches = 1
+        self.bound.frozen.drop_gradients()
 
     @torch.no_grad()
     def before_step(self, base: Optimizer) -> None:
@@ -122,6 +131,7 @@ class PruningProcess:
             self._centre()
         self.step += 1
         self._mask_state(base)
+        self.prepare_gradients()
 
     # -- CRIC -----------------------------------------------------------------------------------------------------
 
@@ -167,7 +177,8 @@ class PruningProcess:
         """Let CRIC look along the way to zero by gradients of the given losses, the same batches at every point."""
         assert self.trial is not None
         check_agreement(self._all_scales())
-        self.trial.probe(losses, loss_scale)
+        with self.bound.frozen.revealed():
+            self.trial.probe(losses, loss_scale)
         self._order, self._reorder = self.trial.scores(), False
 
     # -- HESSO ----------------------------------------------------------------------------------------------------
@@ -328,10 +339,7 @@ class PruningProcess:
 
     def kept_units(self) -> KeptUnits:
         """Return the units that aren't at zero."""
-        kept = {}
-        for name, scales in self.scales.items():
-            kept[name] = tuple(tuple(layer.nonzero().flatten().tolist()) for layer in (scales > 0).cpu())
-        return KeptUnits({name: g.num_units for name, g in self.groups.structures.items()}, kept)
+        return KeptUnits.of({name: scales > 0 for name, scales in self.scales.items()})
 
     def decision(self) -> dict[str, Any]:
         """Return how far pruning is and what it decided, as plain JSON types."""
@@ -376,7 +384,7 @@ class PruningProcess:
             "step": self.step,
             "schedule": self.schedule.to_dict(),
             "target": self.target.to_dict(),
-            "choices": self._choices(),
+            "choices": self.config.choices(),
             "scales": dict(self.scales),
             "redundant": dict(self.redundant),
             "sums": {name: dict(terms) for name, terms in sums.sums.items()},
@@ -386,13 +394,8 @@ class PruningProcess:
             "watch": self._watch.state_dict(),
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self._period_start.state_dict() if self._period_start else None,
+            "frozen": self.bound.frozen.state_dict(self.scales, self.trial.on_the_way if self.trial else None),
         }
-
-    def _choices(self) -> dict[str, Any]:
-        """What the saved sums and scales depend on."""
-        names = ["saliency_batches", "layer_widths", "on_collapse"]
-        names += [name for name in self.config.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
-        return {"saliency": self.config.saliency_weights} | {name: getattr(self.config, name) for name in names}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Compare a saved state with this run, changing nothing.
@@ -405,7 +408,7 @@ class PruningProcess:
                 f"pruning state of format {state.get('format')!r}; this version reads {FORMAT}"
             )
         check_same("target", state["target"], self.target.to_dict())
-        check_same("config", state["choices"], self._choices())
+        check_same("config", state["choices"], self.config.choices())
         for name, scales in self.scales.items():
             if name not in state["scales"] or state["scales"][name].shape != scales.shape:
                 raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")
@@ -448,3 +451,6 @@ class PruningProcess:
         if state["period_start"] is not None:
             self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")
             self._period_start.load_state_dict(state["period_start"])
+        on_trial = self.trial.on_the_way if self.trial else None
+        self.bound.frozen.load_state_dict(state.get("frozen", {}), self.scales, on_trial)
+        self.prepare_gradients()

@@ -43,6 +43,11 @@ class Ranking:
         """Whether any unit is to go."""
         return any(self.removed.values())
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a criterion looks at more than the weights."""
+        return set(needed_sums(self._weights)) != {"x2"}
+
     def empty_sums(self, device: torch.device) -> UnitSums:
         """Return sums of no batch, with the terms that the criteria need."""
         return UnitSums.zeros(self._groups, needed_sums(self._weights), device)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .adapters import with_adapter
 from .agreement import first_error
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves, usable
@@ -44,6 +45,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
 
     Args:
         hesso_config: what to prune and when; all other arguments are the trainer's own.
+        peft_config: a `LoraConfig`: the model's own weights are frozen then, and an adapter is trained.
 
     Raises:
         HessoError: before any work, where the model or the budget doesn't allow what is asked for.
@@ -51,7 +53,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
 
     hesso_plan: PruningPlan
 
-    def __init__(self, *args: Any, hesso_config: HessoConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, hesso_config: HessoConfig | None = None, peft_config: Any = None, **kwargs: Any
+    ) -> None:
         if hesso_config is None:
             raise HessoError(f"{type(self).__name__} needs `hesso_config=HessoConfig(pruning_ratio=...)`; got None")
         self.hesso_config = hesso_config
@@ -62,11 +66,13 @@ class HessoMixin(EngineMixin, DistillationMixin):
         self._resume_from: str | None = None
         self._saving_checkpoint = False
         self._step_loss: torch.Tensor | None = None
+        if peft_config is not None:
+            args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
         self._refuse_engines()
         if hesso_config.prune_vocabulary:
             check_countable(self._saved_tokenizer(), self.train_dataset)
-        self.hesso_plan = PruningPlan.prepare(self._bare_model(), hesso_config)
+        self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), hesso_config)
         self.distillation = self._prepare_distillation(self._bare_model(), self._saved_tokenizer())
         self.add_callback(HessoProgressCallback(self))
 
@@ -87,6 +93,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
         except TrainingDivergedError as error:
             last = last_checkpoint(Path(self._output_dir))
             raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
+        finally:
+            if self.hesso_optimizer is not None:
+                self._process.bound.frozen.reveal(False)
         process = self.hesso_optimizer.process if self.hesso_optimizer else None
         if process is not None and process.on_trial is not None:
             logger.warning("training ended in the middle of a CRIC cycle: the weights from before it are put back")
@@ -104,7 +113,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
             return base
         if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one
-            self.hesso_plan = PruningPlan.prepare(self._bare_model(), self.hesso_config)
+            self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), self.hesso_config)
         schedule = self._settle()
         if self.hesso_config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
@@ -119,6 +128,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         """Train on one micro-batch as the trainer does, and keep its loss for the early warning."""
         if self._process.wants_probe:
             self._probe()
+        self._process.prepare_gradients()
         loss = super().training_step(*args, **kwargs)
         noted = self._noted_loss(loss)
         self._step_loss = noted if self._step_loss is None else self._step_loss + noted
@@ -301,7 +311,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         if self.args.should_save:
             try:
                 self.pruning_report = export_pruned(
-                    self._bare_model(),
+                    self._unwrapped_model(),
                     target,
                     kept_units=process.kept_units(),
                     groups=self.hesso_plan.groups,

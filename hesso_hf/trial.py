@@ -78,6 +78,11 @@ class CricTrial:
         self.route(0)
         self._next_cycle()
 
+    @property
+    def on_the_way(self) -> PerUnit | None:
+        """The units whose weights will return to the snapshot, bool (L, U) per structure; None where none are."""
+        return self.cric.shrinking if self.snapshot is not None else None
+
     def scores(self) -> PerUnit:
         """Return the final scores, shape (L, U) per structure."""
         return self._ranking.combine(self.cric.means())
@@ -169,7 +174,7 @@ class CricTrial:
         shrinking, snapshot = self.cric.shrinking, self.snapshot
 
         def displacements(name: str, axes: Any, part: Part) -> PathDisplacements:
-            return PathDisplacements(snapshot.weights_of(self._bound.parameters[name]), axes, shrinking, scale, part)
+            return PathDisplacements(self._bound.effective(name, snapshot.weights_of), axes, shrinking, scale, part)
 
         return displacements
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .adapters import Adapters, parameters_of
 from .cut import cut_model, zero_units_
 from .embeddings import trim_embeddings
 from .errors import VerificationError
@@ -48,23 +49,33 @@ class Verifier:
     """Holds the trained model's fp32 logits on random tokens and compares smaller models with them.
 
     Where tokens are removed, only kept ones are drawn, and only their logits compared.
+
+    Args:
+        model: what is cut.
+        trained: where that isn't the model itself: it with its adapters.
     """
 
     def __init__(
-        self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, vocabulary: KeptTokens | None = None
+        self,
+        model: PreTrainedModel,
+        groups: PruningGroups,
+        kept: KeptUnits,
+        vocabulary: KeptTokens | None = None,
+        trained: PreTrainedModel | None = None,
     ) -> None:
-        self.groups, self.kept = groups, kept
+        self.groups, self.kept, self.vocabulary = groups, kept, vocabulary
         self.input_ids = verification_tokens(model)
         self._model = _in_fp32(model, groups, kept)
         self._experts = groups.structures[EXPERT_UNITS] if EXPERT_UNITS in kept.kept else None
         self._kept_experts = kept_mask(kept, EXPERT_UNITS) if EXPERT_UNITS in kept.kept else None
-        with routed_by(self._model, self._experts, self._kept_experts):  # a checkpoint's model has no gates
+        reference = self._model if trained is None else _in_fp32(trained, groups, kept)
+        with routed_by(reference, self._experts, self._kept_experts):  # a checkpoint's model has no gates
             if vocabulary is None:
-                self.logits = _evaluate(self._model, self.input_ids)
+                self.logits = _evaluate(reference, self.input_ids)
                 return
             tokens = vocabulary.indices(vocabulary.vocab_size, self.input_ids.device)
             self.input_ids %= len(tokens)
-            self.logits = _evaluate(self._model, tokens[self.input_ids])[..., tokens]
+            self.logits = _evaluate(reference, tokens[self.input_ids])[..., tokens]
         self._model = trim_embeddings(self._model, vocabulary)
 
     def check_fold(self) -> float:
@@ -73,7 +84,17 @@ class Verifier:
         Raises:
             VerificationError: naming the structures that differ.
         """
-        error = self._fold_error(self.kept)
+        return self._allowed(self._fold_error(self.kept))
+
+    def check_logits(self, small: Any) -> float:
+        """Compare a smaller model in fp32 that was made otherwise, as `check_fold` does."""
+        return self._allowed(self.error_of(small))
+
+    def error_of(self, small: Any) -> float:
+        """Return the relative error of a smaller model's logits."""
+        return relative_error(_evaluate(small, self.input_ids), self.logits)
+
+    def _allowed(self, error: float) -> float:
         if not error <= FOLD_TOLERANCE:
             raise VerificationError(
                 f"the smaller model's logits differ from the trained model's by {error:.1e} (relative, fp32; allowed "
@@ -99,12 +120,12 @@ class Verifier:
         for name, tensor in (*expected.named_parameters(), *((name, buffers[name]) for name in cut)):
             if name not in found or not torch.equal(found[name].cpu(), tensor.cpu().to(found[name].dtype)):
                 raise VerificationError(f"{name} reads back from {folder} differently than it was written")
-        return relative_error(_evaluate(reloaded.to(expected.device), self.input_ids), self.logits)
+        return self.error_of(reloaded.to(expected.device))
 
     def _fold_error(self, kept: KeptUnits) -> float:
         small = cut_model(self._model, self.groups, kept, torch.float32)
         with routed_by(small, None if EXPERT_UNITS in kept.kept else self._experts, self._kept_experts):
-            return relative_error(_evaluate(small, self.input_ids), self.logits)
+            return self.error_of(small)
 
     def _culprits(self) -> str:
         """Cut one structure at a time."""
@@ -141,11 +162,11 @@ def _in_fp32(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> 
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
     model = copy.deepcopy(model).float()
-    zero_units_(dict(model.named_parameters()), groups, kept)
+    zero_units_(parameters_of(model), Adapters.of(model).extend(groups), kept)
     return model
 
 
-def _evaluate(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def _evaluate(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     was_training = model.training
     try:
         return logits_of(model.eval(), input_ids)
