@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,9 +105,10 @@ class Adapters:
                 found.append(replace(axis, parameter=factor, dim=dim))
         return found
 
-    def factors(self) -> list[str]:
-        """Return the names of all factors."""
-        return [name for added in self.low_rank.values() for name in (added.out_factor, added.in_factor)]
+    def factors(self, of: Iterable[str] | None = None) -> list[str]:
+        """Return the names of all factors, or of those that add to the named weights."""
+        chosen = [self.low_rank[name] for name in (self.low_rank if of is None else of) if name in self.low_rank]
+        return [name for added in chosen for name in (added.out_factor, added.in_factor)]
 
 
 NO_ADAPTERS = Adapters({})

@@ -47,6 +47,8 @@ class BoundGroups:
         self.groups, self._gates, self._adapters = groups, gates, adapters
         self.axes = adapters.extend(groups).by_parameter()
         self._scored = groups.by_parameter()  # an adapter counts as part of the weight that it adds to
+        for name in adapters.factors(self._scored):
+            self.axes.setdefault(name, [])
         self.bind(parameters)
         self._chunk = chunk_size(sum(parameter.numel() for parameter in parameters.values()))
 
