@@ -39,7 +39,8 @@ KINDS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], dict[str, 
     "experts": (
         lambda: moe_model("mixtral"), {"target_modules": ["q_proj", "o_proj"]},
         RATIO | {"structures": ["experts"], "pruning_ratio": 0.25},
-    ),}  # fmt: skip
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
