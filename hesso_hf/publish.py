@@ -15,7 +15,7 @@ from pathlib import Path
 
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model)(-[0-9a-f]{8})?(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
-    r"|adapter_model\.(safetensors|bin)|adapter_config\.json"  # from_pretrained would load these in place of the model
+    r"|adapter_config\.json"  # from_pretrained would load the base model that this names instead
 )
 _INDEX = "model.safetensors.index.json"
 _LAST = (_INDEX, "config.json")

@@ -63,7 +63,7 @@ def logits(model: Any, batch: torch.Tensor) -> torch.Tensor:
         return model.eval()(input_ids=batch).logits
 
 
-SLOW = ("modules_to_save", "gemma2", "phi3", "layers", "experts")
+SLOW = ("embeddings", "modules_to_save", "gemma2", "phi3", "gpt2", "layers", "experts")
 MARKED = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in KINDS]
 
 

@@ -181,3 +181,18 @@ def test_distillation_runs_with_and_without_the_teacher(tmp_path: Path, monkeypa
     before = output.read_text()
     assert distillation.main() == 0  # nothing is run again
     assert output.read_text() == before
+
+
+def test_lora_compares_what_units_are_scored_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_scoring
+
+    monkeypatch.setattr(lora_scoring, "SCORED", 1)
+    monkeypatch.setattr(lora_scoring, "HELD_OUT", 1)
+    monkeypatch.setattr(lora_scoring, "BATCH", 1)
+    output = tmp_path / "lora.json"
+    monkeypatch.setattr(sys, "argv", ["lora_scoring.py", "--trained", "2", "--output", str(output)])
+    assert lora_scoring.main() == 0
+    (run,) = json.loads(output.read_text())["runs"]
+    assert run["variants"]["weights taylor_second_order"]["mlp_channels"]["same"] == 1
+    assert run["variants"]["adapter taylor_second_order"]["mlp_channels"]["same"] < 1
+    assert run["peak_bytes"]["weights"] > run["peak_bytes"]["adapter"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lora import lora_run, tiny_lora
+from test_distributed import launch
 from tiny import tiny_gemma2, tiny_llama, tiny_phi, token_batches
 from training import hesso_config
 
@@ -37,13 +38,22 @@ def run_of(kind: str, folder: Path, **changes: Any) -> HessoTrainer:
     return lora_run(folder, build(), lora, config=hesso_config(**config), **options)
 
 
+class Runs(dict[str, HessoTrainer]):
+    """The uninterrupted runs, each trained when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, kind: str) -> HessoTrainer:
+        self[kind] = run_of(kind, self.folder / kind)
+        self[kind].train()
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HessoTrainer]:
-    found = {}
-    for kind in RUNS:
-        found[kind] = run_of(kind, tmp_path_factory.mktemp("undisturbed"))
-        found[kind].train()
-    return found
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("undisturbed"))
 
 
 def differing(run: HessoTrainer, expected: HessoTrainer) -> list[str]:
@@ -56,10 +66,16 @@ def differing(run: HessoTrainer, expected: HessoTrainer) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "step"), [(kind, step) for kind, run in RUNS.items() for step in run[4]])
-def test_interrupted_equals_uninterrupted(
-    undisturbed: dict[str, HessoTrainer], kind: str, step: int, tmp_path: Path
-) -> None:
+QUICK = {("plain", 3), ("plain", 5), ("centred", 3), ("cric", 5)}
+CASES = [
+    pytest.param(kind, step, marks=() if (kind, step) in QUICK else pytest.mark.slow)
+    for kind, run in RUNS.items()
+    for step in run[4]
+]
+
+
+@pytest.mark.parametrize(("kind", "step"), CASES)
+def test_interrupted_equals_uninterrupted(undisturbed: Runs, kind: str, step: int, tmp_path: Path) -> None:
     expected = undisturbed[kind]
     shutil.copytree(Path(expected.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     run = run_of(kind, tmp_path, save_strategy="no")
@@ -69,7 +85,7 @@ def test_interrupted_equals_uninterrupted(
     assert expected.hesso_optimizer.process.finished
 
 
-def test_a_checkpoint_holds_only_the_slices_on_their_way(undisturbed: dict[str, HessoTrainer]) -> None:
+def test_a_checkpoint_holds_only_the_slices_on_their_way(undisturbed: Runs) -> None:
     folder = Path(undisturbed["plain"].args.output_dir)
     sizes = []
     for step in (2, 3, 10):  # before, inside and after the periods
@@ -81,13 +97,13 @@ def test_a_checkpoint_holds_only_the_slices_on_their_way(undisturbed: dict[str, 
     assert 0 < sizes[1] < 0.6 * elements
 
 
-def test_a_base_that_is_pruned_already_is_refused(undisturbed: dict[str, HessoTrainer]) -> None:
+def test_a_base_that_is_pruned_already_is_refused(undisturbed: Runs) -> None:
     finished = undisturbed["biases"]
     with pytest.raises(CheckpointMismatchError, match="is frozen, differs from what the checkpoint was trained on"):
         finished.train(resume_from_checkpoint=str(Path(finished.args.output_dir) / "checkpoint-3"))
 
 
-def test_another_base_is_refused(undisturbed: dict[str, HessoTrainer], tmp_path: Path) -> None:
+def test_another_base_is_refused(undisturbed: Runs, tmp_path: Path) -> None:
     checkpoint = Path(undisturbed["plain"].args.output_dir) / "checkpoint-4"
     other = lora_run(tmp_path, tiny_llama(seed=9), DROPOUT, config=hesso_config())
     with pytest.raises(CheckpointMismatchError, match="load the same base model anew"):
@@ -167,3 +183,40 @@ def test_training_that_fails_leaves_no_weight_revealed(tmp_path: Path) -> None:
         run.train()
     frozen = [p for n, p in base_of(run.model).named_parameters() if "lora" not in n]
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen)
+
+
+_WORKER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_frozen import run_job
+run_job(Path(sys.argv[1]), per_device=2)
+"""
+
+
+def run_job(folder: Path, per_device: int) -> None:
+    """Train on a global batch of 4, and leave weights and decisions of every rank."""
+    run = lora_run(folder, config=hesso_config(), per_device_train_batch_size=per_device, max_steps=10)
+    run.train()
+    weights = {name: parameter.detach() for name, parameter in parameters_of(run._bare_model()).items()}
+    kept = run.hesso_optimizer.process.kept_units().to_dict()
+    torch.save({"kept": kept, "weights": weights}, folder / f"rank{run.args.process_index}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_average_gradients_that_ddp_does_not_know(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    run_job(folders[0], per_device=4)
+    ran = launch(_WORKER, str(folders[1]), str(Path(__file__).parent))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    one, first, second = (
+        torch.load(path) for path in (folders[0] / "rank0.pt", *(folders[1] / f"rank{rank}.pt" for rank in (0, 1)))
+    )
+    assert one["kept"] == first["kept"] == second["kept"]
+    for name, expected in one["weights"].items():
+        torch.testing.assert_close(first["weights"][name], expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(first["weights"][name], second["weights"][name])
