@@ -41,10 +41,14 @@ class StreamAxis:
     vector: VectorRole
 
     @property
+    def holder(self) -> str:
+        """The name of the module that holds the one that owns it."""
+        return self.info.module.rpartition(".")[0]
+
+    @property
     def reader_group(self) -> str:
         """Readers in one block read the same thing: the name of the module that holds them, "" for a layer's own."""
-        holder = self.info.module.rpartition(".")[0]
-        return "" if holder == self.info.layer else holder.rpartition(".")[2]
+        return "" if self.holder == self.info.layer else self.holder.rpartition(".")[2]
 
 
 def stream_axes(model: PreTrainedModel, axis_map: AxisMap, axes: list[AxisName]) -> list[StreamAxis]:
@@ -125,8 +129,10 @@ def _ends(axes: list[StreamAxis], tied: bool) -> Place:
 def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
     """List what else may take one power or another; alike in all kinds of layers where the guess is the same."""
     scales = [a for a in axes if a.vector.kind == "scale" and a.info.layer]
+    normed_modules = {a.info.module for a in axes if a.vector.kind == "scale"}
     normed = {a.info.kind for a in scales if a.info.module not in after}
     embeddings = [a.pattern for a in axes if a.info.role == "embedding"]
+    mixers = {a.holder for a in axes if a.vector.kind == "scale"} - {a.info.layer for a in axes}
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
     def place(name: str, options: tuple[int, ...], pattern: str) -> None:
@@ -138,21 +144,24 @@ def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
             usual = 0 if raw or axis.info.module in after else -1
             if axis.info.layer:
                 place(tail, (usual, -1 - usual), axis.pattern)
-        elif axis.vector.kind == "offset" or axis.info.role == "output":
+        elif (axis.vector.kind == "offset" and axis.info.module in normed_modules) or axis.info.role == "output":
             continue
+        elif axis.vector.kind == "offset":  # of a block that isn't a norm: it is written to the stream
+            place(f"{tail} {axis.pattern}", (1, 0), axis.pattern)
         elif axis.info.role == "embedding":
             if axis.pattern != embeddings[0]:
                 place(tail, (1, 0), axis.pattern)
         elif axis.info.role in ("norm", "other"):
-            place(f"{tail} {axis.pattern}", (0, 1, -1), axis.pattern)
+            added = axis.pattern.endswith("bias")
+            place(f"{tail} {axis.pattern}", (1, 0, -1) if added else (0, 1, -1), axis.pattern)
         elif axis.side == "in":
             usual = -1 if raw or axis.info.kind not in normed else 0
             place(axis.reader_group, (usual, -1 - usual), axis.pattern)
         elif axis.side == "either":
             options = _either(axis)
             place(axis.pattern, (-1, 0, 1) if raw and options[0] == 0 else options, axis.pattern)
-        else:
-            place(f"{tail} writes", (1, 0), axis.pattern)
+        else:  # beside a norm of the stream it may be a gate on what the norm gives, as in hyper-connections
+            place(f"{tail} writes", (0, 1) if axis.holder in mixers else (1, 0), axis.pattern)
     return [[dict.fromkeys(patterns, power) for power in options] for (_, options), patterns in found.items()]
 
 

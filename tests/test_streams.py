@@ -21,7 +21,7 @@ from hesso_hf.streams import (
     stream_powers,
     writing_modules,
 )
-from hesso_hf.tiny import tiny_config
+from hesso_hf.tiny import default_config, tiny_config
 
 
 @cache
@@ -52,6 +52,21 @@ def first_guess(name: str) -> Scheme:
 )
 def test_the_first_guess_is_right(name: str):
     assert bench(name).error_of({STREAM: first_guess(name)}) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "jetmoe",  # a bias of the whole block
+        pytest.param("zaya", marks=pytest.mark.slow),  # biases on both sides of the residual connection
+        pytest.param("qwen4_exp_text", marks=pytest.mark.slow),  # gates on a normed stream of four copies
+    ],
+)
+def test_the_first_guess_is_right_where_more_than_writers_lie_along_the_stream(model_type: str):
+    model_class, config = default_config(model_type)
+    found = _Bench(model_class, tiny_config(model_class, config))
+    guess = next(found._stream_schemes(moving_axes(STREAM, found.axis_map, found.config)))
+    assert found.error_of({STREAM: guess}) <= TOLERANCE
 
 
 def test_an_embedding_that_the_model_scales_by_its_width_deviates_in_two_places():
