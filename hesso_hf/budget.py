@@ -21,7 +21,7 @@ from .cost import Cost, Counts
 from .errors import BudgetError, HessoError, nearest_name
 from .experts import EXPERT_UNITS
 from .groups import PruningGroups, StructureGroups
-from .sizes import canonical_name, get_size, resized_config
+from .sizes import buildable_config, canonical_name, get_size, model_class_of, resized_config
 
 logger = logging.get_logger(__name__)
 
@@ -211,7 +211,7 @@ class _Solver:
     def target(self, kept: dict[str, int]) -> TargetSizes:
         """Check kept units against the config class and price them."""
         sizes = self._sizes(kept)
-        resized_config(self.model_config, sizes)
+        self._check(sizes)
         for name, count in kept.items():
             group = self.groups.structures[name]
             assert 1 <= count <= group.num_units
@@ -271,10 +271,17 @@ class _Solver:
 
     def _accepts(self, kept: dict[str, int]) -> bool:
         try:
-            resized_config(self.model_config, self._sizes(kept))
+            self._check(self._sizes(kept))
         except HessoError:
             return False
         return True
+
+    def _check(self, sizes: dict[str, int]) -> None:
+        """Raise HessoError where the class, as far as it says so before a model runs, refuses sizes."""
+        if self.groups.picky:
+            buildable_config(model_class_of(self.model_config), self.model_config, sizes)
+        else:
+            resized_config(self.model_config, sizes)
 
     def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""

@@ -42,7 +42,8 @@ class _ConstantStatistics(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _MEANS:
-            return func(*args, **kwargs).detach()
+            found = func(*args, **kwargs)
+            return found.detach() if _over_channels(*args, **kwargs) else found
         if func in _RELUS:  # no unit is dead then
             return F.leaky_relu(args[0] if args else kwargs["input"], 0.1)
         if func is F.layer_norm:
@@ -50,6 +51,12 @@ class _ConstantStatistics(TorchFunctionMode):
         if func is F.rms_norm:
             return _normalised(*args, **kwargs, centred=False)
         return func(*args, **kwargs)
+
+
+def _over_channels(input: torch.Tensor, dim: Any = None, *_: Any, **__: Any) -> bool:
+    """Tell whether a mean is a norm's: over the last dimension. Others join copies of the stream, or tokens."""
+    dims = (dim,) if isinstance(dim, int) else dim
+    return not isinstance(dims, list | tuple) or any(index in (-1, input.dim() - 1) for index in dims)
 
 
 def _normalised(
@@ -192,6 +199,7 @@ def discover_branches(
     units: int,
     granule: int,
     partial: bool = False,
+    strided: bool = False,
 ) -> list[Branch]:
     """Divide the axes that a size moves into branches, each with a reader and every axis' layout.
 
@@ -199,6 +207,7 @@ def discover_branches(
         units: U of the tiny model.
         granule: smallest run of indices that stays together (head_dim for heads, 1 for channels).
         partial: whether axes may be left over.
+        strided: whether a reader's units are taken to lie strided, where they might as well lie in blocks.
 
     Raises:
         UnsupportedStructureError: naming an axis that no reader's units account for.
@@ -211,7 +220,7 @@ def discover_branches(
         del remaining[axis]
     branches: list[Branch] = []
     while remaining:
-        branch = _best_branch(probe, axis_map, remaining, units, granule)
+        branch = _best_branch(probe, axis_map, remaining, units, granule, strided)
         if branch is None and partial and branches:
             break
         if branch is None:
@@ -242,7 +251,12 @@ def _biases(
 
 
 def _best_branch(
-    probe: GradientProbe, axis_map: AxisMap, remaining: dict[AxisName, list[AxisName]], units: int, granule: int
+    probe: GradientProbe,
+    axis_map: AxisMap,
+    remaining: dict[AxisName, list[AxisName]],
+    units: int,
+    granule: int,
+    strided: bool,
 ) -> Branch | None:
     """Try each matrix as the reader, the last of a block first; take the one that accounts for most axes."""
     best: Branch | None = None
@@ -250,7 +264,8 @@ def _best_branch(
         shape = axis_map.parameters[remaining[reader][0][0]].shape
         if len(shape) < 2:
             continue
-        for layout in _reader_layouts(shape[reader[1]], units, granule):
+        layouts = _reader_layouts(shape[reader[1]], units, granule)
+        for layout in reversed(layouts) if strided else layouts:
             found = _confirmed(probe, remaining, _branch(probe, remaining, {reader: layout}, units), units)
             if len(found.layouts) > (len(best.layouts) if best else 1):
                 best = found
@@ -285,13 +300,22 @@ def _reader_groups(
 
 
 def _confirmed(probe: GradientProbe, remaining: dict[AxisName, list[AxisName]], branch: Branch, units: int) -> Branch:
-    """Read the reader's own layout, so far assumed, off the gradients where another matrix of the branch is zeroed."""
+    """Read the reader's own layout, so far assumed, off the gradients where another matrix of the branch is zeroed.
+
+    One that accounts for a part of the reader (with queries at zero, values keep their gradients) only has to agree.
+    """
+    assumed = branch.layouts[branch.reader]
+    expected = assumed.expand(torch.arange(units), fixed_value=NOBODY)
     for other, layout in branch.layouts.items():
         if other == branch.reader or probe.parameters[remaining[other][0][0]].dim() < 2:
             continue
         back = _branch(probe, remaining, {other: layout}, units).layouts.get(branch.reader)
+        if back == assumed:
+            break
         if back is not None:
-            return Branch(branch.reader, branch.layouts | {branch.reader: back})
+            seen = back.expand(torch.arange(units), fixed_value=NOBODY)
+            if not bool(((seen == expected) | (seen == NOBODY)).all()):
+                return Branch(branch.reader, branch.layouts | {branch.reader: back})
     return branch
 
 

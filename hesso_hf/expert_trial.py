@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .cut import cut_model, zero_units_
 from .errors import UnsupportedStructureError
-from .experts import EXPERT_UNITS, ExpertScheme, expert_groups, num_experts, routing_groups
+from .experts import EXPERT_UNITS, ExpertScheme, expert_groups, experts_per_token, num_experts, routing_groups
 from .groups import KeptUnits, PruningGroups, StructureGroups
 from .outcome import TOLERANCE, StructureProof
 from .routing import RouterGates, remove_gates
@@ -18,6 +18,12 @@ from .tiny import SEED, logits_of, random_model, relative_error, tiny_config, to
 
 _PER_POOL, _KEPT_PER_POOL = 8, 6
 _DRAWS = 20
+_ROWS_OF_ONE_EXPERT = 6
+
+
+def ids_for_all_experts(config: PretrainedConfig) -> torch.Tensor:
+    """Return ids, shape (rows, T): where each token has one expert only, so many that no expert is left without any."""
+    return token_ids(config, rows=_ROWS_OF_ONE_EXPERT) if experts_per_token(config) == 1 else token_ids(config)
 
 
 def prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, StructureProof]:

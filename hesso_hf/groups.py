@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .shards import Part
 from .sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
 
 COUPLED = ("attention_heads", "embedding_channels")  # where head_dim follows from both
+HEAD_UNITS = ("attention_heads", "query_heads")
 AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
 
@@ -125,12 +127,14 @@ class PruningGroups:
         coupled: structures that only shrink together (head_dim is hidden_size / num_attention_heads, or a mixer's
             channels are twice the width), with how many units of each go with one of the coarsest, the driver; empty
             where all are independent.
+        picky: whether the model class refuses sizes that its config class accepts.
     """
 
     structures: dict[str, StructureGroups]
     refused: dict[str, str] = field(default_factory=dict)
     coupled: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    picky: bool = False
 
     def by_parameter(self) -> dict[str, list[tuple[str, int, Axis]]]:
         """Return, per parameter, (structure, layer index, axis) of each of its axes."""
@@ -162,7 +166,7 @@ class PruningGroups:
                 f"`structures` ({names}) leaves out {apart}: in this architecture {list(self.coupled)} only shrink "
                 "together (one's size follows from the others'); name all of them, or none"
             )
-        return PruningGroups(chosen, self.refused, {} if apart else self.coupled, self.absent)
+        return replace(self, structures=chosen, coupled={} if apart else self.coupled)
 
     def with_coupled(self, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return kept units of independent structures with those that follow from them."""
@@ -207,6 +211,7 @@ class Scheme:
         shared: whether the units are the same in all layers, since layers read each other's keys and values.
         granule: head_dim of the tiny model for heads whose size follows the width, else 1.
         per_channel: units for each embedding channel, where their number follows the width (an MLP of 4 * width).
+        bundle: how many of the smallest changes of the config sizes a unit is: 2 where heads work in pairs.
     """
 
     branches: tuple[Branch, ...]
@@ -217,6 +222,7 @@ class Scheme:
     shared: bool = False
     granule: int = 1
     per_channel: int = 0
+    bundle: int = 1
 
 
 @dataclass(frozen=True)
@@ -272,8 +278,12 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
     Raises:
         UnsupportedStructureError: where the model has an axis that the proof never saw or whose length doesn't fit.
     """
-    increments = {} if scheme.per_channel else unit_increments(structure, config)
+    smallest = {} if scheme.per_channel else unit_increments(structure, config)
+    increments = {size: increment * scheme.bundle for size, increment in smallest.items()}
     units = num_units(structure, config) if increments else scheme.per_channel * (get_size(config, HIDDEN) or 0)
+    units, rest = divmod(units, scheme.bundle)
+    if rest:
+        raise UnsupportedStructureError(f"its units are {scheme.bundle} of {smallest} each, and {rest} would be left")
     known = {axis: (branch, layout) for branch in scheme.branches for axis, layout in branch.layouts.items()}
     by_layer: dict[tuple[str, AxisName], list[Axis]] = {}
     for info in axis_map.parameters.values():
@@ -282,7 +292,7 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
                 continue
             branch, template = known[info.pattern, dim]
             per_unit = _per_unit((info.name, dim), template, axis_map, increments, scheme)
-            layout = template.fitted(scheme.num_units, units, size, per_unit)
+            layout = template.fitted(scheme.num_units, units, size, per_unit, structure not in HEAD_UNITS)
             if layout is None:
                 raise UnsupportedStructureError(f"{info.name} dimension {dim} ({size}) doesn't divide as in the proof")
             shift, power = scheme.shifts.get(info.pattern, 0.0), scheme.powers.get(info.pattern, 0)
@@ -311,11 +321,15 @@ def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap, 
 
 def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:
     """Return how many of an axis' indices one unit owns in this model."""
-    if axis_map.coupling is not None or scheme.per_channel:
+    follows_width = axis_map.coupling is not None and {HEADS, HIDDEN} & increments.keys()
+    if follows_width or scheme.per_channel:
         granule = axis_map.coupling.head_dim if axis_map.coupling and HEADS in increments else 1
         return template.per_unit * granule // scheme.granule
     slopes = axis_map.slopes.get(axis, {})
-    return sum(slopes.get(size, 0) * increment for size, increment in increments.items())
+    per_unit = sum((slopes.get(size, 0) * increment for size, increment in increments.items()), Fraction(0))
+    if per_unit.denominator > 1:
+        raise UnsupportedStructureError(f"{axis[0]} dimension {axis[1]} grows by {per_unit} with a unit")
+    return int(per_unit)
 
 
 def coupled_units(

@@ -79,7 +79,7 @@ class Layout:
         """Return the axis' length for `units` units."""
         return sum(segment.size(units) for segment in self.segments)
 
-    def fitted(self, units: int, to_units: int, size: int, per_unit: int) -> Layout | None:
+    def fitted(self, units: int, to_units: int, size: int, per_unit: int, by_runs: bool = False) -> Layout | None:
         """Return the layout that a model of other sizes has, or None where they don't fit.
 
         Args:
@@ -87,16 +87,23 @@ class Layout:
             to_units: of the other model.
             size: length of the other model's axis.
             per_unit: indices that one unit owns there; blocks grow and shrink with it.
+            by_runs: whether the number of runs does instead (a unit is one channel, in each of the experts).
         """
         fixed, fixed_to = self.size(units) - units * self.per_unit, size - to_units * per_unit
         stretches = [segment for segment in self.segments if segment.fixed]
-        if fixed_to < 0 or (fixed_to == 0) != (fixed == 0) or per_unit * self.segments_block % self.per_unit:
+        if fixed_to < 0 or (fixed_to == 0) != (fixed == 0):
+            return None
+        if per_unit * self.segments_block % self.per_unit and not by_runs:
             return None
         if len(stretches) > 1 and fixed_to != fixed:
             return None
+        if by_runs and per_unit != self.per_unit and (len(self.segments) > 1 or self.segments_block > 1):
+            return None
         segments = []
         for segment in self.segments:
-            if segment.fixed:
+            if by_runs and not segment.fixed:
+                segments.append(Segment(segment.repeat * per_unit // self.per_unit, segment.block))
+            elif segment.fixed:
                 segments.append(Segment(fixed=fixed_to if len(stretches) == 1 else segment.fixed))
             else:
                 segments.append(Segment(segment.repeat, segment.block * per_unit // self.per_unit))

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .depth import LayerScheme, layer_groups
 from .errors import NotApplicableError, UnsupportedStructureError
-from .experts import ExpertScheme, expert_groups
+from .experts import EXPERT_UNITS, ExpertScheme, expert_groups
 from .groups import PruningGroups, Scheme, StructureGroups, build_groups, check_covered, coupled_units, needing_others
 from .probe import AxisMap, coupled_axes, probe_axes
 
@@ -90,10 +90,21 @@ def groups_of(
     needing = needing_others(axis_map, schemes)
     for name in needing - refused.keys() if not coupled.keys() - refused.keys() else ():
         refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
+    refused |= _on_shared_axes({name: built for name, built in structures.items() if name not in refused})
     structures = {name: built for name, built in structures.items() if name not in refused}
     absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
     coupled = {name: ratio for name, ratio in coupled.items() if name in structures}
-    return PruningGroups(structures, refused, coupled, absent), axis_map
+    return PruningGroups(structures, refused, coupled, absent, axis_map.picky), axis_map
+
+
+def _on_shared_axes(structures: dict[str, StructureGroups]) -> dict[str, str]:
+    """Refuse experts that lie along the same dimension as their channels, as one matrix of all experts' rows."""
+    axes = {name: {(axis.parameter, axis.dim) for _, axis in built.all_axes()} for name, built in structures.items()}
+    for other in ("mlp_channels", "expert_channels"):
+        shared = axes.get(EXPERT_UNITS, set()) & axes.get(other, set())
+        if shared:
+            return {EXPERT_UNITS: f"{min(shared)[0]} has experts and {other} along one dimension: name one of the two"}
+    return {}
 
 
 def _build(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
 
@@ -55,15 +56,17 @@ class Coupling:
 class AxisMap:
     """What the probe found: for each (parameter, dim) the slopes, in indices per one more of each config size.
 
-    A slope of 0 is an axis that moves, but by no whole number for each one more.
+    Attributes:
+        picky: whether the class refuses sizes that its config class accepts.
     """
 
     parameters: dict[str, ParameterInfo]
-    slopes: dict[tuple[str, int], dict[str, int]]
+    slopes: dict[tuple[str, int], dict[str, Fraction]]
     failed: dict[str, str]
     coupling: Coupling | None = None
+    picky: bool = False
 
-    def moving(self, sizes: Iterator[str] | tuple[str, ...]) -> dict[tuple[str, int], dict[str, int]]:
+    def moving(self, sizes: Iterator[str] | tuple[str, ...]) -> dict[tuple[str, int], dict[str, Fraction]]:
         """Return the axes that at least one of `sizes` moves."""
         wanted = set(sizes)
         return {axis: found for axis, found in self.slopes.items() if wanted & set(found)}
@@ -77,31 +80,35 @@ def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, cou
     """
     base_model = build_meta(model_class, copy_with(config, {}))
     parameters = describe_parameters(base_model)
-    slopes: dict[tuple[str, int], dict[str, int]] = {}
+    slopes: dict[tuple[str, int], dict[str, Fraction]] = {}
     failed: dict[str, str] = {}
+    picky = False
     for size in PROBED_SIZES:
         if get_size(config, size) is None:
             continue
         try:
-            changed = _slopes_of(model_class, config, size, parameters)
+            changed, refused = _slopes_of(model_class, config, size, parameters)
         except Exception as error:  # model code may refuse a size with any exception type
             failed[size] = f"{type(error).__name__}: {error}"
             continue
+        picky = picky or refused
         for axis, slope in changed.items():
             slopes.setdefault(axis, {})[size] = slope
-    axis_map = AxisMap(parameters, slopes, failed)
+    axis_map = AxisMap(parameters, slopes, failed, picky=picky)
     follows = couple and _heads_follow_width(slopes)
     return coupled_axes(model_class, config, axis_map) if follows else axis_map
 
 
-def _heads_follow_width(slopes: dict[tuple[str, int], dict[str, int]]) -> bool:
+def _heads_follow_width(slopes: dict[tuple[str, int], dict[str, Fraction]]) -> bool:
     """Tell whether heads and width only change together: another number of heads alone leaves their rows as they are.
 
-    Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows.
+    Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows. Both sides of the weights
+    that write the queries follow the width then.
     """
     by_heads = [found[HEADS] for found in slopes.values() if HEADS in found]
-    width_moves = any(HIDDEN in found for found in slopes.values())
-    return width_moves and not (by_heads and min(by_heads) > 0)
+    by_width = [name for (name, _), found in slopes.items() if HIDDEN in found]
+    both_sides = len(set(by_width)) < len(by_width)
+    return both_sides and not (by_heads and min(by_heads) > 0 and any(_is_whole(slope) for slope in by_heads))
 
 
 def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap) -> AxisMap:
@@ -181,11 +188,12 @@ def _digest(members: set[str]) -> str:
 
 def _slopes_of(
     model_class: type[PreTrainedModel], config: PretrainedConfig, size: str, parameters: dict[str, ParameterInfo]
-) -> dict[tuple[str, int], int]:
+) -> tuple[dict[tuple[str, int], Fraction], bool]:
+    """Return the slopes of the axes that a size moves, and whether the class refused some step."""
     value = get_size(config, size)
     assert value is not None
     errors: list[Exception] = []
-    uneven: dict[tuple[str, int], int] | None = None
+    uneven: dict[tuple[str, int], Fraction] | None = None
     for step in _steps(config, size, value):
         try:
             shapes = _shapes(model_class, copy_with(config, {size: value + step}))
@@ -193,31 +201,39 @@ def _slopes_of(
         except Exception as error:  # the next step may suit a divisibility check of the model code
             errors.append(error)
             continue
-        if all(moved.values()):
-            return moved
+        if all(map(_is_whole, moved.values())) and moved.keys() >= (uneven or {}).keys():
+            return moved, bool(errors)
         uneven = moved if uneven is None else uneven
     if uneven is not None:
-        return uneven
+        return uneven, bool(errors)
     raise errors[0]
 
 
 def _steps(config: PretrainedConfig, size: str, value: int) -> list[int]:
-    """Increments to try: one, then ones that keep heads divisible by key-value heads, and the width by the heads."""
+    """Increments to try: one, then ones that keep heads divisible by key-value heads, and the width by the heads.
+
+    MLPs grow by two first: some read half as many channels as their size says.
+    """
     kv_heads, heads = get_size(config, KV_HEADS) or 1, get_size(config, HEADS) or 1
-    return list(dict.fromkeys([1, {HEADS: kv_heads, HIDDEN: heads}.get(size, value), value]))
+    first = 2 if size in (MLP, EXPERT_MLP) else 1
+    return list(dict.fromkeys([first, 1, {HEADS: kv_heads, HIDDEN: heads}.get(size, value), value]))
 
 
-def _compare(parameters: dict[str, ParameterInfo], shapes: dict[str, tuple[int, ...]], step: int) -> dict:
+def _compare(
+    parameters: dict[str, ParameterInfo], shapes: dict[str, tuple[int, ...]], step: int
+) -> dict[tuple[str, int], Fraction]:
     if shapes.keys() != parameters.keys():
         raise ValueError("the set of parameters itself changes with the size")
     moved = {}
     for name, info in parameters.items():
         for dim, (before, after) in enumerate(zip(info.shape, shapes[name], strict=True)):
-            if before == after:
-                continue
-            slope, rest = divmod(after - before, step)
-            moved[(name, dim)] = 0 if rest else slope
+            if before != after:
+                moved[(name, dim)] = Fraction(after - before, step)
     return moved
+
+
+def _is_whole(slope: Fraction) -> bool:
+    return slope.denominator == 1
 
 
 def _shapes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

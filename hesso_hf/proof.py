@@ -8,7 +8,7 @@ agrees is refused with the reason.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,11 +21,13 @@ from .cut import load_cut, zero_units_
 from .depth import LAYER_UNITS
 from .depth_proof import LayerTrial
 from .discovery import GradientProbe, discover_branches, layout_of
+from .division import Division, divisions
 from .errors import UnsupportedStructureError
-from .expert_trial import prove_experts
+from .expert_trial import ids_for_all_experts, prove_experts
 from .experts import EXPERT_UNITS
 from .groups import (
     COUPLED,
+    HEAD_UNITS,
     AxisName,
     Branch,
     PruningGroups,
@@ -50,8 +52,6 @@ from .tiny import (
     token_ids,
     units_to_keep,
 )
-
-_SEED = 20240915
 
 
 def prove(
@@ -94,7 +94,7 @@ def _prove_layers(
     scheme, error = trial.find(bench.stream(list(bench.axis_map.moving((HIDDEN,))))[0])
     if schemes := _unit_schemes(others.structures):
         groups = bench.groups(schemes)
-        joint = trial.joint_error(scheme, groups, units_to_keep(groups, bench.config)[0])
+        joint = trial.joint_error(scheme, groups, units_to_keep(groups, bench.model_class, bench.config)[0])
         if joint > TOLERANCE:
             reason = f"together with {list(schemes)} the logits differ: relative error {joint:.1e} > {TOLERANCE:.0e}"
             return {LAYER_UNITS: StructureProof(LAYER_UNITS, None, joint, reason)}
@@ -125,7 +125,7 @@ class _Bench:
         self.axis_map = probe_axes(model_class, config)
         self.input_ids = token_ids(config)
         self.logits = logits_of(self.model, self.input_ids)
-        self.gradients = GradientProbe(self.model, self.input_ids, forward_logits)
+        self.gradients = GradientProbe(self.model, ids_for_all_experts(config), forward_logits)
         self.tied = not any(info.role == "output" for info in self.axis_map.parameters.values())
 
     # -- one structure at a time ----------------------------------------------------------------------------------
@@ -135,12 +135,12 @@ class _Bench:
         proofs: dict[str, StructureProof] = {}
         coupled = self.axis_map.coupling is not None
         if coupled and set(COUPLED) <= set(names):
-            proofs |= guarded(COUPLED, self._prove_coupled)
+            proofs |= self._divided(COUPLED, "attention_heads", self._prove_coupled)
             if all(proofs[name].scheme is None for name in COUPLED):
                 proofs |= self._width_after_all(proofs["attention_heads"].reason)
         for name in sorted(names, key=lambda name: name == "mixer_channels"):  # which the width's proof may settle
             if name not in proofs:
-                proofs |= guarded((name,), partial(self._prove_alone, name))
+                proofs |= self._divided((name,), name, partial(self._prove_alone, name))
         if not coupled and all(name in proofs and proofs[name].scheme is None for name in COUPLED):
             proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
@@ -149,7 +149,7 @@ class _Bench:
         """Some classes have their heads' sizes elsewhere: the width alone may be proved then, and heads are refused."""
         before = self.axis_map
         self.axis_map = probe_axes(self.model_class, self.config, couple=False)
-        proofs = guarded(("embedding_channels",), partial(self._prove_alone, "embedding_channels"))
+        proofs = guarded(("embedding_channels",), partial(self._prove_alone, "embedding_channels", Division()))
         if proofs["embedding_channels"].scheme is not None:
             return proofs | {"attention_heads": StructureProof("attention_heads", None, None, reason)}
         self.axis_map = before
@@ -160,16 +160,49 @@ class _Bench:
         before = self.axis_map
         self.axis_map = coupled_axes(self.model_class, self.config, before)
         if self.axis_map.coupling is not None and self.axis_map.coupling.head_dim == head_dim_of(self.config):
-            proofs = guarded(COUPLED, self._prove_coupled)
+            proofs = self._divided(COUPLED, "attention_heads", self._prove_coupled)
             if all(proof.scheme is not None for proof in proofs.values()):
                 return proofs
         self.axis_map = before
         return {}
 
-    def _prove_alone(self, structure: str) -> dict[str, StructureProof]:
+    def _divided(
+        self, names: tuple[str, ...], structure: str, prove: Callable[[Division], dict[str, StructureProof]]
+    ) -> dict[str, StructureProof]:
+        """Try a proof with one division of a structure's axes into units after the other, the finest first.
+
+        Args:
+            structure: the one whose axes can be divided in several ways.
+        """
+        first: dict[str, StructureProof] = {}
+        before, self.divided = self.axis_map, list[list[Branch]]()
+        for division in divisions(structure, self.config):
+            self.axis_map = before
+            proofs = guarded(names, partial(prove, division))
+            if any(found.scheme is not None or not found.applicable for found in proofs.values()):
+                return proofs
+            first = first or proofs
+        return first
+
+    def _branches(
+        self, structure: str, axes: list[AxisName], granule: int, division: Division, partial: bool = False
+    ) -> list[Branch]:
+        """Divide axes into branches, each time in another way.
+
+        Raises:
+            UnsupportedStructureError: also where this division isn't another one than those before.
+        """
+        units = num_units(structure, self.config) // division.bundle
+        found = discover_branches(self.gradients, self.axis_map, axes, units, granule, partial, division.strided)
+        if found in self.divided:
+            raise UnsupportedStructureError("its axes divide into units in no other way")
+        self.divided.append(found)
+        return found
+
+    def _prove_alone(self, structure: str, division: Division) -> dict[str, StructureProof]:
         axes = moving_axes(structure, self.axis_map, self.config)
         if structure != "embedding_channels":
-            return self._first_exact({}, structure, self._inner_schemes(structure, axes))
+            return self._first_exact({}, structure, self._inner_schemes(structure, axes, division))
         others: dict[str, Scheme] = {}
         names = [name for name, _ in axes]
         if len(set(names)) < len(names):  # a weight both of whose sides follow the width
@@ -198,22 +231,28 @@ class _Bench:
 
     # -- schemes to try -------------------------------------------------------------------------------------------
 
-    def _inner_schemes(self, structure: str, axes: list[AxisName]) -> Iterator[Scheme]:
-        units = num_units(structure, self.config)
-        granule = (head_dim_of(self.config) or 1) if structure in ("attention_heads", "query_heads") else 1
-        branches = discover_branches(self.gradients, self.axis_map, axes, units, granule)
-        yield from self._schemes_of(branches, units, axes)
+    def _inner_schemes(self, structure: str, axes: list[AxisName], division: Division) -> Iterator[Scheme]:
+        granule = (head_dim_of(self.config) or 1) if structure in HEAD_UNITS else 1
+        branches = self._branches(structure, axes, granule, division)
+        yield from self._schemes_of(branches, num_units(structure, self.config), axes, bundle=division.bundle)
 
     def _schemes_of(
-        self, branches: list[Branch], units: int, axes: list[AxisName], granule: int = 1, per_channel: int = 0
+        self,
+        branches: list[Branch],
+        units: int,
+        axes: list[AxisName],
+        granule: int = 1,
+        per_channel: int = 0,
+        bundle: int = 1,
     ) -> Iterator[Scheme]:
         known = stream_axes(self.model, self.axis_map, axes)
         shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
         for shared in (False, True):
             for powers in inner_powers(known):
                 yield Scheme(
-                    tuple(branches), units, shifts, powers, shared=shared, granule=granule, per_channel=per_channel
-                )
+                    tuple(branches), units // bundle, shifts, powers, shared=shared, granule=granule,
+                    per_channel=per_channel, bundle=bundle,
+                )  # fmt: skip
 
     def _stream_schemes(self, axes: list[AxisName]) -> Iterator[Scheme]:
         """Schemes for the residual stream: layouts by the slope, powers by the stream's structure."""
@@ -249,8 +288,9 @@ class _Bench:
 
         def zero(mask: torch.Tensor) -> None:
             for name, _ in blank:
-                pattern = self.axis_map.parameters[name].pattern
-                self.gradients.parameters[name].masked_fill_(mask, -gates[pattern])
+                vector = self.gradients.parameters[name]
+                runs = len(vector) // len(mask)  # one for each copy of the stream
+                vector.masked_fill_(mask.repeat(runs), -gates[self.axis_map.parameters[name].pattern])
 
         unsettled = {(axis.info.name, axis.dim) for axis in known if axis.side == "either"}
         owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, unsettled)
@@ -280,7 +320,7 @@ class _Bench:
 
     # -- heads and width together ---------------------------------------------------------------------------------
 
-    def _prove_coupled(self) -> dict[str, StructureProof]:
+    def _prove_coupled(self, division: Division) -> dict[str, StructureProof]:
         """Prove heads and embedding channels where head_dim follows from both, and an MLP whose size does too."""
         coupling = self.axis_map.coupling
         assert coupling is not None
@@ -288,9 +328,8 @@ class _Bench:
         stream, inner = self._split(by_width)
         if not inner:  # there are no heads to follow the width
             self.axis_map = probe_axes(self.model_class, self.config, couple=False)
-            return self._prove_alone("embedding_channels")
-        units = num_units("attention_heads", self.config)
-        branches = discover_branches(self.gradients, self.axis_map, inner, units, coupling.head_dim, partial=True)
+            return self._prove_alone("embedding_channels", division)
+        branches = self._branches("attention_heads", inner, coupling.head_dim, division, partial=True)
         attention = [branch for branch in branches if not self._divides_by_channel(branch, inner)]
         mine = [axis for branch in attention for axis in self._axes_of(branch, inner)]
         others: dict[str, Scheme] = {}
@@ -299,7 +338,8 @@ class _Bench:
             own_size = get_size(self.config, MLP) is not None
             others["mixer_channels" if own_size else "mlp_channels"] = self._mlp_by_width(rest)
         proofs: dict[str, StructureProof] = {}
-        for heads in self._schemes_of(attention, units, mine, coupling.head_dim):
+        units = num_units("attention_heads", self.config)
+        for heads in self._schemes_of(attention, units, mine, coupling.head_dim, bundle=division.bundle):
             if heads.shared and not any(power for power in heads.powers.values()):
                 break  # layers that read each other's keys are refused here
             others["attention_heads"] = heads
@@ -387,7 +427,7 @@ class _Trial:
     def __init__(self, bench: _Bench, schemes: dict[str, Scheme]) -> None:
         self.bench = bench
         groups = bench.groups(schemes)
-        self.kept, small_config = units_to_keep(groups, bench.config)
+        self.kept, small_config = units_to_keep(groups, bench.model_class, bench.config)
         zeroed = copy.deepcopy(bench.model)
         self.parameters = dict(zeroed.named_parameters())
         zero_units_(self.parameters, groups, self.kept)

@@ -53,7 +53,7 @@ class RoundTrips:
             VerificationError: naming the stage that failed and the first difference.
         """
         groups = self.groups.select(names, explicit=True)
-        kept, _ = units_to_keep(groups, self.config)
+        kept, _ = units_to_keep(groups, type(self.dense), self.config)
         zeroed = copy.deepcopy(self.dense)
         zero_units_(dict(zeroed.named_parameters()), groups, kept)
         with _stage("cutting"):

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .sizes import (
+    BY_LAYER,
     EXPERT_MLP,
     EXPERTS,
     HEAD_DIM,
@@ -77,7 +78,7 @@ _MOST = {
     "index_topk": 5, "indexer_budget": 8, "indexer_compress_ratio": 2,
     "index_topk_blocks": 2, "sliding_window": 7, "sliding_window_size": 7, "attention_chunk_size": 8,
     "window_size": 7, "attention_window_size": 7, "chunk_size": 4, "mamba_chunk_size": 4, "block_size": 4,
-    "index_block_size": 4,
+    "index_block_size": 4, "block_multiple_of": 8,
     "max_position_embeddings": 64, "original_max_position_embeddings": 32, "n_positions": 64, "n_ctx": 64,
     "max_target_positions": 64, "max_source_positions": 64, "max_seq_len": 64, "model_max_length": 64,
     "num_nextn_predict_layers": 1, "vocab_size_per_layer_input": TINY_VOCAB, "ngram_vocab_size_base": 61,
@@ -126,6 +127,7 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
         if old_hidden:
             _follow(values, old_hidden, geometry.hidden, done=fields.keys())
         _shrink_overrides(old, values, fields)
+        _shrink_lists(old, values, fields)
         _keep_relations(old, values)
         _shrink_rotary(config, values, geometry)
     for name in parts:
@@ -213,6 +215,14 @@ def _shrink_overrides(old: dict[str, Any], values: dict[str, Any], fields: dict[
             base = old.get(name)
             if name in fields and isinstance(value, int) and isinstance(base, int) and base:
                 override[name] = _in_ratio(value, base, values[name])
+
+
+def _shrink_lists(old: dict[str, Any], values: dict[str, Any], fields: dict[str, int]) -> None:
+    """Lists of one size a layer beside that size keep their ratios to it."""
+    for name in fields:
+        by_layer, base = values.get(name + BY_LAYER), old.get(name)
+        if isinstance(by_layer, list) and isinstance(base, int) and base:
+            values[name + BY_LAYER] = [max(1, item * values[name] // base) for item in by_layer]
 
 
 def _in_ratio(value: int, base: int, small_base: int) -> int:

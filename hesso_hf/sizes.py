@@ -51,6 +51,9 @@ _HALVES_OF_COUNTS = {
     LAYERS: ("num_decoder_layers", "num_encoder_layers"),
 }
 _WITH_WIDTH = ("word_embed_proj_dim", "embedding_size")  # of the embedding: the width, where nothing projects it
+# Switches with which the model code makes another size of the one that the config says.
+_ADJUSTED_BY = {MLP: ("block_auto_adjust_ff_dim",)}
+BY_LAYER = "_per_layer"  # behind a size's name: a list with one a layer, which the model code reads instead
 _PARTS = ("attn_config", "ffn_config")
 
 
@@ -91,13 +94,14 @@ def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
 def get_size(config: PretrainedConfig, name: str) -> int | None:
     """Return a config size, or None where the config has none of that name, or several (one a layer).
 
-    An MLP size that is None, and so derived in the model code (GPT-2's `n_inner`), is read from the model's shapes.
+    An MLP size that the model code derives (GPT-2's `n_inner` of None, LFM2's `intermediate_size` under
+    `block_auto_adjust_ff_dim`) is read from the model's shapes.
     """
     places = size_places(config, name)
     if not places:
         return None
     value = _raw(*places[0])
-    if value is None and name == MLP and len(places) == 1:
+    if _is_derived(config, name) and len(places) == 1:
         return _derived_size(config.model_type, config.to_json_string(use_diff=False), places[0][1])
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
@@ -110,7 +114,28 @@ def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
     for name, value in sizes.items():
         for owner, attribute in size_places(config, name) or [(text_config_of(config), name)]:
             if not isinstance(getattr(type(owner), attribute, None), property):
+                _follow_by_layer(owner, attribute, value)
                 setattr(owner, attribute, value)
+        for switch in _switched_on(config, name):
+            setattr(text_config_of(config), switch, False)
+
+
+def _follow_by_layer(config: PretrainedConfig, name: str, value: Any) -> None:
+    """Change a list of one size a layer as the size itself; where that gives no whole numbers, none of them follows."""
+    by_layer, old = _raw(config, name + BY_LAYER), _raw(config, name)
+    if isinstance(by_layer, list) and isinstance(old, int) and all(item * value % old == 0 for item in by_layer):
+        setattr(config, name + BY_LAYER, [item * value // old for item in by_layer])
+
+
+def _switched_on(config: PretrainedConfig, name: str) -> list[str]:
+    """List the switches that make the model code adjust a size."""
+    return [switch for switch in _ADJUSTED_BY.get(name, ()) if _raw(text_config_of(config), switch) is True]
+
+
+def _is_derived(config: PretrainedConfig, name: str) -> bool:
+    """Tell whether the model code takes another size than the config says."""
+    places = size_places(config, name)
+    return name == MLP and bool(places) and (_raw(*places[0]) is None or bool(_switched_on(config, name)))
 
 
 def canonical_name(config: PretrainedConfig, name: str) -> str:
@@ -159,6 +184,8 @@ def _derived_size(model_type: str, config_json: str, attribute: str) -> int | No
         config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
         model_class = model_class_of(config)
         expected = _shapes_with(model_class, config, {})
+        for switch in _switched_on(config, MLP):
+            setattr(text_config_of(config), switch, False)
         hidden = get_size(config, HIDDEN) or 0
         dims = {dim for shape in expected for dim in shape}
         for value in sorted(dims, key=lambda dim: (dim != 4 * hidden, dim)):
@@ -252,8 +279,7 @@ def copy_with(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCo
 
 def _explicit_mlp(config: PretrainedConfig) -> dict[str, int]:
     """Return an MLP size that the model code derives from others, to be written: it no longer follows them then."""
-    places = size_places(config, MLP)
-    derived = get_size(config, MLP) if places and _raw(*places[0]) is None else None
+    derived = get_size(config, MLP) if _is_derived(config, MLP) else None
     return {} if derived is None else {MLP: derived}
 
 
@@ -294,6 +320,22 @@ def build_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         model = model_class(config)
     model.tie_weights()
     return model
+
+
+def buildable_config(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, sizes: dict[str, int]
+) -> PretrainedConfig:
+    """Return the config of the smaller model, after trying that the class takes it, not only its config class.
+
+    Raises:
+        HessoError: where one of the two refuses the sizes.
+    """
+    resized = resized_config(config, sizes)
+    try:
+        build_meta(model_class, resized)
+    except Exception as error:  # model code may refuse sizes with any exception type
+        raise HessoError(f"{model_class.__name__} refuses {sizes}: {_last_line(error)}") from error
+    return resized
 
 
 def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -32,9 +32,9 @@ from .sizes import (
     MLP,
     VOCAB,
     build_meta,
+    buildable_config,
     get_size,
     head_dim_of,
-    resized_config,
     set_sizes,
     text_config_of,
 )
@@ -156,11 +156,11 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     return (found if found is not None else output["last_hidden_state"]).float()
 
 
-def token_ids(config: PretrainedConfig, seed: int = SEED) -> torch.Tensor:
-    """Return random token ids, shape (2, 12), none of them a special one."""
+def token_ids(config: PretrainedConfig, seed: int = SEED, rows: int = _SHAPE[0]) -> torch.Tensor:
+    """Return random token ids, shape (rows, 12), none of them a special one."""
     vocab = get_size(config, VOCAB)
     assert vocab is not None
-    return torch.randint(3, vocab, _SHAPE, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, vocab, (rows, _SHAPE[1]), generator=torch.Generator().manual_seed(seed))
 
 
 def _geometries(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[Geometry]:
@@ -187,7 +187,7 @@ def _geometries(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
 def _head_counts(heads: int | None, kv_heads: int | None) -> Iterator[tuple[int, int]]:
     """Yield (heads, key-value heads) with the config's own number of query heads for each key-value head."""
     if not heads or not kv_heads or heads == kv_heads:
-        yield from ((5, 5), (4, 4), (6, 6))
+        yield from ((5, 5), (8, 8), (4, 4), (6, 6))  # where heads work in pairs or fours, eight tell more than four
     elif kv_heads == 1:
         yield from ((5, 1), (4, 1))
     else:
@@ -264,8 +264,10 @@ def _short(error: Exception) -> str:
     return " ".join(lines)[:200]
 
 
-def units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[KeptUnits, PretrainedConfig]:
-    """Choose random units of a tiny model to keep, about three of four, so many that its config class accepts them."""
+def units_to_keep(
+    groups: PruningGroups, model_class: type[PreTrainedModel], config: PretrainedConfig
+) -> tuple[KeptUnits, PretrainedConfig]:
+    """Choose random units of a tiny model to keep, about three of four, so many that its class accepts them."""
     free = {name: groups.structures[name] for name in groups.independent}
     options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
     error: HessoError | None = None
@@ -275,7 +277,7 @@ def units_to_keep(groups: PruningGroups, config: PretrainedConfig) -> tuple[Kept
         for name, count in counts.items():
             sizes |= groups.structures[name].config_sizes(count)
         try:
-            small = resized_config(config, sizes)
+            small = buildable_config(model_class, config, sizes)
         except HessoError as refusal:
             error = refusal
             continue

@@ -31,6 +31,7 @@ from hesso_hf.plan import PruningPlan
 from hesso_hf.probe import AxisMap
 from hesso_hf.proof import proved_groups
 from hesso_hf.sizes import build_meta, copy_with, model_class_of
+from hesso_hf.tiny import default_config, tiny_config
 
 COUPLED: dict[str, PretrainedConfig] = {
     "gpt2-tied": GPT2Config(vocab_size=400, n_embd=192, n_head=12, n_layer=3, n_inner=520, n_positions=64),
@@ -128,6 +129,23 @@ def test_sizes_that_the_config_class_refuses_never_come_out(name: str, percent: 
     sizes = solve(name, pruning_ratio=percent / 100).sizes
     assert sizes["hidden_size"] % sizes["num_attention_heads"] == 0
     LlamaConfig(**sizes, head_dim=24)
+
+
+def test_sizes_that_only_the_model_class_refuses_never_come_out():
+    """Moshi's attention wants the width divided by the heads, its config class doesn't say so."""
+    model_class, config = default_config("moshi")
+    config = tiny_config(model_class, config)
+    groups, _, axis_map = proved_groups(model_class, config, (HEADS, STREAM))
+    assert groups.picky
+    chosen = groups.select((HEADS, STREAM), explicit=True)
+    assert chosen.picky
+    parameters = build_cost("parameters", chosen, axis_map, config)
+    for ratio in (0.3, 0.6):
+        sizes = solve_budget(HessoConfig(pruning_ratio=ratio), config, chosen, parameters).sizes
+        assert sizes["hidden_size"] % sizes["num_attention_heads"] == 0
+    pins = HessoConfig(pruning_ratio=None, target_sizes={"hidden_size": 56, "num_attention_heads": 5})
+    with pytest.raises(HessoError, match="MoshiForCausalLM refuses"):
+        solve_budget(pins, config, chosen, parameters)
 
 
 def test_target_sizes_alone_are_exactly_what_comes_out():

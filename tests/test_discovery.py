@@ -387,3 +387,20 @@ def test_layers_of_several_lengths_are_refused():
     model.layers[1].gate_up = nn.Linear(WIDTH, 4 * UNITS)
     with pytest.raises(UnsupportedStructureError, match=r"layers\.1\.down\.weight dimension 1 has another length"):
         discovered(model, [("layers.0.gate_up.weight", 0), ("layers.0.down.weight", 1)], UNITS)
+
+
+@pytest.mark.parametrize(
+    ("take", "constant"),
+    [
+        (lambda x: x.mean(-1, keepdim=True), True),
+        (lambda x: torch.mean(x, dim=2), True),
+        (lambda x: x.var(dim=(1, 2)), True),
+        (lambda x: x.mean(), True),
+        (lambda x: x.mean(-2), False),  # of the copies of a stream: what flows through it isn't a norm's
+        (lambda x: torch.mean(x, dim=(0, 1)), False),
+    ],
+)
+def test_only_means_over_channels_count_as_constants(take: Callable[[torch.Tensor], torch.Tensor], constant: bool):
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with discovery._ConstantStatistics():
+        assert take(x).requires_grad is not constant

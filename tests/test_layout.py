@@ -117,6 +117,22 @@ def test_a_layout_that_does_not_fit_is_none(layout: Layout, size: int, per_unit:
     assert layout.fitted(UNITS, UNITS, size, per_unit) is None
 
 
+@pytest.mark.parametrize("experts", [3, 4, 16])
+def test_with_more_experts_a_channel_lies_in_more_runs(experts: int) -> None:
+    """A unit of a matrix of all experts' rows is a channel in each: runs are added, blocks stay single rows."""
+    four = Layout((Segment(repeat=4, block=1),))
+    fitted = four.fitted(UNITS, 7, 7 * experts, experts, by_runs=True)
+    assert fitted == Layout((Segment(experts, 1),))
+    assert four.fitted(UNITS, 7, 7 * 8, 8) == Layout((Segment(4, 2),))  # what heads that grow would be
+
+
+@pytest.mark.parametrize("layout", [block_layout(2), FUSED, SHARED])
+def test_blocks_and_several_segments_take_no_more_runs(layout: Layout) -> None:
+    size, per_unit = layout.size(UNITS) + UNITS * layout.per_unit, 2 * layout.per_unit
+    assert layout.fitted(UNITS, UNITS, size, per_unit, by_runs=True) is None
+    assert layout.fitted(UNITS, UNITS, layout.size(UNITS), layout.per_unit, by_runs=True) == layout
+
+
 def owner_tensor(layout: Layout) -> torch.Tensor:
     return torch.tensor([NOBODY if j is None else j for j in owners(layout)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hesso_hf.probe import AxisMap, Coupling, ParameterInfo, describe_parameters, probe_axes
 from hesso_hf.proof import prove
 from hesso_hf.sizes import build_meta, model_class_of
+from hesso_hf.tiny import default_config, tiny_config
 
 HEADS, KV, MLP, HIDDEN = "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,6 +231,29 @@ def test_a_size_that_changes_the_set_of_parameters_is_recorded_as_failed():
     axis_map = probe_axes(ExtraWithWidth, ALL["llama"].config())
     assert list(axis_map.failed) == [MLP]
     assert "the set of parameters itself changes" in axis_map.failed[MLP]
+
+
+def probed_type(model_type: str) -> AxisMap:
+    model_class, config = default_config(model_type)
+    return probe_axes(model_class, tiny_config(model_class, config))
+
+
+def test_an_mlp_that_reads_half_of_its_size_has_a_half_for_a_slope():
+    found = probed_type("moshi").slopes
+    assert found["model.layers.0.mlp.fc1.weight", 0] == {MLP: 1}
+    assert found["model.layers.0.mlp.fc2.weight", 1] == {MLP: Fraction(1, 2)}
+
+
+@pytest.mark.parametrize(("model_type", "picky"), [("moshi", True), ("llama", False)])
+def test_a_class_that_refuses_what_its_config_accepts_is_picky(model_type: str, picky: bool):
+    assert probed_type(model_type).picky is picky
+
+
+def test_heads_of_another_name_do_not_follow_the_width():
+    """JetMoE's shapes depend on the key-value heads alone; no weight follows the width on both of its sides."""
+    axis_map = probed_type("jetmoe")
+    assert axis_map.coupling is None
+    assert not any(HEADS in slopes for slopes in axis_map.slopes.values())
 
 
 def test_nothing_is_allocated():

@@ -180,14 +180,14 @@ def test_whether_a_norm_uses_w_or_one_plus_w_is_found_and_the_other_caught(
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma"])
 def test_a_changed_epsilon_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
-    original = tiny.resized_config
+    original = tiny.buildable_config
 
-    def changed(config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
-        small = original(config, sizes)
+    def changed(model_class: Any, config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
+        small = original(model_class, config, sizes)
         small.rms_norm_eps *= sizes["hidden_size"] / config.hidden_size if "hidden_size" in sizes else 1.0
         return small
 
-    monkeypatch.setattr(tiny, "resized_config", changed)
+    monkeypatch.setattr(tiny, "buildable_config", changed)
     structures = found(ALL[name].config()).structures
     assert structures[STREAM].scheme is None
     assert structures[MLP].scheme is not None  # whose sizes leave the width, and so the epsilon here, alone

@@ -22,8 +22,11 @@ from hesso_hf.sizes import (
     LAYERS,
     MLP,
     VOCAB,
+    build_meta,
+    buildable_config,
     get_size,
     model_class_of,
+    resized_config,
     set_sizes,
     size_places,
 )
@@ -173,3 +176,49 @@ def test_a_model_without_an_output_matrix_gives_hidden_states():
 def test_sizes_are_found_under_the_class_own_names(model_type: str, name: str, attributes: list[str]):
     _, config = default_config(model_type)
     assert [attribute for _, attribute in size_places(config, name)] == attributes
+
+
+def test_a_size_that_the_code_adjusts_is_the_one_that_the_model_has():
+    model_class, config = default_config("lfm2")
+    assert (config.intermediate_size, config.block_auto_adjust_ff_dim) == (12288, True)
+    assert get_size(config, MLP) == 8192  # two thirds, to a multiple of 256
+    small = resized_config(config, {MLP: 5000})
+    assert (small.intermediate_size, small.block_auto_adjust_ff_dim, get_size(small, MLP)) == (5000, False, 5000)
+    rows = {p.shape[0] for name, p in build_meta(model_class, small).named_parameters() if name.endswith("w1.weight")}
+    assert rows == {5000}
+    whole = resized_config(config, {})  # written out, since any other change would leave two thirds of it
+    assert (whole.intermediate_size, whole.block_auto_adjust_ff_dim) == (8192, False)
+
+
+@pytest.mark.parametrize(
+    ("by_layer", "heads", "expected"),
+    [
+        ([48, 48, 48], 12, [12, 12, 12]),
+        ([48, 64, 48], 36, [36, 48, 36]),
+        ([48, 64, 48], 40, [48, 64, 48]),  # 64 * 40 / 48 are no heads: the shapes won't fit, and the proof says so
+    ],
+)
+def test_a_list_of_one_size_a_layer_follows_the_size(by_layer: list[int], heads: int, expected: list[int]):
+    config = transformers.LagunaConfig(
+        num_hidden_layers=3, num_attention_heads=48, num_key_value_heads=4, num_attention_heads_per_layer=by_layer
+    )
+    set_sizes(config, {HEADS: heads})
+    assert (config.num_attention_heads, config.num_attention_heads_per_layer) == (heads, expected)
+
+
+def test_a_list_of_one_size_a_layer_shrinks_with_it():
+    model_class, config = default_config("laguna")
+    config.num_attention_heads_per_layer = [48, 64] * 20
+    tiny = tiny_config(model_class, config)
+    ratio = {layer / tiny.num_attention_heads for layer in tiny.num_attention_heads_per_layer}
+    assert ratio <= {1.0, 64 / 48}
+    assert max(tiny.num_attention_heads_per_layer) < 48
+
+
+def test_sizes_that_only_the_model_class_refuses_are_named():
+    model_class, config = default_config("moshi")
+    tiny = tiny_config(model_class, config)
+    resized_config(tiny, {HIDDEN: tiny.num_attention_heads * 11 + 1})  # which the config class takes
+    with pytest.raises(HessoError, match=r"MoshiForCausalLM refuses \{'hidden_size': 56\}.*divisible"):
+        buildable_config(model_class, tiny, {HIDDEN: tiny.num_attention_heads * 11 + 1})
+    assert buildable_config(model_class, tiny, {HIDDEN: 55}).hidden_size == 55
