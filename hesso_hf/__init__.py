@@ -5,8 +5,8 @@ layer_lists, sizes, division, probe, shards, groups, shrink, tiny, discovery, no
 outcome, per_layer, cut, expert_trial, depth_proof, proof, cost, latency, budget, inspection, strategies, model_sizes,
 memory, planning, schedule, saliency, agreement, snapshot, adapters, frozen, bound, calibration, ranking, cric, trial,
 collapse, process, optimizer, shard_state, plan, tokens, spelling, retokenize, embeddings, vocabulary, verify,
-adapter_export, publish, plots, card, checkpoint, export, shard_export, progress, hub, engines, distillation, trainer,
-and then the command line's.
+adapter_export, publish, plots, card, checkpoint, export, shard_export, progress, hub, engines, preemption,
+distillation, trainer, and then the command line's.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from .optimizer import HessoOptimizer
 from .per_layer import MODULE_NAME
 from .plan import PruningPlan
 from .plots import PLOT_NAME
+from .preemption import StopTogether
 from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics, uncounted
 from .schedule import Schedule, resolve_schedule
@@ -75,6 +76,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), hesso_config)
         self.distillation = self._prepare_distillation(self._bare_model(), self._saved_tokenizer())
         self.add_callback(HessoProgressCallback(self))
+        self.add_callback(StopTogether(self))
 
     # -- training -------------------------------------------------------------------------------------------------
 

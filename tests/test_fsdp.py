@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ STEPS = 20
 def every_step(folder: str, processes: int, dropout: float = 0.0, **changes: Any) -> HessoTrainer:
     """Build a CRIC run that writes a checkpoint every step."""
     model = tiny_llama(seed=4, attention_dropout=dropout)
-    return build(folder, STEPS, processes, model=model, hesso=CRIC, save_strategy="steps", save_steps=1, **changes)
+    options = {"save_strategy": "steps", "save_steps": 1} | changes
+    return build(folder, STEPS, processes, model=model, hesso=CRIC, **options)
 
 
 def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
@@ -229,3 +231,45 @@ def dying_job(folder: str, processes: int) -> None:
 
     run.training_step = training_step
     run.train()
+
+
+def stopped_job(folder: str, processes: int) -> None:
+    """Train slowly, with a checkpoint only when told to stop; or go on from it."""
+    run = every_step(folder, processes, save_strategy="no", enable_jit_checkpoint=True)
+    plain = run.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if not last:
+            time.sleep(0.5)
+            (Path(folder) / f"step{run.args.process_index}").write_text(str(run.state.global_step))
+        return plain(*args, **kwargs)
+
+    run.training_step = training_step
+    last = last_checkpoint(Path(folder) / "out")
+    run.train(resume_from_checkpoint=str(last) if last else None)
+    if run.state.global_step == STEPS:
+        torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    command = fsdp_cpu.command(folder, "test_fsdp", "stopped_job", 2, folder=str(folder), processes=2)
+    env = {**os.environ, **(fsdp_cpu.ENVIRONMENT if sharded else fsdp_cpu.DDP)}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
+        while process.poll() is None and not (folder / "step1").exists():
+            time.sleep(0.1)
+        process.terminate()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    saved = last_checkpoint(folder / "out")
+    assert saved is not None, errors[-3000:]
+    assert int(saved.name.rpartition("-")[2]) < STEPS
+    assert not (saved / "checkpoint-is-incomplete.txt").exists()
+    for where in (folder, tmp_path / "alone"):
+        done = fsdp_cpu.run(where, "test_fsdp", "stopped_job", sharded=sharded)
+        assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        found, expected = (torch.load(w / f"final{rank}.pt", weights_only=True) for w in (folder, tmp_path / "alone"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -20,7 +20,7 @@ ORDER = (
     "bound", "calibration", "ranking", "cric", "trial", "collapse", "process", "optimizer", "shard_state",
     "plan", "tokens", "spelling", "retokenize", "embeddings", "vocabulary", "verify", "adapter_export",
     "publish", "plots", "card", "checkpoint", "export", "shard_export", "progress", "hub", "engines",
-    "distillation", "trainer",
+    "preemption", "distillation", "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)
