@@ -41,8 +41,8 @@ class _ConstantStatistics(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _MEANS:
-            return func(*args, **kwargs).detach()
+        if func in _MEANS and (kwargs.get("keepdim") or any(arg is True for arg in args[2:])):
+            return func(*args, **kwargs).detach()  # others are on the way: the mean of several streams
         if func in _RELUS:  # no unit is dead then
             return F.leaky_relu(args[0] if args else kwargs["input"], 0.1)
         if func is F.layer_norm:

@@ -88,6 +88,8 @@ class Layout:
             size: length of the other model's axis.
             per_unit: indices that one unit owns there; blocks grow and shrink with it.
         """
+        if not self.per_unit:
+            return Layout((Segment(fixed=size),))
         fixed, fixed_to = self.size(units) - units * self.per_unit, size - to_units * per_unit
         stretches = [segment for segment in self.segments if segment.fixed]
         if fixed_to < 0 or (fixed_to == 0) != (fixed == 0) or per_unit * self.segments_block % self.per_unit:
