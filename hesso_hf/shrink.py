@@ -20,6 +20,7 @@ from .sizes import (
     HIDDEN,
     KV_HEADS,
     LAYERS,
+    MIXER_HEADS,
     MLP,
     OTHER_NAMES,
     VOCAB,
@@ -83,11 +84,6 @@ _MOST = {
     "num_nextn_predict_layers": 1, "vocab_size_per_layer_input": TINY_VOCAB, "ngram_vocab_size_base": 61,
     "unpadded_vocab_size": TINY_VOCAB, "encoder_hash_byte_group_vocab": 61, "num_mtp_layers": 1,
 }  # fmt: skip
-_MAMBA_HEADS = (
-    ("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
-    ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
-    ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
-)  # fmt: skip
 _FREQUENCY_LISTS = ("short_factor", "long_factor")
 _INTERVALS = re.compile(r"(_period|_interval|_step|_every_n_layers|^layer_group_size|^_?sliding_window_pattern)$")
 _OFFSETS = re.compile(r"_offset$")
@@ -198,7 +194,7 @@ def _keep_relations(old: dict[str, Any], values: dict[str, Any]) -> None:
     keys, heads = old.get("linear_num_key_heads"), old.get("linear_num_value_heads")
     if keys and heads:
         values["linear_num_value_heads"] = values["linear_num_key_heads"] * max(1, heads // keys)
-    for names in _MAMBA_HEADS:  # heads of state space layers fill the width times the expansion, where they did
+    for names in MIXER_HEADS:  # heads of state space layers fill the width times the expansion, where they did
         sizes = [size for name in (*names, HIDDEN) if isinstance(size := old.get(name), int | float) and size]
         if len(sizes) == 4:
             count, head_dim, expansion, hidden = sizes

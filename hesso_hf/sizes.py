@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -51,6 +52,12 @@ _HALVES_OF_COUNTS = {
     LAYERS: ("num_decoder_layers", "num_encoder_layers"),
 }
 _WITH_WIDTH = ("word_embed_proj_dim", "embedding_size")  # of the embedding: the width, where nothing projects it
+# State space layers: their heads, the channels of a head, and by what they exceed the width.
+MIXER_HEADS = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
+    ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
+)  # fmt: skip
 _PARTS = ("attn_config", "ffn_config")
 
 
@@ -247,7 +254,39 @@ def copy_with(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCo
     if head_dim is not None:
         set_sizes(changed, {HEAD_DIM: head_dim})
     set_sizes(changed, _explicit_mlp(config) | changes)
+    if HIDDEN in changes and (mixer := _fixed_mixer(config)):
+        name, channels = mixer
+        # past the class' check of types, for any width: the model code multiplies and rounds down
+        vars(text_config_of(changed))[name] = (channels + 0.5) / changes[HIDDEN]
     return changed
+
+
+def _fixed_mixer(config: PretrainedConfig) -> tuple[str, int] | None:
+    """Return the field that says by how much a mixer exceeds the width, and the mixer's channels, where these stay.
+
+    They do where the config class wants them to be heads * head_dim, and so refuses another width alone.
+    """
+    text, width = text_config_of(config), get_size(config, HIDDEN)
+    for *counts, name in MIXER_HEADS:
+        factors, expansion = [_raw(text, count) for count in counts], _raw(text, name)
+        if width and all(isinstance(value, int) for value in (*factors, expansion)):
+            channels = math.prod(factors)
+            if expansion and channels == expansion * width and not _accepts(config, {HIDDEN: 2 * width}):
+                wider = {HIDDEN: 2 * width, name: expansion // 2} if expansion % 2 == 0 else {}
+                if _accepts(config, wider or {HIDDEN: width // 2, name: 2 * expansion}):
+                    return name, channels
+    return None
+
+
+def _accepts(config: PretrainedConfig, values: dict[str, int]) -> bool:
+    """Tell whether a config's class takes these values, written as they are called."""
+    changed = copy.deepcopy(config)
+    set_sizes(changed, values)
+    try:
+        type(config).from_dict(changed.to_dict()).validate()
+    except Exception:  # a config class may refuse with any exception type
+        return False
+    return True
 
 
 def _explicit_mlp(config: PretrainedConfig) -> dict[str, int]:
@@ -276,6 +315,8 @@ def resized_config(
         keep_layers_(text_config_of(changed), staying, get_size(config, LAYERS) or 0)
     set_sizes(changed, _explicit_mlp(config) | sizes)
     head_dim = head_dim_of(config)
+    if HIDDEN in sizes and (mixer := _fixed_mixer(config)) and mixer[1] % sizes[HIDDEN] == 0:
+        set_sizes(changed, {mixer[0]: mixer[1] // sizes[HIDDEN]})
     try:
         if head_dim is not None and head_dim_of(changed) != head_dim:
             set_sizes(changed, {HEAD_DIM: head_dim})
