@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .per_layer_sizes import set_common_value
 from .sizes import (
     EXPERT_MLP,
     EXPERTS,
@@ -27,6 +28,7 @@ from .sizes import (
     get_size,
     size_places,
     text_config_of,
+    varies,
 )
 
 TINY_VOCAB, TINY_MLP = 67, 44
@@ -117,6 +119,8 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
             keep_some_layers(config, values, geometry.layers_of_a_kind)
         old = config.to_dict()
         fields = _sizes_of_fields(config, geometry)
+        for name in _in_parts(config, fields):
+            set_common_value(values, name, fields.pop(name))
         for name in values.keys() & fields.keys():
             values[name] = _resized(values[name], fields[name], may_grow=name not in _COUNTS)
         if old_hidden:
@@ -209,6 +213,12 @@ def _shrink_overrides(old: dict[str, Any], values: dict[str, Any], fields: dict[
             base = old.get(name)
             if name in fields and isinstance(value, int) and isinstance(base, int) and base:
                 override[name] = _in_ratio(value, base, values[name])
+
+
+def _in_parts(config: PretrainedConfig, fields: dict[str, int]) -> list[str]:
+    """List numbers of heads that differ between layers: they keep their ratios, each so many times the small one."""
+    places = [place for name in (HEADS, KV_HEADS) for place in size_places(config, name)[:1]]
+    return [name for owner, name in places if owner is config and name in fields and varies(config, name)]
 
 
 def _in_ratio(value: int, base: int, small_base: int) -> int:

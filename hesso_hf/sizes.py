@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, NotApplicableError, UnsupportedStructureError
 from .layer_lists import keep_layers_
+from .per_layer_sizes import common_size, set_common_size
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
@@ -58,6 +59,7 @@ MIXER_HEADS = (
     ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
     ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
 )  # fmt: skip
+_IN_PARTS = (HEADS, KV_HEADS)  # may differ between layers: then a unit is as many in each as go with one of the fewest
 _PARTS = ("attn_config", "ffn_config")
 
 
@@ -99,6 +101,7 @@ def get_size(config: PretrainedConfig, name: str) -> int | None:
     """Return a config size, or None where the config has none of that name, or several (one a layer).
 
     An MLP size that is None, and so derived in the model code (GPT-2's `n_inner`), is read from the model's shapes.
+    Numbers of heads that differ between layers count in parts that all have as many of.
     """
     places = size_places(config, name)
     if not places:
@@ -106,6 +109,8 @@ def get_size(config: PretrainedConfig, name: str) -> int | None:
     value = _raw(*places[0])
     if value is None and name == MLP and len(places) == 1:
         return _derived_size(config.model_type, config.to_json_string(use_diff=False), places[0][1])
+    if value is None and name in _IN_PARTS and varies(config, places[0][1]):
+        return common_size(*places[0])
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -116,7 +121,9 @@ def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
     """
     for name, value in sizes.items():
         for owner, attribute in size_places(config, name) or [(text_config_of(config), name)]:
-            if not isinstance(getattr(type(owner), attribute, None), property):
+            if name in _IN_PARTS and varies(owner, attribute):
+                set_common_size(owner, attribute, value)
+            elif not isinstance(getattr(type(owner), attribute, None), property):
                 setattr(owner, attribute, value)
 
 
@@ -189,7 +196,8 @@ def head_dim_of(config: PretrainedConfig) -> int | None:
     explicit = get_size(config, HEAD_DIM)
     if explicit is None and varies(config, HEAD_DIM):
         return None
-    hidden, heads = get_size(config, HIDDEN), get_size(config, HEADS)
+    hidden = get_size(config, HIDDEN)
+    heads = None if varies(config, HEADS) else get_size(config, HEADS)
     return explicit or (hidden // heads if hidden and heads else None)
 
 
