@@ -258,9 +258,23 @@ def _best_branch(
                 return best
     for readers in _reader_groups(probe, axis_map, remaining, units):
         together = _branch(probe, remaining, readers, units)
-        if len(together.layouts) > (len(best.layouts) if best else 1):
+        if len(together.layouts) > 1 and (best is None or _worth(together, remaining) > _worth(best, remaining)):
             best = together
     return best
+
+
+def _worth(branch: Branch, remaining: Iterable[AxisName]) -> tuple[bool, int]:
+    """Compare branches: what leaves nothing over of a block that it is of comes first, then what has more axes."""
+    blocks = {_block_of(pattern) for pattern, _ in branch.layouts}
+    complete = all(axis in branch.layouts for axis in remaining if _block_of(axis[0]) in blocks)
+    return complete, len(branch.layouts)
+
+
+def _block_of(pattern: str) -> str:
+    """Return the part of a pattern up to the layer's own member, the whole pattern outside any layer."""
+    parts = pattern.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.startswith("*")), len(parts))
+    return ".".join(parts[: layer + 2])
 
 
 def _reader_groups(

@@ -14,7 +14,8 @@ def common_size(config: PretrainedConfig, name: str) -> int | None:
     With 128 heads in most layers and 64 in some that is 64: a part is two heads or one.
     """
     values: dict[str, Any] = config.to_dict()
-    size, own = values.get(name), _own_sizes(values, name)
+    size: Any = values.get(name)
+    own = _own_sizes(values, name)
     if not own or not all(isinstance(value, int) and value > 0 for value in (size, *own)):
         return None
     return math.gcd(size, *own)
