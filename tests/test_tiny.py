@@ -27,7 +27,7 @@ from hesso_hf.sizes import (
     set_sizes,
     size_places,
 )
-from hesso_hf.tiny import default_config, logits_of, random_model, tiny_config, token_ids
+from hesso_hf.tiny import covering_config, default_config, logits_of, random_model, tiny_config, token_ids
 
 TYPES = (
     "llama", "qwen2", "gemma3_text", "gemma4_text", "gpt2", "gptj", "gpt_neox", "opt", "bloom", "falcon", "phi3",
@@ -173,3 +173,16 @@ def test_a_model_without_an_output_matrix_gives_hidden_states():
 def test_sizes_are_found_under_the_class_own_names(model_type: str, name: str, attributes: list[str]):
     _, config = default_config(model_type)
     assert [attribute for _, attribute in size_places(config, name)] == attributes
+
+
+def test_layers_that_follow_a_rule_on_their_index_are_covered_by_the_first_of_them():
+    """Jamba has attention in every eighth layer from the fifth on: one layer of each kind in a row can't be said."""
+    model_class, config = default_config("jamba")
+    found = covering_config(model_class, config)
+    assert (found.num_hidden_layers, found.attn_layer_period, found.expert_layer_period) == (5, 8, 2)
+    assert found.layers_block_type == ["mamba"] * 4 + ["attention"]
+
+
+def test_where_one_layer_of_each_kind_will_do_it_covers_all():
+    model_class, config = default_config("deepseek_v3")
+    assert covering_config(model_class, config).to_dict() == tiny_config(model_class, config).to_dict()
