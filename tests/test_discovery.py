@@ -346,7 +346,9 @@ class Averaged(nn.Module):
 
 def test_a_mean_on_the_way_is_no_statistic_of_a_norm():
     axes = [("layers.0.enter.weight", 0), ("layers.0.other.weight", 0), ("layers.0.leave.weight", 1)]
-    (branch,) = discovered(Model(Averaged(), Averaged()), axes, UNITS)
+    model = Model(Averaged(), Averaged())
+    assert not any(mask.any() for mask in probe_of(model).vanished(axes).values())
+    (branch,) = discovered(model, axes, UNITS)
     assert {str(layout) for layout in branch.layouts.values()} == {"block(1)"}
 
 
