@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from hesso_hf import constants
+from hesso_hf import HessoConfig, constants, export_pruned, wrap_optimizer
 from hesso_hf.constants import constants_by_width, powers_against
 from hesso_hf.layout import Layout, Segment
 from hesso_hf.proof import _Bench
-from hesso_hf.tiny import covering_config, default_config
+from hesso_hf.tiny import covering_config, default_config, logits_of, random_model, relative_error, token_ids
 
 
 @cache
@@ -63,3 +65,22 @@ def test_a_vector_that_no_unit_owns_is_scaled_as_a_whole() -> None:
     fitted = layout.fitted(4, 10, 8, 0)
     assert fitted == Layout((Segment(fixed=8),))
     assert fitted.indices(torch.tensor([1, 2]), 10).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("cric", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_run_with_weights_off_the_stream_ends_exact(tmp_path: Path, cric: bool) -> None:
+    """Attention's own norms belong to no channel: nothing shrinks them, and the export scales them once."""
+    mine = bench("longcat_flash")
+    model = random_model(mine.model_class, mine.config)
+    config = HessoConfig(0.1, structures=("embedding_channels",), cric=cric, round_to=1)
+    optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model, config, 40)
+    for step in range(40):
+        ids = token_ids(mine.config, seed=step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.process.finished
+    export_pruned(model, tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert small.config.hidden_size < mine.config.hidden_size
+    assert relative_error(logits_of(small, mine.input_ids), logits_of(model.eval(), mine.input_ids)) <= 1e-5
