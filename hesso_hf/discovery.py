@@ -43,7 +43,8 @@ class _ConstantStatistics(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _MEANS:
             found = func(*args, **kwargs)
-            return found.detach() if _over_channels(*args, **kwargs) else found
+            kept = kwargs.get("keepdim") or any(arg is True for arg in args[2:])  # others are on the way, as of streams
+            return found.detach() if kept and _over_channels(*args, **kwargs) else found
         if func in _RELUS:  # no unit is dead then
             return F.leaky_relu(args[0] if args else kwargs["input"], 0.1)
         if func is F.layer_norm:
@@ -273,9 +274,23 @@ def _best_branch(
                 return best
     for readers in _reader_groups(probe, axis_map, remaining, units):
         together = _branch(probe, remaining, readers, units)
-        if len(together.layouts) > (len(best.layouts) if best else 1):
+        if len(together.layouts) > 1 and (best is None or _worth(together, remaining) > _worth(best, remaining)):
             best = together
     return best
+
+
+def _worth(branch: Branch, remaining: Iterable[AxisName]) -> tuple[bool, int]:
+    """Compare branches: what leaves nothing over of a block that it is of comes first, then what has more axes."""
+    blocks = {_block_of(pattern) for pattern, _ in branch.layouts}
+    complete = all(axis in branch.layouts for axis in remaining if _block_of(axis[0]) in blocks)
+    return complete, len(branch.layouts)
+
+
+def _block_of(pattern: str) -> str:
+    """Return the part of a pattern up to the layer's own member, the whole pattern outside any layer."""
+    parts = pattern.split(".")
+    layer = next((index for index, part in enumerate(parts) if part.startswith("*")), len(parts))
+    return ".".join(parts[: layer + 2])
 
 
 def _reader_groups(

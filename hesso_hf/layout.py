@@ -89,6 +89,8 @@ class Layout:
             per_unit: indices that one unit owns there; blocks grow and shrink with it.
             by_runs: whether the number of runs does instead (a unit is one channel, in each of the experts).
         """
+        if not self.per_unit:
+            return Layout((Segment(fixed=size),))
         fixed, fixed_to = self.size(units) - units * self.per_unit, size - to_units * per_unit
         stretches = [segment for segment in self.segments if segment.fixed]
         if fixed_to < 0 or (fixed_to == 0) != (fixed == 0):

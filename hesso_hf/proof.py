@@ -17,6 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .config import DEFAULT_STRUCTURES
+from .constants import constants_by_width, powers_against
 from .cut import load_cut, zero_units_
 from .depth import LAYER_UNITS
 from .depth_proof import LayerTrial
@@ -40,6 +41,7 @@ from .layout import Layout, Segment
 from .norms import has_bare_layernorm, norms_after_writers
 from .outcome import TOLERANCE, Proof, StructureProof, groups_of, guarded
 from .probe import AxisMap, coupled_axes, probe_axes
+from .sides import Sides
 from .sizes import HIDDEN, MLP, get_size, head_dim_of, num_units
 from .streams import StreamAxis, inner_powers, stream_axes, stream_powers, writing_modules, written_patterns
 from .tiny import (
@@ -263,45 +265,27 @@ class _Bench:
             runs = info.shape[dim] // units
             layouts[info.pattern, dim] = Layout((Segment(runs, 1), *_rest(info.shape[dim] - runs * units)))
         known, after = self.stream(axes)
+        found = constants_by_width(self.model_class, self.config, self.axis_map.coupling is not None)
+        against = powers_against(self.model, self.input_ids, self.axis_map, found) if found else {}
+        for info in self.axis_map.parameters.values():
+            if info.pattern in against:
+                layouts[info.pattern, 0] = Layout(_rest(info.shape[0]))
         shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
         centred = self._subtracts_mean(known)
         branch = Branch(("residual stream", 0), layouts)
-        for powers in stream_powers(known, after, self.tied, centred):
+        more = partial(self._sides(axes, after).further_places, known)
+        for powers in stream_powers(known, after, self.tied, centred, more):
             writers = written_patterns(known, powers) if centred else frozenset()
-            yield Scheme((branch,), units, shifts, powers, writers)
+            yield Scheme((branch,), units, shifts, powers | against, writers)
 
     def stream(self, axes: list[AxisName]) -> tuple[list[StreamAxis], set[str]]:
         """Describe the axes along the residual stream, and name the norms of what is yet to be added to it."""
         known = stream_axes(self.model, self.axis_map, axes)
         after = norms_after_writers(self.model, self.input_ids, writing_modules(known))
-        return self._with_sides(known, axes, after), after
+        return self._sides(axes, after).settled(known), after
 
-    def _with_sides(self, known: list[StreamAxis], axes: list[AxisName], after: set[str]) -> list[StreamAxis]:
-        """Settle for fused weights whether the stream is their input: with the norms before them at zero nothing is."""
-        if all(axis.side != "either" for axis in known):
-            return known
-        norms = [axis for axis in known if axis.info.layer and axis.vector.kind != "other"]
-        gates = {axis.pattern: axis.vector.shift for axis in norms if axis.info.module not in after}
-        if not gates:
-            return known
-        blank = [(name, dim) for name, dim in axes if self.axis_map.parameters[name].pattern in gates]
-
-        def zero(mask: torch.Tensor) -> None:
-            for name, _ in blank:
-                vector = self.gradients.parameters[name]
-                runs = len(vector) // len(mask)  # one for each copy of the stream
-                vector.masked_fill_(mask.repeat(runs), -gates[self.axis_map.parameters[name].pattern])
-
-        unsettled = {(axis.info.name, axis.dim) for axis in known if axis.side == "either"}
-        owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, unsettled)
-        reads = {axis for axis, owner in owners.items() if bool((owner >= 0).all())}
-        writes = {self.axis_map.parameters[name].module for name, dim in unsettled - reads}
-        return [
-            replace(axis, side="in" if (axis.info.name, axis.dim) in reads else "out")
-            if axis.side == "either" and axis.info.module in writes  # else nothing tells them apart
-            else axis
-            for axis in known
-        ]
+    def _sides(self, axes: list[AxisName], after: set[str]) -> Sides:
+        return Sides(self.gradients, self.axis_map, axes, after, num_units("embedding_channels", self.config))
 
     def _subtracts_mean(self, axes: list[StreamAxis]) -> bool:
         """Tell whether the norms of the stream subtract the mean.

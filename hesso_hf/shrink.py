@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .per_layer_sizes import set_common_value
 from .sizes import (
     BY_LAYER,
     EXPERT_MLP,
@@ -21,12 +22,14 @@ from .sizes import (
     HIDDEN,
     KV_HEADS,
     LAYERS,
+    MIXER_HEADS,
     MLP,
     OTHER_NAMES,
     VOCAB,
     get_size,
     size_places,
     text_config_of,
+    varies,
 )
 
 TINY_VOCAB, TINY_MLP = 67, 44
@@ -84,11 +87,6 @@ _MOST = {
     "num_nextn_predict_layers": 1, "vocab_size_per_layer_input": TINY_VOCAB, "ngram_vocab_size_base": 61,
     "unpadded_vocab_size": TINY_VOCAB, "encoder_hash_byte_group_vocab": 61, "num_mtp_layers": 1,
 }  # fmt: skip
-_MAMBA_HEADS = (
-    ("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
-    ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
-    ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
-)  # fmt: skip
 _FREQUENCY_LISTS = ("short_factor", "long_factor")
 _INTERVALS = re.compile(r"(_period|_interval|_step|_every_n_layers|^layer_group_size|^_?sliding_window_pattern)$")
 _OFFSETS = re.compile(r"_offset$")
@@ -122,6 +120,8 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
             keep_some_layers(config, values, geometry.layers_of_a_kind)
         old = config.to_dict()
         fields = _sizes_of_fields(config, geometry)
+        for name in _in_parts(config, fields):
+            set_common_value(values, name, fields.pop(name))
         for name in values.keys() & fields.keys():
             values[name] = _resized(values[name], fields[name], may_grow=name not in _COUNTS)
         if old_hidden:
@@ -200,7 +200,7 @@ def _keep_relations(old: dict[str, Any], values: dict[str, Any]) -> None:
     keys, heads = old.get("linear_num_key_heads"), old.get("linear_num_value_heads")
     if keys and heads:
         values["linear_num_value_heads"] = values["linear_num_key_heads"] * max(1, heads // keys)
-    for names in _MAMBA_HEADS:  # heads of state space layers fill the width times the expansion, where they did
+    for names in MIXER_HEADS:  # heads of state space layers fill the width times the expansion, where they did
         sizes = [size for name in (*names, HIDDEN) if isinstance(size := old.get(name), int | float) and size]
         if len(sizes) == 4:
             count, head_dim, expansion, hidden = sizes
@@ -223,6 +223,12 @@ def _shrink_lists(old: dict[str, Any], values: dict[str, Any], fields: dict[str,
         by_layer, base = values.get(name + BY_LAYER), old.get(name)
         if isinstance(by_layer, list) and isinstance(base, int) and base:
             values[name + BY_LAYER] = [max(1, item * values[name] // base) for item in by_layer]
+
+
+def _in_parts(config: PretrainedConfig, fields: dict[str, int]) -> list[str]:
+    """List numbers of heads that differ between layers: they keep their ratios, each so many times the small one."""
+    places = [place for name in (HEADS, KV_HEADS) for place in size_places(config, name)[:1]]
+    return [name for owner, name in places if owner is config and name in fields and varies(config, name)]
 
 
 def _in_ratio(value: int, base: int, small_base: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .errors import HessoError, NotApplicableError, UnsupportedStructureError
 from .layer_lists import keep_layers_
+from .per_layer_sizes import common_size, set_common_size
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
@@ -54,6 +56,13 @@ _WITH_WIDTH = ("word_embed_proj_dim", "embedding_size")  # of the embedding: the
 # Switches with which the model code makes another size of the one that the config says.
 _ADJUSTED_BY = {MLP: ("block_auto_adjust_ff_dim",)}
 BY_LAYER = "_per_layer"  # behind a size's name: a list with one a layer, which the model code reads instead
+# State space layers: their heads, the channels of a head, and by what they exceed the width.
+MIXER_HEADS = (
+    ("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("n_mamba_heads", "mamba_headdim", "mamba_expand"),
+    ("num_heads", HEAD_DIM, "expand"), ("mamba_num_heads", "mamba_head_dim", "expand"),
+    ("n_mamba_heads", "mamba_head_dim", "mamba_expand"),
+)  # fmt: skip
+_IN_PARTS = (HEADS, KV_HEADS)  # may differ between layers: then a unit is as many in each as go with one of the fewest
 _PARTS = ("attn_config", "ffn_config")
 
 
@@ -95,7 +104,8 @@ def get_size(config: PretrainedConfig, name: str) -> int | None:
     """Return a config size, or None where the config has none of that name, or several (one a layer).
 
     An MLP size that the model code derives (GPT-2's `n_inner` of None, LFM2's `intermediate_size` under
-    `block_auto_adjust_ff_dim`) is read from the model's shapes.
+    `block_auto_adjust_ff_dim`) is read from the model's shapes. Numbers of heads that differ between layers count in
+    parts that all have as many of.
     """
     places = size_places(config, name)
     if not places:
@@ -103,6 +113,8 @@ def get_size(config: PretrainedConfig, name: str) -> int | None:
     value = _raw(*places[0])
     if _is_derived(config, name) and len(places) == 1:
         return _derived_size(config.model_type, config.to_json_string(use_diff=False), places[0][1])
+    if value is None and name in _IN_PARTS and varies(config, places[0][1]):
+        return common_size(*places[0])
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
@@ -113,7 +125,9 @@ def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
     """
     for name, value in sizes.items():
         for owner, attribute in size_places(config, name) or [(text_config_of(config), name)]:
-            if not isinstance(getattr(type(owner), attribute, None), property):
+            if name in _IN_PARTS and varies(owner, attribute):
+                set_common_size(owner, attribute, value)
+            elif not isinstance(getattr(type(owner), attribute, None), property):
                 _follow_by_layer(owner, attribute, value)
                 setattr(owner, attribute, value)
         for switch in _switched_on(config, name):
@@ -209,7 +223,8 @@ def head_dim_of(config: PretrainedConfig) -> int | None:
     explicit = get_size(config, HEAD_DIM)
     if explicit is None and varies(config, HEAD_DIM):
         return None
-    hidden, heads = get_size(config, HIDDEN), get_size(config, HEADS)
+    hidden = get_size(config, HIDDEN)
+    heads = None if varies(config, HEADS) else get_size(config, HEADS)
     return explicit or (hidden // heads if hidden and heads else None)
 
 
@@ -274,7 +289,39 @@ def copy_with(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedCo
     if head_dim is not None:
         set_sizes(changed, {HEAD_DIM: head_dim})
     set_sizes(changed, _explicit_mlp(config) | changes)
+    if HIDDEN in changes and (mixer := _fixed_mixer(config)):
+        name, channels = mixer
+        # past the class' check of types, for any width: the model code multiplies and rounds down
+        vars(text_config_of(changed))[name] = (channels + 0.5) / changes[HIDDEN]
     return changed
+
+
+def _fixed_mixer(config: PretrainedConfig) -> tuple[str, int] | None:
+    """Return the field that says by how much a mixer exceeds the width, and the mixer's channels, where these stay.
+
+    They do where the config class wants them to be heads * head_dim, and so refuses another width alone.
+    """
+    text, width = text_config_of(config), get_size(config, HIDDEN)
+    for *counts, name in MIXER_HEADS:
+        factors, expansion = [_raw(text, count) for count in counts], _raw(text, name)
+        if width and all(isinstance(value, int) for value in (*factors, expansion)):
+            channels = math.prod(factors)
+            if expansion and channels == expansion * width and not _accepts(config, {HIDDEN: 2 * width}):
+                wider = {HIDDEN: 2 * width, name: expansion // 2} if expansion % 2 == 0 else {}
+                if _accepts(config, wider or {HIDDEN: width // 2, name: 2 * expansion}):
+                    return name, channels
+    return None
+
+
+def _accepts(config: PretrainedConfig, values: dict[str, int]) -> bool:
+    """Tell whether a config's class takes these values, written as they are called."""
+    changed = copy.deepcopy(config)
+    set_sizes(changed, values)
+    try:
+        type(config).from_dict(changed.to_dict()).validate()
+    except Exception:  # a config class may refuse with any exception type
+        return False
+    return True
 
 
 def _explicit_mlp(config: PretrainedConfig) -> dict[str, int]:
@@ -302,6 +349,8 @@ def resized_config(
         keep_layers_(text_config_of(changed), staying, get_size(config, LAYERS) or 0)
     set_sizes(changed, _explicit_mlp(config) | sizes)
     head_dim = head_dim_of(config)
+    if HIDDEN in sizes and (mixer := _fixed_mixer(config)) and mixer[1] % sizes[HIDDEN] == 0:
+        set_sizes(changed, {mixer[0]: mixer[1] // sizes[HIDDEN]})
     try:
         if head_dim is not None and head_dim_of(changed) != head_dim:
             set_sizes(changed, {HEAD_DIM: head_dim})

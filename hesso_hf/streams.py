@@ -8,7 +8,7 @@ from it in one, two or three places.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +51,11 @@ class StreamAxis:
         return "" if self.holder == self.info.layer else self.holder.rpartition(".")[2]
 
 
+def tail_of(axis: StreamAxis) -> str:
+    """Return the name within the layer of the module that owns an axis' parameter."""
+    return axis.info.module.removeprefix(f"{axis.info.layer}.")
+
+
 def stream_axes(model: PreTrainedModel, axis_map: AxisMap, axes: list[AxisName]) -> list[StreamAxis]:
     """Describe the axes along the residual stream, one for each pattern."""
     modules = dict(model.named_modules())
@@ -91,19 +96,22 @@ def written_patterns(axes: list[StreamAxis], powers: Mapping[str, int]) -> froze
     return frozenset(found | {a.pattern for a in axes if a.vector == OTHER and powers.get(a.pattern) == 1})
 
 
-def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool, centred: bool) -> Iterator[dict[str, int]]:
+def stream_powers(
+    axes: list[StreamAxis], after: set[str], tied: bool, centred: bool, more: Callable[[], list[Place]] = list
+) -> Iterator[dict[str, int]]:
     """Yield powers of c for the patterns on the stream, the likeliest first.
 
     Args:
         after: modules whose input is what a block writes, before it reaches the stream.
         tied: whether the embedding is the output matrix too.
         centred: whether the stream's mean is kept at zero, which a norm's output can't be.
+        more: further places that may deviate, asked for where the first guess fails.
     """
     offsets = {a.info.module: a.pattern for a in axes if a.vector.kind == "offset"}
     modules = {a.pattern: a.info.module for a in axes if a.vector.kind == "scale"}
     # the second guess: the stream is the norms' output, which the blocks read as it is
     for raw in (False,) if centred else (False, True):
-        for powers in _deviating([_ends(axes, tied), *_places(axes, after, raw)]):
+        for powers in _deviating([_ends(axes, tied), *_places(axes, after, raw)], more):
             for pattern, module in modules.items():
                 if module in offsets:  # the norm's output is c times too large where its weight isn't divided by c
                     powers[offsets[module]] = powers[pattern] + 1
@@ -113,7 +121,7 @@ def stream_powers(axes: list[StreamAxis], after: set[str], tied: bool, centred: 
 def _ends(axes: list[StreamAxis], tied: bool) -> Place:
     """What comes in and out: the embedding, the last norm and the output matrix, the likeliest powers first."""
     first = [a.pattern for a in axes if a.info.role == "embedding"][:1]
-    finals = [a.pattern for a in axes if a.vector.kind == "scale" and not a.info.layer]
+    finals = [a.pattern for a in axes if a.vector.kind == "scale" and not a.info.layer and not _of_embedding(a, axes)]
     outputs = [a.pattern for a in axes if a.info.role == "output"]
     options = [(1, -2, 0), (0, -1, 0), (1, -1, 0), (0, -2, 0), (0, 0, 0), (1, 0, 0), (1, -3, 0)]
     if not tied:
@@ -139,11 +147,13 @@ def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
         found.setdefault((name, options), []).append(pattern)
 
     for axis in axes:
-        tail = axis.info.module.removeprefix(f"{axis.info.layer}.")
+        tail = tail_of(axis)
         if axis.vector.kind == "scale":
             usual = 0 if raw or axis.info.module in after else -1
             if axis.info.layer:
                 place(tail, (usual, -1 - usual), axis.pattern)
+        elif _of_embedding(axis, axes):  # what it gives out is the stream
+            place(tail, (0, -1), axis.pattern)
         elif (axis.vector.kind == "offset" and axis.info.module in normed_modules) or axis.info.role == "output":
             continue
         elif axis.vector.kind == "offset":  # of a block that isn't a norm: it is written to the stream
@@ -159,10 +169,16 @@ def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
             place(axis.reader_group, (usual, -1 - usual), axis.pattern)
         elif axis.side == "either":
             options = _either(axis)
-            place(axis.pattern, (-1, 0, 1) if raw and options[0] == 0 else options, axis.pattern)
+            name = axis.pattern.removeprefix(f"{axis.info.kind}.")
+            place(name, (-1, 0, 1) if raw and options[0] == 0 else options, axis.pattern)
         else:  # beside a norm of the stream it may be a gate on what the norm gives, as in hyper-connections
             place(f"{tail} writes", (0, 1) if axis.holder in mixers else (1, 0), axis.pattern)
     return [[dict.fromkeys(patterns, power) for power in options] for (_, options), patterns in found.items()]
+
+
+def _of_embedding(axis: StreamAxis, axes: list[StreamAxis]) -> bool:
+    """Tell a norm that is part of the embedding from the last one."""
+    return any(axis.info.module.startswith(f"{other.info.module}.") for other in axes if other.info.role == "embedding")
 
 
 def _either(axis: StreamAxis) -> tuple[int, ...]:
@@ -170,11 +186,12 @@ def _either(axis: StreamAxis) -> tuple[int, ...]:
     return (0, 1, -1) if axis.dim == len(axis.info.shape) - 1 else (1, 0, -1)
 
 
-def _deviating(places: list[Place]) -> Iterator[dict[str, int]]:
+def _deviating(places: list[Place], more: Callable[[], list[Place]] = list) -> Iterator[dict[str, int]]:
     """Yield assignments by the number of places in which they deviate from the first options."""
     usual = {pattern: power for options in places for pattern, power in options[0].items()}
-    count = 0
-    for deviations in range(DEVIATIONS + 1):
+    yield usual
+    places, count = [*places, *more()], 1
+    for deviations in range(1, DEVIATIONS + 1):
         for chosen in itertools.combinations(places, deviations):
             for options in itertools.product(*(place[1:] for place in chosen)):
                 yield usual | {pattern: power for option in options for pattern, power in option.items()}

@@ -33,7 +33,7 @@ from .groups import PruningGroups
 from .outcome import Proof, groups_of
 from .proof import proved_groups
 from .roundtrip import RoundTrips, describe
-from .tiny import default_config, tiny_config
+from .tiny import covering_config, default_config
 
 TypeSurvey = dict[str, StructureSurvey]
 TIME_LIMIT = 120.0
@@ -72,7 +72,7 @@ def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
     found = {name: _unproved(name, groups, proof) for name in names if name not in groups.structures}
     joint = _NOTHING
     if groups.structures:
-        tiny = tiny_config(model_class, config)
+        tiny = covering_config(model_class, config)
         if EXPERT_UNITS in names:
             tiny = with_enough_experts(tiny)
         trips = RoundTrips(model_class, tiny, groups_of(model_class, tiny, proof)[0])

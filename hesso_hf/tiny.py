@@ -29,12 +29,14 @@ from .sizes import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
+    LAYERS,
     MLP,
     VOCAB,
     build_meta,
     buildable_config,
     get_size,
     head_dim_of,
+    resized_config,
     set_sizes,
     text_config_of,
 )
@@ -99,15 +101,32 @@ def tiny_config(
 
 
 def covering_config(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PretrainedConfig:
-    """Return a tiny config whose layers are of all kinds that the model has, of all its layers where fewer don't do."""
+    """Return a tiny config whose layers are of all kinds that the model has.
+
+    Where the config can't say one of each (rules on a layer's index), it has as many of the first as have all kinds.
+    """
     small = tiny_config(model_class, config)
-    if _kinds(model_class, small) >= _kinds(model_class, config_for(model_class, config)):
+    if _kinds(model_class, small).keys() >= _kinds(model_class, config_for(model_class, config)).keys():
         return small
-    return tiny_config(model_class, config, all_layers=True)
+    whole = tiny_config(model_class, config, all_layers=True)
+    try:
+        kinds = _kinds(model_class, whole)
+        shallow = resized_config(whole, {LAYERS: 1 + max(kinds.values())})
+        if _kinds(model_class, shallow) == kinds:
+            _check(model_class, shallow)
+            return shallow
+    except Exception:  # model code may refuse the depth with any exception type
+        pass
+    return whole
 
 
-def _kinds(model_class: type[PreTrainedModel], config: PretrainedConfig) -> set[str]:
-    return {info.kind for info in describe_parameters(build_meta(model_class, config)).values()}
+def _kinds(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, int]:
+    """Return the kinds of layers with the index of the first of each; what is in no layer counts as of the first."""
+    found: dict[str, int] = {}
+    for info in describe_parameters(build_meta(model_class, config)).values():
+        index = info.layer.rpartition(".")[2]
+        found.setdefault(info.kind, int(index) if index.isdigit() else 0)
+    return found
 
 
 def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = SEED) -> PreTrainedModel:

@@ -307,6 +307,51 @@ def test_channels_that_feed_their_own_projections_are_found_by_all_readers_at_on
     }
 
 
+class Gained(Mixer):
+    """A mixer whose channels take three factors after its own projection has read them."""
+
+    def __init__(self, extra: int = 0) -> None:
+        super().__init__()
+        self.gain, self.gate, self.skip = (nn.Parameter(torch.empty(UNITS, 1)) for _ in range(3))
+        self.extra = nn.ParameterList(nn.Parameter(torch.empty(1)) for _ in range(extra))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = F.silu(self.enter(x))
+        after = channels * self.own(channels).sum(-1, keepdim=True)
+        return self.leave(after * (self.gain * self.gate)[:, 0] + channels * self.skip[:, 0])
+
+
+def test_mixers_in_layers_of_two_kinds_are_told_apart():
+    """Both kinds' last matrices together reach more axes than both matrices of one kind, but not what enters."""
+    model = Model(nn.ModuleDict({"mixer": Gained()}), nn.ModuleDict({"mixer": Gained(extra=1)}))
+    for layer in model.layers:
+        layer.forward = layer["mixer"].forward
+    names = ("enter.weight", "enter.bias", "gain", "gate", "skip", "own.weight", "leave.weight")
+    axes = [(f"layers.{i}.mixer.{name}", int(name in names[-2:])) for i in range(2) for name in names]
+    branches = discover_branches(probe_of(model), AxisMap(describe_parameters(model), {}, {}), axes, UNITS, 1)
+    assert sorted(len(branch.layouts) for branch in branches) == [7, 7]
+    assert all(len({pattern.split(".")[1] for pattern, _ in branch.layouts}) == 1 for branch in branches)
+
+
+class Averaged(nn.Module):
+    """An MLP that reads the mean of two streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.other, self.leave = nn.Linear(WIDTH, UNITS), nn.Linear(WIDTH, UNITS), nn.Linear(UNITS, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.leave(torch.stack([self.enter(x), self.other(x)], -2).mean(dim=-2))
+
+
+def test_a_mean_on_the_way_is_no_statistic_of_a_norm():
+    axes = [("layers.0.enter.weight", 0), ("layers.0.other.weight", 0), ("layers.0.leave.weight", 1)]
+    model = Model(Averaged(), Averaged())
+    assert not any(mask.any() for mask in probe_of(model).vanished(axes).values())
+    (branch,) = discovered(model, axes, UNITS)
+    assert {str(layout) for layout in branch.layouts.values()} == {"block(1)"}
+
+
 class Pair(nn.Module):
     """Two MLPs of equal size in one layer."""
 

@@ -21,7 +21,7 @@ from hesso_hf.streams import (
     stream_powers,
     writing_modules,
 )
-from hesso_hf.tiny import default_config, tiny_config
+from hesso_hf.tiny import covering_config, default_config, tiny_config
 
 
 @cache
@@ -164,3 +164,15 @@ def test_no_more_than_so_many_are_tried_however_many_places_there_are():
     assert len(found) == MOST_CANDIDATES
     assert set(found[0].values()) == {0}
     assert all(sum(map(bool, guess.values())) == 1 for guess in found[1:81])
+
+
+def test_a_norm_of_the_embedding_gives_the_stream_out():
+    """Inkling: what the embedding's norm gives is c times what it gave, as the stream wants it; the last takes 1/c."""
+    model_class, config = default_config("inkling_text")
+    found = _Bench(model_class, covering_config(model_class, config))
+    first = next(found._stream_schemes(moving_axes(STREAM, found.axis_map, found.config)))
+    assert found.error_of({STREAM: first}) <= TOLERANCE
+    powers = first.powers
+    assert powers["model.embed_tokens.weight"] == 1
+    assert powers["model.embed_tokens.embed_norm.weight"] == 0
+    assert powers["model.norm.weight"] == -1

@@ -13,14 +13,14 @@ import hesso_hf
 
 PACKAGE = Path(hesso_hf.__file__).parent
 ORDER = (
-    "errors", "config", "layout", "layer_lists", "sizes", "division", "probe", "shards", "groups", "shrink",
-    "tiny", "discovery", "norms", "streams", "experts", "routing", "depth", "outcome", "per_layer", "cut",
-    "expert_trial", "depth_proof", "proof", "cost", "latency", "budget", "inspection", "strategies",
-    "model_sizes", "memory", "planning", "schedule", "saliency", "agreement", "snapshot", "adapters", "frozen",
-    "bound", "calibration", "ranking", "cric", "trial", "collapse", "process", "optimizer", "shard_state",
-    "plan", "tokens", "spelling", "retokenize", "embeddings", "vocabulary", "verify", "adapter_export",
-    "publish", "plots", "card", "checkpoint", "export", "shard_export", "progress", "hub", "engines",
-    "preemption", "distillation", "trainer",
+    "errors", "config", "layout", "layer_lists", "per_layer_sizes", "sizes", "division", "probe", "shards",
+    "groups", "shrink", "tiny", "discovery", "norms", "streams", "sides", "constants", "experts", "routing",
+    "depth", "outcome", "per_layer", "cut", "expert_trial", "depth_proof", "proof", "cost", "latency", "budget",
+    "inspection", "strategies", "model_sizes", "memory", "planning", "schedule", "saliency", "agreement",
+    "snapshot", "adapters", "frozen", "bound", "calibration", "ranking", "cric", "trial", "collapse", "process",
+    "optimizer", "shard_state", "plan", "tokens", "spelling", "retokenize", "embeddings", "vocabulary",
+    "verify", "adapter_export", "publish", "plots", "card", "checkpoint", "export", "shard_export", "progress",
+    "hub", "engines", "preemption", "distillation", "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)

@@ -30,7 +30,7 @@ from hesso_hf.sizes import (
     set_sizes,
     size_places,
 )
-from hesso_hf.tiny import default_config, logits_of, random_model, tiny_config, token_ids
+from hesso_hf.tiny import covering_config, default_config, logits_of, random_model, tiny_config, token_ids
 
 TYPES = (
     "llama", "qwen2", "gemma3_text", "gemma4_text", "gpt2", "gptj", "gpt_neox", "opt", "bloom", "falcon", "phi3",
@@ -222,3 +222,16 @@ def test_sizes_that_only_the_model_class_refuses_are_named():
     with pytest.raises(HessoError, match=r"MoshiForCausalLM refuses \{'hidden_size': 56\}.*divisible"):
         buildable_config(model_class, tiny, {HIDDEN: tiny.num_attention_heads * 11 + 1})
     assert buildable_config(model_class, tiny, {HIDDEN: 55}).hidden_size == 55
+
+
+def test_layers_that_follow_a_rule_on_their_index_are_covered_by_the_first_of_them():
+    """Jamba has attention in every eighth layer from the fifth on: one layer of each kind in a row can't be said."""
+    model_class, config = default_config("jamba")
+    found = covering_config(model_class, config)
+    assert (found.num_hidden_layers, found.attn_layer_period, found.expert_layer_period) == (5, 8, 2)
+    assert found.layers_block_type == ["mamba"] * 4 + ["attention"]
+
+
+def test_where_one_layer_of_each_kind_will_do_it_covers_all():
+    model_class, config = default_config("deepseek_v3")
+    assert covering_config(model_class, config).to_dict() == tiny_config(model_class, config).to_dict()
