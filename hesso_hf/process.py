@@ -127,7 +127,7 @@ class PruningProcess:
             # a tied output matrix feels the centring: it comes in steps, over the first period
             self._centre(1.0 if position.index else 1.0 / (position.length - position.t))
         elif self._masking:
-            self._mask_weights()
+            self.bound.mask_weights_(self._pruned())
             self._centre()
         self.step += 1
         self._mask_state(base)
@@ -220,7 +220,7 @@ class PruningProcess:
             return
         self._masking = True
         self._end_period()
-        self._mask_weights()
+        self.bound.mask_weights_(self._pruned())
 
     def _end_period(self) -> None:
         for redundant in self.redundant.values():
@@ -304,15 +304,12 @@ class PruningProcess:
     @torch.no_grad()
     def reapply(self) -> None:
         """Put weights that were loaded from elsewhere back under the pruned units' zeros."""
-        self._mask_weights()
+        self.bound.mask_weights_(self._pruned())
         self._centre()
 
     def _centre(self, share: float = 1.0) -> None:
         """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
         self.bound.centre_({n: scales for n, scales in self.scales.items() if self._ranking.removed[n]}, share)
-
-    def _mask_weights(self) -> None:
-        self.bound.mask_weights_(self._pruned())
 
     def _pruned(self) -> PerUnit:
         """Return the pruned units of the structures that lose any, bool (L, U)."""
@@ -404,9 +401,8 @@ class PruningProcess:
             CheckpointMismatchError: where it belongs to another model, budget or format, with the first difference.
         """
         if state.get("format") != FORMAT:
-            raise CheckpointMismatchError(
-                f"pruning state of format {state.get('format')!r}; this version reads {FORMAT}"
-            )
+            found = state.get("format")
+            raise CheckpointMismatchError(f"pruning state of format {found!r}; this version reads {FORMAT}")
         check_same("target", state["target"], self.target.to_dict())
         check_same("config", state["choices"], self.config.choices())
         for name, scales in self.scales.items():
@@ -414,10 +410,7 @@ class PruningProcess:
                 raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")
 
     def load_state_dict(self, state: Mapping[str, Any], base: Optimizer) -> None:
-        """Continue from a saved state.
-
-        Args:
-            base: the optimizer that a snapshot in it belongs to.
+        """Continue from a saved state; a snapshot in it belongs to the parameters of `base`.
 
         Raises:
             CheckpointMismatchError: as `check_state_dict` does; nothing is changed then.
