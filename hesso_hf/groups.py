@@ -373,7 +373,7 @@ def shrink_(tensor: torch.Tensor, axis: Axis, factors: torch.Tensor, part: Part 
         factors: one factor per unit, shape (U,).
         part: which part that is; all of it by default.
     """
-    spread = axis.spread(factors.to(tensor.dtype), tensor.dim(), part=part)
+    spread = axis.spread(factors.to(tensor.device, tensor.dtype), tensor.dim(), part=part)
     tensor.mul_(spread)
     if axis.shift:  # (w + shift) * f - shift, without rounding where f is 1
         tensor.add_((spread - 1) * axis.shift)
@@ -399,8 +399,9 @@ def centre_(
         part: which part of the parameter `tensor` is; all of it by default.
         total: sum over the channels of all parts, where `tensor` holds some of them.
     """
-    spread = axis.spread(scales.to(tensor.dtype), tensor.dim(), part=part)
-    total = tensor.sum(axis.dim, keepdim=True) if total is None else total.to(tensor.dtype)
+    scales = scales.to(tensor.device, tensor.dtype)
+    spread = axis.spread(scales, tensor.dim(), part=part)
+    total = tensor.sum(axis.dim, keepdim=True) if total is None else total.to(tensor.device, tensor.dtype)
     tensor.sub_(spread * (total * (share / scales.sum())))
 
 
@@ -415,5 +416,5 @@ def mask_(
         fill: the value; by default -shift, so that the effective weight is zero.
         part: which part of the parameter `tensor` is; all of it by default.
     """
-    spread = axis.spread(pruned, tensor.dim(), fixed_value=False, part=part)
+    spread = axis.spread(pruned.to(tensor.device), tensor.dim(), fixed_value=False, part=part)
     tensor.masked_fill_(spread, -axis.shift if fill is None else fill)

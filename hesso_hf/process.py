@@ -25,7 +25,7 @@ from .groups import KeptUnits, PruningGroups
 from .ranking import PerUnit, Ranking, agreed
 from .routing import RouterGates
 from .schedule import PeriodStep, Schedule
-from .snapshot import Snapshot, snapshot_of
+from .snapshot import Snapshot
 from .trial import CricTrial
 
 FORMAT = 2  # of the saved state
@@ -198,7 +198,7 @@ class PruningProcess:
             self.redundant[name].copy_(units & ~pruned[name])
         if self.config.on_collapse == "pause":
             self._order = order
-            self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")
+            self._period_start = self.bound.snapshot(base, self.config.cric_snapshot == "cpu")
         self._shrinking = True
         self._sums.zero_()
 
@@ -306,6 +306,7 @@ class PruningProcess:
         """Put weights that were loaded from elsewhere back under the pruned units' zeros."""
         self.bound.mask_weights_(self._pruned())
         self._centre()
+        self.bound.publish()
 
     def _centre(self, share: float = 1.0) -> None:
         """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
@@ -442,7 +443,7 @@ class PruningProcess:
             self.trial.route(sampling.t)
         self._period_start = None
         if state["period_start"] is not None:
-            self._period_start = snapshot_of(base, self.bound.parameters.values(), self.config.cric_snapshot == "cpu")
+            self._period_start = self.bound.snapshot(base, self.config.cric_snapshot == "cpu")
             self._period_start.load_state_dict(state["period_start"])
         on_trial = self.trial.on_the_way if self.trial else None
         self.bound.frozen.load_state_dict(state.get("frozen", {}), self.scales, on_trial)

@@ -1,11 +1,12 @@
 """Shards: which part of a parameter this process holds, and sums over all processes.
 
-Under FSDP2 every process holds some rows of a parameter (a DTensor); all others hold whole parameters. What is done to
-a parameter is done to the part at hand, and no parameter is gathered.
+Under FSDP2 every process holds some rows of a parameter (a DTensor), under ZeRO a range of its elements; all others hold
+whole parameters. What is done to a parameter is done to the parts at hand, and no parameter is gathered.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -39,6 +40,16 @@ class Part:
         """Whether it is all of the parameter."""
         return self.sizes == self.shape
 
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.sizes)
+
+    def window(self, but: int | None = None) -> tuple[slice, ...]:
+        """Return the part's place in the whole parameter, as slices; along one dimension, `but`, all."""
+        stretches = enumerate(zip(self.starts, self.sizes, strict=True))
+        return tuple(slice(None) if dim == but else slice(low, low + size) for dim, (low, size) in stretches)
+
     def along(self, values: torch.Tensor, dim: int) -> torch.Tensor:
         """Return those of one value per index, shape (length of the dimension,), that this part's indices have."""
         if self.sizes[dim] == self.shape[dim]:
@@ -51,6 +62,39 @@ class Part:
         if len(sums) == length:
             return sums
         return torch.nn.functional.pad(sums, (before, length - before - len(sums)))
+
+
+def flat_parts(shape: tuple[int, ...], start: int, stop: int) -> list[Part]:
+    """Return the rectangles, in order, that a range of a parameter consists of when it is flattened row by row.
+
+    At most 2 D - 1 of them, D dimensions; the elements of each are consecutive in the range.
+    """
+    return [Part(starts, sizes, shape) for starts, sizes in _rectangles(shape, start, stop) if math.prod(sizes)]
+
+
+def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    if len(shape) < 2:
+        return [((start,) * len(shape), (stop - start,) * len(shape))] if start < stop else []
+    row = math.prod(shape[1:])
+    first, last = start // row, -(-stop // row) - 1
+    if start >= stop:
+        return []
+
+    def within(index: int, low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [((index, *starts), (1, *sizes)) for starts, sizes in _rectangles(shape[1:], low, high)]
+
+    if first == last:
+        return within(first, start - first * row, stop - first * row)
+    head = within(first, start % row, row) if start % row else []
+    tail = within(last, 0, stop % row) if stop % row else []
+    begin, end = -(-start // row), stop // row
+    middle = [((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:]))] if begin < end else []
+    return [*head, *middle, *tail]
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of the whole parameter; where ZeRO-3 holds it in pieces, its own one is empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole(shape: Iterable[int]) -> Part:

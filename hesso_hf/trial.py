@@ -20,7 +20,7 @@ from .ranking import PerUnit, Ranking, agreed
 from .saliency import UnitSums
 from .schedule import PeriodStep, Schedule
 from .shards import Part
-from .snapshot import Snapshot, snapshot_of
+from .snapshot import Snapshot
 
 
 class CricTrial:
@@ -53,7 +53,7 @@ class CricTrial:
 
     def begin(self, scores: PerUnit, base: Optimizer) -> None:
         """Take the snapshot, and choose the first violating set: the lowest units by the scores at this point."""
-        self.snapshot = snapshot_of(base, self._bound.parameters.values(), self._config.cric_snapshot == "cpu")
+        self.snapshot = self._bound.snapshot(base, self._config.cric_snapshot == "cpu")
         lowest = agreed(self._ranking.lowest(scores))
         self.cric.begin_cycle(lowest, lowest)
 
@@ -169,12 +169,12 @@ class CricTrial:
     def _factors(self, factor: float) -> PerUnit:
         return {name: torch.where(units, factor, 1.0) for name, units in self.cric.shrinking.items()}
 
-    def _displacements(self, scale: float) -> Callable[[str, Any, Part], PathDisplacements]:
+    def _displacements(self, scale: float) -> Callable[[str, Any, Part, int], PathDisplacements]:
         assert self.snapshot is not None
         shrinking, snapshot = self.cric.shrinking, self.snapshot
 
-        def displacements(name: str, axes: Any, part: Part) -> PathDisplacements:
-            return PathDisplacements(self._bound.effective(name, snapshot.weights_of), axes, shrinking, scale, part)
+        def displacements(name: str, axes: Any, part: Part, n: int) -> PathDisplacements:
+            return PathDisplacements(self._bound.copied(name, snapshot)[n], axes, shrinking, scale, part)
 
         return displacements
 
@@ -197,5 +197,5 @@ class CricTrial:
         self.cric.load_state_dict(state["cric"])
         self.snapshot = None
         if state["snapshot"] is not None:
-            self.snapshot = snapshot_of(base, self._bound.parameters.values(), self._config.cric_snapshot == "cpu")
+            self.snapshot = self._bound.snapshot(base, self._config.cric_snapshot == "cpu")
             self.snapshot.load_state_dict(state["snapshot"])

@@ -17,10 +17,10 @@ ORDER = (
     "groups", "shrink", "tiny", "discovery", "norms", "streams", "sides", "constants", "experts", "routing",
     "depth", "outcome", "per_layer", "cut", "expert_trial", "depth_proof", "proof", "cost", "latency", "budget",
     "inspection", "strategies", "model_sizes", "memory", "planning", "schedule", "saliency", "agreement",
-    "snapshot", "adapters", "frozen", "bound", "calibration", "ranking", "cric", "trial", "collapse", "process",
-    "optimizer", "shard_state", "plan", "tokens", "spelling", "retokenize", "embeddings", "vocabulary",
-    "verify", "adapter_export", "publish", "plots", "card", "checkpoint", "export", "shard_export", "progress",
-    "hub", "engines", "preemption", "distillation", "trainer",
+    "snapshot", "adapters", "frozen", "held", "bound", "calibration", "ranking", "cric", "trial", "collapse",
+    "process", "optimizer", "shard_state", "plan", "tokens", "spelling", "retokenize", "embeddings",
+    "vocabulary", "verify", "adapter_export", "publish", "plots", "card", "checkpoint", "export",
+    "shard_export", "progress", "hub", "engines", "preemption", "distillation", "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)
