@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 
 from .errors import HessoError
+
+_T = TypeVar("_T")
 
 
 def world_size() -> int:
@@ -76,3 +81,19 @@ def first_error(error: str | None) -> str | None:
     shared = [error]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def on_all(work: Callable[[], _T]) -> _T:
+    """Do a part of saving the smaller model on every process; where one fails, all raise."""
+    failed: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:  # the other processes must hear of any
+        failed = error
+    message = any_error(f"{type(failed).__name__}: {failed}" if failed else None)
+    if failed is not None:
+        raise failed
+    if message is not None:
+        raise HessoError(f"another process could not save the smaller model: {message}")
+    return result

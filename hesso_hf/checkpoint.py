@@ -56,7 +56,8 @@ def check_resumable(folder: Path) -> None:
         CheckpointMismatchError: where there is no pruning state, or no optimizer's.
     """
     read_state(folder)
-    sharded = [path for path in folder.glob("optimizer_*") if path.is_dir()]
+    folders = (*folder.glob("optimizer_*"), *folder.glob("global_step*"))  # FSDP2's and DeepSpeed's
+    sharded = [path for path in folders if path.is_dir()]
     if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
         raise CheckpointMismatchError(
             f"`resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was saved with save_only_model; "

@@ -1,4 +1,4 @@
-"""Engines: what changes for a trainer whose parameters Accelerate shards, and what is refused by name."""
+"""Engines: what changes for a trainer whose parameters FSDP2 or DeepSpeed shards, and what is refused by name."""
 
 from __future__ import annotations
 
@@ -19,21 +19,26 @@ from .config import HessoConfig
 from .errors import HessoError
 from .groups import KeptUnits
 from .hub import HubMixin
+from .optimizer import HessoOptimizer
 from .plan import PruningPlan
+from .process import PruningProcess
 from .shard_export import Writers, export_sharded, write_dense
 from .shard_state import load_pruning_state, load_random_states, save_pruning_state, save_random_states
 from .shards import named_parameters
+from .zero_export import export_zero
+from .zero_steps import ZeroSteps, check_zero_state, load_zero_state, refuse_zero, save_zero_state
 
 logger = logging.get_logger(__name__)
 
 
 class EngineMixin(HubMixin):
-    """What a trainer with a `hesso_plan` does where FSDP2 shards the parameters, as Accelerate's config says."""
+    """What a trainer with a `hesso_plan` does where FSDP2 or DeepSpeed's ZeRO shards what it trains."""
 
     hesso_plan: PruningPlan
     hesso_config: HessoConfig
     _resume_from: str | None
     _measure_curves: Callable[[], LossCurves]
+    _new_process: Callable[[], PruningProcess]
     _training_record: Callable[[], dict[str, Any]]
     _saved_tokenizer: Callable[[], Any]
 
@@ -55,7 +60,7 @@ class EngineMixin(HubMixin):
             HessoError: naming the engine or the argument and the remedy.
         """
         if self.is_deepspeed_enabled:
-            raise HessoError("DeepSpeed isn't supported: use FSDP2 (`fsdp_version: 2`), which shards as ZeRO-3 does")
+            refuse_zero(self._engine_config, self.hesso_config)
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
         if getattr(self, "is_distributed_loading_by_transformers", False):
@@ -64,8 +69,10 @@ class EngineMixin(HubMixin):
                 "support; load it whole and choose FSDP2 in Accelerate's config"
             )
         if lora_layers(self._bare_model()):
-            if self._is_sharded:
-                raise HessoError("LoRA together with FSDP isn't supported; use DDP, or merge the adapter first")
+            if self._is_sharded or self.is_deepspeed_enabled:
+                raise HessoError(
+                    "LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first"
+                )
             if self.args.fp16:
                 raise HessoError(
                     "`fp16` (True) with LoRA: frozen weights' gradients would keep the loss scale; use bf16"
@@ -85,6 +92,10 @@ class EngineMixin(HubMixin):
     # -- after sharding -------------------------------------------------------------------------------------------
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_deepspeed_enabled:
+            if self._resume_from is not None:
+                check_zero_state(Path(self._resume_from), self._zero_stage)
+            self.hesso_optimizer = ZeroSteps(self._new_process())  # while the model may still be whole
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._is_sharded:
             self._bind()
@@ -92,7 +103,41 @@ class EngineMixin(HubMixin):
                 self._settle_sizes()
                 assert self.hesso_optimizer is not None
                 self.hesso_optimizer.process = self.hesso_plan.process(self._process.schedule)
+        if self.is_deepspeed_enabled:
+            self._attach()
         return prepared
+
+    @property
+    def _engine_config(self) -> dict[str, Any]:
+        return self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+
+    @property
+    def _zero_stage(self) -> int:
+        return int(self._engine_config["zero_optimization"]["stage"])
+
+    def _attach(self) -> None:
+        """Put HESSO around the steps of DeepSpeed's engine, once."""
+        assert isinstance(self.hesso_optimizer, ZeroSteps)
+        if not self.hesso_optimizer.attached:
+            engine = self.accelerator.deepspeed_engine_wrapped.engine
+            self.hesso_optimizer.attach(engine, named_parameters(self._bare_model()))
+
+    def _measure_whole(self) -> LossCurves:
+        """Measure before DeepSpeed takes the model, on the device that trains it; ZeRO-3 may have sharded it."""
+        model = self._bare_model()
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            logger.warning(
+                "the model was sharded by ZeRO-3 while it was loaded, so the split between structures can't be "
+                "measured: they share the cut evenly. Set `structure_shares` or `target_sizes`, or load the model "
+                "before the TrainingArguments are made"
+            )
+            return LossCurves({}, {})
+        place = model.device
+        try:
+            model.to(self.args.device)  # type: ignore[arg-type]
+            return self._measure_curves()
+        finally:
+            model.to(place)  # type: ignore[arg-type]
 
     def _bind(self) -> None:
         """Take the parameters that sharding has put in the place of those that the plan was made on."""
@@ -100,7 +145,7 @@ class EngineMixin(HubMixin):
 
     def _settle_sizes(self) -> None:
         """Measure the split between structures, and take what the main process found."""
-        self.hesso_plan.settle(self._measure_curves)
+        self.hesso_plan.settle(self._measure_whole if self.is_deepspeed_enabled else self._measure_curves)
         if world_size() > 1:
             decision = [self.hesso_plan.target.to_dict()]
             dist.broadcast_object_list(decision, src=0)
@@ -115,8 +160,12 @@ class EngineMixin(HubMixin):
             return super()._load_optimizer_and_scheduler(checkpoint)
         if self._is_sharded:
             self._bind()
+        if self.is_deepspeed_enabled:
+            self._attach()
         super()._load_optimizer_and_scheduler(checkpoint)
-        assert self.hesso_optimizer is not None
+        if isinstance(self.hesso_optimizer, ZeroSteps):
+            return load_zero_state(self.hesso_optimizer, Path(checkpoint), self._zero_stage)
+        assert isinstance(self.hesso_optimizer, HessoOptimizer)
         if self._is_sharded:
             return load_pruning_state(self.hesso_optimizer, self._bare_model(), Path(checkpoint))
         if world_size() > 1:  # all that the others share is process 0's
@@ -125,20 +174,22 @@ class EngineMixin(HubMixin):
 
     def _write_shards(self, folder: Path) -> None:
         """Write beside a sharded checkpoint what torch leaves out: the pruning state, config and tokenizer."""
+        if self.is_deepspeed_enabled:
+            assert isinstance(self.hesso_optimizer, ZeroSteps)
+            save_zero_state(self.hesso_optimizer, folder, self._zero_stage)
         if not self._is_sharded:
             return
         if self.args.should_save:
             self._bare_model().config.save_pretrained(folder)
             if self._saved_tokenizer() is not None:
                 self._saved_tokenizer().save_pretrained(folder)
-        assert self.hesso_optimizer is not None
+        assert isinstance(self.hesso_optimizer, HessoOptimizer)
         save_pruning_state(self.hesso_optimizer, self._bare_model(), folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save every process' random state before the file that says that the checkpoint is whole."""
         super()._save_rng_state(output_dir)
-        if world_size() > 1 and not self._is_sharded:
-            assert self.hesso_optimizer is not None
+        if world_size() > 1 and not self._is_sharded and isinstance(self.hesso_optimizer, HessoOptimizer):
             save_random_states(self.hesso_optimizer, Path(output_dir))
         barrier()
 
@@ -154,6 +205,18 @@ class EngineMixin(HubMixin):
             dtype=self.hesso_config.export_dtype,
             writers=self._writers(),
             training=self._training_record(),
+        )
+
+    def _export_zero(self, kept: KeptUnits, target: Path) -> PruningReport:
+        return export_zero(
+            self._bare_model(),
+            target,
+            kept_units=kept,
+            groups=self.hesso_plan.groups,
+            tokenizer=self._saved_tokenizer(),
+            dtype=self.hesso_config.export_dtype,
+            training=self._training_record(),
+            writes=self.args.should_save,
         )
 
     def _save_dense_sharded(self, target: Path) -> None:

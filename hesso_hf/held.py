@@ -32,6 +32,7 @@ class Held:
         gradient_scale: what gradients were multiplied by.
     """
 
+    parameter: Any
     gradient_scale = 1.0
 
     def __init__(self, name: str, parameter: nn.Parameter, counted: bool = True) -> None:

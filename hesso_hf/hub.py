@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .card import CARD_NAME, REPORT_NAME
 from .optimizer import HessoOptimizer
 from .process import PruningProcess
+from .zero_steps import ZeroSteps
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +27,7 @@ else:
 class HubMixin(_TrainerBase):
     """What a trainer with a `hesso_optimizer` uploads, and when."""
 
-    hesso_optimizer: HessoOptimizer | None
+    hesso_optimizer: HessoOptimizer | ZeroSteps | None
     _saving_checkpoint: bool
 
     @property

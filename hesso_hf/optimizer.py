@@ -45,7 +45,7 @@ class HessoOptimizer(Optimizer):
         self.seconds = 0.0  # spent in HESSO, all steps together; on a GPU the time to enqueue
         self._observed = False
         self._gradient_norm: float | None = None
-        self._skipped = 0
+        self._skips = Skips()
         self._awaits_state = False
         for mode in ("train", "eval"):  # schedule-free optimizers keep other weights for evaluation
             if callable(getattr(base, mode, None)):
@@ -155,18 +155,9 @@ class HessoOptimizer(Optimizer):
             norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
         self._gradient_norm = None
         if math.isfinite(norm):
-            self._skipped = 0
+            self._skips.reset()
             return True
-        self._skipped += 1
-        logger.warning(
-            f"step {self.process.step}: the gradient's norm is {norm}; the step is skipped, base optimizer and pruning "
-            f"alike ({self._skipped} in a row)"
-        )
-        if self._skipped >= MAX_SKIPPED_STEPS:
-            raise TrainingDivergedError(
-                f"{self._skipped} steps in a row had a gradient norm of {norm} at step {self.process.step}; "
-                "lower the learning rate, clip the gradients or check the data"
-            )
+        self._skips.count(self.process.step, norm)
         return False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -223,6 +214,37 @@ class HessoOptimizer(Optimizer):
 
     def __repr__(self) -> str:
         return f"HessoOptimizer({self.base!r})"
+
+
+class Skips:
+    """Counts steps in a row that are skipped since their gradient isn't finite."""
+
+    def __init__(self) -> None:
+        self._in_a_row = 0
+
+    def reset(self) -> None:
+        """A step was made."""
+        self._in_a_row = 0
+
+    def count(self, step: int, norm: float, searching: bool = False) -> None:
+        """Warn of a skipped step.
+
+        Args:
+            searching: whether a loss scale is lowered with each, which the engine ends by itself.
+
+        Raises:
+            TrainingDivergedError: for too many in a row.
+        """
+        self._in_a_row += 1
+        logger.warning(
+            f"step {step}: the gradient's norm is {norm}; the step is skipped, base optimizer and pruning alike "
+            f"({self._in_a_row} in a row)"
+        )
+        if self._in_a_row >= MAX_SKIPPED_STEPS and not searching:
+            raise TrainingDivergedError(
+                f"{self._in_a_row} steps in a row had a gradient norm of {norm} at step {step}; lower the learning "
+                "rate, clip the gradients or check the data"
+            )
 
 
 def total_norm(gradients: list[torch.Tensor]) -> float:

@@ -27,7 +27,7 @@ from .proof import proved_groups
 from .routing import RouterGates
 from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
-from .shards import named_parameters, stock_class
+from .shards import full_shape, named_parameters, stock_class
 from .sizes import build_meta, canonical_name, resized_config
 
 logger = logging.get_logger(__name__)
@@ -179,7 +179,7 @@ def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:
         UnsupportedStructureError: naming the first that is missing, extra (weights tied or untied by hand) or resized.
     """
     factors = Adapters.of(model).factors()
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters_of(model).items() if name not in factors}
+    shapes = {name: full_shape(parameter) for name, parameter in parameters_of(model).items() if name not in factors}
     for name in sorted(shapes.keys() ^ axis_map.parameters.keys()):
         where = "the model but not in what" if name in shapes else "what"
         raise UnsupportedStructureError(

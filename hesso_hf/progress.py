@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .optimizer import HessoOptimizer
 from .process import PruningProcess
 from .schedule import PHASES
+from .zero_steps import ZeroSteps
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +35,7 @@ def phase_text(process: PruningProcess) -> str:
     return f"recovery, pruned since step {schedule.end}"
 
 
-def metrics(optimizer: HessoOptimizer, parameters: Any) -> dict[str, float]:
+def metrics(optimizer: HessoOptimizer | ZeroSteps, parameters: Any) -> dict[str, float]:
     """Return what is logged: phase (0 warm-up, 1 sampling, 2 pruning, 3 recovery), units, ratios, norm, seconds."""
     process = optimizer.process
     found = {"hesso/phase": float(PHASES.index(process.schedule.phase(process.step)))}

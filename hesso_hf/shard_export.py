@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,11 +29,11 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 
-from .agreement import any_error
+from .agreement import on_all
 from .card import PruningReport
 from .cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
 from .depth import full_names
-from .errors import HessoError, VerificationError
+from .errors import VerificationError
 from .experts import EXPERT_UNITS
 from .export import DTYPES, make_report
 from .groups import KeptUnits, PruningGroups
@@ -47,7 +47,6 @@ from .verify import FOLD_TOLERANCE, Verification, kept_mask, verification_tokens
 
 INDEX_NAME = "model.safetensors.index.json"
 NOTHING = KeptUnits({}, {})
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def export_sharded(
         HessoError: on all processes, where one fails; `output_dir` is untouched then.
         VerificationError: where the smaller model's logits differ.
     """
-    exported = _on_all(lambda: ShardedExport(model, groups, kept_units))
+    exported = on_all(lambda: ShardedExport(model, groups, kept_units))
     stored = DTYPES[dtype] if dtype else model.dtype
     reports: list[PruningReport] = []
 
@@ -115,7 +114,7 @@ def write_dense(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-    exported = _on_all(lambda: ShardedExport(model, groups, NOTHING))
+    exported = on_all(lambda: ShardedExport(model, groups, NOTHING))
     exported.write(output_dir, model.dtype, "5GB", writers, finish)
 
 
@@ -192,11 +191,11 @@ class ShardedExport:
         """
         with ExitStack() as stack:
             folder = _shared_folder(target, writers, stack)
-            _on_all(lambda: self._write_files(folder, dtype, max_shard_size, writers))
-            rounding = _on_all(lambda: self._check_files(folder, dtype))
+            on_all(lambda: self._write_files(folder, dtype, max_shard_size, writers))
+            rounding = on_all(lambda: self._check_files(folder, dtype))
             name = str(dtype).removeprefix("torch.")
             verification = Verification(self.fold_error, rounding, name, self.input_ids.numel())
-            _on_all(lambda: finish(folder, verification) if writers.main else None)
+            on_all(lambda: finish(folder, verification) if writers.main else None)
         dist.barrier()
 
     def _write_files(self, folder: Path, dtype: torch.dtype, max_shard_size: str, writers: Writers) -> None:
@@ -351,25 +350,9 @@ def _shared_folder(target: Path, writers: Writers, stack: ExitStack) -> Path:
     def make() -> tuple[str, str] | None:
         return (socket.gethostname(), str(stack.enter_context(staged_folder(target)))) if writers.main else None
 
-    made = _on_all(make)
+    made = on_all(make)
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, made)
     folders = [found for found in told if found is not None]
     here = [folder for host, folder in folders if host == socket.gethostname()]
     return Path((here if len(folders) > 1 and here else [folder for _, folder in folders])[0])
-
-
-def _on_all(work: Callable[[], _T]) -> _T:
-    """Do the work on every process; where one fails, all raise."""
-    failed: Exception | None = None
-    result: Any = None
-    try:
-        result = work()
-    except Exception as error:  # the other processes must hear of any
-        failed = error
-    message = any_error(f"{type(failed).__name__}: {failed}" if failed else None)
-    if failed is not None:
-        raise failed
-    if message is not None:
-        raise HessoError(f"another process could not save the smaller model: {message}")
-    return result

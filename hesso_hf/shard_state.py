@@ -45,7 +45,7 @@ def save_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     parts: dict[str, tuple[torch.Tensor, Part]] = {}
     parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
-    for kind, snapshot in _snapshots_in(state):
+    for kind, snapshot in snapshots_in(state):
         own_state = []
         for position, parameter in enumerate(parameters):
             name = names[id(parameter)]
@@ -86,7 +86,7 @@ def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
     names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     stored = StoredParts(source)
     parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
-    for kind, snapshot in _snapshots_in(state):
+    for kind, snapshot in snapshots_in(state):
         weights, states = [], []
         for position, parameter in enumerate(parameters):
             name = names[id(parameter)]
@@ -183,7 +183,7 @@ def _slices(stretch: list[tuple[int, int]], part: Part) -> tuple[slice, ...]:
     return tuple(slice(low - start, high - start) for (low, high), start in zip(stretch, part.starts, strict=True))
 
 
-def _snapshots_in(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def snapshots_in(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind in _SNAPSHOTS:
         held = state.get(kind)
         snapshot = held["snapshot"] if kind == "trial" and held else held

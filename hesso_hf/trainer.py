@@ -112,19 +112,24 @@ class HessoMixin(EngineMixin, DistillationMixin):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the trainer's optimizer and put HESSO around it."""
         base = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self.is_deepspeed_enabled:
+            return base  # HESSO comes around DeepSpeed's own step
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
             return base
-        if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one
-            self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), self.hesso_config)
-        schedule = self._settle()
+        process = self._new_process()
         if self.hesso_config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
                 self._saved_tokenizer(), self.train_dataset, self._bare_model(),
                 round_to=self.hesso_config.round_to or ROUND_TO,
             )  # fmt: skip
-        self.hesso_optimizer = HessoOptimizer(base, self.hesso_plan.process(schedule))
+        self.hesso_optimizer = HessoOptimizer(base, process)
         self.optimizer = self.hesso_optimizer
         return self.optimizer
+
+    def _new_process(self) -> PruningProcess:
+        if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one
+            self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), self.hesso_config)
+        return self.hesso_plan.process(self._settle())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one micro-batch as the trainer does, and keep its loss for the early warning."""
@@ -132,6 +137,8 @@ class HessoMixin(EngineMixin, DistillationMixin):
             self._probe()
         self._process.prepare_gradients()
         loss = super().training_step(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            return loss  # its step is over, and has seen it
         noted = self._noted_loss(loss)
         self._step_loss = noted if self._step_loss is None else self._step_loss + noted
         return loss
@@ -148,7 +155,8 @@ class HessoMixin(EngineMixin, DistillationMixin):
 
     def _observed_norm(self, model: Any, max_norm: float, clip: Callable[[], Any]) -> Any:
         """Show HESSO the gradient between unscaling and clipping, and tell it the norm."""
-        assert self.hesso_optimizer is not None
+        if not isinstance(self.hesso_optimizer, HessoOptimizer):
+            return clip()  # DeepSpeed has clipped
         if self.accelerator.mixed_precision == "fp16":  # the scaler allows unscaling once, so clipping is done here too
             self.accelerator.unscale_gradients()
             self.hesso_optimizer.observe_gradients()
@@ -238,7 +246,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
         if self.train_dataset is None:
             raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
-        assert self.hesso_optimizer is not None
+        assert isinstance(self.hesso_optimizer, HessoOptimizer)
         self._bare_model().train()  # as the trainer does before each step, the optimizer's mode with it
         if callable(getattr(self.hesso_optimizer, "train", None)):
             self.hesso_optimizer.train()  # type: ignore[attr-defined]
@@ -308,6 +316,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
         """Write the smaller model from one process, or from the shards of all; an error is raised on all."""
         if self._is_sharded:
             self.pruning_report = self._export_sharded(process.kept_units(), target)
+            return
+        if self.is_deepspeed_enabled:
+            self.pruning_report = self._export_zero(process.kept_units(), target)
             return
         failed: Exception | None = None
         if self.args.should_save:
