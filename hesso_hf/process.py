@@ -306,7 +306,6 @@ class PruningProcess:
         """Put weights that were loaded from elsewhere back under the pruned units' zeros."""
         self.bound.mask_weights_(self._pruned())
         self._centre()
-        self.bound.publish()
 
     def _centre(self, share: float = 1.0) -> None:
         """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""

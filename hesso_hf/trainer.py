@@ -383,6 +383,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         super()._load_best_model()
         load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
         self._process.reapply()
+        self._process.bound.publish()
         reshard(self._bare_model())
 
     # -- checks ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoError
 from hesso_hf.errors import CheckpointMismatchError
+from hesso_hf.groups import KeptUnits
 from hesso_hf.shard_state import FOLDER, SHARED_NAME
 from hesso_hf.zero_steps import check_zero_state, refuse_zero
 
@@ -29,6 +30,8 @@ CRIC: dict[str, Any] = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles
 CRIC_RUN: dict[str, Any] = {"hesso": CRIC, "steps": 20, "save_strategy": "steps", "save_steps": 3}
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 NAN = {"nan_at": 5, "lr_scheduler_type": "constant"}
+STOPPED = {"hesso": CRIC, "steps": 20, "stop_at": 4, "save": False}  # with the weights on trial
+ADAMW = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
@@ -47,16 +50,20 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "frozen-3": {"frozen": True, "deepspeed": engine(3)},
         "cric-2": {"deepspeed": engine(2)} | CRIC_RUN,
         "cric-3": {"deepspeed": engine(3)} | CRIC_RUN,
+        "stopped-2": {"deepspeed": engine(2)} | STOPPED,
+        "stopped-3": {"deepspeed": engine(3)} | STOPPED,
+        "adamw-2": {"deepspeed": engine(2, optimizer={"type": "AdamW", "params": ADAMW})},
         "bfloat16-1": {"deepspeed": engine(1), "bf16": True} | NAN,
         "bfloat16-3": {"deepspeed": engine(3), "bf16": True} | NAN,
     }
 
 
 ALONE = {
-    "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "cric": {"hesso": CRIC, "steps": 20}
+    "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "cric": {"hesso": CRIC, "steps": 20},
+    "stopped": STOPPED,
 }  # fmt: skip
 NAMES = ["plain-1", "plain-2", "plain-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3", "frozen-2",
-         "frozen-3", "cric-2", "cric-3"]  # fmt: skip
+         "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +108,7 @@ def test_two_processes_under_zero_equal_one(name: str, runs: Path) -> None:
         assert_same(found, expected, 1e-5)
         if not name.startswith("nan"):
             assert max(abs(a - b) for a, b in zip(found["losses"], expected["losses"], strict=True)) <= 1e-5
-    assert max(expected["norms"]) > 0, "nothing shrank"
+    assert max(expected["norms"]) > 0 or name.startswith("stopped"), "nothing shrank"
 
 
 @needs_deepspeed
@@ -135,11 +142,19 @@ def test_bfloat16_trains_masters_and_the_small_model_is_made_from_them(stage: in
     assert small.dtype == torch.bfloat16
     assert found["step"] == 11  # one was skipped
     masters = found["weights"]["model.layers.0.mlp.down_proj.weight"]
-    kept = list(found["kept"]["kept"]["mlp_channels"][0])
-    channels = list(found["kept"]["kept"]["embedding_channels"][0])
-    expected = masters[channels][:, kept]
+    units = KeptUnits.from_dict(found["kept"]).kept
+    expected = masters[list(units["embedding_channels"][0])][:, list(units["mlp_channels"][0])]
     assert not torch.equal(expected, expected.bfloat16().float()), "the masters are as coarse as what is stored"
     assert torch.equal(small.model.layers[0].mlp.down_proj.weight, expected.bfloat16())
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_an_optimizer_of_deepspeeds_config_is_pruned_around_as_well(runs: Path) -> None:
+    found, expected = result(runs / "adamw-2"), result(runs / "plain")
+    assert found["step"] == 12
+    assert [len(layer) for layer in KeptUnits.from_dict(found["kept"]).kept["mlp_channels"]] == [28, 28]
+    assert found["target"] == expected["target"]
 
 
 @needs_deepspeed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tiny import tiny_llama
 from training import arguments, blocks, hesso_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hesso_hf import HessoTrainer
 
@@ -34,6 +34,17 @@ def engine(stage: int, **changes: Any) -> dict[str, Any]:
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size")
     options = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": zero, "bf16": {"enabled": "auto"}}
     return dict.fromkeys(names, "auto") | options | changes
+
+
+class Stop(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that training is to stop."""
+        control.should_training_stop |= state.global_step == self._at
 
 
 class DivergingTrainer(HessoTrainer):
@@ -88,6 +99,7 @@ def job(
     pretrained: str | None = None,
     frozen: bool = False,
     nan_at: int = -1,
+    stop_at: int = -1,
     **changes: Any,
 ) -> None:
     """Train, save the small model, and leave weights and decisions of every process."""
@@ -95,6 +107,7 @@ def job(
     where.mkdir(parents=True, exist_ok=True)
     run = build(folder, steps, processes, hesso, deepspeed, changes, pretrained, frozen)
     run.nan_at = nan_at
+    run.add_callback(Stop(stop_at))
     run.train(resume_from_checkpoint=resume or None)
     if save:
         run.save_model(str(where / "small"))
