@@ -59,8 +59,8 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 ALONE = {
-    "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "cric": {"hesso": CRIC, "steps": 20},
-    "stopped": STOPPED,
+    "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "stopped": STOPPED,
+    "cric": {"hesso": CRIC, "steps": 20},
 }  # fmt: skip
 NAMES = ["plain-1", "plain-2", "plain-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3", "frozen-2",
          "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3"]  # fmt: skip
@@ -141,11 +141,11 @@ def test_bfloat16_trains_masters_and_the_small_model_is_made_from_them(stage: in
     small = AutoModelForCausalLM.from_pretrained(runs / f"bfloat16-{stage}" / "small")
     assert small.dtype == torch.bfloat16
     assert found["step"] == 11  # one was skipped
-    masters = found["weights"]["model.layers.0.mlp.down_proj.weight"]
+    masters = found["weights"]["model.layers.0.mlp.up_proj.weight"]
     units = KeptUnits.from_dict(found["kept"]).kept
-    expected = masters[list(units["embedding_channels"][0])][:, list(units["mlp_channels"][0])]
+    expected = masters[list(units["mlp_channels"][0])][:, list(units["embedding_channels"][0])]
     assert not torch.equal(expected, expected.bfloat16().float()), "the masters are as coarse as what is stored"
-    assert torch.equal(small.model.layers[0].mlp.down_proj.weight, expected.bfloat16())
+    assert torch.equal(small.model.layers[0].mlp.up_proj.weight, expected.bfloat16())
 
 
 @needs_deepspeed
