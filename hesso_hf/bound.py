@@ -64,7 +64,7 @@ class BoundGroups:
         self.held = {name: self._holdings.held(name, parameter) for name, parameter in self.parameters.items()}
         if self.sharded and self._adapters:
             raise UnsupportedStructureError(
-                "LoRA together with parameters that are sharded over the processes (FSDP, ZeRO) isn't supported; use DDP"
+                "LoRA together with parameters that are sharded over processes (FSDP, ZeRO) isn't supported; use DDP"
             )
         frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
         self.frozen = FrozenWeights(frozen, self.axes)
