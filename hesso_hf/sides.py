@@ -38,11 +38,14 @@ class Sides:
             return known
         vanished, trusted = self._vanished(known)
         writers = {axis.info.module for axis in unsettled if vanished.get((axis.info.name, axis.dim)) is False}
+        doubtful = {
+            _block(axis) for axis in known if axis.side == "out" and vanished.get((axis.info.name, axis.dim))
+        }  # a norm behind the whole block may hide what writes in it
         return [
             replace(axis, side="in" if vanished[axis.info.name, axis.dim] else "out")
             if axis in unsettled
             and (axis.info.name, axis.dim) in vanished
-            and (axis.info.kind in trusted or axis.info.module in writers)
+            and ((axis.info.kind in trusted and _block(axis) not in doubtful) or axis.info.module in writers)
             else axis
             for axis in known
         ]
@@ -117,3 +120,8 @@ class Sides:
 
         found = self.probe.owners(self.width, zero, axes)
         return {axis: bool((owner >= 0).all()) for axis, owner in found.items() if bool((owner != UNKNOWN).any())}
+
+
+def _block(axis: StreamAxis) -> tuple[str, str]:
+    """Return the kind of layer and the part of it that an axis' parameter belongs to, its attention or MLP."""
+    return axis.info.kind, tail_of(axis).partition(".")[0]
