@@ -14,7 +14,7 @@ from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
 from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
 from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
-from .shards import Part, stock_class
+from .shards import Part, plain_name, stock_class
 from .sizes import head_dim_of, resized_config
 
 
@@ -70,7 +70,7 @@ def cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tup
 
 def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
     """Copy buffers, cut where units lie on them."""
-    buffers, cuts = dict(full.named_buffers()), cuts_by_tensor(groups, kept)
+    buffers, cuts = {plain_name(n): b for n, b in full.named_buffers()}, cuts_by_tensor(groups, kept)
     for name, origin in full_names(dict(small.named_buffers()), groups, kept).items():
         owner, _, leaf = name.rpartition(".")
         holder, trained = small.get_submodule(owner), buffers.get(origin)

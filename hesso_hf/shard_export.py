@@ -41,7 +41,7 @@ from .per_layer import layer_list, write_modelling_file
 from .plots import PLOT_NAME
 from .publish import staged_folder
 from .routing import routed_by
-from .shards import local, named_parameters, part_of, reshard, stock_class
+from .shards import local, named_parameters, part_of, plain_name, reshard, stock_class
 from .tiny import logits_of, relative_error
 from .verify import FOLD_TOLERANCE, Verification, kept_mask, verification_tokens
 
@@ -294,7 +294,7 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 
 def _in_a_list(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit()
+    return plain_name(name).rpartition(".")[2].isdigit()
 
 
 def _mesh_of(model: PreTrainedModel) -> Any:

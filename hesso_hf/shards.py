@@ -146,11 +146,12 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Under FSDP2 they are the shards, also where a forward pass has left them gathered.
     """
     reshard(model)
-    wrappers = ("_orig_mod", "_checkpoint_wrapped_module")
-    found = {}
-    for name, parameter in model.named_parameters():
-        found[".".join(part for part in name.split(".") if part not in wrappers)] = parameter
-    return found
+    return {plain_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def plain_name(name: str) -> str:
+    """Return a name without those of what compilation and activation checkpointing wrap around modules."""
+    return ".".join(part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module"))
 
 
 def reshard(model: nn.Module) -> None:

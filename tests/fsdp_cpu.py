@@ -57,8 +57,16 @@ def command(where: Path, module: str, function: str, nproc: int, **arguments: An
 
 
 def run(
-    where: Path, module: str, function: str, processes: int = 2, sharded: bool = True, **arguments: Any
+    where: Path,
+    module: str,
+    function: str,
+    processes: int = 2,
+    sharded: bool = True,
+    env: dict[str, str] | None = None,
+    **arguments: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Call a function of a test module, with the folder, in several processes under FSDP2, or else under DDP."""
     line = command(where, module, function, processes, folder=str(where), processes=processes, **arguments)
-    return subprocess.run(line, capture_output=True, text=True, env={**os.environ, **(ENVIRONMENT if sharded else DDP)})
+    return subprocess.run(
+        line, capture_output=True, text=True, env={**os.environ, **(ENVIRONMENT if sharded else DDP), **(env or {})}
+    )

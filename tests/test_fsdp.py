@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -76,6 +77,18 @@ def test_two_processes_under_fsdp_equal_one(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "two" / "small").iterdir()) == sorted(
         p.name for p in (tmp_path / "one" / "small").iterdir()
     )
+
+
+def test_bfloat16_with_fp32_masters_and_checkpointed_activations(tmp_path: Path) -> None:
+    options = {"steps": 16, "bf16": True, "hesso": RATIO}
+    done = fsdp_cpu.run(tmp_path, "test_fsdp", "job", env={"FSDP_ACTIVATION_CHECKPOINTING": "true"}, **options)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = torch.load(tmp_path / "rank0.pt", weights_only=True)
+    assert all("_checkpoint_wrapped_module" in name for name in found["weights"] if ".layers." in name)
+    assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
+    report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
+    assert report["verification"]["fold_error"] <= 1e-5
+    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
 CRIC = {
