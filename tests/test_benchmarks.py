@@ -72,6 +72,7 @@ def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypat
         assert 0 < found["extra_bytes_peak"] < 869_504 * 4
 
 
+@pytest.mark.slow
 def test_sharding_compares_with_the_optimizer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import sharding
 
@@ -86,6 +87,7 @@ def test_sharding_compares_with_the_optimizer_alone(tmp_path: Path, monkeypatch:
     assert 0.5 < entry["peak_ratio"] < 2
 
 
+@pytest.mark.slow
 def test_memory_measures_every_moment_of_both_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import memory
 
@@ -107,6 +109,7 @@ def test_memory_measures_every_moment_of_both_trainers(tmp_path: Path, monkeypat
                 assert run["estimated"][name] == run["measured"][name]
 
 
+@pytest.mark.slow
 def test_collapse_runs_every_start_and_method_with_equal_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

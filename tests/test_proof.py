@@ -282,8 +282,8 @@ def test_a_wrong_layout_of_coupled_heads_is_caught(pattern: str, monkeypatch: py
     assert str(right) == {"gpt2": "stride(3x12)", "gpt_neox": "block(36)"}[name]
     original, change = _Bench._schemes_of, with_layout(pattern, Layout((Segment(*wrong),)))
 
-    def changed(self: _Bench, branches: Any, units: int, axes: Any, granule: int = 1, per: int = 0) -> Iterator[Scheme]:
-        for scheme in original(self, branches, units, axes, granule, per):
+    def changed(self: _Bench, branches: Any, units: int, axes: Any, granule: int = 1, **more: int) -> Iterator[Scheme]:
+        for scheme in original(self, branches, units, axes, granule, **more):
             yield change(scheme) if granule > 1 else scheme
 
     monkeypatch.setattr(_Bench, "_schemes_of", changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, T
 from transformers.optimization import Adafactor
 
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer, calibration
+from hesso_hf.bound import BoundGroups
 from hesso_hf.errors import (
     BudgetError,
     HessoError,
@@ -24,7 +26,6 @@ from hesso_hf.errors import (
     UnsupportedStructureError,
     VerificationError,
 )
-from hesso_hf.groups import Axis, mask_
 from hesso_hf.proof import logits_of, relative_error
 from hesso_hf.publish import staged_folder
 
@@ -89,13 +90,14 @@ def test_the_split_is_measured_with_as_many_query_heads_of_every_key_value_head(
 ) -> None:
     removed: set[int] = set()
 
-    def spy(tensor: torch.Tensor, axis: Axis, pruned: torch.Tensor) -> None:
-        if len(pruned) == QUERIES:
-            (count,) = set(pruned.view(3, 4).sum(1).tolist())
-            removed.add(count)
-        mask_(tensor, axis, pruned)
+    class Spy(BoundGroups):
+        def mask_weights_(self, pruned: Mapping[str, torch.Tensor]) -> None:
+            for layer in pruned.get("query_heads", ()):
+                (count,) = set(layer.view(3, 4).sum(1).tolist())
+                removed.add(count)
+            super().mask_weights_(pruned)
 
-    monkeypatch.setattr(calibration, "mask_", spy)
+    monkeypatch.setattr(calibration, "BoundGroups", Spy)
     config = HessoConfig(pruning_ratio=0.25, structures=["query_heads", "mlp_channels"], round_to=1)
     run = trainer(tmp_path / "out", model=tiny_llama(num_attention_heads=QUERIES), config=config)
     run.train()

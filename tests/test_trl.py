@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hesso_hf import HessoConfig, HessoMixin
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.distillation import fingerprint
-from hesso_hf.errors import HessoError, UnsupportedStructureError
+from hesso_hf.errors import HessoError
 from hesso_hf.proof import logits_of
 
 trl = pytest.importorskip("trl", reason="TRL isn't installed: pip install 'hesso_hf[trl]'")
@@ -149,13 +149,22 @@ def test_sft_learns_from_the_unpruned_model(base: Path, tokenizer: PreTrainedTok
     assert "as the teacher" in (tmp_path / "small" / "README.md").read_text()
 
 
-def test_what_doesnt_go_together_is_refused_by_name(base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    from peft import LoraConfig
-
+def test_distillation_of_preferences_is_refused_by_name(base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(HessoError, match=r"`distillation_alpha` .* needs `labels`.*HessoDPO"):
         trl_trainer("dpo", base, tokenizer, hesso={"distillation_alpha": 0.5}).train()
-    with pytest.raises(UnsupportedStructureError, match="PeftModel"):
-        trl_trainer("sft", base, tokenizer, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+
+
+def test_an_adapter_is_trained_by_sft_and_merged_into_the_smaller_model(
+    base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    run = trl_trainer("sft", base, tokenizer, peft_config=adapter)
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    small, full = (AutoModelForCausalLM.from_pretrained(where) for where in (tmp_path / "small", base))
+    assert small.num_parameters() < full.num_parameters()
 
 
 @pytest.mark.parametrize("kind", KINDS)
