@@ -34,6 +34,7 @@ from .sizes import (
     VOCAB,
     build_meta,
     buildable_config,
+    copy_with,
     get_size,
     head_dim_of,
     resized_config,
@@ -106,7 +107,8 @@ def covering_config(model_class: type[PreTrainedModel], config: PretrainedConfig
     Where the config can't say one of each (rules on a layer's index), it has as many of the first as have all kinds.
     """
     small = tiny_config(model_class, config)
-    if _kinds(model_class, small).keys() >= _kinds(model_class, config_for(model_class, config)).keys():
+    explicit = copy_with(config_for(model_class, config), {})  # a default config may leave head_dim out
+    if _kinds(model_class, small).keys() >= _kinds(model_class, explicit).keys():
         return small
     whole = tiny_config(model_class, config, all_layers=True)
     try:

@@ -235,3 +235,10 @@ def test_layers_that_follow_a_rule_on_their_index_are_covered_by_the_first_of_th
 def test_where_one_layer_of_each_kind_will_do_it_covers_all():
     model_class, config = default_config("deepseek_v3")
     assert covering_config(model_class, config).to_dict() == tiny_config(model_class, config).to_dict()
+
+
+@pytest.mark.parametrize("model_type", ["hunyuan_v1_dense", "ministral"])
+def test_a_default_config_that_leaves_head_dim_out_is_covered(model_type: str):
+    model_class, config = default_config(model_type)
+    assert config.head_dim is None
+    assert covering_config(model_class, config).head_dim == tiny_config(model_class, config).head_dim
