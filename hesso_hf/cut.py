@@ -86,8 +86,12 @@ def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningG
 
 
 def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
-    cut = tensor.index_select(axis.dim, axis.layout.indices(units, total).to(tensor.device))
-    return _folded(cut, axis, len(units) / total)
+    indices = axis.layout.indices(units, total)
+    if int(indices.max()) >= tensor.shape[axis.dim]:
+        raise UnsupportedStructureError(
+            f"{axis.parameter} dimension {axis.dim} ({tensor.shape[axis.dim]}) is shorter than its {total} units need"
+        )
+    return _folded(tensor.index_select(axis.dim, indices.to(tensor.device)), axis, len(units) / total)
 
 
 def _folded(cut: torch.Tensor, axis: Axis, share: float) -> torch.Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hesso_hf import cut
 from hesso_hf.discovery import NOBODY, UNKNOWN, layout_of
+from hesso_hf.errors import UnsupportedStructureError
+from hesso_hf.groups import Axis
 from hesso_hf.layout import Layout, Segment, block_layout, owned_layout
 
 UNITS = 5
@@ -176,3 +179,9 @@ def test_an_owned_axis_belongs_to_one_unit() -> None:
     assert layout.collect(torch.tensor([1.0, 2.0, 4.0]), UNITS).tolist() == [0.0, 7.0, 0.0, 0.0, 0.0]
     assert layout.indices(torch.tensor([0, 1]), UNITS).tolist() == [0, 1, 2]
     assert layout.indices(torch.tensor([0, 2]), UNITS).tolist() == []
+
+
+def test_an_axis_that_is_shorter_than_its_units_need_is_named() -> None:
+    axis = Axis("embeddings.weight", 1, Layout((Segment(1, 1),)))
+    with pytest.raises(UnsupportedStructureError, match=r"embeddings.weight dimension 1 \(8\) is shorter than its 10"):
+        cut._cut(torch.zeros(3, 8), axis, torch.tensor([0, 9]), 10)
