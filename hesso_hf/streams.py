@@ -152,8 +152,8 @@ def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
             usual = 0 if raw or axis.info.module in after else -1
             if axis.info.layer:
                 place(tail, (usual, -1 - usual), axis.pattern)
-        elif _of_embedding(axis, axes):  # what it gives out is the stream
-            place(tail, (0, -1), axis.pattern)
+            elif _of_embedding(axis, axes):  # what it gives out is the stream
+                place(tail, (0, -1), axis.pattern)
         elif (axis.vector.kind == "offset" and axis.info.module in normed_modules) or axis.info.role == "output":
             continue
         elif axis.vector.kind == "offset":  # of a block that isn't a norm: it is written to the stream

@@ -438,10 +438,11 @@ def test_layers_of_several_lengths_are_refused():
     ("take", "constant"),
     [
         (lambda x: x.mean(-1, keepdim=True), True),
-        (lambda x: torch.mean(x, dim=2), True),
-        (lambda x: x.var(dim=(1, 2)), True),
-        (lambda x: x.mean(), True),
-        (lambda x: x.mean(-2), False),  # of the copies of a stream: what flows through it isn't a norm's
+        (lambda x: torch.mean(x, dim=2, keepdim=True), True),
+        (lambda x: x.var(dim=(1, 2), keepdim=True), True),
+        (lambda x: x.mean(-1), False),  # a norm keeps the dimension, to divide by it
+        (lambda x: x.mean(), False),
+        (lambda x: x.mean(-2, keepdim=True), False),  # of the copies of a stream: what flows through it isn't a norm's
         (lambda x: torch.mean(x, dim=(0, 1)), False),
     ],
 )
