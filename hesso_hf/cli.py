@@ -36,27 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--trust-remote-code", action="store_true")
     inspect.set_defaults(run=_inspect)
 
-    plan = commands.add_parser("plan", help="which engine a training run fits in memory, from the config alone")
-    plan.add_argument("model", help="Hub id, folder or config.json")
-    plan.add_argument("--gpus", type=int, default=1, help="number of GPUs")
-    plan.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB, 1e9 bytes)")
-    plan.add_argument("--gpus-per-node", type=int, default=8)
-    plan.add_argument("--host-memory", type=float, help="main memory of one node (GB); by default as much as is needed")
-    plan.add_argument("--batch-size", type=int, default=1, help="examples in one GPU's micro-batch")
-    plan.add_argument("--sequence-length", type=int, default=2048, help="tokens in one example")
-    plan.add_argument("--gradient-checkpointing", action="store_true")
-    plan.add_argument("--gradient-accumulation", action="store_true", help="gradients stay between micro-batches")
-    plan.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
-    plan.add_argument("--optimizer", choices=["adamw", "adamw_8bit", "adafactor", "sgd"], default="adamw")
-    plan.add_argument(
-        "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
-    )
-    plan.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
-    plan.add_argument("--lora-rank", type=int, default=16)
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--trust-remote-code", action="store_true")
-    plan.set_defaults(run=_plan)
-
+    _add_plan(commands)
     commands.add_parser("prune", help="fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]")
 
     export = commands.add_parser("export", help="write the smaller model of a checkpoint")
@@ -104,6 +84,29 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--output", default="quickstart", help="folder for the smaller models and results.json")
     quickstart.set_defaults(run=_quickstart)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="which engine a training run fits in memory, from the config alone")
+    plan.add_argument("model", help="Hub id, folder or config.json")
+    plan.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    plan.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB, 1e9 bytes)")
+    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--host-memory", type=float, help="main memory of one node (GB); by default as much as is needed")
+    plan.add_argument("--batch-size", type=int, default=1, help="examples in one GPU's micro-batch")
+    plan.add_argument("--sequence-length", type=int, default=2048, help="tokens in one example")
+    plan.add_argument("--gradient-checkpointing", action="store_true")
+    plan.add_argument("--gradient-accumulation", action="store_true", help="gradients stay between micro-batches")
+    plan.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the computation")
+    plan.add_argument("--optimizer", choices=["adamw", "adamw_8bit", "adafactor", "sgd"], default="adamw")
+    plan.add_argument(
+        "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
+    )
+    plan.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
+    plan.add_argument("--lora-rank", type=int, default=16)
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--trust-remote-code", action="store_true")
+    plan.set_defaults(run=_plan)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

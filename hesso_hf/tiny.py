@@ -20,6 +20,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging
 
 from .errors import HessoError, UnsupportedStructureError
 from .groups import KeptUnits, PruningGroups, StructureGroups
@@ -41,6 +42,8 @@ from .sizes import (
     set_sizes,
     text_config_of,
 )
+
+logger = logging.get_logger(__name__)
 
 SEED = 20240915
 _SHAPE = (2, 12)
@@ -117,8 +120,8 @@ def covering_config(model_class: type[PreTrainedModel], config: PretrainedConfig
         if _kinds(model_class, shallow) == kinds:
             _check(model_class, shallow)
             return shallow
-    except Exception:  # model code may refuse the depth with any exception type
-        pass
+    except Exception as error:  # model code may refuse the depth with any exception type
+        logger.info(f"{model_class.__name__} is proved with all its layers, fewer don't build: {_short(error)}")
     return whole
 
 
