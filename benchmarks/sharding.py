@@ -3,9 +3,9 @@
     python benchmarks/sharding.py [--processes 2] [--scale 100m] [--device cuda]
 
 The model of `overhead.py` is sharded with `fully_shard` over real processes (gloo on a CPU, NCCL on GPUs) and trained
-twice from the start: with AdamW alone, and with HESSO around it through warm-up, scoring, shrinking and recovery. Times
-are medians over steps of each kind within one run, of process 0; memory is the largest peak of any process, on a CPU of
-what the operating system counts for it.
+twice from the start: with AdamW alone, and with HESSO around it through warm-up, scoring, shrinking and recovery.
+Times are medians over steps of each kind within one run, of process 0, from where all processes are ready; memory is
+the largest peak of any process, on a CPU of what the operating system counts for it.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def _train_plainly(model: LlamaForCausalLM, batch: torch.Tensor, steps: int, tim
 
 def _timed(device: torch.device) -> Any:
     def timed(call: Any) -> float:
+        dist.barrier()  # a process that is done first waits for the others in any training
         started = _now(device)
         call()
         return _now(device) - started
@@ -164,7 +165,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--scale", default="100m", choices=list(SCALES))
-    parser.add_argument("--batch-size", type=int, default=1, help="sequences a process and step")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences a process and step")
     parser.add_argument("--length", type=int, default=512, help="tokens in a sequence")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each kind")
     parser.add_argument("--output", type=Path, default=RESULTS)

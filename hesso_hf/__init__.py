@@ -6,7 +6,8 @@ constants, experts, routing, depth, outcome, per_layer, cut, expert_trial, depth
 inspection, strategies, model_sizes, memory, planning, schedule, saliency, agreement, snapshot, adapters, frozen, held,
 bound, calibration, ranking, cric, trial, collapse, process, optimizer, shard_state, zero, zero_steps, plan, tokens,
 spelling, retokenize, embeddings, vocabulary, verify, adapter_export, publish, plots, card, checkpoint, export,
-shard_export, zero_export, progress, hub, engines, preemption, distillation, trainer, and then the command line's.
+shard_export, zero_export, progress, hub, engines, preemption, teacher, distillation, trainer, and then the command
+line's.
 """
 
 from __future__ import annotations

@@ -65,6 +65,15 @@ def mean_over_ranks(value: float | torch.Tensor, device: torch.device) -> float:
     return float(shared) / world_size()
 
 
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """Return the largest of a number over all ranks."""
+    if world_size() == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)
+
+
 def any_error(error: str | None) -> str | None:
     """Return the first process' error text, or None where none has one, on every rank; all wait for it."""
     if world_size() == 1:
@@ -74,12 +83,11 @@ def any_error(error: str | None) -> str | None:
     return next((text for text in told if text is not None), None)
 
 
-def first_error(error: str | None) -> str | None:
-    """Return rank 0's error text, or None, on every rank; all wait for it."""
-    if world_size() == 1:
-        return error
-    shared = [error]
-    dist.broadcast_object_list(shared, src=0)
+def from_main(value: _T | None) -> _T:
+    """Return rank 0's value on every rank, where the others may have none; all wait for it."""
+    shared: list[Any] = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(shared, src=0)
     return shared[0]
 
 

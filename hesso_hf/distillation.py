@@ -7,129 +7,29 @@ Shapes: B batch, T tokens, N positions that are trained on, D embedding channels
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
-from transformers.utils import ModelOutput, logging
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from .agreement import mean_over_ranks
 from .config import HessoConfig
 from .errors import CheckpointMismatchError, HessoError
+from .teacher import TARGETS, Teacher, fingerprint, frozen_copy, load_teacher, place
 
 logger = logging.get_logger(__name__)
 
-CHUNK_LOGITS = 2**24  # logits of the teacher that live at a time: 64 MiB in fp32
 IGNORED = -100
 ORIGINAL = "the model before pruning"
-_TARGETS = ("labels", "shift_labels", "num_items_in_batch")  # what a forward without a loss doesn't need
 
 if TYPE_CHECKING:
     _TrainerBase = Trainer
 else:
     _TrainerBase = object
-
-
-class _Trunk(nn.Module):
-    """A model's trunk that keeps its last hidden state (B, T, D) and passes on one position, or given states instead.
-
-    So the teacher's own forward makes logits of any chunk, with whatever it does after the output matrix.
-    """
-
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.hidden: torch.Tensor | None = None
-        self.given: torch.Tensor | None = None
-        self._output_class: type[ModelOutput] = ModelOutput
-
-    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        """Return the trunk's kind of output with nothing in it but hidden states."""
-        if self.given is not None:
-            return self._output_class(last_hidden_state=self.given)
-        output = self.trunk(*args, **kwargs)
-        self.hidden, self._output_class = output.last_hidden_state, type(output)
-        return self._output_class(last_hidden_state=output.last_hidden_state[:, :1])
-
-
-class Teacher:
-    """A frozen model whose logits come a chunk of positions at a time."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self._trunk = _separate_(model)
-
-    @torch.no_grad()
-    def rows(self, inputs: Mapping[str, Any], positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield flat positions (n,) of a (B, T) batch with the logits there (n, V), until all N were had.
-
-        A model whose head can't be run alone computes the logits of a whole example at a time.
-        """
-        inputs = {name: value for name, value in inputs.items() if name not in _TARGETS} | {"use_cache": False}
-        if self._trunk is None:
-            yield from self._rows_by_example(inputs, positions)
-            return
-        self.model(**inputs)
-        assert self._trunk.hidden is not None
-        hidden, self._trunk.hidden = self._trunk.hidden.flatten(0, 1), None
-        for chunk in positions.split(max(1, CHUNK_LOGITS // self.model.config.get_text_config().vocab_size)):
-            if len(chunk):
-                yield chunk, _head(self.model, self._trunk, hidden[chunk])
-
-    def _rows_by_example(
-        self, inputs: Mapping[str, Any], positions: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        others = {name: value for name, value in inputs.items() if name not in tensors}
-        sizes = {len(value) for value in tensors.values()}
-        parts = range(sizes.pop()) if len(sizes) == 1 else [slice(None)]  # images and the like don't split by example
-        start = 0
-        for part in parts:
-            part = slice(part, part + 1) if isinstance(part, int) else part
-            logits = self.model(**{name: value[part] for name, value in tensors.items()}, **others).logits.flatten(0, 1)
-            chosen = positions[(positions >= start) & (positions < start + len(logits))]
-            if len(chosen):
-                yield chosen, logits[chosen - start]
-            start += len(logits)
-
-
-@torch.no_grad()
-def _separate_(model: PreTrainedModel) -> _Trunk | None:
-    """Put a `_Trunk` in place of the model's trunk if the model then gives the same logits; else leave it as it is."""
-    name = model.base_model_prefix
-    trunk = getattr(model, name, None)
-    if not isinstance(trunk, nn.Module):
-        return None
-    ids = torch.arange(10, device=model.device).remainder(model.config.get_text_config().vocab_size).view(2, 5)
-    expected = model(input_ids=ids, use_cache=False).logits
-    switch = _Trunk(trunk)
-    setattr(model, name, switch)
-    try:
-        model(input_ids=ids, use_cache=False)
-        assert switch.hidden is not None
-        found = _head(model, switch, switch.hidden.flatten(0, 1)).view_as(expected)
-        error = (found - expected).abs().max() / expected.abs().max()
-        switch.hidden = None
-        if float(error) <= 10 * torch.finfo(expected.dtype).eps:
-            return switch
-    except Exception as error:  # a forward may ask its trunk for anything
-        logger.info(f"{type(model).__name__} needs more of its trunk than the hidden states: {error}")
-    setattr(model, name, trunk)
-    return None
-
-
-def _head(model: PreTrainedModel, trunk: _Trunk, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits (n, V) of hidden states (n, D)."""
-    trunk.given = hidden[None]
-    try:
-        ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-    finally:
-        trunk.given = None
 
 
 class _DivergenceSum(torch.autograd.Function):
@@ -189,59 +89,6 @@ def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Copy a model, its parameters in `dtype` and without gradients, buffers as they are; tied ones stay tied."""
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        module.__dict__.pop("forward", None)  # one that was put on an instance may still call the original model
-    return copied
-
-
-def load_teacher(name: str, student: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """Load another teacher.
-
-    Raises:
-        HessoError: where it can't be loaded, or its vocabulary isn't the student's.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise HessoError(f"`distill_from` ({name!r}) can't be loaded as a causal language model: {error}") from error
-    sizes = [each.config.get_text_config().vocab_size for each in (model, student)]
-    if sizes[0] != sizes[1]:
-        raise HessoError(
-            f"`distill_from` ({name!r}) has a vocabulary of {sizes[0]}, the student one of {sizes[1]}: their "
-            "distributions can't be compared; name a teacher with the same tokenizer"
-        )
-    try:
-        theirs = AutoTokenizer.from_pretrained(name).get_vocab()
-        ours = tokenizer.get_vocab()
-    except (OSError, ValueError, AttributeError):  # none saved with it, or none given to the trainer
-        logger.warning(f"`distill_from` ({name!r}): whether its tokenizer is the student's can't be checked")
-        return model
-    for token in sorted(ours.keys() | theirs.keys(), key=lambda token: ours.get(token, -1)):
-        if ours.get(token) != theirs.get(token):
-            raise HessoError(
-                f"`distill_from` ({name!r}) has another tokenizer: the id of {token!r} is {theirs.get(token)} there "
-                f"and {ours.get(token)} in the student's; name a teacher with the same tokenizer"
-            )
-    return model
-
-
-def fingerprint(model: PreTrainedModel) -> int:
-    """Return a number that tells models with other weights apart, the same on every device."""
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    total = 0
-    for parameter in model.parameters():
-        bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
-        total = (31 * total + int(bits.sum(dtype=torch.int64))) % 2**53
-    return total
 
 
 @dataclass
@@ -306,22 +153,23 @@ class DistillationMixin(_TrainerBase):
         name = self.hesso_config.distill_from
         if self.hesso_config.distillation_alpha == 0.0:
             return None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise HessoError(
-                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}) needs the whole teacher on every "
-                "device, which FSDP and DeepSpeed don't give it yet; train with DDP, or leave distillation out"
-            )
         device = self.args.device
         # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
         half = device.type == "cuda" and torch.cuda.is_bf16_supported() and model.dtype == torch.float32
         dtype = torch.bfloat16 if half else model.dtype
-        if name is None:
-            teacher, source = frozen_copy(model, dtype), model
-        else:
+        if name is not None:
             teacher = source = load_teacher(name, model, tokenizer, dtype)
-        cast: nn.Module = teacher  # the stubs give `PreTrainedModel.to` another signature
-        cast.to(device)
-        return Distillation(Teacher(teacher), name or ORIGINAL, fingerprint(source))
+        elif any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+            raise HessoError(
+                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}): the model was divided by ZeRO-3 while "
+                "it was loaded, so it can't be copied as its own teacher; name it in `distill_from`, or load the model "
+                "before the TrainingArguments are made"
+            )
+        else:
+            teacher, source = frozen_copy(model, dtype), model
+        taken = fingerprint(source)
+        teacher, sharded = place(teacher, self.accelerator, type(model), self.args.per_device_train_batch_size)
+        return Distillation(Teacher(teacher, device, sharded), name or ORIGINAL, taken)
 
     def compute_loss(
         self,
@@ -381,7 +229,7 @@ class DistillationMixin(_TrainerBase):
                 f"{type(self).__name__}'s loss computes no logits to compare with the teacher's: distillation "
                 "takes a second forward and backward of the model in every step"
             )
-        return model(**{name: value for name, value in batch.items() if name not in _TARGETS}).logits
+        return model(**{name: value for name, value in batch.items() if name not in TARGETS}).logits
 
     def _normalisation(self, count: int, num_items: torch.Tensor | int | None) -> tuple[bool, Any]:
         """Return whether losses are scaled for gradient accumulation already, and what the sum is divided by.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapters import base_of, lora_layers
-from .agreement import barrier, world_size
+from .agreement import barrier, from_main, world_size
 from .budget import TargetSizes
 from .calibration import LossCurves
 from .card import PruningReport
@@ -146,10 +146,7 @@ class EngineMixin(HubMixin):
     def _settle_sizes(self) -> None:
         """Measure the split between structures, and take what the main process found."""
         self.hesso_plan.settle(self._measure_whole if self.is_deepspeed_enabled else self._measure_curves)
-        if world_size() > 1:
-            decision = [self.hesso_plan.target.to_dict()]
-            dist.broadcast_object_list(decision, src=0)
-            self.hesso_plan.target = TargetSizes.from_dict(decision[0])
+        self.hesso_plan.target = TargetSizes.from_dict(from_main(self.hesso_plan.target.to_dict()))
         sizes = self.hesso_plan.target.sizes
         logger.info(f"HESSO prunes {self.hesso_plan.target.parameter_ratio:.1%} of the parameters: {sizes}")
 

@@ -221,7 +221,7 @@ def residents(sizes: ModelSizes, engine: Engine, workload: Workload, num_gpus: i
         parts["buffers"] += 4 * trained
     if workload.cric == "device":
         parts["snapshot"] = (4 * trained + state_bytes(sizes, engine, workload)) / engine.ranks("optimizer", num_gpus)
-    if workload.distillation and not engine.lora:  # under LoRA the base without its adapters is the teacher
+    if workload.distillation:  # under LoRA too: its base is pruned as well
         parts["teacher"] = 2 * sizes.parameters / engine.ranks("parameters", num_gpus)
     return parts
 

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 
-from .agreement import on_all
+from .agreement import from_main, on_all
 from .card import PruningReport
 from .cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
 from .depth import full_names
@@ -96,9 +96,7 @@ def export_sharded(
             (output_dir / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
 
     exported.write(output_dir, stored, max_shard_size, writers, finish)
-    told: list[Any] = [reports[0] if reports else None]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    return from_main(reports[0] if reports else None)
 
 
 def write_dense(

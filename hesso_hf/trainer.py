@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .adapters import with_adapter
-from .agreement import first_error
+from .agreement import from_main
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves, usable
 from .card import CARD_NAME, REPORT_NAME, PruningReport
@@ -334,7 +334,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
                 )
             except Exception as error:  # the other processes must hear of any
                 failed = error
-        message = first_error(str(failed) if failed else None)
+        message = from_main(str(failed) if failed else None)
         if failed is not None:
             raise failed
         if message is not None:

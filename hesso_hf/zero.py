@@ -6,6 +6,7 @@ on the others when DeepSpeed gathers them at the end of its step.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from .agreement import is_main_process
 from .errors import CheckpointMismatchError, HessoError
@@ -301,14 +303,50 @@ def masters_of(zero: Any) -> list[torch.Tensor]:
     return zero.single_partition_of_fp32_groups
 
 
+@contextlib.contextmanager
+def gathered(parameter: Any) -> Iterator[None]:
+    """Put a parameter that ZeRO-3 has divided together; all processes do it, in the same order."""
+    if not hasattr(parameter, "ds_tensor"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield
+
+
+def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size: int) -> PreTrainedModel:
+    """Divide a model that isn't trained over the processes, as ZeRO-3 divides the one that is.
+
+    Args:
+        model: on any device; what was divided while it was loaded stays so.
+        config: DeepSpeed's, of the trained model.
+        batch_size: examples in one process' micro-batch, which DeepSpeed asks for.
+    """
+    import deepspeed
+
+    dtype = next(model.parameters()).dtype
+    kept = ("stage", "stage3_param_persistence_threshold", "offload_param")
+    zero = {name: value for name, value in config["zero_optimization"].items() if name in kept}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": batch_size,
+            "zero_optimization": zero,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        },
+    )
+    return engine.module
+
+
 def whole_fp32(parameter: Any) -> torch.Tensor:
     """Return a whole parameter in fp32; all processes call it, in the same order."""
-    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     if parameter.requires_grad:
         return safe_get_full_fp32_param(parameter).detach()
     if not hasattr(parameter, "ds_tensor"):
         return local(parameter.detach()).float()
-    with deepspeed.zero.GatheredParameters([parameter]):
+    with gathered(parameter):
         return parameter.detach().float().clone()

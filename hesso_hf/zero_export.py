@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from .agreement import on_all
+from .agreement import from_main, on_all
 from .card import PruningReport
 from .cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
 from .depth import full_names
@@ -66,9 +65,7 @@ def export_zero(
         report = on_all(
             lambda: exported.write(output_dir, stored, tokenizer, training, max_shard_size) if writes else None
         )
-    told: list[Any] = [report]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
+    return from_main(report)
 
 
 class ZeroExport:

@@ -31,6 +31,7 @@ CRIC_RUN: dict[str, Any] = {"hesso": CRIC, "steps": 20, "save_strategy": "steps"
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 NAN = {"nan_at": 5, "lr_scheduler_type": "constant"}
 STOPPED = {"hesso": CRIC, "steps": 20, "stop_at": 4, "save": False}  # with the weights on trial
+TAUGHT: dict[str, Any] = {"hesso": {"distillation_alpha": 0.75}}
 ADAMW = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -52,6 +53,8 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "cric-3": {"deepspeed": engine(3)} | CRIC_RUN,
         "stopped-2": {"deepspeed": engine(2)} | STOPPED,
         "stopped-3": {"deepspeed": engine(3)} | STOPPED,
+        "taught-2": {"deepspeed": engine(2)} | TAUGHT,
+        "taught-3": {"deepspeed": engine(3)} | TAUGHT,
         "adamw-2": {"deepspeed": engine(2, optimizer={"type": "AdamW", "params": ADAMW})},
         "bfloat16-1": {"deepspeed": engine(1), "bf16": True} | NAN,
         "bfloat16-3": {"deepspeed": engine(3), "bf16": True} | NAN,
@@ -60,10 +63,10 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
 
 ALONE = {
     "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "stopped": STOPPED,
-    "cric": {"hesso": CRIC, "steps": 20},
+    "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT,
 }  # fmt: skip
 NAMES = ["plain-1", "plain-2", "plain-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3", "frozen-2",
-         "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3"]  # fmt: skip
+         "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3", "taught-2", "taught-3"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
