@@ -135,6 +135,28 @@ def overhead(result: dict[str, Any]) -> str:
     )
 
 
+def sharding(result: dict[str, Any]) -> str:
+    """What HESSO adds where FSDP2 shards the parameters."""
+    kinds = ("warmup", "scoring", "shrinking", "recovery")
+    rows = [
+        [
+            f"{entry['parameters'] / 1e6:,.0f}M on {entry['processes']} x {entry['device']}",
+            *[f"{entry['steps'][kind]['share']:.1%}" for kind in kinds],
+            f"{entry['peak_ratio']:.3f}",
+        ]
+        for entry in result.values()
+    ]
+    tokens = sorted({entry["tokens_per_step"] for entry in result.values()})
+    return "\n".join(
+        [
+            _table(["model", "warm-up", "scoring step", "shrinking step", "recovery", "peak memory"], rows),
+            "",
+            f"HESSO's share of a step under FSDP2 (heads, MLP and embedding channels, {_list(tokens)} tokens a step, "
+            "AdamW), from where all processes are ready; and the peak of a process' memory against plain AdamW's.",
+        ]
+    )
+
+
 def distillation(result: dict[str, Any]) -> str:
     """Held-out losses with and without a teacher; one table a model."""
     return "\n\n".join(_distillation_table(name, entry) for name, entry in result.items())
@@ -318,6 +340,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "memory": ("memory.json", "python benchmarks/memory.py", memory),
     "plans": ("plans.json", "python benchmarks/plans.py", plans),
     "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
+    "sharding": ("sharding.json", "python benchmarks/sharding.py", sharding),
     "distillation": ("distillation.json", "python benchmarks/distillation.py", distillation),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),

@@ -96,6 +96,9 @@ class EngineMixin(HubMixin):
             if self._resume_from is not None:
                 check_zero_state(Path(self._resume_from), self._zero_stage)
             self.hesso_optimizer = ZeroSteps(self._new_process())  # while the model may still be whole
+        if self._is_sharded and self.args.torch_compile:
+            # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
+            self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self._is_sharded:
             self._bind()

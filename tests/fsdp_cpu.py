@@ -1,14 +1,17 @@
 """Accelerate's real FSDP2 path on a CPU, for the tests: it turns FSDP on only for devices that this takes the place of.
 
-Everything after the two replaced methods of `PartialState` is Accelerate's and Trainer's own code.
+Everything after the replaced methods is Accelerate's and Trainer's own code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +29,44 @@ ENVIRONMENT = {
 DDP = {"OMP_NUM_THREADS": "1"}
 
 _WORKER = """
-import json, sys
+import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
-import os, torch, fsdp_cpu
+import torch, fsdp_cpu
 torch.set_num_threads(1)
 if os.environ.get("ACCELERATE_USE_FSDP"):
     fsdp_cpu.start()
-import {module}
-{module}.{function}(**json.loads(sys.argv[2]))
+for job in json.loads(sys.argv[2]):
+    with fsdp_cpu.environment(job["env"]):
+        getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
 """
+
+
+@contextlib.contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Have other environment variables meanwhile."""
+    before = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of a function of a test module in every process; it gets its folder and the number of processes too."""
+
+    module: str
+    function: str
+    folder: Path
+    arguments: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self, processes: int) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        arguments = {"folder": str(self.folder), "processes": processes, **self.arguments}
+        return {"module": self.module, "function": self.function, "arguments": arguments, "env": self.env}
 
 
 def start() -> None:
@@ -44,29 +76,30 @@ def start() -> None:
 
     dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_HPU)  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]  # offloading asks for it
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
 
 
-def command(where: Path, module: str, function: str, nproc: int, **arguments: Any) -> list[str]:
-    """Return the torchrun command that calls a function of a test module in several processes."""
-    script = where / "worker.py"
-    where.mkdir(parents=True, exist_ok=True)
-    script.write_text(_WORKER.format(module=module, function=function))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    return [*launcher, str(script), str(Path(__file__).parent), json.dumps(arguments)]
+def command(where: Path, jobs: list[Job], processes: int = 2) -> list[str]:
+    """Return the torchrun command that does jobs one after the other in several processes."""
+    for folder in (where, *(job.folder for job in jobs)):
+        folder.mkdir(parents=True, exist_ok=True)
+    (where / "worker.py").write_text(_WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    told = json.dumps([job.to_dict(processes) for job in jobs])
+    return [*launcher, str(where / "worker.py"), str(Path(__file__).parent), told]
+
+
+def run_jobs(
+    where: Path, jobs: list[Job], processes: int = 2, sharded: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Do jobs in several processes under FSDP2, or else under DDP."""
+    env = {**os.environ, **(ENVIRONMENT if sharded else DDP)}
+    return subprocess.run(command(where, jobs, processes), capture_output=True, text=True, env=env)
 
 
 def run(
-    where: Path,
-    module: str,
-    function: str,
-    processes: int = 2,
-    sharded: bool = True,
-    env: dict[str, str] | None = None,
-    **arguments: Any,
+    where: Path, module: str, function: str, processes: int = 2, sharded: bool = True, **arguments: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Call a function of a test module, with the folder, in several processes under FSDP2, or else under DDP."""
-    line = command(where, module, function, processes, folder=str(where), processes=processes, **arguments)
-    return subprocess.run(
-        line, capture_output=True, text=True, env={**os.environ, **(ENVIRONMENT if sharded else DDP), **(env or {})}
-    )
+    """Do one job."""
+    return run_jobs(where, [Job(module, function, where, arguments)], processes, sharded)

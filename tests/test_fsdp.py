@@ -17,8 +17,9 @@ import killing
 import pytest
 import torch
 import torch.distributed as dist
+from fsdp_cpu import Job
 from tiny import tiny_llama
-from training import hesso_config, trainer
+from training import hesso_config, said_by_the_dense_model, trainer
 from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
@@ -54,41 +55,6 @@ def job(folder: str, steps: int, processes: int, resume: bool = False, **options
         },
         Path(folder) / f"rank{run.args.process_index}.pt",
     )
-
-
-def test_two_processes_under_fsdp_equal_one(tmp_path: Path) -> None:
-    done = fsdp_cpu.run(tmp_path / "two", "test_fsdp", "job", steps=20, hesso=RATIO)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (tmp_path / "one").mkdir()
-    job(str(tmp_path / "one"), 20, 1, hesso=RATIO)
-    alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
-    for rank in range(2):
-        found = torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True)
-        assert found["kind"] == "FSDPLlamaForCausalLM"
-        assert found["target"] == alone["target"]
-        assert found["kept"] == alone["kept"]
-        for name, weight in alone["weights"].items():
-            assert (found["weights"][name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "small")
-    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "small")
-    ids = torch.arange(3, 33).view(2, 15)
-    logits = expected(input_ids=ids).logits
-    assert (small(input_ids=ids).logits - logits).abs().max() <= 1e-4 * logits.abs().max()
-    assert sorted(p.name for p in (tmp_path / "two" / "small").iterdir()) == sorted(
-        p.name for p in (tmp_path / "one" / "small").iterdir()
-    )
-
-
-def test_bfloat16_with_fp32_masters_and_checkpointed_activations(tmp_path: Path) -> None:
-    options = {"steps": 16, "bf16": True, "hesso": RATIO}
-    done = fsdp_cpu.run(tmp_path, "test_fsdp", "job", env={"FSDP_ACTIVATION_CHECKPOINTING": "true"}, **options)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(tmp_path / "rank0.pt", weights_only=True)
-    assert all("_checkpoint_wrapped_module" in name for name in found["weights"] if ".layers." in name)
-    assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
-    report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
-    assert report["verification"]["fold_error"] <= 1e-5
-    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
 CRIC = {
@@ -144,18 +110,102 @@ def one_job(folder: str, processes: int) -> None:
     torch.save({"kind": type(run.model).__name__}, f"{folder}/rank{run.args.process_index}.pt")
 
 
+def best_job(folder: str, processes: int) -> None:
+    """Evaluate and save every second step, and go back to the best model at the end."""
+    run = build(
+        folder, 16, processes, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, options={"eval_dataset": said_by_the_dense_model()},
+    )  # fmt: skip
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    found = {"best": run.state.best_model_checkpoint, "losses": losses, "loss": run.evaluate()["eval_loss"]}
+    run.save_model(f"{folder}/small")
+    torch.save(found, f"{folder}/rank{run.args.process_index}.pt")
+
+
+def jobs(folder: Path) -> list[Job]:
+    """Return what two processes do under FSDP2, one after the other."""
+    short = {"steps": 16, "hesso": RATIO}
+    return [
+        Job("test_fsdp", "job", folder / "two", {"steps": 200, "hesso": RATIO}),
+        Job("test_fsdp", "job", folder / "compiled", short | {"torch_compile": True, "torch_compile_backend": "eager"}),
+        Job("test_fsdp", "job", folder / "bf16", short | {"bf16": True}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        Job("test_fsdp", "job", folder / "offloaded", short, {"FSDP_OFFLOAD_PARAMS": "true"}),
+        Job("test_fsdp", "best_job", folder / "best"),
+        Job("test_fsdp", "resumed_job", folder / "resumed", {"steps": [3, 10]}),  # in a CRIC cycle, in a period
+    ]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that needs no processes of its own, in one launch."""
+    folder = tmp_path_factory.mktemp("two")
+    done = fsdp_cpu.run_jobs(folder, jobs(folder))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("RESUMED") == 2
+    return folder
+
+
+def assert_equal_one(folder: Path, alone: Path, kind: str, **options: Any) -> None:
+    """Compare two processes with one: sizes, units, weights within 1e-5 of each tensor's largest."""
+    alone.mkdir()
+    job(str(alone), processes=1, **options)
+    expected = torch.load(alone / "rank0.pt", weights_only=True)
+    for rank in range(2):
+        found = torch.load(folder / f"rank{rank}.pt", weights_only=True)
+        assert found["kind"] == kind
+        assert found["target"] == expected["target"]
+        assert found["kept"] == expected["kept"]
+        for name, weight in expected["weights"].items():
+            assert (found["weights"][name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+
+
+def test_two_processes_under_fsdp_equal_one(two: Path, tmp_path: Path) -> None:
+    assert_equal_one(two / "two", tmp_path / "one", "FSDPLlamaForCausalLM", steps=200, hesso=RATIO)
+    small = AutoModelForCausalLM.from_pretrained(two / "two" / "small")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "small")
+    ids = torch.arange(3, 33).view(2, 15)
+    logits = expected(input_ids=ids).logits
+    assert (small(input_ids=ids).logits - logits).abs().max() <= 1e-4 * logits.abs().max()
+    assert sorted(path.name for path in (two / "two" / "small").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one" / "small").iterdir()
+    )
+
+
+@pytest.mark.parametrize("name", ["compiled", "offloaded"])
+def test_compiled_blocks_and_offloaded_parameters_are_pruned_alike(name: str, two: Path, tmp_path: Path) -> None:
+    assert_equal_one(two / name, tmp_path / "one", "FSDPLlamaForCausalLM", steps=16, hesso=RATIO)
+    AutoModelForCausalLM.from_pretrained(two / name / "small")
+
+
+def test_bfloat16_with_fp32_masters_and_checkpointed_activations(two: Path) -> None:
+    found = torch.load(two / "bf16" / "rank0.pt", weights_only=True)
+    assert all("_checkpoint_wrapped_module" in name for name in found["weights"] if ".layers." in name)
+    assert {weight.dtype for weight in found["weights"].values()} == {torch.float32}
+    report = json.loads((two / "bf16" / "small" / "pruning_report.json").read_text())
+    assert report["verification"]["fold_error"] <= 1e-5
+    AutoModelForCausalLM.from_pretrained(two / "bf16" / "small")
+
+
+def test_the_best_model_is_one_of_the_pruned_ones(two: Path) -> None:
+    for rank in range(2):
+        found = torch.load(two / "best" / f"rank{rank}.pt", weights_only=True)
+        best, pruned = int(found["best"].rpartition("-")[2]), {n: x for n, x in found["losses"].items() if n >= 7}
+        assert found["losses"][best] == min(pruned.values())
+        assert best < 16, "the last one is the best one: nothing was loaded"
+        assert found["loss"] == pytest.approx(found["losses"][best], rel=1e-5)
+    small = AutoModelForCausalLM.from_pretrained(two / "best" / "small")
+    assert small.config.intermediate_size == 28
+
+
 def test_interrupted_equals_uninterrupted_under_ddp(tmp_path: Path) -> None:
     done = fsdp_cpu.run(tmp_path / "two", "test_fsdp", "resumed_job", sharded=False, steps=[3], dropout=0.2)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("RESUMED") == 2
 
 
-def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(tmp_path: Path) -> None:
-    # inside a CRIC cycle, in the middle of a period
-    done = fsdp_cpu.run(tmp_path / "two", "test_fsdp", "resumed_job", steps=[3, 10])
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("RESUMED") == 2
-    checkpoint = tmp_path / "two" / "whole" / "out" / "checkpoint-4"
+def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(two: Path, tmp_path: Path) -> None:
+    checkpoint = two / "resumed" / "whole" / "out" / "checkpoint-4"
     assert last_checkpoint(checkpoint.parent) == checkpoint.parent / f"checkpoint-{STEPS}"
     (tmp_path / "one" / "out").mkdir(parents=True)
     shutil.copytree(checkpoint, tmp_path / "one" / "out" / "checkpoint-4")
@@ -163,7 +213,7 @@ def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(t
     assert done.returncode == 0, done.stderr[-4000:]
     assert "random-trial" not in done.stderr  # process 0 has its own
     alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
-    export_pruned(tmp_path / "two" / "whole" / "out" / f"checkpoint-{STEPS}", tmp_path / "exported")
+    export_pruned(two / "resumed" / "whole" / "out" / f"checkpoint-{STEPS}", tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "small")
     assert alone["kind"] == "FSDPLlamaForCausalLM"
@@ -187,9 +237,7 @@ def check_kills(folder: Path, kills: int, events: int, seed: int) -> list[str]:
         (folder / name).mkdir(parents=True)
     env = fsdp_cpu.ENVIRONMENT
     points = []
-    command = fsdp_cpu.command(
-        folder / "killed", "test_fsdp", "killed_job", 2, folder=str(folder / "killed"), processes=2
-    )
+    command = fsdp_cpu.command(folder / "killed", [Job("test_fsdp", "killed_job", folder / "killed")])
     while len(points) < kills:
         event, rank = generator.randrange(1, events), generator.randrange(2)
         point = killing.run_and_kill(command, folder / "mark", event, rank, env)
@@ -222,8 +270,7 @@ def test_kill_9_at_many_random_events(tmp_path: Path) -> None:
 
 
 def test_one_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    command = fsdp_cpu.command(tmp_path / "run", "test_fsdp", "dying_job", 2, folder=str(tmp_path / "run"), processes=2)
+    command = fsdp_cpu.command(tmp_path, [Job("test_fsdp", "dying_job", tmp_path / "run")])
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **fsdp_cpu.ENVIRONMENT}, timeout=300
     )
@@ -267,7 +314,7 @@ def stopped_job(folder: str, processes: int) -> None:
 @pytest.mark.parametrize("sharded", [True, False])
 def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
-    command = fsdp_cpu.command(folder, "test_fsdp", "stopped_job", 2, folder=str(folder), processes=2)
+    command = fsdp_cpu.command(folder, [Job("test_fsdp", "stopped_job", folder)])
     env = {**os.environ, **(fsdp_cpu.ENVIRONMENT if sharded else fsdp_cpu.DDP)}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
         while process.poll() is None and not (folder / "step1").exists():

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from tiny import QUERIES, tiny_llama
 from torch.utils.data import IterableDataset
-from training import arguments, blocks, hesso_config, logged, trainer
+from training import arguments, blocks, hesso_config, logged, said_by_the_dense_model, trainer
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.optimization import Adafactor
 
@@ -327,7 +327,7 @@ def test_a_failing_verification_publishes_nothing(tmp_path: Path, monkeypatch: p
 def test_load_best_model_chooses_among_pruned_ones(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
-        learning_rate=0.002, options={"eval_dataset": _what_the_dense_model_says()},
+        learning_rate=0.002, options={"eval_dataset": said_by_the_dense_model()},
     )  # fmt: skip
     run.train()
     assert run.state.best_model_checkpoint is not None
@@ -341,19 +341,11 @@ def test_load_best_model_chooses_among_pruned_ones(tmp_path: Path) -> None:
     check_small_model(run, tmp_path / "small", hesso_config().pinned_sizes)
 
 
-def _what_the_dense_model_says() -> Dataset:
-    """Blocks labelled with the untrained dense model's own predictions, on which nothing can beat it."""
-    data = blocks(8, seed=5)
-    ids = torch.tensor(data["input_ids"])
-    said = logits_of(tiny_llama(), ids).argmax(-1)
-    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": [[-100, *row[:-1]] for row in said.tolist()]})
-
-
 def test_early_stopping_waits_for_the_end_of_pruning(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
         learning_rate=0.002,
-        options={"eval_dataset": _what_the_dense_model_says(), "callbacks": [EarlyStoppingCallback(2)]},
+        options={"eval_dataset": said_by_the_dense_model(), "callbacks": [EarlyStoppingCallback(2)]},
     )  # fmt: skip
     run.train()
     assert run.state.global_step >= 7

@@ -11,6 +11,7 @@ from tiny import VOCAB, tiny_llama
 from transformers import PreTrainedModel, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.tiny import logits_of
 
 LENGTH = 10
 
@@ -20,6 +21,14 @@ def blocks(count: int = 64, seed: int = 3) -> Dataset:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (count, LENGTH), generator=generator).tolist()
     return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def said_by_the_dense_model() -> Dataset:
+    """Blocks labelled with the untrained dense model's own predictions, on which nothing can beat it."""
+    data = blocks(8, seed=5)
+    ids = torch.tensor(data["input_ids"])
+    said = logits_of(tiny_llama(), ids).argmax(-1)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": [[-100, *row[:-1]] for row in said.tolist()]})
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
