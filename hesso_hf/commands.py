@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .bundled import resolve_model
 from .card import REPORT_NAME
@@ -17,9 +16,10 @@ from .checkpoint import last_checkpoint
 from .data import held_out_split, text_blocks
 from .errors import HessoError
 from .evaluate import held_out_loss, perplexity
+from .loading import load_model, load_tokenizer
 from .plots import draw_cric
 from .recipe import Recipe, RunArguments
-from .sizes import load_config, model_class_of
+from .sizes import load_config
 from .survey import SurveyFile, survey_types
 from .trainer import HessoTrainer
 
@@ -63,31 +63,6 @@ def prune(recipe: Recipe) -> PruneResult | None:
     if trainer.pruning_report is None:
         return None
     return PruneResult(output, trainer.pruning_report.to_dict(), loss)
-
-
-def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Load a causal language model in a dtype, through its stock class."""
-    config = load_config(source, trust_remote_code)
-    try:
-        if trust_remote_code:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
-        if hasattr(config, "layer_sizes"):
-            raise HessoError(f"`model` ({source!r}) has layers of different widths: give --trust-remote-code")
-        return model_class_of(config).from_pretrained(source, dtype=dtype)
-    except OSError as error:
-        raise HessoError(f"`model` ({source!r}) can't be loaded: {error}") from error
-
-
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer.
-
-    Raises:
-        HessoError: where there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise HessoError(f"`model` ({source!r}): no tokenizer found there: {error}") from error
 
 
 def _datasets(run: RunArguments, tokenizer: Any) -> tuple[Any, Any]:

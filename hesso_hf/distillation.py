@@ -166,7 +166,9 @@ class DistillationMixin(_TrainerBase):
                 "before the TrainingArguments are made"
             )
         else:
-            teacher, source = frozen_copy(model, dtype), model
+            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            waits = fsdp is not None and fsdp.cpu_ram_efficient_loading and not self.accelerator.is_main_process
+            teacher, source = frozen_copy(model, dtype, values=not waits), model
         taken = fingerprint(source)
         teacher, sharded = place(teacher, self.accelerator, type(model), self.args.per_device_train_batch_size)
         return Distillation(Teacher(teacher, device, sharded), name or ORIGINAL, taken)

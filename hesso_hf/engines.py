@@ -100,12 +100,9 @@ class EngineMixin(HubMixin):
             # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
             self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._is_sharded:
-            self._bind()
-            if self._resume_from is None:
-                self._settle_sizes()
-                assert self.hesso_optimizer is not None
-                self.hesso_optimizer.process = self.hesso_plan.process(self._process.schedule)
+        if self._is_sharded and self._resume_from is None:
+            self._settle_sizes()
+            self._renew()
         if self.is_deepspeed_enabled:
             self._attach()
         return prepared
@@ -122,6 +119,7 @@ class EngineMixin(HubMixin):
         """Put HESSO around the steps of DeepSpeed's engine, once."""
         assert isinstance(self.hesso_optimizer, ZeroSteps)
         if not self.hesso_optimizer.attached:
+            self._renew()
             engine = self.accelerator.deepspeed_engine_wrapped.engine
             self.hesso_optimizer.attach(engine, named_parameters(self._bare_model()))
 
@@ -142,9 +140,10 @@ class EngineMixin(HubMixin):
         finally:
             model.to(place)  # type: ignore[arg-type]
 
-    def _bind(self) -> None:
-        """Take the parameters that sharding has put in the place of those that the plan was made on."""
-        self._process.bound.bind(named_parameters(self._bare_model()))
+    def _renew(self) -> None:
+        """Begin anew on the parameters that sharding has put in the place of the model's, on the device they are on."""
+        assert self.hesso_optimizer is not None
+        self.hesso_optimizer.process = self.hesso_plan.process(self._process.schedule)
 
     def _settle_sizes(self) -> None:
         """Measure the split between structures, and take what the main process found."""
@@ -159,7 +158,7 @@ class EngineMixin(HubMixin):
         if checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         if self._is_sharded:
-            self._bind()
+            self._renew()
         if self.is_deepspeed_enabled:
             self._attach()
         super()._load_optimizer_and_scheduler(checkpoint)

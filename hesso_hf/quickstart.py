@@ -13,11 +13,11 @@ import torch
 from transformers import TrainingArguments
 
 from .bundled import BUNDLED, resolve_model
-from .commands import load_model, load_tokenizer
 from .config import HessoConfig
 from .data import text_blocks
 from .evaluate import held_out_loss, perplexity, tokens_per_second, weights_bytes
 from .export import DTYPES
+from .loading import load_model, load_tokenizer
 from .sizes import load_config
 from .trainer import HessoTrainer
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from .agreement import from_main, max_over_ranks
+from .agreement import from_main, is_main_process, max_over_ranks
 from .errors import HessoError
 from .shards import reshard
 from .zero import divide_frozen, gathered
@@ -151,16 +151,23 @@ def _head(model: PreTrainedModel, trunk: _Trunk, hidden: torch.Tensor) -> torch.
         trunk.given = None
 
 
-def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Copy a model, its parameters in `dtype` and without gradients, buffers as they are; tied ones stay tied."""
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+    """Copy a model, its parameters in `dtype` and without gradients, buffers as they are; tied ones stay tied.
+
+    Args:
+        values: whether parameters are copied; else memory is reserved for them, for a process that has no weights yet.
+    """
+
+    def copied(parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach().to(dtype, copy=True) if values else torch.empty_like(parameter, dtype=dtype)
+
     memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
-        for parameter in model.parameters()
+        id(parameter): nn.Parameter(copied(parameter), requires_grad=False) for parameter in model.parameters()
     }
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
+    teacher = copy.deepcopy(model, memo)
+    for module in teacher.modules():
         module.__dict__.pop("forward", None)  # one that was put on an instance may still call the original model
-    return copied
+    return teacher
 
 
 def place(
@@ -229,6 +236,7 @@ def fingerprint(model: PreTrainedModel) -> int:
     total = 0
     for parameter in model.parameters():
         with gathered(parameter):
-            bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
-            total = (31 * total + int(bits.sum(dtype=torch.int64))) % 2**53
-    return from_main(total)  # the others may have no weights yet
+            if is_main_process():  # the others may have no weights yet
+                bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+                total = (31 * total + int(bits.sum(dtype=torch.int64))) % 2**53
+    return from_main(total)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -15,50 +17,48 @@ import psutil
 
 EVENT, RANK, MARK = "KILL_AT_EVENT", "KILL_RANK", "KILL_MARK"
 
+# what a run can be about to do when it is killed: where it is found, and its name there
+EVENTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "step": (("hesso_hf.trainer:HessoTrainer", "training_step"),),
+    "pruning state": (("hesso_hf.engines", "save_pruning_state"),),
+    "parts": (("hesso_hf.shard_state", "save_file"),),
+    "distributed files": (("torch.distributed.checkpoint", "save"),),
+    "torch file": (("torch", "save"),),
+    "replacing": (("os", "replace"),),
+    "small model": (("hesso_hf.shard_export", "save_file"), ("safetensors.torch", "save_file")),
+}
+
+ON_ALL_RANKS = ("step", "pruning state", "parts", "distributed files")
+
 
 def arm() -> None:
-    """In the run: count training steps and writes to disk, and stop for good before the event of that number."""
+    """In the run: count events of one kind, and stop for good before the one of that number."""
     if EVENT not in os.environ or os.environ.get("RANK", "0") != os.environ.get(RANK, "0"):
         return
-    import safetensors.torch
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    import hesso_hf.engines
-    import hesso_hf.shard_export
-    import hesso_hf.shard_state
-    from hesso_hf import HessoTrainer
-
-    count = [0]
+    kind, _, number = os.environ[EVENT].rpartition(":")
+    count = itertools.count(1)
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
         def counting(*args: Any, **kwargs: Any) -> Any:
-            count[0] += 1
-            if count[0] == int(os.environ[EVENT]):
-                Path(os.environ[MARK]).write_text(f"event {count[0]}: {call.__name__}")
+            if next(count) == int(number):
+                Path(os.environ[MARK]).write_text(os.environ[EVENT])
                 time.sleep(600)
             return call(*args, **kwargs)
 
         return counting
 
-    HessoTrainer.training_step = counted(HessoTrainer.training_step)  # type: ignore[method-assign]
-    for module, name in (
-        (torch, "save"), (safetensors.torch, "save_file"), (os, "replace"), (dcp, "save"),
-        (hesso_hf.shard_state, "save_file"), (hesso_hf.shard_export, "save_file"),
-        (hesso_hf.engines, "save_pruning_state"),
-    ):  # fmt: skip
-        setattr(module, name, counted(getattr(module, name)))
+    for place, name in EVENTS[kind]:
+        module, _, inner = place.partition(":")
+        owner: Any = importlib.import_module(module)
+        owner = getattr(owner, inner) if inner else owner
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
-def run_and_kill(command: list[str], mark: Path, event: int, rank: int, env: dict[str, str]) -> str | None:
-    """Start a run and kill it and all its processes at an event; None where it ended before.
-
-    Returns:
-        What the run was about to do.
-    """
+def run_and_kill(command: list[str], mark: Path, event: str, rank: int, env: dict[str, str]) -> bool:
+    """Start a run and kill it and all its processes at an event ("step:3"); return whether it came to that."""
     mark.unlink(missing_ok=True)
-    environment = {**os.environ, **env, EVENT: str(event), RANK: str(rank), MARK: str(mark)}
+    environment = {**os.environ, **env, EVENT: event, RANK: str(rank), MARK: str(mark)}
     log = mark.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -66,8 +66,8 @@ def run_and_kill(command: list[str], mark: Path, event: int, rank: int, env: dic
             time.sleep(0.05)
         if process.poll() is not None:
             assert process.returncode == 0, log.read_text()[-3000:]
-            return None
+            return False
         for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             member.send_signal(signal.SIGKILL)
         process.wait()
-    return mark.read_text()
+    return True

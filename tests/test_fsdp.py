@@ -18,14 +18,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from fsdp_cpu import Job
+from safetensors import safe_open
 from tiny import tiny_llama
 from training import hesso_config, said_by_the_dense_model, trainer
 from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.checkpoint import last_checkpoint
+from hesso_hf.loading import load_model
 from hesso_hf.shards import local, named_parameters
 
+LOADED_BY_ONE = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 RATIO = {"pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 9, "pruning_periods": 3}
 
 
@@ -39,8 +42,15 @@ def build(folder: str, steps: int, processes: int, hesso: dict[str, Any] | None 
     )  # fmt: skip
 
 
-def job(folder: str, steps: int, processes: int, resume: bool = False, **options: Any) -> None:
+def job(
+    folder: str, steps: int, processes: int, resume: bool = False, stored: str | None = None, **options: Any
+) -> None:
     """Train, save the small model, and leave weights and decisions of every process."""
+    if stored:
+        options["model"] = load_model(stored, torch.float32)
+        with safe_open(Path(stored) / "model.safetensors", framework="pt") as file:
+            loaded = torch.equal(options["model"].lm_head.weight, file.get_tensor("lm_head.weight"))
+        assert loaded == (processes == 1 or dist.get_rank() == 0), "which process has weights"
     run = build(folder, steps, processes, **options)
     run.train(resume_from_checkpoint=resume or None)
     run.save_model(str(Path(folder) / "small"))
@@ -126,11 +136,13 @@ def best_job(folder: str, processes: int) -> None:
 def jobs(folder: Path) -> list[Job]:
     """Return what two processes do under FSDP2, one after the other."""
     short = {"steps": 16, "hesso": RATIO}
+    taught = {"steps": 16, "hesso": RATIO | {"distillation_alpha": 0.5}}
     return [
         Job("test_fsdp", "job", folder / "two", {"steps": 200, "hesso": RATIO}),
         Job("test_fsdp", "job", folder / "compiled", short | {"torch_compile": True, "torch_compile_backend": "eager"}),
         Job("test_fsdp", "job", folder / "bf16", short | {"bf16": True}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
         Job("test_fsdp", "job", folder / "offloaded", short, {"FSDP_OFFLOAD_PARAMS": "true"}),
+        Job("test_fsdp", "job", folder / "loaded", taught | {"stored": str(folder / "stored")}, LOADED_BY_ONE),
         Job("test_fsdp", "best_job", folder / "best"),
         Job("test_fsdp", "resumed_job", folder / "resumed", {"steps": [3, 10]}),  # in a CRIC cycle, in a period
     ]
@@ -140,6 +152,7 @@ def jobs(folder: Path) -> list[Job]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that needs no processes of its own, in one launch."""
     folder = tmp_path_factory.mktemp("two")
+    tiny_llama(seed=4).save_pretrained(folder / "stored")
     done = fsdp_cpu.run_jobs(folder, jobs(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("RESUMED") == 2
@@ -176,6 +189,11 @@ def test_two_processes_under_fsdp_equal_one(two: Path, tmp_path: Path) -> None:
 def test_compiled_blocks_and_offloaded_parameters_are_pruned_alike(name: str, two: Path, tmp_path: Path) -> None:
     assert_equal_one(two / name, tmp_path / "one", "FSDPLlamaForCausalLM", steps=16, hesso=RATIO)
     AutoModelForCausalLM.from_pretrained(two / name / "small")
+
+
+def test_weights_that_one_process_loads_reach_the_others_and_the_teacher(two: Path, tmp_path: Path) -> None:
+    options = {"steps": 16, "hesso": RATIO | {"distillation_alpha": 0.5}, "stored": str(two / "stored")}
+    assert_equal_one(two / "loaded", tmp_path / "one", "FSDPLlamaForCausalLM", **options)
 
 
 def test_bfloat16_with_fp32_masters_and_checkpointed_activations(two: Path) -> None:
@@ -230,22 +248,17 @@ def killed_job(folder: str, processes: int) -> None:
     torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
 
 
-def check_kills(folder: Path, kills: int, events: int, seed: int) -> list[str]:
-    """Kill a run again and again at random events, let it end, and compare it with one that was left alone."""
-    generator = random.Random(seed)
-    for name in ("killed", "alone"):
-        (folder / name).mkdir(parents=True)
-    env = fsdp_cpu.ENVIRONMENT
-    points = []
+def check_kills(folder: Path, events: list[str], seed: int) -> None:
+    """Kill a run again and again at events, let it end, and compare it with one that was left alone."""
+    generator, fresh = random.Random(seed), 0
     command = fsdp_cpu.command(folder / "killed", [Job("test_fsdp", "killed_job", folder / "killed")])
-    while len(points) < kills:
-        event, rank = generator.randrange(1, events), generator.randrange(2)
-        point = killing.run_and_kill(command, folder / "mark", event, rank, env)
-        if point is None:  # it ended before: begin anew
-            shutil.rmtree(folder / "killed" / "out")
+    for event in events:
+        rank = generator.randrange(2) if event.partition(":")[0] in killing.ON_ALL_RANKS else 0
+        while not killing.run_and_kill(command, folder / "mark", event, rank, fsdp_cpu.ENVIRONMENT):
+            shutil.rmtree(folder / "killed" / "out")  # it ended before: begin anew, where it comes to that
             shutil.rmtree(folder / "killed" / "small")
-            continue
-        points.append(point)
+            fresh += 1
+            assert fresh < 4, f"{event} is never reached"
     for name in ("killed", "alone"):
         done = fsdp_cpu.run(folder / name, "test_fsdp", "killed_job")
         assert done.returncode == 0, done.stderr[-4000:]
@@ -256,17 +269,19 @@ def check_kills(folder: Path, kills: int, events: int, seed: int) -> list[str]:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     AutoModelForCausalLM.from_pretrained(folder / "killed" / "small")
     assert not list((folder / "killed").glob(".small*"))
-    return points
 
 
-def test_kill_9_at_random_events(tmp_path: Path) -> None:
-    check_kills(tmp_path, kills=1, events=60, seed=4)
+def test_kill_9_while_the_pruning_state_is_written(tmp_path: Path) -> None:
+    check_kills(tmp_path, ["parts:4"], seed=4)  # on the way through a CRIC cycle
 
 
 @pytest.mark.slow
 def test_kill_9_at_many_random_events(tmp_path: Path) -> None:
-    points = check_kills(tmp_path, kills=20, events=60, seed=5)
-    assert len({point.partition(": ")[2] for point in points}) >= 3, points
+    generator = random.Random(5)
+    kinds = [kind for kind in killing.EVENTS if kind != "small model"]
+    events = [f"{kind}:{generator.randint(1, 4)}" for kind in 3 * kinds]  # a run goes on by at most three steps each
+    generator.shuffle(events)
+    check_kills(tmp_path, [*events[:18], "small model:1", "small model:1"], seed=5)
 
 
 def test_one_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
