@@ -50,6 +50,7 @@ def prune(recipe: Recipe) -> PruneResult | None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         hesso_config=recipe.hesso,
+        peft_config=run.adapter(),
     )
     resume: Any = recipe.training.resume_from_checkpoint
     if resume == "auto":

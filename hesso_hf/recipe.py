@@ -4,11 +4,13 @@ model: org/name
 dataset: org/data
 training: {learning_rate: 1.0e-4, max_steps: 2000, ...}     # TrainingArguments
 hesso: {pruning_ratio: 0.5, ...}                            # HessoConfig; flags carry the prefix --hesso_
+peft: {r: 16, target_modules: all-linear}                   # LoraConfig; without it all weights are trained
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +51,9 @@ class RunArguments:
         default=None, metadata={"help": "Folder for the smaller model (default: `small` in training's output_dir)."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    peft: dict | str | None = field(
+        default=None, metadata={"help": "LoraConfig's fields (JSON): train an adapter; by default all weights."}
+    )
 
     def __post_init__(self) -> None:
         if self.model is not None:
@@ -59,6 +64,31 @@ class RunArguments:
             raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")
         if not 0.0 < self.eval_ratio < 1.0:
             raise HessoError(f"`eval_ratio` ({self.eval_ratio}) must lie strictly between 0 and 1")
+        self.adapter()
+
+    def adapter(self) -> Any:
+        """Return the adapter's `LoraConfig`, None where all weights are trained.
+
+        Raises:
+            HessoError: for what isn't a mapping of its fields, and where peft isn't installed.
+        """
+        if self.peft is None:
+            return None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise HessoError(f"`peft` ({self.peft!r}) needs peft: pip install peft") from error
+        try:
+            values = json.loads(self.peft) if isinstance(self.peft, str) else self.peft
+        except json.JSONDecodeError as error:
+            raise HessoError(f"`peft` ({self.peft!r}) is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise HessoError(f"`peft` ({self.peft!r}) must be a mapping of LoraConfig's fields")
+        _check_keys(values, [item.name for item in dataclasses.fields(LoraConfig)], "`peft`")
+        try:
+            return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
+        except (TypeError, ValueError) as error:
+            raise HessoError(f"`peft` ({self.peft!r}): {error}") from error
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import copy
 import gc
 import json
 import re
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from .agreement import from_main, on_all
 from .card import PruningReport
 from .cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
 from .depth import full_names
-from .errors import VerificationError
+from .errors import HessoError, VerificationError
 from .experts import EXPERT_UNITS
 from .export import DTYPES, make_report
 from .groups import KeptUnits, PruningGroups
@@ -345,12 +344,15 @@ def _stored_files(folder: Path) -> Mapping[str, Path]:
 def _shared_folder(target: Path, writers: Writers, stack: ExitStack) -> Path:
     """Let the main process of each folder make it, and tell the others that write into it."""
 
-    def make() -> tuple[str, str] | None:
-        return (socket.gethostname(), str(stack.enter_context(staged_folder(target)))) if writers.main else None
+    def make() -> str | None:
+        return str(stack.enter_context(staged_folder(target))) if writers.main else None
 
-    made = on_all(make)
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, made)
-    folders = [found for found in told if found is not None]
-    here = [folder for host, folder in folders if host == socket.gethostname()]
-    return Path((here if len(folders) > 1 and here else [folder for _, folder in folders])[0])
+    dist.all_gather_object(told, on_all(make))
+    folder = told[dist.get_rank() - writers.rank]  # a node's processes have ranks one after the other
+    if folder is None:
+        raise HessoError(
+            f"`save_on_each_node`: process {dist.get_rank()} is number {writers.rank} on its node, and the one that is "
+            "number 0 there has another rank than that difference; launch with ranks that count node by node"
+        )
+    return Path(folder)

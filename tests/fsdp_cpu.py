@@ -80,12 +80,17 @@ def start() -> None:
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))  # type: ignore[method-assign]
 
 
-def command(where: Path, jobs: list[Job], processes: int = 2) -> list[str]:
-    """Return the torchrun command that does jobs one after the other in several processes."""
+def command(where: Path, jobs: list[Job], processes: int = 2, node: list[str] | None = None) -> list[str]:
+    """Return the torchrun command that does jobs one after the other in several processes.
+
+    Args:
+        node: torchrun's arguments for one of several nodes; by default there is one, with all the processes.
+    """
     for folder in (where, *(job.folder for job in jobs)):
         folder.mkdir(parents=True, exist_ok=True)
     (where / "worker.py").write_text(_WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher += node or ["--standalone", f"--nproc_per_node={processes}"]
     told = json.dumps([job.to_dict(processes) for job in jobs])
     return [*launcher, str(where / "worker.py"), str(Path(__file__).parent), told]
 

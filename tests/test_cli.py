@@ -79,8 +79,11 @@ def test_recipe_runs_on_a_tiny_model(
         "--max_steps", "16", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
         "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_round_to", "1",
         "--disable_tqdm", "true", "--warmup_steps", "2", "--bf16", "false", "--use_cpu", "true",
+        "--save_strategy", "steps", "--save_steps", "16",
     ]  # fmt: skip
     assert main(["prune", str(recipe), *flags]) == 0
+    adapter = tmp_path / "run" / "checkpoint-16" / "adapter_config.json"
+    assert adapter.exists() == ("peft" in yaml.safe_load(recipe.read_text()))
     assert "of the parameters removed" in capsys.readouterr().out
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small")
     full = AutoModelForCausalLM.from_pretrained(model)
@@ -202,6 +205,9 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
     assert found["perplexity"] > 1
 
 
+BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hesso_pruning_ratio", "0.5"]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -210,6 +216,9 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
         (["prune", "--model", "bundled", "--datset", "x"], "did you mean 'dataset'"),
         (["prune", "--model", "bundled", "--dataset", "no.jsonl", "--hesso_pruning_ratio", "0.5"], "no such file"),
         (["prune", "--model", "bundled", "--dataset", "python-docs", "--hesso_pruning_ratio", "1.5"], "pruning_ratio"),
+        ([*BUNDLED_RUN, "--peft", '{"rank": 8}'], "unknown key `rank` in `peft`"),
+        ([*BUNDLED_RUN, "--peft", "r=8"], "not valid JSON"),
+        ([*BUNDLED_RUN, "--peft", "[8]"], "must be a mapping"),
         (["report", "."], "pruning_report.json"),
         (["export", "nowhere", "out"], "no folder"),
         (["eval", "x"], "needs `--dataset`"),

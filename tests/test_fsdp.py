@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -266,7 +267,7 @@ def check_kills(folder: Path, events: list[str], seed: int) -> None:
         expected = torch.load(folder / "alone" / f"final{rank}.pt", weights_only=True)
         found = torch.load(folder / "killed" / f"final{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
     AutoModelForCausalLM.from_pretrained(folder / "killed" / "small")
     assert not list((folder / "killed").glob(".small*"))
 
@@ -306,6 +307,36 @@ def dying_job(folder: str, processes: int) -> None:
 
     run.training_step = training_step
     run.train()
+
+
+def node_job(folder: str, processes: int) -> None:
+    """Train on one of two nodes, and save the small model on the node's own disk."""
+    run = build(folder, 16, processes, hesso=RATIO, save_on_each_node=True)
+    run.train()
+    run.save_model(f"{folder}/small")
+
+
+@pytest.mark.slow
+def test_every_node_saves_a_whole_model_of_its_own(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = []
+    for rank in range(2):
+        where = ["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1"]
+        folder = tmp_path / f"node{rank}"
+        line = fsdp_cpu.command(folder, [Job("test_fsdp", "node_job", folder)], node=[*where, f"--master_port={port}"])
+        env = {**os.environ, **fsdp_cpu.ENVIRONMENT}
+        nodes.append(subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env))
+    errors = [node.communicate()[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors[0][-4000:]
+    names = [sorted(path.name for path in (tmp_path / f"node{rank}" / "small").iterdir()) for rank in range(2)]
+    assert names[0] == names[1]
+    assert {"config.json", "README.md", "pruning_report.json"} <= set(names[0])
+    files = [(tmp_path / f"node{rank}" / "small" / "model.safetensors").read_bytes() for rank in range(2)]
+    assert files[0] == files[1]
+    for rank in range(2):
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"node{rank}" / "small")
 
 
 def stopped_job(folder: str, processes: int) -> None:
