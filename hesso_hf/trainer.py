@@ -131,6 +131,13 @@ class HessoMixin(EngineMixin, DistillationMixin):
             self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), self.hesso_config)
         return self.hesso_plan.process(self._settle())
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, but none where the run that is resumed was over: `Trainer` would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one micro-batch as the trainer does, and keep its loss for the early warning."""
         if self._process.wants_probe:

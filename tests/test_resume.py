@@ -153,6 +153,17 @@ def test_kill_at_random_moments(undisturbed: HessoTrainer, tmp_path: Path) -> No
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.hidden_size <= 60
 
 
+def test_a_run_that_was_over_takes_no_step_more(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    """As after a kill in the final save."""
+    last = f"checkpoint-{undisturbed.state.global_step}"
+    shutil.copytree(Path(undisturbed.args.output_dir) / last, tmp_path / last)
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == undisturbed.state.global_step
+    check_equal(run, undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == [last]
+
+
 def test_a_half_written_checkpoint_is_passed_over(undisturbed: HessoTrainer, tmp_path: Path) -> None:
     source = Path(undisturbed.args.output_dir)
     for step in (5, 9):
