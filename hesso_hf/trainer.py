@@ -33,7 +33,6 @@ from .preemption import StopTogether
 from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics, uncounted
 from .schedule import Schedule, resolve_schedule
-from .shards import reshard
 from .snapshot import kept_random_state
 from .tokens import KeptTokens
 from .vocabulary import ROUND_TO, check_countable, keep_tokens
@@ -391,7 +390,6 @@ class HessoMixin(EngineMixin, DistillationMixin):
         load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
         self._process.reapply()
         self._process.bound.publish()
-        reshard(self._bare_model())
 
     # -- checks ---------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,7 @@ class Run:
             "kept": self.optimizer.process.kept_units().to_dict(),
             "collectives": self.collectives,
             "norm": self.optimizer.process.redundant_norm(),
+            "sums": self.optimizer.process.state_dict()["sums"],
             "cric": self._cric(),
         }
 

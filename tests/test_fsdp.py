@@ -77,10 +77,12 @@ STEPS = 20
 
 
 def every_step(folder: str, processes: int, dropout: float = 0.0, **changes: Any) -> HessoTrainer:
-    """Build a CRIC run that writes a checkpoint every step."""
+    """Build a CRIC run that writes a checkpoint every step, in which processes draw random numbers of their own."""
     model = tiny_llama(seed=4, attention_dropout=dropout)
     options = {"save_strategy": "steps", "save_steps": 1} | changes
-    return build(folder, STEPS, processes, model=model, hesso=CRIC, **options)
+    run = build(folder, STEPS, processes, model=model, hesso=CRIC, **options)
+    torch.manual_seed(50 + run.args.process_index)
+    return run
 
 
 def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:

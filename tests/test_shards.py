@@ -43,6 +43,9 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
         error = (found["weights"][name] - weight).abs().max() / weight.abs().max()
         assert error <= tolerance, (name, float(error))
     assert abs(found["norm"] - expected["norm"]) <= 1e-5 * max(1.0, expected["norm"])
+    for structure, terms in expected["sums"].items():
+        for term, value in terms.items():
+            assert (found["sums"][structure][term] - value).abs().max() <= 1e-4 * value.abs().max(), (structure, term)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -77,12 +80,38 @@ def test_cric_adds_one_sum_a_sample(two: Path) -> None:
         assert max(counts) <= 4, counts
 
 
+REPLICATED: dict[str, dict[str, Any]] = {
+    "trained": {"steps": 16},
+    "shrinking": {"steps": 5},
+    "centred": {"steps": 16, "kind": "phi"},
+    "summed": {"steps": 3, "saliency_batches": 3},
+}  # fmt: skip
+
+
 def test_replicas_of_shards_are_counted_once(tmp_path: Path) -> None:
-    launch(tmp_path, [("train", tmp_path / "four", {"mesh": "replicate_shard", "steps": 16})], processes=4)
-    sharded.train(tmp_path, mesh=None, steps=16)
-    alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
-    for found in results(tmp_path / "four", 4):
-        assert_same(found, alone)
+    four = [("train", tmp_path / name, {"mesh": "replicate_shard", **options}) for name, options in REPLICATED.items()]
+    launch(tmp_path, four, processes=4)
+    for name, options in REPLICATED.items():
+        (tmp_path / "one" / name).mkdir(parents=True)
+        sharded.train(tmp_path / "one" / name, mesh=None, **options)
+        alone = torch.load(tmp_path / "one" / name / "rank0.pt", weights_only=True)
+        assert (alone["norm"] > 0) == (name == "shrinking")
+        for found in results(tmp_path / name, 4):
+            assert_same(found, alone)
+
+
+def test_sums_of_a_scoring_go_on_and_are_counted_once(tmp_path: Path) -> None:
+    options = {"mesh": "shard", "saliency_batches": 3}  # of steps 1, 2 and 3
+    jobs = [
+        ("train_and_save", tmp_path / "saved", {"steps": 2, **options}),
+        ("train", tmp_path / "straight", {"steps": 3, **options}),
+        ("load_and_train", tmp_path / "resumed", {"steps": 1, "source": str(tmp_path / "saved"), **options}),
+    ]
+    launch(tmp_path, jobs)
+    straight = results(tmp_path / "straight")[0]
+    assert max(float(term.abs().max()) for term in straight["sums"]["mlp_channels"].values()) > 0
+    for found in results(tmp_path / "resumed"):
+        assert_same(found, straight, 0.0)
 
 
 @pytest.mark.parametrize(

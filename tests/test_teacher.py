@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from fsdp_cpu import Job
 from test_fsdp import RATIO, build
-from tiny import VOCAB, tiny_gpt2
+from tiny import VOCAB, tiny_gpt2, tiny_llama, token_batches
 from torch.distributed.fsdp import FSDPModule
 from training import LENGTH, logged
 
@@ -84,3 +84,23 @@ def test_a_divided_teacher_teaches_what_a_whole_one_does(name: str, two: Path, t
             assert all(abs(ours - theirs) <= 1e-4 * max(alone["divergence"]) for ours, theirs in pairs)
         for parameter, weight in alone["weights"].items():
             assert (found["weights"][parameter] - weight).abs().max() <= 1e-5 * weight.abs().max(), parameter
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["head-alone", "by-example"])
+def test_a_process_with_less_to_do_makes_as_many_forwards(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers, "CHUNK_LOGITS", 2 * VOCAB)
+    monkeypatch.setattr(teachers, "max_over_ranks", lambda count, device: 7)
+    if not alone:
+        monkeypatch.setattr(teachers, "_separate_", lambda *args: None)
+    (ids,) = token_batches(1, shape=(3, 6))
+    positions = torch.tensor([1, 4, 8, 9, 13])
+    forwards = {}
+    for sharded in (False, True):
+        teacher = teachers.Teacher(tiny_llama(2), sharded=sharded)
+        calls: list[Any] = []
+        teacher.model.register_forward_hook(lambda *args, calls=calls: calls.append(args))
+        rows = list(teacher.rows({"input_ids": ids}, positions))
+        assert torch.equal(torch.cat([chunk for chunk, _ in rows]), positions)
+        forwards[sharded] = len(calls)
+    own = 3  # chunks, or examples
+    assert forwards == {False: own + alone, True: 7 + alone}  # and the one that makes the hidden states
