@@ -359,7 +359,7 @@ def stopped_job(folder: str, processes: int) -> None:
         torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
 
 
-@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fsdp", "ddp"])
 def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     command = fsdp_cpu.command(folder, [Job("test_fsdp", "stopped_job", folder)])
