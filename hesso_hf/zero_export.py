@@ -165,6 +165,7 @@ def _without_weights(model: PreTrainedModel, groups: PruningGroups) -> PreTraine
     """Build the trained model anew in fp32, with its buffers and no weights."""
     with init_empty_weights(include_buffers=False):
         full = build_cut(model, groups, NOTHING).float()
+    full.tie_weights()  # which making the parameters empty has undone
     for module in full.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(model.device)
