@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -39,6 +40,7 @@ class EngineMixin(HubMixin):
     _resume_from: str | None
     _measure_curves: Callable[[], LossCurves]
     _new_process: Callable[[], PruningProcess]
+    _noted_loss: Callable[[torch.Tensor], torch.Tensor]
     _training_record: Callable[[], dict[str, Any]]
     _saved_tokenizer: Callable[[], Any]
 
@@ -95,7 +97,8 @@ class EngineMixin(HubMixin):
         if self.is_deepspeed_enabled:
             if self._resume_from is not None:
                 check_zero_state(Path(self._resume_from), self._zero_stage)
-            self.hesso_optimizer = ZeroSteps(self._new_process())  # while the model may still be whole
+            process = self._new_process()  # while the model may still be whole
+            self.hesso_optimizer = ZeroSteps(process, self._noted_loss)
         if self._is_sharded and self.args.torch_compile:
             # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
             self.accelerator.state.dynamo_plugin.use_regional_compilation = True

@@ -33,13 +33,17 @@ class ZeroSteps:
 
     Args:
         process: the pruning state.
+        noted: counts a micro-batch's loss and returns what the early warning watches, by default the loss itself.
 
     Attributes:
         seconds: spent in HESSO, all steps together; on a GPU the time to enqueue.
     """
 
-    def __init__(self, process: PruningProcess) -> None:
+    def __init__(
+        self, process: PruningProcess, noted: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
+    ) -> None:
         self.process, self.seconds = process, 0.0
+        self._noted = noted
         self._skips = Skips()
         self._loss: torch.Tensor | None = None
         self._calls = 0
@@ -90,7 +94,8 @@ class ZeroSteps:
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def _backward(self, plain: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        noted = self._noted(loss.detach())
+        self._loss = noted if self._loss is None else self._loss + noted
         return plain(loss, *args, **kwargs)
 
     def _step(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
