@@ -387,7 +387,8 @@ class HessoMixin(EngineMixin, DistillationMixin):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
+        if not self.is_deepspeed_enabled:  # it has loaded the masters, whatever `from_pretrained` would call them
+            load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
         self._process.reapply()
         self._process.bound.publish()
 
