@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -18,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .config import HessoConfig
-from .errors import CheckpointMismatchError
+from .errors import CheckpointMismatchError, HessoError
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +59,7 @@ def check_resumable(folder: Path) -> None:
         CheckpointMismatchError: where there is no pruning state, or no optimizer's.
     """
     read_state(folder)
-    folders = (*folder.glob("optimizer_*"), *folder.glob("global_step*"))  # FSDP2's and DeepSpeed's
-    sharded = [path for path in folders if path.is_dir()]
+    sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
     if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
         raise CheckpointMismatchError(
             f"`resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was saved with save_only_model; "
@@ -90,6 +92,44 @@ def load_shards(model_class: type[PreTrainedModel], config: PretrainedConfig, fo
     model.tie_weights()
     model = model.to(dtypes.pop())  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
+    return model
+
+
+def holds_masters(folder: Path) -> bool:
+    """Whether DeepSpeed wrote its fp32 masters into a checkpoint."""
+    return any(path.is_dir() for path in folder.glob("global_step*"))
+
+
+def load_masters(model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> PreTrainedModel:
+    """Load the model of a checkpoint that DeepSpeed's ZeRO wrote, whole and in fp32, on one process.
+
+    DeepSpeed's own function reads its files. They are pickles, which can run code when they are opened. Without
+    DeepSpeed the weights that lie beside them are loaded, which are as coarse as the run's `bf16` or `fp16`.
+
+    Raises:
+        HessoError: where neither can be had, or the masters aren't those of `model_class`.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise HessoError(
+                f"`source` ({str(folder)!r}) holds the weights in DeepSpeed's files only, and deepspeed isn't "
+                "installed: `pip install deepspeed`, or run `python zero_to_fp32.py . .` in that folder where it is"
+            )
+        logger.warning(f"deepspeed isn't installed: the weights beside its files in {folder} are read, not the masters")
+        return model_class.from_pretrained(folder)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    logger.warning(f"the pickles of {folder} are opened, as DeepSpeed stores them: export only what you trust")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        stored = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
+    with no_init_weights():
+        model = model_class(config).float()
+    model.tie_weights()
+    for name, tensor in model.state_dict().items():
+        found = tuple(stored[name].shape) if name in stored else None
+        if found != tuple(tensor.shape):
+            raise HessoError(f"{name} should be {tuple(tensor.shape)} and is {found} in DeepSpeed's files of {folder}")
+        tensor.copy_(stored[name].contiguous())  # put together in its turn
     return model
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .adapter_export import cut_base, remove_cut_adapter, save_cut_adapter
 from .adapters import ADAPTER_CONFIG, Adapters, base_of, dense_model, lora_layers, parameters_of
 from .card import PruningReport, count_parameters
-from .checkpoint import SHARDS_NAME, STATE_NAME, load_shards, read_state
+from .checkpoint import SHARDS_NAME, STATE_NAME, holds_masters, load_masters, load_shards, read_state
 from .config import OPT_IN, structures_around
 from .cut import cut_model, zero_units_
 from .depth import LAYER_UNITS, without_dropped_layers
@@ -67,7 +67,8 @@ def export_pruned(
         lora_export: of a model with adapters, `merged` or `adapter`, as in `HessoConfig`, which is the default.
 
     Raises:
-        HessoError: where pruning hasn't finished, a unit to be cut isn't zero, or the layers differ unasked.
+        HessoError: where pruning hasn't finished, a unit to be cut isn't zero, the layers differ unasked, or a
+            checkpoint of DeepSpeed's can't be read.
         VerificationError: where the smaller model's logits differ; `output_dir` is untouched then.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -99,7 +100,7 @@ def export_pruned(
             "to export with a modelling file all the same"
         )
     wanted = dtype or asked.get("export_dtype")
-    stored = DTYPES[wanted] if wanted else trained.dtype
+    stored = DTYPES[wanted] if wanted else _trained_dtype(trained, source)
     if vocabulary is None and (training or {}).get("vocabulary"):
         vocabulary = KeptTokens.from_dict((training or {})["vocabulary"])
     if vocabulary is not None:
@@ -157,6 +158,13 @@ def _export(
         (Path(output_dir) / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
     logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output_dir}, relative error {fold_error:.1e}")
     return report
+
+
+def _trained_dtype(model: PreTrainedModel, source: str | os.PathLike[str] | nn.Module) -> torch.dtype:
+    """Return the dtype that a model was trained in: of ZeRO's fp32 masters that of the copy it computed with."""
+    stored = model.config.dtype
+    of_masters = not isinstance(source, nn.Module) and holds_masters(Path(source))
+    return stored if of_masters and isinstance(stored, torch.dtype) else model.dtype
 
 
 def _lora_export(model: nn.Module, lora_export: str | None, asked: Mapping[str, Any]) -> str | None:
@@ -331,6 +339,8 @@ def _load_trained(folder: Path, kept: KeptUnits | None) -> PreTrainedModel:
     if not (folder / ADAPTER_CONFIG).exists():
         config = load_config(folder)
         model_class = model_class_of(config)
+        if holds_masters(folder):
+            return load_masters(model_class, config, folder)
         sharded = (folder / SHARDS_NAME).is_dir()
         return load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
     from peft import PeftConfig, PeftModel
