@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_llama
-from training import arguments, blocks, hesso_config
-from transformers import AutoModelForCausalLM, TrainerCallback
+from datasets import Dataset
+from moe import moe_model
+from tiny import tiny_gemma2, tiny_llama, tiny_phi
+from training import arguments, blocks, hesso_config, said_by_the_dense_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
-from hesso_hf import HessoTrainer
+from hesso_hf import HessoTrainer, teacher
 
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": tiny_llama, "gemma2": tiny_gemma2, "phi": tiny_phi, "mixtral": functools.partial(moe_model, "mixtral"),
+}  # fmt: skip
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 _WORKER = """
 import json, sys
@@ -60,6 +67,11 @@ class DivergingTrainer(HessoTrainer):
         return loss
 
 
+def ragged(data: Dataset) -> Dataset:
+    """Take the labels from the first part of blocks, of another length each."""
+    return data.map(lambda row, index: {"labels": [-100] * (index % 5) + row["labels"][index % 5 :]}, with_indices=True)
+
+
 def build(
     folder: str,
     steps: int,
@@ -69,6 +81,7 @@ def build(
     changes: dict[str, Any],
     pretrained: str | None = None,
     frozen: bool = False,
+    kind: str = "llama",
 ) -> HessoTrainer:
     """Build a trainer on a global batch of 4, of a model in memory or one that is loaded under DeepSpeed's config."""
     options: dict[str, Any] = {
@@ -81,11 +94,12 @@ def build(
 
         assert args.device.type == "cpu"  # asking for it joins the processes
         engine_module.init_distributed(dist_backend="gloo")  # which Accelerate does on a GPU
-    model = AutoModelForCausalLM.from_pretrained(pretrained) if pretrained else tiny_llama(seed=5)
+    model = AutoModelForCausalLM.from_pretrained(pretrained) if pretrained else MODELS[kind](seed=5)
     for name, parameter in model.named_parameters() if frozen else ():
         parameter.requires_grad_("layers.1.mlp.down_proj" not in name and "norm" not in name)
     config = hesso_config(**(hesso or {}))
-    return DivergingTrainer(model=model, args=args, train_dataset=blocks(), hesso_config=config)
+    said = said_by_the_dense_model(MODELS[kind](seed=5))
+    return DivergingTrainer(model=model, args=args, train_dataset=blocks(), eval_dataset=said, hesso_config=config)
 
 
 def job(
@@ -100,15 +114,23 @@ def job(
     frozen: bool = False,
     nan_at: int = -1,
     stop_at: int = -1,
+    chunk: int = teacher.CHUNK_LOGITS,
+    kind: str = "llama",
     **changes: Any,
 ) -> None:
     """Train, save the small model, and leave weights and decisions of every process."""
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
-    run = build(folder, steps, processes, hesso, deepspeed, changes, pretrained, frozen)
+    run = build(folder, steps, processes, hesso, deepspeed, changes, pretrained, frozen, kind)
     run.nan_at = nan_at
+    if chunk != teacher.CHUNK_LOGITS:  # small, so that processes need different numbers of chunks
+        run.train_dataset = ragged(run.train_dataset)
+    plain_chunk, teacher.CHUNK_LOGITS = teacher.CHUNK_LOGITS, chunk
     run.add_callback(Stop(stop_at))
     run.train(resume_from_checkpoint=resume or None)
+    teacher.CHUNK_LOGITS = plain_chunk
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    evaluated = run.evaluate()["eval_loss"] if run.args.load_best_model_at_end else None
     if save:
         run.save_model(str(where / "small"))
     process = run.hesso_optimizer.process
@@ -120,6 +142,14 @@ def job(
         "step": process.step,
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "norms": [entry["hesso/redundant_norm"] for entry in run.state.log_history if "loss" in entry],
+        "divergences": [e["hesso/distillation_loss"] for e in run.state.log_history if "hesso/distillation_loss" in e],
+        "watch": process.state_dict()["watch"] if process.config.on_collapse == "pause" else None,  # of all processes
+        "pauses": list(process.schedule.pauses),
+        "fingerprint": run.distillation.fingerprint if run.distillation else None,
+        "evaluated": evaluated,
+        "best": run.state.best_model_checkpoint,
+        "evaluations": evaluations,
+        "teacher": sum(p.numel() for p in run.distillation.teacher.model.parameters()) if run.distillation else 0,
     }
     torch.save(found, where / f"rank{run.args.process_index}.pt")
 
