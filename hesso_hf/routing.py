@@ -10,6 +10,7 @@ Legend: L layers, U experts a layer.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import HessoError, UnsupportedStructureError
 from .groups import Axis, StructureGroups
 from .layout import Layout
+from .shards import full_shape
 
 _PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
 
@@ -45,7 +47,7 @@ class _Offsets:
 class _AddToLogits(TorchFunctionMode):
     """Adds the offsets to the product with the router's weight."""
 
-    def __init__(self, offsets: _Offsets, layout: Layout, shape: torch.Size) -> None:
+    def __init__(self, offsets: _Offsets, layout: Layout, shape: tuple[int, ...]) -> None:
         super().__init__()
         self._offsets, self._layout = offsets, layout
         self._shapes = (shape, shape[::-1])
@@ -99,7 +101,7 @@ class _LogitHooks(_Hooks):
         self._leaf, self._layout = leaf, layout
 
     def _put(self, module: nn.Module) -> _AddToLogits:
-        mode = _AddToLogits(self.offsets, self._layout, module.get_parameter(self._leaf).shape)
+        mode = _AddToLogits(self.offsets, self._layout, full_shape(module.get_parameter(self._leaf)))
         mode.__enter__()
         return mode
 
@@ -227,9 +229,10 @@ def _attach_layer(
 def _is_router(model: nn.Module, axis: Axis) -> bool:
     """A matrix with one row for each expert, in a module that holds no fused expert weight."""
     owner, _, _ = axis.parameter.rpartition(".")
-    holds_experts = any(parameter.dim() > 2 for parameter in model.get_submodule(owner).parameters(recurse=False))
+    others = model.get_submodule(owner).parameters(recurse=False)
+    holds_experts = any(len(full_shape(parameter)) > 2 for parameter in others)
     rows = axis.dim == 0 and axis.layout.per_unit == 1
-    return rows and model.get_parameter(axis.parameter).dim() == 2 and not holds_experts
+    return rows and len(full_shape(model.get_parameter(axis.parameter))) == 2 and not holds_experts
 
 
 def _called_router(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
@@ -246,8 +249,8 @@ def _called_router(model: nn.Module, parameter: str) -> tuple[nn.Module, str]:
 
 def _is_bias_of_choice(model: nn.Module, axis: Axis) -> bool:
     """One number for each expert that isn't the bias of the router's own product."""
-    parameter = model.get_parameter(axis.parameter)
-    single = axis.layout.per_unit == 1 and parameter.numel() == parameter.shape[-1] == parameter.shape[axis.dim]
+    shape = full_shape(model.get_parameter(axis.parameter))
+    single = axis.layout.per_unit == 1 and math.prod(shape) == shape[-1] == shape[axis.dim]
     return single and not axis.parameter.endswith(".bias")
 
 
