@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="checkpoint-* folder of a run whose pruning has finished")
     export.add_argument("output", help="folder for the smaller model")
     export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="stored dtype")
+    export.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")
     export.set_defaults(run=_export)
 
     evaluate = commands.add_parser("eval", help="held-out perplexity and lm-eval tasks")
@@ -180,7 +181,9 @@ def _prune(flags: list[str]) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from .export import export_pruned
 
-    report = export_pruned(arguments.checkpoint, arguments.output, dtype=arguments.dtype)
+    report = export_pruned(
+        arguments.checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
+    )
     _print_report(report.to_dict(), arguments.output, None)
     return 0
 

@@ -51,6 +51,7 @@ def export_pruned(
     training: Mapping[str, Any] | None = None,
     vocabulary: KeptTokens | None = None,
     lora_export: str | None = None,
+    trust_pickles: bool = False,
 ) -> PruningReport:
     """Cut the pruned units out of a model, verify the result and publish it atomically.
 
@@ -65,6 +66,7 @@ def export_pruned(
         training: what the report says about the run.
         vocabulary: the tokens to keep (`keep_tokens`); by default what the checkpoint says, or all.
         lora_export: of a model with adapters, `merged` or `adapter`, as in `HessoConfig`, which is the default.
+        trust_pickles: open a checkpoint's pickles, which can run code; only DeepSpeed's need it.
 
     Raises:
         HessoError: where pruning hasn't finished, a unit to be cut isn't zero, the layers differ unasked, or a
@@ -79,7 +81,9 @@ def export_pruned(
     if isinstance(source, nn.Module):
         trained: PreTrainedModel = base_of(source)
     else:
-        trained, kept_units, tokenizer, training = _read_checkpoint(Path(source), kept_units, tokenizer, training)
+        trained, kept_units, tokenizer, training = _read_checkpoint(
+            Path(source), kept_units, tokenizer, training, trust_pickles
+        )
     asked = (training or {}).get("hesso_config", {})
     adapted = _lora_export(trained, lora_export, asked)
     model = dense_model(trained, torch.float32) if adapted else trained
@@ -307,6 +311,7 @@ def _read_checkpoint(
     kept: KeptUnits | None,
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     training: Mapping[str, Any] | None,
+    trust_pickles: bool,
 ) -> tuple[PreTrainedModel, KeptUnits | None, PreTrainedTokenizerBase | ProcessorMixin | None, Mapping[str, Any]]:
     """Load a dense checkpoint and the decision that lies beside it."""
     if not folder.is_dir():
@@ -322,7 +327,7 @@ def _read_checkpoint(
         training = training or state["training"]
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
-    model = _load_trained(folder, kept)
+    model = _load_trained(folder, kept, trust_pickles)
     if training and training.get("base_model"):
         model.config.name_or_path = training["base_model"]
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
@@ -330,7 +335,7 @@ def _read_checkpoint(
     return model, kept, tokenizer, training or {}
 
 
-def _load_trained(folder: Path, kept: KeptUnits | None) -> PreTrainedModel:
+def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> PreTrainedModel:
     """Load a checkpoint's weights; where it holds an adapter only, into the base model that this names.
 
     Raises:
@@ -340,7 +345,7 @@ def _load_trained(folder: Path, kept: KeptUnits | None) -> PreTrainedModel:
         config = load_config(folder)
         model_class = model_class_of(config)
         if holds_masters(folder):
-            return load_masters(model_class, config, folder)
+            return load_masters(model_class, config, folder, trust_pickles)
         sharded = (folder / SHARDS_NAME).is_dir()
         return load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
     from peft import PeftConfig, PeftModel

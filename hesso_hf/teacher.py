@@ -63,8 +63,8 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, device: torch.device | None = None, sharded: bool = False) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._sharded = sharded
-        self._trunk = _separate_(model, device or model.device)
+        self._device, self._sharded = device or model.device, sharded
+        self._trunk = _separate_(model, self._device)
 
     @torch.no_grad()
     def rows(self, inputs: Mapping[str, Any], positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -111,7 +111,7 @@ class Teacher:
 
     def _in_step(self, parts: Sequence[_Part]) -> Iterator[_Part | None]:
         """Yield the parts; under sharding then None, until every process has had as many as any."""
-        most = max_over_ranks(len(parts), self.model.device) if self._sharded else len(parts)
+        most = max_over_ranks(len(parts), self._device) if self._sharded else len(parts)
         yield from parts
         yield from itertools.repeat(None, most - len(parts))
 

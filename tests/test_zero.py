@@ -262,7 +262,9 @@ def test_the_best_model_is_chosen_among_pruned_ones(name: str, runs: Path) -> No
 )
 def test_a_checkpoint_is_exported_on_one_process_as_the_run_itself_does(name: str, runs: Path, tmp_path: Path) -> None:
     source = result(runs / name)["best"] or max((runs / name / "out").glob("checkpoint-*"), key=_step)
-    export_pruned(source, tmp_path)
+    with pytest.raises(HessoError, match="--trust-pickles"):
+        export_pruned(source, tmp_path)
+    export_pruned(source, tmp_path, trust_pickles=True)
     folders = (tmp_path, runs / name / "small")
     small, expected = (AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True) for f in folders)
     assert small.dtype == expected.dtype
