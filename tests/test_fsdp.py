@@ -22,7 +22,7 @@ from fsdp_cpu import Job
 from safetensors import safe_open
 from tiny import tiny_llama
 from training import hesso_config, said_by_the_dense_model, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.checkpoint import last_checkpoint
@@ -76,13 +76,20 @@ CRIC = {
 STEPS = 20
 
 
+class OwnNumbers(TrainerCallback):
+    """Lets each process draw random numbers of its own, as dropout does where data differ in shape."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seed, where the data's order is settled and no random state was loaded."""
+        if state.global_step == 0:
+            torch.manual_seed(50 + args.process_index)
+
+
 def every_step(folder: str, processes: int, dropout: float = 0.0, **changes: Any) -> HessoTrainer:
     """Build a CRIC run that writes a checkpoint every step, in which processes draw random numbers of their own."""
     model = tiny_llama(seed=4, attention_dropout=dropout)
     options = {"save_strategy": "steps", "save_steps": 1} | changes
-    run = build(folder, STEPS, processes, model=model, hesso=CRIC, **options)
-    torch.manual_seed(50 + run.args.process_index)
-    return run
+    return build(folder, STEPS, processes, model=model, hesso=CRIC, options={"callbacks": [OwnNumbers()]}, **options)
 
 
 def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
