@@ -155,6 +155,8 @@ def jobs(folder: Path) -> list[Job]:
         Job("test_fsdp", "job", folder / "loaded", taught | {"stored": str(folder / "stored")}, LOADED_BY_ONE),
         Job("test_fsdp", "best_job", folder / "best"),
         Job("test_fsdp", "resumed_job", folder / "resumed", {"steps": [3, 10]}),  # in a CRIC cycle, in a period
+        Job("test_fsdp", "killed_job", folder / "not-killed"),
+        Job("test_fsdp", "stopped_job", folder / "not-stopped", {"pause": 0.0}),
     ]
 
 
@@ -258,7 +260,7 @@ def killed_job(folder: str, processes: int) -> None:
     torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
 
 
-def check_kills(folder: Path, events: list[str], seed: int) -> None:
+def check_kills(folder: Path, alone: Path, events: list[str], seed: int) -> None:
     """Kill a run again and again at events, let it end, and compare it with one that was left alone."""
     generator, fresh = random.Random(seed), 0
     command = fsdp_cpu.command(folder / "killed", [Job("test_fsdp", "killed_job", folder / "killed")])
@@ -269,11 +271,10 @@ def check_kills(folder: Path, events: list[str], seed: int) -> None:
             shutil.rmtree(folder / "killed" / "small")
             fresh += 1
             assert fresh < 4, f"{event} is never reached"
-    for name in ("killed", "alone"):
-        done = fsdp_cpu.run(folder / name, "test_fsdp", "killed_job")
-        assert done.returncode == 0, done.stderr[-4000:]
+    done = fsdp_cpu.run(folder / "killed", "test_fsdp", "killed_job")
+    assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
-        expected = torch.load(folder / "alone" / f"final{rank}.pt", weights_only=True)
+        expected = torch.load(alone / f"final{rank}.pt", weights_only=True)
         found = torch.load(folder / "killed" / f"final{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
         assert not [name for name, value in expected.items() if not torch.equal(found[name], value)]
@@ -281,17 +282,17 @@ def check_kills(folder: Path, events: list[str], seed: int) -> None:
     assert not list((folder / "killed").glob(".small*"))
 
 
-def test_kill_9_while_the_pruning_state_is_written(tmp_path: Path) -> None:
-    check_kills(tmp_path, ["parts:4"], seed=4)  # on the way through a CRIC cycle
+def test_kill_9_while_the_pruning_state_is_written(two: Path, tmp_path: Path) -> None:
+    check_kills(tmp_path, two / "not-killed", ["parts:4"], seed=4)  # on the way through a CRIC cycle
 
 
 @pytest.mark.slow
-def test_kill_9_at_many_random_events(tmp_path: Path) -> None:
+def test_kill_9_at_many_random_events(two: Path, tmp_path: Path) -> None:
     generator = random.Random(5)
     kinds = [kind for kind in killing.EVENTS if kind != "small model"]
     events = [f"{kind}:{generator.randint(1, 4)}" for kind in 3 * kinds]  # a run goes on by at most three steps each
     generator.shuffle(events)
-    check_kills(tmp_path, [*events[:18], "small model:1", "small model:1"], seed=5)
+    check_kills(tmp_path, two / "not-killed", [*events[:18], "small model:1", "small model:1"], seed=5)
 
 
 def test_one_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
@@ -348,14 +349,14 @@ def test_every_node_saves_a_whole_model_of_its_own(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / f"node{rank}" / "small")
 
 
-def stopped_job(folder: str, processes: int) -> None:
+def stopped_job(folder: str, processes: int, pause: float = 0.5) -> None:
     """Train slowly, with a checkpoint only when told to stop; or go on from it."""
     run = every_step(folder, processes, save_strategy="no", enable_jit_checkpoint=True)
     plain = run.training_step
 
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
         if not last:
-            time.sleep(0.5)
+            time.sleep(pause)
             (Path(folder) / f"step{run.args.process_index}").write_text(str(run.state.global_step))
         return plain(*args, **kwargs)
 
@@ -367,7 +368,7 @@ def stopped_job(folder: str, processes: int) -> None:
 
 
 @pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fsdp", "ddp"])
-def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, tmp_path: Path) -> None:
+def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, two: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
     command = fsdp_cpu.command(folder, [Job("test_fsdp", "stopped_job", folder)])
     env = {**os.environ, **(fsdp_cpu.ENVIRONMENT if sharded else fsdp_cpu.DDP)}
@@ -381,10 +382,11 @@ def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, tmp_path:
     assert saved is not None, errors[-3000:]
     assert int(saved.name.rpartition("-")[2]) < STEPS
     assert not (saved / "checkpoint-is-incomplete.txt").exists()
-    for where in (folder, tmp_path / "alone"):
-        done = fsdp_cpu.run(where, "test_fsdp", "stopped_job", sharded=sharded)
+    alone = two / "not-stopped" if sharded else tmp_path / "alone"
+    for where in (folder,) if sharded else (folder, alone):
+        done = fsdp_cpu.run(where, "test_fsdp", "stopped_job", sharded=sharded, pause=0.0)
         assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
-        found, expected = (torch.load(w / f"final{rank}.pt", weights_only=True) for w in (folder, tmp_path / "alone"))
+        found, expected = (torch.load(w / f"final{rank}.pt", weights_only=True) for w in (folder, alone))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
