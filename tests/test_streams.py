@@ -59,7 +59,6 @@ def test_the_first_guess_is_right(name: str):
     [
         "jetmoe",  # a bias of the whole block
         pytest.param("zaya", marks=pytest.mark.slow),  # biases on both sides of the residual connection
-        pytest.param("qwen4_exp_text", marks=pytest.mark.slow),  # gates on a normed stream of four copies
     ],
 )
 def test_the_first_guess_is_right_where_more_than_writers_lie_along_the_stream(model_type: str):
