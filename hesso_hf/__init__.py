@@ -4,10 +4,10 @@ The modules in the order of the data flow, each importing only from those before
 layer_lists, per_layer_sizes, sizes, division, probe, shards, groups, shrink, tiny, discovery, norms, streams, sides,
 constants, experts, routing, depth, outcome, per_layer, cut, expert_trial, depth_proof, proof, cost, latency, budget,
 inspection, strategies, model_sizes, memory, planning, schedule, saliency, agreement, snapshot, adapters, frozen, held,
-bound, calibration, ranking, cric, trial, collapse, process, optimizer, shard_state, zero, zero_steps, plan, tokens,
-spelling, retokenize, embeddings, vocabulary, verify, adapter_export, publish, plots, card, checkpoint, export,
-shard_export, zero_export, progress, hub, engines, preemption, teacher, distillation, trainer, and then the command
-line's.
+bound, calibration, ranking, cric, trial, collapse, process, optimizer, shard_state, zero, zero_ranges, zero_universal,
+zero_steps, plan, tokens, spelling, retokenize, embeddings, vocabulary, verify, adapter_export, publish, plots, card,
+checkpoint, export, shard_export, zero_export, progress, hub, engines, preemption, teacher, distillation,
+trainer, and then the command line's.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from .shard_state import load_pruning_state, load_random_states, save_pruning_st
 from .shards import named_parameters
 from .zero_export import export_zero
 from .zero_steps import ZeroSteps, check_zero_state, load_zero_state, refuse_zero, save_zero_state
+from .zero_universal import check_trained, reading_what_is_there, reads_universal
 
 logger = logging.get_logger(__name__)
 
@@ -96,8 +97,10 @@ class EngineMixin(HubMixin):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         if self.is_deepspeed_enabled:
             if self._resume_from is not None:
-                check_zero_state(Path(self._resume_from), self._zero_stage)
+                check_zero_state(Path(self._resume_from), self._zero_stage, reads_universal(self._engine_config))
             process = self._new_process()  # while the model may still be whole
+            if self._resume_from is not None and reads_universal(self._engine_config):
+                check_trained(process.bound.parameters, Path(self._resume_from))
             self.hesso_optimizer = ZeroSteps(process, self._noted_loss)
         if self._is_sharded and self.args.torch_compile:
             # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
@@ -166,13 +169,21 @@ class EngineMixin(HubMixin):
             self._attach()
         super()._load_optimizer_and_scheduler(checkpoint)
         if isinstance(self.hesso_optimizer, ZeroSteps):
-            return load_zero_state(self.hesso_optimizer, Path(checkpoint), self._zero_stage)
+            universal = reads_universal(self._engine_config)
+            return load_zero_state(self.hesso_optimizer, Path(checkpoint), self._zero_stage, universal)
         assert isinstance(self.hesso_optimizer, HessoOptimizer)
         if self._is_sharded:
             return load_pruning_state(self.hesso_optimizer, self._bare_model(), Path(checkpoint))
         if world_size() > 1:  # all that the others share is process 0's
             load_random_states(self.hesso_optimizer, Path(checkpoint))
         return None
+
+    def _load_best_model(self) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        best, engine = Path(self.state.best_model_checkpoint or ""), self.accelerator.deepspeed_engine_wrapped.engine
+        with reading_what_is_there(engine, best):
+            super()._load_best_model()
 
     def _write_shards(self, folder: Path) -> None:
         """Write beside a sharded checkpoint what torch leaves out: the pruning state, config and tokenizer."""

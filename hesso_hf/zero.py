@@ -22,6 +22,8 @@ from .held import Held, Holdings
 from .shards import Part, flat_parts, full_shape, local
 from .snapshot import Snapshot
 
+Place = tuple[int, int, int, int]  # a vector's position, where a range begins in it and in its parameter, its length
+
 
 class HeldRange(Held):
     """A range of a flattened parameter.
@@ -94,13 +96,18 @@ class Master(HeldRange):
         super().__init__(full_shape(parameter), start, count)
         self._zero = zero
         self.parameter: Any = parameter  # with what DeepSpeed hangs on it
-        self._vector, self._offset = vector, offset
+        self._vector, self._offset, self._start = vector, offset, start
         self._gradient: torch.Tensor | None = None
 
     @property
     def gradient_scale(self) -> float:  # type: ignore[override]
         """The loss scale, in float16."""
         return float(self._zero.loss_scale)
+
+    @property
+    def place(self) -> Place:
+        """Where the range lies."""
+        return self._vector, self._offset, self._start, self._count
 
     def master(self) -> torch.Tensor:
         """Return the flat vector that the range lies in."""
@@ -207,6 +214,7 @@ class ZeroHoldings(Holdings):
     def __init__(self, zero: Any, parameters: Iterable[nn.Parameter]) -> None:
         self.zero, self.sharded, self.stepping = zero, True, False
         self._frozen: list[torch.Tensor] = []
+        self._frozen_places: dict[str, tuple[int, int]] = {}
         self._held: list[Held] = []
 
     def held(self, name: str, parameter: nn.Parameter) -> Held:
@@ -217,33 +225,63 @@ class ZeroHoldings(Holdings):
 
     def _find(self, name: str, parameter: Any) -> Held:
         if hasattr(parameter, "ds_tensor"):
-            length = parameter.ds_tensor.numel()
-            start = length * dist.get_rank(group=self.zero.dp_process_group)
-            count = max(0, min(length, parameter.ds_numel - start))
             if not parameter.requires_grad:
+                start, count = self._divided(parameter)
                 self._frozen.append(parameter.ds_tensor)
+                self._frozen_places[name] = (start, count)
                 return Frozen3(parameter, start, count)
-            if not count:
-                return Nothing(full_shape(parameter))
-            vector, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            return Master3(self.zero, parameter, start, count, vector, offset)
+            return self._trained(parameter) or Nothing(full_shape(parameter))
         if not parameter.requires_grad:
             self._frozen.append(parameter)
+            self._frozen_places[name] = (0, parameter.numel())
             return Held(name, parameter, is_main_process())
-        mapping = parameter._hp_mapping
-        if mapping is None:
+        mapping, found = parameter._hp_mapping, self._trained(parameter)
+        if found is None:
             return Nothing(full_shape(parameter))
         if not torch.equal(mapping.lp_fragment, mapping.hp_fragment.detach().to(mapping.lp_fragment)):
             raise HessoError(
                 f"{name}: DeepSpeed's map of where its fp32 weights lie is wrong; leave unusual settings out of "
                 "`zero_optimization`, or update deepspeed"
             )
+        return found
+
+    def _trained(self, parameter: Any) -> Master | None:
+        """Return this process' range of a trained parameter, None where it has none."""
+        if hasattr(parameter, "ds_tensor"):
+            start, count = self._divided(parameter)
+            vector, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            return Master3(self.zero, parameter, start, count, vector, offset) if count else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
         place, offset = mapping.lp_fragment_address, mapping.hp_fragment_address.start
         return Master12(self.zero, parameter, place.start, place.numel, mapping.param_group_index, offset)
 
+    def _divided(self, parameter: Any) -> tuple[int, int]:
+        """Return where this process' range of a parameter under ZeRO-3 begins, and its length."""
+        length = parameter.ds_tensor.numel()
+        start = length * dist.get_rank(group=self.zero.dp_process_group)
+        return start, max(0, min(length, parameter.ds_numel - start))
+
     def snapshot(self, optimizer: Optimizer, scaled: Iterable[torch.Tensor], on_cpu: bool) -> Snapshot:
         """Copy the flat vectors with their optimizer state, and frozen weights."""
-        return ZeroSnapshot(self, [*masters_of(self.zero), *self._frozen], optimizer, on_cpu)
+        return ZeroSnapshot(self, self.vectors(), optimizer, on_cpu)
+
+    def vectors(self) -> list[torch.Tensor]:
+        """Return what a snapshot copies, in its order: the flat vectors, and frozen weights."""
+        return [*masters_of(self.zero), *self._frozen]
+
+    def places(self) -> dict[str, Place]:
+        """Return where in `vectors` this process' range of a parameter lies, by name, where it holds one."""
+        first = len(masters_of(self.zero))
+        found = {n: (first + i, 0, *place) for i, (n, place) in enumerate(self._frozen_places.items())}
+        divided = hasattr(self.zero, "fp32_partitioned_groups_flat")
+        for group in self.zero.fp16_groups if divided else self.zero.bit16_groups:
+            for parameter in group:
+                held = self._trained(parameter)
+                if held is not None:
+                    found[self.zero.param_names[parameter]] = held.place
+        return found
 
     def publish(self) -> None:
         """Let all processes compute with the masters as they are: at once, or at the end of DeepSpeed's step."""

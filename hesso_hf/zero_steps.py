@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
@@ -24,6 +23,8 @@ from .optimizer import Skips
 from .process import PruningProcess
 from .shard_state import FOLDER, SHARED_NAME, snapshots_in
 from .zero import ZeroHoldings, masters_of
+from .zero_ranges import load_ranges, save_ranges
+from .zero_universal import check_readable, repair_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -124,6 +125,12 @@ class ZeroSteps:
         return result
 
     @property
+    def holdings(self) -> ZeroHoldings:
+        """How ZeRO's processes share the parameters."""
+        assert self._holdings is not None
+        return self._holdings
+
+    @property
     def _vectors(self) -> int:
         return len(masters_of(self._zero))
 
@@ -196,6 +203,11 @@ def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
         raise HessoError(
             f"`zero_optimization.mics_shard_size` ({zero['mics_shard_size']}) isn't supported: leave it out"
         )
+    if zero.get("elastic_checkpoint"):  # DeepSpeed 0.19 fails on what it writes then, on as many processes too
+        raise HessoError(
+            "`zero_optimization.elastic_checkpoint` (True) isn't supported: leave it out, and resume on another number "
+            "of processes by `checkpoint.load_universal`"
+        )
     for found, name in ((zero, "zenflow"), (engine_config, "torch_autocast"), (engine_config, "tensor_parallel")):
         if found.get(name):
             raise HessoError(f"`{name}` ({found[name]}) of DeepSpeed's config isn't supported: leave it out")
@@ -218,7 +230,7 @@ def save_zero_state(steps: ZeroSteps, folder: Any, stage: int) -> None:
 
     What all share goes into one file, each process' ranges of a CRIC snapshot into one of its own.
     """
-    target, rank = folder / FOLDER, dist.get_rank()
+    target = folder / FOLDER
     state = steps.process.state_dict()  # collective: sums are added up
     own = {kind: dict(snapshot) for kind, snapshot in snapshots_in(state)}
     for _, snapshot in snapshots_in(state):
@@ -227,39 +239,48 @@ def save_zero_state(steps: ZeroSteps, folder: Any, stage: int) -> None:
     if is_main_process():
         torch.save(state | {"zero": {"processes": world_size(), "stage": stage}}, target / SHARED_NAME)
     if own:
-        torch.save(own, target / f"ranges-{rank:05d}.pt")
+        save_ranges(target, own, steps.holdings)
     barrier()
 
 
-def load_zero_state(steps: ZeroSteps, folder: Any, stage: int) -> None:
-    """Continue from what `save_zero_state` wrote, on as many processes.
+def load_zero_state(steps: ZeroSteps, folder: Any, stage: int, universal: bool = False) -> None:
+    """Continue from what `save_zero_state` wrote.
+
+    Args:
+        universal: whether DeepSpeed has read a universal checkpoint, of any number of processes.
 
     Raises:
-        CheckpointMismatchError: where there is no such state, one of another engine, number of processes or ZeRO stage.
+        CheckpointMismatchError: as `check_zero_state` does.
     """
     source = folder / FOLDER
-    check_zero_state(folder, stage)
+    check_zero_state(folder, stage, universal)
+    if universal:
+        repair_optimizer(steps.base, folder)
     state = torch.load(source / SHARED_NAME, map_location="cpu", weights_only=True)
     kinds = list(snapshots_in(state))
-    own = (
-        torch.load(source / f"ranges-{dist.get_rank():05d}.pt", map_location="cpu", weights_only=True) if kinds else {}
-    )
+    own = load_ranges(source, state["zero"]["processes"], steps.holdings) if kinds else {}
     for kind, snapshot in kinds:
         snapshot |= own[kind]
     steps.load_pruning_state(state)
 
 
-def check_zero_state(folder: Any, stage: int) -> None:
-    """Compare how a checkpoint was made with this run; DeepSpeed itself can't change it.
+def check_zero_state(folder: Any, stage: int, universal: bool = False) -> None:
+    """Compare how a checkpoint was made with this run.
+
+    Args:
+        universal: whether DeepSpeed's config says that universal checkpoints are read.
 
     Raises:
-        CheckpointMismatchError: where it was made by another engine, number of processes or ZeRO stage.
+        CheckpointMismatchError: where it was made by another engine or ZeRO stage, or by another number of processes
+            and no universal checkpoint is read.
     """
     path = folder / FOLDER / SHARED_NAME
-    made = torch.load(path, map_location="cpu", weights_only=True).get("zero") if path.exists() else None
-    if made != {"processes": world_size(), "stage": stage}:
-        found = f"ZeRO-{made['stage']} on {made['processes']} processes" if made else "another engine than DeepSpeed"
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    made, present = state.get("zero"), world_size()
+    if not made or made["stage"] != stage:
+        found = f"ZeRO-{made['stage']}" if made else "another engine than DeepSpeed"
         raise CheckpointMismatchError(
-            f"`resume_from_checkpoint` ({str(folder)!r}) was written by {found}, this run is ZeRO-{stage} on "
-            f"{world_size()}; resume with the same, since DeepSpeed's partitions can't be read otherwise"
+            f"`resume_from_checkpoint` ({str(folder)!r}) was written by {found}, this run is ZeRO-{stage}; resume with "
+            "the same, since DeepSpeed's partitions can't be read otherwise"
         )
+    check_readable(folder, made["processes"], present, universal)

@@ -18,10 +18,10 @@ ORDER = (
     "depth", "outcome", "per_layer", "cut", "expert_trial", "depth_proof", "proof", "cost", "latency", "budget",
     "inspection", "strategies", "model_sizes", "memory", "planning", "schedule", "saliency", "agreement",
     "snapshot", "adapters", "frozen", "held", "bound", "calibration", "ranking", "cric", "trial", "collapse",
-    "process", "optimizer", "shard_state", "zero", "zero_steps", "plan", "tokens", "spelling", "retokenize",
-    "embeddings", "vocabulary", "verify", "adapter_export", "publish", "plots", "card", "checkpoint", "export",
-    "shard_export", "zero_export", "progress", "hub", "engines", "preemption", "teacher", "distillation",
-    "trainer",
+    "process", "optimizer", "shard_state", "zero", "zero_ranges", "zero_universal", "zero_steps", "plan", "tokens",
+    "spelling", "retokenize", "embeddings", "vocabulary", "verify", "adapter_export", "publish", "plots", "card",
+    "checkpoint", "export", "shard_export", "zero_export", "progress", "hub", "engines", "preemption", "teacher",
+    "distillation", "trainer",
 )  # fmt: skip
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 OTHERS = tuple(name for name in MODULES if name not in ORDER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,17 @@ from tiny import VOCAB, backward, process_for, tiny_llama, token_batches
 from training import hesso_config, trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hesso_hf import HessoConfig, HessoError, export_pruned
+from hesso_hf import HessoConfig, HessoError, export_pruned, zero_ranges
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.groups import KeptUnits
 from hesso_hf.held import Holdings
 from hesso_hf.saliency import UnitSums
 from hesso_hf.schedule import Schedule
-from hesso_hf.shard_state import FOLDER, SHARED_NAME
-from hesso_hf.zero import Master12
+from hesso_hf.shard_state import FOLDER, SHARED_NAME, snapshots_in
+from hesso_hf.zero import Master12, Place
+from hesso_hf.zero_ranges import load_ranges, save_ranges
 from hesso_hf.zero_steps import check_zero_state, refuse_zero
+from hesso_hf.zero_universal import check_trained
 
 if importlib.util.find_spec("deepspeed") is not None:
     import zero_cpu
@@ -59,6 +62,7 @@ ROUTED: dict[str, Any] = {
 } | SAVED
 DEEP: dict[str, Any] = {"hesso": {"structures": ["layers"], "target_sizes": {"num_hidden_layers": 1}}} | SAVED
 UNEVEN: dict[str, Any] = {"hesso": RATIO | {"layer_widths": "per_layer"}} | SAVED
+HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
 ADAMW = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -70,13 +74,13 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
     named = TAUGHT["hesso"] | {"distill_from": str(folder / "dense")}
     return {
         "plain-1": {"deepspeed": engine(1)} | SAVED,
-        "plain-2": {"deepspeed": engine(2)},
-        "plain-3": {"deepspeed": engine(3)},
+        "plain-2": {"deepspeed": engine(2)} | HALFWAY,
+        "plain-3": {"deepspeed": engine(3)} | HALFWAY,
         "plain-loaded": {"deepspeed": engine(3), "pretrained": str(folder / "dense")},
         "ratio-2": {"hesso": RATIO, "deepspeed": engine(2, zero=OFFLOAD)} | ACCUMULATED,
         "ratio-3": {"hesso": RATIO, "deepspeed": engine(3, zero=OFFLOAD | {"sub_group_size": 3000})}
         | ACCUMULATED
-        | SAVED,
+        | HALFWAY,
         "nan-2": {"deepspeed": engine(2)} | NAN,
         "nan-3": {"deepspeed": engine(3)} | NAN,
         "frozen-2": {"frozen": True, "deepspeed": engine(2)} | SAVED,
@@ -128,22 +132,62 @@ NAMES = ["plain-1", "plain-2", "plain-3", "plain-loaded", "ratio-2", "ratio-3", 
 RESUMED = [("cric-2", 3), ("cric-2", 9), ("cric-3", 3), ("cric-3", 9), ("taught-3", 5), ("paused-3", 10)]
 
 
+UNIVERSAL: dict[str, Any] = {"checkpoint": {"load_universal": True}}
+FEWER = {
+    "plain-2": 6, "plain-3": 6, "ratio-3": 6, "best-2": 6, "best-3": 6, "cric-2": 6,
+    "cric-3": 6, "paused-2": 5, "paused-3": 5,
+}  # fmt: skip  # go on in one process, from a step
+MORE = {"plain-2": 6, "plain-3": 6, "cric-2": 6, "cric-3": 6, "paused-2": 5}  # are begun in one and go on in two
+
+
+def moved(folder: Path, name: str, begun: Path, step: int, processes: int) -> tuple[str, dict[str, Any]]:
+    """Return the job that goes on with a run on another number of processes."""
+    options = jobs(folder)[name] | {"folder": str(folder / f"{name}-on-{processes}"), "processes": processes}
+    config = options["deepspeed"] | UNIVERSAL
+    if "gradient_accumulation_steps" in options:
+        options["gradient_accumulation_steps"] = 4 // processes
+    return "job", options | {"deepspeed": config, "resume": str(begun / "out" / f"checkpoint-{step}")}
+
+
+def make_universal(begun: Path, step: int) -> None:
+    """Run DeepSpeed's tool as the error says."""
+    tag = begun / "out" / f"checkpoint-{step}" / f"global_step{step}"
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(tag), "--output_folder", f"{tag}_universal"]
+    environment = {**os.environ, **zero_cpu.ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that is run, in one launch of two processes and one of one."""
+    """Everything that is run: in one process, in two, and what goes on in one."""
     folder = tmp_path_factory.mktemp("zero")
     tiny_llama(seed=5).save_pretrained(folder / "dense")
+    alone = [("job", {"folder": str(folder / n), "processes": 1, **options}) for n, options in ALONE.items()]
+    alone += [("job", jobs(folder)[name] | {"folder": str(folder / f"{name}-begun"), "processes": 1}) for name in MORE]
+    run_jobs(folder / "one", alone, 1)
+    for name, step in MORE.items():
+        make_universal(folder / f"{name}-begun", step)
     found = [("job", {"folder": str(folder / name), **options}) for name, options in jobs(folder).items()]
     for name, checkpoint in RESUMED:
         source = folder / name / "out" / f"checkpoint-{checkpoint}"
         options = jobs(folder)[name] | {"resume": str(source)}
         found.append(("job", {"folder": str(folder / f"{name}-from-{checkpoint}"), **options}))
-    done = zero_cpu.launch(folder / "two", found)
-    assert done.returncode == 0, done.stderr[-4000:]
-    alone = [("job", {"folder": str(folder / n), "processes": 1, **options}) for n, options in ALONE.items()]
-    done = zero_cpu.launch(folder / "one", alone, processes=1)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_jobs(
+        folder / "two",
+        found + [moved(folder, name, folder / f"{name}-begun", step, 2) for name, step in MORE.items()],
+        2,
+    )
+    for name, step in FEWER.items():
+        make_universal(folder / name, step)
+    run_jobs(folder / "fewer", [moved(folder, name, folder / name, step, 1) for name, step in FEWER.items()], 1)
     return folder
+
+
+def run_jobs(where: Path, found: list[tuple[str, dict[str, Any]]], processes: int) -> None:
+    done = zero_cpu.launch(where, found, processes)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def result(folder: Path, rank: int = 0) -> dict[str, Any]:
@@ -308,9 +352,57 @@ def test_an_optimizer_of_deepspeeds_config_is_pruned_around_as_well(runs: Path) 
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_another_number_of_processes_is_refused(runs: Path) -> None:
-    with pytest.raises(CheckpointMismatchError, match="was written by ZeRO-3 on 2 processes, this run is ZeRO-3 on 1"):
-        check_zero_state(runs / "cric-3" / "out" / "checkpoint-3", 3)
+@pytest.mark.parametrize(("name", "processes"), [*((name, 1) for name in FEWER), *((name, 2) for name in MORE)])
+def test_a_run_goes_on_with_another_number_of_processes(name: str, processes: int, runs: Path) -> None:
+    step = FEWER[name] if processes == 1 else MORE[name]
+    begun = runs / (name if processes == 1 else f"{name}-begun")
+    state = torch.load(begun / "out" / f"checkpoint-{step}" / FOLDER / SHARED_NAME, weights_only=True)
+    assert state["step"] == step
+    if name.startswith(("cric", "paused")):
+        assert list(snapshots_in(state)), "there is no snapshot to put together"
+    else:
+        assert any(bool(redundant.any()) for redundant in state["redundant"].values()), "nothing is on its way to zero"
+    expected = result(runs / name.partition("-")[0])
+    for rank in range(processes):
+        assert_same(result(runs / f"{name}-on-{processes}", rank), expected, 1e-5)
+
+
+def written(folder: Path, *, processes: int = 2, stage: int = 2, universal: bool = False, **state: Any) -> Path:
+    """Write what `check_zero_state` looks at."""
+    (folder / FOLDER).mkdir()
+    (folder / "latest").write_text("global_step3")
+    if universal:
+        (folder / "latest_universal").write_text("global_step3_universal")
+    torch.save({"zero": {"processes": processes, "stage": stage}} | state, folder / FOLDER / SHARED_NAME)
+    return folder
+
+
+TOOL = r"`python -m deepspeed.checkpoint.ds_to_universal .*--input_folder .*global_step3 --output_folder .*_universal`"
+SETTING = r'set `"checkpoint": {"load_universal": true}` in DeepSpeed\'s config, or resume on 2'
+
+
+@pytest.mark.parametrize(
+    ("found", "load_universal", "named"),
+    [
+        ({}, False, f"was written by 2 processes, this run has 1; run {TOOL} and {SETTING}"),
+        ({"universal": True}, False, f"was written by 2 processes, this run has 1; {SETTING}"),
+        ({}, True, rf"`checkpoint.load_universal` \(True\) .*{TOOL}, or leave the setting out to resume on 2"),
+        ({"universal": True, "stage": 3}, True, "was written by ZeRO-3, this run is ZeRO-2"),
+    ],
+)  # fmt: skip
+def test_another_number_of_processes_is_refused_with_what_to_do(
+    found: Any, load_universal: bool, named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointMismatchError, match=named):
+        check_zero_state(written(tmp_path, **found), 2, load_universal)
+
+
+@pytest.mark.parametrize(
+    ("found", "load_universal"),
+    [({"processes": 1}, False), ({"universal": True}, True), ({"processes": 1, "universal": True}, True)],
+)
+def test_what_deepspeed_can_read_is_taken(found: Any, load_universal: bool, tmp_path: Path) -> None:
+    check_zero_state(written(tmp_path, **found), 2, load_universal)
 
 
 def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path) -> None:
@@ -320,12 +412,51 @@ def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path) -> None:
         check_zero_state(tmp_path, 2)
 
 
+def holdings_of(places: dict[str, Place], length: int) -> Any:
+    """Return what one process of ZeRO's holds, in one flat vector."""
+    return SimpleNamespace(places=lambda: places, vectors=lambda: [torch.zeros(length)])
+
+
+def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"a": torch.arange(1.0, 8.0), "b": torch.arange(10.0, 15.0)}  # 7 and 5 elements: 6 a process
+    places: list[dict[str, Place]] = [{"a": (0, 0, 0, 6)}, {"a": (0, 0, 6, 1), "b": (0, 1, 0, 5)}]
+    flat = torch.cat(list(whole.values())).split(6)
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        state = [{"exp_avg": -flat[rank], "step": torch.tensor(3.0)}]
+        snapshot = {"weights": [flat[rank]], "state": state, "options": [{"step": 3}], "random": {"of": rank}}
+        save_ranges(tmp_path, {"trial": snapshot}, holdings_of(places[rank], 6))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(zero_ranges, "world_size", lambda: 3)
+    found = load_ranges(tmp_path, 2, holdings_of({"b": (0, 0, 1, 4), "a": (0, 4, 3, 4)}, 9))["trial"]
+    expected = torch.tensor([11.0, 12.0, 13.0, 14.0, 4.0, 5.0, 6.0, 7.0, 0.0])  # what isn't held stays zero
+    assert torch.equal(found["weights"][0], expected)
+    assert torch.equal(found["state"][0]["exp_avg"], -expected)
+    assert found["state"][0]["step"] == 3
+    assert (found["options"], found["random"]) == ([{"step": 3}], {"of": 1})
+    with pytest.raises(CheckpointMismatchError, match="b: 2 elements of a CRIC snapshot are missing"):
+        load_ranges(tmp_path, 2, holdings_of({"b": (0, 0, 3, 4)}, 9))
+
+
+def test_frozen_weights_that_deepspeed_would_leave_out_are_named(tmp_path: Path) -> None:
+    parameters = dict(tiny_llama().named_parameters())
+    check_trained(parameters, tmp_path)
+    parameters["model.norm.weight"].requires_grad_(False)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"frozen parameters such as model.norm.weight .*resume on as many"
+    ):
+        check_trained(parameters, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("engine_config", "hesso", "named"),
     [
         ({}, {}, r"`zero_optimization.stage` \(0\)"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "offload_param.device"),
         ({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}, {}, "round_robin_gradients"),
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, {}, "checkpoint.load_universal"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, {}, "mics_shard_size"),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, {}, "zenflow"),
         ({"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True}}, {}, "torch_autocast"),
