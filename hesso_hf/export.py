@@ -89,6 +89,25 @@ def export_pruned(
     model = dense_model(trained, torch.float32) if adapted else trained
     if groups is None:
         groups = _groups_for(model, kept_units)
+    kept = _decision(model, groups, kept_units)
+    wanted = dtype or asked.get("export_dtype")
+    stored = DTYPES[wanted] if wanted else _trained_dtype(trained, source)
+    if vocabulary is None and (training or {}).get("vocabulary"):
+        vocabulary = KeptTokens.from_dict((training or {})["vocabulary"])
+    if vocabulary is not None:
+        tokenizer = _trimmed(tokenizer, vocabulary)
+    return _export(
+        model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {}, vocabulary,
+        trained if adapted else None, adapted == "adapter",
+    )  # fmt: skip
+
+
+def _decision(model: PreTrainedModel, groups: PruningGroups, kept_units: KeptUnits | None) -> KeptUnits:
+    """Return which units stay: what was decided, or those that aren't exactly zero.
+
+    Raises:
+        HessoError: where a unit that is to be cut isn't zero, or the layers would differ unasked.
+    """
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
@@ -103,16 +122,7 @@ def export_pruned(
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
         )
-    wanted = dtype or asked.get("export_dtype")
-    stored = DTYPES[wanted] if wanted else _trained_dtype(trained, source)
-    if vocabulary is None and (training or {}).get("vocabulary"):
-        vocabulary = KeptTokens.from_dict((training or {})["vocabulary"])
-    if vocabulary is not None:
-        tokenizer = _trimmed(tokenizer, vocabulary)
-    return _export(
-        model, groups, kept, Path(output_dir), tokenizer, stored, max_shard_size, training or {}, vocabulary,
-        trained if adapted else None, adapted == "adapter",
-    )  # fmt: skip
+    return kept
 
 
 def _export(
