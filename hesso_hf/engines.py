@@ -209,28 +209,19 @@ class EngineMixin(HubMixin):
     # -- the smaller model ----------------------------------------------------------------------------------------
 
     def _export_sharded(self, kept: KeptUnits, target: Path) -> PruningReport:
-        return export_sharded(
-            self._bare_model(),
-            target,
-            kept_units=kept,
-            groups=self.hesso_plan.groups,
-            tokenizer=self._saved_tokenizer(),
-            dtype=self.hesso_config.export_dtype,
-            writers=self._writers(),
-            training=self._training_record(),
-        )
+        return export_sharded(self._bare_model(), target, writers=self._writers(), **self._export_options(kept))
 
     def _export_zero(self, kept: KeptUnits, target: Path) -> PruningReport:
-        return export_zero(
-            self._bare_model(),
-            target,
-            kept_units=kept,
-            groups=self.hesso_plan.groups,
-            tokenizer=self._saved_tokenizer(),
-            dtype=self.hesso_config.export_dtype,
-            training=self._training_record(),
-            writes=self.args.should_save,
-        )
+        return export_zero(self._bare_model(), target, writes=self.args.should_save, **self._export_options(kept))
+
+    def _export_options(self, kept: KeptUnits) -> dict[str, Any]:
+        return {
+            "kept_units": kept,
+            "groups": self.hesso_plan.groups,
+            "tokenizer": self._saved_tokenizer(),
+            "dtype": self.hesso_config.export_dtype,
+            "training": self._training_record(),
+        }
 
     def _save_dense_sharded(self, target: Path) -> None:
         write_dense(self._bare_model(), target, self.hesso_plan.groups, self._saved_tokenizer(), self._writers())

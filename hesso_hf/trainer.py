@@ -329,15 +329,8 @@ class HessoMixin(EngineMixin, DistillationMixin):
         failed: Exception | None = None
         if self.args.should_save:
             try:
-                self.pruning_report = export_pruned(
-                    self._unwrapped_model(),
-                    target,
-                    kept_units=process.kept_units(),
-                    groups=self.hesso_plan.groups,
-                    tokenizer=self._saved_tokenizer(),
-                    dtype=self.hesso_config.export_dtype,
-                    training=self._training_record(),
-                )
+                options = self._export_options(process.kept_units())
+                self.pruning_report = export_pruned(self._unwrapped_model(), target, **options)
             except Exception as error:  # the other processes must hear of any
                 failed = error
         message = from_main(str(failed) if failed else None)
