@@ -13,9 +13,12 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .probe import ParameterInfo
 from .tiny import forward_logits
+
+logger = logging.get_logger(__name__)
 
 _SEED = 20240915
 
@@ -76,8 +79,8 @@ def has_bare_layernorm(model: PreTrainedModel, channels: int) -> bool:
             try:
                 if _subtracts_mean(module, probe):
                     return True
-            except Exception:  # it takes other inputs, so it isn't a norm of the stream
-                continue
+            except Exception as error:  # it takes other inputs, so it isn't a norm of the stream
+                logger.info(f"{type(module).__name__} isn't called with hidden states alone: {error}")
     return False
 
 

@@ -157,6 +157,9 @@ def test_snapshot_and_teacher_lie_where_they_are_kept(big: ModelSizes) -> None:
     taught = Workload(distillation=True)
     assert residents(big, ddp, taught, 16)["teacher"] == 2 * n
     assert residents(big, fsdp2, taught, 16)["teacher"] == 2 * n / 16
+    assert (
+        residents(big, BY_NAME["lora"], taught, 1)["teacher"] == 2 * n
+    )  # its base is pruned, so it can't be the teacher
     assert phases(big, ddp, taught, 1)["forward"]["logits"] > phases(big, ddp, Workload(), 1)["forward"]["logits"]
 
 
