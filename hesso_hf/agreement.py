@@ -51,6 +51,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Leave the other processes at the end of a script that went well.
+
+    Without it a thread of gloo can outlive the interpreter, and the process aborts after its work is done. Not for
+    errors: the others may be waiting for this process, and it for them.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0."""
     return world_size() == 1 or dist.get_rank() == 0

@@ -169,12 +169,14 @@ def _prune(flags: list[str]) -> int:
         print("usage: hesso-hf prune [RECIPE] [--flag value ...]\n\nFlags override the recipe's keys.\n")
         recipe_parser().print_help()
         return 0
+    from .agreement import leave
     from .commands import prune
 
     recipe = flags[0] if flags and not flags[0].startswith("-") else None
     result = prune(parse_recipe(recipe, flags[1:] if recipe else flags))
     if result is not None:
         _print_report(result.report, str(result.output), result.held_out_loss)
+    leave()
     return 0
 
 

@@ -32,12 +32,14 @@ _WORKER = """
 import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch, fsdp_cpu
+from hesso_hf.agreement import leave
 torch.set_num_threads(1)
 if os.environ.get("ACCELERATE_USE_FSDP"):
     fsdp_cpu.start()
 for job in json.loads(sys.argv[2]):
     with fsdp_cpu.environment(job["env"]):
         getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
+leave()
 """
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 from tiny import tiny_llama
 from transformers import (
@@ -123,6 +124,29 @@ def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: P
         kept[name] = json.loads((output / "small" / "pruning_report.json").read_text())["kept_units"]
         assert AutoConfig.from_pretrained(output / "small").intermediate_size < 44
     assert kept["torchrun"] == kept["accelerate"]
+
+
+def test_prune_leaves_the_other_processes_unless_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that exits while gloo's threads run may abort after the work is done."""
+
+    def pruned(recipe: object) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def failing(recipe: object) -> None:
+        pruned(recipe)
+        raise HessoError("no")
+
+    flags = ["prune", "--model", "m", "--dataset", "d", "--output_dir", str(tmp_path), "--max_steps", "9"]
+    flags += ["--hesso_pruning_ratio", "0.3"]
+    monkeypatch.setattr("hesso_hf.commands.prune", pruned)
+    assert main(flags) == 0
+    assert not dist.is_initialized()
+    monkeypatch.setattr("hesso_hf.commands.prune", failing)
+    try:
+        assert main(flags) == 2
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_inspect_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:

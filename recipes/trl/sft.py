@@ -42,3 +42,4 @@ if __name__ == "__main__":
     )
     trainer.train()
     trainer.save_model(f"{args.output_dir}/small")
+    trainer.accelerator.end_training()  # leaves the other processes; without it one may abort while it exits
