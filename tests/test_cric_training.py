@@ -517,7 +517,7 @@ import faulthandler, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
-faulthandler.dump_traceback_later(90, exit=True)  # ranks that disagree may wait for ever
+faulthandler.dump_traceback_later(300, exit=True)  # ranks that disagree may wait for ever
 torch.set_num_threads(1)
 from test_cric_training import distributed_job
 for mode in ("path", "probe"):
@@ -536,7 +536,7 @@ def distributed_job(folder: Path, mode: str, per_device: int) -> None:
 
     run = cric_run(
         folder / mode, mode, model=tiny_llama(), trainer_class=Recorded, per_device_train_batch_size=per_device,
-        ddp_timeout=60,
+        ddp_timeout=200,
     )  # fmt: skip
     run.train()
     model = run.accelerator.unwrap_model(run.model)
@@ -576,7 +576,7 @@ import faulthandler, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
-faulthandler.dump_traceback_later(90, exit=True)  # ranks that disagree may wait for ever
+faulthandler.dump_traceback_later(300, exit=True)  # ranks that disagree may wait for ever
 torch.set_num_threads(1)
 from test_cric_training import pausing_job
 for case in sys.argv[3:]:
@@ -600,7 +600,7 @@ def pausing_job(folder: Path, case: str) -> None:
 
     run = trainer(
         folder, config=hesso_config(on_collapse="pause", pruning_steps=6, collapse_threshold=2.0), max_steps=24,
-        trainer_class=Offset, per_device_train_batch_size=2, ddp_timeout=20, learning_rate=1e-3,
+        trainer_class=Offset, per_device_train_batch_size=2, ddp_timeout=200, learning_rate=1e-3,
     )  # fmt: skip
     run.train()
     model = run.accelerator.unwrap_model(run.model)
