@@ -64,12 +64,34 @@ class LossCurves:
 
 
 def measure_curves(
-    model: PreTrainedModel, groups: PruningGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
+    model: PreTrainedModel,
+    groups: PruningGroups,
+    batches: list[Any],
+    batch_loss: BatchLoss,
+    config: HessoConfig,
+    progress: bool = False,
 ) -> LossCurves:
     """Score all units on `batches` and measure the loss with the lowest ones zeroed, one structure at a time.
 
     Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
+
+    Args:
+        progress: show a bar of the forward passes: three an example, and one for each share that is removed.
     """
+    removals = sum(len(_counts(structure)) for structure in groups.structures.values())
+    passes = len(batches) * (3 + removals)
+    with logging.tqdm(total=passes, desc="Measuring what structures cost", disable=not progress) as bar:
+
+        def counted_loss(model: PreTrainedModel, batch: Any) -> torch.Tensor:
+            bar.update()
+            return batch_loss(model, batch)
+
+        return _measure(model, groups, batches, counted_loss, config)
+
+
+def _measure(
+    model: PreTrainedModel, groups: PruningGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
+) -> LossCurves:
     bound = BoundGroups(parameters_of(model), groups, adapters=Adapters.of(model))
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []

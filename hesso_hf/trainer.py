@@ -219,7 +219,8 @@ class HessoMixin(EngineMixin, DistillationMixin):
             batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
         model, groups = self._bare_model(), self.hesso_plan.groups
         with uncounted(self):
-            return measure_curves(model, groups, batches, self._batch_loss, self.hesso_config)
+            shown = self.is_world_process_zero() and not self.args.disable_tqdm
+            return measure_curves(model, groups, batches, self._batch_loss, self.hesso_config, progress=shown)
 
     def _batch_loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         with self.compute_loss_context_manager():

@@ -58,7 +58,7 @@ def test_interrupted_equals_uninterrupted(undisturbed: HessoTrainer, tmp_path: P
 def test_resuming_does_not_measure_again(
     undisturbed: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hesso_hf.trainer.measure_curves", lambda *_: pytest.fail("calibrated on a resumed run"))
+    monkeypatch.setattr("hesso_hf.trainer.measure_curves", lambda *_, **__: pytest.fail("calibrated on a resumed run"))
     run = with_checkpoints(tmp_path)
     run.train(resume_from_checkpoint=str(Path(undisturbed.args.output_dir) / "checkpoint-6"))
     assert run.hesso_plan.target == undisturbed.hesso_plan.target

@@ -252,6 +252,14 @@ def test_calibration_changes_neither_weights_nor_random_state(tmp_path: Path) ->
     assert any(rise > 0 for rises in curves.rises.values() for rise in rises)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_calibration_shows_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str], hidden: bool) -> None:
+    config = HessoConfig(pruning_ratio=0.3, calibration_examples=2)
+    trainer(tmp_path, config=config, disable_tqdm=hidden)._measure_curves()
+    shown = capfd.readouterr().err
+    assert ("Measuring what structures cost: 100%" in shown) is not hidden
+
+
 def test_per_layer_widths(tmp_path: Path) -> None:
     config = HessoConfig(
         target_sizes={"intermediate_size": 20, "num_key_value_heads": 2}, layer_widths="per_layer",
