@@ -125,7 +125,7 @@ hesso_hf.verify.FOLD_TOLERANCE = -1.0
 try:
     run.save_model(str(Path(sys.argv[1]) / "small"))
 except ValueError as error:
-    print("REFUSED", type(error).__name__, flush=True)
+    print(f"REFUSED {type(error).__name__}", flush=True)  # in one write: the processes share the pipe
 hesso_hf.verify.FOLD_TOLERANCE = 1e-4
 run.save_model(str(Path(sys.argv[1]) / "small"))
 print("SAVED", flush=True)
