@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,45 @@ KINDS: dict[str, dict[str, Any]] = {
     "cric": {"steps": 14, "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2},
 }  # fmt: skip
 
+SUMMED: dict[str, Any] = {"saliency_batches": 3}  # of steps 1, 2 and 3
+PAUSING: dict[str, Any] = {
+    "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, "on_collapse": "pause",
+}  # fmt: skip
+STEPS = 14
+SAVED_AFTER = (4, 5, 9)  # twice in a cycle, once while units shrink
+MOE = {"target_sizes": None, "pruning_ratio": 0.25, "calibration_examples": 0}
+EXPORTS: dict[str, dict[str, Any]] = {
+    "many-files": {"kind": "llama", "layers": 10, "dtype": "bfloat16"},
+    "tied": {"kind": "gemma2"},
+    "layer-norm": {"kind": "phi"},
+    "uneven": {"kind": "llama", "layer_widths": "per_layer",
+               "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28}},
+    "experts": {"kind": "mixtral", **MOE, "structures": ["attention_heads", "experts"]},
+    "latent": {"kind": "deepseek_v3", **MOE},
+}  # fmt: skip
+
+
+def resumed(folder: Path, name: str, steps: int, **options: Any) -> dict[str, Any]:
+    """Return the arguments of a run that goes on from a saved one."""
+    return {"source": str(folder / name), "steps": steps, **options}
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that two processes do, in one launch; each job has a folder of its own."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, [("train", folder / name, {"mesh": "shard", **options}) for name, options in KINDS.items()])
+    jobs = [
+        *(("train", name, options) for name, options in KINDS.items()),
+        ("train_and_save", "summing", {"steps": 2, **SUMMED}),
+        ("train", "summed", {"steps": 3, **SUMMED}),
+        ("load_and_train", "summing-resumed", resumed(folder, "summing", 1, **SUMMED)),
+        ("train", "straight", {"steps": STEPS, **PAUSING}),
+        *(("train_and_save", f"saved-{step}", {"steps": step, **PAUSING}) for step in SAVED_AFTER),
+        *(("load_and_train", f"from-{s}", resumed(folder, f"saved-{s}", STEPS - s, **PAUSING)) for s in SAVED_AFTER),
+    ]
+    sharded_jobs = [(job, folder / name, {"mesh": "shard", **options}) for job, name, options in jobs]
+    exports = [("export", folder / "exports" / name, options) for name, options in EXPORTS.items()]
+    launch(folder, [*sharded_jobs, *exports, ("forget_the_pruning_state", folder / "forgotten", {})])
     return folder
 
 
@@ -100,72 +135,37 @@ def test_replicas_of_shards_are_counted_once(tmp_path: Path) -> None:
             assert_same(found, alone)
 
 
-def test_sums_of_a_scoring_go_on_and_are_counted_once(tmp_path: Path) -> None:
-    options = {"mesh": "shard", "saliency_batches": 3}  # of steps 1, 2 and 3
-    jobs = [
-        ("train_and_save", tmp_path / "saved", {"steps": 2, **options}),
-        ("train", tmp_path / "straight", {"steps": 3, **options}),
-        ("load_and_train", tmp_path / "resumed", {"steps": 1, "source": str(tmp_path / "saved"), **options}),
-    ]
-    launch(tmp_path, jobs)
-    straight = results(tmp_path / "straight")[0]
+def test_sums_of_a_scoring_go_on_and_are_counted_once(two: Path) -> None:
+    straight = results(two / "summed")[0]
     assert max(float(term.abs().max()) for term in straight["sums"]["mlp_channels"].values()) > 0
-    for found in results(tmp_path / "resumed"):
+    for found in results(two / "summing-resumed"):
         assert_same(found, straight, 0.0)
 
 
-@pytest.mark.parametrize(
-    ("stop", "reader"), [(5, 1), (4, 2), (9, 2)], ids=["in-a-cycle-on-one", "in-a-cycle", "pruning"]
-)
-def test_a_sharded_run_goes_on_elsewhere(stop: int, reader: int, tmp_path: Path) -> None:
-    options = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, "on_collapse": "pause"}
-    jobs = [
-        ("train_and_save", tmp_path / "saved", {"steps": stop, "mesh": "shard", **options}),
-        ("train", tmp_path / "straight", {"steps": 14, "mesh": "shard", **options}),
-    ]
-    resumed = {"source": str(tmp_path / "saved"), "steps": 14 - stop, **options}
-    if reader == 2:
-        jobs.append(("load_and_train", tmp_path / "resumed", {"mesh": "shard", **resumed}))
-    launch(tmp_path, jobs)
-    if reader == 1:
-        (tmp_path / "resumed").mkdir()
-        sharded.load_and_train(tmp_path / "resumed", mesh=None, **resumed)
-    straight = results(tmp_path / "straight")
-    for found in results(tmp_path / "resumed", reader):
-        assert_same(found, straight[0], 0.0 if reader == 2 else 1e-5)
-        assert found["cric"] == straight[0]["cric"]
+@pytest.mark.parametrize("step", SAVED_AFTER)
+def test_a_sharded_run_goes_on_bit_for_bit(step: int, two: Path) -> None:
+    straight = results(two / "straight")[0]
+    for found in results(two / f"from-{step}"):
+        assert_same(found, straight, 0.0)
+        assert found["cric"] == straight["cric"]
 
 
-def test_a_stored_part_that_is_lost_is_an_error(tmp_path: Path) -> None:
-    options = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2}
-    launch(tmp_path, [("train_and_save", tmp_path / "saved", {"steps": 4, "mesh": "shard", **options})])
+def test_a_sharded_run_goes_on_with_one_process(two: Path, tmp_path: Path) -> None:
+    sharded.load_and_train(tmp_path, mesh=None, **resumed(two, "saved-5", STEPS - 5, **PAUSING))
+    straight, (found,) = results(two / "straight")[0], results(tmp_path, 1)
+    assert_same(found, straight)
+    assert found["cric"] == straight["cric"]
+
+
+def test_a_stored_part_that_is_lost_is_an_error(two: Path, tmp_path: Path) -> None:
+    shutil.copytree(two / "saved-4", tmp_path / "saved")
     (tmp_path / "saved" / FOLDER / "parts-00001.safetensors").unlink()
     with pytest.raises(CheckpointMismatchError, match=r"elements are missing|holds .* of shape None"):
-        sharded.load_and_train(tmp_path, str(tmp_path / "saved"), steps=1, mesh=None, **options)
+        sharded.load_and_train(tmp_path, mesh=None, **resumed(tmp_path, "saved", 1, **PAUSING))
 
 
-def test_going_on_without_the_pruning_state_is_an_error(tmp_path: Path) -> None:
-    launch(tmp_path, [("forget_the_pruning_state", tmp_path / "forgotten", {})])
-    assert (tmp_path / "forgotten" / "refused").read_text() == "call `load_pruning_state"
-
-
-MOE = {"target_sizes": None, "pruning_ratio": 0.25, "calibration_examples": 0}
-EXPORTS: dict[str, dict[str, Any]] = {
-    "many-files": {"kind": "llama", "layers": 10, "dtype": "bfloat16"},
-    "tied": {"kind": "gemma2"},
-    "layer-norm": {"kind": "phi"},
-    "uneven": {"kind": "llama", "layer_widths": "per_layer",
-               "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28}},
-    "experts": {"kind": "mixtral", **MOE, "structures": ["attention_heads", "experts"]},
-    "latent": {"kind": "deepseek_v3", **MOE},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exports")
-    launch(folder, [("export", folder / name, options) for name, options in EXPORTS.items()])
-    return folder
+def test_going_on_without_the_pruning_state_is_an_error(two: Path) -> None:
+    assert (two / "forgotten" / "refused").read_text() == "call `load_pruning_state"
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -174,9 +174,9 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", EXPORTS)
 @pytest.mark.parametrize("kind", ["small", "dense"])
-def test_what_is_written_from_shards_is_what_is_written_from_a_whole_model(name: str, kind: str, exports: Path) -> None:
-    folder = exports / name / kind
-    plain = exports / name / {"small": "plain", "dense": "plain-dense"}[kind]
+def test_what_is_written_from_shards_is_what_is_written_from_a_whole_model(name: str, kind: str, two: Path) -> None:
+    folder = two / "exports" / name / kind
+    plain = two / "exports" / name / {"small": "plain", "dense": "plain-dense"}[kind]
     ours, expected = tensors_in(folder), tensors_in(plain)
     assert ours.keys() == expected.keys()
     for tensor, value in expected.items():
@@ -189,9 +189,10 @@ def test_what_is_written_from_shards_is_what_is_written_from_a_whole_model(name:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_many_files_are_written_by_both_processes(exports: Path) -> None:
-    assert len(list((exports / "many-files" / "small").glob("model-*.safetensors"))) >= 4
-    assert all(found["fold"] <= 1e-5 for found in results(exports / "many-files"))
+def test_many_files_are_written_by_both_processes(two: Path) -> None:
+    folder = two / "exports" / "many-files"
+    assert len(list((folder / "small").glob("model-*.safetensors"))) >= 4
+    assert all(found["fold"] <= 1e-5 for found in results(folder))
 
 
 def test_no_process_holds_a_full_copy_while_it_writes(tmp_path: Path) -> None:
