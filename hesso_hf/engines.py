@@ -233,6 +233,8 @@ class EngineMixin(HubMixin):
         return Writers(self.args.process_index, world_size(), self.args.should_save)
 
     def _processes_a_node(self) -> int:
+        """Return how many processes this node has; another one may have more or fewer."""
         shared: list[Any] = [None] * world_size()
         dist.all_gather_object(shared, self.args.local_process_index)
-        return max(shared) + 1
+        first = self.args.process_index - self.args.local_process_index
+        return sum(rank - position == first for rank, position in enumerate(shared))

@@ -188,37 +188,38 @@ class ShardedExport:
         """
         with ExitStack() as stack:
             folder = _shared_folder(target, writers, stack)
-            on_all(lambda: self._write_files(folder, dtype, max_shard_size, writers))
-            rounding = on_all(lambda: self._check_files(folder, dtype))
+            names = on_all(lambda: self._write_files(folder, dtype, max_shard_size, writers))
+            on_all(lambda: self._read_back(folder, dtype, names))
+            rounding = on_all(self._error)
             name = str(dtype).removeprefix("torch.")
             verification = Verification(self.fold_error, rounding, name, self.input_ids.numel())
             on_all(lambda: finish(folder, verification) if writers.main else None)
-        dist.barrier()
+            on_all(stack.close)  # publishes
 
-    def _write_files(self, folder: Path, dtype: torch.dtype, max_shard_size: str, writers: Writers) -> None:
-        """Put one layer after the other together, and keep of it what belongs to this process' files."""
+    def _write_files(self, folder: Path, dtype: torch.dtype, max_shard_size: str, writers: Writers) -> set[str]:
+        """Put one layer after the other together, keep what belongs to this process' files, and return all names.
+
+        A process that can't write goes on to put layers together: the others can't without it.
+        """
         shapes = {name: value.to("meta") for batch in self._batches(dtype, meta=True) for name, value in batch.items()}
         pattern = "model{suffix}.safetensors"
         split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size, filename_pattern=pattern)
-        files = list(split.filename_to_tensors)
-        mine = {file for index, file in enumerate(files) if index % writers.count == writers.rank}
-        missing = {file: set(names) for file, names in split.filename_to_tensors.items() if file in mine}
-        waiting: dict[str, dict[str, torch.Tensor]] = {file: {} for file in mine}
+        own, failed = _OwnFiles(folder, split.filename_to_tensors, writers), None
         for batch in self._batches(dtype):
-            for name, tensor in batch.items():
-                file = split.tensor_to_filename[name]
-                if file in mine:
-                    waiting[file][name] = tensor.contiguous()
-                    missing[file].discard(name)
-            for file in [file for file, names in missing.items() if not names]:
-                save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
-                del missing[file]
-        assert not missing
+            try:
+                if failed is None:
+                    own.add(batch)
+            except Exception as error:  # a disk may be full
+                failed = error
+        if failed is not None:
+            raise failed
+        assert own.complete
         if writers.main:
             self._write_configs(folder, dtype)
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+        return set(shapes)
 
     def _write_configs(self, folder: Path, dtype: torch.dtype) -> None:
         config = copy.deepcopy(self.small.config)
@@ -252,9 +253,11 @@ class ShardedExport:
 
     # -- reading back ---------------------------------------------------------------------------------------------
 
-    def _check_files(self, folder: Path, dtype: torch.dtype) -> float:
-        """Read back what this process holds of each parameter, and return the error of the rounded model's logits."""
+    def _read_back(self, folder: Path, dtype: torch.dtype, names: set[str]) -> None:
+        """Compare what this process holds of each parameter with what lies on disk, and round it as that is."""
         stored = _stored_files(folder)
+        if stored.keys() != names:
+            raise VerificationError(f"{min(stored.keys() ^ names)} is missing in {folder}, or shouldn't be there")
         with torch.no_grad():
             for name, parameter in named_parameters(self.small).items():
                 values, part = local(parameter), part_of(name, parameter)
@@ -265,7 +268,32 @@ class ShardedExport:
                     if found is not None and not torch.equal(found, rounded.cpu()):
                         raise VerificationError(f"{name} reads back from {folder} differently than it was written")
                 values.copy_(rounded)
-        return self._error()
+
+
+class _OwnFiles:
+    """The files that one process writes, each when its last tensor has come: of n processes each has every n-th."""
+
+    def __init__(self, folder: Path, files: Mapping[str, list[str]], writers: Writers) -> None:
+        self._folder = folder
+        own = [file for index, file in enumerate(files) if index % writers.count == writers.rank]
+        self._missing = {file: set(files[file]) for file in own}
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {file: {} for file in own}
+        self._file_of = {name: file for file in own for name in files[file]}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files are written."""
+        return not self._missing
+
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what belongs to the files, and write those that are complete."""
+        for name, tensor in tensors.items():
+            if name in self._file_of:
+                self._waiting[self._file_of[name]][name] = tensor.contiguous()
+                self._missing[self._file_of[name]].discard(name)
+        for file in [file for file, names in self._missing.items() if not names]:
+            save_file(self._waiting.pop(file), self._folder / file, metadata={"format": "pt"})
+            del self._missing[file]
 
 
 def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:

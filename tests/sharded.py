@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from hesso_hf import HessoConfig, HessoOptimizer, export_pruned
+from hesso_hf import HessoConfig, HessoOptimizer, export_pruned, publish, shard_export
 from hesso_hf.groups import KeptUnits, mask_
 from hesso_hf.plan import PruningPlan
 from hesso_hf.schedule import Schedule
@@ -200,6 +200,41 @@ def export(folder: Path, kind: str, dtype: str | None = None, layers: int = 2, *
         whole_model.tie_weights()
         export_pruned(whole_model, folder / "plain", **options)
         whole_model.save_pretrained(folder / "plain-dense")
+
+
+def failing_exports(folder: Path) -> None:
+    """Let one process fail at different points of an export; say what each process heard, and then export."""
+    run = Run(mesh="shard", layers=6)
+    while not run.optimizer.process.finished:
+        run.step()
+    rank = dist.get_rank()
+
+    def failing(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    def kept_from_failing() -> str:
+        try:
+            export_sharded(
+                run.model, folder / "small", kept_units=run.optimizer.process.kept_units(), groups=run.plan.groups,
+                tokenizer=None, dtype=None, training={}, writers=Writers(rank, 2, rank == 0), max_shard_size="30KB",
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "saved"
+
+    heard = []
+    for culprit, module, name, replacement in (
+        (1, shard_export, "save_file", lambda *_, **__: failing()),
+        (1, torch, "equal", lambda *_: False),
+        (0, publish, "_replace", failing),
+        (0, shard_export, "_stored_files", lambda _: {}),
+    ):
+        plain = getattr(module, name)
+        setattr(module, name, replacement if rank == culprit else plain)
+        heard.append(kept_from_failing())
+        setattr(module, name, plain)
+        heard.append((folder / "small").exists())
+    torch.save([*heard, kept_from_failing()], folder / f"rank{rank}.pt")
 
 
 def export_in_little_memory(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from sharded import CRIC, HESSO, launch
 from transformers import AutoModelForCausalLM
 
+from hesso_hf import engines
+from hesso_hf.engines import EngineMixin
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.shard_state import FOLDER
 
@@ -193,6 +196,29 @@ def test_many_files_are_written_by_both_processes(two: Path) -> None:
     folder = two / "exports" / "many-files"
     assert len(list((folder / "small").glob("model-*.safetensors"))) >= 4
     assert all(found["fold"] <= 1e-5 for found in results(folder))
+
+
+def test_an_export_that_one_process_fails_in_fails_on_all_and_can_be_tried_again(tmp_path: Path) -> None:
+    launch(tmp_path, [("failing_exports", tmp_path, {})])
+    for rank, found in enumerate(results(tmp_path)):
+        heard = found[:-1:2]
+        assert not any(found[1::2]), "something was published"
+        for culprit, what, text in zip(
+            (1, 1, 0, 0), ("no space", "reads back", "no space", "missing"), heard, strict=True
+        ):
+            assert what in text
+            assert ("another process" in text) == (rank != culprit)
+        assert found[-1] == "saved"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+@pytest.mark.parametrize("rank", range(6))
+def test_nodes_may_have_different_numbers_of_processes(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = [0, 1, 2, 3, 0, 1]
+    monkeypatch.setattr(engines, "world_size", lambda: 6)
+    monkeypatch.setattr(engines.dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), positions))
+    args = SimpleNamespace(process_index=rank, local_process_index=positions[rank])
+    assert EngineMixin._processes_a_node(SimpleNamespace(args=args)) == (4 if rank < 4 else 2)  # type: ignore[arg-type]
 
 
 def test_no_process_holds_a_full_copy_while_it_writes(tmp_path: Path) -> None:
