@@ -6,6 +6,7 @@ first that builds and runs is taken.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
+from transformers.utils.generic import is_flash_attention_requested
 
 from .errors import HessoError, UnsupportedStructureError
 from .groups import KeptUnits, PruningGroups, StructureGroups
@@ -174,10 +177,31 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
         inputs["use_cache"] = False
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = input_ids
-    # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
-    output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
+    with attention_in_fp32(model):
+        # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
+        output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
     found = output.get("logits")
     return (found if found is not None else output["last_hidden_state"]).float()
+
+
+@contextlib.contextmanager
+def attention_in_fp32(model: nn.Module) -> Iterator[None]:
+    """For a while, let a model of fp32 weights compute attention in fp32 where its flash attention can't."""
+    configs: dict[int, PretrainedConfig] = {}  # a model in it comes after those that it is in
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig) and is_flash_attention_requested(config):
+            configs[id(config)] = config
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    whole = next(model.parameters()).dtype == torch.float32
+    with_sdpa = all(m._supports_sdpa for m in model.modules() if isinstance(m, PreTrainedModel))
+    try:
+        for config in configs.values() if whole else ():
+            config._attn_implementation = "sdpa" if with_sdpa else "eager"
+        yield
+    finally:
+        for key, name in before.items():
+            configs[key]._attn_implementation = name
 
 
 def token_ids(config: PretrainedConfig, seed: int = SEED, rows: int = _SHAPE[0]) -> torch.Tensor:

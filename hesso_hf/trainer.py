@@ -34,6 +34,7 @@ from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics, uncounted
 from .schedule import Schedule, resolve_schedule
 from .snapshot import kept_random_state
+from .tiny import attention_in_fp32
 from .tokens import KeptTokens
 from .vocabulary import ROUND_TO, check_countable, keep_tokens
 
@@ -218,8 +219,8 @@ class HessoMixin(EngineMixin, DistillationMixin):
         with kept_random_state(self.args.device):  # collators may draw random numbers
             batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
         model, groups = self._bare_model(), self.hesso_plan.groups
-        with uncounted(self):
-            shown = self.is_world_process_zero() and not self.args.disable_tqdm
+        shown = self.is_world_process_zero() and not self.args.disable_tqdm
+        with uncounted(self), attention_in_fp32(model):  # autocast comes with Accelerate, later
             return measure_curves(model, groups, batches, self._batch_loss, self.hesso_config, progress=shown)
 
     def _batch_loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:

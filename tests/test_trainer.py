@@ -14,7 +14,17 @@ from datasets import Dataset
 from tiny import QUERIES, tiny_llama
 from torch.utils.data import IterableDataset
 from training import arguments, blocks, hesso_config, logged, said_by_the_dense_model, trainer
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.optimization import Adafactor
 
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer, calibration
@@ -566,3 +576,31 @@ class _propagated:
     def __exit__(self, *error: object) -> None:
         for name in ("transformers", "hesso_hf"):
             logging.getLogger(name).removeHandler(self.caplog.handler)
+
+
+def test_flash_attention_that_has_no_fp32_stands_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels take half precision only; the split is measured, and logits are compared, in fp32."""
+    dtypes = set()
+
+    def half_only(module: torch.nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        wanted = get_target_dtype(query, module) or query.dtype  # as transformers' own wrapper casts
+        dtypes.add(wanted)
+        if wanted == torch.float32:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return sdpa_attention_forward(module, *(part.to(wanted) for part in (query, *args[:2])), *args[2:], **kwargs)
+
+    AttentionInterface.register("flash_stand_in", half_only)
+    AttentionMaskInterface.register("flash_stand_in", sdpa_mask)
+    monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", lambda self, name, **_: name)
+    model = tiny_llama()
+    model.set_attn_implementation("flash_stand_in")
+    run = trainer(tmp_path, model, HessoConfig(0.3, pruning_steps=4, calibration_examples=2), max_steps=8, bf16=True)
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    assert dtypes == {torch.bfloat16}
+    assert run.pruning_report is not None
+    assert run.pruning_report.verification.fold_error < 1e-5
+    assert run.hesso_plan.curves is not None
+    assert model.config._attn_implementation == "flash_stand_in"
