@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import HessoError
+from .errors import HessoError, StoppedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,15 +169,22 @@ def _prune(flags: list[str]) -> int:
         print("usage: hesso-hf prune [RECIPE] [--flag value ...]\n\nFlags override the recipe's keys.\n")
         recipe_parser().print_help()
         return 0
-    from .agreement import leave
+    from .agreement import is_main_process, leave
     from .commands import prune
+    from .preemption import EXIT_CODE
 
     recipe = flags[0] if flags and not flags[0].startswith("-") else None
-    result = prune(parse_recipe(recipe, flags[1:] if recipe else flags))
-    if result is not None:
-        _print_report(result.report, str(result.output), result.held_out_loss)
+    code = 0
+    try:
+        result = prune(parse_recipe(recipe, flags[1:] if recipe else flags))
+        if result is not None:
+            _print_report(result.report, str(result.output), result.held_out_loss)
+    except StoppedError as stopped:
+        code = EXIT_CODE
+        if is_main_process():
+            print(f"hesso-hf: {stopped}", file=sys.stderr)
     leave()
-    return 0
+    return code
 
 
 def _export(arguments: argparse.Namespace) -> int:

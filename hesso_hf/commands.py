@@ -14,7 +14,7 @@ from .bundled import resolve_model
 from .card import REPORT_NAME
 from .checkpoint import last_checkpoint
 from .data import held_out_split, text_blocks
-from .errors import HessoError
+from .errors import HessoError, StoppedError
 from .evaluate import held_out_loss, perplexity
 from .loading import load_model, load_tokenizer
 from .plots import draw_cric
@@ -34,7 +34,11 @@ class PruneResult:
 
 
 def prune(recipe: Recipe) -> PruneResult | None:
-    """Fine-tune and prune as a recipe says, and save the smaller model; None on all but the main process."""
+    """Fine-tune and prune as a recipe says, and save the smaller model; None on all but the main process.
+
+    Raises:
+        StoppedError: where the run was told to stop, and has saved a checkpoint to go on from.
+    """
     run = recipe.run
     tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
     stored = load_config(run.model, run.trust_remote_code).dtype
@@ -56,6 +60,11 @@ def prune(recipe: Recipe) -> PruneResult | None:
     if resume == "auto":
         resume = last_checkpoint(Path(str(recipe.training.output_dir)))
     trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
+    if trainer.told_to_stop:
+        raise StoppedError(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as it was told to; go on "
+            "with `--resume_from_checkpoint auto`"
+        )
     loss = trainer.evaluate()["eval_loss"] if held_out is not None else None
     output = Path(run.output) if run.output else Path(str(recipe.training.output_dir)) / "small"
     trainer.save_model(str(output), _internal_call=True)

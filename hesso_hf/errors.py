@@ -34,6 +34,10 @@ class TrainingDivergedError(HessoError):
     """Several steps in a row had a non-finite gradient."""
 
 
+class StoppedError(Exception):
+    """A run was told to stop, and did so after it saved a checkpoint: nothing went wrong, the work isn't done."""
+
+
 def nearest_name(name: str, known: list[str]) -> str:
     """Return " (did you mean 'x'?)" for the closest known name, or "" where none is close."""
     import difflib

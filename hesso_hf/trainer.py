@@ -48,6 +48,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
         hesso_config: what to prune and when; all other arguments are the trainer's own.
         peft_config: a `LoraConfig`: the model's own weights are frozen then, and an adapter is trained.
 
+    Attributes:
+        told_to_stop: whether training ended with the checkpoint that `enable_jit_checkpoint` writes at a SIGTERM.
+
     Raises:
         HessoError: before any work, where the model or the budget doesn't allow what is asked for.
     """
@@ -64,6 +67,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         self.kept_tokens: KeptTokens | None = None
         self.hesso_optimizer = None
         self.distillation = None
+        self.told_to_stop = False
         self._resume_from: str | None = None
         self._saving_checkpoint = False
         self._step_loss: torch.Tensor | None = None
@@ -87,6 +91,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
             TrainingDivergedError: naming the last checkpoint, when several gradients in a row weren't finite.
             CheckpointMismatchError: where the checkpoint belongs to another pruning run.
         """
+        self.told_to_stop = False
         self._resume_from = self._resolve_checkpoint(resume_from_checkpoint)
         if self._resume_from is not None:
             check_resumable(Path(self._resume_from))

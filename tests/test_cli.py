@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -19,11 +22,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli import main
-from hesso_hf.errors import HessoError
+from hesso_hf.errors import HessoError, StoppedError
 from hesso_hf.proof import random_model
 from hesso_hf.recipe import parse_recipe
 
@@ -126,11 +130,45 @@ def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: P
     assert kept["torchrun"] == kept["accelerate"]
 
 
+def test_prune_that_is_told_to_stop_saves_says_so_and_goes_on(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It neither evaluates nor writes a model that isn't done, and its exit code is no success."""
+    model, output, steps = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model"), tmp_path / "out", []
+    flags = [
+        "prune", "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
+        "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1", "--hesso_calibration_examples", "0",
+        "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto", "--output_dir", str(output),
+    ]  # fmt: skip
+    plain, plain_init = HessoTrainer.training_step, CheckpointManager.__init__
+
+    def training_step(self: HessoTrainer, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(HessoTrainer, "training_step", training_step)
+    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: plain_init(self, trainer, kill_wait=0))
+    assert main(flags) == 143
+    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["checkpoint-4"]  # the fifth step was for nothing
+    assert main(flags) == 0
+    assert steps == [0, 1, 2, 3, 4, *range(4, 12)]
+    assert (output / "small" / "pruning_report.json").exists()
+
+
 def test_prune_leaves_the_other_processes_unless_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that exits while gloo's threads run may abort after the work is done."""
 
     def pruned(recipe: object) -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def stopped(recipe: object) -> None:
+        pruned(recipe)
+        raise StoppedError("go on")
 
     def failing(recipe: object) -> None:
         pruned(recipe)
@@ -140,6 +178,9 @@ def test_prune_leaves_the_other_processes_unless_it_fails(tmp_path: Path, monkey
     flags += ["--hesso_pruning_ratio", "0.3"]
     monkeypatch.setattr("hesso_hf.commands.prune", pruned)
     assert main(flags) == 0
+    assert not dist.is_initialized()
+    monkeypatch.setattr("hesso_hf.commands.prune", stopped)
+    assert main(flags) == 143
     assert not dist.is_initialized()
     monkeypatch.setattr("hesso_hf.commands.prune", failing)
     try:

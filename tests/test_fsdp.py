@@ -380,6 +380,7 @@ def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, two: Path
         errors = process.stderr.read()
     saved = last_checkpoint(folder / "out")
     assert saved is not None, errors[-3000:]
+    assert [path.name for path in (folder / "out").iterdir()] == [saved.name], "a second one takes as long again"
     assert int(saved.name.rpartition("-")[2]) < STEPS
     assert not (saved / "checkpoint-is-incomplete.txt").exists()
     alone = two / "not-stopped" if sharded else tmp_path / "alone"
