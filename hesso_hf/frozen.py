@@ -60,12 +60,13 @@ class FrozenWeights:
 
     def average_gradients_(self) -> None:
         """Average the gradients over processes: DDP does so for trained parameters only."""
-        if world_size() == 1:
+        if world_size() == 1 or not self._are_revealed:
             return
         for parameter in self._parameters.values():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad)
-                parameter.grad.div_(world_size())
+            if parameter.grad is None:  # a batch may pass by what another process' batch uses
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(world_size())
 
     # -- state ----------------------------------------------------------------------------------------------------
 

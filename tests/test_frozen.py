@@ -13,9 +13,10 @@ from test_distributed import launch
 from tiny import tiny_gemma2, tiny_llama, tiny_phi, token_batches
 from training import hesso_config
 
-from hesso_hf import HessoTrainer, wrap_optimizer
+from hesso_hf import HessoTrainer, frozen, wrap_optimizer
 from hesso_hf.adapters import base_of, parameters_of
 from hesso_hf.errors import CheckpointMismatchError
+from hesso_hf.frozen import FrozenWeights
 
 CRIC = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, "cric_tolerance": 0.0}
 DROPOUT = {"lora_dropout": 0.1}
@@ -181,8 +182,8 @@ def test_training_that_fails_leaves_no_weight_revealed(tmp_path: Path) -> None:
     run.training_step = failing  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    frozen = [p for n, p in base_of(run.model).named_parameters() if "lora" not in n]
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen)
+    weights = [p for n, p in base_of(run.model).named_parameters() if "lora" not in n]
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in weights)
 
 
 _WORKER = """
@@ -203,6 +204,21 @@ def run_job(folder: Path, per_device: int) -> None:
     weights = {name: parameter.detach() for name, parameter in parameters_of(run._bare_model()).items()}
     kept = run.hesso_optimizer.process.kept_units().to_dict()
     torch.save({"kept": kept, "weights": weights}, folder / f"rank{run.args.process_index}.pt")
+
+
+def test_a_weight_that_only_another_process_used_is_averaged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process takes part for each weight, or the others wait for it."""
+    shared = []
+    monkeypatch.setattr(frozen, "world_size", lambda: 2)
+    monkeypatch.setattr(frozen.dist, "all_reduce", lambda gradient: shared.append(gradient.add_(4.0)))
+    weights = {name: torch.nn.Parameter(torch.ones(3), requires_grad=False) for name in ("used", "passed by")}
+    held = FrozenWeights(weights, {})
+    held.average_gradients_()
+    assert not shared, "nothing is scored"
+    held.reveal(True)
+    weights["used"].sum().backward()
+    held.average_gradients_()
+    assert [weight.grad.tolist() for weight in weights.values()] == [[2.5] * 3, [2.0] * 3]
 
 
 @pytest.mark.slow
