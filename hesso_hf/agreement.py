@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from .errors import HessoError
 
+LONGEST_WORK = 12 * 3600.0  # seconds: a smaller model of any size is written in less
+
 _T = TypeVar("_T")
+_meetings = itertools.count()  # all processes come to all of them, in the same order
 
 
 def world_size() -> int:
@@ -45,8 +51,28 @@ def broadcast_decisions_(decisions: list[torch.Tensor]) -> None:
         decision.copy_(part.view(decision.shape))
 
 
+def meet() -> None:
+    """Wait for all processes, however long one of them works: collectives give up after half an hour.
+
+    Raises:
+        HessoError: after so long that one must have been lost.
+    """
+    if world_size() == 1:
+        return
+    key, pause, waited = f"hesso_meeting_{next(_meetings)}", 0.001, 0.0
+    store = _get_default_store()
+    here = store.add(key, 1)
+    while here < world_size():
+        if waited > LONGEST_WORK:
+            raise HessoError(f"only {here} of {world_size()} processes came to the same point in {waited / 3600:.0f} h")
+        time.sleep(pause)
+        waited, pause = waited + pause, min(0.1, 2 * pause)
+        here = store.add(key, 0)
+
+
 def barrier() -> None:
     """Wait for all processes."""
+    meet()
     if world_size() > 1:
         dist.barrier()
 
@@ -88,14 +114,26 @@ def any_error(error: str | None) -> str | None:
     """Return the first process' error text, or None where none has one, on every rank; all wait for it."""
     if world_size() == 1:
         return error
+    meet()
     told: list[str | None] = [None] * world_size()
     dist.all_gather_object(told, error)
     return next((text for text in told if text is not None), None)
 
 
+def common(values: set[_T]) -> set[_T]:
+    """Return what all processes have; all wait for it."""
+    if world_size() == 1:
+        return values
+    meet()
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, values)
+    return set.intersection(*told)
+
+
 def from_main(value: _T | None) -> _T:
     """Return rank 0's value on every rank, where the others may have none; all wait for it."""
     shared: list[Any] = [value]
+    meet()
     if world_size() > 1:
         dist.broadcast_object_list(shared, src=0)
     return shared[0]

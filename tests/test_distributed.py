@@ -111,6 +111,46 @@ def test_rank_zero_decides(tmp_path: Path) -> None:
     assert done.stdout.count("CAUGHT") == 2
 
 
+_LONG_WORK = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from hesso_hf import agreement
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+rank = dist.get_rank()
+
+def work():
+    time.sleep(5 * rank)
+    return rank
+
+assert agreement.on_all(work) == rank
+if not rank:
+    time.sleep(4)
+assert agreement.from_main("told" if not rank else None) == "told"
+time.sleep(4 * rank)
+agreement.barrier()
+assert agreement.common({1, 2 + rank}) == {1}
+agreement.LONGEST_WORK = 1.0
+if rank:
+    print("TOGETHER", flush=True)
+    time.sleep(4)
+else:
+    try:
+        agreement.meet()
+    except ValueError as error:
+        print("ALONE", error, flush=True)
+import os
+os._exit(0)
+"""
+
+
+def test_processes_wait_for_one_that_works_longer_than_collectives_would(tmp_path: Path) -> None:
+    done = launch(_LONG_WORK, str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "TOGETHER" in done.stdout
+    assert "ALONE only 1 of 2 processes" in done.stdout
+
+
 _FAILING_SAVE = """
 import sys
 sys.path.insert(0, sys.argv[2])
