@@ -8,7 +8,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .agreement import common, world_size
 from .config import HessoConfig
 from .errors import CheckpointMismatchError, HessoError
 
@@ -188,15 +189,33 @@ def stored_names(folder: Path) -> set[str]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint whose last file, the trainer's state, was written; name half-written ones."""
-    found = [(int(path.name.rpartition("-")[2]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")]
-    for _, path in sorted(found, reverse=True):
+    return next(_whole_checkpoints(folder), None)
+
+
+def last_common_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole for every process; all call it.
+
+    Nodes with disks of their own may have been killed when some of them had written a checkpoint and others hadn't.
+    """
+    if world_size() == 1:
+        return last_checkpoint(folder)
+    steps = common({_step_of(path) for path in _whole_checkpoints(folder)})
+    return folder / f"{PREFIX_CHECKPOINT_DIR}-{max(steps)}" if steps else None
+
+
+def _whole_checkpoints(folder: Path) -> Iterator[Path]:
+    """Yield them, the newest first."""
+    for path in sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"), key=_step_of, reverse=True):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             logger.warning(f"{path} is half-written (no valid {TRAINER_STATE_NAME}) and is passed over")
             continue
-        return path
-    return None
+        yield path
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:

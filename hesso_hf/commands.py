@@ -12,7 +12,7 @@ import torch
 
 from .bundled import resolve_model
 from .card import REPORT_NAME
-from .checkpoint import last_checkpoint
+from .checkpoint import last_common_checkpoint
 from .data import held_out_split, text_blocks
 from .errors import HessoError, StoppedError
 from .evaluate import held_out_loss, perplexity
@@ -58,7 +58,7 @@ def prune(recipe: Recipe) -> PruneResult | None:
     )
     resume: Any = recipe.training.resume_from_checkpoint
     if resume == "auto":
-        resume = last_checkpoint(Path(str(recipe.training.output_dir)))
+        resume = last_common_checkpoint(Path(str(recipe.training.output_dir)))
     trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
     if trainer.told_to_stop:
         raise StoppedError(

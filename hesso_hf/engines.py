@@ -189,7 +189,7 @@ class EngineMixin(HubMixin):
         """Write beside a sharded checkpoint what torch leaves out: the pruning state, config and tokenizer."""
         if self.is_deepspeed_enabled:
             assert isinstance(self.hesso_optimizer, ZeroSteps)
-            save_zero_state(self.hesso_optimizer, folder, self._zero_stage)
+            save_zero_state(self.hesso_optimizer, folder, self._zero_stage, self.args.should_save)
         if not self._is_sharded:
             return
         if self.args.should_save:
@@ -197,7 +197,7 @@ class EngineMixin(HubMixin):
             if self._saved_tokenizer() is not None:
                 self._saved_tokenizer().save_pretrained(folder)
         assert isinstance(self.hesso_optimizer, HessoOptimizer)
-        save_pruning_state(self.hesso_optimizer, self._bare_model(), folder)
+        save_pruning_state(self.hesso_optimizer, self._bare_model(), folder, self.args.should_save)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save every process' random state before the file that says that the checkpoint is whole."""

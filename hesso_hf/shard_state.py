@@ -7,6 +7,7 @@ processes share goes into one small file, and the parts of a CRIC snapshot into 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from .agreement import barrier, is_main_process, world_size
@@ -30,12 +32,29 @@ FOLDER, SHARED_NAME = "hesso_shards", "pruning.pt"
 _SNAPSHOTS = ("trial", "period_start")  # keys of the state that may hold one
 
 
-def save_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path) -> None:
+def begin_checkpoint(folder: Path) -> None:
+    """Make a checkpoint's folder; from one that is there already take what says that it is whole, and all parts.
+
+    A run that was killed, or that goes on from an earlier checkpoint, comes by the same step again, perhaps with fewer
+    processes: what they write mustn't be mixed with what more processes left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for parts in (folder / FOLDER, *folder.glob("global_step*")):  # the second are DeepSpeed's
+        if parts.is_dir():
+            shutil.rmtree(parts)
+
+
+def save_pruning_state(
+    optimizer: HessoOptimizer, model: nn.Module, folder: Path, writes_shared: bool | None = None
+) -> None:
     """Write the pruning state of a run whose parameters are sharded; all processes call it.
 
     Args:
         model: whose parameters' names the parts are stored under.
         folder: of the checkpoint; `hesso_shards` is made in it.
+        writes_shared: whether this process writes what all share: by default the main one, one of each node where nodes
+            have disks of their own.
 
     Raises:
         HessoError: where a CRIC snapshot holds optimizer state of a form that can't be told apart by elements.
@@ -60,7 +79,7 @@ def save_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
             own_state.append(rest)
         snapshot |= {"weights": None, "state": own_state, "random": None}
     target.mkdir(parents=True, exist_ok=True)
-    if is_main_process():
+    if is_main_process() if writes_shared is None else writes_shared:
         torch.save(state, target / SHARED_NAME)
     kept = {key: (value, part) for key, (value, part) in parts.items() if part.counted and value.numel()}
     places = {key: {"starts": part.starts, "shape": part.shape} for key, (_, part) in kept.items()}

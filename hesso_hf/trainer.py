@@ -14,11 +14,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .adapters import with_adapter
-from .agreement import from_main
+from .agreement import barrier, on_all
 from .budget import TargetSizes
 from .calibration import LossCurves, measure_curves, usable
 from .card import CARD_NAME, REPORT_NAME, PruningReport
-from .checkpoint import check_config, check_resumable, last_checkpoint, load_converted_, read_state, write_state
+from .checkpoint import (
+    check_config,
+    check_resumable,
+    last_checkpoint,
+    last_common_checkpoint,
+    load_converted_,
+    read_state,
+    write_state,
+)
 from .config import HessoConfig
 from .cric import PROBE_BATCH_SIZE, PROBE_BATCHES
 from .distillation import DistillationMixin
@@ -33,6 +41,7 @@ from .preemption import StopTogether
 from .process import PruningProcess
 from .progress import HessoProgressCallback, metrics, uncounted
 from .schedule import Schedule, resolve_schedule
+from .shard_state import begin_checkpoint
 from .snapshot import kept_random_state
 from .tiny import attention_in_fp32
 from .tokens import KeptTokens
@@ -333,18 +342,10 @@ class HessoMixin(EngineMixin, DistillationMixin):
         if self.is_deepspeed_enabled:
             self.pruning_report = self._export_zero(process.kept_units(), target)
             return
-        failed: Exception | None = None
-        if self.args.should_save:
-            try:
-                options = self._export_options(process.kept_units())
-                self.pruning_report = export_pruned(self._unwrapped_model(), target, **options)
-            except Exception as error:  # the other processes must hear of any
-                failed = error
-        message = from_main(str(failed) if failed else None)
-        if failed is not None:
-            raise failed
-        if message is not None:
-            raise HessoError(f"the main process could not save the smaller model: {message}")
+        options = self._export_options(process.kept_units())
+        self.pruning_report = on_all(
+            lambda: export_pruned(self._unwrapped_model(), target, **options) if self.args.should_save else None
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a dense, resumable checkpoint with the pruning state beside it."""
@@ -352,8 +353,9 @@ class HessoMixin(EngineMixin, DistillationMixin):
         try:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if self.args.should_save:
-                folder.mkdir(parents=True, exist_ok=True)
+                begin_checkpoint(folder)
                 write_state(folder, self._process.decision(), self.hesso_config, self._training_record())
+            barrier()  # nobody writes before what was there is gone
             self._write_shards(folder)
             super()._save_checkpoint(model, trial)
         finally:
@@ -405,7 +407,7 @@ class HessoMixin(EngineMixin, DistillationMixin):
         """
         if resume is not True:
             return str(resume) if resume else None
-        last = last_checkpoint(Path(self._output_dir))
+        last = last_common_checkpoint(Path(self._output_dir))
         if last is None:
             raise HessoError(f"`resume_from_checkpoint` (True): no whole checkpoint in {self._output_dir!r}")
         return str(last)

@@ -225,10 +225,13 @@ def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save_zero_state(steps: ZeroSteps, folder: Any, stage: int) -> None:
+def save_zero_state(steps: ZeroSteps, folder: Any, stage: int, writes_shared: bool | None = None) -> None:
     """Write the pruning state beside DeepSpeed's checkpoint; all processes call it.
 
     What all share goes into one file, each process' ranges of a CRIC snapshot into one of its own.
+
+    Args:
+        writes_shared: whether this process writes that one file, by default the main process alone.
     """
     target = folder / FOLDER
     state = steps.process.state_dict()  # collective: sums are added up
@@ -236,7 +239,7 @@ def save_zero_state(steps: ZeroSteps, folder: Any, stage: int) -> None:
     for _, snapshot in snapshots_in(state):
         snapshot |= dict.fromkeys(snapshot)
     target.mkdir(parents=True, exist_ok=True)
-    if is_main_process():
+    if is_main_process() if writes_shared is None else writes_shared:
         torch.save(state | {"zero": {"processes": world_size(), "stage": stage}}, target / SHARED_NAME)
     if own:
         save_ranges(target, own, steps.holdings)

@@ -151,6 +151,32 @@ def test_processes_wait_for_one_that_works_longer_than_collectives_would(tmp_pat
     assert "ALONE only 1 of 2 processes" in done.stdout
 
 
+_OWN_DISKS = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from training import trainer
+folder = Path(sys.argv[1]) / os.environ["RANK"]
+options = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
+run = trainer(folder, save_on_each_node=True, **options)
+run.train()
+if os.environ["RANK"] == "1":
+    (folder / "checkpoint-8" / "trainer_state.json").unlink()  # killed while it wrote
+run = trainer(folder, save_on_each_node=True, **options)
+(folder / "resumes").write_text(run._resolve_checkpoint(True))
+"""
+
+
+def test_nodes_with_disks_of_their_own_resume_from_what_all_have(tmp_path: Path) -> None:
+    code = _OWN_DISKS.replace("from training", "os.environ['LOCAL_RANK'] = '0'\nfrom training")  # each on its node
+    done = launch(code, str(tmp_path), str(Path(__file__).parent))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for rank in ("0", "1"):
+        assert (tmp_path / rank / "resumes").read_text() == str(tmp_path / rank / "checkpoint-4")
+
+
 _FAILING_SAVE = """
 import sys
 sys.path.insert(0, sys.argv[2])

@@ -17,6 +17,7 @@ from training import arguments, blocks, trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
+from hesso_hf.checkpoint import last_checkpoint
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 
 RATIO = {"pruning_ratio": 0.3, "warmup_steps": 3, "pruning_steps": 6, "pruning_periods": 2, "saliency_batches": 3}
@@ -162,6 +163,30 @@ def test_a_run_that_was_over_takes_no_step_more(undisturbed: HessoTrainer, tmp_p
     assert run.state.global_step == undisturbed.state.global_step
     check_equal(run, undisturbed)
     assert [path.name for path in tmp_path.iterdir()] == [last]
+
+
+def test_a_checkpoint_that_is_written_again_and_not_to_its_end_is_no_whole_one(
+    undisturbed: HessoTrainer, tmp_path: Path
+) -> None:
+    """A run that goes on from an earlier checkpoint comes by the later ones again."""
+    for step in (5, 6):
+        shutil.copytree(Path(undisturbed.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    left = tmp_path / "checkpoint-6" / "hesso_shards"  # by more processes than there are now
+    left.mkdir()
+    (left / "parts-00007.safetensors").touch()
+    run = with_checkpoints(tmp_path)
+
+    def dying(output_dir: str) -> None:
+        raise KeyboardInterrupt
+
+    run._save_optimizer_and_scheduler = dying  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert not left.exists()
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    check_equal(run, undisturbed)
 
 
 def test_a_half_written_checkpoint_is_passed_over(undisturbed: HessoTrainer, tmp_path: Path) -> None:

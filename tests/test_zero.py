@@ -25,7 +25,7 @@ from hesso_hf.schedule import Schedule
 from hesso_hf.shard_state import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.zero import Master12, Place
 from hesso_hf.zero_ranges import load_ranges, save_ranges
-from hesso_hf.zero_steps import check_zero_state, refuse_zero
+from hesso_hf.zero_steps import check_zero_state, refuse_zero, save_zero_state
 from hesso_hf.zero_universal import check_trained
 
 if importlib.util.find_spec("deepspeed") is not None:
@@ -403,6 +403,13 @@ def test_another_number_of_processes_is_refused_with_what_to_do(
 )
 def test_what_deepspeed_can_read_is_taken(found: Any, load_universal: bool, tmp_path: Path) -> None:
     check_zero_state(written(tmp_path, **found), 2, load_universal)
+
+
+def test_what_all_share_is_written_by_one_process_of_each_disk(tmp_path: Path) -> None:
+    process = SimpleNamespace(state_dict=lambda: {"step": 3, "trial": None, "period_start": None})
+    for name, writes in (("own", True), ("shared", False)):
+        save_zero_state(SimpleNamespace(process=process), tmp_path / name, 2, writes)  # type: ignore[arg-type]
+        assert (tmp_path / name / FOLDER / SHARED_NAME).exists() == writes
 
 
 def test_a_checkpoint_of_another_engine_is_refused(tmp_path: Path) -> None:
