@@ -138,7 +138,7 @@ else:
     try:
         agreement.meet()
     except ValueError as error:
-        print("ALONE", error, flush=True)
+        print(f"ALONE {error}", flush=True)
 import os
 os._exit(0)
 """
