@@ -211,7 +211,7 @@ class _Solver:
     def target(self, kept: dict[str, int]) -> TargetSizes:
         """Check kept units against the config class and price them."""
         sizes = self._sizes(kept)
-        self._check(sizes)
+        self._check(kept)
         for name, count in kept.items():
             group = self.groups.structures[name]
             assert 1 <= count <= group.num_units
@@ -271,13 +271,25 @@ class _Solver:
 
     def _accepts(self, kept: dict[str, int]) -> bool:
         try:
-            self._check(self._sizes(kept))
+            self._check(kept)
         except HessoError:
             return False
         return True
 
-    def _check(self, sizes: dict[str, int]) -> None:
+    def _check(self, kept: dict[str, int]) -> None:
         """Raise HessoError where the class, as far as it says so before a model runs, refuses sizes."""
+        self._check_sizes(self._sizes(kept))
+        if self.config.layer_widths == "per_layer":
+            alike = {name: count for name, count in kept.items() if len(self.groups.structures[name].layers) == 1}
+            try:
+                self._check_sizes(self._sizes(alike))
+            except HessoError as error:
+                raise HessoError(
+                    f"{error} With `layer_widths` ('per_layer') the config keeps the full size of what differs between "
+                    "layers; choose other sizes, or 'uniform'"
+                ) from error
+
+    def _check_sizes(self, sizes: dict[str, int]) -> None:
         if self.groups.picky:
             buildable_config(model_class_of(self.model_config), self.model_config, sizes)
         else:

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
 from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
-from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers
+from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers, with_own_names
 from .shards import Part, plain_name, stock_class
 from .sizes import head_dim_of, resized_config
 
@@ -136,6 +136,7 @@ def build_cut(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) ->
     with no_init_weights():
         small = stock_class(model)(config)
         if uneven is not None:
+            uneven = with_own_names(config, uneven)
             rebuild_layers(small, layer_list(groups), uneven)
             annotate_config(config, stock_class(model).__name__, uneven)
     small.tie_weights()

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .depth import is_dropped, without_dropped_layers
 from .errors import HessoError
 from .groups import KeptUnits, PruningGroups
+from .sizes import size_places
 
 MODULE_NAME = "modeling_pruned"
 
@@ -64,6 +65,15 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
         return None
     explicit = {"head_dim": head_dim} if head_dim is not None else {}
     return [explicit | by_layer[layer] for layer in sorted(by_layer, key=_layer_index)]
+
+
+def with_own_names(config: PretrainedConfig, sizes: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Return layers' sizes also under the names that the config's class has for them (GPT-2's `n_inner`)."""
+    named = []
+    for layer in sizes:
+        own = {place: size for name, size in layer.items() for _, place in size_places(config, name)}
+        named.append(layer | own)
+    return named
 
 
 def layer_list(groups: PruningGroups) -> str:

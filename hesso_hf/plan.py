@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from .budget import LossFunction, PriceFunction, TargetSizes, solve_budget
 from .calibration import LossCurves
 from .config import HessoConfig, structures_around
 from .cost import Cost, build_cost
+from .cut import build_cut, load_cut
 from .errors import BudgetError, UnsupportedStructureError
 from .experts import EXPERT_UNITS
-from .groups import PruningGroups
+from .groups import KeptUnits, PruningGroups
 from .latency import build_latency
 from .optimizer import HessoOptimizer
 from .probe import AxisMap
@@ -105,9 +107,10 @@ class PruningPlan:
 
         Raises:
             BudgetError: where the class builds something else than was planned.
+            UnsupportedStructureError: where it can't have layers of different widths.
         """
         if self.config.layer_widths == "per_layer":
-            return  # the sizes are means over the layers
+            return check_layer_widths(self.model, self.groups, self.target)  # the sizes are means over the layers
         small = build_meta(stock_class(self.model), resized_config(self.model.config, self.target.sizes))
         count = sum(parameter.numel() for parameter in small.parameters())
         if count != self.target.parameters_after:
@@ -170,6 +173,31 @@ def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: Hesso
                     f"{name} of {layer or 'the model'}: all weights are frozen, so `saliency` "
                     f"({list(config.saliency_weights)}) sees no gradient; train them, or use saliency='magnitude'"
                 )
+
+
+def check_layer_widths(model: PreTrainedModel, groups: PruningGroups, target: TargetSizes) -> None:
+    """Cut a model without weights to layers of different widths, as the end of the run will.
+
+    Raises:
+        UnsupportedStructureError: where the class doesn't build such layers.
+    """
+    units = {}
+    for name, structure in groups.structures.items():
+        few = tuple(range(target.kept_units[name]))
+        all_units = tuple(range(structure.num_units))
+        units[name] = tuple(all_units if index == 1 else few for index in range(len(structure.layers)))
+    kept = KeptUnits({name: structure.num_units for name, structure in groups.structures.items()}, units)
+    try:
+        full = build_meta(stock_class(model), copy.deepcopy(model.config))
+        with torch.device("meta"):
+            small = build_cut(full, groups, kept)
+        load_cut(small, dict(full.named_parameters()), groups, kept)
+    except Exception as error:  # the class may fail in any way
+        raise UnsupportedStructureError(
+            f"`layer_widths` ('per_layer'): {stock_class(model).__name__} can't have layers that differ in "
+            f"{[name for name, layers in units.items() if len(set(layers)) > 1]} ({error}); use 'uniform', or name "
+            "other `structures`"
+        ) from error
 
 
 def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:

@@ -131,6 +131,12 @@ def test_sizes_that_the_config_class_refuses_never_come_out(name: str, percent: 
     LlamaConfig(**sizes, head_dim=24)
 
 
+@pytest.mark.parametrize("percent", range(4, 88, 12))
+def test_with_layers_of_different_widths_the_class_accepts_the_width_beside_all_heads(percent: int):
+    sizes = solve("llama-small", pruning_ratio=percent / 100, layer_widths="per_layer").sizes
+    assert sizes["hidden_size"] % 10 == sizes["hidden_size"] % sizes["num_attention_heads"] == 0
+
+
 def test_sizes_that_only_the_model_class_refuses_never_come_out():
     """Moshi's attention wants the width divided by the heads, its config class doesn't say so."""
     model_class, config = default_config("moshi")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import backward, tiny_llama, token_batches
+from tiny import backward, tiny_gpt2, tiny_llama, token_batches
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
 from hesso_hf.errors import HessoError, UnsupportedStructureError
@@ -65,3 +68,34 @@ def test_structures_that_were_asked_for_and_refused_are_an_error() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_head=4, n_layer=2, vocab_size=67, n_inner=40))
     with pytest.raises(HessoError, match=r"leaves out \['embedding_channels'\].* only shrink together"):
         PruningPlan.prepare(model, HessoConfig(0.3, structures=["attention_heads"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "asked"),
+    [(partial(tiny_llama, num_hidden_layers=4, mlp_bias=False), {"pruning_ratio": ratio}) for ratio in (0.3, 0.4)]
+    + [(partial(tiny_gpt2, n_layer=4), {"target_sizes": {"n_inner": 20}})],
+)
+def test_layers_of_different_widths_can_be_saved_whatever_sizes_the_plan_chose(
+    make: Callable[[], PreTrainedModel], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """A config keeps the full size of what differs between layers, and its class has to accept it with the others."""
+    model = make()
+    config = HessoConfig(layer_widths="per_layer", saliency="magnitude", warmup_steps=0, pruning_steps=1, **asked)
+    optimizer = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config, 2)
+    for batch in token_batches(2):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = optimizer.process.kept_units()
+    assert any(len({len(layer) for layer in layers}) > 1 for layers in kept.kept.values())
+    export_pruned(model, tmp_path / "small", kept_units=kept)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    ids = token_batches(1)[0]
+    assert relative_error(logits_of(small, ids), logits_of(model.eval(), ids)) <= 1e-5
+
+
+def test_layers_that_a_class_does_not_build_differently_are_refused_before_training() -> None:
+    model = tiny_gpt2()
+    sizes = {"num_attention_heads": model.config.n_head // 2}
+    with pytest.raises(HessoError, match=r"`layer_widths` \('per_layer'\).*'uniform'"):
+        PruningPlan.prepare(model, HessoConfig(target_sizes=sizes, layer_widths="per_layer"))
