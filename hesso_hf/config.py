@@ -340,7 +340,10 @@ class HessoConfig:
         if not 0 < self.distillation_temperature < math.inf:
             raise HessoError(f"`distillation_temperature` ({self.distillation_temperature}) must be a positive number")
         if self.distill_from is not None and not isinstance(self.distill_from, str):
-            raise HessoError(f"`distill_from` ({self.distill_from!r}) must be a folder or a Hub id, or None")
+            raise HessoError(
+                f"`distill_from` ({type(self.distill_from).__name__}) must name a folder or a Hub id: save the teacher "
+                "and give its folder; None is the model before pruning"
+            )
         for name in ("distillation_temperature", "distill_from"):
             if self.distillation_alpha == 0 and getattr(self, name) != self.__dataclass_fields__[name].default:
                 raise HessoError(

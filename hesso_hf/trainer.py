@@ -71,6 +71,10 @@ class HessoMixin(EngineMixin, DistillationMixin):
     ) -> None:
         if hesso_config is None:
             raise HessoError(f"{type(self).__name__} needs `hesso_config=HessoConfig(pruning_ratio=...)`; got None")
+        if not isinstance(hesso_config, HessoConfig):
+            raise HessoError(
+                f"`hesso_config` ({type(hesso_config).__name__}) must be a HessoConfig: HessoConfig(pruning_ratio=...)"
+            )
         self.hesso_config = hesso_config
         self.pruning_report: PruningReport | None = None
         self.kept_tokens: KeptTokens | None = None
@@ -126,6 +130,11 @@ class HessoMixin(EngineMixin, DistillationMixin):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the trainer's optimizer and put HESSO around it."""
         base = super().create_optimizer() if model is None else super().create_optimizer(model)
+        self.optimizer = self._with_hesso(base)
+        return self.optimizer
+
+    def _with_hesso(self, base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Put HESSO around an optimizer, once."""
         if self.is_deepspeed_enabled:
             return base  # HESSO comes around DeepSpeed's own step
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
@@ -137,8 +146,13 @@ class HessoMixin(EngineMixin, DistillationMixin):
                 round_to=self.hesso_config.round_to or ROUND_TO,
             )  # fmt: skip
         self.hesso_optimizer = HessoOptimizer(base, process)
-        self.optimizer = self.hesso_optimizer
-        return self.optimizer
+        return self.hesso_optimizer
+
+    def _wrap_model(self, model: Any, training: bool = True, **kwargs: Any) -> Any:
+        """Wrap the model, and take the optimizer that a subclass' own `create_optimizer` has made a moment before."""
+        if training and self.optimizer is not None:
+            self.optimizer = self._with_hesso(self.optimizer)
+        return super()._wrap_model(model, training, **kwargs)
 
     def _new_process(self) -> PruningProcess:
         if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one

@@ -353,7 +353,7 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Pat
         ({"distillation_alpha": 0.5, "distillation_temperature": math.inf}, "distillation_temperature"),
         ({"distill_from": "a/teacher"}, "`distill_from` .'a/teacher'. does nothing with `distillation_alpha`"),
         ({"distillation_temperature": 2.0}, "`distillation_temperature` .2.0. does nothing"),
-        ({"distillation_alpha": 0.5, "distill_from": 3}, "`distill_from` .3. must be a folder or a Hub id"),
+        ({"distillation_alpha": 0.5, "distill_from": 3}, "`distill_from` .int. must name a folder or a Hub id"),
     ],
 )
 def test_bad_values_are_refused_when_the_config_is_made(options: dict[str, Any], message: str) -> None:

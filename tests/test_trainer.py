@@ -604,3 +604,27 @@ def test_flash_attention_that_has_no_fp32_stands_in_nobodys_way(
     assert run.pruning_report.verification.fold_error < 1e-5
     assert run.hesso_plan.curves is not None
     assert model.config._attn_implementation == "flash_stand_in"
+
+
+def test_an_optimizer_that_a_subclass_makes_itself_is_pruned_around(tmp_path: Path) -> None:
+    class Mine(HessoTrainer):
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+            return self.optimizer
+
+    run = trainer(tmp_path, trainer_class=Mine, save_strategy="steps", save_steps=4)
+    run.train()
+    assert isinstance(run.hesso_optimizer.base, torch.optim.SGD)
+    assert run._process.finished
+    run.save_model(str(tmp_path / "small"))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert small.num_parameters() < run.model.num_parameters()
+    resumed = trainer(tmp_path, trainer_class=Mine, save_strategy="steps", save_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for a, b in zip(run.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_config_of_another_type_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HessoError, match=r"`hesso_config` \(dict\) must be a HessoConfig"):
+        HessoTrainer(tiny_llama(), arguments(tmp_path), hesso_config={"pruning_ratio": 0.5})
