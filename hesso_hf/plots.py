@@ -54,7 +54,8 @@ def _draw_sets(axis: Any, structures: Mapping[str, Any]) -> None:
     axis.set_xlabel("cycle")
     axis.set_ylabel("units tried / units to be removed")
     axis.set_title("violating sets", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    axis.margins(y=0.1 + 0.1 * len(structures))  # room for the legend above the bars
+    axis.legend(fontsize=8, frameon=False, loc="upper right")
 
 
 def _draw_paths(axis: Any, name: str, found: Mapping[str, Any]) -> None:
@@ -79,7 +80,8 @@ def _draw_paths(axis: Any, name: str, found: Mapping[str, Any]) -> None:
         return
     axis.set_ylabel("rise of the loss if it goes" if criterion == _CRITERION else criterion.replace("_", " "))
     axis.axhline(0, color="grey", linewidth=0.6)
-    axis.legend(fontsize=8, frameon=False)
+    axis.margins(y=0.25)
+    axis.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _left(parts: int) -> list[float]:

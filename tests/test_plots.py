@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from training import hesso_config, trainer
 
 from hesso_hf.cli import main
-from hesso_hf.plots import PLOT_NAME, draw_cric
+from hesso_hf.plots import PLOT_NAME, _draw_sets, draw_cric
 
 PNG = b"\x89PNG"
 
@@ -39,6 +41,17 @@ def test_draws_sets_and_paths(tmp_path: Path, name: str) -> None:
         text = drawn.decode()
         assert all(f"<!-- {label}" in text for label in ("violating sets", "mlp channels: 1 of 9 corrected"))
         assert "no unit was corrected" in text
+
+
+def test_the_legend_lies_above_the_bars() -> None:
+    figure = Figure(figsize=(4.2, 3.6))
+    axis = figure.subplots()
+    names = ("attention_heads", "mlp_channels", "embedding_channels")
+    structures = {name: {"first": 2, "violating": [2, 2, 2]} for name in names}
+    _draw_sets(axis, structures)
+    FigureCanvasAgg(figure).draw()
+    legend = axis.get_legend().get_window_extent()
+    assert not any(legend.overlaps(bar.get_window_extent()) for bar in axis.patches)
 
 
 def test_without_matplotlib_a_warning_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
