@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def with_cut_adapter(
     configs: Any = trained.peft_config
     ((name, config),) = copy.deepcopy(configs).items()
     config.init_lora_weights, config.base_model_name_or_path = True, base_name
+    small.name_or_path = small.config.name_or_path = base_name  # the adapter and its card name this model as their base
     by_layer = [option for option in _BY_LAYER if getattr(config, option, None)]
     if by_layer and any(full != own for own, full in full_names(parameters_of(small), groups, kept).items()):
         raise UnsupportedStructureError(
@@ -106,7 +108,9 @@ def save_cut_adapter(
         cut_base(trained, groups, kept, torch.float32, verifier.vocabulary), trained, groups, kept, str(final)
     )
     fold_error = verifier.check_logits(in_fp32)
-    in_fp32.save_pretrained(folder / ADAPTER_FOLDER)
+    with warnings.catch_warnings():  # PEFT looks for the base where it will lie
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        in_fp32.save_pretrained(folder / ADAPTER_FOLDER)
     reloaded: Any = type(trained).from_pretrained(folder, attn_implementation=trained.config._attn_implementation)
     tuned = PeftModel.from_pretrained(reloaded.to(trained.device), folder / ADAPTER_FOLDER)
     written, read = parameters_of(base_of(in_fp32)), parameters_of(base_of(tuned))

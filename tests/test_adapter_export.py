@@ -70,7 +70,11 @@ MARKED = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind f
 @pytest.mark.parametrize("lora_export", ["merged", "adapter"])
 @pytest.mark.parametrize("kind", MARKED)
 def test_both_exports_give_the_trained_models_logits(
-    trained: Callable[[str], HessoTrainer], kind: str, lora_export: str, tmp_path: Path
+    trained: Callable[[str], HessoTrainer],
+    kind: str,
+    lora_export: str,
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     run = trained(kind)
     assert run.hesso_optimizer.process.finished
@@ -83,6 +87,9 @@ def test_both_exports_give_the_trained_models_logits(
     assert sum(p.numel() for p in small.parameters()) < 0.8 * run.hesso_plan.parameters.full
     if lora_export == "adapter":
         small = PeftModel.from_pretrained(small, tmp_path / "small" / "adapter")
+        card = (tmp_path / "small" / "adapter" / "README.md").read_text()
+        assert f"base_model: {tmp_path / 'small'}" in card  # the full model's name would be another base's
+        assert not [each for each in recwarn if "base_model_name_or_path" in str(each.message)]
     batch = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(8))
     torch.testing.assert_close(logits(small, batch), logits(run.model, batch), rtol=1e-3, atol=2e-5)
     assert (tmp_path / "small" / "adapter").exists() == (lora_export == "adapter")
