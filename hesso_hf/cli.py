@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _prune(argv[1:])
         arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
-    except HessoError as error:
+    except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
         print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
@@ -166,7 +166,7 @@ def _prune(flags: list[str]) -> int:
     from .recipe import parse_recipe, recipe_parser
 
     if {"-h", "--help"} & set(flags):
-        print("usage: hesso-hf prune [RECIPE] [--flag value ...]\n\nFlags override the recipe's keys.\n")
+        print("Flags override the recipe's keys.\n")
         recipe_parser().print_help()
         return 0
     from .agreement import is_main_process, leave

@@ -326,6 +326,11 @@ def _read_checkpoint(
     """Load a dense checkpoint and the decision that lies beside it."""
     if not folder.is_dir():
         raise HessoError(f"`source` ({str(folder)!r}) is no folder; give a checkpoint-* folder that training wrote")
+    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+    if checkpoints and not any(folder.glob("*config.json")):
+        raise HessoError(
+            f"`source` ({str(folder)!r}) is the folder of a run; give one of its checkpoints: {checkpoints}"
+        )
     if (folder / STATE_NAME).exists():
         state = read_state(folder)
         if not state["finished"]:

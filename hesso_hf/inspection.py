@@ -82,13 +82,14 @@ def inspect_model(
         pruning_ratios: shares of the parameters for which feasible sizes are listed.
 
     Raises:
-        HessoError: where no config is found at `source`.
+        HessoError: where no config is found at `source`, or a ratio doesn't lie between 0 and 1.
 
     Example:
         >>> from transformers import LlamaConfig
         >>> inspect_model(LlamaConfig(num_key_value_heads=8)).structures["attention_heads"].units
         8
     """
+    budgets = {str(ratio): HessoConfig(pruning_ratio=ratio) for ratio in pruning_ratios}
     config = load_config(source, trust_remote_code)
     model_class = type(source) if isinstance(source, PreTrainedModel) else model_class_of(config)
     groups, proof, axis_map = proved_groups(model_class, config)
@@ -97,12 +98,12 @@ def inspect_model(
         structures |= _describe_all(*proved_groups(model_class, config, (name,)))
     counts = build_cost("parameters", groups, axis_map, config)
     feasible: dict[str, dict[str, Any]] = {}
-    for ratio in pruning_ratios if groups.structures else ():
+    for ratio, budget in budgets.items() if groups.structures else ():
         try:
-            target = solve_budget(HessoConfig(pruning_ratio=ratio), config, groups, counts)
-            feasible[str(ratio)] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
+            target = solve_budget(budget, config, groups, counts)
+            feasible[ratio] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
         except HessoError as error:
-            feasible[str(ratio)] = {"reason": str(error)}
+            feasible[ratio] = {"reason": str(error)}
     return Inspection(
         config.model_type, model_class.__name__, round(counts.full), structures, proof.joint_error, feasible
     )

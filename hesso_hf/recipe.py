@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .bundled import resolve_model
 from .config import HessoConfig
@@ -62,6 +63,8 @@ class RunArguments:
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size < 2:
             raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise HessoError(f"`max_examples` ({self.max_examples}) must be at least 1; leave it out to use all")
         if not 0.0 < self.eval_ratio < 1.0:
             raise HessoError(f"`eval_ratio` ({self.eval_ratio}) must lie strictly between 0 and 1")
         self.adapter()
@@ -127,6 +130,8 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
         training.output_dir = str(Path("runs") / f"{Path(run.model).name}-pruned")
     if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # "true": the last one in output_dir
         training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
+    for name in set(training.report_to) - {"none", *get_available_reporting_integrations()}:
+        raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
     hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
     return Recipe(run, training, hesso)
 
@@ -134,7 +139,8 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
 def recipe_parser() -> HfArgumentParser:
     """Return the parser of `hesso-hf prune`'s flags."""
     classes: Any = [RunArguments, TrainingArguments, _prefixed_config()]
-    return HfArgumentParser(classes, prog="hesso-hf prune", add_help=False, allow_abbrev=False)
+    usage = "hesso-hf prune [RECIPE] [--flag value ...]"  # a mistake is answered with it, not with hundreds of flags
+    return HfArgumentParser(classes, prog="hesso-hf prune", usage=usage, add_help=False, allow_abbrev=False)
 
 
 def _prefixed_config() -> type:

@@ -148,11 +148,11 @@ class HessoMixin(EngineMixin, DistillationMixin):
         self.hesso_optimizer = HessoOptimizer(base, process)
         return self.hesso_optimizer
 
-    def _wrap_model(self, model: Any, training: bool = True, **kwargs: Any) -> Any:
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         """Wrap the model, and take the optimizer that a subclass' own `create_optimizer` has made a moment before."""
         if training and self.optimizer is not None:
             self.optimizer = self._with_hesso(self.optimizer)
-        return super()._wrap_model(model, training, **kwargs)
+        return super()._wrap_model(model, training, dataloader)
 
     def _new_process(self) -> PruningProcess:
         if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one

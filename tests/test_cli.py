@@ -284,6 +284,9 @@ BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hes
         ([*BUNDLED_RUN, "--peft", '{"rank": 8}'], "unknown key `rank` in `peft`"),
         ([*BUNDLED_RUN, "--peft", "r=8"], "not valid JSON"),
         ([*BUNDLED_RUN, "--peft", "[8]"], "must be a mapping"),
+        ([*BUNDLED_RUN, "--max_examples", "0"], "`max_examples` (0) must be at least 1"),
+        ([*BUNDLED_RUN, "--report_to", "nothing_known"], "`report_to` ('nothing_known'): the package isn't installed"),
+        (["inspect", "bundled", "--ratio", "0.3", "50"], "`pruning_ratio` (50.0) must lie strictly between 0 and 1"),
         (["report", "."], "pruning_report.json"),
         (["export", "nowhere", "out"], "no folder"),
         (["eval", "x"], "needs `--dataset`"),
@@ -303,6 +306,38 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_an_optimizer_whose_package_is_missing_is_one_message(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "8",
+        "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--hesso_pruning_ratio", "0.3", "--optim",
+        "schedule_free_adamw",
+    ]  # fmt: skip
+    assert main(["prune", *flags]) == 2
+    err = capsys.readouterr().err
+    assert "schedulefree" in err
+    assert "Traceback" not in err
+
+
+def test_a_flag_with_a_wrong_value_is_a_short_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*BUNDLED_RUN, "--learning_rate", "fast"])
+    err = capsys.readouterr().err
+    assert "--learning_rate" in err.splitlines()[-1]
+    assert len(err.splitlines()) == 2
+
+
+def test_the_folder_of_a_run_is_no_checkpoint_and_its_checkpoints_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoint-12").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "small")]) == 2
+    assert "give one of its checkpoints: ['checkpoint-12']" in capsys.readouterr().err
 
 
 def test_yaml_is_overridden_by_flags_and_unknown_keys_are_refused(tmp_path: Path) -> None:
