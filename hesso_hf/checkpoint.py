@@ -45,9 +45,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Read what `write_state` wrote.
 
     Raises:
-        CheckpointMismatchError: where the folder has no pruning state.
+        CheckpointMismatchError: where there is no such folder, or it has no pruning state.
     """
     path = folder / STATE_NAME
+    if not folder.is_dir():
+        there = sorted(path.name for path in folder.parent.glob("checkpoint-*"))
+        raise CheckpointMismatchError(f"`resume_from_checkpoint` ({str(folder)!r}) doesn't exist; there are: {there}")
     if not path.exists():
         raise CheckpointMismatchError(
             f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state: it was not written by HessoTrainer; "

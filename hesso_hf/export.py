@@ -122,6 +122,10 @@ def _decision(model: PreTrainedModel, groups: PruningGroups, kept_units: KeptUni
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
         )
+    if kept_units is None and all(
+        len(layer) == kept.num_units[name] for name in kept.kept for layer in kept.kept[name]
+    ):
+        logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
     return kept
 
 

@@ -18,7 +18,7 @@ from .calibration import LossCurves
 from .config import HessoConfig, structures_around
 from .cost import Cost, build_cost
 from .cut import build_cut, load_cut
-from .errors import BudgetError, UnsupportedStructureError
+from .errors import BudgetError, HessoError, UnsupportedStructureError
 from .experts import EXPERT_UNITS
 from .groups import KeptUnits, PruningGroups
 from .latency import build_latency
@@ -146,12 +146,19 @@ def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, 
         total_steps: optimizer steps of the whole run, of which shares in `config` are taken.
 
     Raises:
-        HessoError: where the model, the budget or the schedule doesn't allow what is asked for.
+        HessoError: where the model, the budget or the schedule doesn't allow what is asked for, or the optimizer was
+            made for another model.
 
     Example:
         >>> # optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(0.5), 1000)
     """
     plan = PruningPlan.prepare(model, config)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise HessoError(
+            f"`optimizer` ({type(optimizer).__name__}) holds no parameter of `model`: make it from model.parameters(), "
+            "after the model is loaded and wrapped"
+        )
     process = plan.process(resolve_schedule(config, total_steps))
     process.prepare_gradients()
     return HessoOptimizer(optimizer, process)
@@ -227,6 +234,8 @@ def check_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         UnsupportedStructureError: for anything but an unquantised `PreTrainedModel`, or a PeftModel of one with LoRA.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedStructureError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel")
     if getattr(base_of(model), "hf_quantizer", None) is not None:
         raise UnsupportedStructureError(
             f"`model` ({type(base_of(model)).__name__}) is quantised: packed weights can't be cut. "

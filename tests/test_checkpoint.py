@@ -12,7 +12,7 @@ import torch
 from tiny import tiny_gemma2
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from hesso_hf.checkpoint import SHARDS_NAME, load_shards
+from hesso_hf.checkpoint import SHARDS_NAME, check_resumable, load_shards
 from hesso_hf.errors import CheckpointMismatchError
 
 
@@ -48,3 +48,11 @@ def test_a_pickle_that_wants_more_is_not_opened(checkpoint: Path, tmp_path: Path
     with pytest.raises(CheckpointMismatchError, match=r"\.mkdir, which torch never writes there"):
         load_shards(type(model), model.config, checkpoint)
     assert not (tmp_path / "harm").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_told_from_one_of_another_trainer(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(CheckpointMismatchError, match=r"checkpoint-8'\) doesn't exist; there are: \['checkpoint-4'\]"):
+        check_resumable(tmp_path / "checkpoint-8")
+    with pytest.raises(CheckpointMismatchError, match="not written by HessoTrainer"):
+        check_resumable(tmp_path / "checkpoint-4")

@@ -440,9 +440,10 @@ def test_an_unknown_dtype_is_refused_before_anything_is_done(old_folder: Path):
     assert "int8" in refuse(zeroed()[0], old_folder, HessoError, dtype="int8")
 
 
-def test_a_model_without_a_pruned_unit_comes_out_whole(tmp_path: Path):
+def test_a_model_without_a_pruned_unit_comes_out_whole_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     model = random_model(ALL["llama"].config())
     report = export_pruned(model, tmp_path / "small", groups=groups_of("llama"))
+    assert "no unit's weights are zero" in caplog.text
     assert report.pruning_ratio == 0
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert all(torch.equal(small.get_parameter(name), tensor) for name, tensor in model.named_parameters())

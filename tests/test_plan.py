@@ -47,6 +47,15 @@ def test_weights_tied_or_replaced_by_hand_are_named() -> None:
         PruningPlan.prepare(replaced, HessoConfig(0.3))
 
 
+def test_a_loop_with_the_wrong_model_or_optimizer_is_refused() -> None:
+    model, other = tiny_llama(), tiny_llama()
+    with pytest.raises(HessoError, match=r"`optimizer` \(AdamW\) holds no parameter of `model`"):
+        wrap_optimizer(torch.optim.AdamW(other.parameters()), model, HessoConfig(0.3), 10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UnsupportedStructureError, match=r"`model` \(AdamW\) must be"):
+        wrap_optimizer(model, optimizer, HessoConfig(0.3), 10)  # type: ignore[arg-type]
+
+
 def test_quantised_models_are_refused() -> None:
     model = tiny_llama()
     model.hf_quantizer = object()
