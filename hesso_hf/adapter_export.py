@@ -112,7 +112,7 @@ def save_cut_adapter(
         warnings.filterwarnings("ignore", message="Could not find a config file")
         in_fp32.save_pretrained(folder / ADAPTER_FOLDER)
     reloaded: Any = type(trained).from_pretrained(folder, attn_implementation=trained.config._attn_implementation)
-    tuned = PeftModel.from_pretrained(reloaded.to(trained.device), folder / ADAPTER_FOLDER)
+    tuned = PeftModel.from_pretrained(reloaded.to(in_fp32.device), folder / ADAPTER_FOLDER)
     written, read = parameters_of(base_of(in_fp32)), parameters_of(base_of(tuned))
     for name in Adapters.of(base_of(in_fp32)).factors():
         if name not in read or not torch.equal(read[name], written[name].to(read[name].dtype)):

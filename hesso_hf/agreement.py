@@ -10,10 +10,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
+from transformers.utils import logging
 
 from .errors import HessoError
 
+logger = logging.get_logger(__name__)
+
 LONGEST_WORK = 12 * 3600.0  # seconds: a smaller model of any size is written in less
+PATIENCE = 60.0  # seconds until the main process says that it waits
 
 _T = TypeVar("_T")
 _meetings = itertools.count()  # all processes come to all of them, in the same order
@@ -59,10 +63,16 @@ def meet() -> None:
     """
     if world_size() == 1:
         return
-    key, pause, waited = f"hesso_meeting_{next(_meetings)}", 0.001, 0.0
+    key, pause, waited, next_warning = f"hesso_meeting_{next(_meetings)}", 0.001, 0.0, PATIENCE
     store = _get_default_store()
     here = store.add(key, 1)
     while here < world_size():
+        if waited > next_warning and is_main_process():
+            next_warning *= 4
+            logger.warning(
+                f"the main process has waited for {world_size() - here} of {world_size()} processes for {waited:.0f} "
+                "s: saving and resuming take all. Is `save_model` called on each of them?"
+            )
         if waited > LONGEST_WORK:
             raise HessoError(f"only {here} of {world_size()} processes came to the same point in {waited / 3600:.0f} h")
         time.sleep(pause)

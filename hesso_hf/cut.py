@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .depth import full_names, is_dropped, kept_layers, without_dropped_layers
 from .errors import UnsupportedStructureError
@@ -16,6 +17,8 @@ from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
 from .per_layer import annotate_config, layer_list, layer_sizes, rebuild_layers, with_own_names
 from .shards import Part, plain_name, stock_class
 from .sizes import head_dim_of, resized_config
+
+logger = logging.get_logger(__name__)
 
 
 @torch.no_grad()
@@ -79,7 +82,7 @@ def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningG
         for axis, units, total in cuts.get(origin, ()):
             trained = _cut(trained, axis, units, total)
         if origin in cuts:  # in its own dtype: the bias of a router's choice isn't one of the weights
-            holder._buffers[leaf] = trained.clone()
+            holder._buffers[leaf] = trained.to(holder.get_buffer(leaf).device, copy=True)
         # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
         elif trained.dim() and trained.shape == holder.get_buffer(leaf).shape:
             holder.get_buffer(leaf).copy_(trained)
@@ -147,9 +150,23 @@ def build_cut(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) ->
     return small
 
 
+def device_with_room(device: torch.device, size: int) -> torch.device:
+    """Return the device, or the CPU where `size` bytes more don't fit a GPU: an optimizer may leave little."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size <= free:
+        return device
+    logger.info(f"{size / 1e9:.1f} GB don't fit {device}, which has {free / 1e9:.1f} GB left: the CPU is used")
+    return torch.device("cpu")
+
+
 @torch.no_grad()
 def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
-    """Build the smaller model of the same class, on the model's device, folded in fp32 and then cast to `dtype`.
+    """Build the smaller model of the same class, folded in fp32 and then cast to `dtype`.
+
+    It lies on the model's device, or on the CPU where that has no room for it and what is read back to compare.
 
     Raises:
         HessoError: where the config class refuses the sizes, a layer keeps no unit, or its pools differ.
@@ -157,7 +174,8 @@ def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dt
     for name, layers in kept.kept.items():
         groups.structures[name].check_pools(layers)
     small = build_cut(model, groups, kept)
-    small = small.to(dtype).to(model.device)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
+    place = device_with_room(model.device, 2 * sum(p.numel() for p in small.parameters()) * dtype.itemsize)
+    small = small.to(dtype).to(place)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
     load_cut(small, dict(model.named_parameters()), groups, kept)
     copy_buffers(small, model, groups, kept)
     return small.eval()

@@ -17,6 +17,7 @@ from .budget import TargetSizes
 from .calibration import LossCurves
 from .card import PruningReport
 from .config import HessoConfig
+from .cut import device_with_room
 from .errors import HessoError
 from .groups import KeptUnits
 from .hub import HubMixin
@@ -31,6 +32,8 @@ from .zero_steps import ZeroSteps, check_zero_state, load_zero_state, refuse_zer
 from .zero_universal import check_trained, reading_what_is_there, reads_universal
 
 logger = logging.get_logger(__name__)
+
+SET_SHARES = "Give `structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`"
 
 
 class EngineMixin(HubMixin):
@@ -135,11 +138,18 @@ class EngineMixin(HubMixin):
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             logger.warning(
                 "the model was sharded by ZeRO-3 while it was loaded, so the split between structures can't be "
-                "measured: they share the cut evenly. Set `structure_shares` or `target_sizes`, or load the model "
-                "before the TrainingArguments are made"
+                f"measured: they share the cut evenly. {SET_SHARES}, or load the model before the TrainingArguments "
+                "are made"
             )
             return LossCurves({}, {})
-        place = model.device
+        place, size = model.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        if device_with_room(self.args.device, 2 * size) != self.args.device:
+            logger.warning(
+                f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {self.args.device}, so the split "
+                f"between structures can't be measured: they share the cut evenly. {SET_SHARES}, or use FSDP2, where "
+                "it is measured on the shards"
+            )
+            return LossCurves({}, {})
         try:
             model.to(self.args.device)  # type: ignore[arg-type]
             return self._measure_curves()

@@ -92,7 +92,8 @@ class Verifier:
 
     def error_of(self, small: Any) -> float:
         """Return the relative error of a smaller model's logits."""
-        return relative_error(_evaluate(small, self.input_ids), self.logits)
+        place = next(small.parameters()).device  # it may not fit where the trained model is
+        return relative_error(_evaluate(small, self.input_ids.to(place)).to(self.logits.device), self.logits)
 
     def _allowed(self, error: float) -> float:
         if not error <= FOLD_TOLERANCE:

@@ -20,7 +20,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from .agreement import from_main, on_all
 from .card import PruningReport
-from .cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
+from .cut import build_cut, copy_buffers, cut_part, cuts_by_tensor, device_with_room
 from .depth import full_names
 from .errors import VerificationError
 from .experts import EXPERT_UNITS
@@ -105,14 +105,15 @@ class ZeroExport:
                     raise VerificationError(f"{name} is {tuple(kept.shape)} after cutting, not as the smaller model's")
                 parameters[name].data.copy_(kept)
         if small is not None:
-            small.to(model.device)  # type: ignore[arg-type]
+            small.to(device_with_room(model.device, 2 * 4 * sum(p.numel() for p in small.parameters())))  # type: ignore[arg-type]
             copy_buffers(small, model, self._groups, self._kept)
             small.eval()
         return small
 
     def _error(self, small: PreTrainedModel) -> float:
         with routed_by(small, None if EXPERT_UNITS in self._kept.kept else self._experts, self._mask):
-            return relative_error(logits_of(small, self.input_ids), self.logits)
+            found = logits_of(small, self.input_ids.to(small.device))
+            return relative_error(found.to(self.logits.device), self.logits)
 
     def write(
         self,

@@ -116,7 +116,7 @@ import sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from hesso_hf import agreement
-dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+dist.init_process_group("gloo", timeout=timedelta(seconds=3))
 rank = dist.get_rank()
 
 def work():
@@ -130,7 +130,7 @@ assert agreement.from_main("told" if not rank else None) == "told"
 time.sleep(4 * rank)
 agreement.barrier()
 assert agreement.common({1, 2 + rank}) == {1}
-agreement.LONGEST_WORK = 1.0
+agreement.LONGEST_WORK, agreement.PATIENCE = 1.0, 0.3
 if rank:
     print("TOGETHER", flush=True)
     time.sleep(4)
@@ -149,6 +149,7 @@ def test_processes_wait_for_one_that_works_longer_than_collectives_would(tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
     assert "TOGETHER" in done.stdout
     assert "ALONE only 1 of 2 processes" in done.stdout
+    assert done.stderr.count("the main process has waited for 1 of 2 processes") == 1
 
 
 _OWN_DISKS = """

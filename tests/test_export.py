@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import hesso_hf
 from hesso_hf import cut
+from hesso_hf.cut import device_with_room
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import STATE_NAME, export_pruned
 from hesso_hf.groups import Axis, KeptUnits, PruningGroups
@@ -268,6 +269,16 @@ def test_a_decision_for_another_model_is_refused_by_name(kept: KeptUnits, named:
     with pytest.raises(HessoError, match=named):
         export_pruned(model, tmp_path / "small", groups=groups_of("llama"), kept_units=kept)
     assert not (tmp_path / "small").exists()
+
+
+def test_what_does_not_fit_a_gpu_beside_the_rest_is_made_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (600, 10_000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 3000)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2600)
+    assert device_with_room(gpu, 1000) == gpu
+    assert device_with_room(gpu, 1001) == torch.device("cpu")
+    assert device_with_room(torch.device("cpu"), 1001) == torch.device("cpu")
 
 
 def test_exporting_changes_nothing_about_the_trained_model(tmp_path: Path):

@@ -270,6 +270,22 @@ def test_calibration_shows_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFi
     assert ("Measuring what structures cost: 100%" in shown) is not hidden
 
 
+def test_a_model_that_does_not_fit_the_device_whole_is_not_measured(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before DeepSpeed takes a model that only all its processes together can hold."""
+    run = trainer(tmp_path, config=HessoConfig(pruning_ratio=0.3))
+    size = sum(parameter.numel() * 4 for parameter in run.model.parameters())
+    asked = []
+    monkeypatch.setattr(
+        "hesso_hf.engines.device_with_room", lambda *wanted: asked.append(wanted) or torch.device("meta")
+    )
+    with _propagated(caplog):
+        assert run._measure_whole().rises == {}
+    assert asked == [(run.args.device, 2 * size)]
+    assert "share the cut evenly. Give `structures` shares" in caplog.text
+
+
 def test_per_layer_widths(tmp_path: Path) -> None:
     config = HessoConfig(
         target_sizes={"intermediate_size": 20, "num_key_value_heads": 2}, layer_widths="per_layer",
