@@ -120,16 +120,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
         return 0
     rows = []
     for name, item in found.structures.items():
-        proved = item.status == "proved"
         rows.append([
-            name, item.status, str(item.units or "-"), str(item.layers or "-"),
-            f"{item.parameters_per_unit:,}" if proved else "-",
+            name, item.status.replace("_", " "), str(item.units or "-"), str(item.layers or "-"),
+            f"{item.parameters_per_unit:,}" if item.status == "proved" else "-",
             f"{item.relative_error:.0e}" if item.relative_error is not None else "-",
-            ", ".join(sorted(set(item.layouts.values()))) if proved else item.reason,
         ])  # fmt: skip
     title = f"{found.model_class}, {found.parameters:,} parameters"
-    _table(title, ["structure", "status", "units", "layers", "size of a unit", "error", "layouts or reason"], rows)
-    print("sizes for an even split between the structures (a training run measures the split on its data):")
+    _table(title, ["structure", "status", "units", "layers", "parameters\na unit", "error"], rows)
+    for name, item in found.structures.items():
+        if item.status != "proved":
+            print(f"{name}: {item.reason.removeprefix(f'{name}: ')}")
+    print("\nsizes for an even split between the structures (a training run measures the split on its data):")
     for ratio, option in found.feasible.items():
         print(f"ratio {ratio}: {option.get('reason') or _sizes_line(option)}")
     return 0
@@ -283,13 +284,18 @@ def _print_report(report: dict[str, Any], folder: str, loss: float | None) -> No
 
 
 def _table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table as wide as it is: a pipe has no width, and a terminal may be wider than it says."""
+    from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     print(title)
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0, overflow="fold")
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    console.print(table)

@@ -13,6 +13,7 @@ from .sizes import load_config
 from .strategies import ENGINES, accelerate_config
 
 _ENGINES = {engine.name: engine for engine in ENGINES}
+_SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "optim.", "activations": "activ."}
 ASSUMED = (
     "Weights are trained as fp32 masters, except LoRA's base; DeepSpeed holds a low-precision model beside them. A "
     f"GPU's peak is that of PyTorch's tensors at the named moment of a step; {HEADROOM:.0%} of its memory is left to "
@@ -64,7 +65,8 @@ class MemoryPlan:
         )
 
     def header(self) -> list[str]:
-        return ["engine", *self._shown(), "peak", "at", "margin", "fits", "batch fits", "host/node"]
+        shown = [_SHORT.get(part, part) for part in self._shown()]
+        return ["engine", *shown, "peak", "at", "margin", "fits", "batch\nfits", "host\na node"]
 
     def rows(self) -> list[list[str]]:
         """Return a row an engine, in the order of `header`."""
