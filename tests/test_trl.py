@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fsdp_cpu
 import pytest
 import torch
 from datasets import Dataset
@@ -119,6 +120,37 @@ def test_what_is_measured_for_pruning_isnt_counted_as_training(
     assert logged(runs[0], "num_tokens") == logged(runs[1], "num_tokens")
     assert logged(runs[0], "entropy")[0] == pytest.approx(logged(runs[1], "entropy")[0], rel=1e-5)
     assert not runs[1]._metrics["eval"]
+
+
+def taught_job(folder: str, processes: int, base: str) -> None:
+    """Fine-tune on a global batch of 4 with the unpruned model as teacher; leave the decision, weights and losses."""
+    args = {"per_device_train_batch_size": 4 // processes}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    run = trl_trainer("sft", Path(base), tokenizer, hesso={"distillation_alpha": 0.75}, args=args)
+    run.train()
+    run.save_model(f"{folder}/small")
+    found = {
+        "kept": run.hesso_optimizer.process.kept_units().to_dict(),
+        "weights": dict(run.accelerator.unwrap_model(run.model).named_parameters()),
+        "terms": logged(run, "hesso/distillation_loss"),
+    }
+    torch.save(found, f"{folder}/rank{run.args.process_index}.pt")
+
+
+def test_two_processes_that_are_taught_equal_one(base: Path, tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path / "two", "test_trl", "taught_job", sharded=False, base=str(base))
+    assert done.returncode == 0, done.stderr[-4000:]
+    (tmp_path / "one").mkdir()
+    taught_job(str(tmp_path / "one"), 1, str(base))
+    alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
+    for rank in range(2):
+        found = torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True)
+        assert found["kept"] == alone["kept"]
+        assert found["terms"] == pytest.approx(alone["terms"], rel=1e-4, abs=1e-6)
+        for name, weight in alone["weights"].items():
+            assert (found["weights"][name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "small")
+    assert {name: getattr(small.config, name) for name in SIZES} == SIZES
 
 
 def test_sft_learns_from_the_unpruned_model(base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
