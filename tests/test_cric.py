@@ -48,6 +48,7 @@ from hesso_hf.snapshot import snapshot_of
 
 ALONE = {"attention_heads": 1, "mlp_channels": 33, "embedding_channels": 54}  # the last stays a multiple of 6 heads
 KEPT = {"attention_heads": 1, "mlp_channels": 33, "embedding_channels": 52}  # 2, 11 and 8 of 3, 44 and 60 go
+KEPT_BY_WIDTHS = {"uniform": KEPT, "per_layer": ALONE}  # in the second the config keeps all heads
 MIX = {"magnitude": 0.5, "cosine_similarity": 1.0, "taylor_first_order": 0.25, "taylor_second_order": 2.0}
 OptimizerFactory = Callable[[PreTrainedModel], Optimizer]
 
@@ -74,10 +75,11 @@ def cric(
     model: PreTrainedModel,
     schedule: Schedule,
     make: OptimizerFactory = adamw,
-    kept: dict[str, int] = KEPT,
+    kept: dict[str, int] | None = None,
     **config: Any,
 ) -> HessoOptimizer:
     config = {"cric": True, "cric_tolerance": 0, **config}
+    kept = kept or KEPT_BY_WIDTHS[config.get("layer_widths", "uniform")]
     return HessoOptimizer(make(model), process_for(model, kept, schedule, **config))
 
 
@@ -129,12 +131,13 @@ def assert_equals_reference(
     units: Structures,
     schedule: Schedule,
     make: OptimizerFactory = adamw,
-    kept: dict[str, int] = KEPT,
+    kept: dict[str, int] | None = None,
     least_cycles: int = 2,
     **config: Any,
 ) -> ReferenceCric:
     """Run both step by step and compare the sets of every cycle, the decision, the weights and the marks."""
     config = {"saliency_batches": 2, "cric_tolerance": 0, **config}
+    kept = kept or KEPT_BY_WIDTHS[config.get("layer_widths", "uniform")]
     twin = copy.deepcopy(model)
     fast = cric(model, schedule, make, kept, **config)
     slow = ReferenceCric(
@@ -1014,7 +1017,7 @@ def test_the_report_tells_what_was_corrected(layer_widths: str) -> None:
     assert set(report["structures"]) == set(KEPT)
     for name, found in report["structures"].items():
         layers = 1 if name == "embedding_channels" else 2
-        assert found["first"] == (UNITS[name] - KEPT[name]) * layers
+        assert found["first"] == (UNITS[name] - KEPT_BY_WIDTHS[layer_widths][name]) * layers
         assert found["violating"] == [size[name] for size in sizes]
         before = {key for key in first if key[0] == name}
         after = {key for key in pruned if key[0] == name}
