@@ -67,7 +67,7 @@ wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use
 	(cd "$$tmp/src"; find hesso_hf -type f | sort) > "$$tmp/expected"; \
 	$(BIN)/python -m zipfile -l "$$tmp"/dist/*.whl | awk '/^hesso_hf\// {print $$1}' | sort > "$$tmp/packed"; \
 	diff "$$tmp/expected" "$$tmp/packed" || { echo "the wheel (>) lacks or adds files (<: the source tree)"; exit 1; }; \
-	grep -q '^hesso_hf/assets/' "$$tmp/packed" || { echo "no hesso_hf/assets in the wheel"; exit 1; }; \
+	grep -q '^hesso_hf/bundled/' "$$tmp/packed" || { echo "no hesso_hf/bundled in the wheel"; exit 1; }; \
 	echo "installing the wheel in an empty environment"; \
 	$(BIN)/python -m venv "$$tmp/venv"; \
 	"$$tmp/venv/bin/python" $(PIP_INSTALL) --no-compile "$$tmp"/dist/*.whl; \

@@ -38,10 +38,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path, python_docs_dataset
-from hesso_hf.card import versions
+from hesso_hf.cli.evaluate import held_out_loss
 from hesso_hf.config import SALIENCIES
-from hesso_hf.cric import PROBE_BATCH_SIZE, PROBE_BATCHES, PROBE_CYCLES, PROBE_SAMPLES
-from hesso_hf.evaluate import held_out_loss
+from hesso_hf.export.report import versions
+from hesso_hf.pruning.cric_state import PROBE_BATCH_SIZE, PROBE_BATCHES, PROBE_CYCLES, PROBE_SAMPLES
 
 RESULTS = Path(__file__).parent / "results" / "collapse.json"
 BLOCK, BATCH = 128, 8

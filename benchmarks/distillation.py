@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path, python_docs_dataset
-from hesso_hf.card import versions
-from hesso_hf.evaluate import held_out_loss
+from hesso_hf.cli.evaluate import held_out_loss
+from hesso_hf.export.report import versions
 
 RESULTS = Path(__file__).parent / "results" / "distillation.json"
 RATIO = 0.5

@@ -30,13 +30,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf import HessoConfig
-from hesso_hf.adapters import Adapters, base_of, parameters_of
-from hesso_hf.bound import BoundGroups
 from hesso_hf.bundled import bundled_model_path, python_docs_dataset
-from hesso_hf.card import versions
-from hesso_hf.groups import PruningGroups
-from hesso_hf.plan import PruningPlan
-from hesso_hf.saliency import UnitSums, accumulate_, lowest_units, saliency_scores
+from hesso_hf.export.report import versions
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.saliency import UnitSums, accumulate_, lowest_units, saliency_scores
+from hesso_hf.pruning.weights.bound_groups import BoundGroups
+from hesso_hf.structures.groups import PruningGroups
+from hesso_hf.structures.lora import Adapters, base_of, parameters_of
 
 RESULTS = Path(__file__).parent / "results" / "lora.json"
 BLOCK, BATCH, SCORED, HELD_OUT = 128, 8, 8, 16

@@ -28,9 +28,9 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from hesso_hf import HessoConfig, HessoOptimizer
 from hesso_hf.bundled import bundled_model_path
-from hesso_hf.card import versions
-from hesso_hf.plan import PruningPlan
-from hesso_hf.schedule import Schedule
+from hesso_hf.export.report import versions
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 SCALES = {

@@ -1,4 +1,4 @@
-"""Train the bundled model and its tokenizer from nothing and write `hesso_hf/assets/tiny_llama/`.
+"""Train the bundled model and its tokenizer from nothing and write `hesso_hf/bundled/tiny_llama/`.
 
     python benchmarks/pretrain_bundled.py --threads 1
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from hesso_hf.architectures import summary
+from hesso_hf.cli.survey.page import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -298,7 +298,7 @@ PLANNED = ("ddp", "fsdp2", "zero2", "zero3", "fsdp2_offload", "zero2_offload", "
 
 def plans(result: dict[str, Any]) -> str:
     """GB a GPU by model, number of GPUs and engine; bold where it fits."""
-    from hesso_hf.strategies import ENGINES
+    from hesso_hf.cli.memory.engines import ENGINES
 
     titles = {engine.name: engine.title for engine in ENGINES}
     rows = []

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, LlamaForCausalLM
 
 from hesso_hf.bundled import bundled_model_path
-from hesso_hf.card import versions
+from hesso_hf.export.report import versions
 
 RESULTS = Path(__file__).parent / "results" / "sharding.json"
 STRUCTURES = ["attention_heads", "mlp_channels", "embedding_channels"]

@@ -1,30 +1,36 @@
 """Fine-tune a Hugging Face language model as usual and come out with a smaller one of the same stock class.
 
-The modules in the order of the data flow, each importing only from those before it: errors, config, layout,
-layer_lists, per_layer_sizes, sizes, division, probe, shards, groups, shrink, tiny, discovery, norms, streams, sides,
-constants, experts, routing, depth, outcome, per_layer, cut, expert_trial, depth_proof, proof, cost, latency, budget,
-inspection, strategies, model_sizes, memory, planning, schedule, saliency, agreement, snapshot, adapters, frozen, held,
-bound, calibration, ranking, cric, trial, collapse, process, optimizer, shard_state, zero, zero_ranges, zero_universal,
-zero_steps, plan, tokens, spelling, retokenize, embeddings, vocabulary, verify, adapter_export, publish, plots, card,
-checkpoint, export, shard_export, zero_export, progress, hub, engines, preemption, teacher, distillation,
-trainer, and then the command line's.
+The folders in the order of the data flow, each importing only from those before it:
+
+errors, config, bundled: what every folder may use
+distributed: which part of a tensor this process holds, and how processes agree
+hf_models: config sizes (read, resize, shrink), models on the meta device, tiny models, loading
+structures: axes, layouts and groups of units, proved on a tiny model; cutting
+vocabulary: tokens that a text never uses
+budget: what sizes cost, and the sizes that meet a budget
+export: the smaller model, written, verified and published, with its report
+pruning: the plan, and what happens around the optimizer's step (HESSO, CRIC)
+engines: FSDP2 and DeepSpeed, what they hold of a model and how it is saved from there
+trainer: HessoTrainer, its teacher, its callbacks, the Hub
+cli: the commands
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .budget.inspect import inspect_model
     from .config import HessoConfig
     from .errors import HessoError
-    from .export import export_pruned
-    from .inspection import inspect_model
-    from .optimizer import HessoOptimizer
-    from .plan import wrap_optimizer
-    from .tokens import KeptTokens
-    from .trainer import HessoMixin, HessoTrainer
-    from .vocabulary import inspect_vocabulary, keep_tokens
+    from .export.export import export_pruned
+    from .pruning.optimizer import HessoOptimizer
+    from .pruning.plan import wrap_optimizer
+    from .trainer.trainer import HessoMixin, HessoTrainer
+    from .vocabulary.keep import inspect_vocabulary, keep_tokens
+    from .vocabulary.tokens import KeptTokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,25 +47,39 @@ __all__ = [
     "wrap_optimizer",
 ]
 
-_HOME = {
-    "HessoConfig": "config",
-    "HessoError": "errors",
-    "HessoMixin": "trainer",
-    "HessoOptimizer": "optimizer",
-    "HessoTrainer": "trainer",
-    "KeptTokens": "tokens",
-    "export_pruned": "export",
-    "inspect_model": "inspection",
-    "inspect_vocabulary": "vocabulary",
-    "keep_tokens": "vocabulary",
-    "wrap_optimizer": "plan",
-}
+
+def hand_on(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a package that imports its public names when they are first asked for.
+
+    Args:
+        package: the package's `__name__`.
+        homes: public name to the module of the package that defines it.
+    """
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return find
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__ = hand_on(
+    __name__,
+    {
+        "HessoConfig": "config",
+        "HessoError": "errors",
+        "HessoMixin": "trainer.trainer",
+        "HessoOptimizer": "pruning.optimizer",
+        "HessoTrainer": "trainer.trainer",
+        "KeptTokens": "vocabulary.tokens",
+        "export_pruned": "export.export",
+        "inspect_model": "budget.inspect",
+        "inspect_vocabulary": "vocabulary.keep",
+        "keep_tokens": "vocabulary.keep",
+        "wrap_optimizer": "pruning.plan",
+    },
+)
 
 
 def __dir__() -> list[str]:

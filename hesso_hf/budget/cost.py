@@ -1,0 +1,134 @@
+"""What a model of given sizes costs: parameters, forward operations, bytes; as sums of products of kept units.
+
+All costs take one array of kept units per structure (broadcastable) and return one array, so that a solver can price a
+whole grid at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from ..hf_models.sizes import HEADS, KV_HEADS, LAYERS, get_size, head_dim_of
+from ..structures.experts import EXPERT_UNITS, experts_per_token, num_experts
+from ..structures.groups import PruningGroups
+from ..structures.layers import LAYER_UNITS, in_stack
+from ..structures.shape_probe import AxisMap, ParameterInfo
+
+Counts = Mapping[str, "np.ndarray | int"]
+Factor = tuple[str, int, int]  # structure, indices per unit, fixed indices
+CONTEXT = 2048  # tokens that the attention and cache terms of `flops` and `memory` are taken at
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A cost as terms coefficient * product of (per_unit * kept[structure] + fixed).
+
+    Attributes:
+        metric: `parameters`, `flops` (forward, per token, at CONTEXT tokens) or `memory` (bytes of weights and cache).
+        units: units a layer of each structure in the full model.
+    """
+
+    metric: str
+    terms: tuple[tuple[float, tuple[Factor, ...]], ...]
+    units: dict[str, int]
+
+    def __call__(self, kept: Counts) -> np.ndarray:
+        """Price kept units; structures that aren't named stay whole."""
+        total: np.ndarray = np.zeros(())
+        for coefficient, factors in self.terms:
+            product: np.ndarray = np.asarray(coefficient, dtype=np.float64)
+            for structure, per_unit, fixed in factors:
+                product = product * (np.asarray(kept.get(structure, self.units[structure])) * per_unit + fixed)
+            total = total + product
+        return total
+
+    @property
+    def full(self) -> float:
+        """Cost of the full model."""
+        return float(self({}))
+
+
+def build_cost(
+    metric: str, groups: PruningGroups, axis_map: AxisMap, config: PretrainedConfig, bytes_per: int = 2
+) -> Cost:
+    """Build the cost model of a metric from the proved groups (`latency` is measured elsewhere)."""
+    moving = moving_sizes(groups)
+    terms: defaultdict[tuple[Factor, ...], float] = defaultdict(float)
+    for info in axis_map.parameters.values():
+        place = in_stack(groups, info)
+        if place == "other":  # the first layer stands for all
+            continue
+        weight = _weight(metric, info, axis_map, config, bytes_per)
+        factors = moving.get(info.name, {})
+        if metric == "flops" and _is_expert_weight(info):  # a token's share of the experts, however many there are
+            factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERT_UNITS}
+        for dim, size in enumerate(info.shape):
+            weight *= 1 if dim in factors else size
+        depth = [(LAYER_UNITS, 1, 0)] if place == "first" else []
+        terms[tuple(sorted([*factors.values(), *depth]))] += weight
+    _add_attention(terms, metric, groups, config, bytes_per)
+    units = {name: structure.num_units for name, structure in groups.structures.items()}
+    return Cost(metric, tuple((weight, factors) for factors, weight in terms.items() if weight), units)
+
+
+def moving_sizes(groups: PruningGroups) -> dict[str, dict[int, Factor]]:
+    """Return, per parameter and dimension that shrinks, the factor that its length is."""
+    return {
+        parameter: {
+            axis.dim: (name, axis.layout.per_unit, sum(segment.fixed for segment in axis.layout.segments))
+            for name, _, axis in axes
+            if not axis.layout.owned
+        }
+        for parameter, axes in groups.by_parameter().items()
+    }
+
+
+def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: PretrainedConfig, bytes_per: int) -> float:
+    """Return what one element of a parameter costs."""
+    if metric == "parameters":
+        return 1.0
+    if metric == "memory":
+        return float(bytes_per)
+    if info.role in ("norm", "bias"):
+        return 1.0
+    if info.role == "embedding":  # a look-up costs nothing, a tied output matrix its product
+        tied = not any(other.role == "output" for other in axis_map.parameters.values())
+        return 2.0 if tied else 0.0
+    experts = num_experts(config)
+    if experts and _is_expert_weight(info):
+        return 2.0 * (experts_per_token(config) or experts) / experts
+    return 2.0
+
+
+def _is_expert_weight(info: ParameterInfo) -> bool:
+    return len(info.shape) == 3 or ".experts." in info.name
+
+
+def _add_attention(
+    terms: defaultdict[tuple[Factor, ...], float],
+    metric: str,
+    groups: PruningGroups,
+    config: PretrainedConfig,
+    bytes_per: int,
+) -> None:
+    """Add the scores and weighted sums (flops) or the key-value cache (memory) of CONTEXT tokens."""
+    layers, head_dim = get_size(config, LAYERS), head_dim_of(config)
+    heads = get_size(config, HEADS)
+    if metric == "parameters" or not (layers and head_dim and heads):
+        return
+    kv_heads = get_size(config, KV_HEADS) or heads
+    counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
+    per_token, factors = weight * head_dim * CONTEXT, []
+    if LAYER_UNITS in groups.structures:
+        factors.append((LAYER_UNITS, 1, 0))
+    else:
+        per_token *= layers
+    shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
+    if not shrinking:
+        per_token *= heads if counted == HEADS else kv_heads
+    terms[tuple(sorted([*factors, *shrinking]))] += per_token

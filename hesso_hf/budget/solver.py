@@ -1,0 +1,346 @@
+"""Budget: from a ratio or pinned sizes to the sizes of the smaller model.
+
+The solver lists the sizes that the rounding rules allow, drops what the config class refuses, and among those that meet
+the ratio takes the split between structures that is expected to lose the least.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+from ..config import HessoConfig
+from ..errors import BudgetError, HessoError, nearest_name
+from ..hf_models.sizes import buildable_config, canonical_name, get_size, model_class_of, resized_config
+from ..structures.experts import EXPERT_UNITS
+from ..structures.groups import PruningGroups, StructureGroups
+from .cost import Cost, Counts
+
+logger = logging.get_logger(__name__)
+
+CLOSE_ENOUGH = 0.005  # of the model: splits this near to the ratio compete by expected loss
+MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
+MOST_COMBINATIONS = 200_000
+UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
+
+PriceFunction = Callable[[Counts], np.ndarray]
+LossFunction = Callable[[Counts], np.ndarray]
+
+
+@dataclass(frozen=True)
+class TargetSizes:
+    """The decision of the budget: units kept a layer, the config sizes that follow, and what they cost."""
+
+    kept_units: dict[str, int]
+    num_units: dict[str, int]
+    sizes: dict[str, int]
+    metric: str
+    cost_before: float
+    cost_after: float
+    parameters_before: int
+    parameters_after: int
+
+    @property
+    def ratio(self) -> float:
+        """Share of the metric that is removed."""
+        return 1.0 - self.cost_after / self.cost_before
+
+    @property
+    def parameter_ratio(self) -> float:
+        """Share of the parameters that is removed."""
+        return 1.0 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TargetSizes:
+        """Read what `to_dict` wrote."""
+        return cls(**values)
+
+
+def default_round_to(size: int) -> int:
+    """Return 8, or the largest power of two that leaves a small size at least 32 steps."""
+    return next((step for step in (8, 4, 2) if size >= 32 * step), 1)
+
+
+def solve_budget(
+    config: HessoConfig,
+    model_config: PretrainedConfig,
+    groups: PruningGroups,
+    parameters: Cost,
+    price: PriceFunction | None = None,
+    loss: LossFunction | None = None,
+) -> TargetSizes:
+    """Find the target sizes.
+
+    Args:
+        groups: the structures that may be pruned.
+        parameters: the parameter count of kept units.
+        price: the budget metric, where it isn't the parameter count.
+        loss: expected loss of kept units; by default every structure is cut by a like share.
+
+    Raises:
+        BudgetError: where no allowed sizes come near the ratio, naming the nearest.
+        HessoError: for pinned sizes that don't exist, aren't whole units, or that the config class refuses.
+    """
+    solver = _Solver(config, model_config, groups, parameters, price or parameters)
+    pinned = solver.pinned_units()
+    if config.pruning_ratio is None:
+        kept = {name: pinned.get(name, groups.structures[name].num_units) for name in groups.independent}
+        return solver.target(groups.with_coupled(kept))
+    if config.structure_shares is not None:
+        loss = shares_loss(solver.price, config.structure_shares, groups)
+    return solver.solve(config.pruning_ratio, pinned, loss or even_loss(parameters, groups))
+
+
+def even_loss(parameters: Cost, groups: PruningGroups) -> LossFunction:
+    """Without measurements: structures share the cut evenly (squares, weighted by their parameters)."""
+    weights = {
+        name: parameters.full - float(parameters({name: structure.num_units // 2}))
+        for name, structure in groups.structures.items()
+    }
+
+    def loss(kept: Counts) -> np.ndarray:
+        terms = [
+            weights[name] * (1 - np.asarray(count) / groups.structures[name].num_units) ** 2
+            for name, count in kept.items()
+        ]
+        return np.sum(np.broadcast_arrays(*terms), axis=0)
+
+    return loss
+
+
+def shares_loss(price: PriceFunction, shares: dict[str, float], groups: PruningGroups) -> LossFunction:
+    """Distance between each structure's share of the saving, taken alone, and the share asked for."""
+    full = float(price({}))
+
+    def loss(kept: Counts) -> np.ndarray:
+        saved = {name: full - price({name: count}) for name, count in kept.items()}
+        total = np.maximum(sum(saved.values()), 1e-9)
+        return np.sum(
+            np.broadcast_arrays(*[(saved[name] / total - shares.get(name, 0.0)) ** 2 for name in saved]), axis=0
+        )
+
+    return loss
+
+
+@dataclass
+class _Solver:
+    config: HessoConfig
+    model_config: PretrainedConfig
+    groups: PruningGroups
+    parameters: Cost
+    price: PriceFunction
+
+    def pinned_units(self) -> dict[str, int]:
+        """Translate `target_sizes` to units."""
+        pinned: dict[str, int] = {}
+        by_size = {size: group for group in self.groups.structures.values() for size in group.increments}
+        for asked, size in self.config.pinned_sizes.items():
+            name = asked if asked in by_size else canonical_name(self.model_config, asked)
+            if name not in by_size:
+                raise HessoError(
+                    f"`target_sizes`: {name!r} is no size that can be pruned here"
+                    f"{nearest_name(name, list(by_size))}; can be pinned: {sorted(by_size)}"
+                )
+            units = self._units_of(name, size, by_size[name])
+            structure = by_size[name].structure
+            if structure in self.groups.coupled:
+                units, structure = self._driving_units(name, size, units, structure), self.groups.driver
+            if pinned.setdefault(structure, units) != units:
+                raise HessoError(
+                    f"`target_sizes` ({self.config.target_sizes}) contradict each other for {structure}: "
+                    f"{pinned[structure]} and {units} units a layer"
+                )
+        return pinned
+
+    def _driving_units(self, name: str, size: int, units: int, structure: str) -> int:
+        ratio = self.groups.coupled[structure]
+        if units % ratio:
+            raise HessoError(
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {size // units * ratio}: here "
+                f"{list(self.groups.coupled)} only shrink together"
+            )
+        return units // ratio
+
+    def _units_of(self, name: str, size: int, group: StructureGroups) -> int:
+        increment, full = group.increments[name], get_size(self.model_config, name)
+        step = increment * group.pools
+        assert full is not None
+        least = max(step, group.least * increment)
+        if size % step or not least <= size <= full:
+            reason = f", for {group.needed_for}" if group.needed_for else ""
+            raise HessoError(
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {least} and {full}{reason}"
+            )
+        return size // increment
+
+    def choices(self, name: str) -> list[int]:
+        """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
+        group, tp = self.groups.structures[name], self.config.tensor_parallel_size
+        if name == "layers":
+            return list(range(1, group.num_units + 1))
+        if name in ("attention_heads", "query_heads"):
+            multiple = group.pools
+            divisible = list(group.increments.values())
+        elif name == EXPERT_UNITS:
+            multiple = math.lcm(group.pools, default_round_to(group.num_units))
+            divisible = [tp]
+        else:
+            fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
+            multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
+            divisible = [1] if name in ("mlp_channels", "expert_channels") else [tp]
+        counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.least]
+        counts.append(group.num_units)
+        allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
+        if not allowed:
+            raise HessoError(
+                f"`tensor_parallel_size` ({tp}) leaves no allowed number of {name} below {group.num_units}"
+            )
+        return allowed
+
+    def target(self, kept: dict[str, int]) -> TargetSizes:
+        """Check kept units against the config class and price them."""
+        sizes = self._sizes(kept)
+        self._check(kept)
+        for name, count in kept.items():
+            group = self.groups.structures[name]
+            assert 1 <= count <= group.num_units
+            assert count % group.pools == 0
+        return TargetSizes(
+            kept_units=dict(kept),
+            num_units={name: self.groups.structures[name].num_units for name in kept},
+            sizes=sizes,
+            metric=self.config.budget_metric,
+            cost_before=float(self.price({})),
+            cost_after=float(self.price(kept)),
+            parameters_before=round(self.parameters.full),
+            parameters_after=round(float(self.parameters(kept))),
+        )
+
+    def _sizes(self, kept: dict[str, int]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for name, count in kept.items():
+            sizes |= self.groups.structures[name].config_sizes(count)
+        return sizes
+
+    def solve(self, ratio: float, pinned: dict[str, int], loss: LossFunction) -> TargetSizes:
+        """Take the expected best among the allowed sizes nearest to the ratio."""
+        grid = self._grid(ratio, pinned)
+        off = np.abs(1 - self.price(grid) / float(self.price({})) - ratio)
+        nearest = self._nearest(grid, np.argsort(off, kind="stable"))
+        if not nearest:
+            raise BudgetError(f"{type(self.model_config).__name__} refuses every smaller size of {list(grid)}")
+        self._check_reach(ratio, off[nearest[0]], [self._row(grid, index) for index in nearest])
+        near = np.flatnonzero(off <= max(CLOSE_ENOUGH, off[nearest[0]] + 1e-12))
+        losses = np.broadcast_to(loss(grid), off.shape)
+        ranked = near[np.lexsort((off[near], losses[near]))]
+        return self.target(self._row(grid, next(self._accepted(grid, ranked))))
+
+    def _nearest(self, grid: dict[str, np.ndarray], order: np.ndarray, count: int = 3) -> list[int]:
+        """Return the first accepted indices with sizes that differ."""
+        found: dict[tuple[int, ...], int] = {}
+        for index in self._accepted(grid, order):
+            found.setdefault(tuple(self._row(grid, index).values()), index)
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def _row(self, grid: dict[str, np.ndarray], index: int) -> dict[str, int]:
+        return {name: int(counts[index]) for name, counts in grid.items()}
+
+    def _accepted(self, grid: dict[str, np.ndarray], order: np.ndarray) -> Iterator[int]:
+        """Yield those indices whose sizes the config class accepts (it never refuses for the MLP size alone)."""
+        judged: dict[tuple[tuple[str, int], ...], bool] = {}
+        for index in order:
+            kept = self._row(grid, index)
+            key = tuple(item for item in kept.items() if item[0] not in ("mlp_channels", "expert_channels"))
+            if key not in judged:
+                judged[key] = self._accepts(kept)
+            if judged[key]:
+                yield int(index)
+
+    def _accepts(self, kept: dict[str, int]) -> bool:
+        try:
+            self._check(kept)
+        except HessoError:
+            return False
+        return True
+
+    def _check(self, kept: dict[str, int]) -> None:
+        """Raise HessoError where the class, as far as it says so before a model runs, refuses sizes."""
+        self._check_sizes(self._sizes(kept))
+        if self.config.layer_widths == "per_layer":
+            alike = {name: count for name, count in kept.items() if len(self.groups.structures[name].layers) == 1}
+            try:
+                self._check_sizes(self._sizes(alike))
+            except HessoError as error:
+                raise HessoError(
+                    f"{error} With `layer_widths` ('per_layer') the config keeps the full size of what differs between "
+                    "layers; choose other sizes, or 'uniform'"
+                ) from error
+
+    def _check_sizes(self, sizes: dict[str, int]) -> None:
+        if self.groups.picky:
+            buildable_config(model_class_of(self.model_config), self.model_config, sizes)
+        else:
+            resized_config(self.model_config, sizes)
+
+    def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
+        """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""
+        names = list(self.groups.independent)
+        options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
+        finest = next((n for n in ("mlp_channels", "expert_channels") if n in names and n not in pinned), None)
+        coarse = [name for name in names if name != finest]
+        _thin_out(options, coarse)
+        combinations = list(itertools.product(*(options[name] for name in coarse)))
+        grid = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
+        if finest is None:
+            return self.groups.with_coupled(grid)
+        goal = (1 - ratio) * float(self.price({}))
+        index = self._last_below(grid, finest, options[finest], goal)
+        picks = [np.clip(index + shift, 0, len(options[finest]) - 1) for shift in (0, 1)]
+        grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
+        grid[finest] = np.concatenate([options[finest][pick] for pick in picks])
+        return self.groups.with_coupled(grid)
+
+    def _last_below(self, counts: dict[str, np.ndarray], finest: str, options: np.ndarray, goal: float) -> np.ndarray:
+        """Bisect, for each combination, for the last option of the finest structure that costs at most `goal`."""
+        rows = len(next(iter(counts.values()))) if counts else 1
+        low, high = np.full(rows, -1), np.full(rows, len(options) - 1)
+        while (low < high).any():
+            middle = (low + high + 1) // 2
+            row = self.groups.with_coupled({**counts, finest: options[np.maximum(middle, 0)]})
+            fits = self.price(row) <= goal
+            low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+        return low
+
+    def _check_reach(self, ratio: float, nearest: float, options: list[dict[str, int]]) -> None:
+        """Say so where the ratio can't be met; refuse where it is out of reach."""
+        if nearest <= MEETS:
+            return
+        full = float(self.price({}))
+        named = "; ".join(f"{1 - float(self.price(kept)) / full:.3f} with {self._sizes(kept)}" for kept in options)
+        message = (
+            f"`pruning_ratio` ({ratio}) of {self.config.budget_metric} can't be met within {MEETS:.0%} by "
+            f"{list(self.groups.structures)}; nearest feasible: {named}"
+        )
+        if nearest > UNREACHABLE:
+            raise BudgetError(f"{message}. Choose one of these ratios, more structures or a smaller `round_to`")
+        logger.warning(f"{message}. The first one is used.")
+
+
+def _thin_out(options: dict[str, np.ndarray], names: list[str]) -> None:
+    """Leave out every other option of the longest list until there aren't too many combinations."""
+    while names and np.prod([float(len(options[name])) for name in names]) > MOST_COMBINATIONS:
+        longest = max(names, key=lambda name: len(options[name]))
+        options[longest] = options[longest][::-1][::2][::-1]  # the full size stays

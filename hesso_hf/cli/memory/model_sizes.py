@@ -1,0 +1,158 @@
+"""The sizes of a model that its memory depends on, counted on the meta device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...errors import HessoError
+from ...hf_models.sizes import (
+    EXPERT_MLP,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    MLP,
+    build_meta,
+    get_size,
+    head_dim_of,
+    model_class_of,
+)
+from ...structures.experts import experts_per_token, num_experts
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Counts of elements.
+
+    Attributes:
+        parameters: all, tied ones once.
+        layers: modules that are wrapped, checkpointed and gathered as one (`_no_split_modules`).
+        layer_parameters: elements of the largest such layer; `layer_matrices` those of its matrices.
+        matrix_parameters: elements of all matrices that a product reads: the layers' and the output matrix.
+        embedding_parameters, head_parameters: of the input and the output matrix, the same one where they are tied.
+        largest_matrix: elements of the largest matrix.
+        factored: sum of rows and columns of every matrix, and of all vectors: Adafactor's state.
+        mlp_width: MLP channels that one token passes.
+        query_width, kv_width: heads times head_dim, and key-value heads times head_dim.
+        linear_inputs, lora_width: of one layer's matrices the input widths; of all layers', input and output widths.
+    """
+
+    parameters: int
+    layers: int
+    layer_parameters: int
+    layer_matrices: int
+    matrix_parameters: int
+    embedding_parameters: int
+    head_parameters: int
+    tied: bool
+    largest_matrix: int
+    factored: int
+    hidden: int
+    mlp_width: int
+    gated: bool
+    heads: int
+    query_width: int
+    kv_width: int
+    vocabulary: int
+    linear_inputs: int
+    lora_width: int
+
+    @property
+    def untied_embedding(self) -> int:
+        """Elements of an input matrix of its own, whose gradient comes last."""
+        return 0 if self.tied else self.embedding_parameters
+
+
+def model_sizes(config: PretrainedConfig) -> ModelSizes:
+    """Count a model's sizes from its config.
+
+    Raises:
+        HessoError: where the config doesn't give a width of layers, heads or MLP, or the class has no layers.
+    """
+    model = build_meta(model_class_of(config), config)
+    layers = _layers(model)
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if not layers or head is None:
+        raise HessoError(f"{type(model).__name__} has no decoder layers with an output matrix: its memory isn't known")
+    needed = {HIDDEN: get_size(config, HIDDEN), HEADS: get_size(config, HEADS), "head_dim": head_dim_of(config)}
+    mlp = _mlp_width(config)
+    for name, value in (needed | {MLP: mlp}).items():
+        if not value:
+            raise HessoError(f"{type(config).__name__} has no integer `{name}`: the memory of activations isn't known")
+    hidden, heads, head_dim = (int(value or 0) for value in needed.values())
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    largest = max(layers, key=_elements)
+    matrices = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers]
+    linear = [[tuple(p.shape) for p in layer.parameters() if p.dim() == 2] for layer in layers]
+    return ModelSizes(
+        parameters=sum(math.prod(shape) for shape in shapes),
+        layers=len(layers),
+        layer_parameters=_elements(largest),
+        layer_matrices=max(matrices),
+        matrix_parameters=sum(matrices) + head.weight.numel(),
+        embedding_parameters=embedding.weight.numel(),
+        head_parameters=head.weight.numel(),
+        tied=head.weight is embedding.weight,
+        largest_matrix=max(math.prod(shape) for shape in shapes if len(shape) > 1),
+        factored=sum(_factored(shape) for shape in shapes),
+        hidden=hidden,
+        mlp_width=int(mlp or 0),
+        gated=_is_gated(largest, hidden, config),
+        heads=heads,
+        query_width=heads * head_dim,
+        kv_width=(get_size(config, KV_HEADS) or heads) * head_dim,
+        vocabulary=head.weight.shape[0],
+        linear_inputs=max(sum(shape[1] for shape in shapes) for shapes in linear),
+        lora_width=sum(sum(shape) for shapes in linear for shape in shapes),
+    )
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules that engines wrap one by one; of nested ones the outer."""
+    names = set(model._no_split_modules or ())
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if type(module).__name__ in names and not inside and isinstance(module, nn.Module) and _is_layer(name):
+            found[name] = module
+    return list(found.values())
+
+
+def _is_layer(name: str) -> bool:
+    return name.rpartition(".")[2].isdigit()
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _factored(shape: tuple[int, ...]) -> int:
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+
+
+def _mlp_width(config: PretrainedConfig) -> int | None:
+    """Return the MLP channels of a token's way: with experts, those of the experts that it is routed to."""
+    experts = num_experts(config)
+    if not experts:
+        return get_size(config, MLP)
+    width = get_size(config, EXPERT_MLP) or get_size(config, MLP)
+    return None if width is None else width * (experts_per_token(config) or experts)
+
+
+def _is_gated(layer: nn.Module, hidden: int, config: PretrainedConfig) -> bool:
+    """Tell whether an MLP multiplies two products: it has three matrices then, or one of them is twice as long."""
+    width = get_size(config, EXPERT_MLP) if num_experts(config) else get_size(config, MLP)
+    width = width or get_size(config, MLP) or 0
+    elements = 0
+    for parameter in layer.parameters():
+        ends = tuple(parameter.shape)[-2:]
+        if parameter.dim() > 1 and hidden in ends and {width, 2 * width} & set(ends):
+            elements += ends[0] * ends[1]
+    return elements > 2.5 * hidden * width

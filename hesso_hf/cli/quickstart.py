@@ -1,0 +1,160 @@
+"""Quickstart: prune a model by half while fine-tuning it, and compare with the original and a one-shot cut."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ..bundled import BUNDLED, resolve_model
+from ..config import HessoConfig
+from ..export.export import DTYPES
+from ..hf_models.loading import load_model, load_tokenizer
+from ..hf_models.sizes import load_config
+from ..trainer.trainer import HessoTrainer
+from .data import text_blocks
+from .evaluate import held_out_loss, perplexity, tokens_per_second, weights_bytes
+
+PROMPT_TOKENS, SAMPLE_TOKENS = 12, 60
+
+# Runs where hesso_hf has never been imported: the smaller model needs nothing but transformers.
+_FRESH_PROCESS = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+prompt, folders = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+found = {}
+for name, folder in folders.items():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        logits = model(ids).logits.float()
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(sys.argv[3]), do_sample=False,
+                             repetition_penalty=1.3, pad_token_id=0)
+    found[name] = {"sample": tokenizer.decode(out[0]), "logits": logits[0, -1, :8].tolist(),
+                   "parameters": sum(p.numel() for p in model.parameters())}
+assert "hesso_hf" not in sys.modules
+print("RESULT" + json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """Options of `hesso-hf quickstart`."""
+
+    model: str | None = None
+    dataset: str = "python-docs"
+    text_column: str = "text"
+    steps: int = 200
+    ratio: float = 0.5
+    batch_size: int = 8
+    block_size: int = 256
+    learning_rate: float = 2e-3
+    output: str = "quickstart"
+
+
+@dataclass(frozen=True)
+class QuickstartRow:
+    """One model of the comparison; `tokens_per_second` is forward throughput, medians of alternating runs."""
+
+    name: str
+    parameters: int
+    bytes: int
+    perplexity: float
+    tokens_per_second: float
+
+
+def run_quickstart(options: QuickstartOptions) -> tuple[list[QuickstartRow], dict[str, str]]:
+    """Fine-tune and prune with HESSO and, for as many steps, after a one-shot cut by magnitude; reload and compare.
+
+    Returns:
+        A row per model (original, HESSO, one-shot), and a generated sample of each; both also in `results.json`.
+    """
+    config = HessoConfig(pruning_ratio=options.ratio)  # a mistake shows before anything is written
+    source = resolve_model(options.model or BUNDLED)
+    config.export_dtype = str(load_config(source).dtype or "float32").removeprefix("torch.")  # all stored alike
+    tokenizer = load_tokenizer(source)
+    train, held_out = text_blocks(
+        options.dataset, tokenizer, options.block_size, "train", text_column=options.text_column, held_out_ratio=0.1
+    )
+    assert held_out is not None
+    output = Path(options.output)
+    load_model(source, DTYPES[config.export_dtype]).save_pretrained(output / "original")
+    tokenizer.save_pretrained(output / "original")
+
+    sizes = _train(options, source, tokenizer, train, config, output / "hesso")
+    one_shot = replace(
+        config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude",
+        warmup_steps=0, pruning_steps=1, pruning_periods=1,
+    )  # fmt: skip
+    _train(options, source, tokenizer, train, one_shot, output / "one-shot")
+
+    folders = {
+        "original": output / "original",
+        "HESSO": output / "hesso",
+        "one-shot magnitude": output / "one-shot",
+    }
+    models = {name: load_model(str(folder), torch.float32) for name, folder in folders.items()}
+    speeds = tokens_per_second(list(models.values()), options.batch_size, options.block_size)
+    rows = [
+        QuickstartRow(
+            name,
+            sum(parameter.numel() for parameter in model.parameters()),
+            weights_bytes(folders[name]),
+            perplexity(held_out_loss(model, held_out, options.batch_size)),
+            speed,
+        )
+        for (name, model), speed in zip(models.items(), speeds, strict=True)
+    ]
+    prompt = held_out[0]["input_ids"][:PROMPT_TOKENS]
+    samples = _fresh_process(prompt, folders, rows)
+    results = {"options": asdict(options), "rows": [asdict(row) for row in rows], "samples": samples}
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return rows, samples
+
+
+def _train(
+    options: QuickstartOptions, source: str, tokenizer: Any, train: Any, config: HessoConfig, folder: Path
+) -> dict[str, int]:
+    """Train and save; return the config sizes that were pruned to."""
+    args = TrainingArguments(
+        output_dir=str(folder.parent / "runs" / folder.name),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, options.steps // 20),
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        seed=0,
+    )
+    trainer = HessoTrainer(
+        model=load_model(source, torch.float32),  # fp32 masters, whatever the stored dtype
+        args=args,
+        train_dataset=train,
+        processing_class=tokenizer,
+        hesso_config=config,
+    )
+    trainer.train()
+    trainer.save_model(str(folder))
+    return trainer.hesso_plan.target.sizes
+
+
+def _fresh_process(prompt: list[int], folders: dict[str, Path], rows: list[QuickstartRow]) -> dict[str, str]:
+    """Reload every model in a process without hesso_hf and let it continue a held-out text."""
+    paths = {name: str(folder) for name, folder in folders.items()}
+    arguments = [json.dumps(prompt), json.dumps(paths), str(SAMPLE_TOKENS)]
+    done = subprocess.run([sys.executable, "-c", _FRESH_PROCESS, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the smaller models don't load in a fresh process:\n{done.stderr}")
+    found = json.loads(done.stdout.partition("RESULT")[2])
+    for row in rows:
+        assert found[row.name]["parameters"] == row.parameters
+    return {name: entry["sample"] for name, entry in found.items()}

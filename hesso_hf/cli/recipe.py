@@ -1,0 +1,183 @@
+"""Recipes: a YAML file and command-line flags become the dataclasses of a run; flags override the file.
+
+model: org/name
+dataset: org/data
+training: {learning_rate: 1.0e-4, max_steps: 2000, ...}     # TrainingArguments
+hesso: {pruning_ratio: 0.5, ...}                            # HessoConfig; flags carry the prefix --hesso_
+peft: {r: 16, target_modules: all-linear}                   # LoraConfig; without it all weights are trained
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from ..bundled import resolve_model
+from ..config import HessoConfig
+from ..errors import HessoError, nearest_name
+
+PREFIX = "hesso_"
+
+
+@dataclass
+class RunArguments:
+    """Which model is pruned on which text, and where the smaller one goes."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the model to prune; bundled is the one that ships here."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "python-docs (embedded), a .jsonl/.txt/.csv/.parquet file, or a Hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out text; by default a part of dataset."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset to evaluate on."})
+    eval_ratio: float = field(default=0.05, metadata={"help": "Share of dataset held out where no split is named."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    max_examples: int | None = field(default=None, metadata={"help": "Use only the first so many examples."})
+    block_size: int = field(default=1024, metadata={"help": "Tokens in one training example."})
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype of the trained weights; fp32 masters with bf16: true by default."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Folder for the smaller model (default: `small` in training's output_dir)."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    peft: dict | str | None = field(
+        default=None, metadata={"help": "LoraConfig's fields (JSON): train an adapter; by default all weights."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            self.model = resolve_model(self.model)
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
+        if self.block_size < 2:
+            raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise HessoError(f"`max_examples` ({self.max_examples}) must be at least 1; leave it out to use all")
+        if not 0.0 < self.eval_ratio < 1.0:
+            raise HessoError(f"`eval_ratio` ({self.eval_ratio}) must lie strictly between 0 and 1")
+        self.adapter()
+
+    def adapter(self) -> Any:
+        """Return the adapter's `LoraConfig`, None where all weights are trained.
+
+        Raises:
+            HessoError: for what isn't a mapping of its fields, and where peft isn't installed.
+        """
+        if self.peft is None:
+            return None
+        try:
+            from peft import LoraConfig
+        except ImportError as error:
+            raise HessoError(f"`peft` ({self.peft!r}) needs peft: pip install peft") from error
+        try:
+            values = json.loads(self.peft) if isinstance(self.peft, str) else self.peft
+        except json.JSONDecodeError as error:
+            raise HessoError(f"`peft` ({self.peft!r}) is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise HessoError(f"`peft` ({self.peft!r}) must be a mapping of LoraConfig's fields")
+        _check_keys(values, [item.name for item in dataclasses.fields(LoraConfig)], "`peft`")
+        try:
+            return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
+        except (TypeError, ValueError) as error:
+            raise HessoError(f"`peft` ({self.peft!r}): {error}") from error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed run."""
+
+    run: RunArguments
+    training: TrainingArguments
+    hesso: HessoConfig
+
+
+def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and override it by flags (`--learning_rate 1e-4 --hesso_pruning_ratio 0.3`).
+
+    Raises:
+        HessoError: for a missing file, model or data set, and for an unknown key or flag, naming the nearest known.
+    """
+    values = _flatten(_read(path)) if path else {}
+    parser = recipe_parser()
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**values)
+    try:
+        parsed = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
+    except HessoError:
+        raise
+    except ValueError as error:  # TrainingArguments' own checks
+        raise HessoError(f"`training`: {error}") from error
+    run, training, prefixed, rest = parsed
+    for flag in rest:
+        name = flag.removeprefix("--").partition("=")[0]
+        raise HessoError(f"unknown flag {flag!r}{nearest_name(name, sorted(known))}; see `hesso-hf prune --help`")
+    for name in ("model", "dataset"):
+        if getattr(run, name) is None:
+            raise HessoError(f"`{name}` is missing: name it in the recipe or give `--{name}`")
+    if training.output_dir == "trainer_output":  # what TrainingArguments calls it where nothing was said
+        training.output_dir = str(Path("runs") / f"{Path(run.model).name}-pruned")
+    if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # "true": the last one in output_dir
+        training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
+    for name in set(training.report_to) - {"none", *get_available_reporting_integrations()}:
+        raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
+    hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
+    return Recipe(run, training, hesso)
+
+
+def recipe_parser() -> HfArgumentParser:
+    """Return the parser of `hesso-hf prune`'s flags."""
+    classes: Any = [RunArguments, TrainingArguments, _prefixed_config()]
+    usage = "hesso-hf prune [RECIPE] [--flag value ...]"  # a mistake is answered with it, not with hundreds of flags
+    return HfArgumentParser(classes, prog="hesso-hf prune", usage=usage, add_help=False, allow_abbrev=False)
+
+
+def _prefixed_config() -> type:
+    """HessoConfig's fields as flags with a prefix: `warmup_steps` is TrainingArguments' own."""
+    hints = get_type_hints(HessoConfig)
+    fields = []
+    for item in dataclasses.fields(HessoConfig):
+        fields.append((PREFIX + item.name, hints[item.name], field(default=item.default, metadata=dict(item.metadata))))
+    return dataclasses.make_dataclass("HessoFlags", fields)
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise HessoError(f"`recipe` ({path!r}): no such file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise HessoError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise HessoError(f"{path} must be a mapping with the keys model, dataset, training and hesso")
+    return values
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check keys section by section and give HessoConfig's the prefix."""
+    flat: dict[str, Any] = {}
+    run_fields = [item.name for item in dataclasses.fields(RunArguments)]
+    _check_keys(values, [*run_fields, "training", "hesso"], "the recipe")
+    flat |= {key: value for key, value in values.items() if key in run_fields}
+    training, hesso = values.get("training") or {}, values.get("hesso") or {}
+    _check_keys(training, [item.name for item in dataclasses.fields(TrainingArguments)], "`training`")
+    _check_keys(hesso, [item.name for item in dataclasses.fields(HessoConfig)], "`hesso`")
+    return flat | dict(training) | {PREFIX + key: value for key, value in hesso.items()}
+
+
+def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise HessoError(f"unknown key `{key}` in {where}{nearest_name(str(key), known)}")

@@ -1,0 +1,17 @@
+"""DeepSpeed ZeRO 1 to 3: where the masters of a parameter lie, steps around its engine, state, export.
+
+In: a DeepSpeed engine and a folder.
+Out: holdings for `pruning/weights`, checkpoints (ZeRO's own and universal ones), the exported model.
+DeepSpeed is imported only when a run uses it.
+"""
+
+from typing import TYPE_CHECKING
+
+from ... import hand_on
+
+if TYPE_CHECKING:
+    from .export import export_zero
+    from .steps import ZeroSteps
+
+__all__ = ["ZeroSteps", "export_zero"]
+__getattr__ = hand_on(__name__, {"ZeroSteps": "steps", "export_zero": "export"})

@@ -1,0 +1,289 @@
+"""HESSO around the steps of DeepSpeed's ZeRO optimizer, which calls the base optimizer once a parameter group.
+
+DeepSpeed's step decides whether a gradient is finite, clips it, calls the base optimizer for one flat vector after the
+other, and gathers the weights. HESSO looks at the gradient before that, and acts on the masters right before the first
+and right after the last of these calls, so that what it changes is gathered with the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from ...config import HessoConfig
+from ...distributed.collectives import barrier, is_main_process, world_size
+from ...errors import CheckpointMismatchError, HessoError
+from ...pruning.optimizer import Skips
+from ...pruning.process import PruningProcess
+from ..fsdp.state import FOLDER, SHARED_NAME, snapshots_in
+from .holdings import ZeroHoldings, masters_of
+from .ranges import load_ranges, save_ranges
+from .universal import check_readable, repair_optimizer
+
+logger = logging.get_logger(__name__)
+
+
+class ZeroSteps:
+    """Drives pruning where ZeRO trains: what `HessoOptimizer` is elsewhere.
+
+    Args:
+        process: the pruning state.
+        noted: counts a micro-batch's loss and returns what the early warning watches, by default the loss itself.
+
+    Attributes:
+        seconds: spent in HESSO, all steps together; on a GPU the time to enqueue.
+    """
+
+    def __init__(
+        self, process: PruningProcess, noted: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
+    ) -> None:
+        self.process, self.seconds = process, 0.0
+        self._noted = noted
+        self._skips = Skips()
+        self._loss: torch.Tensor | None = None
+        self._calls = 0
+        self._stepped = False
+
+    @property
+    def attached(self) -> bool:
+        """Whether DeepSpeed's engine has been made and taken."""
+        return hasattr(self, "base")
+
+    def attach(self, engine: Any, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put HESSO around an engine's steps.
+
+        Args:
+            engine: DeepSpeed's.
+            parameters: the model's, by name.
+
+        Raises:
+            HessoError: where the engine has no ZeRO optimizer over all processes.
+        """
+        self._zero = engine.optimizer
+        if not hasattr(self._zero, "optimizer") or not hasattr(self._zero, "loss_scale"):
+            raise HessoError(
+                f"DeepSpeed trains with {type(self._zero).__name__}, not with ZeRO; set `zero_optimization.stage` to "
+                "1, 2 or 3 in its config"
+            )
+        self.base: Optimizer = self._zero.optimizer
+        self.base.register_step_pre_hook(lambda *_: self._before_call())
+        self.base.register_step_post_hook(lambda *_: self._after_call())
+        self._masters = _Masters(self.base)
+        plain_step, plain_backward = self._zero.step, engine.backward
+        self._zero.step = lambda *args, **kwargs: self._step(plain_step, *args, **kwargs)
+        engine.backward = lambda loss, *args, **kwargs: self._backward(plain_backward, loss, *args, **kwargs)
+        if hasattr(self._zero, "check_grad_overflow"):
+            self._zero.check_grad_overflow = True  # a step on a gradient that isn't finite is skipped in bfloat16 too
+        self.bind(parameters)
+
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Let pruning act on ZeRO's masters."""
+        self._holdings: ZeroHoldings | None = None
+
+        def made(found: Any) -> ZeroHoldings:
+            self._holdings = ZeroHoldings(self._zero, found)
+            return self._holdings
+
+        self.process.bound.bind(parameters, made)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _backward(self, plain: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        noted = self._noted(loss.detach())
+        self._loss = noted if self._loss is None else self._loss + noted
+        return plain(loss, *args, **kwargs)
+
+    def _step(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        if self._loss is not None:
+            self.process.report_loss(self._loss)
+            self._loss = None
+        self.process.observe_gradients()
+        self._masters.refresh()
+        self.seconds += time.perf_counter() - started
+        assert self._holdings is not None
+        self._calls, self._stepped, self._holdings.stepping = 0, False, True
+        try:
+            result = plain(*args, **kwargs)
+        finally:
+            self._holdings.stepping = False
+        if self._stepped:
+            self._skips.reset()
+        elif self._zero.overflow:
+            self._skips.count(self.process.step, float("inf"), searching=bool(self._zero.dynamic_loss_scale))
+        else:
+            raise HessoError(
+                f"DeepSpeed's step called {type(self.base).__name__} {self._calls} times for {self._vectors} vectors; "
+                "this way of stepping isn't supported: leave out ZenFlow and `torch_autocast`"
+            )
+        return result
+
+    @property
+    def holdings(self) -> ZeroHoldings:
+        """How ZeRO's processes share the parameters."""
+        assert self._holdings is not None
+        return self._holdings
+
+    @property
+    def _vectors(self) -> int:
+        return len(masters_of(self._zero))
+
+    @torch.no_grad()
+    def _before_call(self) -> None:
+        if not self._calls:
+            started = time.perf_counter()
+            self.process.before_step(self._masters)
+            self.seconds += time.perf_counter() - started
+        self._calls += 1
+
+    @torch.no_grad()
+    def _after_call(self) -> None:
+        if self._calls == self._vectors:
+            started = time.perf_counter()
+            self.process.after_step(self._masters)
+            self._stepped = True
+            self.seconds += time.perf_counter() - started
+
+    def load_pruning_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved pruning state; DeepSpeed has loaded its own already.
+
+        Raises:
+            CheckpointMismatchError: where it belongs to another model, budget or config.
+        """
+        self._masters.refresh()
+        self.process.load_state_dict(state, self._masters)
+
+
+class _Masters(Optimizer):
+    """The base optimizer's state and all of its groups: in its step DeepSpeed shows it one group at a time."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the groups, outside of a step: loading replaces them."""
+        self._groups = list(self._base.param_groups)
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """State of the base optimizer."""
+        return self._base.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """All groups of the base optimizer."""
+        return self._groups
+
+
+def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
+    """Refuse a DeepSpeed config that pruning doesn't work with.
+
+    Raises:
+        HessoError: naming the setting and the remedy.
+    """
+    zero = engine_config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise HessoError(
+            f"`zero_optimization.stage` ({zero.get('stage', 0)}) of DeepSpeed's config must be 1, 2 or 3; without "
+            "ZeRO train under DDP"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise HessoError(f"`zero_optimization.{name}.device` ('nvme') isn't supported: use 'cpu'")
+    if zero.get("round_robin_gradients"):  # DeepSpeed 0.19 then maps parameters to the wrong part of its fp32 vectors
+        raise HessoError("`round_robin_gradients` (True) of DeepSpeed's config isn't supported: leave it out")
+    if zero.get("mics_shard_size", -1) > 0:
+        raise HessoError(
+            f"`zero_optimization.mics_shard_size` ({zero['mics_shard_size']}) isn't supported: leave it out"
+        )
+    if zero.get("elastic_checkpoint"):  # DeepSpeed 0.19 fails on what it writes then, on as many processes too
+        raise HessoError(
+            "`zero_optimization.elastic_checkpoint` (True) isn't supported: leave it out, and resume on another number "
+            "of processes by `checkpoint.load_universal`"
+        )
+    for found, name in ((zero, "zenflow"), (engine_config, "torch_autocast"), (engine_config, "tensor_parallel")):
+        if found.get(name):
+            raise HessoError(f"`{name}` ({found[name]}) of DeepSpeed's config isn't supported: leave it out")
+    if config.cric and config.cric_mode == "probe":
+        raise HessoError(
+            "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path'"
+        )
+    if config.prune_vocabulary:
+        raise HessoError(
+            "`prune_vocabulary` (True) isn't supported with DeepSpeed; leave it out, and trim the saved model on one "
+            "process (`export_pruned(..., vocabulary=keep_tokens(...))`)"
+        )
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_zero_state(steps: ZeroSteps, folder: Any, stage: int, writes_shared: bool | None = None) -> None:
+    """Write the pruning state beside DeepSpeed's checkpoint; all processes call it.
+
+    What all share goes into one file, each process' ranges of a CRIC snapshot into one of its own.
+
+    Args:
+        writes_shared: whether this process writes that one file, by default the main process alone.
+    """
+    target = folder / FOLDER
+    state = steps.process.state_dict()  # collective: sums are added up
+    own = {kind: dict(snapshot) for kind, snapshot in snapshots_in(state)}
+    for _, snapshot in snapshots_in(state):
+        snapshot |= dict.fromkeys(snapshot)
+    target.mkdir(parents=True, exist_ok=True)
+    if is_main_process() if writes_shared is None else writes_shared:
+        torch.save(state | {"zero": {"processes": world_size(), "stage": stage}}, target / SHARED_NAME)
+    if own:
+        save_ranges(target, own, steps.holdings)
+    barrier()
+
+
+def load_zero_state(steps: ZeroSteps, folder: Any, stage: int, universal: bool = False) -> None:
+    """Continue from what `save_zero_state` wrote.
+
+    Args:
+        universal: whether DeepSpeed has read a universal checkpoint, of any number of processes.
+
+    Raises:
+        CheckpointMismatchError: as `check_zero_state` does.
+    """
+    source = folder / FOLDER
+    check_zero_state(folder, stage, universal)
+    if universal:
+        repair_optimizer(steps.base, folder)
+    state = torch.load(source / SHARED_NAME, map_location="cpu", weights_only=True)
+    kinds = list(snapshots_in(state))
+    own = load_ranges(source, state["zero"]["processes"], steps.holdings) if kinds else {}
+    for kind, snapshot in kinds:
+        snapshot |= own[kind]
+    steps.load_pruning_state(state)
+
+
+def check_zero_state(folder: Any, stage: int, universal: bool = False) -> None:
+    """Compare how a checkpoint was made with this run.
+
+    Args:
+        universal: whether DeepSpeed's config says that universal checkpoints are read.
+
+    Raises:
+        CheckpointMismatchError: where it was made by another engine or ZeRO stage, or by another number of processes
+            and no universal checkpoint is read.
+    """
+    path = folder / FOLDER / SHARED_NAME
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    made, present = state.get("zero"), world_size()
+    if not made or made["stage"] != stage:
+        found = f"ZeRO-{made['stage']}" if made else "another engine than DeepSpeed"
+        raise CheckpointMismatchError(
+            f"`resume_from_checkpoint` ({str(folder)!r}) was written by {found}, this run is ZeRO-{stage}; resume with "
+            "the same, since DeepSpeed's partitions can't be read otherwise"
+        )
+    check_readable(folder, made["processes"], present, universal)

@@ -1,0 +1,222 @@
+"""The pruning state of a sharded run in files of its own: every process writes what it holds, any number reads it.
+
+torch's distributed checkpoints keep what they know of an optimizer's state and silently drop the rest. So what all
+processes share goes into one small file, and the parts of a CRIC snapshot into one safetensors file a process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from ...distributed.collectives import barrier, is_main_process, world_size
+from ...distributed.parts import Part, named_parameters, part_of
+from ...errors import CheckpointMismatchError, HessoError
+from ...pruning.optimizer import HessoOptimizer
+from ...pruning.weights.snapshot import random_state, snapshotted
+
+logger = logging.get_logger(__name__)
+
+FOLDER, SHARED_NAME = "hesso_shards", "pruning.pt"
+_SNAPSHOTS = ("trial", "period_start")  # keys of the state that may hold one
+
+
+def begin_checkpoint(folder: Path) -> None:
+    """Make a checkpoint's folder; from one that is there already take what says that it is whole, and all parts.
+
+    A run that was killed, or that goes on from an earlier checkpoint, comes by the same step again, perhaps with fewer
+    processes: what they write mustn't be mixed with what more processes left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for parts in (folder / FOLDER, *folder.glob("global_step*")):  # the second are DeepSpeed's
+        if parts.is_dir():
+            shutil.rmtree(parts)
+
+
+def save_pruning_state(
+    optimizer: HessoOptimizer, model: nn.Module, folder: Path, writes_shared: bool | None = None
+) -> None:
+    """Write the pruning state of a run whose parameters are sharded; all processes call it.
+
+    Args:
+        model: whose parameters' names the parts are stored under.
+        folder: of the checkpoint; `hesso_shards` is made in it.
+        writes_shared: whether this process writes what all share: by default the main one, one of each node where nodes
+            have disks of their own.
+
+    Raises:
+        HessoError: where a CRIC snapshot holds optimizer state of a form that can't be told apart by elements.
+    """
+    target, rank = folder / FOLDER, dist.get_rank() if world_size() > 1 else 0
+    state = optimizer.process.state_dict()  # collective: sums are added up
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    parts: dict[str, tuple[torch.Tensor, Part]] = {}
+    parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
+    for kind, snapshot in snapshots_in(state):
+        own_state = []
+        for position, parameter in enumerate(parameters):
+            name = names[id(parameter)]
+            part = part_of(name, parameter)
+            parts[f"{kind}/weights/{name}"] = (snapshot["weights"][position], part)
+            rest = {}
+            for key, value in (snapshot["state"][position] or {}).items():
+                if isinstance(value, torch.Tensor) and tuple(value.shape) == part.sizes:
+                    parts[f"{kind}/{key}/{name}"] = (value, part)
+                else:
+                    rest[key] = _checked(value, name, key, part)
+            own_state.append(rest)
+        snapshot |= {"weights": None, "state": own_state, "random": None}
+    target.mkdir(parents=True, exist_ok=True)
+    if is_main_process() if writes_shared is None else writes_shared:
+        torch.save(state, target / SHARED_NAME)
+    kept = {key: (value, part) for key, (value, part) in parts.items() if part.counted and value.numel()}
+    places = {key: {"starts": part.starts, "shape": part.shape} for key, (_, part) in kept.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, (value, _) in kept.items()}
+    save_file(tensors, target / f"parts-{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
+    save_random_states(optimizer, folder)
+    barrier()
+
+
+def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path) -> None:
+    """Continue from what `save_pruning_state` wrote, on any number of processes.
+
+    Raises:
+        CheckpointMismatchError: where there is no such state, or one of another model, budget or config.
+    """
+    source = folder / FOLDER
+    if not (source / SHARED_NAME).exists():
+        raise CheckpointMismatchError(
+            f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state of a sharded run ({FOLDER}/"
+            f"{SHARED_NAME}); was it written by another engine? Resume with the engine that wrote it"
+        )
+    state = torch.load(source / SHARED_NAME, map_location="cpu", weights_only=True)
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    stored = StoredParts(source)
+    parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
+    for kind, snapshot in snapshots_in(state):
+        weights, states = [], []
+        for position, parameter in enumerate(parameters):
+            name = names[id(parameter)]
+            part = part_of(name, parameter)
+            weights.append(stored.read(f"{kind}/weights/{name}", part))
+            own = dict(snapshot["state"][position])
+            own |= {key: stored.read(f"{kind}/{key}/{name}", part) for key in stored.keys_of(kind, name)}
+            states.append(own or None)
+        snapshot |= {"weights": weights, "state": states, "random": random_state(parameters[0].device)}
+    optimizer.load_pruning_state(state)
+    load_random_states(optimizer, folder)
+
+
+def save_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
+    """Write the random states of this process that a snapshot will return to, beside those of the other processes."""
+    for kind, snapshot in optimizer.process.snapshots.items():
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        torch.save(snapshot.random, folder / FOLDER / _random_name(kind))
+
+
+def load_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
+    """Give the snapshots this process' own random states; those of now, with a warning, where there were fewer."""
+    for kind, snapshot in optimizer.process.snapshots.items():
+        path = folder / FOLDER / _random_name(kind)
+        if path.exists():
+            snapshot.take_random(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            logger.warning(f"{path} is missing: this process goes on with the random state of now after the trial")
+
+
+def _random_name(kind: str) -> str:
+    return f"random-{kind}-{dist.get_rank() if world_size() > 1 else 0:05d}.pt"
+
+
+class StoredParts:
+    """The parts that all processes wrote, read element by element where they lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where: dict[str, list[tuple[Path, Part]]] = {}
+        for path in sorted(folder.glob("parts-*.safetensors")):
+            with safe_open(path, framework="pt") as stored:
+                places = json.loads((stored.metadata() or {}).get("places", "{}"))
+                for key, place in places.items():
+                    sizes = tuple(stored.get_slice(key).get_shape())
+                    part = Part(tuple(place["starts"]), sizes, tuple(place["shape"]))
+                    self._where.setdefault(key, []).append((path, part))
+
+    def keys_of(self, kind: str, name: str) -> list[str]:
+        """Return which optimizer state of a parameter was stored in parts."""
+        keys = [key.split("/", 2) for key in self._where]
+        return [key for found, key, owner in keys if found == kind and owner == name and key != "weights"]
+
+    def read(self, key: str, part: Part) -> torch.Tensor:
+        """Return a part of a stored tensor, put together from what the processes wrote.
+
+        Raises:
+            CheckpointMismatchError: where elements are missing or the shapes differ.
+        """
+        stored = self._where.get(key, [])
+        if not stored or stored[0][1].shape != part.shape:
+            shape = stored[0][1].shape if stored else None
+            raise CheckpointMismatchError(f"the checkpoint holds {key} of shape {shape}, this run has {part.shape}")
+        found: torch.Tensor | None = None
+        filled = 0
+        for path, held in stored:
+            overlap = _overlap(part, held)
+            if overlap is None and found is not None:
+                continue
+            with safe_open(path, framework="pt") as file:
+                values = file.get_slice(key)[_slices(overlap, held) if overlap else (slice(0, 0),) * len(part.shape)]
+            if found is None:
+                found = torch.empty(part.sizes, dtype=values.dtype)
+            if overlap is not None:
+                found[_slices(overlap, part)] = values
+                filled += values.numel()
+        assert found is not None
+        if filled != found.numel():
+            raise CheckpointMismatchError(f"{key}: {found.numel() - filled} elements are missing; is a file lost?")
+        return found
+
+
+def _overlap(wanted: Part, held: Part) -> list[tuple[int, int]] | None:
+    """Return what two parts share, (first index, one past the last) per dimension; None where nothing."""
+    shared = []
+    for begin, size, other, other_size in zip(wanted.starts, wanted.sizes, held.starts, held.sizes, strict=True):
+        low, high = max(begin, other), min(begin + size, other + other_size)
+        if low >= high:
+            return None
+        shared.append((low, high))
+    return shared
+
+
+def _slices(stretch: list[tuple[int, int]], part: Part) -> tuple[slice, ...]:
+    return tuple(slice(low - start, high - start) for (low, high), start in zip(stretch, part.starts, strict=True))
+
+
+def snapshots_in(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for kind in _SNAPSHOTS:
+        held = state.get(kind)
+        snapshot = held["snapshot"] if kind == "trial" and held else held
+        if snapshot:
+            yield kind, snapshot
+
+
+def _checked(value: Any, name: str, key: str, part: Part) -> Any:
+    """Return optimizer state that all processes have alike: numbers and scalars."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.Tensor) and (not value.dim() or part.is_whole):
+        return value.detach().cpu()
+    raise HessoError(
+        f"`optim`: its state {key!r} of {name} isn't one value an element, so a CRIC snapshot of it can't be stored in "
+        "shards; use adamw_torch, or save checkpoints outside of CRIC's cycles"
+    )

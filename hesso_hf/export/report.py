@@ -1,0 +1,200 @@
+"""What is published beside the weights: `pruning_report.json` and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..structures.groups import KeptUnits
+from .plots import PLOT_NAME, draw_cric
+from .verify import Verification
+
+logger = logging.get_logger(__name__)
+
+REPORT_NAME = "pruning_report.json"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """Everything that says how a smaller model came about.
+
+    Attributes:
+        sizes_before, sizes_after: config sizes that changed; means where layers differ.
+        stock: whether the model is of a stock class, not one with a modelling file for uneven layers.
+        training: config, schedule, steps and history of the run, empty for a bare export.
+        vocabulary: tokens and parameters removed with them, and the old ids of the kept ones; None for a whole one.
+    """
+
+    model_class: str
+    base_model: str
+    parameters_before: int
+    parameters_after: int
+    sizes_before: dict[str, int]
+    sizes_after: dict[str, float]
+    kept_units: KeptUnits
+    verification: Verification
+    stock: bool = True
+    training: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Mapping[str, Any] | None = None
+
+    @property
+    def pruning_ratio(self) -> float:
+        """Share of the parameters that was removed."""
+        return 1 - self.parameters_after / self.parameters_before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            "model_class": self.model_class,
+            "base_model": _repo_id(self.base_model) or Path(self.base_model).name,
+            "parameters": {"before": self.parameters_before, "after": self.parameters_after},
+            "pruning_ratio": self.pruning_ratio,
+            "sizes": {"before": self.sizes_before, "after": self.sizes_after},
+            "verification": self.verification.to_dict(),
+            **{key: value for key, value in _public(self.training).items() if key not in ("base_model", "vocabulary")},
+            **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
+            "kept_units": self.kept_units.to_dict(),
+            "versions": versions(),
+        }
+
+    def write(self, folder: Path) -> bool:
+        """Write the report, the model card and, where CRIC was used, a picture of what it did; tell whether it did."""
+        cric = self.training.get("cric")
+        picture = _drawn(cric, folder / PLOT_NAME) if cric else False
+        (folder / REPORT_NAME).write_text(
+            json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        (folder / CARD_NAME).write_text(self.card(picture), encoding="utf-8")
+        return picture
+
+    def card(self, picture: bool = False) -> str:
+        """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not."""
+        rows = "\n".join(
+            f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
+        )
+        if self.vocabulary is not None:
+            tokens = self.vocabulary["tokens"]
+            rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
+        base = _repo_id(self.base_model)
+        return _CARD.format(
+            front=_front_matter(base),
+            name=base or self.model_class,
+            kind=_STOCK if self.stock else _UNEVEN,
+            options="" if self.stock else ", trust_remote_code=True",
+            ratio=self.pruning_ratio,
+            before=self.parameters_before,
+            after=self.parameters_after,
+            rows=rows,
+            model_class=self.model_class,
+            fold=self.verification.fold_error,
+            rounding=self.verification.rounding_error,
+            dtype=self.verification.dtype,
+            tokens="" if self.vocabulary is None else _FEWER_TOKENS,
+            distilled=_distilled(_public(self.training).get("distillation")),
+            report=REPORT_NAME,
+        ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
+
+
+def _drawn(cric: Mapping[str, Any], path: Path) -> bool:
+    """Draw the picture; a plotting library that fails must not cost the model."""
+    try:
+        return draw_cric(cric, path)
+    except Exception as error:
+        logger.warning(f"{path.name} isn't drawn: {type(error).__name__}: {error}")
+        path.unlink(missing_ok=True)
+        return False
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Count a model's parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this library and of what it ran on."""
+    found = {"python": platform.python_version()}
+    for package in ("hesso_hf", "torch", "transformers", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # running from a source tree that isn't installed
+            found[package] = str(import_module(package).__version__)
+    return found
+
+
+def _repo_id(base_model: str) -> str:
+    """Return a Hub id as it is, and "" for a path of this machine, which is nobody else's business."""
+    is_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", base_model) and not Path(base_model).exists()
+    return base_model if is_id else ""
+
+
+def _public(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a training record in which a teacher from a folder goes by the folder's name."""
+    found = dict(training)
+    config, distillation = found.get("hesso_config") or {}, found.get("distillation")
+    if config.get("distill_from"):
+        shown = _repo_id(config["distill_from"]) or Path(config["distill_from"]).name
+        found["hesso_config"] = {**config, "distill_from": shown}
+        if distillation:
+            found["distillation"] = {**distillation, "teacher": shown}
+    return found
+
+
+def _distilled(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    return (
+        f"It learnt from {record['teacher']} as the teacher (distillation weight {record['alpha']}, temperature "
+        f"{record['temperature']}). "
+    )
+
+
+def _front_matter(base_model: str) -> str:
+    lines = ["---", "library_name: transformers", "tags:", "- pruned", "- hesso"]
+    if base_model:
+        lines.append(f"base_model: {base_model}")
+    return "\n".join([*lines, "---"])
+
+
+_STOCK = "It is of a stock class, and loads with plain Transformers and nothing else."
+_UNEVEN = (
+    "Its layers differ in width (means are given below), so it comes with a short modelling file of its own and loads "
+    "with `trust_remote_code=True`."
+)
+_FEWER_TOKENS = (
+    "Tokens that the training data never used were removed from the model and its tokenizer: other text is split into "
+    "more tokens, and ids differ from those of the original tokenizer. "
+)
+_CARD = """{front}
+
+# {name}, pruned
+
+{ratio:.1%} of the parameters were removed by structured pruning with HESSO
+([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{kind}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/model"{options})
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
+```
+
+| | before | after |
+|---|---:|---:|
+| parameters | {before:,} | {after:,} |
+{rows}
+
+The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
+error {fold:.1e} in fp32, {rounding:.1e} after rounding to {dtype}. {tokens}Kept units, schedule and versions are in
+`{report}`.
+"""

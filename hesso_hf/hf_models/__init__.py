@@ -1,0 +1,30 @@
+"""Hugging Face configs and models: sizes of a config, and models made from them without weights or very small.
+
+In: a config, a model class, or the name of a checkpoint.
+Out: sizes under one name for all classes, configs with other sizes, models on the meta device, tiny random models.
+Nothing here knows what a unit or a group is; a table of class names stands only where a config says too little.
+"""
+
+from typing import TYPE_CHECKING
+
+from .. import hand_on
+
+if TYPE_CHECKING:
+    from .loading import load_model, load_tokenizer
+    from .sizes import build_meta, get_size, resized_config
+    from .tiny_config import tiny_config
+    from .tiny_model import random_model
+
+__all__ = ["build_meta", "get_size", "load_model", "load_tokenizer", "random_model", "resized_config", "tiny_config"]
+__getattr__ = hand_on(
+    __name__,
+    {
+        "build_meta": "sizes",
+        "get_size": "sizes",
+        "load_model": "loading",
+        "load_tokenizer": "loading",
+        "random_model": "tiny_model",
+        "resized_config": "sizes",
+        "tiny_config": "tiny_config",
+    },
+)

@@ -1,0 +1,80 @@
+"""Loading a model to train, and its tokenizer: by every process, or under FSDP2 by one that the others get it from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import str_to_bool
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..errors import HessoError
+from .sizes import load_config, model_class_of
+
+
+def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """Load a causal language model in a dtype, through its stock class.
+
+    With `fsdp_cpu_ram_efficient_loading` one process reads the weights, and the others reserve memory that is never
+    written: FSDP2 brings them their shards. (`from_pretrained` reads them on every process of a node.)
+
+    Raises:
+        HessoError: where there is none, or it needs code of its own that isn't allowed.
+    """
+    config = load_config(source, trust_remote_code)
+    if hasattr(config, "layer_sizes") and not trust_remote_code:
+        raise HessoError(f"`model` ({source!r}) has layers of different widths: give --trust-remote-code")
+    try:
+        if _weights_come_from_another():
+            return _without_weights(source, config, dtype, trust_remote_code)
+        if trust_remote_code:
+            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
+        return model_class_of(config).from_pretrained(source, dtype=dtype)
+    except OSError as error:
+        raise HessoError(f"`model` ({source!r}) can't be loaded: {error}") from error
+
+
+def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        HessoError: where there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise HessoError(f"`model` ({source!r}): no tokenizer found there: {error}") from error
+
+
+def _weights_come_from_another() -> bool:
+    """Whether Accelerate will send this process the main one's weights, as it sends them under FSDP2."""
+    said = [os.environ.get(name, "false") for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")]
+    return (
+        all(str_to_bool(value) for value in said)
+        and os.environ.get("FSDP_VERSION") == "2"
+        and os.environ.get("RANK", "0") != "0"
+    )
+
+
+def _without_weights(
+    source: str, config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Build the model with memory for its parameters that nothing is written to, so that no page of it is used."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        if trust_remote_code:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True)
+        else:
+            model = model_class_of(config)._from_config(config, dtype=dtype)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # on the CPU, since Accelerate finds the optimizer's parameters again by their addresses
+            empty = torch.empty_like(parameter, device="cpu")
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+    with contextlib.suppress(OSError):  # it may have been saved without one
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    return model.eval()

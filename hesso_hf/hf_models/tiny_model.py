@@ -1,0 +1,99 @@
+"""Tiny random models: weights that hide no mistake, token ids, and logits in fp32."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
+
+from .shrink import getattr_or_none
+from .sizes import (
+    VOCAB,
+    get_size,
+)
+
+SEED = 20240915
+
+
+SHAPE = (2, 12)
+
+
+def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = SEED) -> PreTrainedModel:
+    """Build a model with random weights, biases and norm weights, in fp32 on the CPU; zeros would hide mistakes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                else:
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 logits of a forward pass without a cache, in the weights' own dtype."""
+    return forward_logits(model, input_ids)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return max |found - expected| / max |expected|."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 logits of a forward pass without a cache, with a gradient where one is wanted.
+
+    Models without an output matrix give their last hidden states; an encoder-decoder reads the ids on both sides. The
+    class' forward is called, since mixed-precision training wraps the instance's in autocast.
+    """
+    pad = getattr_or_none(model.config.get_text_config(), "pad_token_id")
+    if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
+        return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
+    accepted = inspect.signature(type(model).forward).parameters
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        inputs["use_cache"] = False
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = input_ids
+    with attention_in_fp32(model):
+        # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
+        output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
+    found = output.get("logits")
+    return (found if found is not None else output["last_hidden_state"]).float()
+
+
+@contextlib.contextmanager
+def attention_in_fp32(model: nn.Module) -> Iterator[None]:
+    """For a while, let a model of fp32 weights compute attention in fp32 where its flash attention can't."""
+    configs: dict[int, PretrainedConfig] = {}  # a model in it comes after those that it is in
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig) and is_flash_attention_requested(config):
+            configs[id(config)] = config
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    whole = next(model.parameters()).dtype == torch.float32
+    with_sdpa = all(m._supports_sdpa for m in model.modules() if isinstance(m, PreTrainedModel))
+    try:
+        for config in configs.values() if whole else ():
+            config._attn_implementation = "sdpa" if with_sdpa else "eager"
+        yield
+    finally:
+        for key, name in before.items():
+            configs[key]._attn_implementation = name
+
+
+def token_ids(config: PretrainedConfig, seed: int = SEED, rows: int = SHAPE[0]) -> torch.Tensor:
+    """Return random token ids, shape (rows, 12), none of them a special one."""
+    vocab = get_size(config, VOCAB)
+    assert vocab is not None
+    return torch.randint(3, vocab, (rows, SHAPE[1]), generator=torch.Generator().manual_seed(seed))

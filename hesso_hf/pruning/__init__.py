@@ -1,0 +1,28 @@
+"""Pruning: what happens around the step of any torch optimizer (HESSO, CRIC).
+
+In: a model, `HessoConfig`, the number of steps.
+Out: `PruningPlan` (groups, target sizes, schedule), `HessoOptimizer`, and in the end `KeptUnits`.
+`weights/` binds groups to the parameters, or shards of them, that this process holds.
+"""
+
+from typing import TYPE_CHECKING
+
+from .. import hand_on
+
+if TYPE_CHECKING:
+    from .optimizer import HessoOptimizer
+    from .plan import PruningPlan, wrap_optimizer
+    from .process import PruningProcess
+    from .schedule import Schedule
+
+__all__ = ["HessoOptimizer", "PruningPlan", "PruningProcess", "Schedule", "wrap_optimizer"]
+__getattr__ = hand_on(
+    __name__,
+    {
+        "HessoOptimizer": "optimizer",
+        "PruningPlan": "plan",
+        "PruningProcess": "process",
+        "Schedule": "schedule",
+        "wrap_optimizer": "plan",
+    },
+)

@@ -1,0 +1,184 @@
+"""Calibration: what losing a share of each structure's units costs, measured in loss by real removals on a few batches.
+
+The saliencies of different structures aren't comparable (the elementwise Taylor term is off by up to 1.9x between
+them), so the budget splits by these curves instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..budget.cost import Counts
+from ..budget.solver import LossFunction
+from ..config import HessoConfig
+from ..distributed.parts import local, reshard
+from ..structures.experts import EXPERT_UNITS
+from ..structures.groups import PruningGroups, StructureGroups
+from ..structures.lora import Adapters, parameters_of
+from ..structures.router_gates import routed_by
+from .saliency import UnitSums, lowest_units, needed_sums, saliency_scores
+from .weights.bound_groups import BoundGroups
+
+logger = logging.get_logger(__name__)
+
+REMOVED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+
+BatchLoss = Callable[[PreTrainedModel, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """Rise of the loss (nats a token) when the lowest units of one structure are zeroed in every layer.
+
+    Attributes:
+        removed: per structure, shares of its units that were zeroed, ascending.
+        rises: per structure, the rise at each of these.
+    """
+
+    removed: dict[str, tuple[float, ...]]
+    rises: dict[str, tuple[float, ...]]
+
+    def loss(self, units: Mapping[str, int]) -> LossFunction:
+        """Return the expected rise of kept units: the structures' curves added up."""
+
+        def loss(kept: Counts) -> np.ndarray:
+            terms = []
+            for name, count in kept.items():
+                share = 1 - np.asarray(count) / units[name]
+                terms.append(np.interp(share, (0.0, *self.removed[name]), (0.0, *self.rises[name])))
+            return np.sum(np.broadcast_arrays(*terms), axis=0)
+
+        return loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def measure_curves(
+    model: PreTrainedModel,
+    groups: PruningGroups,
+    batches: list[Any],
+    batch_loss: BatchLoss,
+    config: HessoConfig,
+    progress: bool = False,
+) -> LossCurves:
+    """Score all units on `batches` and measure the loss with the lowest ones zeroed, one structure at a time.
+
+    Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
+
+    Args:
+        progress: show a bar of the forward passes: three an example, and one for each share that is removed.
+    """
+    removals = sum(len(_counts(structure)) for structure in groups.structures.values())
+    passes = len(batches) * (3 + removals)
+    with logging.tqdm(total=passes, desc="Measuring what structures cost", disable=not progress) as bar:
+
+        def counted_loss(model: PreTrainedModel, batch: Any) -> torch.Tensor:
+            bar.update()
+            return batch_loss(model, batch)
+
+        return _measure(model, groups, batches, counted_loss, config)
+
+
+def _measure(
+    model: PreTrainedModel, groups: PruningGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
+) -> LossCurves:
+    bound = BoundGroups(parameters_of(model), groups, adapters=Adapters.of(model))
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            batches = usable(model, batches, batch_loss)
+            if not batches:
+                logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
+                return LossCurves({}, {})
+            with bound.frozen.revealed():
+                scores = _scores(model, bound, batches, batch_loss, config)
+            before = _mean_loss(model, batches, batch_loss)
+            rises = {
+                name: _rises(model, bound, name, scores[name], batches, batch_loss, before)
+                for name in groups.structures
+            }
+        finally:
+            model.train(was_training)
+            model.zero_grad(set_to_none=True)
+    removed = {
+        name: tuple(count / structure.pool_size for count in _counts(structure))
+        for name, structure in groups.structures.items()
+    }
+    return LossCurves(removed, rises)
+
+
+@torch.no_grad()
+def usable(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> list[Any]:
+    """Leave out batches without a finite loss, such as an example whose labels were all masked."""
+    found = [batch for batch in batches if math.isfinite(float(batch_loss(model, batch)))]
+    reshard(model)
+    return found
+
+
+def _counts(structure: StructureGroups) -> list[int]:
+    """Return the numbers of units of a pool to remove: the shares, rounded, without repetition and never all."""
+    units = structure.pool_size
+    return sorted({min(units - 1, max(1, round(share * units))) for share in REMOVED_SHARES})
+
+
+def _scores(
+    model: PreTrainedModel, bound: BoundGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
+) -> dict[str, torch.Tensor]:
+    sums = UnitSums.zeros(bound.groups, needed_sums(config.calibration_weights), bound.device)
+    for batch in batches:
+        model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            batch_loss(model, batch).backward()
+        bound.accumulate_(sums)
+        sums.batches += 1
+    model.zero_grad(set_to_none=True)
+    pools = {name: structure.pools for name, structure in bound.groups.structures.items()}
+    sums, elements = bound.over_ranks(sums), bound.elements_per_unit()
+    return saliency_scores(sums, config.calibration_weights, elements, across_layers=False, pools=pools)
+
+
+@torch.no_grad()
+def _rises(
+    model: PreTrainedModel,
+    bound: BoundGroups,
+    name: str,
+    scores: torch.Tensor,
+    batches: list[Any],
+    batch_loss: BatchLoss,
+    before: float,
+) -> tuple[float, ...]:
+    structure = bound.groups.structures[name]
+    touched = [key for key, axes in bound.axes.items() if any(owner == name for owner, _, _ in axes)]
+    copies = {key: local(bound.parameters[key]).detach().to("cpu", copy=True) for key in touched}
+    rises: list[float] = []
+    try:
+        for count in _counts(structure):
+            pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
+            bound.mask_weights_({name: pruned})
+            bound.centre_({name: (~pruned).float()})
+            with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):
+                rise = _mean_loss(model, batches, batch_loss) - before
+            rises.append(max(rise, rises[-1] if rises else 0.0))
+    finally:
+        for key, copy in copies.items():
+            local(bound.parameters[key].data).copy_(copy)
+    return tuple(rises)
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, batches: list[Any], batch_loss: BatchLoss) -> float:
+    mean = sum(float(batch_loss(model, batch)) for batch in batches) / len(batches)
+    reshard(model)
+    return mean

@@ -1,0 +1,252 @@
+"""The plan of a run: the model's groups, the budget and the schedule, made before the first step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..budget.cost import Cost, build_cost
+from ..budget.latency import build_latency
+from ..budget.solver import LossFunction, PriceFunction, TargetSizes, solve_budget
+from ..config import HessoConfig, structures_around
+from ..distributed.parts import full_shape, named_parameters, stock_class
+from ..errors import BudgetError, HessoError, UnsupportedStructureError
+from ..hf_models.sizes import build_meta, canonical_name, resized_config
+from ..structures.cut import build_cut, load_cut
+from ..structures.experts import EXPERT_UNITS
+from ..structures.groups import KeptUnits, PruningGroups
+from ..structures.lora import Adapters, base_of, check_adapters, lora_layers, parameters_of
+from ..structures.proof.prove import proved_groups
+from ..structures.router_gates import RouterGates
+from ..structures.shape_probe import AxisMap
+from .calibration import LossCurves
+from .optimizer import HessoOptimizer
+from .process import PruningProcess
+from .saliency import needed_sums
+from .schedule import Schedule, resolve_schedule
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PruningPlan:
+    """What a run will do to a model.
+
+    Attributes:
+        groups: the structures that may be pruned.
+        parameters: parameter count of kept units.
+        price: the budget metric, where it isn't the parameter count.
+        target: units to keep; a preview with an even split until `settle` measured one.
+        curves: the measurement that decided the split, if there was one.
+    """
+
+    config: HessoConfig
+    model: PreTrainedModel
+    groups: PruningGroups
+    parameters: Cost
+    target: TargetSizes
+    price: PriceFunction | None = None
+    curves: LossCurves | None = None
+
+    @classmethod
+    def prepare(cls, model: nn.Module, config: HessoConfig) -> PruningPlan:
+        """Prove the model's structures and check that the budget can be met.
+
+        Raises:
+            UnsupportedStructureError: for a model or structure that can't be pruned, with the reason.
+            BudgetError: for a ratio that can't be met.
+        """
+        checked = check_model(model)
+        known = structures_around(config.structure_names)
+        proved, _, axis_map = proved_groups(stock_class(checked), checked.config, known)
+        check_parameters(checked, axis_map)
+        groups = proved.select(config.structure_names, explicit=config.structures != "all")
+        if config.structures == "all":
+            for name, reason in proved.refused.items():
+                logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
+        parameters = build_cost("parameters", groups, axis_map, checked.config)
+        price: PriceFunction | None = None
+        if config.budget_metric == "latency":
+            price = build_latency(groups, axis_map, checked.device, checked.dtype)
+        elif config.budget_metric != "parameters":
+            price = build_cost(config.budget_metric, groups, axis_map, checked.config)
+        target = solve_budget(config, checked.config, groups, parameters, price)
+        if not lora_layers(checked):  # else frozen weights get a gradient where one is needed
+            check_gradients(checked, groups, config)
+        plan = cls(config, checked, groups, parameters, target, price)
+        plan.check_target()
+        return plan
+
+    @property
+    def wants_calibration(self) -> bool:
+        """Whether there is a split between structures to be measured."""
+        free = [name for name in self.groups.independent if name not in self._pinned()]
+        ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
+        return ratio and len(free) > 1 and self.config.calibration_examples > 0
+
+    def settle(self, measure: Callable[[], LossCurves]) -> None:
+        """Measure the split between structures, where there is one to choose."""
+        if self.wants_calibration:
+            curves = measure()
+            if not curves.rises:  # there was nothing to measure on
+                return
+            self.curves = curves
+            units = {name: structure.num_units for name, structure in self.groups.structures.items()}
+            self.target = self.solve(self.curves.loss(units))
+            self.check_target()
+
+    def check_target(self) -> None:
+        """Build the smaller model without weights and count its parameters.
+
+        Raises:
+            BudgetError: where the class builds something else than was planned.
+            UnsupportedStructureError: where it can't have layers of different widths.
+        """
+        if self.config.layer_widths == "per_layer":
+            return check_layer_widths(self.model, self.groups, self.target)  # the sizes are means over the layers
+        small = build_meta(stock_class(self.model), resized_config(self.model.config, self.target.sizes))
+        count = sum(parameter.numel() for parameter in small.parameters())
+        if count != self.target.parameters_after:
+            raise BudgetError(
+                f"{stock_class(self.model).__name__} with {self.target.sizes} has {count:,} parameters, "
+                f"{self.target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
+            )
+
+    def solve(self, loss: LossFunction | None) -> TargetSizes:
+        """Solve the budget for an expected loss."""
+        return solve_budget(self.config, self.model.config, self.groups, self.parameters, self.price, loss)
+
+    def process(self, schedule: Schedule) -> PruningProcess:
+        """Build the pruning state over the model's parameters."""
+        experts = self.groups.structures.get(EXPERT_UNITS)
+        gates = RouterGates.attach(self.model, experts) if experts is not None else None
+        adapters = Adapters.of(self.model)
+        parameters = parameters_of(self.model)
+        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters)
+
+    def _pinned(self) -> set[str]:
+        sizes = {canonical_name(self.model.config, name) for name in self.config.pinned_sizes}
+        return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
+
+
+def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:
+    """Put HESSO around an optimizer for a training loop of one's own; the split between structures is even.
+
+    Call `step` as usual; when `optimizer.process.finished`, `export_pruned(model, folder)` writes the smaller model.
+
+    Args:
+        model: a transformers model, or a PeftModel of one with LoRA; wrap it with DDP, where that is used, before.
+        total_steps: optimizer steps of the whole run, of which shares in `config` are taken.
+
+    Raises:
+        HessoError: where the model, the budget or the schedule doesn't allow what is asked for, or the optimizer was
+            made for another model.
+
+    Example:
+        >>> # optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(0.5), 1000)
+    """
+    plan = PruningPlan.prepare(model, config)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise HessoError(
+            f"`optimizer` ({type(optimizer).__name__}) holds no parameter of `model`: make it from model.parameters(), "
+            "after the model is loaded and wrapped"
+        )
+    process = plan.process(resolve_schedule(config, total_steps))
+    process.prepare_gradients()
+    return HessoOptimizer(optimizer, process)
+
+
+def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: HessoConfig) -> None:
+    """Refuse layers that are frozen as a whole where the saliency needs a gradient.
+
+    Raises:
+        UnsupportedStructureError: naming the structure and the layer.
+    """
+    if set(needed_sums(config.saliency_weights)) <= {"x2"}:
+        return
+    trained = {name for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+    for name, structure in groups.structures.items():
+        for layer, axes in zip(structure.layers, structure.axes, strict=True):
+            if not any(axis.parameter in trained for axis in axes):
+                raise UnsupportedStructureError(
+                    f"{name} of {layer or 'the model'}: all weights are frozen, so `saliency` "
+                    f"({list(config.saliency_weights)}) sees no gradient; train them, or use saliency='magnitude'"
+                )
+
+
+def check_layer_widths(model: PreTrainedModel, groups: PruningGroups, target: TargetSizes) -> None:
+    """Cut a model without weights to layers of different widths, as the end of the run will.
+
+    Raises:
+        UnsupportedStructureError: where the class doesn't build such layers.
+    """
+    units = {}
+    for name, structure in groups.structures.items():
+        few = tuple(range(target.kept_units[name]))
+        all_units = tuple(range(structure.num_units))
+        units[name] = tuple(all_units if index == 1 else few for index in range(len(structure.layers)))
+    kept = KeptUnits({name: structure.num_units for name, structure in groups.structures.items()}, units)
+    try:
+        full = build_meta(stock_class(model), copy.deepcopy(model.config))
+        with torch.device("meta"):
+            small = build_cut(full, groups, kept)
+        load_cut(small, dict(full.named_parameters()), groups, kept)
+    except Exception as error:  # the class may fail in any way
+        raise UnsupportedStructureError(
+            f"`layer_widths` ('per_layer'): {stock_class(model).__name__} can't have layers that differ in "
+            f"{[name for name, layers in units.items() if len(set(layers)) > 1]} ({error}); use 'uniform', or name "
+            "other `structures`"
+        ) from error
+
+
+def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:
+    """Compare the model's parameters with those that its config says.
+
+    Raises:
+        UnsupportedStructureError: naming the first that is missing, extra (weights tied or untied by hand) or resized.
+    """
+    factors = Adapters.of(model).factors()
+    shapes = {name: full_shape(parameter) for name, parameter in parameters_of(model).items() if name not in factors}
+    for name in sorted(shapes.keys() ^ axis_map.parameters.keys()):
+        where = "the model but not in what" if name in shapes else "what"
+        raise UnsupportedStructureError(
+            f"{name} is in {where} {type(model.config).__name__} builds; were weights tied or replaced by hand? "
+            "Set `tie_word_embeddings` in the config accordingly and load the model again"
+        )
+    for name, info in axis_map.parameters.items():
+        if shapes[name] != info.shape:
+            raise UnsupportedStructureError(
+                f"{name} has shape {shapes[name]}, its config says {info.shape}; sizes and config must agree"
+            )
+
+
+def check_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model where it can be pruned as it is.
+
+    Raises:
+        UnsupportedStructureError: for anything but an unquantised `PreTrainedModel`, or a PeftModel of one with LoRA.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedStructureError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel")
+    if getattr(base_of(model), "hf_quantizer", None) is not None:
+        raise UnsupportedStructureError(
+            f"`model` ({type(base_of(model)).__name__}) is quantised: packed weights can't be cut. "
+            "Load it in float32, or call `model.dequantize()` (before `get_peft_model`, where an adapter is trained)"
+        )
+    model = check_adapters(model)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedStructureError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel")
+    if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) and not lora_layers(model):
+        logger.warning(
+            f"`model` trains pure {str(model.dtype).removeprefix('torch.')} weights: small updates are rounded away. "
+            "Load it with `dtype=torch.float32` and set `bf16=True` in TrainingArguments for fp32 masters"
+        )
+    return model

@@ -1,0 +1,92 @@
+"""Ranking: which units are the lowest, and how many of them go.
+
+Legend: L layers, U units a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+
+import torch
+
+from ..budget.solver import TargetSizes
+from ..config import HessoConfig
+from ..distributed.collectives import broadcast_decisions_
+from ..structures.groups import PruningGroups
+from .saliency import UnitSums, combine_criteria, criteria_of, lowest_units, needed_sums, saliency_scores
+
+PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
+
+
+class Ranking:
+    """Turns sums per unit into scores, and scores into the units that are the lowest under the quotas.
+
+    Args:
+        groups: the structures that are pruned.
+        target: units to keep a layer.
+        config: criteria, and whether units compete across layers.
+        elements: number of elements of one unit, per structure.
+    """
+
+    def __init__(
+        self, groups: PruningGroups, target: TargetSizes, config: HessoConfig, elements: Mapping[str, int]
+    ) -> None:
+        self._groups, self._weights, self._elements = groups, config.saliency_weights, elements
+        self._across_layers = config.layer_widths == "per_layer"
+        self._pools = {name: g.pools for name, g in groups.structures.items()}
+        self.removed = {name: g.num_units - target.kept_units[name] for name, g in groups.structures.items()}
+        self.removed_in_all = {name: self.removed[name] * len(g.layers) for name, g in groups.structures.items()}
+
+    @property
+    def removes_any(self) -> bool:
+        """Whether any unit is to go."""
+        return any(self.removed.values())
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a criterion looks at more than the weights."""
+        return set(needed_sums(self._weights)) != {"x2"}
+
+    def empty_sums(self, device: torch.device) -> UnitSums:
+        """Return sums of no batch, with the terms that the criteria need."""
+        return UnitSums.zeros(self._groups, needed_sums(self._weights), device)
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Names of the C criteria in use."""
+        return tuple(self._weights)
+
+    def scores(self, sums: UnitSums, kept: PerUnit | None = None) -> PerUnit:
+        """Return the score of every unit, shape (L, U) per structure.
+
+        Args:
+            kept: the units that still compete, bool; all by default.
+        """
+        return saliency_scores(sums, self._weights, self._elements, self._across_layers, kept, self._pools)
+
+    def values(self, sums: UnitSums, signed: bool) -> PerUnit:
+        """Return the criteria's values, shape (C, L, U) per structure; `signed` as along a path to zero."""
+        return criteria_of(sums, self._weights, self._elements, signed)
+
+    def combine(self, values: PerUnit, kept: PerUnit | None = None) -> PerUnit:
+        """Return scores, shape (L, U) per structure, from the criteria's values, shape (C, L, U)."""
+        return combine_criteria(values, self._weights, self._across_layers, kept, self._pools)
+
+    def lowest(self, scores: PerUnit, share: Fraction = Fraction(1), pruned: PerUnit | None = None) -> PerUnit:
+        """Mark the lowest units so that `share` of all that are to go is marked, those already pruned included.
+
+        Of each pool of a layer equally many are marked.
+        """
+        found = {}
+        for name, score in scores.items():
+            removed = self.removed_in_all[name] if self._across_layers else self.removed[name]
+            gone, pools = pruned[name] if pruned is not None else None, self._pools[name]
+            found[name] = lowest_units(score, gone, round(removed // pools * share), self._across_layers, pools)
+        return found
+
+
+def agreed(marked: PerUnit) -> PerUnit:
+    """Overwrite a decision with that of rank 0, on all ranks, in one broadcast."""
+    broadcast_decisions_(list(marked.values()))
+    return marked

@@ -1,0 +1,333 @@
+"""Saliency: how much a unit matters, from sums over its weights x and gradients g (section 3.3 of arXiv 2409.09085).
+
+Sums are accumulated over batches first and formulas applied once, so that shards and batches can simply be added.
+Legend: L layers, U units a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ..distributed.parts import Part, add_over_ranks, whole
+from ..structures.groups import Axis, PruningGroups
+
+_CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
+_NEEDS = {
+    "magnitude": ("x2",),
+    "avg_magnitude": ("x2",),
+    "cosine_similarity": ("xg", "x2", "g2"),
+    "taylor_first_order": ("xg",),
+    "taylor_second_order": ("xg2",),
+}
+
+
+def needed_sums(weights: Iterable[str]) -> tuple[str, ...]:
+    """Return which of the sums x*g, (x*g)^2, g^2 and x^2 the criteria in use need."""
+    return tuple(sorted({term for name in weights for term in _NEEDS[name]}))
+
+
+@dataclass
+class UnitSums:
+    """Running sums per unit: `sums[structure][term]` has shape (L, U); `batches` gradients went into them."""
+
+    sums: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    batches: int = 0
+
+    @classmethod
+    def zeros(cls, groups: PruningGroups, terms: tuple[str, ...], device: torch.device) -> UnitSums:
+        """Start with no batch."""
+        options: dict[str, Any] = {"dtype": float_sums(device), "device": device}
+        return cls(
+            {
+                name: {term: torch.zeros(len(g.layers), g.num_units, **options) for term in terms}
+                for name, g in groups.structures.items()
+            }
+        )
+
+    def add_(self, other: UnitSums) -> None:
+        """Add another set of sums, in place."""
+        for name, terms in other.sums.items():
+            for term, value in terms.items():
+                self.sums[name][term] += value
+        self.batches += other.batches
+
+    def over_ranks(self) -> UnitSums:
+        """Return the sums of all processes, each of which holds other parts, in one all-reduce."""
+        places = [(name, term) for name, terms in self.sums.items() for term in terms]
+        added = add_over_ranks([self.sums[name][term] for name, term in places])
+        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.sums}
+        for (name, term), value in zip(places, added, strict=True):
+            found[name][term] = value
+        return UnitSums(found, self.batches)
+
+    def are_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        return all(bool(value.isfinite().all()) for terms in self.sums.values() for value in terms.values())
+
+    def zero_(self) -> None:
+        """Forget all batches, in place."""
+        for terms in self.sums.values():
+            for value in terms.values():
+                value.zero_()
+        self.batches = 0
+
+
+class Displacements(Protocol):
+    """What a unit's removal moves its weights by, where that isn't the weights as they stand."""
+
+    def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
+        """Return what stands for the rows `start` and on of units that are displaced, as a tensor like `weights`."""
+
+    def left(self, index: int, power: int) -> Mapping[int, torch.Tensor]:
+        """Return, per dimension, what the other axes' units leave of each index, to the given power.
+
+        Args:
+            index: position in the parameter's list of axes.
+        """
+
+    def replace(self, sums: torch.Tensor, displaced: torch.Tensor, index: int, power: int) -> torch.Tensor:
+        """Return the sums along one axis, with those of displaced units in their places.
+
+        Args:
+            sums: per index of the axis, over the weights as they stand.
+            displaced: per index, over what `rows` returned times what `left` leaves of the other dimensions.
+        """
+
+
+_POWERS = {"x2": 2, "xg": 1, "xg2": 2, "g2": 0}  # of x in a term
+
+
+@torch.no_grad()
+def accumulate_(
+    sums: UnitSums,
+    parameter: torch.Tensor,
+    gradient: torch.Tensor | None,
+    axes: list[tuple[str, int, Axis]],
+    chunk: int | None = None,
+    displacements: Displacements | None = None,
+    part: Part | None = None,
+) -> None:
+    """Add one parameter's contribution to its units' sums.
+
+    Args:
+        parameter: the weights, or what this process holds of them; where the model adds a constant to them, so does
+            this (`Axis.shift`).
+        gradient: its gradient; None (a frozen weight) contributes to x^2 only.
+        axes: (structure, layer index, axis) of every axis of the parameter.
+        chunk: elements that are worked on at a time.
+        displacements: what stands for x; by default the weights.
+        part: which part of the whole parameter the weights are; all of it by default.
+    """
+    if not parameter.numel():
+        return
+    part = part or whole(parameter.shape)
+    terms = [term for term in next(iter(sums.sums.values())) if gradient is not None or term == "x2"]
+    found = _sums_along(terms, parameter, gradient, axes, chunk or _CHUNK, displacements)
+    for (index, term), along in found.items():
+        structure, layer, axis = axes[index]
+        into = sums.sums[structure][term][layer]
+        into += axis.layout.collect(part.spread_out(along, axis.dim), into.shape[0])
+
+
+def _sums_along(
+    terms: list[str],
+    parameter: torch.Tensor,
+    gradient: torch.Tensor | None,
+    axes: list[tuple[str, int, Axis]],
+    chunk: int,
+    displacements: Displacements | None,
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Return each term per index of each axis, by the axis' position and the term."""
+    present: dict[tuple[int, str], torch.Tensor] = {}
+    displaced: dict[tuple[int, str], torch.Tensor] = {}
+    left = {(n, p): displacements.left(n, p) for n in range(len(axes)) for p in (1, 2)} if displacements else {}
+    rows = chunk_rows(parameter, chunk)
+    for start in range(0, parameter.shape[0], rows):
+        weights = parameter[start : start + rows].float()
+        if axes[0][2].shift:
+            weights = weights + axes[0][2].shift
+        slope = None if gradient is None else gradient[start : start + rows].float()
+        for term, values in _elementwise(terms, weights, slope).items():
+            for index, (_, _, axis) in enumerate(axes):
+                _add(present, (index, term), sum_but(values, axis.dim), axis.dim)
+        if displacements is None:
+            continue
+        moving = [term for term in terms if _POWERS[term]]
+        for term, values in _elementwise(moving, displacements.rows(start, weights), slope).items():
+            for index, (_, _, axis) in enumerate(axes):
+                factors = left[index, _POWERS[term]]
+                if 0 in factors:
+                    factors = {**factors, 0: factors[0][start : start + rows]}
+                _add(displaced, (index, term), sum_but(values, axis.dim, factors), axis.dim)
+    for (index, term), values in displaced.items():
+        assert displacements is not None
+        present[index, term] = displacements.replace(present[index, term], values, index, _POWERS[term])
+    return present
+
+
+def _add(found: dict[tuple[int, str], torch.Tensor], key: tuple[int, str], sums: torch.Tensor, dim: int) -> None:
+    """Join the sums of further rows to those of the rows before."""
+    sums = sums.to(float_sums(sums.device))
+    if key not in found:
+        found[key] = sums
+    else:
+        found[key] = torch.cat([found[key], sums]) if dim == 0 else found[key] + sums
+
+
+def _elementwise(terms: Iterable[str], weights: torch.Tensor, gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    found = {"x2": weights.square()} if "x2" in terms else {}
+    if gradient is None:
+        return found
+    product = weights * gradient
+    values = {"xg": lambda: product, "xg2": product.square, "g2": gradient.square}
+    return found | {term: value() for term, value in values.items() if term in terms}
+
+
+def sum_but(values: torch.Tensor, dim: int, factors: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
+    """Add up over all dimensions but one, shape (length of that one,), each index times its factor.
+
+    Args:
+        factors: per dimension, shape (its length,); 1 where there is none.
+    """
+    for other in reversed(range(values.dim())):
+        if factors and other in factors and other != dim:
+            values = torch.tensordot(values, factors[other].to(values.dtype), dims=([other], [0])).unsqueeze(other)
+    others = [other for other in range(values.dim()) if other != dim]
+    return values.sum(others) if others else values
+
+
+def float_sums(device: torch.device) -> torch.dtype:
+    """Return the dtype that sums are kept in on a device: mps has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def chunk_size(elements: int) -> int:
+    """Return how many elements to work on at a time: temporaries stay below a thousandth of the model's."""
+    return max(1 << 14, min(_CHUNK, elements >> 10))
+
+
+def chunk_rows(parameter: torch.Tensor, chunk: int) -> int:
+    """Return how many rows of a parameter hold about `chunk` elements, one at least."""
+    return max(1, chunk * parameter.shape[0] // max(1, parameter.numel()))
+
+
+def saliency_scores(
+    sums: UnitSums,
+    weights: Mapping[str, float],
+    elements: Mapping[str, int],
+    across_layers: bool,
+    competing: Mapping[str, torch.Tensor] | None = None,
+    pools: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Combine the criteria to one score per unit, (L, U) per structure; the lowest are redundant.
+
+    Args:
+        weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
+        elements: number of elements n of one unit, per structure.
+        across_layers: whether units compete across layers or within each.
+        competing: per structure the units (L, U) that still compete, bool; all by default.
+        pools: runs of a layer's units that compete each for itself, per structure; one by default.
+    """
+    return combine_criteria(criteria_of(sums, weights, elements), weights, across_layers, competing, pools)
+
+
+def criteria_of(
+    sums: UnitSums, names: Iterable[str], elements: Mapping[str, int], signed: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return each criterion's values, shape (C, L, U) per structure, C criteria in the order of `names`.
+
+    Args:
+        signed: whether the first-order term keeps its sign, as it does along a path to zero.
+    """
+    return {
+        structure: torch.stack([criterion(name, terms, sums.batches, elements[structure], signed) for name in names])
+        for structure, terms in sums.sums.items()
+    }
+
+
+def combine_criteria(
+    values: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float],
+    across_layers: bool,
+    competing: Mapping[str, torch.Tensor] | None = None,
+    pools: Mapping[str, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Divide each criterion's values (C, L, U) by their norm over the units that compete, and add them weighted."""
+    scores = {}
+    for structure, stacked in values.items():
+        total = torch.zeros_like(stacked[0])
+        for score, weight in zip(stacked, weights.values(), strict=True):
+            rivals = score if competing is None else score.masked_fill(~competing[structure], 0.0)
+            norm = rivals.norm() if across_layers else _norms(rivals, pools[structure] if pools else 1)
+            total += weight * score / norm.clamp_min(torch.finfo(score.dtype).tiny)
+        scores[structure] = total
+    return scores
+
+
+def criterion(
+    name: str, terms: Mapping[str, torch.Tensor], batches: int, elements: int, signed: bool = False
+) -> torch.Tensor:
+    """Apply one criterion's formula to sums over `batches` batches, elementwise over units."""
+    batches = max(1, batches)
+    if name == "magnitude":
+        return (terms["x2"] / batches).sqrt()
+    if name == "avg_magnitude":
+        return (terms["x2"] / batches / elements).sqrt()
+    if name == "taylor_first_order":
+        slope = terms["xg"] / batches
+        return -slope if signed else slope.abs()  # -x*g is the rise of the loss when x goes
+    if name == "taylor_second_order":
+        return 0.5 * terms["xg2"] / batches
+    assert name == "cosine_similarity"
+    # a gradient along x means that shrinking x lowers the loss: such a unit is redundant
+    norms = (terms["x2"] * terms["g2"]).sqrt()
+    return 1.0 - terms["xg"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+def lowest_units(
+    scores: torch.Tensor, pruned: torch.Tensor | None, count: int, across_layers: bool, pools: int = 1
+) -> torch.Tensor:
+    """Mark the lowest units, those already pruned first: equally many in each pool of a layer.
+
+    Across layers, the lowest units of a layer's pools compete together, by the sum of their scores; so do the second
+    lowest, and so on.
+
+    Args:
+        scores: shape (L, U); infinite for units that are marked only where there are no others.
+        pruned: shape (L, U), bool; None where no unit is pruned yet.
+        count: units of each pool of each layer, or of one pool of all layers together.
+        pools: consecutive runs of units into which a layer is split.
+    """
+    ranked = scores if pruned is None else scores.masked_fill(pruned, -torch.inf)
+    pooled = ranked.reshape(len(scores), pools, -1)
+    order = pooled.argsort(dim=2, stable=True)
+    if across_layers:
+        chosen = _lowest_ranks(pooled.gather(2, order), count).unsqueeze(1).expand_as(order)
+    else:
+        chosen = (torch.arange(order.shape[2], device=order.device) < count).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, chosen).view_as(scores)
+
+
+def _lowest_ranks(ascending: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose `count` ranks of all layers, bool (L, R), from scores (L, pools, R) that ascend in every pool."""
+    missing = ascending.isposinf()
+    sums = ascending.masked_fill(missing, 0.0).sum(1).flatten()
+    last = missing.sum(1)
+    last[:, -1] = ascending.shape[1] + 1  # no layer may lose its last unit
+    order = sums.argsort(stable=True)
+    order = order[last.flatten()[order].argsort(stable=True)]
+    chosen = torch.zeros_like(sums, dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen.view_as(last)
+
+
+def _norms(scores: torch.Tensor, pools: int) -> torch.Tensor:
+    """Return the norm over each pool, for each of its units: shape (L, U), or (L, 1) where a layer is one pool."""
+    if pools == 1:
+        return scores.norm(dim=1, keepdim=True)
+    norms = scores.reshape(len(scores), pools, -1).norm(dim=2)
+    return norms.repeat_interleave(scores.shape[1] // pools, dim=1)

@@ -1,0 +1,241 @@
+"""Groups bound to a model's parameters: what per-unit values do to weights, gradients and optimizer state.
+
+Applying one value a unit is one broadcast operation per axis, without index lists or copies of weights.
+Legend: L layers, U units a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ...distributed.parts import Part, add_over_ranks, full_shape, local
+from ...errors import CheckpointMismatchError, UnsupportedStructureError
+from ...structures.experts import EXPERT_UNITS
+from ...structures.groups import Axis, PruningGroups, centre_, mask_, shrink_
+from ...structures.lora import NO_ADAPTERS, Adapters
+from ...structures.router_gates import RouterGates
+from ..saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
+from .frozen import FrozenWeights
+from .holdings import Holdings, MakeHoldings
+from .snapshot import Snapshot
+
+PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
+Displaced = Callable[[str, list[tuple[str, int, Axis]], Part, int], Displacements]
+
+
+class BoundGroups:
+    """The axes of all groups with the parameters that they lie on.
+
+    Args:
+        parameters: the model's parameters by name; frozen ones and adapters' factors included.
+        groups: the structures that are pruned.
+        gates: on the model's routers, where experts are pruned.
+        adapters: of the model.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: PruningGroups,
+        gates: RouterGates | None = None,
+        adapters: Adapters = NO_ADAPTERS,
+    ) -> None:
+        self.groups, self._gates, self._adapters = groups, gates, adapters
+        self.axes = adapters.extend(groups).by_parameter()
+        self._scored = groups.by_parameter()  # an adapter counts as part of the weight that it adds to
+        for name in adapters.factors(self._scored):
+            self.axes.setdefault(name, [])
+        self.bind(parameters)
+        self._chunk = chunk_size(sum(math.prod(full_shape(parameter)) for parameter in parameters.values()))
+
+    def bind(self, parameters: Mapping[str, nn.Parameter], make_holdings: MakeHoldings = Holdings) -> None:
+        """Take (new) parameter objects by name: sharding replaces them, or where they are held, after the start."""
+        missing = [name for name in self.axes if name not in parameters]
+        if missing:
+            raise CheckpointMismatchError(f"the model has no parameter {missing[0]!r} that the groups were built on")
+        self.parameters = {name: parameters[name] for name in self.axes}
+        self._holdings = make_holdings(self.parameters.values())
+        self.held = {name: self._holdings.held(name, parameter) for name, parameter in self.parameters.items()}
+        if self.sharded and self._adapters:
+            raise UnsupportedStructureError(
+                "LoRA together with parameters that are sharded over processes (FSDP, ZeRO) isn't supported; use DDP"
+            )
+        frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
+        self.frozen = FrozenWeights(frozen, self.axes)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold different parts of the parameters."""
+        return self._holdings.sharded
+
+    def snapshot(self, base: Optimizer, on_cpu: bool) -> Snapshot:
+        """Copy what the optimizer trains, and what else is scaled (frozen weights too)."""
+        return self._holdings.snapshot(base, self.parameters.values(), on_cpu)
+
+    def publish(self) -> None:
+        """Let all processes compute with weights that were changed outside of a training step."""
+        self._holdings.publish()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self.parameters.values())).device
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (L, U) of each structure."""
+        return {name: (len(group.layers), group.num_units) for name, group in self.groups.structures.items()}
+
+    def elements_per_unit(self) -> dict[str, int]:
+        """Return the number of elements of one unit of each structure."""
+        shapes = {name: held.shape for name, held in self.held.items()}
+        return {name: group.elements_per_unit(shapes) for name, group in self.groups.structures.items()}
+
+    def effective(
+        self, name: str, values: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: local(parameter.data)
+    ) -> torch.Tensor:
+        """Return a weight with what its adapter adds, from the values of parameters that no process shares."""
+        return self._adapters.effective(name, lambda key: values(self.parameters[key]))
+
+    def copied(self, name: str, snapshot: Snapshot) -> list[torch.Tensor]:
+        """Return the copies in a snapshot of each piece of a weight, with what its adapter adds."""
+        return [self.effective(name, snapshot.weights_of)] if self._adapters else self.held[name].copied(snapshot)
+
+    def _scored_weights(self, name: str) -> list[torch.Tensor]:
+        return [self.effective(name)] if self._adapters else self.held[name].weights()
+
+    def accumulate_(self, sums: UnitSums, displacements: Displaced | None = None) -> None:
+        """Add the gradient of the coming step to the units' sums, of this process' parts.
+
+        Args:
+            displacements: makes what stands for x, from a parameter's name, its axes, the part and the part's position
+                among those that this process holds; by default the weights.
+        """
+        for name, axes in self._scored.items():
+            held = self.held[name]
+            if not held.counted:
+                continue
+            gradients = held.gradients()
+            for n, (part, weights) in enumerate(zip(held.parts, self._scored_weights(name), strict=True)):
+                weights = weights.to(self.device)  # an offloaded piece is scored where the sums lie
+                gradient = None if gradients is None else gradients[n].to(self.device)
+                if gradient is not None and held.gradient_scale != 1.0:
+                    gradient = gradient.float() / held.gradient_scale
+                displaced = displacements(name, axes, part, n) if displacements else None
+                accumulate_(sums, weights, gradient, axes, self._chunk, displaced, part)
+
+    def over_ranks(self, sums: UnitSums) -> UnitSums:
+        """Return the sums of all processes' parts; the same where each holds all of the model."""
+        return sums.over_ranks() if self.sharded else sums
+
+    def multiply_(self, factors: PerUnit) -> None:
+        """Multiply each unit's effective weights by its factor."""
+        for name, axis, values in self._each(factors):
+            for part, weights in self._weights(name):
+                shrink_(weights, axis, values, part)
+            self.held[name].weights_changed()
+
+    def route(self, scales: PerUnit) -> None:
+        """Let the routers choose experts by their scales."""
+        if self._gates is not None:
+            self._gates.set_scales(scales[EXPERT_UNITS])
+
+    def mask_weights_(self, pruned: PerUnit) -> None:
+        """Set pruned units' effective weights to exactly zero."""
+        for name, axis, units in self._each(pruned):
+            for part, weights in self._weights(name):
+                mask_(weights, axis, units, part=part)
+            self.held[name].weights_changed()
+
+    def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
+        """Take `share` of the mean out of what writes to a stream that norms subtract the mean of.
+
+        Where processes hold some of the channels each, the sums over them take one all-reduce.
+        """
+        found = [(name, axis, units) for name, axis, units in self._each(scales) if axis.centred]
+        split = [n for n, (name, axis, _) in enumerate(found) if self.held[name].splits(axis.dim)]
+        totals: dict[int, torch.Tensor] = {}
+        if split:
+            sums = [self._channel_sum(name, axis) for name, axis, _ in (found[n] for n in split)]
+            totals = dict(zip(split, add_over_ranks(sums), strict=True))
+        for n, (name, axis, units) in enumerate(found):
+            for part, weights in self._weights(name):
+                total = totals[n][part.window(but=axis.dim)] if n in totals else None
+                centre_(weights, axis, units, share, part, total)
+            self.held[name].weights_changed()
+
+    def _channel_sum(self, name: str, axis: Axis) -> torch.Tensor:
+        """Return the sum over the channels that this process counts, as wide as the whole parameter."""
+        held = self.held[name]
+        shape = [1 if dim == axis.dim else size for dim, size in enumerate(held.shape)]
+        total = torch.zeros(shape, device=self.device)
+        for part, weights in self._weights(name) if held.counted else ():
+            total[part.window(but=axis.dim)] += weights.float().sum(axis.dim, keepdim=True).to(total.device)
+        return total
+
+    def mask_gradients_(self, pruned: PerUnit) -> None:
+        """Set pruned units' gradients to zero."""
+        for name, axis, units in self._each(pruned):
+            held = self.held[name]
+            gradients = held.gradients()
+            if gradients is None:
+                continue
+            for part, gradient in zip(held.parts, gradients, strict=True):
+                mask_(gradient, axis, units, 0.0, part)
+            held.gradients_changed()
+
+    def mask_state_(
+        self, state: Mapping[torch.Tensor, Mapping[str, Any]], pruned: PerUnit, vectors_only: bool = False
+    ) -> None:
+        """Zero pruned units' entries in optimizer state of the parameter's own shape and a floating dtype."""
+        for name, axis, units in self._each(pruned):
+            held = self.held[name]
+            if vectors_only and len(held.shape) > 1:
+                continue
+            for pieces in held.states(state):
+                for part, values in zip(held.parts, pieces, strict=True):
+                    mask_(values, axis, units, 0.0, part)
+
+    def norm_of(self, marked: PerUnit) -> float:
+        """Return the L2 norm of the marked units' effective weights, each element counted once."""
+        total = 0.0
+        for name, axes in self._scored.items():
+            held = self.held[name]
+            for part, weights in zip(held.parts, self._scored_weights(name), strict=True) if held.counted else ():
+                total += self._marked_square_sum(weights, axes, marked, part)
+        if self.sharded:
+            total = float(add_over_ranks([torch.tensor([total], dtype=float_sums(self.device), device=self.device)])[0])
+        return total**0.5
+
+    def _marked_square_sum(
+        self, values: torch.Tensor, axes: list[tuple[str, int, Axis]], marked: PerUnit, part: Part
+    ) -> float:
+        masks = [
+            (axis.dim, axis.spread(marked[structure][layer], values.dim(), False, part).to(values.device))
+            for structure, layer, axis in axes
+        ]
+        total, rows = 0.0, chunk_rows(values, self._chunk)
+        for start in range(0, values.shape[0], rows):
+            block = values[start : start + rows].float()
+            chosen = torch.zeros_like(block, dtype=torch.bool)
+            for dim, mask in masks:
+                chosen |= mask[start : start + rows] if dim == 0 else mask
+            total += float((block + axes[0][2].shift).masked_select(chosen).square().sum())
+        return total
+
+    def _weights(self, name: str) -> Iterator[tuple[Part, torch.Tensor]]:
+        """Yield this process' pieces of a parameter's weights, with where they lie."""
+        held = self.held[name]
+        yield from zip(held.parts, held.weights(), strict=True)
+
+    def _each(self, units: PerUnit) -> Iterator[tuple[str, Axis, torch.Tensor]]:
+        """Yield (parameter's name, axis, one value per unit) of the given structures."""
+        for name, axes in self.axes.items():
+            for structure, layer, axis in axes:
+                if structure in units:
+                    yield name, axis, units[structure][layer]

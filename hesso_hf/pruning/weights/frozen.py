@@ -1,0 +1,127 @@
+"""Frozen weights that pruning scales: their gradients while they are scored, and their values in checkpoints.
+
+With adapters the model's own weights aren't trained, so nobody else computes their gradients or saves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ...distributed.collectives import world_size
+from ...errors import CheckpointMismatchError
+from ...structures.groups import Axis, mask_
+
+Axes = Mapping[str, list[tuple[str, int, Axis]]]
+PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FrozenWeights:
+    """Frozen parameters by name, with the axes that units lie on.
+
+    Args:
+        parameters: none for models without adapters, which train or at least save all of their weights.
+        axes: of all parameters.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], axes: Axes) -> None:
+        self._parameters, self._axes = dict(parameters), axes
+        self._are_revealed = False
+
+    def reveal(self, wanted: bool) -> None:
+        """Let backward passes compute gradients of the weights, or not."""
+        if wanted != self._are_revealed:
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(wanted)
+            self._are_revealed = wanted
+        if not wanted:
+            self.drop_gradients()
+
+    @contextmanager
+    def revealed(self) -> Iterator[None]:
+        """Let backward passes compute gradients meanwhile."""
+        before = self._are_revealed
+        self.reveal(True)
+        try:
+            yield
+        finally:
+            self.reveal(before)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients, so that neither clipping nor an optimizer sees them."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def average_gradients_(self) -> None:
+        """Average the gradients over processes: DDP does so for trained parameters only."""
+        if world_size() == 1 or not self._are_revealed:
+            return
+        for parameter in self._parameters.values():
+            if parameter.grad is None:  # a batch may pass by what another process' batch uses
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(world_size())
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, scales: PerUnit, on_trial: PerUnit | None = None) -> dict[str, Any]:
+        """Return what the weights' first values and the pruned units don't tell: slices of units on their way to zero.
+
+        Args:
+            scales: (L, U) per structure.
+            on_trial: units that CRIC has scaled, bool (L, U) per structure, where it has.
+        """
+        state, shrinking = {}, _between(scales) if on_trial is None else on_trial
+        for name, parameter in self._parameters.items():
+            values = parameter.data[self._chosen(name, shrinking)].clone()
+            state[name] = {"values": values, "checksum": _checksum(parameter.data)}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], scales: PerUnit, on_trial: PerUnit | None = None) -> None:
+        """Bring the first values to where they were when `state` was made.
+
+        Raises:
+            CheckpointMismatchError: where the result differs: it was another model, or this one is pruned already.
+        """
+        if state.keys() != self._parameters.keys():
+            odd = sorted(state.keys() ^ self._parameters.keys())[0]
+            raise CheckpointMismatchError(f"{odd} is frozen in only one of the checkpoint and this model")
+        shrinking = _between(scales) if on_trial is None else on_trial
+        for name, parameter in self._parameters.items():
+            for structure, layer, axis in self._axes[name]:
+                mask_(parameter.data, axis, scales[structure][layer] == 0)
+            saved = state[name]
+            chosen = self._chosen(name, shrinking)
+            if int(chosen.sum()) == len(saved["values"]):
+                parameter.data[chosen] = saved["values"].to(parameter.device, parameter.dtype)
+            if _checksum(parameter.data) != saved["checksum"]:
+                raise CheckpointMismatchError(
+                    f"{name}, which is frozen, differs from what the checkpoint was trained on: load the same base "
+                    "model anew, with the same dtype and adapter initialisation, before resuming"
+                )
+
+    def _chosen(self, name: str, shrinking: PerUnit) -> torch.Tensor:
+        """Mark the elements of a parameter that are saved: all where the mean of a stream is taken out of it."""
+        parameter, axes = self._parameters[name], self._axes[name]
+        chosen = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
+        for structure, layer, axis in axes:
+            if axis.centred:
+                return torch.ones_like(chosen)
+            chosen |= axis.spread(shrinking[structure][layer], parameter.dim(), fixed_value=False)
+        return chosen
+
+
+def _between(scales: PerUnit) -> PerUnit:
+    return {name: (values > 0) & (values < 1) for name, values in scales.items()}
+
+
+def _checksum(values: torch.Tensor) -> int:
+    """Return a sum over the bits of all elements, whatever their order."""
+    return int(values.contiguous().view(_BITS[values.element_size()]).sum(dtype=torch.int64))

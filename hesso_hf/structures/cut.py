@@ -1,0 +1,181 @@
+"""Cutting: from a model with pruned units at zero to a smaller model of the same class."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from ..distributed.parts import Part, plain_name, stock_class
+from ..errors import UnsupportedStructureError
+from ..hf_models.sizes import head_dim_of, resized_config
+from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
+from .layers import full_names, is_dropped, kept_layers, without_dropped_layers
+from .uneven_layers import annotate_config, layer_list, layer_sizes, rebuild_layers, with_own_names
+
+logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, kept: KeptUnits) -> None:
+    """Set all units that aren't kept to zero, in place, and centre what writes to a stream of mean zero."""
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        for layer, axis in structure.all_axes():
+            parameter = parameters[axis.parameter].data
+            pruned = torch.ones(structure.num_units, dtype=torch.bool, device=parameter.device)
+            pruned[list(layers[layer])] = False
+            mask_(parameter, axis, pruned)
+            if axis.centred and pruned.any():
+                centre_(parameter, axis, (~pruned).float())
+
+
+@torch.no_grad()
+def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: PruningGroups, kept: KeptUnits) -> None:
+    """Fill a smaller model with the kept units of a full one's parameters, folded in fp32, one parameter at a time.
+
+    Raises:
+        UnsupportedStructureError: naming the first parameter that one of the two lacks or whose shape differs.
+    """
+    parameters = dict(small.named_parameters())
+    origins = full_names(parameters, groups, kept)
+    odd = sorted(set(origins.values()) ^ {name for name in full if not is_dropped(name, groups, kept)})
+    if odd:
+        raise UnsupportedStructureError(f"parameter {odd[0]} exists in only one of the full and the smaller model")
+    cuts = cuts_by_tensor(groups, kept)
+    for name, parameter in parameters.items():
+        tensor = full[origins[name]].detach()
+        for axis, units, total in cuts.get(origins[name], ()):
+            tensor = _cut(tensor, axis, units, total)
+        if tensor.shape != parameter.shape:
+            raise UnsupportedStructureError(
+                f"{name} has shape {tuple(tensor.shape)} after cutting, the smaller model {tuple(parameter.shape)}"
+            )
+        parameter.copy_(tensor)
+
+
+def cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
+    """Return, per parameter or buffer, (axis, kept units, all units) of each cut."""
+    cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
+    for name, layers in kept.kept.items():
+        structure = groups.structures[name]
+        buffers = [(layer, axis) for layer, axes in enumerate(structure.buffers) for axis in axes]
+        for layer, axis in (*structure.all_axes(), *buffers):
+            if len(layers[layer]) < structure.num_units and not axis.layout.owned:
+                cuts.setdefault(axis.parameter, []).append((axis, torch.tensor(layers[layer]), structure.num_units))
+    return cuts
+
+
+def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
+    """Copy buffers, cut where units lie on them."""
+    buffers, cuts = {plain_name(n): b for n, b in full.named_buffers()}, cuts_by_tensor(groups, kept)
+    for name, origin in full_names(dict(small.named_buffers()), groups, kept).items():
+        owner, _, leaf = name.rpartition(".")
+        holder, trained = small.get_submodule(owner), buffers.get(origin)
+        if trained is None:
+            continue
+        for axis, units, total in cuts.get(origin, ()):
+            trained = _cut(trained, axis, units, total)
+        if origin in cuts:  # in its own dtype: the bias of a router's choice isn't one of the weights
+            holder._buffers[leaf] = trained.to(holder.get_buffer(leaf).device, copy=True)
+        # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
+        elif trained.dim() and trained.shape == holder.get_buffer(leaf).shape:
+            holder.get_buffer(leaf).copy_(trained)
+
+
+def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
+    indices = axis.layout.indices(units, total)
+    if int(indices.max()) >= tensor.shape[axis.dim]:
+        raise UnsupportedStructureError(
+            f"{axis.parameter} dimension {axis.dim} ({tensor.shape[axis.dim]}) is shorter than its {total} units need"
+        )
+    return _folded(tensor.index_select(axis.dim, indices.to(tensor.device)), axis, len(units) / total)
+
+
+def _folded(cut: torch.Tensor, axis: Axis, share: float) -> torch.Tensor:
+    """Take the axis' power of c, the root of the share of units that are kept, in fp32."""
+    if not axis.power:
+        return cut
+    return (cut.float() + axis.shift) * math.sqrt(share) ** axis.power - axis.shift
+
+
+def cut_part(tensor: torch.Tensor, part: Part, cuts: Iterable[tuple[Axis, torch.Tensor, int]]) -> torch.Tensor:
+    """Return what is left of a part of a tensor when units are cut; it has fewer indices where the part has some.
+
+    Args:
+        cuts: (axis, kept units, all units) of each cut.
+    """
+    for axis, units, total in cuts:
+        indices = axis.layout.indices(units, total)
+        first, held = part.starts[axis.dim], part.sizes[axis.dim]
+        here = indices[(indices >= first) & (indices < first + held)] - first
+        tensor = _folded(tensor.index_select(axis.dim, here.to(tensor.device)), axis, len(units) / total)
+    return tensor
+
+
+def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:
+    """Return the config sizes of a model that keeps these units; where layers differ, the full model's stay."""
+    sizes: dict[str, int] = {}
+    for name, layers in without_dropped_layers(groups, kept).kept.items():
+        counts = {len(layer) for layer in layers}
+        if len(counts) == 1 and counts != {groups.structures[name].num_units}:
+            sizes |= groups.structures[name].config_sizes(counts.pop())
+    return sizes
+
+
+def build_cut(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
+    """Build the smaller model of the same class, its weights unset.
+
+    Raises:
+        HessoError: where the config class refuses the sizes, or a layer keeps no unit.
+    """
+    uneven = layer_sizes(groups, kept, head_dim_of(model.config))
+    config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
+    with no_init_weights():
+        small = stock_class(model)(config)
+        if uneven is not None:
+            uneven = with_own_names(config, uneven)
+            rebuild_layers(small, layer_list(groups), uneven)
+            annotate_config(config, stock_class(model).__name__, uneven)
+    small.tie_weights()
+    if model.can_generate():
+        small.generation_config = copy.deepcopy(model.generation_config)
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # Trainer turns it off; a saved model should generate with its cache
+    return small
+
+
+def device_with_room(device: torch.device, size: int) -> torch.device:
+    """Return the device, or the CPU where `size` bytes more don't fit a GPU: an optimizer may leave little."""
+    if device.type != "cuda":
+        return device
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if size <= free:
+        return device
+    logger.info(f"{size / 1e9:.1f} GB don't fit {device}, which has {free / 1e9:.1f} GB left: the CPU is used")
+    return torch.device("cpu")
+
+
+@torch.no_grad()
+def cut_model(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the smaller model of the same class, folded in fp32 and then cast to `dtype`.
+
+    It lies on the model's device, or on the CPU where that has no room for it and what is read back to compare.
+
+    Raises:
+        HessoError: where the config class refuses the sizes, a layer keeps no unit, or its pools differ.
+    """
+    for name, layers in kept.kept.items():
+        groups.structures[name].check_pools(layers)
+    small = build_cut(model, groups, kept)
+    place = device_with_room(model.device, 2 * sum(p.numel() for p in small.parameters()) * dtype.itemsize)
+    small = small.to(dtype).to(place)  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
+    load_cut(small, dict(model.named_parameters()), groups, kept)
+    copy_buffers(small, model, groups, kept)
+    return small.eval()

@@ -1,0 +1,128 @@
+"""Experts of mixture-of-experts layers as units: one expert's weights, its router row, its entries in router buffers.
+
+The axes come from a shape probe of the number of experts, as those of every other size; what the router asks of that
+number (top-k, group-limited routing) comes from the config.
+Legend: E experts a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..errors import NotApplicableError, UnsupportedStructureError
+from ..hf_models.sizes import EXPERTS, build_meta, copy_with, get_size
+from .groups import Axis, StructureGroups
+from .layout import Layout, Segment
+from .shape_probe import describe_parameters, layer_of
+
+EXPERT_UNITS = "experts"
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+_BEST_OF_GROUP = 2  # experts by which a group is scored in group-limited routing
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ExpertScheme:
+    """That experts are proved; what belongs to each is read off the model, which leaves nothing to settle."""
+
+
+def num_experts(config: PretrainedConfig) -> int | None:
+    """Return the number of experts a layer, None for a model without."""
+    size = get_size(config, EXPERTS)
+    return size if size and size > 1 else None
+
+
+def experts_per_token(config: PretrainedConfig) -> int | None:
+    """Return how many experts a token is routed to."""
+    return next((size for size in (get_size(config, name) for name in _TOP_K) if size), None)
+
+
+def routing_groups(config: PretrainedConfig) -> tuple[int, int]:
+    """Return n_group and topk_group of group-limited routing, (1, 1) without."""
+    return get_size(config, "n_group") or 1, get_size(config, "topk_group") or 1
+
+
+def needed_experts(config: PretrainedConfig) -> tuple[int, str]:
+    """Return how many experts the router needs at least, and for what.
+
+    Raises:
+        UnsupportedStructureError: where the config doesn't say how many experts a token takes.
+    """
+    top_k = experts_per_token(config)
+    if top_k is None:
+        raise UnsupportedStructureError(f"{EXPERT_UNITS}: {type(config).__name__} has no `num_experts_per_tok`")
+    groups, best = routing_groups(config)
+    if get_size(config, "n_group") is None:
+        return top_k, f"`num_experts_per_tok` ({top_k})"
+    least = groups * max(_BEST_OF_GROUP, math.ceil(top_k / best))
+    return least, f"`num_experts_per_tok` ({top_k}), `n_group` ({groups}) and `topk_group` ({best})"
+
+
+def expert_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) -> StructureGroups:
+    """Find the axes of the number of experts in parameters and buffers.
+
+    Raises:
+        NotApplicableError: where there is no such number.
+        UnsupportedStructureError: where each expert has parameters of its own, or all are needed.
+    """
+    experts = num_experts(config)
+    if experts is None:
+        raise NotApplicableError(f"{EXPERT_UNITS}: {type(config).__name__} has no `{EXPERTS}` above one")
+    (least, needed_for), pools = needed_experts(config), routing_groups(config)[0]
+    if experts % pools or experts <= least:
+        raise UnsupportedStructureError(f"{EXPERT_UNITS}: all {experts} are needed for {needed_for}")
+    base = build_meta(model_class, copy_with(config, {}))
+    try:
+        other = build_meta(model_class, copy_with(config, {EXPERTS: experts + pools}))
+    except Exception as error:  # model code may refuse a size with any exception type
+        raise UnsupportedStructureError(f"`{EXPERTS}` can't be changed in the model code: {error}") from error
+    layers: dict[str, list[Axis]] = {}
+    infos = describe_parameters(base)
+    for axis in _moving(_shapes(base), _shapes(other), experts, pools):
+        layers.setdefault(infos[axis.parameter].layer, []).append(axis)
+    if not layers:
+        raise NotApplicableError(f"no parameter's shape depends on `{EXPERTS}`: no layer has experts")
+    owners = dict(base.named_modules())
+    buffers: dict[str, list[Axis]] = {layer: [] for layer in layers}
+    for axis in _moving(_buffer_shapes(base), _buffer_shapes(other), experts, pools):
+        buffers.setdefault(layer_of(axis.parameter, owners), []).append(axis)
+    if buffers.keys() != layers.keys():
+        raise UnsupportedStructureError(f"{EXPERT_UNITS}: a buffer outside of {list(layers)} depends on `{EXPERTS}`")
+    return StructureGroups(
+        EXPERT_UNITS, {EXPERTS: 1}, experts, tuple(layers), tuple(map(tuple, layers.values())), pools, least,
+        needed_for, tuple(tuple(buffers[layer]) for layer in layers),
+    )  # fmt: skip
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _buffer_shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+
+
+def _moving(base: Shapes, other: Shapes, experts: int, step: int) -> list[Axis]:
+    """List the axes that grow by whole blocks with each expert; what is left over belongs to none and lies behind."""
+    if base.keys() != other.keys():
+        odd = sorted(base.keys() ^ other.keys())[0]
+        raise UnsupportedStructureError(
+            f"{EXPERT_UNITS}: each has parameters of its own here ({odd}); only fused expert weights can be pruned"
+        )
+    axes = []
+    for name, shape in base.items():
+        for dim, (before, after) in enumerate(zip(shape, other[name], strict=True)):
+            block, rest = divmod(after - before, step)
+            left_over = before - block * experts
+            if rest or left_over < 0:
+                raise UnsupportedStructureError(f"{name} dimension {dim} ({before}) isn't a multiple of the experts")
+            if block:
+                tail = (Segment(fixed=left_over),) if left_over else ()
+                axes.append(Axis(name, dim, Layout((Segment(1, block), *tail))))
+    return axes

@@ -1,0 +1,273 @@
+"""Shape probe: which dimension of which parameter does each config size determine?
+
+The model is built on the meta device from its config and again with one size changed; every dimension that moved is an
+axis of that size and the slope is its stride. No forward pass, no weights, no table per architecture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..hf_models.sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, build_meta, copy_with, get_size, text_config_of
+
+Role = Literal["matrix", "bias", "norm", "embedding", "output", "other"]
+PROBED_SIZES = (HEADS, KV_HEADS, MLP, EXPERT_MLP, HIDDEN)
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """One parameter of the model: where it sits and what its owner is.
+
+    Attributes:
+        layer: name of the outermost list's member that holds it (`model.layers.3`), "" outside any.
+        pattern: the name with every index of a module list replaced by `*`, the same for all layers that have the same
+            parameters; where layers of several kinds make up the list, a digest of these behind it tells them apart.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    module: str
+    layer: str
+    pattern: str
+
+    @property
+    def kind(self) -> str:
+        """The part of the pattern that stands for the layer, "" outside any."""
+        return ".".join(self.pattern.split(".")[: self.layer.count(".") + 1]) if self.layer else ""
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Sizes of a model whose head_dim follows hidden_size / num_attention_heads, so that both shrink together."""
+
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """What the probe found: for each (parameter, dim) the slopes, in indices per one more of each config size.
+
+    Attributes:
+        picky: whether the class refuses sizes that its config class accepts.
+    """
+
+    parameters: dict[str, ParameterInfo]
+    slopes: dict[tuple[str, int], dict[str, Fraction]]
+    failed: dict[str, str]
+    coupling: Coupling | None = None
+    picky: bool = False
+
+    def moving(self, sizes: Iterator[str] | tuple[str, ...]) -> dict[tuple[str, int], dict[str, Fraction]]:
+        """Return the axes that at least one of `sizes` moves."""
+        wanted = set(sizes)
+        return {axis: found for axis, found in self.slopes.items() if wanted & set(found)}
+
+
+def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, couple: bool = True) -> AxisMap:
+    """Find the axes of every probed config size by comparing parameter shapes on the meta device.
+
+    Args:
+        couple: whether to look for heads and width that only shrink together.
+    """
+    base_model = build_meta(model_class, copy_with(config, {}))
+    parameters = describe_parameters(base_model)
+    slopes: dict[tuple[str, int], dict[str, Fraction]] = {}
+    failed: dict[str, str] = {}
+    picky = False
+    for size in PROBED_SIZES:
+        if get_size(config, size) is None:
+            continue
+        try:
+            changed, refused = _slopes_of(model_class, config, size, parameters)
+        except Exception as error:  # model code may refuse a size with any exception type
+            failed[size] = f"{type(error).__name__}: {error}"
+            continue
+        picky = picky or refused
+        for axis, slope in changed.items():
+            slopes.setdefault(axis, {})[size] = slope
+    axis_map = AxisMap(parameters, slopes, failed, picky=picky)
+    follows = couple and _heads_follow_width(slopes)
+    return coupled_axes(model_class, config, axis_map) if follows else axis_map
+
+
+def _heads_follow_width(slopes: dict[tuple[str, int], dict[str, Fraction]]) -> bool:
+    """Tell whether heads and width only change together: another number of heads alone leaves their rows as they are.
+
+    Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows. Both sides of the weights
+    that write the queries follow the width then.
+    """
+    by_heads = [found[HEADS] for found in slopes.values() if HEADS in found]
+    by_width = [name for (name, _), found in slopes.items() if HIDDEN in found]
+    both_sides = len(set(by_width)) < len(by_width)
+    return both_sides and not (by_heads and min(by_heads) > 0 and any(_is_whole(slope) for slope in by_heads))
+
+
+def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap) -> AxisMap:
+    """Return the map of a model whose heads and width shrink together, if the width is a number of heads.
+
+    The axes of `hidden_size` are then those that move when heads and width grow together, so that head_dim stays.
+    """
+    heads, hidden, kv_heads = get_size(config, HEADS), get_size(config, HIDDEN), get_size(config, KV_HEADS)
+    if not heads or not hidden or hidden % heads:
+        return axis_map
+    head_dim, group = hidden // heads, heads // kv_heads if kv_heads and heads % kv_heads == 0 else 1
+    sizes = {HEADS: heads + group, HIDDEN: hidden + group * head_dim}
+    if kv_heads and kv_heads > 1:
+        sizes[KV_HEADS] = kv_heads + 1
+    try:
+        shapes = _shapes(model_class, copy_with(config, sizes))
+        moved = _compare(axis_map.parameters, shapes, group * head_dim)
+    except Exception:  # model code may refuse the sizes with any exception type; the width's own axes serve then
+        return replace(axis_map, coupling=Coupling(head_dim))
+    slopes = {axis: {s: n for s, n in found.items() if s != HIDDEN} for axis, found in axis_map.slopes.items()}
+    for axis, slope in moved.items():
+        slopes.setdefault(axis, {})[HIDDEN] = slope
+    left = {axis: found for axis, found in slopes.items() if found}
+    return replace(axis_map, slopes=left, coupling=Coupling(head_dim))
+
+
+def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
+    """Describe each (untied) parameter by the kind of module that owns it."""
+    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    owners = dict(model.named_modules())
+    found = {}
+    for name, parameter in model.named_parameters():
+        module_name, _, leaf = name.rpartition(".")
+        owner = owners[module_name]
+        role, layer, pattern = _role(owner, leaf, owner is output), layer_of(name, owners), _pattern_of(name, owners)
+        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
+    config = model.config if isinstance(model, PreTrainedModel) else None
+    types = getattr(text_config_of(config), "layer_types", None) if config is not None else None
+    return _with_kinds(found, types or ())
+
+
+def _with_kinds(parameters: dict[str, ParameterInfo], types: Sequence[str]) -> dict[str, ParameterInfo]:
+    """Tell the patterns of layers apart that have other parameters than the rest of their list, or other shapes.
+
+    Args:
+        types: what the config calls each layer.
+    """
+    members: dict[str, set[str]] = {}
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for info in parameters.values():
+        if info.layer:
+            members.setdefault(info.layer, set()).add(info.pattern)
+            shapes.setdefault(info.pattern, set()).add(info.shape)
+    if any(len(found) > 1 for found in shapes.values()):
+        for layer, patterns in members.items():
+            index = layer.rpartition(".")[2]
+            if index.isdigit() and int(index) < len(types):
+                patterns.add(f"({types[int(index)]})")
+    kinds: dict[str, list[list[str]]] = {}
+    for layer, patterns in members.items():
+        kinds.setdefault(layer.rpartition(".")[0], []).append(sorted(patterns))
+    several = {name for name, found in kinds.items() if len({tuple(kind) for kind in found}) > 1}
+    named = {}
+    for name, info in parameters.items():
+        if info.layer.rpartition(".")[0] in several:
+            parts = info.pattern.split(".")
+            parts[info.layer.count(".")] = f"*{_digest(members[info.layer])}"
+            info = replace(info, pattern=".".join(parts))
+        named[name] = info
+    return named
+
+
+def _digest(members: set[str]) -> str:
+    """Name a kind of layer by what it consists of, so that the name is the same in a model with other kinds beside."""
+    return hashlib.sha256("|".join(sorted(members)).encode()).hexdigest()[:6]
+
+
+def _slopes_of(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, size: str, parameters: dict[str, ParameterInfo]
+) -> tuple[dict[tuple[str, int], Fraction], bool]:
+    """Return the slopes of the axes that a size moves, and whether the class refused some step."""
+    value = get_size(config, size)
+    assert value is not None
+    errors: list[Exception] = []
+    uneven: dict[tuple[str, int], Fraction] | None = None
+    for step in _steps(config, size, value):
+        try:
+            shapes = _shapes(model_class, copy_with(config, {size: value + step}))
+            moved = _compare(parameters, shapes, step)
+        except Exception as error:  # the next step may suit a divisibility check of the model code
+            errors.append(error)
+            continue
+        if all(map(_is_whole, moved.values())) and moved.keys() >= (uneven or {}).keys():
+            return moved, bool(errors)
+        uneven = moved if uneven is None else uneven
+    if uneven is not None:
+        return uneven, bool(errors)
+    raise errors[0]
+
+
+def _steps(config: PretrainedConfig, size: str, value: int) -> list[int]:
+    """Increments to try: one, then ones that keep heads divisible by key-value heads, and the width by the heads.
+
+    MLPs grow by two first: some read half as many channels as their size says.
+    """
+    kv_heads, heads = get_size(config, KV_HEADS) or 1, get_size(config, HEADS) or 1
+    first = 2 if size in (MLP, EXPERT_MLP) else 1
+    return list(dict.fromkeys([first, 1, {HEADS: kv_heads, HIDDEN: heads}.get(size, value), value]))
+
+
+def _compare(
+    parameters: dict[str, ParameterInfo], shapes: dict[str, tuple[int, ...]], step: int
+) -> dict[tuple[str, int], Fraction]:
+    if shapes.keys() != parameters.keys():
+        raise ValueError("the set of parameters itself changes with the size")
+    moved = {}
+    for name, info in parameters.items():
+        for dim, (before, after) in enumerate(zip(info.shape, shapes[name], strict=True)):
+            if before != after:
+                moved[(name, dim)] = Fraction(after - before, step)
+    return moved
+
+
+def _is_whole(slope: Fraction) -> bool:
+    return slope.denominator == 1
+
+
+def _shapes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in build_meta(model_class, config).named_parameters()}
+
+
+def _role(owner: nn.Module, leaf: str, is_output: bool) -> Role:
+    own = dict(owner.named_parameters(recurse=False))
+    widest = max(parameter.dim() for parameter in own.values())
+    if own[leaf].dim() == 1:
+        return "bias" if widest > 1 else "norm"
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    return "output" if is_output else "matrix"
+
+
+@lru_cache(maxsize=16384)
+def _indexed_prefixes(name: str) -> tuple[tuple[str, str], ...]:
+    parts = name.split(".")
+    return tuple((".".join(parts[:i]), ".".join(parts[: i + 1])) for i, part in enumerate(parts) if part.isdigit())
+
+
+def _pattern_of(name: str, owners: dict[str, nn.Module]) -> str:
+    """Replace indices into lists of alike modules; those of a sequence (`ffn.0`, `ffn.2`) tell its members apart."""
+    parts = name.split(".")
+    for parent, layer in _indexed_prefixes(name):
+        if isinstance(owners.get(parent), nn.ModuleList):
+            parts[layer.count(".")] = "*"
+    return ".".join(parts)
+
+
+def layer_of(name: str, owners: dict[str, nn.Module]) -> str:
+    """Return the outermost indexed module that holds the parameter (`model.layers.3`), or "" outside any layer."""
+    for parent, layer in _indexed_prefixes(name):
+        if isinstance(owners.get(parent), nn.ModuleList):
+            return layer
+    return ""

@@ -1,0 +1,267 @@
+"""Distillation: beside its own loss the student learns a teacher's next-token distributions, by default the unpruned
+model's.
+
+Shapes: B batch, T tokens, N positions that are trained on, D embedding channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..config import HessoConfig
+from ..distributed.collectives import mean_over_ranks
+from ..errors import CheckpointMismatchError, HessoError
+from .teacher import TARGETS, Teacher, fingerprint, frozen_copy, load_teacher, place
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100
+ORIGINAL = "the model before pruning"
+
+if TYPE_CHECKING:
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
+
+
+class _DivergenceSum(torch.autograd.Function):
+    """Sum over positions of KL(teacher || student), both at a temperature.
+
+    The gradient for the student's logits is computed on the way, while a chunk of the teacher's is there. It is all
+    that is kept for the backward pass, and takes the place of the student's logits, which nothing else needs by then.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: Iterator[Any], temperature: float) -> torch.Tensor:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        flat, gradient = logits.flatten(0, 1), torch.zeros_like(logits)
+        total = torch.zeros((), dtype=dtype, device=logits.device)
+        for positions, teacher in rows:
+            wanted = (teacher.to(dtype) / temperature).log_softmax(-1)
+            found = (flat[positions].to(dtype) / temperature).log_softmax(-1)
+            total += nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
+            gradient.view_as(flat)[positions] = ((found.exp_() - wanted.exp_()) / temperature).to(logits.dtype)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None, None
+
+
+def divergence(
+    teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, int]:
+    """Return the sum of T^2 KL(teacher || student) over the positions that have a target, and how many there are.
+
+    T^2 keeps the gradient's size whatever the temperature (Hinton et al. 2015, section 2).
+
+    Args:
+        logits: the student's, (B, T, V), with gradients.
+        targets: (B, T), -100 where nothing is to be learnt.
+    """
+    positions = (targets.flatten() != IGNORED).nonzero().flatten()
+    total = _DivergenceSum.apply(logits, teacher.rows(inputs, positions), temperature)
+    return total * temperature**2, len(positions)
+
+
+@contextlib.contextmanager
+def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collect the logits that forwards of the model return meanwhile, with gradients where these are on."""
+    found: list[torch.Tensor] = []
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        logits = output.get("logits") if isinstance(output, dict) else None
+        if logits is not None and (logits.requires_grad or not torch.is_grad_enabled()):
+            found.append(logits)
+
+    handle = model.register_forward_hook(record)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Distillation:
+    """The teacher of a run, and what its loss was lately.
+
+    Attributes:
+        fingerprint: of the teacher's weights before they were put in another dtype.
+        plain, last: the last micro-batch's loss without the teacher, and its divergence.
+        scaled: whether these are shares of an accumulated batch already.
+        own_forward: whether the trainer's loss computes no logits, so that they take a second forward.
+    """
+
+    teacher: Teacher
+    source: str
+    fingerprint: int
+    plain: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+    scaled: bool = True
+    own_forward: bool = False
+    _sum: torch.Tensor | None = None
+    _since: int = 0
+
+    def note(self, step: int, parts: int) -> None:
+        """Count one part of a step's divergence for the log; `step` optimizer steps are complete."""
+        if self.last is None:
+            return
+        if self._sum is None:
+            self._sum, self._since = torch.zeros_like(self.last), step
+        self._sum += self.last / parts
+
+    def mean(self, step: int) -> float:
+        """Return the mean divergence a step since the last call; NaN where there was none."""
+        if self._sum is None:
+            return float("nan")
+        value = self._sum / max(1, step - self._since)
+        self._sum = None
+        return mean_over_ranks(value, value.device)
+
+    def check(self, saved: Mapping[str, Any] | None, folder: str) -> None:
+        """Compare with the teacher that a checkpoint was trained with.
+
+        Raises:
+            CheckpointMismatchError: where it was another one.
+        """
+        if saved is None or saved["fingerprint"] != self.fingerprint:
+            raise CheckpointMismatchError(
+                f"{folder} was trained with another teacher than {self.source}, as it is now. Where `distill_from` is "
+                "None, the teacher is the model that the trainer is made with: make it with the original model, the "
+                "checkpoint's weights are loaded on resuming"
+            )
+
+
+class DistillationMixin(_TrainerBase):
+    """The part of a trainer that adds the teacher's loss to its own while it trains; evaluation shows the plain one."""
+
+    hesso_config: HessoConfig
+    distillation: Distillation | None
+
+    def _prepare_distillation(self, model: PreTrainedModel, tokenizer: Any) -> Distillation | None:
+        """Take the teacher, before a step is taken or a checkpoint is loaded."""
+        name = self.hesso_config.distill_from
+        if self.hesso_config.distillation_alpha == 0.0:
+            return None
+        device = self.args.device
+        # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported() and model.dtype == torch.float32
+        dtype = torch.bfloat16 if half else model.dtype
+        if name is not None:
+            teacher = source = load_teacher(name, model, tokenizer, dtype)
+        elif any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+            raise HessoError(
+                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}): the model was divided by ZeRO-3 while "
+                "it was loaded, so it can't be copied as its own teacher; name it in `distill_from`, or load the model "
+                "before the TrainingArguments are made"
+            )
+        else:
+            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+            waits = fsdp is not None and fsdp.cpu_ram_efficient_loading and not self.accelerator.is_main_process
+            teacher, source = frozen_copy(model, dtype, values=not waits), model
+        taken = fingerprint(source)
+        teacher, sharded = place(teacher, self.accelerator, type(model), self.args.per_device_train_batch_size)
+        return Distillation(Teacher(teacher, device, sharded), name or ORIGINAL, taken)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the trainer's loss; with a teacher and in training mode mixed with the divergence from it."""
+        plain = super().compute_loss
+        if self.distillation is None or not model.training:
+            return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        batch = dict(inputs)  # the trainer may take labels out
+        targets = self._targets(batch)
+        with _recorded_logits(model) as recorded:
+            result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        loss, outputs = result if return_outputs else (result, None)
+        logits = recorded[-1] if recorded else self._second_forward(model, batch)
+        self._check_shapes(logits, targets)
+        summed, count = divergence(
+            self.distillation.teacher, batch, logits, targets, self.hesso_config.distillation_temperature
+        )
+        scaled, divisor = self._normalisation(count, num_items_in_batch)
+        term = summed / divisor
+        self.distillation.plain, self.distillation.last = loss.detach().mean(), term.detach()
+        self.distillation.scaled = scaled
+        alpha = self.hesso_config.distillation_alpha
+        loss = (1 - alpha) * loss + alpha * term
+        return (loss, outputs) if return_outputs else loss
+
+    def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return for each position (B, T) the token to be predicted there, or -100."""
+        if isinstance(batch.get("shift_labels"), torch.Tensor):
+            return batch["shift_labels"]
+        if not isinstance(batch.get("labels"), torch.Tensor):
+            raise HessoError(
+                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}) needs `labels` in the batches to know "
+                f"which tokens are learnt; {type(self).__name__}'s have {sorted(batch)}; leave distillation out"
+            )
+        labels = batch["labels"]
+        if not self._loss_shifts_labels:
+            return labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def _check_shapes(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        if logits.shape[:-1] != targets.shape:
+            raise HessoError(
+                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}) needs a language model with a label at "
+                f"every position; labels have the shape {tuple(targets.shape)}, logits {tuple(logits.shape)}"
+            )
+
+    def _second_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        assert self.distillation is not None
+        if not self.distillation.own_forward:
+            self.distillation.own_forward = True
+            logger.warning(
+                f"{type(self).__name__}'s loss computes no logits to compare with the teacher's: distillation "
+                "takes a second forward and backward of the model in every step"
+            )
+        return model(**{name: value for name, value in batch.items() if name not in TARGETS}).logits
+
+    def _normalisation(self, count: int, num_items: torch.Tensor | int | None) -> tuple[bool, Any]:
+        """Return whether losses are scaled for gradient accumulation already, and what the sum is divided by.
+
+        As the trainer does it with its own loss: by the tokens of all micro-batches and processes, or by this one's.
+        """
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items is not None)
+        if num_items is None or not scaled:
+            return scaled, max(1, count)
+        processes = self.accelerator.num_processes // self.get_tp_size() if self.args.n_gpu <= 1 else self.args.n_gpu
+        return scaled, num_items / (processes if self.args.average_tokens_across_devices else 1)
+
+    def _noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Count a training step's divergence; return the loss to watch for a collapse, the one without the teacher."""
+        if self.distillation is None or self.distillation.plain is None:
+            return loss
+        steps = 1 if self.distillation.scaled else self.current_gradient_accumulation_steps
+        self.distillation.note(self.state.global_step, steps)
+        return self.distillation.plain / steps
+
+    def _distillation_record(self) -> dict[str, Any] | None:
+        """Return what a checkpoint and the report say about the teacher."""
+        if self.distillation is None:
+            return None
+        return {
+            "alpha": self.hesso_config.distillation_alpha,
+            "temperature": self.hesso_config.distillation_temperature,
+            "teacher": self.distillation.source,
+            "dtype": str(self.distillation.teacher.model.dtype).removeprefix("torch."),
+            "fingerprint": self.distillation.fingerprint,
+        }

@@ -1,0 +1,242 @@
+"""Teachers: frozen models whose logits come a chunk of positions at a time, whole on a device or sharded.
+
+Shapes: B batch, T tokens, N positions that are trained on, D embedding channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, fsdp2_prepare_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..distributed.collectives import from_main, is_main_process, max_over_ranks
+from ..distributed.parts import reshard
+from ..engines.deepspeed.holdings import divide_frozen, gathered
+from ..errors import HessoError
+
+logger = logging.get_logger(__name__)
+
+CHUNK_LOGITS = 2**24  # logits of the teacher that live at a time: 64 MiB in fp32
+TARGETS = ("labels", "shift_labels", "num_items_in_batch")  # what a forward without a loss doesn't need
+
+_Part = TypeVar("_Part")
+
+
+class _Trunk(nn.Module):
+    """A model's trunk that keeps its last hidden state (B, T, D) and passes on one position, or given states instead.
+
+    So the teacher's own forward makes logits of any chunk, with whatever it does after the output matrix.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.hidden: torch.Tensor | None = None
+        self.given: torch.Tensor | None = None
+        self._output_class: type[ModelOutput] = ModelOutput
+
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
+        """Return the trunk's kind of output with nothing in it but hidden states."""
+        if self.given is not None:
+            return self._output_class(last_hidden_state=self.given)
+        output = self.trunk(*args, **kwargs)
+        self.hidden, self._output_class = output.last_hidden_state, type(output)
+        return self._output_class(last_hidden_state=output.last_hidden_state[:, :1])
+
+
+class Teacher:
+    """A frozen model whose logits come a chunk of positions at a time.
+
+    Args:
+        model: in its place already.
+        device: of the inputs.
+        sharded: whether the processes put its layers together in every forward, so that all must make as many.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, sharded: bool = False) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._device, self._sharded = device or model.device, sharded
+        self._trunk = _separate_(model, self._device)
+
+    @torch.no_grad()
+    def rows(self, inputs: Mapping[str, Any], positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield flat positions (n,) of a (B, T) batch with the logits there (n, V), until all N were had.
+
+        A model whose head can't be run alone computes the logits of a whole example at a time.
+        """
+        inputs = {name: value for name, value in inputs.items() if name not in TARGETS} | {"use_cache": False}
+        rows = self._rows_by_example if self._trunk is None else self._rows_by_chunk
+        yield from rows(inputs, positions)
+        reshard(self.model)
+
+    def _rows_by_chunk(
+        self, inputs: Mapping[str, Any], positions: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        assert self._trunk is not None
+        self.model(**inputs)
+        assert self._trunk.hidden is not None
+        hidden, self._trunk.hidden = self._trunk.hidden.flatten(0, 1), None
+        size = max(1, CHUNK_LOGITS // self.model.config.get_text_config().vocab_size)
+        for chunk in self._in_step([chunk for chunk in positions.split(size) if len(chunk)]):
+            logits = _head(self.model, self._trunk, hidden[:1] if chunk is None else hidden[chunk])
+            if chunk is not None:
+                yield chunk, logits
+
+    def _rows_by_example(
+        self, inputs: Mapping[str, Any], positions: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        others = {name: value for name, value in inputs.items() if name not in tensors}
+        sizes = {len(value) for value in tensors.values()}
+        # images and the like don't split by example
+        parts = [slice(n, n + 1) for n in range(sizes.pop())] if len(sizes) == 1 else [slice(None)]
+        start = 0
+        for part in self._in_step(parts):
+            given = {name: value[parts[0] if part is None else part] for name, value in tensors.items()}
+            logits = self.model(**given, **others).logits.flatten(0, 1)
+            if part is None:
+                continue
+            chosen = positions[(positions >= start) & (positions < start + len(logits))]
+            if len(chosen):
+                yield chosen, logits[chosen - start]
+            start += len(logits)
+
+    def _in_step(self, parts: Sequence[_Part]) -> Iterator[_Part | None]:
+        """Yield the parts; under sharding then None, until every process has had as many as any."""
+        most = max_over_ranks(len(parts), self._device) if self._sharded else len(parts)
+        yield from parts
+        yield from itertools.repeat(None, most - len(parts))
+
+
+@torch.no_grad()
+def _separate_(model: PreTrainedModel, device: torch.device) -> _Trunk | None:
+    """Put a `_Trunk` in place of the model's trunk if the model then gives the same logits; else leave it as it is."""
+    name = model.base_model_prefix
+    trunk = getattr(model, name, None)
+    if not isinstance(trunk, nn.Module):
+        return None
+    ids = torch.arange(10, device=device).remainder(model.config.get_text_config().vocab_size).view(2, 5)
+    expected = model(input_ids=ids, use_cache=False).logits
+    switch = _Trunk(trunk)
+    setattr(model, name, switch)
+    try:
+        model(input_ids=ids, use_cache=False)
+        assert switch.hidden is not None
+        found = _head(model, switch, switch.hidden.flatten(0, 1)).view_as(expected)
+        error = (found - expected).abs().max() / expected.abs().max()
+        switch.hidden = None
+        if float(error) <= 10 * torch.finfo(expected.dtype).eps:
+            return switch
+    except Exception as error:  # a forward may ask its trunk for anything
+        logger.info(f"{type(model).__name__} needs more of its trunk than the hidden states: {error}")
+    setattr(model, name, trunk)
+    return None
+
+
+def _head(model: PreTrainedModel, trunk: _Trunk, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits (n, V) of hidden states (n, D)."""
+    trunk.given = hidden[None]
+    try:
+        ids = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    finally:
+        trunk.given = None
+
+
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:
+    """Copy a model, its parameters in `dtype` and without gradients, buffers as they are; tied ones stay tied.
+
+    Args:
+        values: whether parameters are copied; else memory is reserved for them, for a process that has no weights yet.
+    """
+
+    def copied(parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.detach().to(dtype, copy=True) if values else torch.empty_like(parameter, dtype=dtype)
+
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(copied(parameter), requires_grad=False) for parameter in model.parameters()
+    }
+    teacher = copy.deepcopy(model, memo)
+    for module in teacher.modules():
+        module.__dict__.pop("forward", None)  # one that was put on an instance may still call the original model
+    return teacher
+
+
+def place(
+    model: PreTrainedModel, accelerator: Accelerator, student: type, batch_size: int
+) -> tuple[PreTrainedModel, bool]:
+    """Put a teacher on the device, or divide it over the devices as the engine divides the student.
+
+    Args:
+        student: class of the model that is trained.
+        batch_size: examples in one process' micro-batch.
+
+    Returns:
+        The teacher, and whether it is divided.
+    """
+    state: Any = accelerator.state
+    if state.distributed_type == DistributedType.FSDP:
+        plugin = state.fsdp_plugin
+        # The wrapping that it settles on is the student's, which comes later and may have layers of another class.
+        state.fsdp_plugin = copy.copy(plugin)
+        if type(model) is not student:
+            state.fsdp_plugin.transformer_cls_names_to_wrap = None
+        try:
+            return fsdp2_prepare_model(accelerator, model.requires_grad_(False)), True
+        finally:
+            state.fsdp_plugin = plugin
+    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
+        return divide_frozen(model, state.deepspeed_plugin.hf_ds_config.config, batch_size), True
+    model.to(accelerator.device)  # type: ignore[arg-type]
+    return model, False
+
+
+def load_teacher(name: str, student: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Load another teacher.
+
+    Raises:
+        HessoError: where it can't be loaded, or its vocabulary isn't the student's.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise HessoError(f"`distill_from` ({name!r}) can't be loaded as a causal language model: {error}") from error
+    sizes = [each.config.get_text_config().vocab_size for each in (model, student)]
+    if sizes[0] != sizes[1]:
+        raise HessoError(
+            f"`distill_from` ({name!r}) has a vocabulary of {sizes[0]}, the student one of {sizes[1]}: their "
+            "distributions can't be compared; name a teacher with the same tokenizer"
+        )
+    try:
+        theirs = AutoTokenizer.from_pretrained(name).get_vocab()
+        ours = tokenizer.get_vocab()
+    except (OSError, ValueError, AttributeError):  # none saved with it, or none given to the trainer
+        logger.warning(f"`distill_from` ({name!r}): whether its tokenizer is the student's can't be checked")
+        return model
+    for token in sorted(ours.keys() | theirs.keys(), key=lambda token: ours.get(token, -1)):
+        if ours.get(token) != theirs.get(token):
+            raise HessoError(
+                f"`distill_from` ({name!r}) has another tokenizer: the id of {token!r} is {theirs.get(token)} there "
+                f"and {ours.get(token)} in the student's; name a teacher with the same tokenizer"
+            )
+    return model
+
+
+def fingerprint(model: PreTrainedModel) -> int:
+    """Return a number that tells models with other weights apart, the same on every device and process."""
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    total = 0
+    for parameter in model.parameters():
+        with gathered(parameter):
+            if is_main_process():  # the others may have no weights yet
+                bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
+                total = (31 * total + int(bits.sum(dtype=torch.int64))) % 2**53
+    return from_main(total)

@@ -1,0 +1,193 @@
+"""The rows of removed tokens are cut out of embedding, output matrix and its bias, and the config's ids renumbered."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..errors import UnsupportedStructureError
+from ..hf_models.sizes import build_meta, get_size, resized_config
+from .tokens import KeptTokens
+
+VOCAB, PER_LAYER_VOCAB = "vocab_size", "vocab_size_per_layer_input"
+_PROBE_STEPS = (1, 64)  # a class may round its vocabulary up
+_ID = re.compile(r"(^|_)token_(ids?|index)$")
+_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+_ID_SEQUENCES = ("bad_words_ids", "force_words_ids")
+
+Axis = tuple[str, int]
+
+
+def vocabulary_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[Axis, str]:
+    """Find which dimension of which parameter or buffer is the vocabulary, by shapes on the meta device.
+
+    Returns:
+        (name, dimension) to the config size that it follows.
+
+    Raises:
+        UnsupportedStructureError: where there is none, or one that isn't as long as the vocabulary.
+    """
+    axes: dict[Axis, str] = {}
+    before = _shapes(build_meta(model_class, config))
+    for size in (VOCAB, PER_LAYER_VOCAB):
+        value = get_size(config.get_text_config(), size)
+        if value is None:
+            continue
+        for (name, dim), slope in _moved(model_class, config, size, value, before).items():
+            if slope != 1 or before[name][dim] != value:
+                raise UnsupportedStructureError(
+                    f"{name} of {model_class.__name__}: dimension {dim} ({before[name][dim]}) depends on `{size}` "
+                    f"({value}) but isn't one row a token, so tokens can't be removed"
+                )
+            axes[name, dim] = size
+    if VOCAB not in axes.values():
+        raise UnsupportedStructureError(f"no parameter of {model_class.__name__} has a dimension that `{VOCAB}` gives")
+    return axes
+
+
+def rows_elements(model: PreTrainedModel) -> int:
+    """Return the number of parameters that one token takes, tied ones once."""
+    parameters = dict(model.named_parameters())
+    axes = vocabulary_axes(type(model), model.config)
+    return sum(parameters[name].numel() // parameters[name].shape[dim] for name, dim in axes if name in parameters)
+
+
+def config_token_ids(model: PreTrainedModel) -> set[int]:
+    """Return the ids that a model's config and generation config name."""
+    size = get_size(model.config.get_text_config(), VOCAB) or 0
+    found: set[int] = set()
+
+    def note(index: int) -> int:
+        found.add(index)
+        return index
+
+    for holder in (model.config, model.generation_config if model.can_generate() else None):
+        if holder is not None:  # a class that can't generate has no generation config
+            _renumber_ids(copy.deepcopy(holder), note)
+    return {index for index in found if 0 <= index < size}
+
+
+@torch.no_grad()
+def trim_embeddings(model: PreTrainedModel, kept: KeptTokens) -> PreTrainedModel:
+    """Return a copy of a model with the kept tokens only; its logits are those of the model at these tokens.
+
+    Raises:
+        UnsupportedStructureError: where the vocabulary's dimensions can't be found, or `kept` is of another vocabulary.
+    """
+    size = get_size(model.config.get_text_config(), VOCAB)
+    if size != kept.vocab_size:
+        raise UnsupportedStructureError(
+            f"`kept` decides on {kept.vocab_size} tokens, {type(model).__name__} has `{VOCAB}` {size}"
+        )
+    axes = vocabulary_axes(type(model), model.config)
+    with no_init_weights():
+        small = type(model)(_trimmed_config(model.config, kept))
+    small.tie_weights()
+    full = _tensors(model)
+    for name, tensor in _tensors(small).items():
+        if name not in full:
+            raise UnsupportedStructureError(f"{name} exists in the smaller {type(model).__name__} only; tied by hand?")
+        rows = full[name].detach()
+        for dim in range(rows.dim()):
+            if (name, dim) in axes:
+                rows = rows.index_select(dim, kept.indices(rows.shape[dim], rows.device))
+        if rows.shape != tensor.shape:
+            raise UnsupportedStructureError(
+                f"{name} has shape {tuple(rows.shape)} with the kept tokens, the smaller model {tuple(tensor.shape)}"
+            )
+        tensor.data = rows.clone()
+    if model.can_generate() and model.generation_config is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)
+        _renumber(small.generation_config, kept)
+    return small.train(model.training)
+
+
+def _trimmed_config(config: PretrainedConfig, kept: KeptTokens) -> PretrainedConfig:
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    for size in (VOCAB, PER_LAYER_VOCAB):
+        value = get_size(text, size)
+        if value is not None:
+            setattr(text, size, len(kept.indices(value)))
+    _renumber(changed, kept)
+    return resized_config(changed, {})
+
+
+def _renumber(holder: Any, kept: KeptTokens) -> None:
+    """Give ids in a config their new numbers; drop removed ones from lists of tokens to avoid or to prefer."""
+    # an id outside the vocabulary (-1, or a default that a small vocabulary never reaches) means no token; it stays
+    _renumber_ids(holder, lambda index: kept.new_ids[index] if 0 <= index < kept.vocab_size else index)
+    new, values = kept.new_ids, vars(holder)
+    for name in _ID_LISTS:
+        if values.get(name):
+            values[name] = [new.get(index, index) for index in values[name] if index in new or index < 0]
+    for name in _ID_SEQUENCES:
+        if values.get(name):
+            values[name] = [found for sequence in values[name] if (found := _nested(sequence, new))] or None
+    if values.get("sequence_bias"):
+        bias = values["sequence_bias"]
+        pairs = bias.items() if isinstance(bias, dict) else bias
+        renumbered = [[_nested(list(sequence), new), value] for sequence, value in pairs]
+        values["sequence_bias"] = [pair for pair in renumbered if pair[0]] or None
+    if values.get("forced_decoder_ids"):
+        values["forced_decoder_ids"] = [[at, new.get(index, index)] for at, index in values["forced_decoder_ids"]]
+
+
+def _nested(sequence: list[Any], new: dict[int, int]) -> list[Any]:
+    """Renumber a sequence of ids, or a list of alternatives; empty where a token of it is gone."""
+    if sequence and isinstance(sequence[0], list):
+        return [inner for inner in (_nested(part, new) for part in sequence) if inner]
+    return [new[index] for index in sequence] if all(index in new for index in sequence) else []
+
+
+def _renumber_ids(holder: Any, change: Callable[[int], int]) -> None:
+    """Change every `*_token_id`, a number or a list, in a config and the configs inside it."""
+    values = holder if isinstance(holder, dict) else vars(holder)
+    for name, value in list(values.items()):
+        if isinstance(value, PretrainedConfig | dict):
+            _renumber_ids(value, change)
+        elif not _ID.search(str(name)) or isinstance(value, bool):
+            continue
+        elif isinstance(value, int):
+            values[name] = change(value)
+        elif isinstance(value, list | tuple) and all(isinstance(index, int) for index in value):
+            values[name] = [change(index) for index in value]
+
+
+def _moved(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, size: str, value: int, before: dict
+) -> dict[Axis, float]:
+    """Return how much each dimension grows per token more."""
+    errors: list[Exception] = []
+    for step in _PROBE_STEPS:
+        changed = copy.deepcopy(config)
+        setattr(changed.get_text_config(), size, value + step)
+        try:
+            after = _shapes(build_meta(model_class, changed))
+            return {
+                (name, dim): (long - short) / step
+                for name, shape in before.items()
+                for dim, (short, long) in enumerate(zip(shape, after[name], strict=True))
+                if long != short
+            }
+        except Exception as error:  # model code may refuse a size with any exception type
+            errors.append(error)
+    raise UnsupportedStructureError(
+        f"`{size}` can't be changed in {model_class.__name__}: {type(errors[0]).__name__}: {errors[0]}"
+    ) from errors[0]
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters, tied ones once, and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}

@@ -1,0 +1,73 @@
+"""The page of the model types: what it counts, shows and lists, and that the committed one is of the committed JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hesso_hf.cli.survey.page import StructureSurvey, count, one_line, render_architectures, summary
+from tests.support import ROOT
+
+DOCS = ROOT / "docs"
+
+
+def entry(status: Any = "proved", reason: str = "", **values: Any) -> dict[str, Any]:
+    return StructureSurvey(status, reason=reason, **values).to_dict()
+
+
+NONE = entry("not_applicable", "none")
+SURVEY = {
+    "versions": {"transformers": "5.0", "torch": "2"},
+    "model_types": {
+        "a": {
+            "attention_heads": entry(coupled=True), "mlp_channels": NONE, "expert_channels": entry(),
+            "embedding_channels": entry(coupled=True), "joint": entry("refused", "a|b <c>"),
+        },
+        "b": {
+            "attention_heads": entry("refused", "why"), "mlp_channels": entry(reason="generation not tried: *it*"),
+            "expert_channels": NONE, "embedding_channels": entry("refused", "why"), "joint": entry(),
+        },
+        "c": dict.fromkeys(("attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "joint"), NONE),
+    },
+}  # fmt: skip
+
+
+def test_the_committed_page_is_rendered_from_the_committed_json() -> None:
+    survey = json.loads((DOCS / "architectures.json").read_text(encoding="utf-8"))
+    assert (DOCS / "architectures.md").read_text(encoding="utf-8") == render_architectures(survey)
+
+
+def test_counts() -> None:
+    counts = count(SURVEY)
+    assert (counts.types, counts.some, counts.heads, counts.inner, counts.width) == (3, 2, 1, 2, 1)
+    assert (counts.all_three, counts.unrefused) == (1, 1)
+    assert "Of 3 causal language model types of Transformers 5.0, 2 have" in summary(SURVEY)
+
+
+def test_the_page_has_a_row_for_each_type_and_each_reason_once() -> None:
+    lines = render_architectures(SURVEY).splitlines()
+    assert "| model type | attention heads | mlp channels | expert channels | embedding channels | joint |" in lines
+    assert "| `a` | coupled ✓ | – | ✓ | coupled ✓ | refused |" in lines
+    assert "| `b` | refused | ✓ | – | refused | ✓ |" in lines
+    assert "| `c` | – | – | – | – | – |" in lines
+    assert r"| `a` | joint | a\|b \<c> |" in lines
+    assert "| `b` | attention heads, embedding channels | why |" in lines
+    assert r"| `b` | \*it\* |" in lines
+    assert [line for line in lines if line.startswith("#")] == [
+        "# Model types",
+        "## Refused",
+        "## Generation not tried",
+    ]
+    fine = render_architectures({**SURVEY, "model_types": {"c": SURVEY["model_types"]["c"]}})  # type: ignore[index]
+    assert "##" not in fine
+
+
+def test_reasons_are_one_short_line_without_paths_or_addresses() -> None:
+    assert one_line("a\n  b <X object at 0x7f00ab> /home/me/x/model.py:3") == "a b <X object> model.py:3"
+    assert one_line("hidden_size / heads, 1/2, attn/mlp") == "hidden_size / heads, 1/2, attn/mlp"
+    assert len(one_line("x" * 300)) == 200
+
+
+def test_coupled_is_written_only_where_it_says_something() -> None:
+    assert "coupled" not in StructureSurvey("proved", 1e-7).to_dict()
+    assert StructureSurvey("proved", 1e-7, coupled=True).to_dict()["coupled"] is True

@@ -1,0 +1,383 @@
+"""The command line: every command's help, its output, its errors, and every recipe on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.trainer_jit_checkpoint import CheckpointManager
+
+from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli.main import main
+from hesso_hf.cli.recipe import parse_recipe
+from hesso_hf.errors import HessoError, StoppedError
+from hesso_hf.structures.proof.prove import random_model
+from tests.support import ROOT
+from tests.support.tiny import tiny_llama
+
+LAUNCHERS = ("accelerate_configs", "kubernetes")  # test_recipes.py is theirs
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in LAUNCHERS]
+COMMANDS = ["inspect", "plan", "prune", "export", "eval", "report", "survey", "quickstart"]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small text data set."""
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    rows = [{"text": f"Sentence number {i} says that {i} is not {i + 1}. " * 4} for i in range(120)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def tiny_of(recipe: Path, folder: Path) -> Path:
+    """Save a tiny model of the class that a recipe is for, with the bundled tokenizer."""
+    family = recipe.parent.name
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    if family == "qwen3":
+        config = Qwen3Config(
+            vocab_size=1024, hidden_size=60, intermediate_size=440, num_attention_heads=6, num_key_value_heads=3,
+            head_dim=8, num_hidden_layers=2, max_position_embeddings=128, tie_word_embeddings=True,
+        )  # fmt: skip
+        model = random_model(Qwen3ForCausalLM, config)
+    else:
+        model = tiny_llama(vocab_size=1024)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "hesso_hf", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout
+    if command == "prune":
+        assert "--hesso_pruning_ratio" in done.stdout
+        assert "--learning_rate" in done.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_recipe_runs_on_a_tiny_model(
+    recipe: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe itself, with only the model, the data and the size of the run replaced by flags."""
+    model = tiny_of(recipe, tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--dataset_config", "", "--block_size", "16",
+        "--max_steps", "16", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
+        "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_round_to", "1",
+        "--disable_tqdm", "true", "--warmup_steps", "2", "--bf16", "false", "--use_cpu", "true",
+        "--save_strategy", "steps", "--save_steps", "16",
+    ]  # fmt: skip
+    assert main(["prune", str(recipe), *flags]) == 0
+    adapter = tmp_path / "run" / "checkpoint-16" / "adapter_config.json"
+    assert adapter.exists() == ("peft" in yaml.safe_load(recipe.read_text()))
+    assert "of the parameters removed" in capsys.readouterr().out
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small")
+    full = AutoModelForCausalLM.from_pretrained(model)
+    ratio = yaml.safe_load(recipe.read_text())["hesso"]["pruning_ratio"]
+    assert type(small) is type(full)
+    assert abs(1 - small.num_parameters() / full.num_parameters() - ratio) <= 0.02
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_recipe_has_a_header_with_the_command(recipe: Path) -> None:
+    header = recipe.read_text().split("\n\n")[0]
+    assert header.startswith("#")
+    assert "hesso-hf prune" in header or "hesso_hf prune" in header
+
+
+def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: Path) -> None:
+    """Two real processes under either launcher; the shipped DDP configuration works on a CPU as well."""
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
+        "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1",
+    ]  # fmt: skip
+    config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
+    launchers = {
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+        "accelerate": ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"],
+    }
+    kept = {}
+    for name, launcher in launchers.items():
+        output = tmp_path / name
+        command = [sys.executable, "-m", *launcher, "-m", "hesso_hf", "prune", *flags, "--output_dir", str(output)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("of the parameters removed") == 1  # the main process alone reports
+        kept[name] = json.loads((output / "small" / "pruning_report.json").read_text())["kept_units"]
+        assert AutoConfig.from_pretrained(output / "small").intermediate_size < 44
+    assert kept["torchrun"] == kept["accelerate"]
+
+
+def test_prune_that_is_told_to_stop_saves_says_so_and_goes_on(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It neither evaluates nor writes a model that isn't done, and its exit code is no success."""
+    model, output, steps = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model"), tmp_path / "out", []
+    flags = [
+        "prune", "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
+        "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1", "--hesso_calibration_examples", "0",
+        "--enable_jit_checkpoint", "true", "--resume_from_checkpoint", "auto", "--output_dir", str(output),
+    ]  # fmt: skip
+    plain, plain_init = HessoTrainer.training_step, CheckpointManager.__init__
+
+    def training_step(self: HessoTrainer, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(HessoTrainer, "training_step", training_step)
+    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: plain_init(self, trainer, kill_wait=0))
+    assert main(flags) == 143
+    assert "--resume_from_checkpoint auto" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["checkpoint-4"]  # the fifth step was for nothing
+    assert main(flags) == 0
+    assert steps == [0, 1, 2, 3, 4, *range(4, 12)]
+    assert (output / "small" / "pruning_report.json").exists()
+
+
+def test_prune_leaves_the_other_processes_unless_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that exits while gloo's threads run may abort after the work is done."""
+
+    def pruned(recipe: object) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    def stopped(recipe: object) -> None:
+        pruned(recipe)
+        raise StoppedError("go on")
+
+    def failing(recipe: object) -> None:
+        pruned(recipe)
+        raise HessoError("no")
+
+    flags = ["prune", "--model", "m", "--dataset", "d", "--output_dir", str(tmp_path), "--max_steps", "9"]
+    flags += ["--hesso_pruning_ratio", "0.3"]
+    monkeypatch.setattr("hesso_hf.cli.commands.prune", pruned)
+    assert main(flags) == 0
+    assert not dist.is_initialized()
+    monkeypatch.setattr("hesso_hf.cli.commands.prune", stopped)
+    assert main(flags) == 143
+    assert not dist.is_initialized()
+    monkeypatch.setattr("hesso_hf.cli.commands.prune", failing)
+    try:
+        assert main(flags) == 2
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_inspect_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(bundled_model_path()), "--json", "--ratio", "0.5"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for name in ("attention_heads", "mlp_channels", "embedding_channels"):
+        assert found[name]["status"] == "proved"
+        assert {"units", "layouts", "relative_error", "reason"} <= found[name].keys()
+    assert abs(found["feasible"]["0.5"]["ratio"] - 0.5) <= 0.01
+    assert main(["inspect", str(bundled_model_path() / "config.json")]) == 0
+    out = capsys.readouterr().out
+    assert "869,504 parameters" in out
+    assert re.search(r"attention_heads +proved +4 +4 +12,288 +0e\+00", out)  # in one line: the width is a pipe's
+    assert "\nexperts: LlamaConfig has no `num_experts` above one\n" in out
+
+
+def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--gpus", "2", "--gpu-memory", "24", "--batch-size", "3", "--sequence-length", "96", "--cric", "device"]
+    assert main(["plan", str(bundled_model_path()), *flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recommended"] == "ddp"
+    assert found["workload"]["cric"] == "device"
+    assert (found["workload"]["batch_size"], found["workload"]["sequence_length"]) == (3, 96)
+    assert (found["cluster"]["num_gpus"], found["cluster"]["gpu_memory"]) == (2, 24e9)
+    assert {"ddp", "fsdp2", "zero2", "zero3", "lora"} <= found["engines"].keys()
+    for engine in found["engines"].values():
+        assert abs(sum(engine["parts"].values()) - engine["peak_bytes"]) < 10
+    assert main(["plan", "bundled", "--gpus", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "869,504 parameters" in out
+    assert "recipes/accelerate_configs/ddp.yaml" in out
+
+
+def test_resume_auto_begins_where_there_is_no_whole_checkpoint(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--resume_from_checkpoint", "auto",
+        "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_pruning_ratio", "0.3",
+        "--use_cpu", "true",
+    ]  # fmt: skip
+    resumed: list[str | None] = []
+
+    def train(self: HessoTrainer, resume_from_checkpoint: str | None = None) -> None:
+        resumed.append(resume_from_checkpoint)
+        raise HessoError("far enough")
+
+    monkeypatch.setattr(HessoTrainer, "train", train)
+    checkpoint, half_written = tmp_path / "run" / "checkpoint-40", tmp_path / "run" / "checkpoint-100"
+    assert main(["prune", *flags]) == 2
+    half_written.mkdir(parents=True)
+    assert main(["prune", *flags]) == 2
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text("{}")
+    assert main(["prune", *flags]) == 2
+    assert resumed == [None, None, str(checkpoint)]
+
+
+def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--save_steps", "6", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--disable_tqdm", "true",
+        "--hesso_pruning_ratio", "0.3", "--use_cpu", "true",
+    ]  # fmt: skip
+    assert main(["prune", *flags]) == 0
+    assert (
+        main(["export", str(tmp_path / "run" / "checkpoint-12"), str(tmp_path / "later"), "--dtype", "bfloat16"]) == 0
+    )
+    assert "stored as bfloat16" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "later").dtype.itemsize == 2
+    assert (tmp_path / "later" / "tokenizer.json").exists()
+    assert main(["report", str(tmp_path / "later")]) == 0
+    assert "intermediate_size" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "later"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verification"]["dtype"] == "bfloat16"
+    assert main(["eval", str(tmp_path / "later"), "--dataset", str(text_file), "--block-size", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] > 0
+    assert found["perplexity"] > 1
+
+
+BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hesso_pruning_ratio", "0.5"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["prune", "--model", "bundled"], "`dataset` is missing"),
+        (["prune", "nowhere.yaml"], "no such file"),
+        (["prune", "--model", "bundled", "--datset", "x"], "did you mean 'dataset'"),
+        (["prune", "--model", "bundled", "--dataset", "no.jsonl", "--hesso_pruning_ratio", "0.5"], "no such file"),
+        (["prune", "--model", "bundled", "--dataset", "python-docs", "--hesso_pruning_ratio", "1.5"], "pruning_ratio"),
+        ([*BUNDLED_RUN, "--peft", '{"rank": 8}'], "unknown key `rank` in `peft`"),
+        ([*BUNDLED_RUN, "--peft", "r=8"], "not valid JSON"),
+        ([*BUNDLED_RUN, "--peft", "[8]"], "must be a mapping"),
+        ([*BUNDLED_RUN, "--max_examples", "0"], "`max_examples` (0) must be at least 1"),
+        ([*BUNDLED_RUN, "--report_to", "nothing_known"], "`report_to` ('nothing_known'): the package isn't installed"),
+        (["inspect", "bundled", "--ratio", "0.3", "50"], "`pruning_ratio` (50.0) must lie strictly between 0 and 1"),
+        (["report", "."], "pruning_report.json"),
+        (["export", "nowhere", "out"], "no folder"),
+        (["eval", "x"], "needs `--dataset`"),
+        (["plan", "nowhere"], "no model config"),
+        (["plan", "bundled", "--gpus", "0"], "`num_gpus` (0) must be above zero"),
+        (["plan", "bundled", "--gpus", "12"], "must be a multiple of gpus_per_node (8)"),
+        (["plan", "bundled", "--batch-size", "0"], "`batch_size` (0) must be at least 1"),
+        (["survey", "--types", "lama"], "'lama'"),
+        (["survey", "--types", "llama", "--jobs", "0"], "must be above zero"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_an_optimizer_whose_package_is_missing_is_one_message(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    flags = [
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "8",
+        "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--hesso_pruning_ratio", "0.3", "--optim",
+        "schedule_free_adamw",
+    ]  # fmt: skip
+    assert main(["prune", *flags]) == 2
+    err = capsys.readouterr().err
+    assert "schedulefree" in err
+    assert "Traceback" not in err
+
+
+def test_a_flag_with_a_wrong_value_is_a_short_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*BUNDLED_RUN, "--learning_rate", "fast"])
+    err = capsys.readouterr().err
+    assert "--learning_rate" in err.splitlines()[-1]
+    assert len(err.splitlines()) == 2
+
+
+def test_the_folder_of_a_run_is_no_checkpoint_and_its_checkpoints_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoint-12").mkdir(parents=True)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "small")]) == 2
+    assert "give one of its checkpoints: ['checkpoint-12']" in capsys.readouterr().err
+
+
+def test_yaml_is_overridden_by_flags_and_unknown_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model: bundled\ndataset: python-docs\ntraining: {learning_rate: 1e-4, max_steps: 7}\n"
+        "hesso: {pruning_ratio: 0.5, structures: {mlp_channels: 3, attention_heads: 1}, warmup_steps: 0.1}\n"
+    )
+    flags = [
+        "--learning_rate",
+        "3e-4",
+        "--hesso_warmup_steps",
+        "4",
+        "--hesso_saliency",
+        "magnitude",
+        "--warmup_steps=9",
+    ]
+    recipe = parse_recipe(str(path), flags)
+    assert recipe.training.learning_rate == 3e-4
+    assert recipe.training.max_steps == 7
+    assert recipe.training.warmup_steps == 9
+    assert recipe.hesso.warmup_steps == 4
+    assert recipe.hesso.structure_shares == {"mlp_channels": 0.75, "attention_heads": 0.25}
+    assert recipe.hesso.saliency_weights == {"magnitude": 1.0}
+    assert recipe.run.model == str(bundled_model_path())
+    assert parse_recipe(str(path)).training.learning_rate == 1e-4
+    for bad, nearest in (("hesso: {pruning_ration: 1}", "pruning_ratio"), ("training: {max_step: 1}", "max_steps"),
+                         ("modle: x", "model")):  # fmt: skip
+        path.write_text(bad)
+        with pytest.raises(HessoError, match=f"did you mean '{nearest}'"):
+            parse_recipe(str(path))
+    path.write_text("a: [")
+    with pytest.raises(HessoError, match="not valid YAML"):
+        parse_recipe(str(path))
+
+
+def test_every_hesso_field_is_a_flag() -> None:
+    from hesso_hf.cli.recipe import recipe_parser
+
+    known = {action.dest for action in recipe_parser()._actions}
+    assert {f"hesso_{name}" for name in HessoConfig.__dataclass_fields__} <= known

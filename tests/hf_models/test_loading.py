@@ -1,0 +1,76 @@
+"""Loading: by every process, or without weights where FSDP2 will bring them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from hesso_hf.errors import HessoError
+from hesso_hf.hf_models.loading import load_model
+from tests.support.tiny import tiny_gpt2, tiny_llama
+
+WAITING = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "RANK": "1",
+}  # fmt: skip
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WAITING.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("family", ["tied", "untied"])
+def test_a_process_that_waits_for_weights_has_everything_else(family: str, waiting: None, tmp_path: Path) -> None:
+    model = tiny_gpt2(1) if family == "tied" else tiny_llama(1)
+    model.generation_config = GenerationConfig(max_new_tokens=7)
+    model.save_pretrained(tmp_path)
+    expected, found = (
+        type(model).from_pretrained(tmp_path, dtype=torch.bfloat16),
+        load_model(str(tmp_path), torch.bfloat16),
+    )
+    assert type(found) is type(expected)
+    assert found.config.to_dict() == expected.config.to_dict()
+    assert found.generation_config.max_new_tokens == 7
+    assert not found.training
+    described = [
+        {name: (p.shape, p.dtype, p.device, p.requires_grad) for name, p in each.named_parameters()}
+        for each in (found, expected)
+    ]  # tied ones are listed once
+    assert described[0] == described[1]
+    buffers = dict(expected.named_buffers())
+    assert all(torch.equal(buffer, buffers.pop(name)) for name, buffer in found.named_buffers())
+    assert not buffers
+
+
+def test_it_uses_no_memory_for_them(waiting: None, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, vocab_size=2000
+    )
+    model = LlamaForCausalLM(config)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    before = psutil.Process().memory_info().rss
+    found = load_model(str(tmp_path), torch.float32)
+    assert psutil.Process().memory_info().rss - before < 0.2 * size
+    assert sum(parameter.numel() for parameter in found.parameters()) * 4 == size
+
+
+@pytest.mark.parametrize("changes", [{"RANK": "0"}, {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}, {"FSDP_VERSION": "1"}])
+def test_others_read_them(
+    changes: dict[str, str], waiting: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    model = tiny_llama(1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load_model(str(tmp_path), torch.float32).lm_head.weight, model.lm_head.weight)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(HessoError, match=str(tmp_path)):
+        load_model(str(tmp_path), torch.float32)

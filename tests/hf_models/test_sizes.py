@@ -1,0 +1,49 @@
+"""Sizes: another width where a config class wants its mixers' heads to fill the width times a whole number."""
+
+from __future__ import annotations
+
+import pytest
+
+from hesso_hf.errors import HessoError
+from hesso_hf.hf_models.sizes import HIDDEN, resized_config
+from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.structures.shape_probe import probe_axes
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expansion", "heads"),
+    [
+        ("bamba", "mamba_expand", "mamba_n_heads"),
+        ("granitemoehybrid", "mamba_expand", "mamba_n_heads"),
+        ("mamba2", "expand", "num_heads"),
+    ],
+)
+def test_the_mixer_stays_where_a_whole_number_of_widths_makes_it_up(
+    model_type: str, expansion: str, heads: str
+) -> None:
+    _, config = default_config(model_type)
+    small = resized_config(config, {HIDDEN: config.hidden_size // 2})
+    assert getattr(small, expansion) == 2 * getattr(config, expansion)
+    assert getattr(small, heads) == getattr(config, heads)
+    with pytest.raises(HessoError, match="refuses"):
+        resized_config(config, {HIDDEN: config.hidden_size - 128})
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "falcon_h1", "mamba", "zamba"])
+def test_other_classes_keep_what_they_say(model_type: str) -> None:
+    _, config = default_config(model_type)
+    small = resized_config(config, {HIDDEN: config.hidden_size // 2})
+    for name in ("expand", "mamba_expand"):
+        assert getattr(small, name, None) == getattr(config, name, None)
+
+
+def test_the_probe_sees_the_mixer_at_rest() -> None:
+    model_class, config = default_config("bamba")
+    tiny = tiny_config(model_class, config)
+    moved = {name for name, dim in probe_axes(model_class, tiny).moving((HIDDEN,)) if "mamba" in name}
+    assert {name.partition("mamba.")[2] for name in moved} == {"in_proj.weight", "out_proj.weight"}
+    assert all(
+        dim == {"in_proj.weight": 1, "out_proj.weight": 0}[name.partition("mamba.")[2]]
+        for name, dim in probe_axes(model_class, tiny).moving((HIDDEN,))
+        if "mamba" in name
+    )

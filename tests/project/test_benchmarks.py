@@ -1,0 +1,202 @@
+"""The benchmarks' code paths at a small size; what they measure is for a quiet machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hesso_hf.bundled import bundled_model_path, python_docs_texts
+from tests.support import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def test_stories_runs_every_method_at_the_same_sizes_and_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stories
+
+    model, data = tmp_path / "models" / "stories260K", tmp_path / "data" / "tinystories"
+    AutoModelForCausalLM.from_pretrained(bundled_model_path()).save_pretrained(model)
+    AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(model)
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [json.dumps({"text": text[:4000]}) for text in python_docs_texts(split)[:4]]  # type: ignore[arg-type]
+        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "stories.json"
+    flags = ["--data", str(tmp_path), "--steps", "10", "--seeds", "0", "--ratios", "0.5", "--held-out-blocks", "1"]
+    monkeypatch.setattr(stories, "BATCH", 1)
+    monkeypatch.setattr(sys, "argv", ["stories.py", *flags, "--output", str(output)])
+    assert stories.main() == 0
+    found = json.loads(output.read_text())
+    medians = found["medians"]["0.5"]
+    assert set(medians) == {"hesso", "one_shot_magnitude", "one_shot_taylor", "scratch"}
+    assert len({tuple(entry["parameters"]) for entry in medians.values()}) == 1
+    assert len({run["tokens"] for run in found["runs"]}) == 1
+    before = output.read_text()
+    assert stories.main() == 0  # nothing is run again
+    assert json.loads(output.read_text())["runs"] == json.loads(before)["runs"]
+
+
+def test_stories_says_so_where_the_model_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import stories
+
+    monkeypatch.setattr(sys, "argv", ["stories.py", "--data", str(tmp_path)])
+    assert stories.main() == 0
+    assert "SKIPPED" in capsys.readouterr().out
+
+
+def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import overhead
+
+    output = tmp_path / "overhead.json"
+    flags = ["--device", "cpu", "--scale", "tiny", "--repeats", "1", "--batch-size", "1", "--length", "16"]
+    monkeypatch.setattr(sys, "argv", ["overhead.py", *flags, "--output", str(output)])
+    assert overhead.main() == 0
+    entry = json.loads(output.read_text())["cpu tiny"]
+    for found in entry["results"].values():
+        kinds = {"warmup", "scoring", "shrinking", "recovery", "snapshot", "sampling", "restore", "score of a sample"}
+        assert set(found["steps"]) == kinds
+        assert 0.99 < found["cric_snapshot_share_of_parameters_and_state"] <= 1
+        assert all(kind["hesso_seconds"] > 0 for kind in found["steps"].values())
+        assert 0 < found["extra_bytes_peak"] < 869_504 * 4
+
+
+@pytest.mark.slow
+def test_sharding_compares_with_the_optimizer_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sharding
+
+    output = tmp_path / "sharding.json"
+    flags = ["--scale", "tiny", "--length", "16", "--repeats", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["sharding.py", *flags])
+    assert sharding.main() == 0
+    entry = json.loads(output.read_text())["cpu tiny"]
+    assert entry["processes"] == 2
+    assert set(entry["steps"]) == {"warmup", "scoring", "shrinking", "recovery"}
+    assert entry["plain_step_seconds"] > 0
+    assert 0.5 < entry["peak_ratio"] < 2
+
+
+@pytest.mark.slow
+def test_memory_measures_every_moment_of_both_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import memory
+
+    output = tmp_path / "memory.json"
+    flags = ["--device", "cpu", "--shapes", "tiny", "--batch-size", "3", "--length", "160", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *flags])
+    assert memory.main() == 0
+    runs = json.loads(output.read_text())["cpu"]["runs"]
+    assert {(run["setting"], run["trainer"]) for run in runs} == {
+        *((setting, "Trainer") for setting in memory.SETTINGS),
+        ("bf16 autocast", "HessoTrainer"),
+        ("bf16 autocast, checkpointing", "HessoTrainer"),
+    }
+    for run in runs:
+        assert run["ratio"]["peak above parameters and state"] == pytest.approx(1, rel=0.05), run["setting"]
+        assert run["ratio"]["forward"] == pytest.approx(1, rel=0.06), run["setting"]  # labels and masks count here
+        if run["setting"] != "bf16 weights":
+            for name in ("parameters", "gradients", "optimizer"):
+                assert run["estimated"][name] == run["measured"][name]
+
+
+@pytest.mark.slow
+def test_collapse_runs_every_start_and_method_with_equal_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import collapse
+
+    output = tmp_path / "collapse.json"
+    methods = ["one_shot_magnitude", "hesso_taylor_second_order", "cric", "cric_probe"]
+    flags = ["--models", "bundled", "--seeds", "0", "--steps", "40", "--stationary-steps", "40", "--methods", *methods]
+    monkeypatch.setattr(collapse, "BATCH", 1)
+    monkeypatch.setattr(collapse, "SMALL_SET", 1)
+    monkeypatch.setattr(collapse, "BLOCK", 16)
+    monkeypatch.setattr(collapse, "PROBE_BATCH_SIZE", 1)
+    monkeypatch.setattr(collapse, "_some", lambda held_out: held_out.select(range(2)))
+    monkeypatch.setattr(
+        sys, "argv", ["collapse.py", *flags, "--stationary-training-steps", "3", "--output", str(output)]
+    )
+    assert collapse.main() == 0
+    runs = json.loads(output.read_text())["runs"]
+    assert [(run["start"], run["method"], run["trained"]) for run in runs] == [
+        (start, method, trained)
+        for trained in (False, True)
+        for start in collapse.STARTS
+        for method in methods
+        if not trained or start != "rescaled" or method in ("one_shot_magnitude", "cric")  # the others can't tell
+    ]
+    for start in collapse.STARTS:
+        assert len({run["tokens"] for run in runs if run["start"] == start and run["trained"]}) == 1
+        assert len({json.dumps(run["sizes"]) for run in runs if run["start"] == start}) == 1
+    assert all((run["cric"] is None) != run["method"].startswith("cric") for run in runs)
+    assert (tmp_path / "collapse.png").stat().st_size > 10_000
+
+
+def test_the_rescaled_model_computes_the_same_and_trains_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import collapse
+    import torch
+
+    plain = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float64)
+    other = AutoModelForCausalLM.from_pretrained(bundled_model_path(), dtype=torch.float64)
+    factors = collapse.rescale_(other, seed=1)
+    assert max(float(factor.max()) for factor in factors.values()) > 10
+    ids = torch.randint(3, 1000, (2, 12), generator=torch.Generator().manual_seed(0))
+    for model, scaled in ((plain, {}), (other, factors)):
+        optimizer = collapse.RescaledAdamW(model.parameters(), scaled, lr=1e-3, weight_decay=0.0, eps=1e-12)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, other(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_distillation_runs_with_and_without_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import distillation
+    import render_readme
+    import stories
+
+    for module in (stories, distillation):
+        monkeypatch.setattr(module, "BATCH", 1)
+    output = tmp_path / "distillation.json"
+    flags = ["--data", str(tmp_path), "--scale", "tiny", "--seeds", "0", "--methods", "none", "0.9"]
+    monkeypatch.setattr(sys, "argv", ["distillation.py", *flags, "--output", str(output)])
+    assert distillation.main() == 0
+    (entry,) = json.loads(output.read_text()).values()
+    plain, taught = entry["runs"]
+    assert (plain["method"], taught["method"]) == ("none", "0.9")
+    assert plain["sizes"] == taught["sizes"]
+    assert plain["tokens"] == taught["tokens"]
+    assert plain["loss"] != taught["loss"]
+    table = render_readme.render_table("distillation", tmp_path)
+    assert "distillation_alpha`, bundled" in table
+    assert f"{taught['loss']:.3f}" in table
+    before = output.read_text()
+    assert distillation.main() == 0  # nothing is run again
+    assert output.read_text() == before
+
+
+def test_lora_compares_what_units_are_scored_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lora_scoring
+
+    monkeypatch.setattr(lora_scoring, "SCORED", 1)
+    monkeypatch.setattr(lora_scoring, "HELD_OUT", 1)
+    monkeypatch.setattr(lora_scoring, "BATCH", 1)
+    output = tmp_path / "lora.json"
+    monkeypatch.setattr(sys, "argv", ["lora_scoring.py", "--trained", "2", "--output", str(output)])
+    assert lora_scoring.main() == 0
+    (run,) = json.loads(output.read_text())["runs"]
+    assert run["variants"]["weights taylor_second_order"]["mlp_channels"]["same"] == 1
+    assert run["variants"]["adapter taylor_second_order"]["mlp_channels"]["same"] < 1
+    assert run["peak_bytes"]["weights"] > run["peak_bytes"]["adapter"]

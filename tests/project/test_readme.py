@@ -1,0 +1,296 @@
+"""README and docs: tables are those of the results, blocks run and print what is shown, commands and options exist."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from hesso_hf import HessoConfig
+from hesso_hf.cli.main import _parser
+from hesso_hf.cli.recipe import RunArguments, recipe_parser
+from hesso_hf.config import SALIENCIES
+from tests.support import ROOT, families
+
+README = ROOT / "README.md"
+LISTS = [ROOT / "docs" / "architectures.md"]  # written by a command, without code to run
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
+
+# Runs the ```python blocks of one document in one namespace and prints what each wrote, as JSON.
+RUN_BLOCKS = """
+import contextlib, io, json, sys
+namespace, printed = {"__name__": "__main__"}, []
+for block in json.loads(sys.stdin.read()):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(block, "block", "exec"), namespace)
+    printed.append(out.getvalue())
+print("PRINTED" + json.dumps(printed))
+"""
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """Return (language, text) of every fenced block of a document."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Return every command of a document's bash blocks and of code in its text, in words."""
+    lines = [
+        line for language, text in blocks(path) if language == "bash" for line in text.replace("\\\n", " ").splitlines()
+    ]
+    inline = re.findall(r"`((?:make|hesso-hf) [^`]*)`", path.read_text(encoding="utf-8"))
+    parts = [part for line in (*lines, *inline) for part in line.split("&&")]
+    return [words for words in (shlex.split(part, comments=True) for part in parts) if words]
+
+
+def table_rows(path: Path, header: str) -> dict[str, list[str]]:
+    """Return the rows of all tables with a header, by the code in their first column."""
+    rows: dict[str, list[str]] = {}
+    for table in re.findall(
+        rf"^{re.escape(header)}\n\|[-:| ]+\|\n((?:\|.*\n)+)", path.read_text("utf-8"), re.MULTILINE
+    ):
+        for line in table.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            rows[cells[0].strip("` ")] = cells[1:]
+    return rows
+
+
+def agrees(shown: str, printed: str) -> bool:
+    """Compare a line: all alike, but for decimal numbers, which may be off by a hundredth."""
+    if NUMBER.sub("#", shown) != NUMBER.sub("#", printed):
+        return False
+    pairs = zip(NUMBER.findall(shown), NUMBER.findall(printed), strict=True)
+    return all(math.isclose(float(a), float(b), rel_tol=0.01) for a, b in pairs)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> ModuleType:
+    """benchmarks/render_readme.py as a module."""
+    spec = importlib.util.spec_from_file_location("render_readme", ROOT / "benchmarks" / "render_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 230
+    code = next(text for language, text in blocks(README) if language == "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 17  # 15 and two that continue a line
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            file, _, anchor = target.partition("#")
+            document = path.parent / file if file else path
+            assert document.exists(), target
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in [title.lower().replace(" ", "-") for title in titles]
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path not in LISTS], ids=lambda path: path.name)
+def test_blocks_run_and_print_what_is_shown(path: Path, tmp_path: Path) -> None:
+    found = blocks(path)
+    code = [text for language, text in found if language == "python"]
+    assert code
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BLOCKS],
+        input=json.dumps(code),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = iter(json.loads(done.stdout.partition("PRINTED")[2]))
+    for (language, _), (following, shown) in zip(found, [*found[1:], ("", "")], strict=True):
+        lines = next(printed).splitlines() if language == "python" else []
+        if language == "python" and following == "text":
+            for line in shown.splitlines():
+                assert any(agrees(line, other) for other in lines), f"{line!r} is not in {lines}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_exist(path: Path) -> None:
+    subcommands = next(
+        action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)
+    ).choices
+    for words in commands(path):
+        if words[0] == "make":
+            assert re.search(rf"^{re.escape(words[1])}:", MAKEFILE, re.MULTILINE), words
+        elif words[0] in ("accelerate", "torchrun"):
+            assert words[words.index("-m") + 1] == "hesso_hf", words
+            words = words[words.index("-m") + 1 :]
+        for word in words:
+            if word.startswith("recipes/"):
+                assert (ROOT / word).is_file(), words
+        if words[0] in ("hesso-hf", "hesso_hf") and words[1] != "COMMAND":
+            assert words[1] in subcommands, words
+            parser = recipe_parser() if words[1] == "prune" else subcommands[words[1]]
+            known = {option for action in parser._actions for option in action.option_strings}
+            for word in words[2:]:
+                assert not word.startswith("--") or word.partition("=")[0] in known, words
+
+
+def test_options_of_the_documents_are_those_of_the_config() -> None:
+    """Every field of HessoConfig stands in one of the tables, with its default; recipe keys likewise."""
+    header = "| option | default | meaning |"
+    options: dict[str, list[str]] = {}
+    for name in ("method.md", "budgets.md", "training.md"):
+        options |= table_rows(ROOT / "docs" / name, header)
+    keys = table_rows(ROOT / "docs" / "cli.md", "| key | default | meaning |")
+    for rows, owner in ((options, HessoConfig), (keys, RunArguments)):
+        fields: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(owner)}
+        assert {name: cells[0].strip("`").replace('"', "'") for name, cells in rows.items()} == {
+            name: repr(default) for name, default in fields.items()
+        }
+    assert set(table_rows(ROOT / "docs" / "method.md", "| name | score |")) == set(SALIENCIES)
+
+
+def test_families_of_the_readme_are_tested() -> None:
+    rows = table_rows(README, "| structures | `model_type` |")
+    named = [set(re.findall(r"`(\w+)`", cells[0])) for cells in rows.values()]
+    known = (*families.ALL.values(), *families.OTHERS)
+    proved = {family.model_type for family in known if not family.refused}
+    for types in named[:3]:
+        assert types <= proved, types - proved
+    assert all(named)
+
+
+def test_tolerance_of_the_documents_is_that_of_the_code() -> None:
+    from hesso_hf.budget import cost, latency
+    from hesso_hf.budget import solver as budget
+    from hesso_hf.export import verify
+
+    assert verify.FOLD_TOLERANCE == 1e-4
+    for path in (README, ROOT / "docs" / "method.md"):
+        assert "1e-4" in path.read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "budgets.md").read_text(encoding="utf-8")
+    assert f"more than {budget.MEETS:.0%} of the model is warned" in text
+    assert f"more than {budget.UNREACHABLE:.0%} is an error" in text
+    assert f"attention over {cost.CONTEXT} tokens" in text
+    assert f"matrix products for {latency.LatencyTable.tokens} tokens" in text
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "render_readme.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_table_stands_in_a_document(renderer: ModuleType) -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
+    for name in renderer.TABLES:
+        assert f"<!-- begin:{name} -->" in text
+
+
+def test_a_missing_result_names_its_command(renderer: ModuleType, tmp_path: Path) -> None:
+    for name, (_, command, _) in renderer.TABLES.items():
+        assert command in renderer.render_table(name, tmp_path)
+        target = re.match(r"make (\S+)", command)
+        if target is not None:
+            assert re.search(rf"^{target.group(1)}:", MAKEFILE, re.MULTILINE)
+        else:
+            assert (ROOT / command.split()[1]).is_file()
+
+
+def run(method: str, ratio: float | None, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
+    values = {"method": method, "ratio": ratio, "seed": seed, "loss": loss, "learning_rate": 0.003, "tokens": 1000}
+    return values | {"parameters": 77 if ratio else 100} | changes
+
+
+def stories(folder: Path, runs: list[dict[str, Any]]) -> None:
+    result = {"original_loss": 1.25, "device": "cpu", "versions": {"torch": "2.13"}, "runs": runs}
+    (folder / "stories.json").write_text(json.dumps(result))
+
+
+def test_an_incomplete_benchmark_says_so(renderer: ModuleType, tmp_path: Path) -> None:
+    stories(tmp_path, [])
+    assert "make bench" in renderer.render_table("stories", tmp_path)
+    stories(tmp_path, [run("hesso", 0.5, 0, 2.0), run("hesso", 0.5, 1, 2.5), run("scratch", 0.5, 0, 3.0)])
+    text = renderer.render_table("stories", tmp_path)
+    assert "| HESSO | not run yet | not run yet | 2.250 |" in text
+    assert "3.000 (1 seed)" in text
+    assert "Median of 2 seeds" in text
+    assert "same training: not run yet" in text.replace("\n", " ")
+    assert "**" not in text  # nothing is called the best before all have run
+
+
+def test_a_whole_benchmark_marks_the_lowest_loss(renderer: ModuleType, tmp_path: Path) -> None:
+    losses = {"hesso": 2.0, "one_shot_magnitude": 2.0001, "one_shot_taylor": 2.5, "scratch": 3.0}
+    runs = [run(method, 0.5, seed, loss) for method, loss in losses.items() for seed in range(3)]
+    stories(tmp_path, [*runs, run("dense", None, 0, 1.5)])
+    text = renderer.render_table("stories", tmp_path)
+    assert text.count("**2.000**") == 2  # a tie in what is shown
+    assert "(3 seeds)" not in text
+    assert "same training: 1.500 (1 seed)" in text.replace("\n", " ")
+    assert "| parameters | not run yet | not run yet | 77 |" in text
+
+
+def test_runs_of_different_settings_are_not_mixed(renderer: ModuleType, tmp_path: Path) -> None:
+    stories(tmp_path, [run("hesso", 0.5, 0, 2.0), run("hesso", 0.5, 0, 4.0, tokens=500)])
+    text = renderer.render_table("stories", tmp_path)
+    assert "2.000" in text
+    assert "4.000" in text
+    assert text.count("| removed |") == 2
+
+
+def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleType, tmp_path: Path) -> None:
+    from hesso_hf.cli.quickstart import QuickstartOptions, QuickstartRow
+
+    rows = [
+        QuickstartRow(name, 1234, 2_000_000, 12.345, 98765.4) for name in ("original", "HESSO", "one-shot magnitude")
+    ]
+    result = {"options": dataclasses.asdict(QuickstartOptions()), "rows": [dataclasses.asdict(row) for row in rows]}
+    (tmp_path / "quickstart.json").write_text(json.dumps(result))
+    text = renderer.render_table("quickstart", tmp_path)
+    for shown in ("1,234", "2.00 MB", "12.35", "98,765", "one-shot magnitude", "200 steps"):
+        assert shown in text
+
+
+def test_the_overhead_table_reads_what_the_benchmark_writes(renderer: ModuleType, tmp_path: Path) -> None:
+    steps = {kind: {"share": share} for kind, share in (("warmup", 0.01), ("scoring", 0.2), ("recovery", 0.03))}
+    found = {"steps": steps, "extra_memory_share_of_parameters": 0.005}
+    entry = {"device": "cpu", "parameters": 9e7, "tokens_per_step": 1024, "results": {"mlp_channels": found}}
+    (tmp_path / "overhead.json").write_text(json.dumps({"cpu 100m": entry}))
+    text = renderer.render_table("overhead", tmp_path)
+    assert "| 90M on cpu | mlp channels | 1.0% | 20.0% | - | 3.0% | - | 0.5% |" in text
+    assert "1,024 tokens a step" in text
+
+
+def test_markers_without_a_pair_and_unknown_tables_are_errors(renderer: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pairs"):
+        renderer.render("<!-- begin:stories -->\n", tmp_path)
+    with pytest.raises(ValueError, match="unknown table 'storys'"):
+        renderer.render("<!-- begin:storys -->\n<!-- end:storys -->\n", tmp_path)
+    text = "a\n<!-- begin:overhead -->\nold\n<!-- end:overhead -->\nb\n"
+    once = renderer.render(text, tmp_path)
+    assert "old" not in once
+    assert once.startswith("a\n")
+    assert once.endswith("-->\nb\n")
+    assert renderer.render(once, tmp_path) == once

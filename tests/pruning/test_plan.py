@@ -1,0 +1,110 @@
+"""The plan of a run, and a training loop without the Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
+from hesso_hf.errors import HessoError, UnsupportedStructureError
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.structures.proof.prove import logits_of, relative_error
+from tests.support.tiny import backward, tiny_gpt2, tiny_llama, token_batches
+
+
+def test_a_training_loop_of_ones_own(tmp_path: Path) -> None:
+    model = tiny_llama()
+    optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), model, HessoConfig(0.4, round_to=1), 20)
+    for batch in token_batches(20):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.process.finished
+    report = export_pruned(model, tmp_path / "small")
+    assert report.pruning_ratio == pytest.approx(0.4, abs=0.01)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    ids = token_batches(1)[0]
+    assert relative_error(logits_of(small, ids), logits_of(model.eval(), ids)) <= 1e-5
+
+
+def test_weights_tied_or_replaced_by_hand_are_named() -> None:
+    tied = tiny_llama()
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    with pytest.raises(UnsupportedStructureError, match=r"lm_head.weight is in what LlamaConfig builds"):
+        PruningPlan.prepare(tied, HessoConfig(0.3))
+    replaced = tiny_llama()
+    replaced.lm_head = nn.Linear(60, 71, bias=False)
+    with pytest.raises(
+        UnsupportedStructureError, match=r"lm_head.weight has shape \(71, 60\), its config says \(67, 60\)"
+    ):
+        PruningPlan.prepare(replaced, HessoConfig(0.3))
+
+
+def test_a_loop_with_the_wrong_model_or_optimizer_is_refused() -> None:
+    model, other = tiny_llama(), tiny_llama()
+    with pytest.raises(HessoError, match=r"`optimizer` \(AdamW\) holds no parameter of `model`"):
+        wrap_optimizer(torch.optim.AdamW(other.parameters()), model, HessoConfig(0.3), 10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UnsupportedStructureError, match=r"`model` \(AdamW\) must be"):
+        wrap_optimizer(model, optimizer, HessoConfig(0.3), 10)  # type: ignore[arg-type]
+
+
+def test_quantised_models_are_refused() -> None:
+    model = tiny_llama()
+    model.hf_quantizer = object()
+    with pytest.raises(UnsupportedStructureError, match="quantised"):
+        PruningPlan.prepare(model, HessoConfig(0.3))
+
+
+@pytest.mark.parametrize("metric", ["flops", "memory", "latency"])
+def test_other_budgets_are_met(metric: str) -> None:
+    plan = PruningPlan.prepare(tiny_llama(), HessoConfig(0.3, budget_metric=metric, round_to=1))
+    assert plan.target.ratio == pytest.approx(0.3, abs=0.03)
+    assert plan.target.metric == metric
+    assert plan.target.cost_after < plan.target.cost_before
+
+
+def test_structures_that_were_asked_for_and_refused_are_an_error() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=48, n_head=4, n_layer=2, vocab_size=67, n_inner=40))
+    with pytest.raises(HessoError, match=r"leaves out \['embedding_channels'\].* only shrink together"):
+        PruningPlan.prepare(model, HessoConfig(0.3, structures=["attention_heads"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "asked"),
+    [(partial(tiny_llama, num_hidden_layers=4, mlp_bias=False), {"pruning_ratio": ratio}) for ratio in (0.3, 0.4)]
+    + [(partial(tiny_gpt2, n_layer=4), {"target_sizes": {"n_inner": 20}})],
+)
+def test_layers_of_different_widths_can_be_saved_whatever_sizes_the_plan_chose(
+    make: Callable[[], PreTrainedModel], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    """A config keeps the full size of what differs between layers, and its class has to accept it with the others."""
+    model = make()
+    config = HessoConfig(layer_widths="per_layer", saliency="magnitude", warmup_steps=0, pruning_steps=1, **asked)
+    optimizer = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config, 2)
+    for batch in token_batches(2):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    kept = optimizer.process.kept_units()
+    assert any(len({len(layer) for layer in layers}) > 1 for layers in kept.kept.values())
+    export_pruned(model, tmp_path / "small", kept_units=kept)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    ids = token_batches(1)[0]
+    assert relative_error(logits_of(small, ids), logits_of(model.eval(), ids)) <= 1e-5
+
+
+def test_layers_that_a_class_does_not_build_differently_are_refused_before_training() -> None:
+    model = tiny_gpt2()
+    sizes = {"num_attention_heads": model.config.n_head // 2}
+    with pytest.raises(HessoError, match=r"`layer_widths` \('per_layer'\).*'uniform'"):
+        PruningPlan.prepare(model, HessoConfig(target_sizes=sizes, layer_widths="per_layer"))

@@ -1,0 +1,329 @@
+"""Short runs in a loop of one's own, on one process or sharded over several, for the tests of sharded parameters."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from hesso_hf import HessoConfig, HessoOptimizer, export_pruned
+from hesso_hf.distributed.parts import part_of
+from hesso_hf.engines.fsdp import export as shard_export
+from hesso_hf.engines.fsdp.export import Writers, export_sharded, write_dense
+from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
+from hesso_hf.export import publish
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.schedule import Schedule
+from hesso_hf.structures.groups import KeptUnits, mask_
+from tests.support import ROOT
+from tests.support.moe import moe_model
+from tests.support.tiny import VOCAB, tiny_gemma2, tiny_llama, tiny_phi
+
+BATCH, LENGTH = 4, 9
+MODELS: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": tiny_llama, "gemma2": tiny_gemma2, "phi": tiny_phi,
+    **{name: functools.partial(moe_model, name) for name in ("mixtral", "deepseek_v3")},
+}  # fmt: skip
+SIZES = {"num_key_value_heads": 2, "intermediate_size": 28, "hidden_size": 48}
+PHI_SIZES = {"intermediate_size": 28, "hidden_size": 48}
+HESSO = Schedule(3, 6, 2, 14)
+CRIC = Schedule(2, 4, 2, 20, cycle_steps=3, cycles=2)
+
+
+class Run:
+    """A model with its optimizer, whole or sharded.
+
+    Args:
+        mesh: how the processes are laid out, "shard" or "replicate_shard"; None for no sharding.
+    """
+
+    def __init__(self, kind: str = "llama", mesh: str | None = None, layers: int = 2, **config: Any) -> None:
+        self.model = MODELS[kind](seed=5, **({"num_hidden_layers": layers} if layers != 2 else {})).train()
+        sizes = PHI_SIZES if kind == "phi" else SIZES
+        self.config = HessoConfig(**({"target_sizes": sizes, "saliency_batches": 2} | config))
+        if mesh:
+            shard_(self.model, mesh)
+        self.plan = PruningPlan.prepare(self.model, self.config)
+        # a key bias has a gradient of zero but for rounding, which Adam's usual epsilon would blow up to a full step
+        base = torch.optim.AdamW(self.model.parameters(), lr=2e-3, weight_decay=0.1, eps=1e-4)
+        self.optimizer = HessoOptimizer(base, self.plan.process(CRIC if self.config.cric else HESSO))
+        self.losses: list[float] = []
+        self.collectives: list[int] = []
+
+    def step(self) -> None:
+        """Train on this process' share of the step's global batch."""
+        generator = torch.Generator().manual_seed(100 + self.optimizer.process.step)
+        batch = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=generator)
+        if dist.is_initialized():
+            batch = batch.chunk(dist.get_world_size())[dist.get_rank()]
+        self.optimizer.zero_grad()
+        loss = self.model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        with Collectives() as counted:
+            self.optimizer.step()
+        self.losses.append(loss.item())
+        self.collectives.append(counted.count)
+
+    def result(self) -> dict[str, Any]:
+        """Return whole weights, the decision and what was counted."""
+        return {
+            "weights": {name: whole(p.detach()) for name, p in self.model.named_parameters()},
+            "kept": self.optimizer.process.kept_units().to_dict(),
+            "collectives": self.collectives,
+            "norm": self.optimizer.process.redundant_norm(),
+            "sums": self.optimizer.process.state_dict()["sums"],
+            "cric": self._cric(),
+        }
+
+    def _cric(self) -> dict[str, Any]:
+        """Return which units CRIC tried and corrected, without the values on the way."""
+        structures = (self.optimizer.process.cric_report() or {}).get("structures", {})
+        return {
+            name: {key: value for key, value in found.items() if key != "paths"} for name, found in structures.items()
+        }
+
+
+class Collectives:
+    """Counts what is asked of torch.distributed by name; FSDP2 and the gradient's norm use other ways."""
+
+    names = ("all_reduce", "broadcast", "broadcast_object_list", "all_gather", "all_gather_object", "reduce", "barrier")
+
+    def __enter__(self) -> Collectives:
+        self.count, self._saved = 0, {name: getattr(dist, name) for name in self.names}
+        for name, call in self._saved.items():
+            setattr(dist, name, self._counting(call))
+        return self
+
+    def _counting(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return call(*args, **kwargs)
+
+        return counting
+
+    def __exit__(self, *_: object) -> None:
+        for name, call in self._saved.items():
+            setattr(dist, name, call)
+
+
+def shard_(model: PreTrainedModel, mesh: str) -> None:
+    """Shard every decoder layer and the rest, as Accelerate does."""
+    world = dist.get_world_size()
+    if mesh == "replicate_shard":
+        device_mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    else:
+        device_mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=device_mesh)
+    fully_shard(model, mesh=device_mesh)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a parameter."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def train(folder: Path, steps: int, mesh: str | None, kind: str = "llama", **config: Any) -> None:
+    """Train and leave what came out, one file a process."""
+    run = Run(kind, mesh, **config)
+    for _ in range(steps):
+        run.step()
+    torch.save(run.result(), folder / f"rank{dist.get_rank() if dist.is_initialized() else 0}.pt")
+
+
+def train_and_save(folder: Path, steps: int, mesh: str | None, kind: str = "llama", **config: Any) -> None:
+    """Train and write the pruning state; weights and optimizer state go whole, by name, from process 0."""
+    run = Run(kind, mesh, **config)
+    for _ in range(steps):
+        run.step()
+    weights = {name: whole(p.detach()) for name, p in run.model.named_parameters()}
+    state = {
+        name: {key: whole(value) for key, value in run.optimizer.state[p].items()}
+        for name, p in run.model.named_parameters()
+    }
+    save_pruning_state(run.optimizer, run.model, folder)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save({"weights": weights, "state": state}, folder / "whole.pt")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_and_train(folder: Path, source: str, steps: int, mesh: str | None, kind: str = "llama", **config: Any) -> None:
+    """Continue from what `train_and_save` wrote."""
+    run = Run(kind, mesh, **config)
+    saved = torch.load(Path(source) / "whole.pt", weights_only=True)
+
+    def placed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if isinstance(like, DTensor) and value.dim():
+            return distribute_tensor(value, like.device_mesh, like.placements)
+        return value.clone()
+
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            parameter.copy_(placed(saved["weights"][name], parameter))
+            run.optimizer.base.state[parameter] = {
+                key: placed(value, parameter) for key, value in saved["state"][name].items()
+            }
+    load_pruning_state(run.optimizer, run.model, Path(source))
+    for _ in range(steps):
+        run.step()
+    torch.save(run.result(), folder / f"rank{dist.get_rank() if dist.is_initialized() else 0}.pt")
+
+
+def export(folder: Path, kind: str, dtype: str | None = None, layers: int = 2, **config: Any) -> None:
+    """Prune, write the smaller model from shards, and from a whole copy on process 0 beside it."""
+    run = Run(kind, "shard", layers, **config)
+    while not run.optimizer.process.finished:
+        run.step()
+    kept, rank = run.optimizer.process.kept_units(), dist.get_rank()
+    writers = Writers(rank, dist.get_world_size(), rank == 0)
+    options = {"kept_units": kept, "groups": run.plan.groups, "tokenizer": None, "dtype": dtype}
+    report = export_sharded(run.model, folder / "small", writers=writers, training={}, max_shard_size="30KB", **options)
+    write_dense(run.model, folder / "dense", run.plan.groups, None, writers)
+    whole_model = MODELS[kind](seed=5, **({"num_hidden_layers": layers} if layers != 2 else {}))
+    state = {name: whole(p.detach()) for name, p in run.model.named_parameters()}
+    torch.save({"fold": report.verification.fold_error}, folder / f"rank{rank}.pt")
+    if rank == 0:
+        whole_model.load_state_dict(state, strict=False)
+        whole_model.tie_weights()
+        export_pruned(whole_model, folder / "plain", **options)
+        whole_model.save_pretrained(folder / "plain-dense")
+
+
+def failing_exports(folder: Path) -> None:
+    """Let one process fail at different points of an export; say what each process heard, and then export."""
+    run = Run(mesh="shard", layers=6)
+    while not run.optimizer.process.finished:
+        run.step()
+    rank = dist.get_rank()
+
+    def failing(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    def kept_from_failing() -> str:
+        try:
+            export_sharded(
+                run.model, folder / "small", kept_units=run.optimizer.process.kept_units(), groups=run.plan.groups,
+                tokenizer=None, dtype=None, training={}, writers=Writers(rank, 2, rank == 0), max_shard_size="30KB",
+            )  # fmt: skip
+        except (OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "saved"
+
+    heard = []
+    for culprit, module, name, replacement in (
+        (1, shard_export, "save_file", lambda *_, **__: failing()),
+        (1, torch, "equal", lambda *_: False),
+        (0, publish, "_replace", failing),
+        (0, shard_export, "_stored_files", lambda _: {}),
+    ):
+        plain = getattr(module, name)
+        setattr(module, name, replacement if rank == culprit else plain)
+        heard.append(kept_from_failing())
+        setattr(module, name, plain)
+        heard.append((folder / "small").exists())
+    torch.save([*heard, kept_from_failing()], folder / f"rank{rank}.pt")
+
+
+def export_in_little_memory(folder: Path) -> None:
+    """Write a model of 100 MB from shards; say how much memory this process took for it."""
+    sizes = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 16, "num_attention_heads": 8,
+             "num_key_value_heads": 4, "head_dim": 40}  # fmt: skip
+    model = tiny_llama(seed=5, **sizes)
+    dense = sum(p.numel() * p.element_size() for p in model.parameters())
+    shard_(model, "shard")
+    groups = PruningPlan.prepare(model, HessoConfig(target_sizes={"intermediate_size": 640})).groups
+    structure = groups.structures["mlp_channels"]
+    with torch.no_grad():
+        for _, axis in structure.all_axes():
+            parameter = model.get_parameter(axis.parameter)
+            mask_(parameter.to_local(), axis, torch.arange(1280) >= 640, part=part_of(axis.parameter, parameter))
+    kept = KeptUnits({"mlp_channels": 1280}, {"mlp_channels": (tuple(range(640)),) * len(structure.layers)})
+    rank = dist.get_rank()
+    gc.collect()
+    with Growth() as grown:
+        export_sharded(
+            model, folder / "small", kept_units=kept, groups=groups, tokenizer=None, dtype=None, training={},
+            writers=Writers(rank, dist.get_world_size(), rank == 0), max_shard_size="8MB",
+        )  # fmt: skip
+    torch.save({"grown": grown.peak, "dense": dense}, folder / f"rank{rank}.pt")
+
+
+class Growth:
+    """How much memory this process takes at most, beyond what it had."""
+
+    def __enter__(self) -> Growth:
+        self._process, self._ended = psutil.Process(), threading.Event()
+        self._before, self.peak = self._process.memory_info().rss, 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.002):
+            self.peak = max(self.peak, self._process.memory_info().rss - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def forget_the_pruning_state(folder: Path) -> None:
+    """Load torch's own state of the optimizer through a distributed checkpoint, and train on."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    run, fresh = Run(mesh="shard"), Run(mesh="shard")
+    for _ in range(4):
+        run.step()
+    set_optimizer_state_dict(fresh.model, fresh.optimizer, get_optimizer_state_dict(run.model, run.optimizer))
+    assert fresh.optimizer.process.step == 0, "torch's own step counted"
+    try:
+        fresh.step()
+    except ValueError as error:
+        (folder / "refused").write_text(str(error)[str(error).index("call") :][:24])
+
+
+def main(jobs: list[tuple[str, str, dict[str, Any]]]) -> None:
+    """Run jobs of this module, (name, folder, arguments) each, in one of several processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for job, folder, arguments in jobs:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        globals()[job](Path(folder), **arguments)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+_WORKER = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from tests.support import sharded
+sharded.main(json.loads(open(sys.argv[2]).read()))
+"""
+
+
+def launch(folder: Path, jobs: list[tuple[str, Path, dict[str, Any]]], processes: int = 2) -> None:
+    """Run jobs one after the other in several real processes."""
+    (folder / "worker.py").write_text(_WORKER)
+    (folder / "jobs.json").write_text(json.dumps([(job, str(where), options) for job, where, options in jobs]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(folder / "worker.py"), str(ROOT), str(folder / "jobs.json")]
+    # without the threshold the allocator keeps what FSDP2 lets go
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[:8000]

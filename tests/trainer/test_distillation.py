@@ -1,0 +1,367 @@
+"""Distillation: the divergence and its memory, the teacher, and the trainer's loss with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTrainedModel, Trainer
+
+from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
+from hesso_hf.bundled import bundled_model_path
+from hesso_hf.errors import CheckpointMismatchError, HessoError
+from hesso_hf.structures.proof.prove import random_model
+from hesso_hf.trainer import teacher as teachers
+from hesso_hf.trainer.distillation import divergence
+from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher
+from tests.support.tiny import MLP, VOCAB, tiny_gemma2, tiny_gpt2, tiny_llama, token_batches
+from tests.support.training import LENGTH, blocks, hesso_config, logged, trainer
+
+ALPHA = 0.75
+
+
+def tiny_granite(seed: int = 1) -> GraniteForCausalLM:
+    """Granite divides its logits by a constant."""
+    sizes = {"hidden_size": 60, "intermediate_size": MLP, "num_attention_heads": 6, "num_key_value_heads": 3}
+    config = GraniteConfig(vocab_size=VOCAB, num_hidden_layers=2, logits_scaling=3.0, **sizes)
+    return random_model(GraniteForCausalLM, config, seed)
+
+
+TEACHERS = {
+    "llama": tiny_llama,
+    "gemma2": lambda seed: tiny_gemma2(seed, final_logit_softcapping=0.5),
+    "granite": tiny_granite,
+    "gpt2": tiny_gpt2,
+}
+
+
+def masked_targets(ids: torch.Tensor) -> torch.Tensor:
+    """The next tokens, some of them ignored."""
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    targets[0, 2:5] = -100
+    return targets
+
+
+def plain_divergence(
+    teacher: PreTrainedModel, ids: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The definition: all logits at once."""
+    with torch.no_grad():
+        wanted = (teacher(input_ids=ids).logits.double() / temperature).softmax(-1)
+    found = (logits.double() / temperature).softmax(-1)
+    each = (wanted * (wanted.log() - found.log())).sum(-1)
+    return each[targets != -100].sum() * temperature**2
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["head-alone", "by-example"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("family", TEACHERS)
+def test_value_and_gradient_are_the_definitions(
+    family: str, temperature: float, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "CHUNK_LOGITS", 4 * VOCAB + 1)
+    if not alone:
+        monkeypatch.setattr(teachers, "_separate_", lambda *args: None)
+    original = TEACHERS[family](2)
+    teacher = Teacher(frozen_copy(original, torch.float32))
+    assert (teacher._trunk is not None) is alone
+    (ids,) = token_batches(1, shape=(3, 7))
+    targets = masked_targets(ids)
+    logits = TEACHERS[family](1)(input_ids=ids).logits.detach().requires_grad_()
+    found, count = divergence(teacher, {"input_ids": ids, "labels": ids}, logits, targets, temperature)
+    (gradient,) = torch.autograd.grad(found * 0.3, logits)
+    expected = plain_divergence(original.eval(), ids, logits, targets, temperature)
+    (wanted,) = torch.autograd.grad(expected * 0.3, logits)
+    assert count == 3 * 6 - 3
+    assert float(expected.detach()) > 1e-3
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0)
+    assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-6)
+    assert float(gradient[0, 2].abs().max()) == 0
+
+
+def test_a_batch_without_targets_has_no_divergence() -> None:
+    (ids,) = token_batches(1)
+    logits = tiny_llama(1)(input_ids=ids).logits
+    found, count = divergence(Teacher(tiny_llama(2)), {"input_ids": ids}, logits, torch.full_like(ids, -100), 1.0)
+    found.backward()
+    assert (float(found.detach()), count) == (0.0, 0)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the elements of every tensor that an operation returns in memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in tree_leaves(args) if isinstance(each, torch.Tensor)}
+        for each in tree_leaves(result):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in given:
+                self.found.append(each.numel())
+        return result
+
+
+def test_the_teachers_logits_never_live_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab, shape = 1200, (3, 40)  # larger than any other tensor of the model
+    whole = math.prod(shape) * vocab
+    monkeypatch.setattr(teachers, "CHUNK_LOGITS", 8 * vocab)
+    teacher = Teacher(tiny_llama(2, vocab_size=vocab))
+    (ids,) = token_batches(1, shape=shape)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    logits = torch.randn(*shape, vocab, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with (
+        Sizes() as sizes,
+        torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each),
+    ):
+        found, _ = divergence(teacher, {"input_ids": ids}, logits, targets, 1.0)
+    assert [size for size in sizes.found if size >= whole // 4] == [whole]  # the gradient for the student's logits
+    assert [each.numel() for each in saved if each.numel() >= whole // 4] == [whole]
+    with Sizes() as sizes:
+        found.backward()
+    assert [size for size in sizes.found if size >= whole // 4] == [whole]
+
+
+def test_the_backward_pass_keeps_one_tensor_of_the_logits_size_more(tmp_path: Path) -> None:
+    """The trainer's own loss keeps its log-probabilities; the student's logits themselves aren't kept."""
+    kept = {}
+    for alpha in (0.0, ALPHA):
+        run = trainer(tmp_path, config=hesso_config(distillation_alpha=alpha))
+        batch = {name: torch.tensor(blocks()[:4][name]) for name in ("input_ids", "labels")}
+        storages: dict[int, int] = {}
+        alive: list[torch.Tensor] = []
+
+        def keep(each: torch.Tensor, alive: Any = alive, storages: Any = storages) -> torch.Tensor:
+            alive.append(each)
+            storages[each.untyped_storage().data_ptr()] = each.numel()
+            return each
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda each: each):
+            run.compute_loss(run.model.train(), dict(batch))
+        kept[alpha] = sum(size == 4 * LENGTH * VOCAB for size in storages.values())
+    assert kept == {0.0: 1, ALPHA: 2}
+
+
+def test_a_frozen_copy_is_of_the_dtype_keeps_ties_and_stays_when_the_original_changes() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    model.forward = lambda *args, **kwargs: pytest.fail("the original was called")  # as some trainers put one there
+    copied = frozen_copy(model, torch.bfloat16)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    assert {parameter.dtype for parameter in copied.parameters()} == {torch.bfloat16}
+    assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    before = fingerprint(copied)
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    assert fingerprint(copied) == before
+    assert Teacher(copied)._trunk is not None
+
+
+def test_a_fingerprint_tells_weights_and_their_order_apart() -> None:
+    model = tiny_llama()
+    before = fingerprint(model)
+    assert fingerprint(tiny_llama()) == before
+    gate, up = model.model.layers[0].mlp.gate_proj.weight, model.model.layers[0].mlp.up_proj.weight
+    gate.data, up.data = up.data, gate.data
+    swapped = fingerprint(model)
+    up.data[0, 0] += 1e-4
+    assert len({before, swapped, fingerprint(model)}) == 3
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mixture_and_the_teacher_stays_the_original(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA, distillation_temperature=2.0), max_steps=12)
+    original = tiny_llama().eval()
+    run.train()
+    assert run.distillation is not None
+    assert run.distillation.fingerprint == fingerprint(original) == fingerprint(run.distillation.teacher.model)
+    ids = torch.tensor(blocks()[:4]["input_ids"])
+    batch = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        loss = run.compute_loss(run.model.train(), dict(batch))
+        output = run.model(**batch)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    expected = plain_divergence(original, ids, output.logits, targets, 2.0) / (4 * (LENGTH - 1))
+    assert torch.allclose(loss.double(), (1 - ALPHA) * output.loss + ALPHA * expected, rtol=1e-5, atol=0)
+    with torch.no_grad():
+        assert run.compute_loss(run.model.eval(), dict(batch)) == output.loss
+
+
+def test_the_log_has_the_divergence_and_the_watch_the_plain_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[float] = []
+    run = trainer(
+        tmp_path, config=hesso_config(distillation_alpha=ALPHA), gradient_accumulation_steps=2, logging_steps=3
+    )
+    observed = run._observed_norm
+
+    def spy(*args: Any) -> Any:
+        watched.append(float(run._step_loss))
+        return observed(*args)
+
+    monkeypatch.setattr(run, "_observed_norm", spy)
+    run.train()
+    divergences, losses = logged(run, "hesso/distillation_loss"), logged(run, "loss")
+    assert len(divergences) == 4
+    plain = [sum(watched[index : index + 3]) / 3 for index in range(0, 12, 3)]
+    for loss, term, own in zip(losses, divergences, plain, strict=True):
+        assert loss == pytest.approx((1 - ALPHA) * own + ALPHA * term, rel=1e-5)
+    assert divergences[0] < divergences[1]
+
+
+def ragged(count: int = 32) -> Dataset:
+    """Blocks in which more and more labels are ignored."""
+    data = blocks(count).to_dict()
+    for index, labels in enumerate(data["labels"]):
+        labels[: index % (LENGTH - 2)] = [-100] * (index % (LENGTH - 2))
+    return Dataset.from_dict(data)
+
+
+def test_a_batch_of_eight_is_four_accumulated_ones_of_two(tmp_path: Path) -> None:
+    weights, terms = [], []
+    for options in (
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    ):
+        config = hesso_config(distillation_alpha=ALPHA, calibration_examples=0)
+        run = trainer(tmp_path, data=ragged(), config=config, optim="sgd", learning_rate=0.3, **options)
+        run.train()
+        weights.append(torch.cat([parameter.flatten() for parameter in run.model.parameters()]))
+        terms.append(logged(run, "hesso/distillation_loss"))
+    assert terms[0] == pytest.approx(terms[1], rel=1e-4, abs=1e-6)
+    assert float((weights[0] - tiny_weights()).detach().abs().max()) > 1e-2
+    assert torch.allclose(weights[0], weights[1], rtol=0, atol=2e-5)
+
+
+def tiny_weights() -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in tiny_llama().parameters()])
+
+
+class _OwnLoss(Trainer):
+    """Its loss is a mean over a micro-batch, and no forward of the whole model computes it."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = model.lm_head(model.model(input_ids=inputs["input_ids"]).last_hidden_state)
+        return model.loss_function(logits, inputs["labels"], vocab_size=VOCAB)
+
+
+def test_a_loss_without_logits_takes_a_second_forward_and_means_are_averaged(tmp_path: Path) -> None:
+    class Own(HessoMixin, _OwnLoss):
+        pass
+
+    config = hesso_config(distillation_alpha=ALPHA, calibration_examples=0)
+    options = {"optim": "sgd", "learning_rate": 0.3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    runs = [trainer(tmp_path, config=config, trainer_class=kind, **options) for kind in (HessoTrainer, Own)]
+    for run in runs:
+        run.train()
+    assert [run.distillation.own_forward for run in runs] == [False, True]
+    expected, found = (torch.cat([p.flatten() for p in run.model.parameters()]) for run in runs)
+    assert torch.allclose(expected, found, rtol=0, atol=1e-5)  # all blocks have as many tokens
+    terms = [logged(run, "hesso/distillation_loss") for run in runs]
+    assert terms[0] == pytest.approx(terms[1], rel=1e-4, abs=1e-6)
+
+
+def test_an_interrupted_run_has_the_original_as_the_teacher_again(tmp_path: Path) -> None:
+    config, options = hesso_config(distillation_alpha=ALPHA), {"save_strategy": "steps", "save_steps": 6}
+    whole = trainer(tmp_path / "a", config=config, **options)
+    whole.train()
+    again = trainer(tmp_path / "a", config=config, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    late = type(tiny_llama()).from_pretrained(tmp_path / "a" / "checkpoint-6")
+    wrong = trainer(tmp_path / "a", model=late, config=config, **options)
+    with pytest.raises(CheckpointMismatchError, match=r"another teacher.*original model"):
+        wrong.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+
+
+def test_without_a_weight_nothing_changes(tmp_path: Path) -> None:
+    runs = [trainer(tmp_path, config=config) for config in (hesso_config(), hesso_config(distillation_alpha=0.0))]
+    for run in runs:
+        run.train()
+        assert run.distillation is None
+        assert not logged(run, "hesso/distillation_loss")
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_teacher_and_what_the_report_says(tmp_path: Path) -> None:
+    folder = tmp_path / "private" / "large"
+    tiny_gpt2(5).save_pretrained(folder)
+    config = hesso_config(distillation_alpha=ALPHA, distill_from=str(folder))
+    run = trainer(tmp_path / "out", config=config)
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    text = (tmp_path / "small" / "pruning_report.json").read_text()
+    record = json.loads(text)["distillation"]
+    expected = {"alpha": ALPHA, "temperature": 1.0, "teacher": "large", "dtype": "float32"}
+    assert {name: record[name] for name in expected} == expected
+    assert record["fingerprint"] == fingerprint(tiny_gpt2(5))
+    assert json.loads(text)["hesso_config"]["distill_from"] == "large"
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "learnt from large as the teacher" in card
+    assert "private" not in text + card
+
+
+def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    student = tiny_llama(vocab_size=len(tokenizer))
+    load_teacher(str(bundled_model_path()), student, tokenizer, torch.float32)
+    with pytest.raises(HessoError, match=rf"distill_from.*vocabulary of {len(tokenizer)}, the student one of {VOCAB}"):
+        load_teacher(str(bundled_model_path()), tiny_llama(), tokenizer, torch.float32)
+    with pytest.raises(HessoError, match=r"`distill_from`.*can't be loaded"):
+        load_teacher(str(tmp_path / "nowhere"), student, tokenizer, torch.float32)
+    vocabulary = tokenizer.get_vocab()
+    one, other = sorted(vocabulary, key=vocabulary.get)[20:22]
+
+    class Swapped:
+        def get_vocab(self) -> dict[str, int]:
+            return vocabulary | {one: vocabulary[other], other: vocabulary[one]}
+
+    with pytest.raises(HessoError, match=r"another tokenizer: the id of .* is 21 there and 20 in the student's"):
+        load_teacher(str(bundled_model_path()), student, Swapped(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distillation_alpha": 1.5}, r"`distillation_alpha` \(1.5\) must lie in \[0, 1\]"),
+        ({"distillation_alpha": -0.1}, "distillation_alpha"),
+        ({"distillation_alpha": math.nan}, "distillation_alpha"),
+        ({"distillation_alpha": "9e-1"}, r"`distillation_alpha` \('9e-1'\) must be a number"),
+        (
+            {"distillation_alpha": 0.5, "distillation_temperature": 0},
+            "`distillation_temperature` .0. must be a positive",
+        ),
+        ({"distillation_alpha": 0.5, "distillation_temperature": math.inf}, "distillation_temperature"),
+        ({"distill_from": "a/teacher"}, "`distill_from` .'a/teacher'. does nothing with `distillation_alpha`"),
+        ({"distillation_temperature": 2.0}, "`distillation_temperature` .2.0. does nothing"),
+        ({"distillation_alpha": 0.5, "distill_from": 3}, "`distill_from` .int. must name a folder or a Hub id"),
+    ],
+)
+def test_bad_values_are_refused_when_the_config_is_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(HessoError, match=message):
+        HessoConfig(pruning_ratio=0.5, **options)
+
+
+def test_batches_without_labels_are_refused_by_name(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA))
+    with pytest.raises(HessoError, match="needs `labels` in the batches"):
+        run.compute_loss(run.model.train(), {"input_ids": token_batches(1)[0]})

@@ -1,0 +1,58 @@
+"""push_to_hub sends the smaller model with its card, through the real client, and it loads back from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.support import ROOT
+from tests.support.loopback_hub import LoopbackHub
+
+_PUSH = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+from tests.support.training import blocks, trainer
+torch.set_num_threads(1)
+run = trainer(Path(sys.argv[1]), push_to_hub=True, hub_model_id="user/small", hub_strategy=sys.argv[3],
+              save_strategy="steps", save_steps=4)
+run.train()
+run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
+from transformers import AutoModelForCausalLM
+small = AutoModelForCausalLM.from_pretrained("user/small")
+ids = torch.randint(3, 60, (2, 9))
+from hesso_hf.structures.proof.prove import logits_of, relative_error
+error = relative_error(logits_of(small, ids), logits_of(run.model.eval(), ids))
+print("RESULT", small.config.intermediate_size, small.config.hidden_size, error)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_push_to_hub_and_load_back(tmp_path: Path, strategy: str) -> None:
+    with LoopbackHub() as hub:
+        env = {**os.environ, **hub.env(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _PUSH, str(tmp_path / "out"), str(ROOT), strategy]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("user/small")
+        commits = hub.commits("user/small")
+    _, mlp, hidden, error = next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()
+    assert (int(mlp), int(hidden)) == (28, 48)
+    assert float(error) <= 1e-5
+    assert {"config.json", "model.safetensors", "README.md", "pruning_report.json"} <= files.keys()
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
+    assert json.loads(files["config.json"])["intermediate_size"] == 28
+    card = ModelCard(files["README.md"].decode())
+    assert {"pruned", "hesso", "stories"} <= set(card.data.tags or [])
+    assert card.data.language == "en"
+    assert commits[-1] == "Pruned"
+    pushed = [title for title in commits if title.startswith("Training in progress")]
+    # steps 4, 8 and 12 are saved; at step 4 the model was still dense, and nothing was pushed
+    assert pushed == (["Training in progress, step 8", "Training in progress, step 12"] if strategy != "end" else [])

@@ -1,0 +1,208 @@
+"""Interrupted equals uninterrupted, bit for bit, also after kill -9; checkpoints of other runs are refused."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer
+
+from hesso_hf import HessoConfig, HessoTrainer, export_pruned
+from hesso_hf.errors import CheckpointMismatchError, HessoError
+from hesso_hf.export.checkpoint_state import last_checkpoint
+from tests.support import ROOT
+from tests.support.tiny import tiny_llama
+from tests.support.training import arguments, blocks, trainer
+
+RATIO = {"pruning_ratio": 0.3, "warmup_steps": 3, "pruning_steps": 6, "pruning_periods": 2, "saliency_batches": 3}
+
+
+def with_checkpoints(folder: Path, **changes: Any) -> HessoTrainer:
+    """A run with a measured split, dropout-free but shuffled, that writes a checkpoint every step."""
+    config = HessoConfig(**RATIO)
+    return trainer(folder, config=config, save_strategy="steps", save_steps=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> HessoTrainer:
+    run = with_checkpoints(tmp_path_factory.mktemp("undisturbed"))
+    run.train()
+    return run
+
+
+def check_equal(run: HessoTrainer, expected: HessoTrainer) -> None:
+    """Same weights, optimizer state and decisions, bit for bit."""
+    for (name, ours), theirs in zip(run.model.named_parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert run.hesso_optimizer.process.kept_units() == expected.hesso_optimizer.process.kept_units()
+    ours, theirs = (item.hesso_optimizer.base.state_dict()["state"] for item in (run, expected))
+    for index, state in theirs.items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(ours[index][key]), torch.as_tensor(value)), (index, key)
+
+
+# warm-up before and inside a scoring window, a period's middle and end, the second period, recovery
+@pytest.mark.parametrize("step", [1, 2, 4, 5, 6, 8, 10])
+def test_interrupted_equals_uninterrupted(undisturbed: HessoTrainer, tmp_path: Path, step: int) -> None:
+    shutil.copytree(Path(undisturbed.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    check_equal(run, undisturbed)
+
+
+def test_resuming_does_not_measure_again(
+    undisturbed: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "hesso_hf.trainer.trainer.measure_curves", lambda *_, **__: pytest.fail("calibrated on a resumed run")
+    )
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=str(Path(undisturbed.args.output_dir) / "checkpoint-6"))
+    assert run.hesso_plan.target == undisturbed.hesso_plan.target
+
+
+def test_the_schedule_of_the_checkpoint_stays(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    run = with_checkpoints(tmp_path, max_steps=16)
+    run.train(resume_from_checkpoint=str(Path(undisturbed.args.output_dir) / "checkpoint-6"))
+    assert run.hesso_optimizer.process.schedule.end == 9
+
+
+def test_checkpoints_are_dense_and_export_later(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    folder = Path(undisturbed.args.output_dir)
+    dense = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-12")
+    assert dense.config.intermediate_size == 44
+    report = export_pruned(folder / "checkpoint-12", tmp_path / "small")
+    assert report.kept_units == undisturbed.hesso_optimizer.process.kept_units()
+    assert report.to_dict()["schedule"]["warmup_steps"] == 3
+    with pytest.raises(HessoError, match="step 5 of 9"):
+        export_pruned(folder / "checkpoint-5", tmp_path / "early")
+    assert not (tmp_path / "early").exists()
+
+
+def test_checkpoints_of_other_runs_are_refused(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    checkpoint = str(Path(undisturbed.args.output_dir) / "checkpoint-6")
+    other = trainer(tmp_path, config=HessoConfig(**(RATIO | {"pruning_ratio": 0.4})))
+    with pytest.raises(CheckpointMismatchError, match=r"`pruning_ratio` = 0.3, this run has 0.4"):
+        other.train(resume_from_checkpoint=checkpoint)
+    plain = Trainer(
+        model=tiny_llama(),
+        args=arguments(tmp_path / "plain", save_strategy="steps", save_steps=6),
+        train_dataset=blocks(),
+    )
+    plain.train()
+    with pytest.raises(CheckpointMismatchError, match="no pruning state"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-6"))
+    wider = trainer(tmp_path, model=tiny_llama(num_hidden_layers=3), config=HessoConfig(**RATIO))
+    with pytest.raises((CheckpointMismatchError, ValueError)):
+        wider.train(resume_from_checkpoint=checkpoint)
+
+
+def test_checkpoints_that_cannot_be_resumed_are_refused(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    early = str(Path(undisturbed.args.output_dir) / "checkpoint-3")
+    with pytest.raises(HessoError, match=r"`max_steps` \(5\) ends before pruning does \(step 9"):
+        with_checkpoints(tmp_path, max_steps=5).train(resume_from_checkpoint=early)
+    run = with_checkpoints(tmp_path / "weights", save_only_model=True)
+    run.train()
+    with pytest.raises(CheckpointMismatchError, match="save_only_model"):
+        with_checkpoints(tmp_path).train(resume_from_checkpoint=str(tmp_path / "weights" / "checkpoint-10"))
+
+
+def test_a_checkpoint_is_never_overwritten_by_an_export(undisturbed: HessoTrainer) -> None:
+    checkpoint = Path(undisturbed.args.output_dir) / "checkpoint-12"
+    with pytest.raises(HessoError, match="is a checkpoint of a run"):
+        export_pruned(checkpoint, checkpoint)
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.intermediate_size == 44
+
+
+_TRAIN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from tests.trainer.test_resume import with_checkpoints
+from hesso_hf.export.checkpoint_state import last_checkpoint
+folder = Path(sys.argv[1])
+run = with_checkpoints(folder)
+print("START", flush=True)
+run.train(resume_from_checkpoint=last_checkpoint(folder) is not None)
+run.save_model(str(folder / "small"))
+torch.save({n: p.detach() for n, p in run.model.named_parameters()}, folder / "final.pt")
+"""
+
+
+def test_kill_at_random_moments(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    """A real kill -9 in training, while checkpoints are written and in the final save; then start again."""
+    command = [sys.executable, "-c", _TRAIN, str(tmp_path), str(ROOT)]
+    for pause in (0.3, 0.7, 0.2, 1.1):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        while process.stdout.readline().strip() not in ("START", ""):
+            pass
+        time.sleep(pause)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    final = torch.load(tmp_path / "final.pt", weights_only=True)
+    for name, parameter in undisturbed.model.named_parameters():
+        assert torch.equal(final[name], parameter), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.hidden_size <= 60
+
+
+def test_a_run_that_was_over_takes_no_step_more(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    """As after a kill in the final save."""
+    last = f"checkpoint-{undisturbed.state.global_step}"
+    shutil.copytree(Path(undisturbed.args.output_dir) / last, tmp_path / last)
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == undisturbed.state.global_step
+    check_equal(run, undisturbed)
+    assert [path.name for path in tmp_path.iterdir()] == [last]
+
+
+def test_a_checkpoint_that_is_written_again_and_not_to_its_end_is_no_whole_one(
+    undisturbed: HessoTrainer, tmp_path: Path
+) -> None:
+    """A run that goes on from an earlier checkpoint comes by the later ones again."""
+    for step in (5, 6):
+        shutil.copytree(Path(undisturbed.args.output_dir) / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    left = tmp_path / "checkpoint-6" / "hesso_shards"  # by more processes than there are now
+    left.mkdir()
+    (left / "parts-00007.safetensors").touch()
+    run = with_checkpoints(tmp_path)
+
+    def dying(output_dir: str) -> None:
+        raise KeyboardInterrupt
+
+    run._save_optimizer_and_scheduler = dying  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+    assert not left.exists()
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    check_equal(run, undisturbed)
+
+
+def test_a_half_written_checkpoint_is_passed_over(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+    source = Path(undisturbed.args.output_dir)
+    for step in (5, 9):
+        shutil.copytree(source / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    state = tmp_path / "checkpoint-9" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    shutil.copytree(source / "checkpoint-10", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    run = with_checkpoints(tmp_path)
+    run.train(resume_from_checkpoint=True)
+    assert run._resume_from == str(tmp_path / "checkpoint-5")
+    check_equal(run, undisturbed)
+    with pytest.raises(HessoError, match="no whole checkpoint"):
+        with_checkpoints(tmp_path / "empty").train(resume_from_checkpoint=True)
