@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..bundled import BUNDLED, resolve_model
 from ..config import HessoConfig
-from ..export.export import DTYPES
+from ..export.write import DTYPES
 from ..hf_models.loading import load_model, load_tokenizer
 from ..hf_models.sizes import load_config
 from ..trainer.trainer import HessoTrainer

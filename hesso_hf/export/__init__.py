@@ -1,6 +1,6 @@
 """Export: from weights and a decision to a smaller model on disk that stock `from_pretrained` loads.
 
-In: a parameter source (a model, shards, a checkpoint), `KeptUnits`, `KeptTokens`, what training wants to be reported.
+In: a model or a checkpoint, or what an engine holds of one; `KeptUnits`, `KeptTokens`, a run's account of itself.
 Out: config, weights, tokenizer, card, report and plots, compared with the trained model before they replace anything.
 It needs neither the optimizer nor the trainer: a saved training state is enough.
 """

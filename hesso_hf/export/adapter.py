@@ -16,14 +16,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..distributed.parts import whole
-from ..errors import UnsupportedStructureError, VerificationError
+from ..errors import UnsupportedStructureError
 from ..structures.cut import cut_model, cut_part, cuts_by_tensor
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.layers import full_names
 from ..structures.lora import ADAPTER_CONFIG, NO_ADAPTERS, Adapters, base_of, dense_model, parameters_of
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import trim_embeddings
-from .verify import Verifier
+from .decision import Decision
+from .parameters import WholeSource, check_stored, save_whole
 
 ADAPTER_FOLDER = "adapter"
 _BY_LAYER = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -91,30 +92,43 @@ def remove_cut_adapter(folder: Path) -> None:
         shutil.rmtree(config.parent)
 
 
-def save_cut_adapter(
-    folder: Path, trained: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, verifier: Verifier, final: Path
-) -> tuple[float, float]:
-    """Write the adapter beside the smaller base model in `folder`, and return the pair's errors as `Verification` does.
+class AdapterSource(WholeSource):
+    """A model with adapters, of which the smaller base model and the adapter cut to it are written apart.
+
+    `cut` returns both together, a PeftModel.
 
     Args:
-        final: where the folder will lie.
-
-    Raises:
-        VerificationError: where the pair's logits differ from the trained model's, or it reads back differently.
+        trained: it with its adapters.
+        final: where the smaller base model will lie.
     """
-    from peft import PeftModel
 
-    in_fp32 = with_cut_adapter(
-        cut_base(trained, groups, kept, torch.float32, verifier.vocabulary), trained, groups, kept, str(final)
-    )
-    fold_error = verifier.check_logits(in_fp32)
-    with warnings.catch_warnings():  # PEFT looks for the base where it will lie
-        warnings.filterwarnings("ignore", message="Could not find a config file")
-        in_fp32.save_pretrained(folder / ADAPTER_FOLDER)
-    reloaded: Any = type(trained).from_pretrained(folder, attn_implementation=trained.config._attn_implementation)
-    tuned = PeftModel.from_pretrained(reloaded.to(in_fp32.device), folder / ADAPTER_FOLDER)
-    written, read = parameters_of(base_of(in_fp32)), parameters_of(base_of(tuned))
-    for name in Adapters.of(base_of(in_fp32)).factors():
-        if name not in read or not torch.equal(read[name], written[name].to(read[name].dtype)):
-            raise VerificationError(f"{name} reads back from {folder} differently than it was written")
-    return fold_error, verifier.error_of(tuned.eval())
+    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel, final: Path) -> None:
+        super().__init__(model, decision, trained)
+        self._adapted, self._final = trained, str(final)
+
+    def _base(self, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
+        return cut_base(self._adapted, self.decision.groups, kept, dtype, self.decision.vocabulary)
+
+    def cut(self, kept: KeptUnits) -> Any:
+        """Cut both and put them together."""
+        base = self._base(kept, torch.float32)
+        return with_cut_adapter(base, self._adapted, self.decision.groups, kept, self._final)
+
+    def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
+        """Write the base model in `dtype`, and the adapter in its own into a folder beside it; return the base."""
+        base = save_whole(self._base(self.decision.kept, dtype), folder, dtype, max_shard_size)
+        with warnings.catch_warnings():  # PEFT looks for the base where it will lie
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            small.save_pretrained(folder / ADAPTER_FOLDER)
+        return base
+
+    def read_back(self, small: Any, written: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Any:
+        """Load the base as any other model, and the adapter into it."""
+        from peft import PeftModel
+
+        reloaded = super().read_back(small, written, folder, dtype)
+        tuned = PeftModel.from_pretrained(reloaded, folder / ADAPTER_FOLDER)
+        expected, read = parameters_of(base_of(small)), parameters_of(base_of(tuned))
+        for name in Adapters.of(base_of(small)).factors():
+            check_stored(name, read.get(name), expected[name], folder)
+        return tuned.eval()

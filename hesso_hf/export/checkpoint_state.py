@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
-from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata, load
-from torch.distributed.checkpoint.metadata import StorageMeta
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import common, world_size
-from ..errors import CheckpointMismatchError, HessoError
+from ..errors import CheckpointMismatchError
 
 logger = logging.get_logger(__name__)
 
@@ -85,100 +77,9 @@ def load_converted_(model: PreTrainedModel, folder: Path) -> None:
     model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the one pickle among torch's distributed files, and nothing in it but what torch puts there."""
-
-    _allowed: ClassVar[dict[str, set[str]]] = {
-        "torch.distributed.checkpoint.metadata": {
-            "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
-            "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-        "collections": {"OrderedDict"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | type(torch.Size)):
-            return found
-        if name in self._allowed.get(module, ()):
-            return super().find_class(module, name)
-        raise CheckpointMismatchError(
-            f"the checkpoint's `.metadata` wants {module}.{name}, which torch never writes there"
-        )
-
-
-class _Reader(FileSystemReader):
-    """torch's reader, but for the pickle."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def load_shards(model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> PreTrainedModel:
-    """Load the model of a checkpoint that a sharded run wrote, whole, on one process.
-
-    Args:
-        folder: of the checkpoint; torch's distributed files lie in a folder of it.
-    """
-    reader = _Reader(folder / SHARDS_NAME)
-    stored = reader.read_metadata().state_dict_metadata
-    dtypes = {found.properties.dtype for found in stored.values() if isinstance(found, TensorStorageMetadata)}
-    with no_init_weights():
-        model = model_class(config)
-    model.tie_weights()
-    model = model.to(dtypes.pop())  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
-    load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
-    return model
-
-
 def holds_masters(folder: Path) -> bool:
     """Whether DeepSpeed wrote its fp32 masters into a checkpoint."""
     return any(path.is_dir() for path in folder.glob("global_step*"))
-
-
-def load_masters(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path, trust_pickles: bool
-) -> PreTrainedModel:
-    """Load the model of a checkpoint that DeepSpeed's ZeRO wrote, whole and in fp32, on one process.
-
-    DeepSpeed's own function reads its files. They are pickles, which can run code when they are opened. Without
-    DeepSpeed the weights that lie beside them are loaded, which are as coarse as the run's `bf16` or `fp16`.
-
-    Raises:
-        HessoError: where neither can be had, pickles aren't trusted, or the masters aren't those of `model_class`.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-            raise HessoError(
-                f"`source` ({str(folder)!r}) holds the weights in DeepSpeed's files only, and deepspeed isn't "
-                "installed: `pip install deepspeed`, or run `python zero_to_fp32.py . .` in that folder where it is"
-            )
-        logger.warning(f"deepspeed isn't installed: the weights beside its files in {folder} are read, not the masters")
-        return model_class.from_pretrained(folder)
-    if not trust_pickles:
-        raise HessoError(
-            f"`source` ({str(folder)!r}) holds DeepSpeed's files, which are pickles and can run code when they are "
-            "opened. If they are your own, say so: `trust_pickles=True`, `hesso-hf export --trust-pickles`"
-        )
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
-        stored = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
-    with no_init_weights():
-        model = model_class(config).float()
-    model.tie_weights()
-    for name, tensor in model.state_dict().items():
-        found = tuple(stored[name].shape) if name in stored else None
-        if found != tuple(tensor.shape):
-            raise HessoError(f"{name} should be {tuple(tensor.shape)} and is {found} in DeepSpeed's files of {folder}")
-        tensor.copy_(stored[name].contiguous())  # put together in its turn
-    return model
 
 
 def stored_names(folder: Path) -> set[str]:

@@ -12,11 +12,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed.parts import stock_class
+from ..hf_models.sizes import get_size
 from ..structures.groups import KeptUnits
+from ..structures.layers import without_dropped_layers
+from ..structures.uneven_layers import uneven_sizes
+from ..vocabulary.tokens import KeptTokens
+from ..vocabulary.trim_embeddings import rows_elements
+from .decision import Decision
 from .plots import PLOT_NAME, draw_cric
+from .record import TrainingRecord
 from .verify import Verification
 
 logger = logging.get_logger(__name__)
@@ -48,6 +56,36 @@ class PruningReport:
     training: Mapping[str, Any] = field(default_factory=dict)
     vocabulary: Mapping[str, Any] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        small: PreTrainedModel,
+        decision: Decision,
+        verification: Verification,
+        training: TrainingRecord,
+    ) -> PruningReport:
+        """Say what was removed from a model, and how exactly."""
+        groups, kept, vocabulary = decision.groups, decision.kept, decision.vocabulary
+        names = [size for name in kept.kept for size in groups.structures[name].increments]
+        return cls(
+            model_class=stock_class(model).__name__,
+            base_model=model.config.name_or_path or "",
+            parameters_before=count_parameters(model),
+            parameters_after=count_parameters(small),
+            sizes_before={name: get_size(model.config, name) or 0 for name in names},
+            sizes_after={name: _size_after(small.config, name) for name in names},
+            stock=not uneven_sizes(small.config),
+            kept_units=without_dropped_layers(groups, kept),
+            verification=verification,
+            training=training.entries,
+            vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
+        )
+
+    @property
+    def _record(self) -> TrainingRecord:
+        return TrainingRecord(self.training)
+
     @property
     def pruning_ratio(self) -> float:
         """Share of the parameters that was removed."""
@@ -55,14 +93,15 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
+        shown = self._record.shown(_public)
         return {
             "model_class": self.model_class,
-            "base_model": _repo_id(self.base_model) or Path(self.base_model).name,
+            "base_model": _public(self.base_model),
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
             "verification": self.verification.to_dict(),
-            **{key: value for key, value in _public(self.training).items() if key not in ("base_model", "vocabulary")},
+            **{key: value for key, value in shown.items() if key not in ("base_model", "vocabulary")},
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
             "kept_units": self.kept_units.to_dict(),
             "versions": versions(),
@@ -70,7 +109,7 @@ class PruningReport:
 
     def write(self, folder: Path) -> bool:
         """Write the report, the model card and, where CRIC was used, a picture of what it did; tell whether it did."""
-        cric = self.training.get("cric")
+        cric = self._record.cric
         picture = _drawn(cric, folder / PLOT_NAME) if cric else False
         (folder / REPORT_NAME).write_text(
             json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
@@ -101,7 +140,7 @@ class PruningReport:
             rounding=self.verification.rounding_error,
             dtype=self.verification.dtype,
             tokens="" if self.vocabulary is None else _FEWER_TOKENS,
-            distilled=_distilled(_public(self.training).get("distillation")),
+            distilled=_distilled(TrainingRecord(self._record.shown(_public)).distillation),
             report=REPORT_NAME,
         ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
 
@@ -121,6 +160,19 @@ def count_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _vocabulary_entry(small: PreTrainedModel, vocabulary: KeptTokens) -> dict[str, Any]:
+    """Say what went with the tokens: parameters of rows as wide as the smaller model's."""
+    tokens = {"before": vocabulary.vocab_size, "after": len(vocabulary.kept)}
+    removed = rows_elements(small) * vocabulary.num_removed
+    return {"tokens": tokens, "parameters_removed": removed, "kept": list(vocabulary.kept)}
+
+
+def _size_after(config: PretrainedConfig, name: str) -> float:
+    """Return a size; where layers differ, their mean."""
+    layers = [sizes[name] for sizes in uneven_sizes(config) if name in sizes]
+    return round(sum(layers) / len(layers), 2) if layers else get_size(config, name) or 0
+
+
 def versions() -> dict[str, str]:
     """Return the versions of this library and of what it ran on."""
     found = {"python": platform.python_version()}
@@ -138,16 +190,9 @@ def _repo_id(base_model: str) -> str:
     return base_model if is_id else ""
 
 
-def _public(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a training record in which a teacher from a folder goes by the folder's name."""
-    found = dict(training)
-    config, distillation = found.get("hesso_config") or {}, found.get("distillation")
-    if config.get("distill_from"):
-        shown = _repo_id(config["distill_from"]) or Path(config["distill_from"]).name
-        found["hesso_config"] = {**config, "distill_from": shown}
-        if distillation:
-            found["distillation"] = {**distillation, "teacher": shown}
-    return found
+def _public(model: str) -> str:
+    """Return a Hub id as it is, and of a path the folder's name."""
+    return _repo_id(model) or Path(model).name
 
 
 def _distilled(record: Mapping[str, Any] | None) -> str:

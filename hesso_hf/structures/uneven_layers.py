@@ -102,6 +102,11 @@ def annotate_config(config: PretrainedConfig, model_class: str, sizes: list[dict
     config.auto_map = {"AutoModelForCausalLM": f"{MODULE_NAME}.Pruned{model_class}"}
 
 
+def uneven_sizes(config: PretrainedConfig) -> list[dict[str, int]]:
+    """Return the layers' sizes that were written into a config; none where all layers are alike."""
+    return vars(config).get("layer_sizes") or []
+
+
 def write_modelling_file(folder: Path, model_class: str, name: str) -> None:
     """Write the modelling file beside the weights."""
     text = _MODELLING_FILE.format(model_class=model_class, layer_list=name)

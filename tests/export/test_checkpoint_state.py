@@ -1,53 +1,13 @@
-"""Checkpoints that others wrote: torch's distributed files are read without trusting the pickle among them."""
+"""The pruning state beside a checkpoint: what is missing is named."""
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
 
 from hesso_hf.errors import CheckpointMismatchError
-from hesso_hf.export.checkpoint_state import SHARDS_NAME, check_resumable, load_shards
-from tests.support.tiny import tiny_gemma2
-
-
-class Harmful:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self._path),)
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    model = tiny_gemma2(1).bfloat16()
-    (tmp_path / SHARDS_NAME).mkdir()
-    save({"model": model.state_dict()}, storage_writer=FileSystemWriter(tmp_path / SHARDS_NAME), no_dist=True)
-    return tmp_path
-
-
-def test_weights_are_read_in_their_dtype(checkpoint: Path) -> None:
-    model = tiny_gemma2(1).bfloat16()
-    found = load_shards(type(model), model.config, checkpoint)
-    for (name, ours), theirs in zip(found.named_parameters(), model.parameters(), strict=True):
-        assert ours.dtype == torch.bfloat16
-        assert torch.equal(ours, theirs), name
-
-
-def test_a_pickle_that_wants_more_is_not_opened(checkpoint: Path, tmp_path: Path) -> None:
-    model = tiny_gemma2(1)
-    (checkpoint / SHARDS_NAME / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
-    with pytest.raises(CheckpointMismatchError, match=r"\.mkdir, which torch never writes there"):
-        load_shards(type(model), model.config, checkpoint)
-    assert not (tmp_path / "harm").exists()
+from hesso_hf.export.checkpoint_state import check_resumable
 
 
 def test_a_checkpoint_that_is_not_there_is_told_from_one_of_another_trainer(tmp_path: Path) -> None:

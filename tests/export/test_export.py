@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import hesso_hf
 from hesso_hf.errors import HessoError, VerificationError
-from hesso_hf.export.export import STATE_NAME, export_pruned
+from hesso_hf.export.checkpoint_state import STATE_NAME
+from hesso_hf.export.export import export_pruned
 from hesso_hf.structures import cut
 from hesso_hf.structures.cut import device_with_room
 from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups

@@ -19,7 +19,9 @@ from hesso_hf import HessoConfig, HessoError, export_pruned, inspect_model
 from hesso_hf.budget.cost import build_cost
 from hesso_hf.budget.solver import TargetSizes
 from hesso_hf.errors import BudgetError, UnsupportedStructureError, VerificationError
-from hesso_hf.export.verify import Verifier, kept_mask
+from hesso_hf.export.decision import Decision, kept_mask
+from hesso_hf.export.parameters import WholeSource
+from hesso_hf.export.verify import Verifier
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.process import PruningProcess
 from hesso_hf.pruning.ranking import Ranking
@@ -116,7 +118,7 @@ def test_experts_and_whole_layers_go_together():
     experts = random_kept(groups.structures[EXPERT_UNITS], 4)
     kept = KeptUnits(experts.num_units | {"layers": 4}, experts.kept | {"layers": ((0, 2, 3),)})
     zero_pruned_(model, groups, kept)
-    assert Verifier(model, groups, kept).check_fold() < 1e-5
+    assert Verifier(WholeSource(model, Decision(groups, kept))).checked_cut()[1] < 1e-5
 
 
 def gated(name: str, scales: torch.Tensor | None = None) -> tuple[PreTrainedModel, RouterGates, StructureGroups]:
@@ -451,11 +453,11 @@ def test_the_calibration_measures_with_the_gates_on(tmp_path: Path):
 def test_a_wrong_structure_is_named_with_the_routers_left_gated(tmp_path: Path):
     """The other structure alone is compared with experts gated, so it isn't blamed for them."""
     _, model, groups, kept = pruned_model("mixtral")
-    verifier = Verifier(model, groups, kept)
-    assert verifier.check_fold() < 1e-5
+    verifier = Verifier(WholeSource(model, Decision(groups, kept)))
+    assert verifier.checked_cut()[1] < 1e-5
     verifier.logits = verifier.logits + 1.0
     with pytest.raises(VerificationError, match="experts"):
-        verifier.check_fold()
-    assert verifier._fold_error(KeptUnits({}, {})) > 1e-3
+        verifier.checked_cut()
+    assert verifier._error_of_cut(KeptUnits({}, {})) > 1e-3
     verifier.logits = verifier.logits - 1.0
-    assert verifier._fold_error(KeptUnits({}, {})) < 1e-5
+    assert verifier._error_of_cut(KeptUnits({}, {})) < 1e-5

@@ -834,7 +834,7 @@ def test_export_by_hand_and_its_checks(tmp_path: Path, monkeypatch: pytest.Monke
         shifted.lm_head.bias.data.copy_(shifted.lm_head.bias.data.roll(1))
         return shifted
 
-    monkeypatch.setattr("hesso_hf.export.verify.trim_embeddings", wrong)
+    monkeypatch.setattr("hesso_hf.export.parameters.trim_embeddings", wrong)
     with pytest.raises(VerificationError, match="logits differ"):
         export_pruned(model, tmp_path / "other", vocabulary=kept, tokenizer=tokenizer)
     assert not (tmp_path / "other").exists()

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import HessoError, VerificationError
-from ...export.verify import kept_mask
+from ...export.decision import kept_mask
 from ...hf_models.tiny_model import SEED, logits_of, random_model, relative_error, token_ids
 from ...structures.cut import cut_model, zero_units_
 from ...structures.experts import EXPERT_UNITS

@@ -8,34 +8,28 @@ at a time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.integrations import deepspeed as hf_deepspeed
 
-from ...distributed.collectives import from_main, on_all
-from ...distributed.parts import named_parameters, stock_class, whole
-from ...errors import VerificationError
-from ...export.export import DTYPES, make_report
-from ...export.plots import PLOT_NAME
-from ...export.publish import staged_folder
+from ...distributed.collectives import on_all
+from ...distributed.parts import named_parameters, whole
+from ...export.decision import NOTHING_CUT, Decision
+from ...export.parameters import ParameterSource, check_shape, read_back_whole, save_whole
+from ...export.record import TrainingRecord
 from ...export.report import PruningReport
-from ...export.verify import FOLD_TOLERANCE, Verification, kept_mask, verification_tokens
-from ...hf_models.tiny_model import logits_of, relative_error
+from ...export.write import DTYPES, Output, write_pruned
+from ...hf_models.tiny_model import logits_of
 from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor, device_with_room
-from ...structures.experts import EXPERT_UNITS
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
-from ...structures.router_gates import routed_by
-from ...structures.uneven_layers import layer_list, write_modelling_file
 from .holdings import whole_fp32
-
-NOTHING = KeptUnits({}, {})
 
 
 def export_zero(
@@ -50,127 +44,89 @@ def export_zero(
     writes: bool,
     max_shard_size: str = "5GB",
 ) -> PruningReport:
-    """Write the smaller model of one that ZeRO trains, as `export_pruned` does; all processes call it.
+    """Write the smaller model of one that ZeRO trains; all processes call it. Raises as `write_pruned` does.
 
     Args:
         writes: whether this process writes files; the others take part in putting parameters together.
-
-    Raises:
-        HessoError: on all processes, where one fails; `output_dir` is untouched then.
-        VerificationError: where the smaller model's logits differ.
     """
-    stored = DTYPES[dtype] if dtype else model.dtype
+    output = Output(output_dir, DTYPES[dtype] if dtype else model.dtype, tokenizer, max_shard_size)
     with _loading_whole():
-        exported = on_all(lambda: ZeroExport(model, groups, kept_units, writes))
-        report = on_all(
-            lambda: exported.write(output_dir, stored, tokenizer, training, max_shard_size) if writes else None
-        )
-    return from_main(report)
+        source = on_all(lambda: ZeroSource(model, Decision(groups, kept_units), writes))
+        return write_pruned(source, output, TrainingRecord(training))
 
 
-class ZeroExport:
-    """The smaller model in fp32 on the process that writes, checked against the trained one.
+class ZeroSource(ParameterSource):
+    """A model under ZeRO; the smaller one lies on the processes that write.
 
     Args:
-        model: the trained model under ZeRO, pruned units at zero.
-        groups: its structures.
-        kept: the decision.
+        trained: the model, pruned units at zero.
         writes: whether this process holds the smaller model.
     """
 
-    def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, writes: bool) -> None:
-        self._groups, self._kept = groups, kept
-        self._experts = groups.structures[EXPERT_UNITS] if EXPERT_UNITS in kept.kept else None
-        self._mask = kept_mask(kept, EXPERT_UNITS) if EXPERT_UNITS in kept.kept else None
-        self.input_ids = verification_tokens(model)
-        self.full = _without_weights(model, groups)
-        with _streamed(self.full, named_parameters(model)), routed_by(self.full, self._experts, self._mask):
-            self.logits = logits_of(self.full, self.input_ids)
-        self.small = self._filled(model, writes)
-        self.fold_error = self._error(self.small) if self.small is not None else 0.0
+    def __init__(self, trained: PreTrainedModel, decision: Decision, writes: bool) -> None:
+        super().__init__(_without_weights(trained, decision.groups), decision, trained.device, writes)
+        self._trained = trained
 
-    def _filled(self, model: PreTrainedModel, writes: bool) -> PreTrainedModel | None:
-        """Return the smaller model, where this process writes; the others help to put parameters together."""
-        small = build_cut(model, self._groups, self._kept).float() if writes else None
-        parameters = dict(small.named_parameters()) if small is not None else {}
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return those of a forward pass that puts one layer together at a time."""
+        with _streamed(self.model, named_parameters(self._trained)), self.decision.routing(self.model):
+            return logits_of(self.model, input_ids)
+
+    def cut(self, kept: KeptUnits) -> PreTrainedModel | None:
+        """Cut on the processes that write; the others help to put one parameter after the other together."""
+        groups = self.decision.groups
+        with contextlib.nullcontext() if self.main else init_empty_weights():  # refused sizes are refused on all
+            small = build_cut(self._trained, groups, kept).float()
+        parameters, cuts = dict(small.named_parameters()), cuts_by_tensor(groups, kept)
         wanted: dict[str, list[str]] = {}
-        for name, origin in full_names(parameters, self._groups, self._kept).items():
+        for name, origin in full_names(parameters, groups, kept).items():
             wanted.setdefault(origin, []).append(name)
-        cuts = cuts_by_tensor(self._groups, self._kept)
-        for origin, parameter in named_parameters(model).items():
-            values = whole_fp32(parameter)
+
+        def fill(origin: str, values: torch.Tensor) -> None:
             for name in wanted.get(origin, ()):
-                kept = cut_part(values, whole(values.shape), cuts.get(origin, ()))
-                if kept.shape != parameters[name].shape:
-                    raise VerificationError(f"{name} is {tuple(kept.shape)} after cutting, not as the smaller model's")
-                parameters[name].data.copy_(kept)
-        if small is not None:
-            small.to(device_with_room(model.device, 2 * 4 * sum(p.numel() for p in small.parameters())))  # type: ignore[arg-type]
-            copy_buffers(small, model, self._groups, self._kept)
-            small.eval()
-        return small
+                left = cut_part(values, whole(values.shape), cuts.get(origin, ()))
+                check_shape(name, left.shape, parameters[name].shape)
+                parameters[name].data.copy_(left)
 
-    def _error(self, small: PreTrainedModel) -> float:
-        with routed_by(small, None if EXPERT_UNITS in self._kept.kept else self._experts, self._mask):
-            found = logits_of(small, self.input_ids.to(small.device))
-            return relative_error(found.to(self.logits.device), self.logits)
+        _put_together(named_parameters(self._trained), fill if self.main else lambda *_: None)
+        if not self.main:
+            return None
+        small.to(device_with_room(self.device, 2 * 4 * sum(p.numel() for p in parameters.values())))  # type: ignore[arg-type]
+        copy_buffers(small, self._trained, groups, kept)
+        return small.eval()
 
-    def write(
-        self,
-        target: Path,
-        dtype: torch.dtype,
-        tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
-        training: Mapping[str, Any],
-        max_shard_size: str,
-    ) -> PruningReport:
-        """Write the smaller model's files, compare what lies on disk with what was to be written, and publish.
+    def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Any:
+        """Round the smaller model itself and write it."""
+        return save_whole(small, folder, dtype, max_shard_size) if self.main else None
 
-        Raises:
-            VerificationError: where its logits or a tensor on disk differ.
-        """
-        assert self.small is not None
-        if not self.fold_error <= FOLD_TOLERANCE:
-            raise VerificationError(
-                f"the smaller model's logits differ from the trained model's by {self.fold_error:.1e} (relative, fp32; "
-                f"allowed {FOLD_TOLERANCE:.0e}). Nothing was published"
-            )
-        small = self.small.to(dtype)  # type: ignore[arg-type, call-arg]
-        with staged_folder(target) as folder:
-            small.save_pretrained(folder, max_shard_size=max_shard_size)
-            if hasattr(small.config, "layer_sizes"):
-                write_modelling_file(folder, stock_class(self.full).__name__, layer_list(self._groups))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            error = self._error(self._reloaded(folder, small))
-            name = str(dtype).removeprefix("torch.")
-            verification = Verification(self.fold_error, error, name, self.input_ids.numel())
-            report = make_report(self.full, small, self._groups, self._kept, verification, training, None)
-            picture = report.write(folder)
-        if not picture:
-            (target / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
-        return report
+    def read_back(self, small: Any, written: Any, folder: Path, dtype: torch.dtype) -> Any:
+        """Load the folder through the class that it names."""
+        return read_back_whole(written, folder, self.decision.groups) if self.main else None
 
-    def _reloaded(self, folder: Path, expected: PreTrainedModel) -> PreTrainedModel:
-        uneven = hasattr(expected.config, "layer_sizes")
-        loader: Any = AutoModelForCausalLM if uneven else type(expected)
-        options = {"trust_remote_code": True} if uneven else {}
-        found = loader.from_pretrained(folder, attn_implementation=expected.config._attn_implementation, **options)
-        parameters = dict(found.named_parameters())
-        for name, tensor in expected.named_parameters():
-            if name not in parameters or not torch.equal(parameters[name].cpu(), tensor.cpu()):
-                raise VerificationError(f"{name} reads back from {folder} differently than it was written")
-        return found.to(expected.device).eval()
+
+def _put_together(parameters: Mapping[str, nn.Parameter], use: Callable[[str, torch.Tensor], None]) -> None:
+    """Hand each parameter on as a whole; after an error go on, since the others can't without this process."""
+    failed: Exception | None = None
+    for name, parameter in parameters.items():
+        values = whole_fp32(parameter)
+        try:
+            if failed is None:
+                use(name, values)
+        except Exception as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 def _without_weights(model: PreTrainedModel, groups: PruningGroups) -> PreTrainedModel:
     """Build the trained model anew in fp32, with its buffers and no weights."""
     with init_empty_weights(include_buffers=False):
-        full = build_cut(model, groups, NOTHING).float()
+        full = build_cut(model, groups, NOTHING_CUT).float()
     full.tie_weights()  # which making the parameters empty has undone
     for module in full.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(model.device)
-    copy_buffers(full, model, groups, NOTHING)
+    copy_buffers(full, model, groups, NOTHING_CUT)
     return full.eval()
 
 

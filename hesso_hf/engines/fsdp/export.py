@@ -10,8 +10,7 @@ import copy
 import gc
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +27,19 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
 
-from ...distributed.collectives import from_main, on_all
-from ...distributed.parts import local, named_parameters, part_of, plain_name, reshard, stock_class
+from ...distributed.parts import local, named_parameters, part_of, plain_name, stock_class
 from ...errors import HessoError, VerificationError
-from ...export.export import DTYPES, make_report
-from ...export.plots import PLOT_NAME
-from ...export.publish import staged_folder
+from ...export.decision import NOTHING_CUT, Decision
+from ...export.parameters import ParameterSource, check_shape, check_stored
+from ...export.record import TrainingRecord
 from ...export.report import PruningReport
-from ...export.verify import FOLD_TOLERANCE, Verification, kept_mask, verification_tokens
-from ...hf_models.tiny_model import logits_of, relative_error
+from ...export.write import DTYPES, Output, write_pruned, write_uncut
+from ...hf_models.tiny_model import logits_of
 from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
-from ...structures.experts import EXPERT_UNITS
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
-from ...structures.router_gates import routed_by
-from ...structures.uneven_layers import layer_list, write_modelling_file
 
 INDEX_NAME = "model.safetensors.index.json"
-NOTHING = KeptUnits({}, {})
 
 
 @dataclass(frozen=True)
@@ -75,27 +69,9 @@ def export_sharded(
     training: Mapping[str, Any],
     max_shard_size: str = "5GB",
 ) -> PruningReport:
-    """Write the smaller model of a sharded one, as `export_pruned` does of a whole one; all processes call it.
-
-    Raises:
-        HessoError: on all processes, where one fails; `output_dir` is untouched then.
-        VerificationError: where the smaller model's logits differ.
-    """
-    exported = on_all(lambda: ShardedExport(model, groups, kept_units))
-    stored = DTYPES[dtype] if dtype else model.dtype
-    reports: list[PruningReport] = []
-
-    def finish(folder: Path, verification: Verification) -> None:
-        if hasattr(exported.small.config, "layer_sizes"):
-            write_modelling_file(folder, stock_class(model).__name__, layer_list(groups))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        reports.append(make_report(model, exported.small, groups, kept_units, verification, training, None))
-        if not reports[0].write(folder):
-            (output_dir / PLOT_NAME).unlink(missing_ok=True)  # of a model that was here before
-
-    exported.write(output_dir, stored, max_shard_size, writers, finish)
-    return from_main(reports[0] if reports else None)
+    """Write the smaller model of a sharded one; all processes call it. Raises as `write_pruned` does."""
+    output = Output(output_dir, DTYPES[dtype] if dtype else model.dtype, tokenizer, max_shard_size)
+    return write_pruned(ShardedSource(model, Decision(groups, kept_units), writers), output, TrainingRecord(training))
 
 
 def write_dense(
@@ -106,106 +82,74 @@ def write_dense(
     writers: Writers,
 ) -> None:
     """Write a sharded model as it is, with nothing cut, to a folder that `from_pretrained` loads."""
-
-    def finish(folder: Path, _: Verification) -> None:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-
-    exported = on_all(lambda: ShardedExport(model, groups, NOTHING))
-    exported.write(output_dir, model.dtype, "5GB", writers, finish)
+    source = ShardedSource(model, Decision(groups, NOTHING_CUT), writers)
+    write_uncut(source, Output(output_dir, model.dtype, tokenizer))
 
 
-class ShardedExport:
-    """The smaller model of a sharded one, sharded alike, in fp32.
+class ShardedSource(ParameterSource):
+    """A model under FSDP2; the smaller one is sharded as it is, in fp32.
 
     Args:
-        model: the trained model under FSDP2, pruned units at zero.
-        groups: its structures.
-        kept: the decision.
-
-    Raises:
-        VerificationError: on all processes, where the fold doesn't reproduce the trained model's logits.
+        model: the trained model, pruned units at zero.
+        writers: which processes write files.
     """
 
-    def __init__(self, model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
-        self._model, self._groups, self._kept = model, groups, kept
-        self._experts = groups.structures[EXPERT_UNITS] if EXPERT_UNITS in kept.kept else None
-        self._mask = kept_mask(kept, EXPERT_UNITS) if EXPERT_UNITS in kept.kept else None
-        self.input_ids = verification_tokens(model)
-        full = self._filled(NOTHING)
-        with routed_by(full, self._experts, self._mask):
-            self.logits = logits_of(full, self.input_ids)
+    def __init__(self, model: PreTrainedModel, decision: Decision, writers: Writers) -> None:
+        super().__init__(model, decision, model.device, writers.main)
+        self._writers = writers
+
+    def common_folder(self, folder: Path | None) -> Path:
+        """Tell the processes that write into it which folder the main one of them has made."""
+        told: list[Path | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, folder)
+        found = told[dist.get_rank() - self._writers.rank]  # a node's processes have ranks one after the other
+        if found is None:
+            raise HessoError(
+                f"`save_on_each_node`: process {dist.get_rank()} is number {self._writers.rank} on its node, and the "
+                "one that is number 0 there has another rank than that difference; launch with ranks that count node "
+                "by node"
+            )
+        return found
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return those of an fp32 copy that is sharded as the model is, and let it go."""
+        full = self.cut(NOTHING_CUT)
+        with self.decision.routing(full):
+            logits = logits_of(full, input_ids)
         del full
         gc.collect()  # FSDP2's modules refer to each other in circles
-        self.small = self._filled(kept)
-        self.fold_error = self._error()
-        if not self.fold_error <= FOLD_TOLERANCE:
-            raise VerificationError(
-                f"the smaller model's logits differ from the trained model's by {self.fold_error:.1e} (relative, fp32; "
-                f"allowed {FOLD_TOLERANCE:.0e}). Nothing was published"
-            )
+        return logits
 
-    def _error(self) -> float:
-        with routed_by(self.small, None if EXPERT_UNITS in self._kept.kept else self._experts, self._mask):
-            error = relative_error(logits_of(self.small, self.input_ids), self.logits)
-        reshard(self.small)
-        return error
-
-    def _filled(self, kept: KeptUnits) -> PreTrainedModel:
-        small = sharded_copy(self._model, self._groups, kept)
-        sources, cuts = named_parameters(self._model), cuts_by_tensor(self._groups, kept)
+    def cut(self, kept: KeptUnits) -> PreTrainedModel:
+        """Cut each process' own rows, and give each its own rows of what is left; one parameter at a time."""
+        groups = self.decision.groups
+        small = sharded_copy(self.model, groups, kept)
+        sources, cuts = named_parameters(self.model), cuts_by_tensor(groups, kept)
         parameters = named_parameters(small)
-        origins = full_names(parameters, self._groups, kept)
+        origins = full_names(parameters, groups, kept)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 source = sources[origins[name]]
                 held = cut_part(local(source.detach()).float(), part_of(name, source), cuts.get(origins[name], ()))
                 part = part_of(name, parameter)
                 values = _together(held, source)
-                if tuple(values.shape) != part.shape:
-                    raise VerificationError(f"{name} is {tuple(values.shape)} after cutting, not {part.shape}")
-                local(parameter).copy_(values[_window(part.starts, part.sizes)])
-            copy_buffers(small, self._model, self._groups, kept)
+                check_shape(name, values.shape, part.shape)
+                local(parameter).copy_(values[part.window()])
+            copy_buffers(small, self.model, groups, kept)
         return small.eval()
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def write(
-        self,
-        target: Path,
-        dtype: torch.dtype,
-        max_shard_size: str,
-        writers: Writers,
-        finish: Callable[[Path, Verification], None],
-    ) -> None:
-        """Write the model's files, compare what lies on disk with what was to be written, and publish.
-
-        Args:
-            finish: called on the main process of each folder, to add the tokenizer, the report and so on.
-
-        Raises:
-            HessoError: on all processes, where any could not write its part; `target` is untouched then.
-        """
-        with ExitStack() as stack:
-            folder = _shared_folder(target, writers, stack)
-            names = on_all(lambda: self._write_files(folder, dtype, max_shard_size, writers))
-            on_all(lambda: self._read_back(folder, dtype, names))
-            rounding = on_all(self._error)
-            name = str(dtype).removeprefix("torch.")
-            verification = Verification(self.fold_error, rounding, name, self.input_ids.numel())
-            on_all(lambda: finish(folder, verification) if writers.main else None)
-            on_all(stack.close)  # publishes
-
-    def _write_files(self, folder: Path, dtype: torch.dtype, max_shard_size: str, writers: Writers) -> set[str]:
-        """Put one layer after the other together, keep what belongs to this process' files, and return all names.
+    def save(self, small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
+        """Put one layer after the other together, and keep and write what belongs to this process' files.
 
         A process that can't write goes on to put layers together: the others can't without it.
         """
-        shapes = {name: value.to("meta") for batch in self._batches(dtype, meta=True) for name, value in batch.items()}
+        shapes = _stored_shapes(small, dtype)
         pattern = "model{suffix}.safetensors"
         split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size, filename_pattern=pattern)
-        own, failed = _OwnFiles(folder, split.filename_to_tensors, writers), None
-        for batch in self._batches(dtype):
+        own, failed = _OwnFiles(folder, split.filename_to_tensors, self._writers), None
+        for batch in _batches(small, dtype):
             try:
                 if failed is None:
                     own.add(batch)
@@ -214,60 +158,64 @@ class ShardedExport:
         if failed is not None:
             raise failed
         assert own.complete
-        if writers.main:
-            self._write_configs(folder, dtype)
+        if self.main:
+            _write_configs(small, folder, dtype)
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
                 (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
-        return set(shapes)
+        return small
 
-    def _write_configs(self, folder: Path, dtype: torch.dtype) -> None:
-        config = copy.deepcopy(self.small.config)
-        config.dtype = dtype
-        config.architectures = [stock_class(self.small).__name__]
-        config.save_pretrained(folder)
-        if self.small.can_generate() and self.small.generation_config is not None:
-            self.small.generation_config.save_pretrained(folder)
-
-    def _batches(self, dtype: torch.dtype, meta: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the tensors under the names and in the forms that the class stores, a layer at a time.
-
-        Args:
-            meta: whether their shapes suffice.
-        """
-        layers: dict[str, dict[str, torch.Tensor]] = {}
-        for name, tensor in _stored_tensors(self.small).items():
-            found = re.match(r".*?\.\d+(?=\.)", name)
-            layers.setdefault(found.group() if found else name, {})[name] = tensor
-        for tensors in layers.values():
-            whole = {}
-            for name, tensor in tensors.items():
-                kept = tensor.dtype if not isinstance(tensor, torch.nn.Parameter) else dtype
-                if meta:
-                    whole[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
-                else:
-                    value = tensor.detach()
-                    value = value.full_tensor() if isinstance(value, DTensor) else value
-                    whole[name] = value.to(dtype=kept, device="cpu")
-            yield revert_weight_conversion(self.small, whole)
-
-    # -- reading back ---------------------------------------------------------------------------------------------
-
-    def _read_back(self, folder: Path, dtype: torch.dtype, names: set[str]) -> None:
+    def read_back(self, small: PreTrainedModel, written: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         """Compare what this process holds of each parameter with what lies on disk, and round it as that is."""
-        stored = _stored_files(folder)
+        stored, names = _stored_files(folder), _stored_shapes(small, dtype).keys()
         if stored.keys() != names:
             raise VerificationError(f"{min(stored.keys() ^ names)} is missing in {folder}, or shouldn't be there")
         with torch.no_grad():
-            for name, parameter in named_parameters(self.small).items():
+            for name, parameter in named_parameters(small).items():
                 values, part = local(parameter), part_of(name, parameter)
                 rounded = values.to(dtype)
-                if name in stored:  # where the class stores it otherwise, rounding is all that is looked at
+                if name in stored and part.sizes:  # where the class stores it otherwise, it is rounded and no more
                     with safe_open(stored[name], framework="pt") as file:
-                        found = file.get_slice(name)[_window(part.starts, part.sizes)] if part.sizes else None
-                    if found is not None and not torch.equal(found, rounded.cpu()):
-                        raise VerificationError(f"{name} reads back from {folder} differently than it was written")
+                        check_stored(name, file.get_slice(name)[part.window()], rounded, folder)
                 values.copy_(rounded)
+        return small
+
+
+def _write_configs(small: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(small.config)
+    config.dtype = dtype
+    config.architectures = [stock_class(small).__name__]
+    config.save_pretrained(folder)
+    if small.can_generate() and small.generation_config is not None:
+        small.generation_config.save_pretrained(folder)
+
+
+def _batches(small: PreTrainedModel, dtype: torch.dtype, meta: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors under the names and in the forms that the class stores, a layer at a time.
+
+    Args:
+        meta: whether their shapes suffice.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in _stored_tensors(small).items():
+        found = re.match(r".*?\.\d+(?=\.)", name)
+        layers.setdefault(found.group() if found else name, {})[name] = tensor
+    for tensors in layers.values():
+        whole = {}
+        for name, tensor in tensors.items():
+            kept = tensor.dtype if not isinstance(tensor, torch.nn.Parameter) else dtype
+            if meta:
+                whole[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
+            else:
+                value = tensor.detach()
+                value = value.full_tensor() if isinstance(value, DTensor) else value
+                whole[name] = value.to(dtype=kept, device="cpu")
+        yield revert_weight_conversion(small, whole)
+
+
+def _stored_shapes(small: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return what will be stored, on the meta device."""
+    return {name: value.to("meta") for batch in _batches(small, dtype, meta=True) for name, value in batch.items()}
 
 
 class _OwnFiles:
@@ -348,10 +296,6 @@ def _together(held: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     return held
 
 
-def _window(starts: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-
-
 def _stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Return the parameters, tied ones once, and the persistent buffers, in the model's order."""
     parameters = dict(model.named_parameters())
@@ -367,20 +311,3 @@ def _stored_files(folder: Path) -> Mapping[str, Path]:
         with safe_open(path, framework="pt") as stored:
             found |= dict.fromkeys(stored.keys(), path)
     return found
-
-
-def _shared_folder(target: Path, writers: Writers, stack: ExitStack) -> Path:
-    """Let the main process of each folder make it, and tell the others that write into it."""
-
-    def make() -> str | None:
-        return str(stack.enter_context(staged_folder(target))) if writers.main else None
-
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, on_all(make))
-    folder = told[dist.get_rank() - writers.rank]  # a node's processes have ranks one after the other
-    if folder is None:
-        raise HessoError(
-            f"`save_on_each_node`: process {dist.get_rank()} is number {writers.rank} on its node, and the one that is "
-            "number 0 there has another rank than that difference; launch with ranks that count node by node"
-        )
-    return Path(folder)

@@ -1,0 +1,184 @@
+"""The decision: which units and tokens stay, taken from a run or from what is zero, and checked against the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..config import OPT_IN, structures_around
+from ..errors import HessoError
+from ..structures.experts import EXPERT_UNITS, num_experts
+from ..structures.groups import KeptUnits, PruningGroups
+from ..structures.layers import LAYER_UNITS, without_dropped_layers
+from ..structures.proof.prove import proved_groups
+from ..structures.router_gates import routed_by
+from ..vocabulary.tokens import KeptTokens
+
+logger = logging.get_logger(__name__)
+
+NOTHING_CUT = KeptUnits({}, {})
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What stays of a model.
+
+    Attributes:
+        groups: the model's structures.
+        kept: the units that stay; of structures that it doesn't name, all.
+        vocabulary: the tokens that stay; None for all.
+    """
+
+    groups: PruningGroups
+    kept: KeptUnits
+    vocabulary: KeptTokens | None = None
+
+    def routing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let the routers of a model that has all experts choose among the kept ones for a while."""
+        if EXPERT_UNITS not in self.kept.kept:
+            return nullcontext()
+        return routed_by(model, self.groups.structures[EXPERT_UNITS], kept_mask(self.kept, EXPERT_UNITS))
+
+    def alone(self) -> dict[str, KeptUnits]:
+        """Return the decision on each structure by itself."""
+        return {
+            name: KeptUnits({name: self.kept.num_units[name]}, {name: layers})
+            for name, layers in self.kept.kept.items()
+        }
+
+
+def decide(
+    model: PreTrainedModel,
+    kept_units: KeptUnits | None,
+    groups: PruningGroups | None = None,
+    vocabulary: KeptTokens | None = None,
+) -> Decision:
+    """Decide which units stay: those of a decision at hand, or those that aren't exactly zero.
+
+    Args:
+        kept_units: the decision at hand.
+        groups: by default proved here.
+        vocabulary: handed on.
+
+    Raises:
+        HessoError: where a unit that is to be cut isn't zero, or the layers would differ unasked.
+    """
+    if groups is None:
+        groups = groups_for(model, kept_units)
+    if kept_units is not None:
+        _check_kept(kept_units, groups)
+    zero = zero_units(model, groups)
+    kept = kept_units or _units_that_live(zero, groups)
+    _check_zero(zero, kept)
+    for name, layers in kept.kept.items():
+        groups.structures[name].check_pools(layers)
+    if kept_units is None:
+        _check_found(kept, groups)
+    return Decision(groups, kept, vocabulary)
+
+
+def _check_found(kept: KeptUnits, groups: PruningGroups) -> None:
+    """Refuse units found at zero that no stock class can do without; warn where there are none."""
+    staying = without_dropped_layers(groups, kept).kept
+    if any(len({len(layer) for layer in layers}) > 1 for layers in staying.values()):
+        counts = {name: [len(layer) for layer in layers] for name, layers in staying.items()}
+        raise HessoError(
+            f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
+            "to export with a modelling file all the same"
+        )
+    if all(len(layer) == kept.num_units[name] for name in kept.kept for layer in kept.kept[name]):
+        logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
+
+
+def groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
+    """Prove the structures of a decision; without one, also those that must be named where some of them are at zero."""
+    if kept is not None:
+        named = tuple(kept.kept)
+    else:
+        possible = {EXPERT_UNITS: num_experts(model.config) is not None, LAYER_UNITS: _has_zero_matrix(model)}
+        named = tuple(name for name, asked in possible.items() if asked)
+    groups = proved_groups(type(model), model.config, structures_around(named))[0]
+    whole = PruningGroups({n: g for n, g in groups.structures.items() if n == "attention_heads"})
+    if kept is not None or not whole.structures or zero_units(model, whole)["attention_heads"].any():
+        return groups
+    single = proved_groups(type(model), model.config, ("query_heads",))[0]
+    if not single.structures or not zero_units(model, single)["query_heads"].any():
+        return groups
+    others = {name: group for name, group in groups.structures.items() if name not in whole.structures}
+    return PruningGroups(single.structures | others, groups.refused)
+
+
+def _has_zero_matrix(model: PreTrainedModel) -> bool:
+    """Tell whether a matrix is all zero, as one that writes to the stream is in a layer that does nothing."""
+    return any(parameter.dim() > 1 and not parameter.any() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch.Tensor]:
+    """Return, per structure, which units' effective weights are all exactly zero: shape (L, U), bool."""
+    lives = {name: torch.zeros(len(g.layers), g.num_units) for name, g in groups.structures.items()}
+    parameters = dict(model.named_parameters())
+    for name, axes in groups.by_parameter().items():
+        for structure, layer, axis in axes:
+            others = [dim for dim in range(parameters[name].dim()) if dim != axis.dim]
+            held = parameters[name].data != -axis.shift
+            along = held.any(dim=others) if others else held
+            lives[structure][layer] += axis.layout.collect(along.float().cpu(), groups.structures[structure].num_units)
+    return {name: found == 0 for name, found in lives.items()}
+
+
+def _units_that_live(zero: Mapping[str, torch.Tensor], groups: PruningGroups) -> KeptUnits:
+    """Return the units that aren't zero; of structures that must be named only where one is."""
+    named = {name: found for name, found in zero.items() if name not in OPT_IN or bool(found.any())}
+    return KeptUnits(
+        {name: groups.structures[name].num_units for name in named},
+        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in found) for name, found in named.items()},
+    )
+
+
+def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
+    """Compare a decision with the model's groups; refuse it by the first difference."""
+    for name, layers in kept.kept.items():
+        if name not in groups.structures:
+            raise HessoError(f"`kept_units` names {name!r}, which isn't proved here; proved: {list(groups.structures)}")
+        structure = groups.structures[name]
+        if len(layers) != len(structure.layers):
+            raise HessoError(f"`kept_units`: {name} has {len(layers)} layers, the model {len(structure.layers)}")
+        if kept.num_units[name] != structure.num_units:
+            raise HessoError(
+                f"`kept_units`: {name} has {kept.num_units[name]} units a layer, the model {structure.num_units}"
+            )
+        for index, layer in enumerate(layers):
+            if not layer or min(layer) < 0 or max(layer) >= structure.num_units:
+                raise HessoError(
+                    f"`kept_units`: layer {index} of {name} must keep units from 0 to {structure.num_units - 1}, "
+                    f"at least one; got {list(layer)[:4]}..."
+                )
+
+
+def _check_zero(zero: Mapping[str, torch.Tensor], kept: KeptUnits) -> None:
+    for name, layers in kept.kept.items():
+        for index, layer in enumerate(layers):
+            cut = torch.ones(kept.num_units[name], dtype=torch.bool)
+            cut[list(layer)] = False
+            alive = (cut & ~zero[name][index]).nonzero().flatten().tolist()
+            if alive:
+                raise HessoError(
+                    f"{name}: unit {alive[0]} of layer {index} is to be cut but its weights aren't zero; "
+                    "finish pruning first, or export the checkpoint in which it was finished"
+                )
+
+
+def kept_mask(kept: KeptUnits, structure: str) -> torch.Tensor:
+    """Return which units stay, shape (L, U), bool."""
+    layers = kept.kept[structure]
+    mask = torch.zeros(len(layers), kept.num_units[structure], dtype=torch.bool)
+    for row, units in zip(mask, layers, strict=True):
+        row[list(units)] = True
+    return mask

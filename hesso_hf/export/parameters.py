@@ -1,0 +1,177 @@
+"""Parameter sources: a trained model, wherever its parameters lie, and what the writer asks of it."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..distributed.collectives import from_main, on_all
+from ..errors import VerificationError
+from ..hf_models.tiny_model import logits_of
+from ..structures.cut import cut_model, zero_units_
+from ..structures.groups import KeptUnits, PruningGroups
+from ..structures.lora import Adapters, parameters_of
+from ..structures.uneven_layers import uneven_sizes
+from ..vocabulary.trim_embeddings import trim_embeddings
+from .decision import Decision
+
+_T = TypeVar("_T")
+
+
+class ParameterSource(ABC):
+    """A trained model and the decision on it. All processes that hold parts of it make every call.
+
+    What `cut` returns, the smaller model in fp32, may lie on all of them, on some (None on the others) or in parts.
+
+    Attributes:
+        model: whose class, config and number of parameters are those of the trained model.
+        device: where inputs go.
+        main: whether this process makes, completes and publishes a folder.
+    """
+
+    def __init__(self, model: PreTrainedModel, decision: Decision, device: torch.device, main: bool = True) -> None:
+        self.model, self.decision, self.device, self.main = model, decision, device, main
+
+    def together(self, work: Callable[[], _T]) -> _T:
+        """Do a part of the work; where it fails on one of several processes, all of them raise."""
+        return on_all(work)
+
+    def shared(self, value: _T | None) -> _T:
+        """Return what the main process has on all processes."""
+        return from_main(value)
+
+    def common_folder(self, folder: Path | None) -> Path:
+        """Return the folder that this process writes into, if any: the one that its main process has made."""
+        return folder or Path()
+
+    @abstractmethod
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the trained model's logits in fp32, experts to be cut left out by its routers."""
+
+    @abstractmethod
+    def cut(self, kept: KeptUnits) -> Any:
+        """Return the smaller model in fp32 that keeps these units and the tokens of the decision."""
+
+    @abstractmethod
+    def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Any:
+        """Write the smaller model's weights and configs, rounded to `dtype`; return the model that was written."""
+
+    @abstractmethod
+    def read_back(self, small: Any, written: Any, folder: Path, dtype: torch.dtype) -> Any:
+        """Compare what lies on disk with what was written, and return the smaller model as it was stored.
+
+        Args:
+            small: what `cut` returned.
+            written: what `save` returned.
+
+        Raises:
+            VerificationError: naming the first tensor that isn't what was saved.
+        """
+
+
+class WholeSource(ParameterSource):
+    """A model that lies whole on one process, which exports it alone: the others know nothing of it.
+
+    Args:
+        model: all weights, what adapters add included.
+        trained: where that isn't the model itself: it with its adapters.
+    """
+
+    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel | None = None) -> None:
+        super().__init__(model, decision, model.device)
+        full = _in_fp32(model, decision)
+        self._trained = full if trained is None else _in_fp32(trained, decision)
+        self._full = trim_embeddings(full, decision.vocabulary) if decision.vocabulary else full
+
+    def together(self, work: Callable[[], _T]) -> _T:
+        """Do the work."""
+        return work()
+
+    def shared(self, value: _T | None) -> _T:
+        """Return the value."""
+        assert value is not None
+        return value
+
+    def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return them; the model's mode stays as it is."""
+        was_training = self._trained.training
+        try:
+            with self.decision.routing(self._trained):  # a checkpoint's model has no gates
+                return logits_of(self._trained.eval(), input_ids)
+        finally:
+            self._trained.train(was_training)
+
+    def cut(self, kept: KeptUnits) -> PreTrainedModel:
+        """Cut it on its device, or on the CPU where that has no room."""
+        return cut_model(self._full, self.decision.groups, kept, torch.float32)
+
+    def save(self, small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
+        """Round the smaller model itself and write it."""
+        return save_whole(small, folder, dtype, max_shard_size)
+
+    def read_back(self, small: Any, written: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Any:
+        """Load the folder through the class that it names."""
+        return read_back_whole(written, folder, self.decision.groups)
+
+
+def save_whole(small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
+    """Round a model's parameters in place, not its buffers, and write it; return it."""
+    for parameter in small.parameters():
+        parameter.data = parameter.data.to(dtype)
+    small.save_pretrained(folder, max_shard_size=max_shard_size)
+    return small
+
+
+def read_back_whole(written: PreTrainedModel, folder: Path, groups: PruningGroups) -> PreTrainedModel:
+    """Load a folder as a stock class does, compare every tensor, and return the model on the written one's device.
+
+    Raises:
+        VerificationError: naming the first tensor that isn't what was saved.
+    """
+    # the modelling file of uneven layers is this library's own; every other model loads as a stock class
+    uneven = bool(uneven_sizes(written.config))
+    loader: Any = AutoModelForCausalLM if uneven else type(written)
+    options = {"trust_remote_code": True} if uneven else {}
+    attention = written.config._attn_implementation
+    reloaded = loader.from_pretrained(folder, attn_implementation=attention, **options)
+    found = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
+    cut = [axis.parameter for group in groups.structures.values() for axes in group.buffers for axis in axes]
+    buffers = dict(written.named_buffers())
+    for name, tensor in (*written.named_parameters(), *((name, buffers[name]) for name in cut if name in buffers)):
+        check_stored(name, found.get(name), tensor, folder)
+    return reloaded.to(written.device).eval()
+
+
+def check_stored(name: str, found: torch.Tensor | None, written: torch.Tensor, folder: Path) -> None:
+    """Compare a tensor on disk with what was written.
+
+    Raises:
+        VerificationError: where it isn't the same, or isn't there.
+    """
+    if found is None or not torch.equal(found.cpu(), written.cpu().to(found.dtype)):
+        raise VerificationError(f"{name} reads back from {folder} differently than it was written")
+
+
+def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Compare the shape of what is left of a tensor with the smaller model's.
+
+    Raises:
+        VerificationError: where they differ.
+    """
+    if tuple(found) != tuple(expected):
+        raise VerificationError(f"{name} is {tuple(found)} after cutting, not {tuple(expected)}")
+
+
+def _in_fp32(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
+    """Return the model, or an fp32 copy of it in which what rounding left of the stream's mean is taken out."""
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model
+    model = copy.deepcopy(model).float()
+    zero_units_(parameters_of(model), Adapters.of(model).extend(decision.groups), decision.kept)
+    return model

@@ -1,0 +1,226 @@
+"""What is exported: a trained model, or the one that a checkpoint holds, with the decision that lies beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata, load
+from torch.distributed.checkpoint.metadata import StorageMeta
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from ..errors import CheckpointMismatchError, HessoError
+from ..hf_models.sizes import load_config, model_class_of
+from ..structures.cut import zero_units_
+from ..structures.groups import KeptUnits
+from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
+from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
+from .decision import groups_for
+from .record import TrainingRecord
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What there is before anything is decided.
+
+    Attributes:
+        model: as it was trained, with its adapters in place.
+        dtype: that it was trained in; of ZeRO's fp32 masters that of the copy it computed with.
+        kept: the decision, where there is one.
+        tokenizer: that is saved along.
+        training: what the run says of itself.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    kept: KeptUnits | None
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None
+    training: TrainingRecord
+
+    def lora_export(self, asked: str | None) -> str | None:
+        """Return how adapters are exported, None where the model has none.
+
+        Raises:
+            HessoError: where it is asked for something else than there is.
+        """
+        if asked not in (None, "merged", "adapter"):
+            raise HessoError(f"`lora_export` ({asked!r}) must be 'merged' or 'adapter'")
+        if lora_layers(self.model):
+            return asked or self.training.lora_export
+        if asked is not None:
+            name = type(self.model).__name__
+            raise HessoError(f"`lora_export` ({asked!r}): {name} has no LoRA adapter; leave it out")
+        return None
+
+
+def read_source(
+    source: str | os.PathLike[str] | nn.Module,
+    kept: KeptUnits | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    training: Mapping[str, Any] | None,
+    trust_pickles: bool,
+) -> ExportSource:
+    """Take a model as it is, or load a checkpoint; what is given counts more than what lies beside the weights.
+
+    Raises:
+        HessoError: where it is no checkpoint, pruning hasn't finished in it, or it can't be read.
+    """
+    if isinstance(source, nn.Module):
+        model: PreTrainedModel = base_of(source)
+        return ExportSource(model, model.dtype, kept, tokenizer, TrainingRecord(training or {}))
+    folder = Path(source)
+    if not folder.is_dir():
+        raise HessoError(f"`source` ({str(folder)!r}) is no folder; give a checkpoint-* folder that training wrote")
+    checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
+    if checkpoints and not any(folder.glob("*config.json")):
+        raise HessoError(
+            f"`source` ({str(folder)!r}) is the folder of a run; give one of its checkpoints: {checkpoints}"
+        )
+    if (folder / STATE_NAME).exists():
+        state = read_state(folder)
+        if not state["finished"]:
+            raise HessoError(
+                f"pruning had not finished in {folder}: step {state['step']} of {state['schedule_end']}; "
+                "resume training and export a later checkpoint"
+            )
+        kept = kept or KeptUnits.from_dict(state["kept_units"])
+        training = training or state["training"]
+    elif kept is None:
+        logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
+    record, model = TrainingRecord(training or {}), _load_trained(folder, kept, trust_pickles)
+    model.config.name_or_path = record.base_model or model.config.name_or_path
+    if tokenizer is None and (folder / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    stored = model.config.dtype
+    dtype = stored if holds_masters(folder) and isinstance(stored, torch.dtype) else model.dtype
+    return ExportSource(model, dtype, kept, tokenizer, record)
+
+
+def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> PreTrainedModel:
+    """Load a checkpoint's weights; where it holds an adapter only, into the base model that this names.
+
+    Raises:
+        HessoError: where the base model can't be told.
+    """
+    if not (folder / ADAPTER_CONFIG).exists():
+        config = load_config(folder)
+        model_class = model_class_of(config)
+        if holds_masters(folder):
+            return load_masters(model_class, config, folder, trust_pickles)
+        sharded = (folder / SHARDS_NAME).is_dir()
+        return load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base or kept is None:
+        missing = "no base model" if kept is not None else "an adapter without a pruning state"
+        raise HessoError(f"`source` ({str(folder)!r}) names {missing}; pass the PeftModel itself")
+    plain = model_class_of(load_config(base)).from_pretrained(base)
+    model: PreTrainedModel = base_of(PeftModel.from_pretrained(plain, folder))
+    structures = groups_for(model, kept)
+    zero_units_(parameters_of(model), Adapters.of(model).extend(structures), kept)
+    return model
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the one pickle among torch's distributed files, and nothing in it but what torch puts there."""
+
+    _allowed: ClassVar[dict[str, set[str]]] = {
+        "torch.distributed.checkpoint.metadata": {
+            "_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex",
+            "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+        "collections": {"OrderedDict"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | type(torch.Size)):
+            return found
+        if name in self._allowed.get(module, ()):
+            return super().find_class(module, name)
+        raise CheckpointMismatchError(
+            f"the checkpoint's `.metadata` wants {module}.{name}, which torch never writes there"
+        )
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, but for the pickle."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def load_shards(model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path) -> PreTrainedModel:
+    """Load the model of a checkpoint that a sharded run wrote, whole, on one process.
+
+    Args:
+        folder: of the checkpoint; torch's distributed files lie in a folder of it.
+    """
+    reader = _Reader(folder / SHARDS_NAME)
+    stored = reader.read_metadata().state_dict_metadata
+    dtypes = {found.properties.dtype for found in stored.values() if isinstance(found, TensorStorageMetadata)}
+    with no_init_weights():
+        model = model_class(config)
+    model.tie_weights()
+    model = model.to(dtypes.pop())  # type: ignore[arg-type, call-arg]  # its wrapper hides the signature
+    load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
+    return model
+
+
+def load_masters(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, folder: Path, trust_pickles: bool
+) -> PreTrainedModel:
+    """Load the model of a checkpoint that DeepSpeed's ZeRO wrote, whole and in fp32, on one process.
+
+    DeepSpeed's own function reads its files. They are pickles, which can run code when they are opened. Without
+    DeepSpeed the weights that lie beside them are loaded, which are as coarse as the run's `bf16` or `fp16`.
+
+    Raises:
+        HessoError: where neither can be had, pickles aren't trusted, or the masters aren't those of `model_class`.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        if not any(folder.glob("model*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+            raise HessoError(
+                f"`source` ({str(folder)!r}) holds the weights in DeepSpeed's files only, and deepspeed isn't "
+                "installed: `pip install deepspeed`, or run `python zero_to_fp32.py . .` in that folder where it is"
+            )
+        logger.warning(f"deepspeed isn't installed: the weights beside its files in {folder} are read, not the masters")
+        return model_class.from_pretrained(folder)
+    if not trust_pickles:
+        raise HessoError(
+            f"`source` ({str(folder)!r}) holds DeepSpeed's files, which are pickles and can run code when they are "
+            "opened. If they are your own, say so: `trust_pickles=True`, `hesso-hf export --trust-pickles`"
+        )
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        stored = get_fp32_state_dict_from_zero_checkpoint(str(folder), lazy_mode=True)
+    with no_init_weights():
+        model = model_class(config).float()
+    model.tie_weights()
+    for name, tensor in model.state_dict().items():
+        found = tuple(stored[name].shape) if name in stored else None
+        if found != tuple(tensor.shape):
+            raise HessoError(f"{name} should be {tuple(tensor.shape)} and is {found} in DeepSpeed's files of {folder}")
+        tensor.copy_(stored[name].contiguous())  # put together in its turn
+    return model

@@ -1,0 +1,110 @@
+"""Writing: stage, save, read back, report, publish. Every smaller model comes this way, wherever its parameters lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from ..distributed.parts import stock_class
+from ..structures.uneven_layers import layer_list, uneven_sizes, write_modelling_file
+from ..vocabulary.trim_tokenizer import check_saved_tokenizer
+from .adapter import ADAPTER_FOLDER, remove_cut_adapter
+from .parameters import ParameterSource
+from .plots import PLOT_NAME
+from .publish import staged_folder
+from .record import TrainingRecord
+from .report import PruningReport
+from .verify import Verification, Verifier
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What is to be written.
+
+    Attributes:
+        folder: where it is published; files of other kinds in it are left alone.
+        dtype: of the stored weights.
+        tokenizer: saved along.
+        max_shard_size: of a file of weights ("5GB").
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None
+    max_shard_size: str = "5GB"
+
+
+def write_pruned(source: ParameterSource, output: Output, training: TrainingRecord) -> PruningReport:
+    """Write the smaller model of a trained one with its report and card; all processes of the source call it.
+
+    Raises:
+        HessoError: on all processes, where one fails; the folder is untouched then.
+        VerificationError: where the smaller model's logits, or what lies on disk, differ.
+    """
+
+    def reported(folder: Path, written: Any, verification: Verification) -> PruningReport:
+        report = PruningReport.of(source.model, written, source.decision, verification, training)
+        report.write(folder)
+        return report
+
+    report = source.shared(_publish(source, output, reported))
+    if source.main:
+        error = report.verification.fold_error
+        logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output.folder}, relative error {error:.1e}")
+    return report
+
+
+def write_uncut(source: ParameterSource, output: Output) -> None:
+    """Write a model of which nothing is cut, as `write_pruned` does, without a report."""
+    _publish(source, output, lambda *_: None)
+
+
+def _publish(source: ParameterSource, output: Output, finish: Callable[[Path, Any, Verification], _T]) -> _T | None:
+    """Do each step of an export; return what `finish`, the last one before publishing, does on the main process."""
+    verifier = source.together(lambda: Verifier(source))
+    small, fold_error = verifier.checked_cut()
+    with ExitStack() as stack:
+        made = source.together(lambda: stack.enter_context(staged_folder(output.folder)) if source.main else None)
+        folder = source.together(lambda: source.common_folder(made))
+        written = source.together(lambda: source.save(small, folder, output.dtype, output.max_shard_size))
+        source.together(lambda: _add_files(source, output, folder, written) if source.main else None)
+        stored = source.together(lambda: source.read_back(small, written, folder, output.dtype))
+        dtype, tokens = str(output.dtype).removeprefix("torch."), verifier.input_ids.numel()
+        verification = Verification(fold_error, verifier.error_of(stored), dtype, tokens)
+        finished = source.together(lambda: finish(folder, written, verification) if source.main else None)
+        new = {name for name in (PLOT_NAME, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
+        source.together(stack.close)  # publishes
+    if source.main:
+        _remove_leftovers(output.folder, new)
+    return finished
+
+
+def _add_files(source: ParameterSource, output: Output, folder: Path, written: Any) -> None:
+    """Write what lies beside the weights and is needed to load them."""
+    if uneven_sizes(written.config):
+        write_modelling_file(folder, stock_class(source.model).__name__, layer_list(source.decision.groups))
+    if output.tokenizer is not None:
+        output.tokenizer.save_pretrained(folder)
+    if source.decision.vocabulary is not None and isinstance(output.tokenizer, PreTrainedTokenizerBase):
+        check_saved_tokenizer(folder, output.tokenizer)
+
+
+def _remove_leftovers(folder: Path, new: set[str]) -> None:
+    """Remove what belongs to a model that was here before and would be taken for the new one's."""
+    if PLOT_NAME not in new:
+        (folder / PLOT_NAME).unlink(missing_ok=True)
+    if ADAPTER_FOLDER not in new:
+        remove_cut_adapter(folder)
