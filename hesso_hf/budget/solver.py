@@ -18,7 +18,9 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..errors import BudgetError, HessoError, nearest_name
-from ..hf_models.sizes import buildable_config, canonical_name, get_size, model_class_of, resized_config
+from ..hf_models.build import model_class_of
+from ..hf_models.resize import buildable_config, resized_config
+from ..hf_models.sizes import ConfigSizes, canonical_name
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from .cost import Cost, Counts
@@ -92,7 +94,7 @@ def solve_budget(
         BudgetError: where no allowed sizes come near the ratio, naming the nearest.
         HessoError: for pinned sizes that don't exist, aren't whole units, or that the config class refuses.
     """
-    solver = _Solver(config, model_config, groups, parameters, price or parameters)
+    solver = _Solver(config, model_config, groups, parameters, price or parameters, ConfigSizes.of(model_config))
     pinned = solver.pinned_units()
     if config.pruning_ratio is None:
         kept = {name: pinned.get(name, groups.structures[name].num_units) for name in groups.independent}
@@ -140,6 +142,7 @@ class _Solver:
     groups: PruningGroups
     parameters: Cost
     price: PriceFunction
+    sizes: ConfigSizes
 
     def pinned_units(self) -> dict[str, int]:
         """Translate `target_sizes` to units."""
@@ -173,9 +176,8 @@ class _Solver:
         return units // ratio
 
     def _units_of(self, name: str, size: int, group: StructureGroups) -> int:
-        increment, full = group.increments[name], get_size(self.model_config, name)
+        increment, full = group.increments[name], group.increments[name] * group.num_units
         step = increment * group.pools
-        assert full is not None
         least = max(step, group.least * increment)
         if size % step or not least <= size <= full:
             reason = f", for {group.needed_for}" if group.needed_for else ""
@@ -291,9 +293,9 @@ class _Solver:
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
         if self.groups.picky:
-            buildable_config(model_class_of(self.model_config), self.model_config, sizes)
+            buildable_config(model_class_of(self.model_config), self.model_config, sizes, self.sizes)
         else:
-            resized_config(self.model_config, sizes)
+            resized_config(self.model_config, sizes, sizes=self.sizes)
 
     def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""

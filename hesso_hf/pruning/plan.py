@@ -18,7 +18,9 @@ from ..budget.solver import LossFunction, PriceFunction, TargetSizes, solve_budg
 from ..config import HessoConfig, structures_around
 from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
-from ..hf_models.sizes import build_meta, canonical_name, resized_config
+from ..hf_models.build import build_meta
+from ..hf_models.resize import resized_config
+from ..hf_models.sizes import canonical_name
 from ..structures.cut import build_cut, load_cut
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits, PruningGroups

@@ -12,16 +12,15 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from ..distributed.parts import Part
 from ..errors import HessoError, NotApplicableError, UnsupportedStructureError
-from ..hf_models.sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
+from ..hf_models.sizes import HEADS, HIDDEN
 from .layout import Layout
 from .shape_probe import AxisMap
+from .units import HEAD_UNITS, num_pools, num_units, unit_increments
 
 COUPLED = ("attention_heads", "embedding_channels")  # where head_dim follows from both
-HEAD_UNITS = ("attention_heads", "query_heads")
 AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
 
@@ -256,13 +255,13 @@ class KeptUnits:
         )
 
 
-def moving_axes(structure: str, axis_map: AxisMap, config: PretrainedConfig) -> list[AxisName]:
+def moving_axes(structure: str, axis_map: AxisMap) -> list[AxisName]:
     """List the axes that a structure's config sizes move.
 
     Raises:
         UnsupportedStructureError: where the sizes can't be changed, or no parameter depends on them.
     """
-    increments = unit_increments(structure, config)
+    increments = unit_increments(structure, axis_map.sizes)
     for size in increments:
         if size in axis_map.failed:
             raise UnsupportedStructureError(f"`{size}` can't be changed in the model code: {axis_map.failed[size]}")
@@ -272,15 +271,16 @@ def moving_axes(structure: str, axis_map: AxisMap, config: PretrainedConfig) -> 
     return list(moving)
 
 
-def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, scheme: Scheme) -> StructureGroups:
+def build_groups(structure: str, axis_map: AxisMap, scheme: Scheme) -> StructureGroups:
     """Apply a proved scheme to a model of any size of the same architecture.
 
     Raises:
         UnsupportedStructureError: where the model has an axis that the proof never saw or whose length doesn't fit.
     """
-    smallest = {} if scheme.per_channel else unit_increments(structure, config)
+    sizes = axis_map.sizes
+    smallest = {} if scheme.per_channel else unit_increments(structure, sizes)
     increments = {size: increment * scheme.bundle for size, increment in smallest.items()}
-    units = num_units(structure, config) if increments else scheme.per_channel * (get_size(config, HIDDEN) or 0)
+    units = num_units(structure, sizes) if increments else scheme.per_channel * (sizes.get(HIDDEN) or 0)
     units, rest = divmod(units, scheme.bundle)
     if rest:
         raise UnsupportedStructureError(f"its units are {scheme.bundle} of {smallest} each, and {rest} would be left")
@@ -300,10 +300,10 @@ def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, sc
             alone = structure == "embedding_channels" or scheme.shared
             by_layer.setdefault(("" if alone else info.layer, branch.reader), []).append(axis)
     axes = tuple(tuple(axes) for axes in by_layer.values())
-    return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes, num_pools(structure, config))
+    return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes, num_pools(structure, sizes))
 
 
-def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap, config: PretrainedConfig) -> None:
+def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap) -> None:
     """Compare the groups of structures that shrink together, or of one, with the axes that their sizes move.
 
     Raises:
@@ -314,7 +314,7 @@ def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap, 
         if not groups.increments:  # its size follows from another's
             continue
         coupled = axis_map.coupling is not None and structure in COUPLED
-        for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map, config):
+        for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map):
             if (name, dim) not in covered:
                 raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
 

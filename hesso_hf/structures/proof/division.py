@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from ...errors import HessoError
-from ...hf_models.sizes import num_units
+from ...hf_models.sizes import ConfigSizes
+from ..units import num_units
 
 _BUNDLES = (1, 2, 4)
 
@@ -29,12 +28,12 @@ class Division:
     strided: bool = False
 
 
-def divisions(structure: str, config: PretrainedConfig) -> list[Division]:
+def divisions(structure: str, sizes: ConfigSizes) -> list[Division]:
     """List the divisions to try; with bundles only those that leave two units at least."""
     if structure not in ("attention_heads", "mlp_channels"):
         return [Division()]
     try:
-        units = num_units(structure, config)
+        units = num_units(structure, sizes)
     except HessoError:  # the proof says why
         return [Division()]
     bundles = [bundle for bundle in _BUNDLES if bundle == 1 or (units % bundle == 0 and units // bundle > 1)]

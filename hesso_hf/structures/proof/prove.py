@@ -18,14 +18,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...config import DEFAULT_STRUCTURES
 from ...errors import UnsupportedStructureError
-from ...hf_models.sizes import HIDDEN, MLP, get_size, head_dim_of, num_units
+from ...hf_models.sizes import HIDDEN, MLP
 from ...hf_models.tiny_config import tiny_config
 from ...hf_models.tiny_model import forward_logits, logits_of, random_model, relative_error, token_ids
 from ..cut import load_cut, zero_units_
 from ..experts import EXPERT_UNITS
 from ..groups import (
     COUPLED,
-    HEAD_UNITS,
     AxisName,
     Branch,
     PruningGroups,
@@ -37,6 +36,7 @@ from ..groups import (
 from ..layers import LAYER_UNITS
 from ..layout import Layout, Segment
 from ..shape_probe import AxisMap, coupled_axes, probe_axes
+from ..units import HEAD_UNITS, num_units
 from .division import Division, divisions
 from .experts import ids_for_all_experts, prove_experts
 from .layers import LayerTrial
@@ -89,7 +89,9 @@ def _prove_layers(
     scheme, error = trial.find(bench.stream(list(bench.axis_map.moving((HIDDEN,))))[0])
     if schemes := _unit_schemes(others.structures):
         groups = bench.groups(schemes)
-        joint = trial.joint_error(scheme, groups, units_to_keep(groups, bench.model_class, bench.config)[0])
+        joint = trial.joint_error(
+            scheme, groups, units_to_keep(groups, bench.model_class, bench.config, bench.sizes)[0]
+        )
         if joint > TOLERANCE:
             reason = f"together with {list(schemes)} the logits differ: relative error {joint:.1e} > {TOLERANCE:.0e}"
             return {LAYER_UNITS: StructureProof(LAYER_UNITS, None, joint, reason)}
@@ -118,6 +120,7 @@ class _Bench:
         self.model_class, self.config = model_class, config
         self.model = random_model(model_class, config)
         self.axis_map = probe_axes(model_class, config)
+        self.sizes = self.axis_map.sizes
         self.input_ids = token_ids(config)
         self.logits = logits_of(self.model, self.input_ids)
         self.gradients = GradientProbe(self.model, ids_for_all_experts(config), forward_logits)
@@ -154,7 +157,7 @@ class _Bench:
         """Some classes take head_dim, and all the same need heads * head_dim to be the width."""
         before = self.axis_map
         self.axis_map = coupled_axes(self.model_class, self.config, before)
-        if self.axis_map.coupling is not None and self.axis_map.coupling.head_dim == head_dim_of(self.config):
+        if self.axis_map.coupling is not None and self.axis_map.coupling.head_dim == self.sizes.head_dim:
             proofs = self._divided(COUPLED, "attention_heads", self._prove_coupled)
             if all(proof.scheme is not None for proof in proofs.values()):
                 return proofs
@@ -171,7 +174,7 @@ class _Bench:
         """
         first: dict[str, StructureProof] = {}
         before, self.divided = self.axis_map, list[list[Branch]]()
-        for division in divisions(structure, self.config):
+        for division in divisions(structure, self.sizes):
             self.axis_map = before
             proofs = guarded(names, partial(prove, division))
             if any(found.scheme is not None or not found.applicable for found in proofs.values()):
@@ -187,7 +190,7 @@ class _Bench:
         Raises:
             UnsupportedStructureError: also where this division isn't another one than those before.
         """
-        units = num_units(structure, self.config) // division.bundle
+        units = num_units(structure, self.sizes) // division.bundle
         found = discover_branches(self.gradients, self.axis_map, axes, units, granule, partial, division.strided)
         if found in self.divided:
             raise UnsupportedStructureError("its axes divide into units in no other way")
@@ -195,7 +198,7 @@ class _Bench:
         return found
 
     def _prove_alone(self, structure: str, division: Division) -> dict[str, StructureProof]:
-        axes = moving_axes(structure, self.axis_map, self.config)
+        axes = moving_axes(structure, self.axis_map)
         if structure != "embedding_channels":
             return self._first_exact({}, structure, self._inner_schemes(structure, axes, division))
         others: dict[str, Scheme] = {}
@@ -227,9 +230,9 @@ class _Bench:
     # -- schemes to try -------------------------------------------------------------------------------------------
 
     def _inner_schemes(self, structure: str, axes: list[AxisName], division: Division) -> Iterator[Scheme]:
-        granule = (head_dim_of(self.config) or 1) if structure in HEAD_UNITS else 1
+        granule = (self.sizes.head_dim or 1) if structure in HEAD_UNITS else 1
         branches = self._branches(structure, axes, granule, division)
-        yield from self._schemes_of(branches, num_units(structure, self.config), axes, bundle=division.bundle)
+        yield from self._schemes_of(branches, num_units(structure, self.sizes), axes, bundle=division.bundle)
 
     def _schemes_of(
         self,
@@ -251,14 +254,14 @@ class _Bench:
 
     def _stream_schemes(self, axes: list[AxisName]) -> Iterator[Scheme]:
         """Schemes for the residual stream: layouts by the slope, powers by the stream's structure."""
-        units = num_units("embedding_channels", self.config)
+        units = num_units("embedding_channels", self.sizes)
         layouts: dict[AxisName, Layout] = {}
         for name, dim in axes:
             info = self.axis_map.parameters[name]
             runs = info.shape[dim] // units
             layouts[info.pattern, dim] = Layout((Segment(runs, 1), *_rest(info.shape[dim] - runs * units)))
         known, after = self.stream(axes)
-        found = constants_by_width(self.model_class, self.config, self.axis_map.coupling is not None)
+        found = constants_by_width(self.model_class, self.config, self.sizes, self.axis_map.coupling is not None)
         against = powers_against(self.model, self.input_ids, self.axis_map, found) if found else {}
         for info in self.axis_map.parameters.values():
             if info.pattern in against:
@@ -278,7 +281,7 @@ class _Bench:
         return self._sides(axes, after).settled(known), after
 
     def _sides(self, axes: list[AxisName], after: set[str]) -> Sides:
-        return Sides(self.gradients, self.axis_map, axes, after, num_units("embedding_channels", self.config))
+        return Sides(self.gradients, self.axis_map, axes, after, num_units("embedding_channels", self.sizes))
 
     def _subtracts_mean(self, axes: list[StreamAxis]) -> bool:
         """Tell whether the norms of the stream subtract the mean.
@@ -287,7 +290,7 @@ class _Bench:
             UnsupportedStructureError: where some do and some don't.
         """
         kinds = {axis.vector.subtracts_mean: axis for axis in axes if axis.vector.kind == "scale"}
-        bare = has_bare_layernorm(self.model, num_units("embedding_channels", self.config))
+        bare = has_bare_layernorm(self.model, num_units("embedding_channels", self.sizes))
         if len(kinds) == 2 or (bare and False in kinds):
             raise UnsupportedStructureError(
                 f"some norms of the stream subtract its mean ({kinds[True].info.module if True in kinds else 'one'}), "
@@ -312,10 +315,10 @@ class _Bench:
         others: dict[str, Scheme] = {}
         rest = [axis for axis in inner if axis not in mine]
         if rest:
-            own_size = get_size(self.config, MLP) is not None
+            own_size = self.sizes.get(MLP) is not None
             others["mixer_channels" if own_size else "mlp_channels"] = self._mlp_by_width(rest)
         proofs: dict[str, StructureProof] = {}
-        units = num_units("attention_heads", self.config)
+        units = num_units("attention_heads", self.sizes)
         for heads in self._schemes_of(attention, units, mine, coupling.head_dim, bundle=division.bundle):
             if heads.shared and not any(power for power in heads.powers.values()):
                 break  # layers that read each other's keys are refused here
@@ -340,7 +343,7 @@ class _Bench:
             return False
 
     def _mlp_by_width(self, axes: list[AxisName]) -> Scheme:
-        width = num_units("embedding_channels", self.config)
+        width = num_units("embedding_channels", self.sizes)
         sizes = {self.axis_map.parameters[name].shape[dim] for name, dim in axes}
         units = min(sizes)
         if units % width:
@@ -359,7 +362,7 @@ class _Bench:
             for (name, _), fill in gates.items():
                 self.gradients.parameters[name].masked_fill_(mask, fill)
 
-        owners = self.gradients.owners(num_units("embedding_channels", self.config), zero, axes)
+        owners = self.gradients.owners(num_units("embedding_channels", self.sizes), zero, axes)
         one_each = Layout((Segment(1, 1),))
         along = set(gates) | {axis for axis in axes if layout_of(owners[axis], len(owners[axis])) == one_each}
         along |= {axis for axis in axes if self.gradients.output_axis(axis[0]) in along}  # biases, as weights' rows
@@ -370,7 +373,7 @@ class _Bench:
 
         Where a layer's norms are its own members, a norm further inside (of the queries of all heads) is none of them.
         """
-        width = num_units("embedding_channels", self.config)
+        width = num_units("embedding_channels", self.sizes)
         gates: dict[AxisName, float] = {}
         inner: dict[AxisName, float] = {}
         for axis in stream_axes(self.model, self.axis_map, axes):
@@ -390,7 +393,7 @@ class _Bench:
 
     def groups(self, schemes: dict[str, Scheme]) -> PruningGroups:
         """Build the tiny model's groups."""
-        built = {n: build_groups(n, self.axis_map, self.config, scheme) for n, scheme in schemes.items()}
+        built = {n: build_groups(n, self.axis_map, scheme) for n, scheme in schemes.items()}
         return PruningGroups(built, {}, coupled_units(built, self.axis_map, schemes))
 
 
@@ -404,7 +407,7 @@ class _Trial:
     def __init__(self, bench: _Bench, schemes: dict[str, Scheme]) -> None:
         self.bench = bench
         groups = bench.groups(schemes)
-        self.kept, small_config = units_to_keep(groups, bench.model_class, bench.config)
+        self.kept, small_config = units_to_keep(groups, bench.model_class, bench.config, bench.sizes)
         zeroed = copy.deepcopy(bench.model)
         self.parameters = dict(zeroed.named_parameters())
         zero_units_(self.parameters, groups, self.kept)

@@ -84,7 +84,7 @@ def groups_of(
     for name in schemes:
         members = coupled if name in coupled else (name,)
         try:
-            check_covered({other: structures[other] for other in members}, axis_map, config)
+            check_covered({other: structures[other] for other in members}, axis_map)
         except UnsupportedStructureError as error:
             refused |= dict.fromkeys(members, str(error))
     needing = needing_others(axis_map, schemes)
@@ -113,6 +113,6 @@ def _build(
     if isinstance(scheme, ExpertScheme):
         return expert_groups(model_class, config)
     if isinstance(scheme, LayerScheme):
-        return layer_groups(axis_map, config, scheme)
+        return layer_groups(axis_map, scheme)
     assert isinstance(scheme, Scheme)
-    return build_groups(name, axis_map, config, scheme)
+    return build_groups(name, axis_map, scheme)

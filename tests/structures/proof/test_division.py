@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
+from hesso_hf.hf_models.sizes import ConfigSizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.experts import EXPERT_UNITS
 from hesso_hf.structures.groups import Scheme
@@ -27,7 +28,7 @@ from tests.support.families import HEADS, MLP, STREAM
     ],
 )
 def test_the_finest_division_comes_first_and_leaves_two_units(structure: str, config: LlamaConfig, bundles: list[int]):
-    found = divisions(structure, config)
+    found = divisions(structure, ConfigSizes.of(config))
     assert list(dict.fromkeys(division.bundle for division in found)) == bundles
     assert found[0] == Division()
 

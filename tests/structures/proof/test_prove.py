@@ -15,14 +15,14 @@ from transformers import PretrainedConfig
 from transformers.integrations import sdpa_attention
 
 from hesso_hf.budget.inspect import inspect_model
-from hesso_hf.hf_models import tiny_model as tiny
-from hesso_hf.hf_models.sizes import model_class_of
+from hesso_hf.hf_models.build import model_class_of
 from hesso_hf.hf_models.tiny_config import tiny_config
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.groups import AxisName, Scheme, StructureGroups
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof import residual_stream as streams
+from hesso_hf.structures.proof import tiny_case
 from hesso_hf.structures.proof.norms import VectorRole
 from hesso_hf.structures.proof.prove import Proof, StructureProof, _Bench, prove, proved_groups
 from hesso_hf.structures.shape_probe import ParameterInfo
@@ -182,14 +182,14 @@ def test_whether_a_norm_uses_w_or_one_plus_w_is_found_and_the_other_caught(
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma"])
 def test_a_changed_epsilon_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
-    original = tiny.buildable_config
+    original = tiny_case.buildable_config
 
-    def changed(model_class: Any, config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
-        small = original(model_class, config, sizes)
+    def changed(model_class: Any, config: PretrainedConfig, sizes: dict[str, int], known: Any) -> PretrainedConfig:
+        small = original(model_class, config, sizes, known)
         small.rms_norm_eps *= sizes["hidden_size"] / config.hidden_size if "hidden_size" in sizes else 1.0
         return small
 
-    monkeypatch.setattr(tiny, "buildable_config", changed)
+    monkeypatch.setattr(tiny_case, "buildable_config", changed)
     structures = found(ALL[name].config()).structures
     assert structures[STREAM].scheme is None
     assert structures[MLP].scheme is not None  # whose sizes leave the width, and so the epsilon here, alone
@@ -310,7 +310,7 @@ def test_units_that_stay_are_never_just_the_first_ones():
     """Else what depends on a unit's position (the slopes of ALiBi) would look exact."""
     structure = StructureGroups(HEADS, {}, 3, ("",), ())
     for seed in range(20):
-        kept = tiny._random_units(structure, 2, torch.Generator().manual_seed(seed))
+        kept = tiny_case._random_units(structure, 2, torch.Generator().manual_seed(seed))
         assert kept != (0, 1), seed
 
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from hesso_hf.hf_models.sizes import model_class_of
+from hesso_hf.hf_models.build import model_class_of
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.groups import Scheme, moving_axes
 from hesso_hf.structures.proof.norms import norms_after_writers
@@ -33,7 +33,7 @@ def bench(name: str) -> _Bench:
 
 def first_guess(name: str) -> Scheme:
     found = bench(name)
-    return next(found._stream_schemes(moving_axes(STREAM, found.axis_map, found.config)))
+    return next(found._stream_schemes(moving_axes(STREAM, found.axis_map)))
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_the_first_guess_is_right(name: str):
 def test_the_first_guess_is_right_where_more_than_writers_lie_along_the_stream(model_type: str):
     model_class, config = default_config(model_type)
     found = _Bench(model_class, tiny_config(model_class, config))
-    guess = next(found._stream_schemes(moving_axes(STREAM, found.axis_map, found.config)))
+    guess = next(found._stream_schemes(moving_axes(STREAM, found.axis_map)))
     assert found.error_of({STREAM: guess}) <= TOLERANCE
 
 
 def test_an_embedding_that_the_model_scales_by_its_width_deviates_in_two_places():
     """Gemma: sqrt(hidden_size) gives c already, so the final norm takes 1/c once although the matrix is tied."""
     found = bench("gemma2")
-    schemes = found._stream_schemes(moving_axes(STREAM, found.axis_map, found.config))
+    schemes = found._stream_schemes(moving_axes(STREAM, found.axis_map))
     usual = next(schemes).powers
     right = next(scheme for scheme in schemes if found.error_of({STREAM: scheme}) <= TOLERANCE).powers
     changed = {pattern: right[pattern] for pattern in usual if usual[pattern] != right[pattern]}
@@ -123,7 +123,7 @@ def test_what_writes_to_a_stream_is_centred_only_where_norms_subtract_its_mean(n
 
 def guesses(name: str, centred: bool) -> tuple[list[dict[str, int]], list[StreamAxis]]:
     found = bench(name)
-    axes = stream_axes(found.model, found.axis_map, moving_axes(STREAM, found.axis_map, found.config))
+    axes = stream_axes(found.model, found.axis_map, moving_axes(STREAM, found.axis_map))
     after = norms_after_writers(found.model, found.input_ids, writing_modules(axes))
     return list(stream_powers(axes, after, found.tied, centred)), axes
 
@@ -170,7 +170,7 @@ def test_a_norm_of_the_embedding_gives_the_stream_out():
     """Inkling: what the embedding's norm gives is c times what it gave, as the stream wants it; the last takes 1/c."""
     model_class, config = default_config("inkling_text")
     found = _Bench(model_class, covering_config(model_class, config))
-    first = next(found._stream_schemes(moving_axes(STREAM, found.axis_map, found.config)))
+    first = next(found._stream_schemes(moving_axes(STREAM, found.axis_map)))
     assert found.error_of({STREAM: first}) <= TOLERANCE
     powers = first.powers
     assert powers["model.embed_tokens.weight"] == 1

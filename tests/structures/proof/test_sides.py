@@ -21,7 +21,7 @@ Found = tuple[Sides, list[StreamAxis]]
 def found(model_type: str) -> Found:
     model_class, config = default_config(model_type)
     bench = _Bench(model_class, covering_config(model_class, config))
-    axes = moving_axes(STREAM, bench.axis_map, bench.config)
+    axes = moving_axes(STREAM, bench.axis_map)
     known, after = bench.stream(axes)
     return bench._sides(axes, after), known
 
@@ -31,7 +31,7 @@ def powers(model_type: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return the powers of the first guess and those that are right, by the name within a layer."""
     model_class, config = default_config(model_type)
     bench = _Bench(model_class, covering_config(model_class, config))
-    schemes = bench._stream_schemes(moving_axes(STREAM, bench.axis_map, bench.config))
+    schemes = bench._stream_schemes(moving_axes(STREAM, bench.axis_map))
     first = next(schemes)
     right = next(scheme for scheme in schemes if bench.error_of({STREAM: scheme}) <= TOLERANCE)
     return by_name(first.powers), by_name(right.powers)
