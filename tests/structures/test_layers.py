@@ -31,8 +31,9 @@ from hesso_hf.structures.groups import KeptUnits, PruningGroups
 from hesso_hf.structures.layers import LAYER_UNITS
 from hesso_hf.structures.proof import layers as depth_proof
 from hesso_hf.structures.proof.layers import writer_schemes
-from hesso_hf.structures.proof.prove import StructureProof, prove, proved_groups
+from hesso_hf.structures.proof.prove import prove, proved_groups
 from hesso_hf.structures.proof.residual_stream import stream_axes
+from hesso_hf.structures.proof.result import StructureProof
 from hesso_hf.structures.shape_probe import AxisMap
 from tests.support.families import (
     HEADS,

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -23,21 +23,11 @@ from ...hf_models.tiny_model import logits_of, relative_error
 from ..cut import load_cut, zero_units_
 from ..groups import KeptUnits, PruningGroups
 from ..layers import LAYER_UNITS, LayerScheme, full_names, layer_groups, stack_of
-from ..shape_probe import AxisMap
+from .bench import Bench
 from .residual_stream import StreamAxis
 
 _MAX_KINDS = 4  # so many kinds of layers are dropped as a whole, each
 _JOINT_LAYERS = 4  # so many are kept where other structures are cut as well: rounding grows with depth
-
-
-class Bench(Protocol):
-    """A tiny random model with all of the real one's layers."""
-
-    model_class: type[PreTrainedModel]
-    config: PretrainedConfig
-    model: PreTrainedModel
-    axis_map: AxisMap
-    input_ids: torch.Tensor
 
 
 class LayerTrial:

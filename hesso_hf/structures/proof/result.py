@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import NotApplicableError, UnsupportedStructureError
+from ..build import build_groups, check_covered, coupled_units, needing_others
 from ..experts import EXPERT_UNITS, ExpertScheme, expert_groups
-from ..groups import PruningGroups, Scheme, StructureGroups, build_groups, check_covered, coupled_units, needing_others
+from ..groups import PruningGroups, Scheme, StructureGroups
 from ..layers import LayerScheme, layer_groups
 from ..shape_probe import AxisMap, coupled_axes, probe_axes
 

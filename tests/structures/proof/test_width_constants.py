@@ -14,15 +14,15 @@ from hesso_hf.hf_models.tiny_config import default_config
 from hesso_hf.hf_models.tiny_model import logits_of, random_model, relative_error, token_ids
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof import width_constants as constants
-from hesso_hf.structures.proof.prove import _Bench
+from hesso_hf.structures.proof.bench import Bench
 from hesso_hf.structures.proof.tiny_case import covering_config
 from hesso_hf.structures.proof.width_constants import constants_by_width, powers_against
 
 
 @cache
-def bench(model_type: str) -> _Bench:
+def bench(model_type: str) -> Bench:
     model_class, config = default_config(model_type)
-    return _Bench(model_class, covering_config(model_class, config))
+    return Bench(model_class, covering_config(model_class, config))
 
 
 def found(model_type: str) -> dict[tuple[str, str], int]:

@@ -9,7 +9,7 @@ from hesso_hf.hf_models.sizes import ConfigSizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.experts import EXPERT_UNITS
 from hesso_hf.structures.groups import Scheme
-from hesso_hf.structures.proof.division import Division, divisions
+from hesso_hf.structures.proof.branches import Division, divisions
 from hesso_hf.structures.proof.prove import prove
 from hesso_hf.structures.proof.result import Proof, groups_of
 from tests.support.families import HEADS, MLP, STREAM
