@@ -71,8 +71,8 @@ class PruningPlan:
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
-            for name, reason in proved.refused.items():
-                logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
+            for name in proved.refused:
+                logger.warning(proved.why_whole(name))
         parameters = build_cost("parameters", groups, axis_map, checked.config)
         price: PriceFunction | None = None
         if config.budget_metric == "latency":

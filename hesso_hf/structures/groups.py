@@ -17,6 +17,7 @@ from ..errors import HessoError, UnsupportedStructureError
 from .layout import Layout
 
 COUPLED = ("attention_heads", "embedding_channels")  # where head_dim follows from both
+MOST_OF_A_REASON = 300  # characters of it in a message
 AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
 
@@ -123,6 +124,7 @@ class PruningGroups:
             channels are twice the width), with how many units of each go with one of the coarsest, the driver; empty
             where all are independent.
         picky: whether the model class refuses sizes that its config class accepts.
+        model_class: the name of the model's class, for messages.
     """
 
     structures: dict[str, StructureGroups]
@@ -130,6 +132,7 @@ class PruningGroups:
     coupled: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     picky: bool = False
+    model_class: str = ""
 
     def by_parameter(self) -> dict[str, list[tuple[str, int, Axis]]]:
         """Return, per parameter, (structure, layer index, axis) of each of its axes."""
@@ -147,14 +150,11 @@ class PruningGroups:
         """
         names = list(names)
         missing = [name for name in names if name not in self.structures]
-        if missing and explicit:
-            known = self.absent | self.refused
-            reasons = "; ".join(f"{name}: {known.get(name, 'unknown')}" for name in missing)
-            proved = list(self.structures)
-            raise UnsupportedStructureError(f"`structures` asks for what can't be pruned: {reasons}. Proved: {proved}")
         chosen = {name: groups for name, groups in self.structures.items() if name in names}
-        if not chosen:
-            raise UnsupportedStructureError(f"no structure of this model can be pruned: {self.refused}")
+        if (missing and explicit) or not chosen:
+            reasons = "; ".join(self.why_whole(name) for name in missing)
+            instead = f"can be pruned instead: {list(self.structures)}" if self.structures else "nothing else can be"
+            raise UnsupportedStructureError(f"`structures` ({names}): {reasons}; {instead}")
         apart = [name for name in self.coupled if name not in chosen]
         if apart and len(apart) < len(self.coupled):
             raise UnsupportedStructureError(
@@ -162,6 +162,16 @@ class PruningGroups:
                 "together (one's size follows from the others'); name all of them, or none"
             )
         return replace(self, structures=chosen, coupled={} if apart else self.coupled)
+
+    def why_whole(self, name: str) -> str:
+        """Say of a structure which class' it is and that nothing of it is pruned, and then, in short, why."""
+        reason = " ".join((self.absent | self.refused).get(name, "it wasn't tried").split())
+        if len(reason) > MOST_OF_A_REASON:
+            reason = f"{reason[:MOST_OF_A_REASON]}..."
+        units, owner = name.replace("_", " "), self.model_class or "this model"
+        if name in self.absent:
+            return f"{owner} has no {units} that could be pruned (reason: {reason})"
+        return f"{units} of {owner} stay whole, since taking some out wouldn't be exact (reason: {reason})"
 
     def with_coupled(self, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return kept units of independent structures with those that follow from them."""
