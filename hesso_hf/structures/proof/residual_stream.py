@@ -26,6 +26,29 @@ from .ownership import UNKNOWN, GradientProbe
 DEVIATIONS, MOST_CANDIDATES = 3, 600
 Side = Literal["in", "out", "either"]
 Place = list[dict[str, int]]  # alternatives: pattern to power, the likeliest first
+# The powers that a parameter on the stream may take, the likeliest first, by what it is.
+_POWERS: dict[str, tuple[int, ...]] = {
+    "norm of the stream": (-1, 0),
+    "norm of a block": (0, -1),  # what is yet to be added to the stream, or the stream is what norms give
+    "norm of an embedding": (0, -1),  # what it gives out is the stream
+    "offset": (1, 0),  # of a block that isn't a norm: it is written to the stream
+    "embedding": (1, 0),  # beside the first
+    "added vector": (1, 0, -1),
+    "vector": (0, 1, -1),
+    "reader": (0, -1),
+    "raw reader": (-1, 0),  # of a stream that no norm divides
+    "fused reader": (0, 1, -1),  # fused experts
+    "raw fused reader": (-1, 0, 1),
+    "fused writer": (1, 0, -1),
+    "writer": (1, 0),
+    "gate": (0, 1),  # beside a norm of the stream: on what the norm gives, as in hyper-connections
+}
+# Of the first embedding, the last norm and the output matrix.
+_ENDS = {
+    "tied": ((1, -2, 0), (0, -1, 0), (1, -1, 0), (0, -2, 0), (0, 0, 0), (1, 0, 0), (1, -3, 0)),
+    "untied": ((1, -1, 0), (0, -1, 0), (1, -2, 0), (1, 0, 0), (0, 0, 0)),
+    "without a norm": ((1, 0, -1), (1, 0, 0), (0, 0, -1), (0, 0, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -126,11 +149,7 @@ def _ends(axes: list[StreamAxis], tied: bool) -> Place:
     first = [a.pattern for a in axes if a.info.role == "embedding"][:1]
     finals = [a.pattern for a in axes if a.vector.kind == "scale" and not a.info.layer and not _of_embedding(a, axes)]
     outputs = [a.pattern for a in axes if a.info.role == "output"]
-    options = [(1, -2, 0), (0, -1, 0), (1, -1, 0), (0, -2, 0), (0, 0, 0), (1, 0, 0), (1, -3, 0)]
-    if not tied:
-        options = [(1, -1, 0), (0, -1, 0), (1, -2, 0), (1, 0, 0), (0, 0, 0)]
-    if not finals and outputs:
-        options = [(1, 0, -1), (1, 0, 0), (0, 0, -1), (0, 0, 0)]
+    options = _ENDS["without a norm" if outputs and not finals else "tied" if tied else "untied"]
     return [
         dict.fromkeys(first, embedding) | dict.fromkeys(finals, final) | dict.fromkeys(outputs, output)
         for embedding, final, output in options
@@ -139,54 +158,46 @@ def _ends(axes: list[StreamAxis], tied: bool) -> Place:
 
 def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
     """List what else may take one power or another; alike in all kinds of layers where the guess is the same."""
-    scales = [a for a in axes if a.vector.kind == "scale" and a.info.layer]
-    normed_modules = {a.info.module for a in axes if a.vector.kind == "scale"}
-    normed = {a.info.kind for a in scales if a.info.module not in after}
-    embeddings = [a.pattern for a in axes if a.info.role == "embedding"]
-    mixers = {a.holder for a in axes if a.vector.kind == "scale"} - {a.info.layer for a in axes}
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-
-    def place(name: str, options: tuple[int, ...], pattern: str) -> None:
-        found.setdefault((name, options), []).append(pattern)
-
     for axis in axes:
-        tail = tail_of(axis)
-        if axis.vector.kind == "scale":
-            usual = 0 if raw or axis.info.module in after else -1
-            if axis.info.layer:
-                place(tail, (usual, -1 - usual), axis.pattern)
-            elif _of_embedding(axis, axes):  # what it gives out is the stream
-                place(tail, (0, -1), axis.pattern)
-        elif (axis.vector.kind == "offset" and axis.info.module in normed_modules) or axis.info.role == "output":
-            continue
-        elif axis.vector.kind == "offset":  # of a block that isn't a norm: it is written to the stream
-            place(f"{tail} {axis.pattern}", (1, 0), axis.pattern)
-        elif axis.info.role == "embedding":
-            if axis.pattern != embeddings[0]:
-                place(tail, (1, 0), axis.pattern)
-        elif axis.info.role in ("norm", "other"):
-            added = axis.pattern.endswith("bias")
-            place(f"{tail} {axis.pattern}", (1, 0, -1) if added else (0, 1, -1), axis.pattern)
-        elif axis.side == "in":
-            usual = -1 if raw or axis.info.kind not in normed else 0
-            place(axis.reader_group, (usual, -1 - usual), axis.pattern)
-        elif axis.side == "either":
-            options = _either(axis)
-            name = axis.pattern.removeprefix(f"{axis.info.kind}.")
-            place(name, (-1, 0, 1) if raw and options[0] == 0 else options, axis.pattern)
-        else:  # beside a norm of the stream it may be a gate on what the norm gives, as in hyper-connections
-            place(f"{tail} writes", (0, 1) if axis.holder in mixers else (1, 0), axis.pattern)
+        part, name = _part(axis, axes, after, raw)
+        if part:
+            found.setdefault((name, _POWERS[part]), []).append(axis.pattern)
     return [[dict.fromkeys(patterns, power) for power in options] for (_, options), patterns in found.items()]
+
+
+def _part(axis: StreamAxis, axes: list[StreamAxis], after: set[str], raw: bool) -> tuple[str, str]:
+    """Return what an axis' parameter is, a key of the table or "", and the name that it shares with those alike."""
+    tail, role, vector = tail_of(axis), axis.info.role, axis.vector.kind
+    scales = [other for other in axes if other.vector.kind == "scale"]
+    if vector == "scale" and not axis.info.layer:
+        return "norm of an embedding" if _of_embedding(axis, axes) else "", tail
+    if vector == "scale":
+        return "norm of a block" if raw or axis.info.module in after else "norm of the stream", tail
+    if vector == "offset":
+        return "" if axis.info.module in {scale.info.module for scale in scales} else "offset", f"{tail} {axis.pattern}"
+    if role in ("embedding", "output"):
+        first = next((other.pattern for other in axes if other.info.role == "embedding"), "")
+        return "" if role == "output" or axis.pattern == first else "embedding", tail
+    if role in ("norm", "other"):
+        return "added vector" if axis.pattern.endswith("bias") else "vector", f"{tail} {axis.pattern}"
+    if axis.side == "in":
+        normed = {scale.info.kind for scale in scales if scale.info.layer and scale.info.module not in after}
+        return "raw reader" if raw or axis.info.kind not in normed else "reader", axis.reader_group
+    if axis.side == "either":  # a matrix without a module of its own: mostly, the last dimension is the input's
+        reads = axis.dim == len(axis.info.shape) - 1
+        return ("raw fused reader" if raw else "fused reader") if reads else "fused writer", _within(axis)
+    mixers = {scale.holder for scale in scales} - {other.info.layer for other in axes}
+    return "gate" if axis.holder in mixers else "writer", f"{tail} writes"
+
+
+def _within(axis: StreamAxis) -> str:
+    return axis.pattern.removeprefix(f"{axis.info.kind}.")
 
 
 def _of_embedding(axis: StreamAxis, axes: list[StreamAxis]) -> bool:
     """Tell a norm that is part of the embedding from the last one."""
     return any(axis.info.module.startswith(f"{other.info.module}.") for other in axes if other.info.role == "embedding")
-
-
-def _either(axis: StreamAxis) -> tuple[int, ...]:
-    """A matrix without a module of its own (fused experts): mostly, the last dimension is the input's."""
-    return (0, 1, -1) if axis.dim == len(axis.info.shape) - 1 else (1, 0, -1)
 
 
 def _deviating(places: list[Place], more: Callable[[], list[Place]] = list) -> Iterator[dict[str, int]]:
