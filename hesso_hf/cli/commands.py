@@ -15,8 +15,8 @@ from ..errors import HessoError, StoppedError
 from ..export.checkpoint_state import last_common_checkpoint
 from ..export.plots import draw_cric
 from ..export.report import REPORT_NAME
+from ..hf_models.build import load_config
 from ..hf_models.loading import load_model, load_tokenizer
-from ..hf_models.sizes import load_config
 from ..trainer.trainer import HessoTrainer
 from .data import held_out_split, text_blocks
 from .evaluate import held_out_loss, perplexity

@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..config import OPT_IN, structures_around
 from ..distributed.parts import stock_class
 from ..errors import HessoError
-from ..hf_models.sizes import get_size, load_config, model_class_of
+from ..hf_models.build import load_config, model_class_of
+from ..hf_models.sizes import get_size
 from ..structures.cut import cut_model, zero_units_
 from ..structures.experts import EXPERT_UNITS, num_experts
 from ..structures.groups import KeptUnits, PruningGroups
@@ -205,14 +206,16 @@ def make_report(
     vocabulary: KeptTokens | None,
 ) -> PruningReport:
     """Say what was removed from a model, and how exactly."""
-    names = [size for name in kept.kept for size in groups.structures[name].increments]
+    before: dict[str, int] = {}
+    for name in kept.kept:
+        before |= groups.structures[name].config_sizes(groups.structures[name].num_units)
     return PruningReport(
         model_class=stock_class(model).__name__,
         base_model=model.config.name_or_path or "",
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(small),
-        sizes_before={name: get_size(model.config, name) or 0 for name in names},
-        sizes_after={name: _size_after(small.config, name) for name in names},
+        sizes_before=before,
+        sizes_after={name: _size_after(small.config, name) for name in before},
         stock=not hasattr(small.config, "layer_sizes"),
         kept_units=without_dropped_layers(groups, kept),
         verification=verification,

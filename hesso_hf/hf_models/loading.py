@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.initialization import no_init_weights
 
 from ..errors import HessoError
-from .sizes import load_config, model_class_of
+from .build import load_config, model_class_of
 
 
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

@@ -14,10 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from .shrink import getattr_or_none
-from .sizes import (
-    VOCAB,
-    get_size,
-)
+from .sizes import VOCAB, get_size
 
 SEED = 20240915
 

@@ -13,8 +13,10 @@ from transformers.utils import logging
 
 from ..distributed.parts import Part, plain_name, stock_class
 from ..errors import UnsupportedStructureError
-from ..hf_models.sizes import head_dim_of, resized_config
-from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
+from ..hf_models.resize import resized_config
+from ..hf_models.sizes import head_dim_of
+from .apply import centre_, mask_
+from .groups import Axis, KeptUnits, PruningGroups
 from .layers import full_names, is_dropped, kept_layers, without_dropped_layers
 from .uneven_layers import annotate_config, layer_list, layer_sizes, rebuild_layers, with_own_names
 

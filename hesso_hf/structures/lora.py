@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..distributed.parts import named_parameters, stock_class
 from ..errors import HessoError, UnsupportedStructureError
-from ..hf_models.sizes import build_meta
+from ..hf_models.build import build_meta
 from .groups import Axis, PruningGroups, StructureGroups
 
 ADAPTER_CONFIG = "adapter_config.json"

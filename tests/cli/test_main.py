@@ -29,7 +29,7 @@ from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli.main import main
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import HessoError, StoppedError
-from hesso_hf.structures.proof.prove import random_model
+from hesso_hf.hf_models.tiny_model import random_model
 from tests.support import ROOT
 from tests.support.tiny import tiny_llama
 

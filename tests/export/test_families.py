@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf.export.export import export_pruned
 from hesso_hf.export.report import PruningReport
-from hesso_hf.hf_models.sizes import build_meta, model_class_of
+from hesso_hf.hf_models.build import build_meta, model_class_of
 from hesso_hf.structures.groups import PruningGroups
 from hesso_hf.structures.proof.prove import proved_groups
 from tests.support import families

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hesso_hf.errors import HessoError
-from hesso_hf.hf_models.sizes import HIDDEN, resized_config
+from hesso_hf.hf_models.resize import resized_config
+from hesso_hf.hf_models.sizes import HIDDEN
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.shape_probe import probe_axes
 

@@ -29,7 +29,8 @@ from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
 from hesso_hf.export import publish
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
-from hesso_hf.structures.groups import KeptUnits, mask_
+from hesso_hf.structures.apply import mask_
+from hesso_hf.structures.groups import KeptUnits
 from tests.support import ROOT
 from tests.support.moe import moe_model
 from tests.support.tiny import VOCAB, tiny_gemma2, tiny_llama, tiny_phi

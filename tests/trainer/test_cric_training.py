@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.structures.proof.prove import logits_of, relative_error
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from tests.support import ROOT
 from tests.support.checks import assert_same, check_equal, propagated
 from tests.support.tiny import tiny_llama

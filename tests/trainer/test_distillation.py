@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTr
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.structures.proof.prove import random_model
+from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.trainer import teacher as teachers
 from hesso_hf.trainer.distillation import divergence
 from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher

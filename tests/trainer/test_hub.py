@@ -28,7 +28,7 @@ run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
 from transformers import AutoModelForCausalLM
 small = AutoModelForCausalLM.from_pretrained("user/small")
 ids = torch.randint(3, 60, (2, 9))
-from hesso_hf.structures.proof.prove import logits_of, relative_error
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 error = relative_error(logits_of(small, ids), logits_of(run.model.eval(), ids))
 print("RESULT", small.config.intermediate_size, small.config.hidden_size, error)
 """

@@ -34,9 +34,9 @@ from hesso_hf.errors import (
     VerificationError,
 )
 from hesso_hf.export.publish import staged_folder
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning import calibration
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
-from hesso_hf.structures.proof.prove import logits_of, relative_error
 from tests.support.tiny import QUERIES, tiny_llama
 from tests.support.training import arguments, blocks, hesso_config, logged, said_by_the_dense_model, trainer
 

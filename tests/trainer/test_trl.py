@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hesso_hf import HessoConfig, HessoMixin
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import HessoError
-from hesso_hf.structures.proof.prove import logits_of
+from hesso_hf.hf_models.tiny_model import logits_of
 from hesso_hf.trainer.distillation import fingerprint
 from tests.support import ROOT, fsdp_cpu
 from tests.support.tiny import tiny_llama

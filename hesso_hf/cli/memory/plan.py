@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ...hf_models.sizes import load_config
+from ...hf_models.build import load_config
 from .engines import ENGINES, accelerate_config
 from .estimate import COMPONENTS, GB, HEADROOM, Cluster, Estimate, Workload, estimates, recommended
 from .model_sizes import ModelSizes, model_sizes

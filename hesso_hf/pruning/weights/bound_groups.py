@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from ...distributed.parts import Part, add_over_ranks, full_shape, local
 from ...errors import CheckpointMismatchError, UnsupportedStructureError
+from ...structures.apply import centre_, mask_, shrink_
 from ...structures.experts import EXPERT_UNITS
-from ...structures.groups import Axis, PruningGroups, centre_, mask_, shrink_
+from ...structures.groups import Axis, PruningGroups
 from ...structures.lora import NO_ADAPTERS, Adapters
 from ...structures.router_gates import RouterGates
 from ..saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums

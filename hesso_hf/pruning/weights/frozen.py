@@ -15,7 +15,8 @@ from torch import nn
 
 from ...distributed.collectives import world_size
 from ...errors import CheckpointMismatchError
-from ...structures.groups import Axis, mask_
+from ...structures.apply import mask_
+from ...structures.groups import Axis
 
 Axes = Mapping[str, list[tuple[str, int, Axis]]]
 PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)

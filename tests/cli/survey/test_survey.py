@@ -23,7 +23,8 @@ from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.groups import PruningGroups
-from hesso_hf.structures.proof.prove import TOLERANCE, proved_groups
+from hesso_hf.structures.proof.prove import proved_groups
+from hesso_hf.structures.proof.result import TOLERANCE
 from tests.support import ROOT
 
 RECORDED = json.loads((ROOT / "docs" / "architectures.json").read_text(encoding="utf-8"))

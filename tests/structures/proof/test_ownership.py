@@ -13,7 +13,8 @@ from hesso_hf.errors import UnsupportedStructureError
 from hesso_hf.structures.groups import AxisName, Branch
 from hesso_hf.structures.layout import Layout, Segment, block_layout
 from hesso_hf.structures.proof import ownership as discovery
-from hesso_hf.structures.proof.ownership import NOBODY, GradientProbe, discover_branches
+from hesso_hf.structures.proof.branches import discover_branches
+from hesso_hf.structures.proof.ownership import NOBODY, GradientProbe
 from hesso_hf.structures.shape_probe import AxisMap, describe_parameters
 
 WIDTH, DIM, VOCAB = 14, 4, 19
