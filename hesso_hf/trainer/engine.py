@@ -15,11 +15,14 @@ from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import barrier, from_main, world_size
 from ..distributed.parts import named_parameters
+from ..engines.checkpoint import load_random_states, save_random_states
 from ..engines.deepspeed.export import export_zero
-from ..engines.deepspeed.steps import ZeroSteps, check_zero_state, load_zero_state, refuse_zero, save_zero_state
+from ..engines.deepspeed.state import check_zero_state, load_zero_state, save_zero_state
+from ..engines.deepspeed.steps import ZeroSteps
+from ..engines.deepspeed.support import refuse_zero
 from ..engines.deepspeed.universal import check_trained, reading_what_is_there, reads_universal
 from ..engines.fsdp.export import Writers, export_sharded, write_dense
-from ..engines.fsdp.state import load_pruning_state, load_random_states, save_pruning_state, save_random_states
+from ..engines.fsdp.state import load_pruning_state, save_pruning_state
 from ..errors import HessoError
 from ..export.report import PruningReport
 from ..pruning.calibration import LossCurves

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import barrier, on_all
-from ..engines.fsdp.state import begin_checkpoint
+from ..engines.checkpoint import begin_checkpoint
 from ..errors import HessoError, TrainingDivergedError
 from ..export.checkpoint_state import (
     check_config,

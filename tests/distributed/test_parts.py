@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hesso_hf.engines.fsdp.state import FOLDER
+from hesso_hf.engines.checkpoint import FOLDER
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.trainer import engine as engines
 from hesso_hf.trainer.engine import EngineMixin
