@@ -26,6 +26,7 @@ from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.pruning.weights.holdings import Holdings
 from hesso_hf.structures.groups import KeptUnits
+from hesso_hf.trainer.distillation import Distillation
 from tests.support.tiny import VOCAB, backward, process_for, tiny_llama, token_batches
 from tests.support.training import hesso_config, trainer
 
@@ -518,7 +519,7 @@ def test_a_model_that_was_divided_while_it_was_loaded_is_no_teacher_of_itself(tm
     run = trainer(tmp_path, config=hesso_config(distillation_alpha=0.5))
     next(run.model.parameters()).ds_tensor = torch.zeros(3)
     with pytest.raises(HessoError, match=r"`distillation_alpha` \(0.5\): .* name it in `distill_from`"):
-        run._prepare_distillation(run.model, None)
+        Distillation(run, run.hesso_config, run.hesso_engine, run.model, None)
 
 
 def test_a_checkpoint_of_zero_needs_deepspeed_or_weights_beside_it(
