@@ -171,7 +171,7 @@ def _prune(flags: list[str]) -> int:
         recipe_parser().print_help()
         return 0
     from ..distributed.collectives import is_main_process, leave
-    from ..trainer.preemption import EXIT_CODE
+    from ..trainer.callbacks import EXIT_CODE
     from .commands import prune
 
     recipe = flags[0] if flags and not flags[0].startswith("-") else None

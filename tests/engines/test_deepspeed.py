@@ -15,17 +15,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig, HessoError, export_pruned
-from hesso_hf.engines.deepspeed import ranges as zero_ranges
-from hesso_hf.engines.deepspeed.holdings import Master12, Place
-from hesso_hf.engines.deepspeed.ranges import load_ranges, save_ranges
-from hesso_hf.engines.deepspeed.steps import check_zero_state, refuse_zero, save_zero_state
+from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
+from hesso_hf.engines.deepspeed import state as zero_state
+from hesso_hf.engines.deepspeed.ranges import Master12, Place
+from hesso_hf.engines.deepspeed.state import check_zero_state, load_ranges, save_ranges, save_zero_state
+from hesso_hf.engines.deepspeed.support import refuse_zero
 from hesso_hf.engines.deepspeed.universal import check_trained
-from hesso_hf.engines.fsdp.state import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.pruning.weights.holdings import Holdings
 from hesso_hf.structures.groups import KeptUnits
+from hesso_hf.trainer.distillation import Distillation
 from tests.support.tiny import VOCAB, backward, process_for, tiny_llama, token_batches
 from tests.support.training import hesso_config, trainer
 
@@ -437,7 +438,7 @@ def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
         snapshot = {"weights": [flat[rank]], "state": state, "options": [{"step": 3}], "random": {"of": rank}}
         save_ranges(tmp_path, {"trial": snapshot}, holdings_of(places[rank], 6))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(zero_ranges, "world_size", lambda: 3)
+    monkeypatch.setattr(zero_state, "world_size", lambda: 3)
     found = load_ranges(tmp_path, 2, holdings_of({"b": (0, 0, 1, 4), "a": (0, 4, 3, 4)}, 9))["trial"]
     expected = torch.tensor([11.0, 12.0, 13.0, 14.0, 4.0, 5.0, 6.0, 7.0, 0.0])  # what isn't held stays zero
     assert torch.equal(found["weights"][0], expected)
@@ -518,7 +519,7 @@ def test_a_model_that_was_divided_while_it_was_loaded_is_no_teacher_of_itself(tm
     run = trainer(tmp_path, config=hesso_config(distillation_alpha=0.5))
     next(run.model.parameters()).ds_tensor = torch.zeros(3)
     with pytest.raises(HessoError, match=r"`distillation_alpha` \(0.5\): .* name it in `distill_from`"):
-        run._prepare_distillation(run.model, None)
+        Distillation(run, run.hesso_config, run.hesso_engine, run.model, None)
 
 
 def test_a_checkpoint_of_zero_needs_deepspeed_or_weights_beside_it(

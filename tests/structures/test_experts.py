@@ -439,11 +439,11 @@ def test_the_calibration_measures_with_the_gates_on(tmp_path: Path):
     """All structures' curves: zeroed experts that are still routed to would cost something else."""
     config = expert_config("mixtral", target_sizes=None, pruning_ratio=0.3)
     run = trainer(tmp_path, moe_model("mixtral"), config)
-    curves = run._measure_curves()
+    curves = run.hesso_run.curves()
     assert curves.removed[EXPERT_UNITS][0] == 1 / 6
     assert not is_gated(run.model)
     with patch("hesso_hf.pruning.calibration.routed_by", lambda *_: contextlib.nullcontext()):
-        ungated = run._measure_curves()
+        ungated = run.hesso_run.curves()
     assert ungated.rises[EXPERT_UNITS] != curves.rises[EXPERT_UNITS]
     assert ungated.rises["mlp_channels"] == curves.rises["mlp_channels"]
 

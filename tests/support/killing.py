@@ -20,7 +20,7 @@ EVENT, RANK, MARK = "KILL_AT_EVENT", "KILL_RANK", "KILL_MARK"
 # what a run can be about to do when it is killed: where it is found, and its name there
 EVENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "step": (("hesso_hf.trainer.trainer:HessoTrainer", "training_step"),),
-    "pruning state": (("hesso_hf.trainer.engine", "save_pruning_state"),),
+    "pruning state": (("hesso_hf.engines.fsdp.engine", "save_pruning_state"),),
     "parts": (("hesso_hf.engines.fsdp.state", "save_file"),),
     "distributed files": (("torch.distributed.checkpoint", "save"),),
     "torch file": (("torch", "save"),),

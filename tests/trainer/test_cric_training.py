@@ -369,19 +369,21 @@ def test_scores_are_of_the_gradient_before_clipping(tmp_path: Path) -> None:
 def test_the_probe_leaves_weights_gradients_and_random_state_as_they_were(tmp_path: Path, warmup: int) -> None:
     checked = []
 
-    class Checked(HessoTrainer):
-        def _probe(self) -> None:
-            before = [p.detach().clone() for p in self.model.parameters()]
-            states = (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)[1].tolist())
-            super()._probe()
-            assert torch.equal(states[0], torch.get_rng_state())
-            assert random.getstate() == states[1]
-            assert np.random.get_state(legacy=True)[1].tolist() == states[2]
-            assert_same([p.detach() for p in self.model.parameters()], before)
-            assert all(p.grad is None for p in self.model.parameters())
-            checked.append(self._process.step)
+    run = cric_run(tmp_path, "probe", {"warmup_steps": warmup})
+    plain = run.hesso_run.probe
 
-    run = cric_run(tmp_path, "probe", {"warmup_steps": warmup}, trainer_class=Checked)
+    def probe() -> None:
+        before = [p.detach().clone() for p in run.model.parameters()]
+        states = (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)[1].tolist())
+        plain()
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert random.getstate() == states[1]
+        assert np.random.get_state(legacy=True)[1].tolist() == states[2]
+        assert_same([p.detach() for p in run.model.parameters()], before)
+        assert all(p.grad is None for p in run.model.parameters())
+        checked.append(run._process.step)
+
+    run.hesso_run.probe = probe  # type: ignore[method-assign]
     run.train()
     assert checked == [warmup]
     check_budget(run)
@@ -394,14 +396,14 @@ def test_a_probe_leaves_the_random_state_of_pythons_and_numpys_collators(tmp_pat
 
     run = cric_run(tmp_path, "probe", options={"data_collator": noisy})
     states: dict[str, Any] = {}
-    plain = run._probe
+    plain = run.hesso_run.probe
 
     def probe() -> None:
         states["before"] = (random.getstate(), np.random.get_state(legacy=True)[1].tolist())
         plain()
         states["after"] = (random.getstate(), np.random.get_state(legacy=True)[1].tolist())
 
-    run._probe = probe  # type: ignore[method-assign]
+    run.hesso_run.probe = probe  # type: ignore[method-assign]
     run.train()
     assert states["before"] == states["after"]
 

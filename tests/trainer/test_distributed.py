@@ -159,6 +159,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from hesso_hf.trainer.saving import resolve_checkpoint
 from tests.support.training import trainer
 folder = Path(sys.argv[1]) / os.environ["RANK"]
 options = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
@@ -167,7 +168,7 @@ run.train()
 if os.environ["RANK"] == "1":
     (folder / "checkpoint-8" / "trainer_state.json").unlink()  # killed while it wrote
 run = trainer(folder, save_on_each_node=True, **options)
-(folder / "resumes").write_text(run._resolve_checkpoint(True))
+(folder / "resumes").write_text(resolve_checkpoint(True, run.args.output_dir))
 """
 
 

@@ -61,7 +61,7 @@ def test_resuming_does_not_measure_again(
     undisturbed: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hesso_hf.trainer.trainer.measure_curves", lambda *_, **__: pytest.fail("calibrated on a resumed run")
+        "hesso_hf.trainer.measure.measure_curves", lambda *_, **__: pytest.fail("calibrated on a resumed run")
     )
     run = with_checkpoints(tmp_path)
     run.train(resume_from_checkpoint=str(Path(undisturbed.args.output_dir) / "checkpoint-6"))
@@ -202,7 +202,7 @@ def test_a_half_written_checkpoint_is_passed_over(undisturbed: HessoTrainer, tmp
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
     run = with_checkpoints(tmp_path)
     run.train(resume_from_checkpoint=True)
-    assert run._resume_from == str(tmp_path / "checkpoint-5")
+    assert run.hesso_run.resume_from == tmp_path / "checkpoint-5"
     check_equal(run, undisturbed)
     with pytest.raises(HessoError, match="no whole checkpoint"):
         with_checkpoints(tmp_path / "empty").train(resume_from_checkpoint=True)
