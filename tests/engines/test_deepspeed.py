@@ -204,10 +204,41 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     assert len(found["norms"]) == len(found["losses"])
 
 
+BASIC = ("plain-2", "plain-3")  # what the default tests run of all this
+
+
+@pytest.fixture(scope="module")
+def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ZeRO-2 and ZeRO-3 in two processes, whole and from a checkpoint of the second period, and one process."""
+    folder = tmp_path_factory.mktemp("basic")
+    run_jobs(folder / "one", [("job", {"folder": str(folder / "plain"), "processes": 1})], 1)
+    found = [("job", jobs(folder)[name] | {"folder": str(folder / name)}) for name in BASIC]
+    for name in BASIC:
+        source = str(folder / name / "out" / "checkpoint-6")
+        again = {"folder": str(folder / f"{name}-again"), "resume": source, "save": False, "save_strategy": "no"}
+        found.append(("job", jobs(folder)[name] | again))
+    run_jobs(folder / "two", found, 2)
+    return folder
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", BASIC)
+def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Path, tmp_path: Path) -> None:
+    assert_equal_one(name, basic)
+    for rank in range(2):
+        assert_same(result(basic / f"{name}-again", rank), result(basic / name, rank), 0.0)
+    assert_small_model_is_the_one_of_one_process(name, basic)
+    assert_checkpoint_is_exported_alike(name, basic, tmp_path)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_under_zero_equal_one(name: str, runs: Path) -> None:
+    assert_equal_one(name, runs)
+
+
+def assert_equal_one(name: str, runs: Path) -> None:
     expected = result(runs / name.partition("-")[0])
     for rank in range(2):
         found = result(runs / name, rank)
@@ -238,6 +269,10 @@ def test_two_processes_under_zero_equal_one(name: str, runs: Path) -> None:
     ],
 )
 def test_the_small_model_is_the_one_of_one_process(name: str, runs: Path) -> None:
+    assert_small_model_is_the_one_of_one_process(name, runs)
+
+
+def assert_small_model_is_the_one_of_one_process(name: str, runs: Path) -> None:
     small = AutoModelForCausalLM.from_pretrained(runs / name / "small")
     expected = AutoModelForCausalLM.from_pretrained(runs / name.partition("-")[0] / "small")
     ids = torch.arange(3, 33).view(2, 15)
@@ -307,6 +342,10 @@ def test_the_best_model_is_chosen_among_pruned_ones(name: str, runs: Path) -> No
     ],
 )
 def test_a_checkpoint_is_exported_on_one_process_as_the_run_itself_does(name: str, runs: Path, tmp_path: Path) -> None:
+    assert_checkpoint_is_exported_alike(name, runs, tmp_path)
+
+
+def assert_checkpoint_is_exported_alike(name: str, runs: Path, tmp_path: Path) -> None:
     source = result(runs / name)["best"] or max((runs / name / "out").glob("checkpoint-*"), key=_step)
     with pytest.raises(HessoError, match="--trust-pickles"):
         export_pruned(source, tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -44,21 +43,6 @@ from tests.support.families import logits, relative_difference, zero_pruned_
 from tests.support.moe import FAMILIES, KEPT, moe_model, moe_tokens
 from tests.support.tiny import tiny_llama
 from tests.support.training import hesso_config, logged, trainer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def proofs_by_config() -> Iterator[None]:
-    """Prove each config once: what is tried here comes after the proof."""
-    found: dict[Any, Any] = {}
-
-    def cached(model_class: Any, config: Any, names: tuple[str, ...]) -> Any:
-        key = (model_class, config.to_json_string(), names)
-        if key not in found:
-            found[key] = proved_groups(model_class, config, names)
-        return found[key]
-
-    with patch("hesso_hf.pruning.plan.proved_groups", cached):
-        yield
 
 
 def random_kept(structure: StructureGroups, count: int, seed: int = 1) -> KeptUnits:
