@@ -69,7 +69,7 @@ def prove(
 
 def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
     try:
-        bench = _Bench(model_class, covering_config(model_class, config))
+        bench = Bench(model_class, covering_config(model_class, config))
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
         return Proof({name: StructureProof(name, None, None, reason) for name in names})
@@ -82,7 +82,7 @@ def _prove_layers(
     model_class: type[PreTrainedModel], config: PretrainedConfig, others: Proof
 ) -> dict[str, StructureProof]:
     """Prove that whole layers can be dropped, alone and together with the other proved structures."""
-    bench = _Bench(model_class, tiny_config(model_class, config, all_layers=True))
+    bench = Bench(model_class, tiny_config(model_class, config, all_layers=True))
     if not others.coupled:
         bench.axis_map = replace(bench.axis_map, coupling=None)
     trial = LayerTrial(bench, TOLERANCE)  # refuses first what needs no model
@@ -111,7 +111,7 @@ def proved_groups(
     return groups, proof, axis_map
 
 
-class _Bench:
+class Bench:
     """A tiny random model on which schemes are tried."""
 
     def __init__(self, model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
@@ -401,7 +401,7 @@ def _rest(fixed: int) -> tuple[Segment, ...]:
 class _Trial:
     """One set of units of the tiny model, zeroed under fixed layouts, and the model that is cut to the others."""
 
-    def __init__(self, bench: _Bench, schemes: dict[str, Scheme]) -> None:
+    def __init__(self, bench: Bench, schemes: dict[str, Scheme]) -> None:
         self.bench = bench
         groups = bench.groups(schemes)
         self.kept, small_config = units_to_keep(groups, bench.model_class, bench.config)
