@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "budget_metric": ("parameters", "flops", "memory", "latency"),
     "layer_widths": ("uniform", "per_layer"),
+    "stream_basis": ("given", "principal", "auto"),
     "export_dtype": (None, "float32", "bfloat16", "float16"),
     "lora_export": ("merged", "adapter"),
     "cric_mode": ("path", "probe"),
@@ -23,7 +24,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _SWITCHES = ("cric", "prune_vocabulary")
 _NUMBERS = (
     "pruning_ratio", "warmup_steps", "pruning_steps", "cric_tolerance", "collapse_threshold", "distillation_alpha",
-    "distillation_temperature",
+    "distillation_temperature", "stream_basis_tolerance",
 )  # fmt: skip
 _LEAST = {
     "pruning_periods": 1, "round_to": 1, "cric_sampling_steps": 2, "cric_max_cycles": 1, "saliency_batches": 1,

@@ -52,6 +52,17 @@ class HessoConfig:
         default=None,
         metadata={"help": "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."},
     )
+    stream_basis: str = field(
+        default="given",
+        metadata={
+            "help": "given: channels of the stream as the checkpoint has them; principal: the model is first turned, "
+            "its function unchanged, into the principal axes of its hidden states; auto: the one that costs less."
+        },
+    )
+    stream_basis_tolerance: float = field(
+        default=0.05,
+        metadata={"help": "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."},
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Ordinary steps before the first scoring (steps)."})
     pruning_steps: float = field(default=0.15, metadata={"help": "Length of all pruning periods together (steps)."})
     pruning_periods: int | None = field(

@@ -25,6 +25,10 @@ from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from .checkpoint import load_random_states, save_random_states
 
+NOT_TURNED = (
+    "`stream_basis` ('principal') needs the whole model on every process, which FSDP and DeepSpeed don't have; use "
+    "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
+)
 NO_ADAPTERS = "LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first"
 
 
@@ -89,6 +93,7 @@ class Engine(ABC, Generic[_Steps]):
     """
 
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
+    turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
         self.args, self.accelerator, self.config = args, accelerator, config

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING
 from .. import hand_on
 
 if TYPE_CHECKING:
+    from .basis import turn_stream
     from .optimizer import HessoOptimizer
     from .plan import PruningPlan, wrap_optimizer
     from .process import PruningProcess
     from .schedule import Schedule
 
-__all__ = ["HessoOptimizer", "PruningPlan", "PruningProcess", "Schedule", "wrap_optimizer"]
+__all__ = ["HessoOptimizer", "PruningPlan", "PruningProcess", "Schedule", "turn_stream", "wrap_optimizer"]
 __getattr__ = hand_on(
     __name__,
     {
+        "turn_stream": "basis",
         "HessoOptimizer": "optimizer",
         "PruningPlan": "plan",
         "PruningProcess": "process",

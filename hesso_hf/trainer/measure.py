@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -80,6 +81,17 @@ class Measurer:
         else:
             examples = list(itertools.islice(iter(dataset), count))
         return [trainer._prepare_inputs(collate([example])) for example in examples]
+
+    def tokens(self, count: int) -> list[Any]:
+        """Take single examples with about so many tokens that the model reads, or all that there are."""
+        few = self.examples(16)
+        length = sum(int(example["input_ids"].numel()) for example in few) / max(1, len(few))
+        return self.examples(max(16, math.ceil(count / max(1.0, length))))
+
+    def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
+        """Return the trainer's loss of a batch, which nothing counts."""
+        with self._uncounted(), attention_in_fp32(model):
+            return self._loss(model, batch)
 
     def _loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         trainer = self._trainer

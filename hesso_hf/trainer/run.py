@@ -17,6 +17,7 @@ from ..distributed.collectives import from_main
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..export.checkpoint_state import check_config, read_state
+from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
@@ -27,6 +28,7 @@ from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .distillation import Distillation
 from .measure import Measurer
+from .stream import settle_in_basis
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,7 @@ class PruningRun:
         plan: groups, budget and target sizes.
         measurer: what measures with the trainer's loss.
         distillation: the teacher, where there is one.
+        basis: how the stream was turned, None in the given basis.
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
     """
@@ -53,6 +56,7 @@ class PruningRun:
     ) -> None:
         self._trainer, self._config, self._engine = trainer, config, engine
         self.resume_from: Path | None = None
+        self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
         self.distillation: Distillation | None = None
         if config.prune_vocabulary:
@@ -102,8 +106,14 @@ class PruningRun:
         if self.resume_from is not None:
             return self._settle_from(self.resume_from)
         schedule = resolve_schedule(self._config, self._total_steps())
-        if not self._engine().measures_shards:
-            self.settle_sizes()
+        engine = self._engine()
+        if engine.measures_shards:
+            return schedule
+        self.basis = settle_in_basis(
+            self.plan, self.model, self.measurer, self.settle_sizes,
+            self._config.stream_basis if engine.turns_stream else "given",
+            self._config.stream_basis_tolerance,
+        )  # fmt: skip
         return schedule
 
     def _settle_from(self, folder: Path) -> Schedule:
@@ -111,6 +121,8 @@ class PruningRun:
         check_config(state["config"], self._config.to_dict(), str(folder))
         if self.distillation is not None:
             self.distillation.check(state["training"].get("distillation"), str(folder))
+        turned = state["training"].get("stream_basis")
+        self.basis = StreamBasis(**turned) if turned else None  # the checkpoint's weights are turned already
         self.plan.target = TargetSizes.from_dict(state["target"])
         schedule = Schedule.from_dict(state["schedule"])
         if schedule.end > self._total_steps():
@@ -162,6 +174,7 @@ class PruningRun:
             "schedule": process.schedule.to_dict(),
             "saliency": self._config.saliency_weights,
             "calibration": curves.to_dict() if curves else None,
+            "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
             "cric": process.cric_report(),
             "distillation": self.distillation.record() if self.distillation else None,

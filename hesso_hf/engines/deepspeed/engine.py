@@ -15,7 +15,7 @@ from ...errors import HessoError
 from ...export.report import PruningReport
 from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
-from ..engine import NO_ADAPTERS, Engine, Run, export_options
+from ..engine import NO_ADAPTERS, NOT_TURNED, Engine, Run, export_options
 from .export import export_zero
 from .holdings import divide_frozen
 from .state import check_zero_state, load_zero_state, save_zero_state
@@ -31,6 +31,8 @@ SET_SHARES = "Give `structures` shares ({'mlp_channels': 3, 'attention_heads': 1
 class DeepSpeedEngine(Engine[ZeroSteps]):
     """ZeRO 1 to 3: HESSO is around the steps of DeepSpeed's engine, on its fp32 masters."""
 
+    turns_stream = False
+
     @property
     def _settings(self) -> dict[str, Any]:
         return self.accelerator.state.deepspeed_plugin.hf_ds_config.config
@@ -42,6 +44,8 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
     def refuse(self, adapters: bool) -> None:
         """Refuse what `refuse_zero` does, and adapters."""
         refuse_zero(self._settings, self.config)
+        if self.config.stream_basis == "principal":
+            raise HessoError(NOT_TURNED)
         if adapters:
             raise HessoError(NO_ADAPTERS)
 

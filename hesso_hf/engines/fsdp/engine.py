@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ...distributed.collectives import world_size
 from ...errors import HessoError
 from ...export.report import PruningReport
-from ..engine import NO_ADAPTERS, PlainEngine, Run, export_options
+from ..engine import NO_ADAPTERS, NOT_TURNED, PlainEngine, Run, export_options
 from .export import Writers, export_sharded, write_dense
 from .state import load_pruning_state, save_pruning_state
 
@@ -23,6 +23,7 @@ class Fsdp2Engine(PlainEngine):
     """FSDP2: HESSO is around the optimizer as on one process, on parameters of which each process holds a shard."""
 
     measures_shards = True
+    turns_stream = False
 
     def refuse(self, adapters: bool) -> None:
         """Refuse FSDP1, and what needs whole parameters."""
@@ -30,6 +31,8 @@ class Fsdp2Engine(PlainEngine):
             raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
         if adapters:
             raise HessoError(NO_ADAPTERS)
+        if self.config.stream_basis == "principal":
+            raise HessoError(NOT_TURNED)
         if self.config.prune_vocabulary:
             raise HessoError(
                 "`prune_vocabulary` (True) isn't supported where parameters are sharded; leave it out, and trim the "
