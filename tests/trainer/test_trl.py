@@ -164,7 +164,7 @@ def test_sft_learns_from_the_unpruned_model(base: Path, tokenizer: PreTrainedTok
     terms = logged(run, "hesso/distillation_loss")
     assert terms[0] == pytest.approx(0.0, abs=1e-5)
     assert terms[5] > 1e-3
-    batch = run._prepare_inputs(run._single_examples(1)[0])
+    batch = run.hesso_run.measurer.examples(1)[0]
     with torch.no_grad():
         found = run.compute_loss(run.model.train(), dict(batch))
         logits, wanted = (

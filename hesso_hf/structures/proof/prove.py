@@ -56,7 +56,7 @@ def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, n
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
         return Proof({name: StructureProof(name, None, None, reason) for name in names})
-    proofs = _Prover(bench).prove(names)
+    proofs = Prover(bench).prove(names)
     proved = _unit_schemes(proofs)
     return Proof(proofs, bench.error_of(proved) if proved else None, bench.axis_map.coupling is not None)
 
@@ -96,7 +96,7 @@ def proved_groups(
     return groups, proof, axis_map
 
 
-class _Prover:
+class Prover:
     """Proves the structures of a tiny model one after the other, coupled ones together."""
 
     def __init__(self, bench: Bench) -> None:

@@ -28,10 +28,13 @@ from hesso_hf.structures.proof.result import TOLERANCE
 from tests.support import ROOT
 
 RECORDED = json.loads((ROOT / "docs" / "architectures.json").read_text(encoding="utf-8"))
-TYPES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "cohere2", "starcoder2",
-    "stablelm", "nemotron", "granite", "gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "falcon", "bloom", "mixtral",
-    "qwen3_moe", "deepseek_v3", "gpt_oss", "mamba",
+# One of a kind: grouped queries, norms of heads, norms after blocks, layer norms, a fused attention that is coupled to
+# the width, other words for sizes, one key-value head, no positions to learn, experts, latent attention, none.
+TYPES = ("llama", "qwen3", "gemma2", "phi", "gpt2", "opt", "falcon", "bloom", "mixtral", "deepseek_v3", "mamba")
+# Their likes: tests/export/test_families.py proves and exports them by default.
+ALIKE = (
+    "mistral", "qwen2", "gemma3_text", "phi3", "olmo2", "cohere2", "starcoder2", "stablelm", "nemotron", "granite",
+    "gpt_neox", "gptj", "gpt_neo", "qwen3_moe", "gpt_oss",
 )  # fmt: skip
 FINE = {**dict.fromkeys(STRUCTURES, StructureSurvey("proved", 1e-7)), JOINT: StructureSurvey("proved", 1e-7)}
 
@@ -56,7 +59,7 @@ def check(model_type: str, found: TypeSurvey) -> None:
             assert entry.reason
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
 def test_representative_types_are_as_recorded(model_type: str) -> None:
     check(model_type, survey_type(model_type))
 
