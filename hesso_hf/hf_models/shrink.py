@@ -27,6 +27,7 @@ from .sizes import (
     OTHER_NAMES,
     VOCAB,
     get_size,
+    raw_value,
     size_places,
     text_config_of,
     varies,
@@ -104,7 +105,7 @@ def shrink_values(config: PretrainedConfig, geometry: Geometry) -> dict[str, Any
 def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry) -> dict[str, Any]:
     values = config.to_dict()
     is_text, has_width = config is text, bool(size_places(config, HIDDEN))
-    parts = {name for name in values if isinstance(getattr_or_none(config, name), PretrainedConfig)}
+    parts = {name for name in values if isinstance(raw_value(config, name), PretrainedConfig)}
     old_hidden = get_size(config, HIDDEN) if is_text or not parts else None
     if is_text or not parts:
         if not geometry.all_layers:
@@ -132,19 +133,11 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
 SIDE = Geometry(heads=4, kv_heads=4, head_dim=8, hidden=32)
 
 
-def getattr_or_none(config: PretrainedConfig, name: str) -> Any:
-    """Read an attribute that may differ between layers: then None."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:
-        return None
-
-
 def _sizes_of_fields(config: PretrainedConfig, geometry: Geometry) -> dict[str, int]:
     """Return the small value of each field, by its own name."""
     canonical = {HEADS: geometry.heads, KV_HEADS: geometry.kv_heads, HIDDEN: geometry.hidden, MLP: TINY_MLP}
     canonical |= {VOCAB: TINY_VOCAB, EXPERT_MLP: 28, EXPERTS: 4}
-    if geometry.head_dim is not None or isinstance(getattr_or_none(config, HEAD_DIM), int):
+    if geometry.head_dim is not None or isinstance(raw_value(config, HEAD_DIM), int):
         canonical[HEAD_DIM] = geometry.head_dim or geometry.hidden // geometry.heads
     canonical |= {"hidden_size_global": geometry.hidden}
     fields = dict(_WIDTHS) | _COUNTS | ({} if geometry.own_heads else _HEAD_SIZES)
@@ -249,9 +242,7 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
 def has_frequency_lists(config: PretrainedConfig) -> bool:
     """Tell whether the rotary scaling has one number for each frequency."""
     text = text_config_of(config)
-    found = [
-        rope for name in ("rope_parameters", "rope_scaling") for rope in _rotary_dicts(getattr_or_none(text, name))
-    ]
+    found = [rope for name in ("rope_parameters", "rope_scaling") for rope in _rotary_dicts(raw_value(text, name))]
     return any(isinstance(rope.get(name), list) for rope in found for name in _FREQUENCY_LISTS)
 
 

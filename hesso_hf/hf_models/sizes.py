@@ -72,21 +72,25 @@ def size_places(config: PretrainedConfig, name: str) -> list[tuple[PretrainedCon
     """
     text = text_config_of(config)
     for halves in (_HALVES, _HALVES_OF_COUNTS):
-        found = [(text, half) for half in halves.get(name, ()) if _raw(text, half) is not None]
+        found = [(text, half) for half in halves.get(name, ()) if raw_value(text, half) is not None]
         if found:
             return found + [(text, name)] * (name == LAYERS and _is_plain(text, name))
-    parts = [part for part in (_raw(text, key) for key in _PARTS) if isinstance(part, PretrainedConfig)]
+    parts = [part for part in (raw_value(text, key) for key in _PARTS) if isinstance(part, PretrainedConfig)]
     owners = [*parts, text]  # what a part says is what the model code reads
     places = []
     for owner in owners:
         names = (type(owner).attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
-        held = [(owner, attribute) for attribute in names if hasattr_safely(owner, attribute)]
-        places += ([place for place in held if _raw(*place) is not None] or held)[:1]
-    values = [_raw(*place) for place in places]
+        held = [
+            (owner, attribute) for attribute in names if _refuses_to_say(owner, attribute) or hasattr(owner, attribute)
+        ]
+        places += ([place for place in held if raw_value(*place) is not None] or held)[:1]
+    values = [raw_value(*place) for place in places]
     known = [value for value in values if value is not None]
     if not known:
         return places[:1]
-    widths = [(text, attribute) for attribute in _WITH_WIDTH if name == HIDDEN and _raw(text, attribute) == known[0]]
+    widths = [
+        (text, attribute) for attribute in _WITH_WIDTH if name == HIDDEN and raw_value(text, attribute) == known[0]
+    ]
     return [place for place, value in zip(places, values, strict=True) if value == known[0]] + widths
 
 
@@ -107,7 +111,7 @@ def get_size(config: PretrainedConfig, name: str) -> int | None:
     places = size_places(config, name)
     if not places or _is_derived(config, name, places):
         return None
-    value = _raw(*places[0])
+    value = raw_value(*places[0])
     if value is None and name in _IN_PARTS and varies(config, places[0][1]):
         return common_size(*places[0])
     return value if isinstance(value, int) and not isinstance(value, bool) else None
@@ -169,19 +173,19 @@ def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
 
 def _follow_by_layer(config: PretrainedConfig, name: str, value: Any) -> None:
     """Change a list of one size a layer as the size itself; where that gives no whole numbers, none of them follows."""
-    by_layer, old = _raw(config, name + BY_LAYER), _raw(config, name)
+    by_layer, old = raw_value(config, name + BY_LAYER), raw_value(config, name)
     if isinstance(by_layer, list) and isinstance(old, int) and all(item * value % old == 0 for item in by_layer):
         setattr(config, name + BY_LAYER, [item * value // old for item in by_layer])
 
 
 def _switched_on(config: PretrainedConfig, name: str) -> list[str]:
     """List the switches that make the model code adjust a size."""
-    return [switch for switch in _ADJUSTED_BY.get(name, ()) if _raw(text_config_of(config), switch) is True]
+    return [switch for switch in _ADJUSTED_BY.get(name, ()) if raw_value(text_config_of(config), switch) is True]
 
 
 def _is_derived(config: PretrainedConfig, name: str, places: list[tuple[PretrainedConfig, str]]) -> bool:
     """Tell whether the model code takes another size than the config says."""
-    return name == MLP and bool(places) and (_raw(*places[0]) is None or bool(_switched_on(config, name)))
+    return name == MLP and bool(places) and (raw_value(*places[0]) is None or bool(_switched_on(config, name)))
 
 
 def canonical_name(config: PretrainedConfig, name: str) -> str:
@@ -195,32 +199,29 @@ def canonical_name(config: PretrainedConfig, name: str) -> str:
     return name
 
 
-def hasattr_safely(config: PretrainedConfig, name: str) -> bool:
-    """Tell whether a config has an attribute, also one that differs between layers."""
-    try:
-        return hasattr(config, name)
-    except RuntimeError:  # what a config with sizes of its own for each layer raises
-        return True
-
-
-def _raw(config: PretrainedConfig, name: str) -> Any:
+def raw_value(config: PretrainedConfig, name: str) -> Any:
+    """Read an attribute, None where there is none or the config refuses, since it differs between layers."""
     try:
         return getattr(config, name, None)
-    except RuntimeError:  # what a config with sizes of its own for each layer raises
+    except RuntimeError:
         return None
 
 
 def varies(config: PretrainedConfig, name: str) -> bool:
     """Tell whether a size differs between layers, so that the config refuses to give one."""
+    return _refuses_to_say(text_config_of(config), name)
+
+
+def _refuses_to_say(config: PretrainedConfig, name: str) -> bool:
     try:
-        getattr(text_config_of(config), name, None)
-    except RuntimeError:
+        getattr(config, name, None)
+    except RuntimeError:  # what a config with sizes of its own for each layer raises
         return True
     return False
 
 
 def _is_plain(config: PretrainedConfig, name: str) -> bool:
-    return name not in type(config).attribute_map and isinstance(_raw(config, name), int)
+    return name not in type(config).attribute_map and isinstance(raw_value(config, name), int)
 
 
 @lru_cache(maxsize=64)
@@ -267,7 +268,7 @@ def _fixed_mixer(config: PretrainedConfig, width: int | None) -> tuple[str, int]
     """
     text = text_config_of(config)
     for *counts, name in MIXER_HEADS:
-        factors, expansion = [_raw(text, count) for count in counts], _raw(text, name)
+        factors, expansion = [raw_value(text, count) for count in counts], raw_value(text, name)
         if width and all(isinstance(value, int) for value in (*factors, expansion)):
             channels = math.prod(factors)
             if expansion and channels == expansion * width and not _accepts(config, {HIDDEN: 2 * width}):

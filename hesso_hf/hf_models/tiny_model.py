@@ -13,8 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from .shrink import getattr_or_none
-from .sizes import VOCAB, get_size
+from .sizes import VOCAB, get_size, raw_value
 
 SEED = 20240915
 
@@ -53,7 +52,7 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     Models without an output matrix give their last hidden states; an encoder-decoder reads the ids on both sides. The
     class' forward is called, since mixed-precision training wraps the instance's in autocast.
     """
-    pad = getattr_or_none(model.config.get_text_config(), "pad_token_id")
+    pad = raw_value(model.config.get_text_config(), "pad_token_id")
     if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
         return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
     accepted = inspect.signature(type(model).forward).parameters

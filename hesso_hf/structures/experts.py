@@ -19,7 +19,7 @@ from ..hf_models.build import build_meta
 from ..hf_models.resize import copy_with
 from ..hf_models.sizes import EXPERTS, ConfigSizes, get_size
 from .groups import Axis, StructureGroups
-from .layout import Layout, Segment
+from .layout import layout_with_rest
 from .shape_probe import describe_parameters, layer_of
 
 EXPERT_UNITS = "experts"
@@ -126,6 +126,5 @@ def _moving(base: Shapes, other: Shapes, experts: int, step: int) -> list[Axis]:
             if rest or left_over < 0:
                 raise UnsupportedStructureError(f"{name} dimension {dim} ({before}) isn't a multiple of the experts")
             if block:
-                tail = (Segment(fixed=left_over),) if left_over else ()
-                axes.append(Axis(name, dim, Layout((Segment(1, block), *tail))))
+                axes.append(Axis(name, dim, layout_with_rest(1, block, left_over)))
     return axes

@@ -16,7 +16,8 @@ from torch import nn
 
 from ...errors import HessoError, UnsupportedStructureError
 from ...hf_models.sizes import ConfigSizes
-from ..groups import AxisName, Branch
+from ..apply import mask_
+from ..groups import Axis, AxisName, Branch
 from ..layout import Layout, Segment
 from ..shape_probe import AxisMap
 from ..units import num_units
@@ -216,14 +217,10 @@ def _branch(
     def zero(mask: torch.Tensor) -> None:
         for reader, layout in readers.items():
             for name, dim in remaining[reader]:
-                parameter = probe.parameters[name]
-                shape = [1] * parameter.dim()
-                shape[dim] = -1
-                spread = layout.expand(mask, fixed_value=False)
-                parameter.masked_fill_(spread.view(shape), 0.0)
+                mask_(probe.parameters[name], Axis(name, dim, layout), mask, fill=0.0)
                 bias = probe.bias_beside(name, dim)
                 if bias is not None:
-                    bias.masked_fill_(spread, 0.0)
+                    mask_(bias, Axis(name, 0, layout), mask, fill=0.0)
 
     others = [axis for pattern, found in remaining.items() if pattern not in readers for axis in found]
     owners = probe.owners(units, zero, others)

@@ -17,8 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..groups import AxisName
-from ..layout import Layout, Segment
+from ..apply import mask_
+from ..groups import Axis, AxisName
+from ..layout import layout_with_rest
 from ..shape_probe import AxisMap, ParameterInfo
 from .norms import OTHER, VectorRole, vector_role
 from .ownership import UNKNOWN, GradientProbe
@@ -324,11 +325,8 @@ class Sides:
         def zero(mask: torch.Tensor) -> None:
             for (name, dim), fill in fills.items():
                 parameter = self.probe.parameters[name]
-                shape = [1] * parameter.dim()
-                shape[dim] = -1
                 runs, rest = divmod(parameter.shape[dim], self.width)
-                layout = Layout((Segment(runs, 1), *((Segment(fixed=rest),) if rest else ())))
-                parameter.masked_fill_(layout.expand(mask, fixed_value=False).view(shape), fill)
+                mask_(parameter, Axis(name, dim, layout_with_rest(runs, 1, rest)), mask, fill)
 
         found = self.probe.owners(self.width, zero, axes)
         return {axis: bool((owner >= 0).all()) for axis, owner in found.items() if bool((owner != UNKNOWN).any())}

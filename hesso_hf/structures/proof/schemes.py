@@ -7,7 +7,7 @@ from functools import partial
 
 from ...errors import UnsupportedStructureError
 from ..groups import AxisName, Branch, Scheme
-from ..layout import Layout, Segment
+from ..layout import Layout, layout_with_rest
 from ..units import num_units
 from .bench import Bench
 from .branches import Division, discover_branches
@@ -49,14 +49,14 @@ def stream_schemes(bench: Bench, axes: list[AxisName]) -> Iterator[Scheme]:
     layouts: dict[AxisName, Layout] = {}
     for name, dim in axes:
         info = bench.axis_map.parameters[name]
-        runs = info.shape[dim] // units
-        layouts[info.pattern, dim] = Layout((Segment(runs, 1), *_rest(info.shape[dim] - runs * units)))
+        runs, rest = divmod(info.shape[dim], units)
+        layouts[info.pattern, dim] = layout_with_rest(runs, 1, rest)
     known, after = bench.stream(axes)
     found = constants_by_width(bench.model_class, bench.config, bench.sizes, bench.axis_map.coupling is not None)
     against = powers_against(bench.model, bench.input_ids, bench.axis_map, found) if found else {}
     for info in bench.axis_map.parameters.values():
         if info.pattern in against:
-            layouts[info.pattern, 0] = Layout(_rest(info.shape[0]))
+            layouts[info.pattern, 0] = layout_with_rest(0, 1, info.shape[0])
     shifts = {axis.pattern: axis.vector.shift for axis in known if axis.vector.shift}
     centred = _subtracts_mean(bench, known)
     branch = Branch(("residual stream", 0), layouts)
@@ -95,7 +95,3 @@ def mlp_by_width(bench: Bench, axes: list[AxisName]) -> Scheme:
         raise UnsupportedStructureError(f"{axes[0][0]} dimension {axes[0][1]} follows neither heads nor the stream")
     branches = discover_branches(bench.gradients, bench.axis_map, axes, units, 1)
     return next(schemes_of(bench, branches, units, axes, per_channel=units // width))
-
-
-def _rest(fixed: int) -> tuple[Segment, ...]:
-    return (Segment(fixed=fixed),) if fixed else ()
