@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..config import HessoConfig
 from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError
+from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
-from ..export.export import export_pruned
 from ..export.report import PruningReport
 from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer

@@ -33,7 +33,7 @@ def refuse(trainer: Trainer, engine: Engine, adapters: bool) -> None:
     Raises:
         HessoError: naming the engine or the argument and the remedy.
     """
-    if trainer.is_distributed_loading_by_transformers:
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):  # newer than the oldest Transformers
         raise HessoError(
             "`model` was sharded while it was loaded (`tp_plan` or `distributed_config`), which pruning doesn't "
             "support; load it whole and choose FSDP2 in Accelerate's config"
