@@ -16,7 +16,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 # Tests need no network; one torch thread a worker, so that the workers don't fight over the cores;
 # PATH, so that a test finds `accelerate` and `hesso-hf` by name.
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup quickstart test test-slow coverage lint format wheel-test bench survey clean
 

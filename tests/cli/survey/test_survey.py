@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -208,9 +209,9 @@ def test_types_that_hang_are_ended_in_time() -> None:
 def test_a_survey_that_is_left_ends_its_processes() -> None:
     running = survey_types(["one", "hangs"], jobs=2, survey=fake)
     assert next(running)[0] == "one"
-    start = time.monotonic()
+    assert multiprocessing.active_children()
     running.close()
-    assert time.monotonic() - start < 20
+    assert not multiprocessing.active_children()
 
 
 # -- files and the command line ----------------------------------------------------------------------------------------
