@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed import Store
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
+from ..compat import default_store
 from ..distributed.collectives import barrier, world_size
 
 KEY = "hesso_stops_after_step"
@@ -37,7 +38,7 @@ class StopTogether(TrainerCallback):
             plain = manager.execute_jit_checkpoint
             manager.execute_jit_checkpoint = lambda: self._save(plain)  # type: ignore[method-assign]
         else:
-            self._store = _get_default_store()
+            self._store = default_store()
             manager._enable_checkpoint = self._ask  # type: ignore[method-assign]
 
     def _ask(self) -> None:
