@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..compat import attention_of, set_attention, supports_sdpa
 from .sizes import VOCAB, get_size, raw_value
 
 SEED = 20240915
@@ -76,16 +77,16 @@ def attention_in_fp32(model: nn.Module) -> Iterator[None]:
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig) and is_flash_attention_requested(config):
             configs[id(config)] = config
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = {key: attention_of(config) for key, config in configs.items()}
     whole = next(model.parameters()).dtype == torch.float32
-    with_sdpa = all(m._supports_sdpa for m in model.modules() if isinstance(m, PreTrainedModel))
+    with_sdpa = all(supports_sdpa(m) for m in model.modules() if isinstance(m, PreTrainedModel))
     try:
         for config in configs.values() if whole else ():
-            config._attn_implementation = "sdpa" if with_sdpa else "eager"
+            set_attention(config, "sdpa" if with_sdpa else "eager")
         yield
     finally:
         for key, name in before.items():
-            configs[key]._attn_implementation = name
+            set_attention(configs[key], name)
 
 
 def token_ids(config: PretrainedConfig, seed: int = SEED, rows: int = SHAPE[0]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from ..compat import set_buffer
 from ..distributed.parts import Part, plain_name, stock_class
 from ..errors import UnsupportedStructureError
 from ..hf_models.resize import resized_config
@@ -84,7 +85,7 @@ def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningG
         for axis, units, total in cuts.get(origin, ()):
             trained = _cut(trained, axis, units, total)
         if origin in cuts:  # in its own dtype: the bias of a router's choice isn't one of the weights
-            holder._buffers[leaf] = trained.to(holder.get_buffer(leaf).device, copy=True)
+            set_buffer(holder, leaf, trained.to(holder.get_buffer(leaf).device, copy=True))
         # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
         elif trained.dim() and trained.shape == holder.get_buffer(leaf).shape:
             holder.get_buffer(leaf).copy_(trained)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed import Store
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.utils import logging
 
+from ..compat import default_store
 from ..distributed.collectives import barrier, world_size
 from ..engines.engine import Steps
 from ..pruning.process import PruningProcess
@@ -99,7 +100,7 @@ class StopTogether(TrainerCallback):
             plain = manager.execute_jit_checkpoint
             manager.execute_jit_checkpoint = lambda: self._save(plain)  # type: ignore[method-assign]
         else:
-            self._store = _get_default_store()
+            self._store = default_store()
             manager._enable_checkpoint = self._ask  # type: ignore[method-assign]
 
     def _ask(self) -> None:
