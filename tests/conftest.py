@@ -18,6 +18,9 @@ LONG = (
     "engines/test_deepspeed.py", "cli/test_main.py", "vocabulary/test_keep.py", "structures/test_layers.py",
 )  # fmt: skip
 
+# Files that prove anew: those of the proof, and one whose runs are compared bit for bit in one process.
+FRESH = ("tests.structures.proof.", "tests.trainer.test_cric_training")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order by file, long ones first."""
@@ -28,6 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _proofs_are_made_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Take a config's proof from an earlier test, but where proofs are tested or something is replaced."""
-    fresh = "monkeypatch" in request.fixturenames or request.module.__name__.startswith("tests.structures.proof.")
+    fresh = "monkeypatch" in request.fixturenames or request.module.__name__.startswith(FRESH)
     with proofs.made_again(fresh):
         yield
