@@ -2,6 +2,7 @@
 
 In: a model, `HessoConfig`, the number of steps.
 Out: `PruningPlan` (groups, target sizes, schedule), `HessoOptimizer`, and in the end `KeptUnits`.
+A run goes through the phases of `phases`; all that it has decided is one `PruningState`, which checkpoints hold.
 `weights/` binds groups to the parameters, or shards of them, that this process holds.
 """
 
@@ -14,14 +15,16 @@ if TYPE_CHECKING:
     from .plan import PruningPlan, wrap_optimizer
     from .process import PruningProcess
     from .schedule import Schedule
+    from .state import PruningState
 
-__all__ = ["HessoOptimizer", "PruningPlan", "PruningProcess", "Schedule", "wrap_optimizer"]
+__all__ = ["HessoOptimizer", "PruningPlan", "PruningProcess", "PruningState", "Schedule", "wrap_optimizer"]
 __getattr__ = hand_on(
     __name__,
     {
         "HessoOptimizer": "optimizer",
         "PruningPlan": "plan",
         "PruningProcess": "process",
+        "PruningState": "state",
         "Schedule": "schedule",
         "wrap_optimizer": "plan",
     },
