@@ -213,7 +213,7 @@ def test_saliency_sees_the_gradient_before_clipping(tmp_path: Path) -> None:
         run = trainer(tmp_path, learning_rate=0.0, weight_decay=0.0, max_grad_norm=clip, max_steps=8)
         run.add_callback(_StopBefore(2))
         run.train()
-        sums.append(run.hesso_optimizer.process._sums.sums["mlp_channels"]["xg2"].clone())
+        sums.append(run.hesso_optimizer.process.state.sums.sums["mlp_channels"]["xg2"].clone())
     assert sums[0].max() > 1e-12
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])

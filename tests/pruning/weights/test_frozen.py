@@ -165,8 +165,8 @@ def test_gradients_are_accumulated_before_they_are_scored() -> None:
         for micro in whole.chunk(parts):
             (model(input_ids=micro, labels=micro).loss / parts).backward()
         optimizer.observe_gradients()
-        optimizer.process._sums.add_(optimizer.process._pending)
-        scores.append(optimizer.process.scores())
+        optimizer.process.state.sums.add_(optimizer.process._pending)
+        scores.append(optimizer.process.run.scores())
     for name, expected in scores[0].items():
         torch.testing.assert_close(scores[1][name], expected, rtol=1e-3, atol=1e-6)
 
