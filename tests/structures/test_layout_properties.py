@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hesso_hf.structures import cut
-from hesso_hf.structures.groups import Axis, mask_
+from hesso_hf.structures.apply import mask_
+from hesso_hf.structures.groups import Axis
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof.ownership import NOBODY, layout_of
 from tests.support.properties import decided
