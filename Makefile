@@ -15,14 +15,21 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints
 
 # Tests need no network; one torch thread a worker, so that the workers don't fight over the cores;
 # PATH, so that a test finds `accelerate` and `hesso-hf` by name.
-PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+pytest_of = PATH="$(CURDIR)/$(1)/bin:$$PATH" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \
+	$(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(call pytest_of,$(VENV))
 
-.PHONY: help setup quickstart test test-slow coverage lint format wheel-test bench survey clean
+# Two environments beside .venv. Without a version, pip takes the newest torch, which may be a CUDA build of several GB.
+NEWEST := .venv-newest
+FLOOR := .venv-floor
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format wheel-test bench survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
 	@echo
+	@echo "test-newest takes $(TORCH), not the newest torch, which may be a CUDA build of several GB; TORCH=torch takes that."
 	@echo "Variables: ARGS='...' is passed on to the command, WORKERS=$(WORKERS) test processes, PYTHON=$(PYTHON)."
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +50,17 @@ test: $(STAMP) ## the default tests
 test-slow: $(STAMP) ## all tests, the slow ones too
 	$(PYTEST) -m "" --timeout 1800 $(ARGS)
 
+test-newest: ## the default tests with the newest releases on the index, in .venv-newest
+	@$(PYTHON) -m venv $(NEWEST)
+	@$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager '$(TORCH)' -e '.[dev]'
+	$(call pytest_of,$(NEWEST)) $(ARGS)
+
+test-floor: ## the default tests with the oldest releases that pyproject.toml allows, in .venv-floor
+	@$(PYTHON) -m venv $(FLOOR)
+	@$(FLOOR)/bin/python .ci/floors.py trl > $(FLOOR)/floors.txt
+	@$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOOR)/floors.txt -e '.[dev]'
+	$(call pytest_of,$(FLOOR)) $(ARGS)
+
 coverage: $(STAMP) ## the default tests, with what they leave uncovered
 	$(PYTEST) --cov --cov-report=term-missing $(ARGS)
 
@@ -57,7 +75,7 @@ format: $(STAMP) ## let ruff fix and format
 
 # The wheel is built through the sdist and installed with its own dependencies only, so a file or a
 # requirement that is missing from the metadata is missing here too.
-wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use it there
+wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use it there; the same for an editable clone
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; export LC_ALL=C; unset PYTHONPATH; \
 	mkdir "$$tmp/src" "$$tmp/empty"; \
 	cp -r hesso_hf pyproject.toml README.md LICENSE "$$tmp/src"; \
@@ -75,6 +93,14 @@ wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use
 	cd "$$tmp/empty"; \
 	"$$tmp/venv/bin/python" -c 'import sys, hesso_hf; heavy = {"torch", "transformers", "accelerate", "datasets", "peft", "numpy"} & set(sys.modules); sys.exit(f"import hesso_hf also imports {sorted(heavy)}" if heavy else 0)'; \
 	"$$tmp/venv/bin/hesso-hf" --help > /dev/null; \
+	echo "installing a clone called hesso_hf editable, using it from the folder beside it"; \
+	mkdir "$$tmp/beside"; cp -r "$$tmp/src" "$$tmp/beside/hesso_hf"; rm -rf "$$tmp/beside/hesso_hf"/*.egg-info; \
+	"$$tmp/venv/bin/python" -m pip uninstall --quiet --yes hesso_hf; \
+	"$$tmp/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e "$$tmp/beside/hesso_hf"; \
+	cd "$$tmp/beside"; \
+	echo 'from hesso_hf import HessoConfig; print(HessoConfig(pruning_ratio=0.5).pruning_ratio)' > script.py; \
+	(cd hesso_hf; "$$tmp/venv/bin/python" ../script.py > /dev/null); \
+	"$$tmp/venv/bin/python" script.py > /dev/null; "$$tmp/venv/bin/python" -c 'from hesso_hf import HessoConfig'; \
 	echo "wheel-test passed: $$(wc -l < "$$tmp/packed") files in $$(basename "$$tmp"/dist/*.whl)"
 
 bench: $(STAMP) ## benchmarks/stories.py, whose results are committed under benchmarks/results

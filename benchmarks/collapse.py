@@ -187,7 +187,7 @@ class Benchmark:
             trainer.train()
         if start == "stationary":
             facts = facts | {"small_set_loss": held_out_loss(model, data)}
-        report = trainer._training_record()["cric"]
+        report = trainer.hesso_run.record()["cric"]
         return {
             "model": self.setting.name,
             "start": start,

@@ -26,9 +26,10 @@ from overhead import SCALES, Allocations
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.cli.memory import Workload
 from hesso_hf.cli.memory.engines import ENGINES
-from hesso_hf.cli.memory.estimate import Workload, phases
 from hesso_hf.cli.memory.model_sizes import model_sizes
+from hesso_hf.cli.memory.step import phases
 from hesso_hf.export.report import versions
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"

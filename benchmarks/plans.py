@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from hesso_hf.cli.memory.estimate import GB, Cluster, Workload
 from hesso_hf.cli.memory.plan import plan_memory
+from hesso_hf.cli.memory.workload import GB, Cluster, Workload
 
 RESULTS = Path(__file__).parent / "results" / "plans.json"
 MODELS = {

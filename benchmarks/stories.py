@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.evaluate import held_out_loss
 from hesso_hf.export.report import versions
-from hesso_hf.hf_models.sizes import resized_config
+from hesso_hf.hf_models.resize import resized_config
 
 RESULTS = Path(__file__).parent / "results" / "stories.json"
 BLOCK, BATCH = 256, 8

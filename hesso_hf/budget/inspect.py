@@ -10,10 +10,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import OPT_IN, HessoConfig
 from ..errors import HessoError
-from ..hf_models.sizes import load_config, model_class_of
+from ..hf_models.build import load_config, model_class_of
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.layers import parameters_of_layer
-from ..structures.proof.prove import Proof, proved_groups
+from ..structures.proof.prove import proved_groups
+from ..structures.proof.result import Proof
 from ..structures.shape_probe import AxisMap
 from .cost import build_cost
 from .solver import solve_budget

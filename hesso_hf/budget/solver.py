@@ -17,11 +17,14 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..errors import BudgetError, HessoError, nearest_name
-from ..hf_models.sizes import buildable_config, canonical_name, get_size, model_class_of, resized_config
+from ..errors import BudgetError, HessoError
+from ..hf_models.build import model_class_of
+from ..hf_models.resize import buildable_config, resized_config
+from ..hf_models.sizes import ConfigSizes
 from ..structures.experts import EXPERT_UNITS
-from ..structures.groups import PruningGroups, StructureGroups
+from ..structures.groups import PruningGroups
 from .cost import Cost, Counts
+from .pins import pinned_units
 
 logger = logging.get_logger(__name__)
 
@@ -92,8 +95,8 @@ def solve_budget(
         BudgetError: where no allowed sizes come near the ratio, naming the nearest.
         HessoError: for pinned sizes that don't exist, aren't whole units, or that the config class refuses.
     """
-    solver = _Solver(config, model_config, groups, parameters, price or parameters)
-    pinned = solver.pinned_units()
+    solver = _Solver(config, model_config, groups, parameters, price or parameters, ConfigSizes.of(model_config))
+    pinned = pinned_units(config, model_config, groups)
     if config.pruning_ratio is None:
         kept = {name: pinned.get(name, groups.structures[name].num_units) for name in groups.independent}
         return solver.target(groups.with_coupled(kept))
@@ -140,49 +143,7 @@ class _Solver:
     groups: PruningGroups
     parameters: Cost
     price: PriceFunction
-
-    def pinned_units(self) -> dict[str, int]:
-        """Translate `target_sizes` to units."""
-        pinned: dict[str, int] = {}
-        by_size = {size: group for group in self.groups.structures.values() for size in group.increments}
-        for asked, size in self.config.pinned_sizes.items():
-            name = asked if asked in by_size else canonical_name(self.model_config, asked)
-            if name not in by_size:
-                raise HessoError(
-                    f"`target_sizes`: {name!r} is no size that can be pruned here"
-                    f"{nearest_name(name, list(by_size))}; can be pinned: {sorted(by_size)}"
-                )
-            units = self._units_of(name, size, by_size[name])
-            structure = by_size[name].structure
-            if structure in self.groups.coupled:
-                units, structure = self._driving_units(name, size, units, structure), self.groups.driver
-            if pinned.setdefault(structure, units) != units:
-                raise HessoError(
-                    f"`target_sizes` ({self.config.target_sizes}) contradict each other for {structure}: "
-                    f"{pinned[structure]} and {units} units a layer"
-                )
-        return pinned
-
-    def _driving_units(self, name: str, size: int, units: int, structure: str) -> int:
-        ratio = self.groups.coupled[structure]
-        if units % ratio:
-            raise HessoError(
-                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {size // units * ratio}: here "
-                f"{list(self.groups.coupled)} only shrink together"
-            )
-        return units // ratio
-
-    def _units_of(self, name: str, size: int, group: StructureGroups) -> int:
-        increment, full = group.increments[name], get_size(self.model_config, name)
-        step = increment * group.pools
-        assert full is not None
-        least = max(step, group.least * increment)
-        if size % step or not least <= size <= full:
-            reason = f", for {group.needed_for}" if group.needed_for else ""
-            raise HessoError(
-                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {least} and {full}{reason}"
-            )
-        return size // increment
+    sizes: ConfigSizes
 
     def choices(self, name: str) -> list[int]:
         """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
@@ -291,9 +252,9 @@ class _Solver:
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
         if self.groups.picky:
-            buildable_config(model_class_of(self.model_config), self.model_config, sizes)
+            buildable_config(model_class_of(self.model_config), self.model_config, sizes, self.sizes)
         else:
-            resized_config(self.model_config, sizes)
+            resized_config(self.model_config, sizes, sizes=self.sizes)
 
     def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundled import python_docs_dataset
 from ..errors import HessoError, nearest_name
+from .inputs import TEXT_LOADERS, check_text_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 PYTHON_DOCS = "python-docs"
-_LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
 def text_blocks(
@@ -72,12 +72,11 @@ def _load(dataset: str, config_name: str | None, split: str) -> Any:
     from datasets import load_dataset
 
     path = Path(dataset)
-    if path.suffix in _LOADERS and not path.exists():
-        raise HessoError(f"`dataset` ({dataset!r}): no such file")
+    check_text_file(dataset)
     if path.is_file():
-        if path.suffix not in _LOADERS:
-            raise HessoError(f"`dataset` ({dataset!r}): unknown file type; known: {sorted(_LOADERS)}")
-        return load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train")
+        if path.suffix not in TEXT_LOADERS:
+            raise HessoError(f"`dataset` ({dataset!r}): unknown file type; known: {sorted(TEXT_LOADERS)}")
+        return load_dataset(TEXT_LOADERS[path.suffix], data_files=str(path), split="train")
     try:
         return load_dataset(dataset, config_name, split=split)
     except (OSError, ValueError) as error:  # not found, no connection, unknown configuration or split

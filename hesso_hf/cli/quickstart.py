@@ -15,8 +15,8 @@ from transformers import TrainingArguments
 from ..bundled import BUNDLED, resolve_model
 from ..config import HessoConfig
 from ..export.write import DTYPES
+from ..hf_models.build import load_config
 from ..hf_models.loading import load_model, load_tokenizer
-from ..hf_models.sizes import load_config
 from ..trainer.trainer import HessoTrainer
 from .data import text_blocks
 from .evaluate import held_out_loss, perplexity, tokens_per_second, weights_bytes

@@ -14,15 +14,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 
-from ..bundled import resolve_model
 from ..config import HessoConfig
 from ..errors import HessoError, nearest_name
+from .inputs import check_text_file, model_source
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser, TrainingArguments
 
 PREFIX = "hesso_"
 
@@ -58,7 +59,10 @@ class RunArguments:
 
     def __post_init__(self) -> None:
         if self.model is not None:
-            self.model = resolve_model(self.model)
+            self.model = model_source(self.model)
+        for dataset in (self.dataset, self.eval_dataset):
+            if dataset is not None:
+                check_text_file(dataset)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size < 2:
@@ -130,6 +134,8 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
         training.output_dir = str(Path("runs") / f"{Path(run.model).name}-pruned")
     if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # "true": the last one in output_dir
         training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
+    from transformers.integrations import get_available_reporting_integrations
+
     for name in set(training.report_to) - {"none", *get_available_reporting_integrations()}:
         raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
     hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
@@ -138,6 +144,8 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
 
 def recipe_parser() -> HfArgumentParser:
     """Return the parser of `hesso-hf prune`'s flags."""
+    from transformers import HfArgumentParser, TrainingArguments
+
     classes: Any = [RunArguments, TrainingArguments, _prefixed_config()]
     usage = "hesso-hf prune [RECIPE] [--flag value ...]"  # a mistake is answered with it, not with hundreds of flags
     return HfArgumentParser(classes, prog="hesso-hf prune", usage=usage, add_help=False, allow_abbrev=False)
@@ -172,8 +180,10 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     _check_keys(values, [*run_fields, "training", "hesso"], "the recipe")
     flat |= {key: value for key, value in values.items() if key in run_fields}
     training, hesso = values.get("training") or {}, values.get("hesso") or {}
-    _check_keys(training, [item.name for item in dataclasses.fields(TrainingArguments)], "`training`")
     _check_keys(hesso, [item.name for item in dataclasses.fields(HessoConfig)], "`hesso`")
+    from transformers import TrainingArguments
+
+    _check_keys(training, [item.name for item in dataclasses.fields(TrainingArguments)], "`training`")
     return flat | dict(training) | {PREFIX + key: value for key, value in hesso.items()}
 
 

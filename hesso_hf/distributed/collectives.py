@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 from transformers.utils import logging
 
+from ..compat import default_store
 from ..errors import HessoError
 
 logger = logging.get_logger(__name__)
@@ -64,7 +64,7 @@ def meet() -> None:
     if world_size() == 1:
         return
     key, pause, waited, next_warning = f"hesso_meeting_{next(_meetings)}", 0.001, 0.0, PATIENCE
-    store = _get_default_store()
+    store = default_store()
     here = store.add(key, 1)
     while here < world_size():
         if waited > next_warning and is_main_process():

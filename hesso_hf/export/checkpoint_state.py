@@ -122,10 +122,15 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
+# what checkpoints from before a key of HessoConfig did
+BEFORE = {"stream_basis": "given", "stream_basis_tolerance": 0.05}
+
+
 def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
     for key, value in current.items():
-        if key not in ("export_dtype", "lora_export") and saved.get(key) != json.loads(json.dumps(value)):
+        before = saved.get(key, BEFORE.get(key))
+        if key not in ("export_dtype", "lora_export") and before != json.loads(json.dumps(value)):
             raise CheckpointMismatchError(
-                f"{folder} was made with `{key}` = {saved.get(key)!r}, this run has {value!r}; "
+                f"{folder} was made with `{key}` = {before!r}, this run has {value!r}; "
                 "resume with the same HessoConfig or start a new run"
             )

@@ -67,14 +67,16 @@ class PruningReport:
     ) -> PruningReport:
         """Say what was removed from a model, and how exactly."""
         groups, kept, vocabulary = decision.groups, decision.kept, decision.vocabulary
-        names = [size for name in kept.kept for size in groups.structures[name].increments]
+        before: dict[str, int] = {}
+        for name in kept.kept:
+            before |= groups.structures[name].config_sizes(groups.structures[name].num_units)
         return cls(
             model_class=stock_class(model).__name__,
             base_model=model.config.name_or_path or "",
             parameters_before=count_parameters(model),
             parameters_after=count_parameters(small),
-            sizes_before={name: get_size(model.config, name) or 0 for name in names},
-            sizes_after={name: _size_after(small.config, name) for name in names},
+            sizes_before=before,
+            sizes_after={name: _size_after(small.config, name) for name in before},
             stock=not uneven_sizes(small.config),
             kept_units=without_dropped_layers(groups, kept),
             verification=verification,

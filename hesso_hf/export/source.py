@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..errors import CheckpointMismatchError, HessoError
-from ..hf_models.sizes import load_config, model_class_of
+from ..hf_models.build import load_config, model_class_of
 from ..structures.cut import zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of

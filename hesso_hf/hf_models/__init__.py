@@ -10,21 +10,33 @@ from typing import TYPE_CHECKING
 from .. import hand_on
 
 if TYPE_CHECKING:
+    from .build import build_meta
     from .loading import load_model, load_tokenizer
-    from .sizes import build_meta, get_size, resized_config
+    from .resize import resized_config
+    from .sizes import ConfigSizes, get_size
     from .tiny_config import tiny_config
     from .tiny_model import random_model
 
-__all__ = ["build_meta", "get_size", "load_model", "load_tokenizer", "random_model", "resized_config", "tiny_config"]
+__all__ = [
+    "ConfigSizes",
+    "build_meta",
+    "get_size",
+    "load_model",
+    "load_tokenizer",
+    "random_model",
+    "resized_config",
+    "tiny_config",
+]
 __getattr__ = hand_on(
     __name__,
     {
-        "build_meta": "sizes",
+        "ConfigSizes": "sizes",
+        "build_meta": "build",
         "get_size": "sizes",
         "load_model": "loading",
         "load_tokenizer": "loading",
         "random_model": "tiny_model",
-        "resized_config": "sizes",
+        "resized_config": "resize",
         "tiny_config": "tiny_config",
     },
 )

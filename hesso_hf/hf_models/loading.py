@@ -12,8 +12,9 @@ from accelerate.utils import str_to_bool
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..compat import build_model
 from ..errors import HessoError
-from .sizes import load_config, model_class_of
+from .build import load_config, model_class_of
 
 
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -68,7 +69,7 @@ def _without_weights(
         if trust_remote_code:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True)
         else:
-            model = model_class_of(config)._from_config(config, dtype=dtype)
+            model = build_model(model_class_of(config), config, dtype)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             # on the CPU, since Accelerate finds the optimizer's parameters again by their addresses

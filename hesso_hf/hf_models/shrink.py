@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from .by_layer import set_common_value
+from .fewer_layers import keep_some_layers
 from .sizes import (
     BY_LAYER,
     EXPERT_MLP,
@@ -21,19 +22,18 @@ from .sizes import (
     HEADS,
     HIDDEN,
     KV_HEADS,
-    LAYERS,
     MIXER_HEADS,
     MLP,
     OTHER_NAMES,
     VOCAB,
     get_size,
+    raw_value,
     size_places,
     text_config_of,
     varies,
 )
 
 TINY_VOCAB, TINY_MLP = 67, 44
-MOST_LAYERS = 6
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,6 @@ _MOST = {
     "unpadded_vocab_size": TINY_VOCAB, "encoder_hash_byte_group_vocab": 61, "num_mtp_layers": 1,
 }  # fmt: skip
 _FREQUENCY_LISTS = ("short_factor", "long_factor")
-_INTERVALS = re.compile(r"(_period|_interval|_step|_every_n_layers|^layer_group_size|^_?sliding_window_pattern)$")
-_OFFSETS = re.compile(r"_offset$")
-_DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-_SHARED_LAST = ("num_kv_shared_layers",)
-_LAYER_INDICES = re.compile(r"(_layers|_ids|_idxs|_indices|_indexes)$")
-_LAYER_COUNTS = {
-    LAYERS, *OTHER_NAMES[LAYERS], "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers",
-}  # fmt: skip
 _SPECIAL_TOKEN = re.compile(r"(_token_ids?|_token_index)$")
 _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 
@@ -113,7 +105,7 @@ def shrink_values(config: PretrainedConfig, geometry: Geometry) -> dict[str, Any
 def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry) -> dict[str, Any]:
     values = config.to_dict()
     is_text, has_width = config is text, bool(size_places(config, HIDDEN))
-    parts = {name for name in values if isinstance(getattr_or_none(config, name), PretrainedConfig)}
+    parts = {name for name in values if isinstance(raw_value(config, name), PretrainedConfig)}
     old_hidden = get_size(config, HIDDEN) if is_text or not parts else None
     if is_text or not parts:
         if not geometry.all_layers:
@@ -141,19 +133,11 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
 SIDE = Geometry(heads=4, kv_heads=4, head_dim=8, hidden=32)
 
 
-def getattr_or_none(config: PretrainedConfig, name: str) -> Any:
-    """Read an attribute that may differ between layers: then None."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:
-        return None
-
-
 def _sizes_of_fields(config: PretrainedConfig, geometry: Geometry) -> dict[str, int]:
     """Return the small value of each field, by its own name."""
     canonical = {HEADS: geometry.heads, KV_HEADS: geometry.kv_heads, HIDDEN: geometry.hidden, MLP: TINY_MLP}
     canonical |= {VOCAB: TINY_VOCAB, EXPERT_MLP: 28, EXPERTS: 4}
-    if geometry.head_dim is not None or isinstance(getattr_or_none(config, HEAD_DIM), int):
+    if geometry.head_dim is not None or isinstance(raw_value(config, HEAD_DIM), int):
         canonical[HEAD_DIM] = geometry.head_dim or geometry.hidden // geometry.heads
     canonical |= {"hidden_size_global": geometry.hidden}
     fields = dict(_WIDTHS) | _COUNTS | ({} if geometry.own_heads else _HEAD_SIZES)
@@ -258,9 +242,7 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
 def has_frequency_lists(config: PretrainedConfig) -> bool:
     """Tell whether the rotary scaling has one number for each frequency."""
     text = text_config_of(config)
-    found = [
-        rope for name in ("rope_parameters", "rope_scaling") for rope in _rotary_dicts(getattr_or_none(text, name))
-    ]
+    found = [rope for name in ("rope_parameters", "rope_scaling") for rope in _rotary_dicts(raw_value(text, name))]
     return any(isinstance(rope.get(name), list) for rope in found for name in _FREQUENCY_LISTS)
 
 
@@ -285,87 +267,3 @@ def _small_numbers(values: dict[str, Any]) -> None:
 
 def _token(value: Any) -> Any:
     return value % 3 if isinstance(value, int) and value > 2 else value
-
-
-# ---- layers
-
-
-def keep_some_layers(config: PretrainedConfig, values: dict[str, Any], of_a_kind: int = 1) -> None:
-    """Keep the first layer of each kind, two at least and six at most, in the count and every field by layer."""
-    layers = get_size(config, LAYERS)
-    if not layers:
-        return
-    _shorten_intervals(values)
-    by_layer = {n: v for n, v in values.items() if _is_by_layer(n, v, layers)}
-    indices = {n: v for n, v in values.items() if n not in by_layer and _is_indices(n, v, layers)}
-    firsts = {n: values[n] for n in _DENSE_FIRST if isinstance(values.get(n), int)}
-    lasts = {n: values[n] for n in _SHARED_LAST if isinstance(values.get(n), int)}
-    kinds = [
-        (
-            *(str(value[i]) for value in by_layer.values()),
-            *(i in value if isinstance(value, list) else str(_at(value, i)) for value in indices.values()),
-            *(i < value for value in firsts.values()),
-            *(i >= layers - value for value in lasts.values()),
-        )
-        for i in range(layers)
-    ]
-    chosen = _chosen_layers(kinds, of_a_kind)
-    for name, value in by_layer.items():
-        kept = [value[i] for i in chosen]
-        values[name] = "".join(kept) if isinstance(value, str) else kept
-    for name, value in indices.items():
-        values[name] = _reindexed(value, chosen)
-    for name, value in firsts.items():
-        values[name] = sum(i < value for i in chosen)
-    for name, value in lasts.items():
-        values[name] = sum(i >= layers - value for i in chosen)
-    _count_layers(values, layers, len(chosen))
-
-
-def _shorten_intervals(values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            if _INTERVALS.search(name):
-                values[name] = min(value, 2)
-            elif _OFFSETS.search(name):
-                values[name] = min(value, 1)
-
-
-def _count_layers(values: dict[str, Any], old: int, new: int) -> None:
-    """Write the number of layers under every name; some classes count pairs of layers."""
-    for name in _LAYER_COUNTS & values.keys():
-        if isinstance(values[name], int):
-            pairs = old // values[name] if values[name] and old % values[name] == 0 else 1
-            values[name] = max(2, new // pairs)
-
-
-def _chosen_layers(kinds: list[tuple[Any, ...]], of_a_kind: int) -> list[int]:
-    first = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < of_a_kind][: MOST_LAYERS * of_a_kind]
-    return first if len(first) > 1 else list(range(min(2, len(kinds))))
-
-
-def _is_by_layer(name: str, value: Any, layers: int) -> bool:
-    """Tell whether a field has one entry a layer; a list of all layers' indices has not."""
-    if isinstance(value, str):
-        return "pattern" in name and len(value) == layers
-    return isinstance(value, list) and len(value) == layers and not _is_indices(name, value, layers)
-
-
-def _is_indices(name: str, value: Any, layers: int) -> bool:
-    if isinstance(value, dict):
-        return bool(value) and all(
-            isinstance(v, dict) and str(k).isdigit() and int(k) < layers for k, v in value.items()
-        )
-    if not isinstance(value, list) or not value or not _LAYER_INDICES.search(name):
-        return False
-    return all(isinstance(i, int) and 0 <= i < layers for i in value) and sorted(set(value)) == value
-
-
-def _at(value: dict[Any, Any], index: int) -> Any:
-    return next((item for key, item in value.items() if int(key) == index), None)
-
-
-def _reindexed(value: Any, chosen: list[int]) -> Any:
-    if isinstance(value, list):
-        return [new for new, old in enumerate(chosen) if old in value]
-    return {new: _at(value, old) for new, old in enumerate(chosen) if _at(value, old) is not None}

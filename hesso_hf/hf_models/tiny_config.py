@@ -18,15 +18,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import HessoError, UnsupportedStructureError
-from .shrink import TINY_MLP, TINY_VOCAB, Geometry, getattr_or_none, has_frequency_lists, shrink_values
+from .build import build_meta
+from .shrink import TINY_MLP, TINY_VOCAB, Geometry, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
     MLP,
-    build_meta,
+    ConfigSizes,
     get_size,
     head_dim_of,
+    raw_value,
     set_sizes,
     text_config_of,
 )
@@ -154,7 +156,7 @@ def _candidate(config: PretrainedConfig, geometry: Geometry) -> PretrainedConfig
             where[HEAD_DIM] = where.get(HEAD_DIM) or geometry.head_dim
     _merge(values, _architectures().get(config.model_type, {}).get("tiny", {}))
     found = type(config).from_dict(values)
-    if not isinstance(getattr_or_none(config, MLP), int) and get_size(found, MLP):
+    if not isinstance(raw_value(config, MLP), int) and ConfigSizes.of(found).get(MLP):
         set_sizes(found, {MLP: TINY_MLP})  # what the model code would derive from the width
     return found
 

@@ -13,11 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from .shrink import getattr_or_none
-from .sizes import (
-    VOCAB,
-    get_size,
-)
+from ..compat import attention_of, set_attention, supports_sdpa
+from .sizes import VOCAB, get_size, raw_value
 
 SEED = 20240915
 
@@ -56,7 +53,7 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     Models without an output matrix give their last hidden states; an encoder-decoder reads the ids on both sides. The
     class' forward is called, since mixed-precision training wraps the instance's in autocast.
     """
-    pad = getattr_or_none(model.config.get_text_config(), "pad_token_id")
+    pad = raw_value(model.config.get_text_config(), "pad_token_id")
     if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
         return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
     accepted = inspect.signature(type(model).forward).parameters
@@ -80,16 +77,16 @@ def attention_in_fp32(model: nn.Module) -> Iterator[None]:
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig) and is_flash_attention_requested(config):
             configs[id(config)] = config
-    before = {key: config._attn_implementation for key, config in configs.items()}
+    before = {key: attention_of(config) for key, config in configs.items()}
     whole = next(model.parameters()).dtype == torch.float32
-    with_sdpa = all(m._supports_sdpa for m in model.modules() if isinstance(m, PreTrainedModel))
+    with_sdpa = all(supports_sdpa(m) for m in model.modules() if isinstance(m, PreTrainedModel))
     try:
         for config in configs.values() if whole else ():
-            config._attn_implementation = "sdpa" if with_sdpa else "eager"
+            set_attention(config, "sdpa" if with_sdpa else "eager")
         yield
     finally:
         for key, name in before.items():
-            configs[key]._attn_implementation = name
+            set_attention(configs[key], name)
 
 
 def token_ids(config: PretrainedConfig, seed: int = SEED, rows: int = SHAPE[0]) -> torch.Tensor:

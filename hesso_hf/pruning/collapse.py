@@ -11,8 +11,7 @@ import torch
 from transformers.utils import logging
 
 from ..distributed.collectives import is_main_process
-from .ranking import PerUnit
-from .saliency import UnitSums
+from .saliency import PerUnit, UnitSums
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)

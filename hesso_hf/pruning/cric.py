@@ -16,8 +16,8 @@ from ..config import HessoConfig
 from ..distributed.parts import Part
 from ..errors import HessoError
 from .cric_state import PROBE_CYCLES, PROBE_SAMPLES, Cric, PathDisplacements
-from .ranking import PerUnit, Ranking, agreed
-from .saliency import UnitSums
+from .ranking import Ranking, agreed
+from .saliency import PerUnit, UnitSums
 from .schedule import PeriodStep, Schedule
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot

@@ -14,14 +14,12 @@ import torch
 
 from ..distributed.parts import Part
 from ..structures.groups import Axis
-from .saliency import float_sums
+from .saliency import PerUnit, float_sums
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
 PROBE_SAMPLES, PROBE_CYCLES = 3, 4  # what `cric_mode="probe"` takes where nothing is said
 PROBE_BATCHES, PROBE_BATCH_SIZE = 2, 8  # examples that the trainer probes on
-
-PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
 
 
 class Cric:

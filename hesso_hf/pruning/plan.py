@@ -18,7 +18,9 @@ from ..budget.solver import LossFunction, PriceFunction, TargetSizes, solve_budg
 from ..config import HessoConfig, structures_around
 from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
-from ..hf_models.sizes import build_meta, canonical_name, resized_config
+from ..hf_models.build import build_meta
+from ..hf_models.resize import resized_config
+from ..hf_models.sizes import canonical_name
 from ..structures.cut import build_cut, load_cut
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits, PruningGroups
@@ -69,8 +71,8 @@ class PruningPlan:
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
-            for name, reason in proved.refused.items():
-                logger.warning(f"{name} are left alone in {type(checked).__name__}: {reason}")
+            for name in proved.refused:
+                logger.warning(proved.why_whole(name))
         parameters = build_cost("parameters", groups, axis_map, checked.config)
         price: PriceFunction | None = None
         if config.budget_metric == "latency":

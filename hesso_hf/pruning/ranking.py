@@ -14,9 +14,7 @@ from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import broadcast_decisions_
 from ..structures.groups import PruningGroups
-from .saliency import UnitSums, combine_criteria, criteria_of, lowest_units, needed_sums, saliency_scores
-
-PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
+from .saliency import PerUnit, UnitSums, combine_criteria, criteria_of, lowest_units, needed_sums, saliency_scores
 
 
 class Ranking:

@@ -15,6 +15,7 @@ import torch
 from ..distributed.parts import Part, add_over_ranks, whole
 from ..structures.groups import Axis, PruningGroups
 
+PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
 _CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
 _NEEDS = {
     "magnitude": ("x2",),

@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from ..compat import set_buffer
 from ..distributed.parts import Part, plain_name, stock_class
 from ..errors import UnsupportedStructureError
-from ..hf_models.sizes import head_dim_of, resized_config
-from .groups import Axis, KeptUnits, PruningGroups, centre_, mask_
+from ..hf_models.resize import resized_config
+from ..hf_models.sizes import head_dim_of
+from .apply import centre_, mask_
+from .groups import Axis, KeptUnits, PruningGroups
 from .layers import full_names, is_dropped, kept_layers, without_dropped_layers
 from .uneven_layers import annotate_config, layer_list, layer_sizes, rebuild_layers, with_own_names
 
@@ -82,7 +85,7 @@ def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningG
         for axis, units, total in cuts.get(origin, ()):
             trained = _cut(trained, axis, units, total)
         if origin in cuts:  # in its own dtype: the bias of a router's choice isn't one of the weights
-            holder._buffers[leaf] = trained.to(holder.get_buffer(leaf).device, copy=True)
+            set_buffer(holder, leaf, trained.to(holder.get_buffer(leaf).device, copy=True))
         # a scalar follows from the sizes (Gemma's sqrt(hidden_size)); all others are as in the trained model
         elif trained.dim() and trained.shape == holder.get_buffer(leaf).shape:
             holder.get_buffer(leaf).copy_(trained)

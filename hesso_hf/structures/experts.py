@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import NotApplicableError, UnsupportedStructureError
-from ..hf_models.sizes import EXPERTS, build_meta, copy_with, get_size
+from ..hf_models.build import build_meta
+from ..hf_models.resize import copy_with
+from ..hf_models.sizes import EXPERTS, ConfigSizes, get_size
 from .groups import Axis, StructureGroups
-from .layout import Layout, Segment
+from .layout import layout_with_rest
 from .shape_probe import describe_parameters, layer_of
 
 EXPERT_UNITS = "experts"
@@ -77,9 +79,10 @@ def expert_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) 
     (least, needed_for), pools = needed_experts(config), routing_groups(config)[0]
     if experts % pools or experts <= least:
         raise UnsupportedStructureError(f"{EXPERT_UNITS}: all {experts} are needed for {needed_for}")
-    base = build_meta(model_class, copy_with(config, {}))
+    sizes = ConfigSizes.of(config)
+    base = build_meta(model_class, copy_with(config, {}, sizes))
     try:
-        other = build_meta(model_class, copy_with(config, {EXPERTS: experts + pools}))
+        other = build_meta(model_class, copy_with(config, {EXPERTS: experts + pools}, sizes))
     except Exception as error:  # model code may refuse a size with any exception type
         raise UnsupportedStructureError(f"`{EXPERTS}` can't be changed in the model code: {error}") from error
     layers: dict[str, list[Axis]] = {}
@@ -123,6 +126,5 @@ def _moving(base: Shapes, other: Shapes, experts: int, step: int) -> list[Axis]:
             if rest or left_over < 0:
                 raise UnsupportedStructureError(f"{name} dimension {dim} ({before}) isn't a multiple of the experts")
             if block:
-                tail = (Segment(fixed=left_over),) if left_over else ()
-                axes.append(Axis(name, dim, Layout((Segment(1, block), *tail))))
+                axes.append(Axis(name, dim, layout_with_rest(1, block, left_over)))
     return axes

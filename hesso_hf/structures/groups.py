@@ -8,20 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from ..distributed.parts import Part
-from ..errors import HessoError, NotApplicableError, UnsupportedStructureError
-from ..hf_models.sizes import HEADS, HIDDEN, get_size, num_pools, num_units, unit_increments
+from ..errors import HessoError, UnsupportedStructureError
 from .layout import Layout
-from .shape_probe import AxisMap
 
 COUPLED = ("attention_heads", "embedding_channels")  # where head_dim follows from both
-HEAD_UNITS = ("attention_heads", "query_heads")
+MOST_OF_A_REASON = 300  # characters of it in a message
 AxisName = tuple[str, int]  # a parameter, or the pattern of its name, and a dimension of it
 
 
@@ -128,6 +124,7 @@ class PruningGroups:
             channels are twice the width), with how many units of each go with one of the coarsest, the driver; empty
             where all are independent.
         picky: whether the model class refuses sizes that its config class accepts.
+        model_class: the name of the model's class, for messages.
     """
 
     structures: dict[str, StructureGroups]
@@ -135,6 +132,7 @@ class PruningGroups:
     coupled: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     picky: bool = False
+    model_class: str = ""
 
     def by_parameter(self) -> dict[str, list[tuple[str, int, Axis]]]:
         """Return, per parameter, (structure, layer index, axis) of each of its axes."""
@@ -152,14 +150,11 @@ class PruningGroups:
         """
         names = list(names)
         missing = [name for name in names if name not in self.structures]
-        if missing and explicit:
-            known = self.absent | self.refused
-            reasons = "; ".join(f"{name}: {known.get(name, 'unknown')}" for name in missing)
-            proved = list(self.structures)
-            raise UnsupportedStructureError(f"`structures` asks for what can't be pruned: {reasons}. Proved: {proved}")
         chosen = {name: groups for name, groups in self.structures.items() if name in names}
-        if not chosen:
-            raise UnsupportedStructureError(f"no structure of this model can be pruned: {self.refused}")
+        if (missing and explicit) or not chosen:
+            reasons = "; ".join(self.why_whole(name) for name in missing)
+            instead = f"can be pruned instead: {list(self.structures)}" if self.structures else "nothing else can be"
+            raise UnsupportedStructureError(f"`structures` ({names}): {reasons}; {instead}")
         apart = [name for name in self.coupled if name not in chosen]
         if apart and len(apart) < len(self.coupled):
             raise UnsupportedStructureError(
@@ -167,6 +162,16 @@ class PruningGroups:
                 "together (one's size follows from the others'); name all of them, or none"
             )
         return replace(self, structures=chosen, coupled={} if apart else self.coupled)
+
+    def why_whole(self, name: str) -> str:
+        """Say of a structure which class' it is and that nothing of it is pruned, and then, in short, why."""
+        reason = " ".join((self.absent | self.refused).get(name, "it wasn't tried").split())
+        if len(reason) > MOST_OF_A_REASON:
+            reason = f"{reason[:MOST_OF_A_REASON]}..."
+        units, owner = name.replace("_", " "), self.model_class or "this model"
+        if name in self.absent:
+            return f"{owner} has no {units} that could be pruned (reason: {reason})"
+        return f"{units} of {owner} stay whole, since taking some out wouldn't be exact (reason: {reason})"
 
     def with_coupled(self, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return kept units of independent structures with those that follow from them."""
@@ -254,167 +259,3 @@ class KeptUnits:
             {name: int(value["num_units"]) for name, value in values.items()},
             {name: tuple(tuple(map(int, layer)) for layer in value["kept"]) for name, value in values.items()},
         )
-
-
-def moving_axes(structure: str, axis_map: AxisMap, config: PretrainedConfig) -> list[AxisName]:
-    """List the axes that a structure's config sizes move.
-
-    Raises:
-        UnsupportedStructureError: where the sizes can't be changed, or no parameter depends on them.
-    """
-    increments = unit_increments(structure, config)
-    for size in increments:
-        if size in axis_map.failed:
-            raise UnsupportedStructureError(f"`{size}` can't be changed in the model code: {axis_map.failed[size]}")
-    moving = axis_map.moving(tuple(increments))
-    if not moving:
-        raise NotApplicableError(f"no parameter's shape depends on `{next(iter(increments))}`")
-    return list(moving)
-
-
-def build_groups(structure: str, axis_map: AxisMap, config: PretrainedConfig, scheme: Scheme) -> StructureGroups:
-    """Apply a proved scheme to a model of any size of the same architecture.
-
-    Raises:
-        UnsupportedStructureError: where the model has an axis that the proof never saw or whose length doesn't fit.
-    """
-    smallest = {} if scheme.per_channel else unit_increments(structure, config)
-    increments = {size: increment * scheme.bundle for size, increment in smallest.items()}
-    units = num_units(structure, config) if increments else scheme.per_channel * (get_size(config, HIDDEN) or 0)
-    units, rest = divmod(units, scheme.bundle)
-    if rest:
-        raise UnsupportedStructureError(f"its units are {scheme.bundle} of {smallest} each, and {rest} would be left")
-    known = {axis: (branch, layout) for branch in scheme.branches for axis, layout in branch.layouts.items()}
-    by_layer: dict[tuple[str, AxisName], list[Axis]] = {}
-    for info in axis_map.parameters.values():
-        for dim, size in enumerate(info.shape):
-            if (info.pattern, dim) not in known:
-                continue
-            branch, template = known[info.pattern, dim]
-            per_unit = _per_unit((info.name, dim), template, axis_map, increments, scheme)
-            layout = template.fitted(scheme.num_units, units, size, per_unit, structure not in HEAD_UNITS)
-            if layout is None:
-                raise UnsupportedStructureError(f"{info.name} dimension {dim} ({size}) doesn't divide as in the proof")
-            shift, power = scheme.shifts.get(info.pattern, 0.0), scheme.powers.get(info.pattern, 0)
-            axis = Axis(info.name, dim, layout, shift, power, info.pattern in scheme.centred)
-            alone = structure == "embedding_channels" or scheme.shared
-            by_layer.setdefault(("" if alone else info.layer, branch.reader), []).append(axis)
-    axes = tuple(tuple(axes) for axes in by_layer.values())
-    return StructureGroups(structure, increments, units, _labels(list(by_layer)), axes, num_pools(structure, config))
-
-
-def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap, config: PretrainedConfig) -> None:
-    """Compare the groups of structures that shrink together, or of one, with the axes that their sizes move.
-
-    Raises:
-        UnsupportedStructureError: naming an axis that would shrink and that no group knows.
-    """
-    covered = {(axis.parameter, axis.dim) for groups in structures.values() for _, axis in groups.all_axes()}
-    for structure, groups in structures.items():
-        if not groups.increments:  # its size follows from another's
-            continue
-        coupled = axis_map.coupling is not None and structure in COUPLED
-        for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map, config):
-            if (name, dim) not in covered:
-                raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
-
-
-def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:
-    """Return how many of an axis' indices one unit owns in this model."""
-    follows_width = axis_map.coupling is not None and {HEADS, HIDDEN} & increments.keys()
-    if follows_width or scheme.per_channel:
-        granule = axis_map.coupling.head_dim if axis_map.coupling and HEADS in increments else 1
-        return template.per_unit * granule // scheme.granule
-    slopes = axis_map.slopes.get(axis, {})
-    per_unit = sum((slopes.get(size, 0) * increment for size, increment in increments.items()), Fraction(0))
-    if per_unit.denominator > 1:
-        raise UnsupportedStructureError(f"{axis[0]} dimension {axis[1]} grows by {per_unit} with a unit")
-    return int(per_unit)
-
-
-def coupled_units(
-    structures: dict[str, StructureGroups], axis_map: AxisMap, schemes: dict[str, Scheme]
-) -> dict[str, int]:
-    """Return how many units of each coupled structure go with one of the coarsest; empty where nothing is coupled."""
-    names = needing_others(axis_map, schemes)
-    if not names or not names <= structures.keys():
-        return {}
-    fewest = min(structures[name].num_units for name in names)
-    return {name: structures[name].num_units // fewest for name in structures if name in names}
-
-
-def needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
-    """Return the structures that only shrink together with others."""
-    followers = {name for name, scheme in schemes.items() if scheme.per_channel}
-    if axis_map.coupling is not None:
-        return followers | set(COUPLED)
-    return followers | {"embedding_channels"} if followers else set()
-
-
-def _labels(keys: list[tuple[str, AxisName]]) -> tuple[str, ...]:
-    """Name each layer's units by the layer, or by the module that reads them where a layer has several kinds."""
-    layers = [layer for layer, _ in keys]
-    labels = []
-    for layer, (pattern, _) in keys:
-        if layers.count(layer) == 1:
-            labels.append(layer)
-        else:
-            tail = ".".join(pattern.removesuffix(".weight").split(".")[layer.count(".") + 1 :])
-            labels.append(f"{layer}.{tail}" if layer else pattern.removesuffix(".weight"))
-    return tuple(labels)
-
-
-@torch.no_grad()
-def shrink_(tensor: torch.Tensor, axis: Axis, factors: torch.Tensor, part: Part | None = None) -> None:
-    """Multiply each unit's slice by its factor, in place; a factor of 1 leaves it as it is, bit for bit.
-
-    Args:
-        tensor: the parameter's data, or what this process holds of it.
-        factors: one factor per unit, shape (U,).
-        part: which part that is; all of it by default.
-    """
-    spread = axis.spread(factors.to(tensor.device, tensor.dtype), tensor.dim(), part=part)
-    tensor.mul_(spread)
-    if axis.shift:  # (w + shift) * f - shift, without rounding where f is 1
-        tensor.add_((spread - 1) * axis.shift)
-
-
-@torch.no_grad()
-def centre_(
-    tensor: torch.Tensor,
-    axis: Axis,
-    scales: torch.Tensor,
-    share: float = 1.0,
-    part: Part | None = None,
-    total: torch.Tensor | None = None,
-) -> None:
-    """Take the mean out of what is written to the residual stream, in place, each channel by its scale.
-
-    A norm that subtracts the mean over all channels doesn't see it while all scales are 1; when pruned channels are at
-    zero the kept ones have mean zero among themselves.
-
-    Args:
-        scales: shape (U,), 1 kept to 0 pruned.
-        share: of the mean, how much is taken out.
-        part: which part of the parameter `tensor` is; all of it by default.
-        total: sum over the channels of all parts, where `tensor` holds some of them.
-    """
-    scales = scales.to(tensor.device, tensor.dtype)
-    spread = axis.spread(scales, tensor.dim(), part=part)
-    total = tensor.sum(axis.dim, keepdim=True) if total is None else total.to(tensor.device, tensor.dtype)
-    tensor.sub_(spread * (total * (share / scales.sum())))
-
-
-@torch.no_grad()
-def mask_(
-    tensor: torch.Tensor, axis: Axis, pruned: torch.Tensor, fill: float | None = None, part: Part | None = None
-) -> None:
-    """Set pruned units' slices to what stands for zero, in place, even where they hold NaN.
-
-    Args:
-        pruned: shape (U,), bool.
-        fill: the value; by default -shift, so that the effective weight is zero.
-        part: which part of the parameter `tensor` is; all of it by default.
-    """
-    spread = axis.spread(pruned.to(tensor.device), tensor.dim(), fixed_value=False, part=part)
-    tensor.masked_fill_(spread, -axis.shift if fill is None else fill)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from ..errors import NotApplicableError, UnsupportedStructureError
-from ..hf_models.sizes import HIDDEN, LAYERS, get_size
+from ..hf_models.sizes import HIDDEN, LAYERS
 from .groups import Axis, AxisName, KeptUnits, PruningGroups, StructureGroups
 from .layout import owned_layout
 from .shape_probe import AxisMap, ParameterInfo
@@ -36,15 +34,15 @@ class LayerScheme:
         return LayerScheme(frozenset(axis for axis in self.writers if axis[0].rpartition(".")[0] != module))
 
 
-def stack_of(axis_map: AxisMap, config: PretrainedConfig) -> str:
+def stack_of(axis_map: AxisMap) -> str:
     """Return the name of the module list whose members are the layers (`model.layers`).
 
     Raises:
         UnsupportedStructureError: where there is none, or its members differ in their parameters.
     """
-    layers = get_size(config, LAYERS)
+    layers = axis_map.sizes.get(LAYERS)
     if layers is None:
-        raise NotApplicableError(f"{LAYER_UNITS}: {type(config).__name__} has no integer `{LAYERS}`")
+        raise NotApplicableError(f"{LAYER_UNITS}: {axis_map.sizes.config_class} has no integer `{LAYERS}`")
     if layers < 2:
         raise UnsupportedStructureError("there is only one layer")
     if HIDDEN in axis_map.failed:
@@ -68,15 +66,13 @@ def stack_of(axis_map: AxisMap, config: PretrainedConfig) -> str:
     return names[0]
 
 
-def layer_groups(axis_map: AxisMap, config: PretrainedConfig, scheme: LayerScheme) -> StructureGroups:
+def layer_groups(axis_map: AxisMap, scheme: LayerScheme) -> StructureGroups:
     """Build the groups whose units are whole layers: each writer is owned by the unit of its layer.
 
     Raises:
         UnsupportedStructureError: as `stack_of` does, or where nothing writes to the stream.
     """
-    stack, layers = stack_of(axis_map, config), get_size(config, LAYERS)
-    assert layers is not None
-    axes = []
+    stack, axes = stack_of(axis_map), []
     seen: set[str] = set()
     for parameter, dim in axis_map.moving((HIDDEN,)):
         info = axis_map.parameters[parameter]
@@ -85,7 +81,7 @@ def layer_groups(axis_map: AxisMap, config: PretrainedConfig, scheme: LayerSchem
             axes.append(Axis(parameter, dim, owned_layout(info.shape[dim], int(info.layer.rpartition(".")[2]))))
     if not axes:
         raise UnsupportedStructureError("nothing was found that writes to the residual stream in a layer")
-    return StructureGroups(LAYER_UNITS, {LAYERS: 1}, layers, ("",), (tuple(axes),), stack=stack)
+    return StructureGroups(LAYER_UNITS, {LAYERS: 1}, axis_map.sizes.by_name[LAYERS], ("",), (tuple(axes),), stack=stack)
 
 
 def parameters_of_layer(groups: StructureGroups, axis_map: AxisMap) -> Iterator[ParameterInfo]:

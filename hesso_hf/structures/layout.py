@@ -157,3 +157,9 @@ def block_layout(block: int) -> Layout:
 def owned_layout(size: int, unit: int) -> Layout:
     """All indices belong to unit `unit`."""
     return Layout((Segment(fixed=size, unit=unit),))
+
+
+def layout_with_rest(repeat: int, block: int, rest: int) -> Layout:
+    """Return the layout of so many runs of blocks, and behind them `rest` indices that belong to no unit."""
+    runs = (Segment(repeat, block),) if repeat * block else ()
+    return Layout((*runs, Segment(fixed=rest)) if rest else runs)

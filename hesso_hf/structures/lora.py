@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compat import set_buffer, set_parameter
 from ..distributed.parts import named_parameters, stock_class
 from ..errors import HessoError, UnsupportedStructureError
-from ..hf_models.sizes import build_meta
+from ..hf_models.build import build_meta
 from .groups import Axis, PruningGroups, StructureGroups
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -202,11 +203,11 @@ def dense_model(
             value = adapters.effective(name, lambda key: parameters[key].data)
             filled[id(parameter)] = nn.Parameter(value.to(dtype))
         owner, _, leaf = name.rpartition(".")
-        dense.get_submodule(owner)._parameters[leaf] = filled[id(parameter)]
+        set_parameter(dense.get_submodule(owner), leaf, filled[id(parameter)])
     buffers = {_plain_name(name, ""): buffer for name, buffer in model.named_buffers()}
     for name, _ in list(dense.named_buffers(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
-        dense.get_submodule(owner)._buffers[leaf] = buffers[name]
+        set_buffer(dense.get_submodule(owner), leaf, buffers[name])
     if model.can_generate():
         dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..compat import forward_hooks
 from ..distributed.parts import full_shape
 from ..errors import HessoError, UnsupportedStructureError
 from .groups import Axis, StructureGroups
@@ -195,14 +196,14 @@ def is_gated(model: nn.Module) -> bool:
 def remove_gates(model: nn.Module) -> None:
     """Take all gates off a model."""
     for hooked, hooks in list(_hooks_of(model)):
-        for registry in (hooked._forward_pre_hooks, hooked._forward_hooks):
+        for registry in forward_hooks(hooked):
             for key in [key for key, hook in registry.items() if getattr(hook, "__self__", None) is hooks]:
                 del registry[key]
 
 
 def _hooks_of(model: nn.Module) -> Iterator[tuple[nn.Module, _Hooks]]:
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for hook in forward_hooks(module)[0].values():
             if isinstance(getattr(hook, "__self__", None), _Hooks):
                 yield module, hook.__self__  # type: ignore[attr-defined]
 

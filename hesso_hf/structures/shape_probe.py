@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -16,7 +16,9 @@ from typing import Literal
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..hf_models.sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, build_meta, copy_with, get_size, text_config_of
+from ..hf_models.build import build_meta
+from ..hf_models.resize import copy_with
+from ..hf_models.sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes, text_config_of
 
 Role = Literal["matrix", "bias", "norm", "embedding", "output", "other"]
 PROBED_SIZES = (HEADS, KV_HEADS, MLP, EXPERT_MLP, HIDDEN)
@@ -58,6 +60,7 @@ class AxisMap:
 
     Attributes:
         picky: whether the class refuses sizes that its config class accepts.
+        sizes: those of the config that was probed.
     """
 
     parameters: dict[str, ParameterInfo]
@@ -65,6 +68,7 @@ class AxisMap:
     failed: dict[str, str]
     coupling: Coupling | None = None
     picky: bool = False
+    sizes: ConfigSizes = field(default_factory=ConfigSizes)
 
     def moving(self, sizes: Iterator[str] | tuple[str, ...]) -> dict[tuple[str, int], dict[str, Fraction]]:
         """Return the axes that at least one of `sizes` moves."""
@@ -78,23 +82,24 @@ def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, cou
     Args:
         couple: whether to look for heads and width that only shrink together.
     """
-    base_model = build_meta(model_class, copy_with(config, {}))
+    sizes = ConfigSizes.of(config)
+    base_model = build_meta(model_class, copy_with(config, {}, sizes))
     parameters = describe_parameters(base_model)
     slopes: dict[tuple[str, int], dict[str, Fraction]] = {}
     failed: dict[str, str] = {}
     picky = False
     for size in PROBED_SIZES:
-        if get_size(config, size) is None:
+        if sizes.get(size) is None:
             continue
         try:
-            changed, refused = _slopes_of(model_class, config, size, parameters)
+            changed, refused = _slopes_of(model_class, config, sizes, size, parameters)
         except Exception as error:  # model code may refuse a size with any exception type
             failed[size] = f"{type(error).__name__}: {error}"
             continue
         picky = picky or refused
         for axis, slope in changed.items():
             slopes.setdefault(axis, {})[size] = slope
-    axis_map = AxisMap(parameters, slopes, failed, picky=picky)
+    axis_map = AxisMap(parameters, slopes, failed, picky=picky, sizes=sizes)
     follows = couple and _heads_follow_width(slopes)
     return coupled_axes(model_class, config, axis_map) if follows else axis_map
 
@@ -116,15 +121,15 @@ def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, a
 
     The axes of `hidden_size` are then those that move when heads and width grow together, so that head_dim stays.
     """
-    heads, hidden, kv_heads = get_size(config, HEADS), get_size(config, HIDDEN), get_size(config, KV_HEADS)
+    heads, hidden, kv_heads = (axis_map.sizes.get(name) for name in (HEADS, HIDDEN, KV_HEADS))
     if not heads or not hidden or hidden % heads:
         return axis_map
     head_dim, group = hidden // heads, heads // kv_heads if kv_heads and heads % kv_heads == 0 else 1
-    sizes = {HEADS: heads + group, HIDDEN: hidden + group * head_dim}
+    changes = {HEADS: heads + group, HIDDEN: hidden + group * head_dim}
     if kv_heads and kv_heads > 1:
-        sizes[KV_HEADS] = kv_heads + 1
+        changes[KV_HEADS] = kv_heads + 1
     try:
-        shapes = _shapes(model_class, copy_with(config, sizes))
+        shapes = _shapes(model_class, copy_with(config, changes, axis_map.sizes))
         moved = _compare(axis_map.parameters, shapes, group * head_dim)
     except Exception:  # model code may refuse the sizes with any exception type; the width's own axes serve then
         return replace(axis_map, coupling=Coupling(head_dim))
@@ -187,16 +192,19 @@ def _digest(members: set[str]) -> str:
 
 
 def _slopes_of(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, size: str, parameters: dict[str, ParameterInfo]
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    sizes: ConfigSizes,
+    size: str,
+    parameters: dict[str, ParameterInfo],
 ) -> tuple[dict[tuple[str, int], Fraction], bool]:
     """Return the slopes of the axes that a size moves, and whether the class refused some step."""
-    value = get_size(config, size)
-    assert value is not None
+    value = sizes.by_name[size]
     errors: list[Exception] = []
     uneven: dict[tuple[str, int], Fraction] | None = None
-    for step in _steps(config, size, value):
+    for step in _steps(sizes, size):
         try:
-            shapes = _shapes(model_class, copy_with(config, {size: value + step}))
+            shapes = _shapes(model_class, copy_with(config, {size: value + step}, sizes))
             moved = _compare(parameters, shapes, step)
         except Exception as error:  # the next step may suit a divisibility check of the model code
             errors.append(error)
@@ -209,12 +217,12 @@ def _slopes_of(
     raise errors[0]
 
 
-def _steps(config: PretrainedConfig, size: str, value: int) -> list[int]:
+def _steps(sizes: ConfigSizes, size: str) -> list[int]:
     """Increments to try: one, then ones that keep heads divisible by key-value heads, and the width by the heads.
 
     MLPs grow by two first: some read half as many channels as their size says.
     """
-    kv_heads, heads = get_size(config, KV_HEADS) or 1, get_size(config, HEADS) or 1
+    kv_heads, heads, value = sizes.get(KV_HEADS) or 1, sizes.get(HEADS) or 1, sizes.by_name[size]
     first = 2 if size in (MLP, EXPERT_MLP) else 1
     return list(dict.fromkeys([first, 1, {HEADS: kv_heads, HIDDEN: heads}.get(size, value), value]))
 

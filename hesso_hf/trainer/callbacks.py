@@ -1,22 +1,26 @@
-"""What is shown and logged: a progress line that says which phase runs and when pruning ends, and the metrics."""
+"""What a run shows, logs and does when it is told to stop: the progress line, the metrics, a checkpoint of all."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from torch.distributed import Store
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.utils import logging
 
-from ..engines.deepspeed.steps import ZeroSteps
-from ..pruning.optimizer import HessoOptimizer
+from ..compat import default_store
+from ..distributed.collectives import barrier, world_size
+from ..engines.engine import Steps
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import PHASES
 
 logger = logging.get_logger(__name__)
+
+KEY = "hesso_stops_after_step"
+EXIT_CODE = 128 + 15  # what a shell says of a process that SIGTERM ended: the work isn't done
 
 
 def phase_text(process: PruningProcess) -> str:
@@ -35,9 +39,9 @@ def phase_text(process: PruningProcess) -> str:
     return f"recovery, pruned since step {schedule.end}"
 
 
-def metrics(optimizer: HessoOptimizer | ZeroSteps, parameters: Any) -> dict[str, float]:
+def metrics(steps: Steps, parameters: Any) -> dict[str, float]:
     """Return what is logged: phase (0 warm-up, 1 sampling, 2 pruning, 3 recovery), units, ratios, norm, seconds."""
-    process = optimizer.process
+    process = steps.process
     found = {"hesso/phase": float(PHASES.index(process.schedule.phase(process.step)))}
     kept = {}
     for name, scales in process.scales.items():
@@ -47,32 +51,11 @@ def metrics(optimizer: HessoOptimizer | ZeroSteps, parameters: Any) -> dict[str,
     found["hesso/pruned_ratio"] = 1 - float(parameters(kept)) / parameters.full
     found["hesso/target_ratio"] = process.target.parameter_ratio
     found["hesso/redundant_norm"] = process.redundant_norm()
-    found["hesso/seconds"] = optimizer.seconds
+    found["hesso/seconds"] = steps.seconds
     if process.trial is not None:
         found["hesso/cric_cycle"] = float(process.trial.cric.cycles)
         found["hesso/cric_units_on_trial"] = float(process.trial.units_on_trial())
     return found
-
-
-@contextlib.contextmanager
-def uncounted(trainer: Any) -> Iterator[None]:
-    """Put back what a trainer counts for its log: the attributes that are numbers, or hold nothing but numbers.
-
-    Some trainers count tokens and collect metrics where they compute a loss, also one that is only measured.
-    """
-    before = {name: copy.deepcopy(value) for name, value in vars(trainer).items() if _holds_numbers(value)}
-    try:
-        yield
-    finally:
-        vars(trainer).update(before)
-
-
-def _holds_numbers(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(_holds_numbers(each) for each in value.values())
-    if isinstance(value, list):
-        return all(_holds_numbers(each) for each in value)
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class HessoProgressCallback(TrainerCallback):
@@ -93,3 +76,49 @@ class HessoProgressCallback(TrainerCallback):
             bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
             if bar is not None:
                 bar.set_postfix_str(text)
+
+
+class StopTogether(TrainerCallback):
+    """Agrees on the step after which `enable_jit_checkpoint` saves: each process has a signal and a clock of its own.
+
+    A process that was told names the next step when it is at the end of one. No other can be past that by then, since
+    every step waits for the gradients of all.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._store: Store | None = None
+        self._told = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the place of what saves, and among several processes of what sets the request to save."""
+        found = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)]
+        if not found or found[0].jit_manager is None:
+            return
+        manager: CheckpointManager = found[0].jit_manager
+        if world_size() == 1:
+            plain = manager.execute_jit_checkpoint
+            manager.execute_jit_checkpoint = lambda: self._save(plain)  # type: ignore[method-assign]
+        else:
+            self._store = default_store()
+            manager._enable_checkpoint = self._ask  # type: ignore[method-assign]
+
+    def _ask(self) -> None:
+        self._told = True  # in a thread of its own, which can't tell how far the step is
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name a step, or save after the one that was named."""
+        if self._store is None:
+            return
+        if self._told:
+            self._store.compare_set(KEY, "", str(state.global_step + 1))
+        if not self._store.check([KEY]) or state.global_step < int(self._store.get(KEY)):
+            return
+        control.should_save, control.should_training_stop = False, True
+        # Transformers' own way has all processes make and remove one file, which fails where two are at it at once
+        self._save(lambda: self._trainer._save_checkpoint(self._trainer.model, trial=None))
+        barrier()  # a process that ends early may have the launcher end the one that still writes
+
+    def _save(self, save: Callable[[], None]) -> None:
+        save()
+        self._trainer.told_to_stop = True

@@ -7,9 +7,8 @@ Shapes: B batch, T tokens, N positions that are trained on, D embedding channels
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +17,14 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import mean_over_ranks
+from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
-from .teacher import TARGETS, Teacher, fingerprint, frozen_copy, load_teacher, place
+from .teacher import TARGETS, Teacher, fingerprint, frozen_copy, load_teacher
 
 logger = logging.get_logger(__name__)
 
 IGNORED = -100
 ORIGINAL = "the model before pruning"
-
-if TYPE_CHECKING:
-    _TrainerBase = Trainer
-else:
-    _TrainerBase = object
 
 
 class _DivergenceSum(torch.autograd.Function):
@@ -91,40 +86,149 @@ def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-@dataclass
 class Distillation:
-    """The teacher of a run, and what its loss was lately.
+    """The teacher of a run, the loss that it adds to the trainer's own, and what that was lately.
+
+    The teacher is taken when this is made, before a step is taken or a checkpoint is loaded.
+
+    Args:
+        trainer: whose loss it is.
+        config: of the run.
+        engine: which divides the teacher as it divides the student.
+        model: the student.
+        tokenizer: the student's.
 
     Attributes:
+        source: what the teacher is.
         fingerprint: of the teacher's weights before they were put in another dtype.
-        plain, last: the last micro-batch's loss without the teacher, and its divergence.
-        scaled: whether these are shares of an accumulated batch already.
         own_forward: whether the trainer's loss computes no logits, so that they take a second forward.
+
+    Raises:
+        HessoError: where there can't be such a teacher.
     """
 
-    teacher: Teacher
-    source: str
-    fingerprint: int
-    plain: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-    scaled: bool = True
-    own_forward: bool = False
-    _sum: torch.Tensor | None = None
-    _since: int = 0
+    def __init__(
+        self, trainer: Trainer, config: HessoConfig, engine: Engine, model: PreTrainedModel, tokenizer: Any
+    ) -> None:
+        self._trainer, self._config = trainer, config
+        self.source, self.own_forward = config.distill_from or ORIGINAL, False
+        device = trainer.args.device
+        # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported() and model.dtype == torch.float32
+        dtype = torch.bfloat16 if half else model.dtype
+        if config.distill_from is not None:
+            teacher = source = load_teacher(config.distill_from, model, tokenizer, dtype)
+        elif any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+            raise HessoError(
+                f"`distillation_alpha` ({config.distillation_alpha}): the model was divided by ZeRO-3 while "
+                "it was loaded, so it can't be copied as its own teacher; name it in `distill_from`, or load the model "
+                "before the TrainingArguments are made"
+            )
+        else:
+            teacher, source = frozen_copy(model, dtype, values=engine.has_weights), model
+        self.fingerprint = fingerprint(source)
+        placed, divided = engine.place_frozen(teacher, type(model))
+        self.teacher = Teacher(placed, device, divided)
+        self._plain: torch.Tensor | None = None  # the last micro-batch's loss without the teacher, and its divergence
+        self._last: torch.Tensor | None = None
+        self._scaled = True  # whether these are shares of an accumulated batch already
+        self._sum: torch.Tensor | None = None
+        self._since = 0
 
-    def note(self, step: int, parts: int) -> None:
-        """Count one part of a step's divergence for the log; `step` optimizer steps are complete."""
-        if self.last is None:
-            return
+    # -- the loss -------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        plain: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items: torch.Tensor | int | None,
+    ) -> Any:
+        """Return the trainer's loss mixed with the divergence from the teacher.
+
+        Args:
+            plain: the trainer's own `compute_loss`.
+        """
+        batch = dict(inputs)  # the trainer may take labels out
+        targets = self._targets(batch)
+        with _recorded_logits(model) as recorded:
+            result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
+        loss, outputs = result if return_outputs else (result, None)
+        logits = recorded[-1] if recorded else self._second_forward(model, batch)
+        self._check_shapes(logits, targets)
+        summed, count = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)
+        self._scaled, divisor = self._normalisation(count, num_items)
+        term = summed / divisor
+        self._plain, self._last = loss.detach().mean(), term.detach()
+        alpha = self._config.distillation_alpha
+        loss = (1 - alpha) * loss + alpha * term
+        return (loss, outputs) if return_outputs else loss
+
+    def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Return for each position (B, T) the token to be predicted there, or -100."""
+        if isinstance(batch.get("shift_labels"), torch.Tensor):
+            return batch["shift_labels"]
+        if not isinstance(batch.get("labels"), torch.Tensor):
+            raise HessoError(
+                f"`distillation_alpha` ({self._config.distillation_alpha}) needs `labels` in the batches to know which "
+                f"tokens are learnt; {type(self._trainer).__name__}'s have {sorted(batch)}; leave distillation out"
+            )
+        labels = batch["labels"]
+        if not self._trainer._loss_shifts_labels:
+            return labels
+        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+    def _check_shapes(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        if logits.shape[:-1] != targets.shape:
+            raise HessoError(
+                f"`distillation_alpha` ({self._config.distillation_alpha}) needs a language model with a label at "
+                f"every position; labels have the shape {tuple(targets.shape)}, logits {tuple(logits.shape)}"
+            )
+
+    def _second_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+        if not self.own_forward:
+            self.own_forward = True
+            logger.warning(
+                f"{type(self._trainer).__name__}'s loss computes no logits to compare with the teacher's: distillation "
+                "takes a second forward and backward of the model in every step"
+            )
+        return model(**{name: value for name, value in batch.items() if name not in TARGETS}).logits
+
+    def _normalisation(self, count: int, num_items: torch.Tensor | int | None) -> tuple[bool, Any]:
+        """Return whether losses are scaled for gradient accumulation already, and what the sum is divided by.
+
+        As the trainer does it with its own loss: by the tokens of all micro-batches and processes, or by this one's.
+        """
+        trainer = self._trainer
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = trainer.compute_loss_func is not None or (
+                trainer.model_accepts_loss_kwargs and num_items is not None
+            )
+        if num_items is None or not scaled:
+            return scaled, max(1, count)
+        args = trainer.args
+        processes = trainer.accelerator.num_processes // trainer.get_tp_size() if args.n_gpu <= 1 else args.n_gpu
+        return scaled, num_items / (processes if args.average_tokens_across_devices else 1)
+
+    # -- what it was lately ---------------------------------------------------------------------------------------
+
+    def note(self, loss: torch.Tensor) -> torch.Tensor:
+        """Count a micro-batch's divergence for the log; return the loss to watch for a collapse, the plain one."""
+        if self._plain is None or self._last is None:
+            return loss
+        parts = 1 if self._scaled else self._trainer.current_gradient_accumulation_steps
         if self._sum is None:
-            self._sum, self._since = torch.zeros_like(self.last), step
-        self._sum += self.last / parts
+            self._sum, self._since = torch.zeros_like(self._last), self._trainer.state.global_step
+        self._sum += self._last / parts
+        return self._plain / parts
 
-    def mean(self, step: int) -> float:
+    def mean(self) -> float:
         """Return the mean divergence a step since the last call; NaN where there was none."""
         if self._sum is None:
             return float("nan")
-        value = self._sum / max(1, step - self._since)
+        value = self._sum / max(1, self._trainer.state.global_step - self._since)
         self._sum = None
         return mean_over_ranks(value, value.device)
 
@@ -141,127 +245,12 @@ class Distillation:
                 "checkpoint's weights are loaded on resuming"
             )
 
-
-class DistillationMixin(_TrainerBase):
-    """The part of a trainer that adds the teacher's loss to its own while it trains; evaluation shows the plain one."""
-
-    hesso_config: HessoConfig
-    distillation: Distillation | None
-
-    def _prepare_distillation(self, model: PreTrainedModel, tokenizer: Any) -> Distillation | None:
-        """Take the teacher, before a step is taken or a checkpoint is loaded."""
-        name = self.hesso_config.distill_from
-        if self.hesso_config.distillation_alpha == 0.0:
-            return None
-        device = self.args.device
-        # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported() and model.dtype == torch.float32
-        dtype = torch.bfloat16 if half else model.dtype
-        if name is not None:
-            teacher = source = load_teacher(name, model, tokenizer, dtype)
-        elif any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-            raise HessoError(
-                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}): the model was divided by ZeRO-3 while "
-                "it was loaded, so it can't be copied as its own teacher; name it in `distill_from`, or load the model "
-                "before the TrainingArguments are made"
-            )
-        else:
-            fsdp = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-            waits = fsdp is not None and fsdp.cpu_ram_efficient_loading and not self.accelerator.is_main_process
-            teacher, source = frozen_copy(model, dtype, values=not waits), model
-        taken = fingerprint(source)
-        teacher, sharded = place(teacher, self.accelerator, type(model), self.args.per_device_train_batch_size)
-        return Distillation(Teacher(teacher, device, sharded), name or ORIGINAL, taken)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return the trainer's loss; with a teacher and in training mode mixed with the divergence from it."""
-        plain = super().compute_loss
-        if self.distillation is None or not model.training:
-            return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        batch = dict(inputs)  # the trainer may take labels out
-        targets = self._targets(batch)
-        with _recorded_logits(model) as recorded:
-            result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        loss, outputs = result if return_outputs else (result, None)
-        logits = recorded[-1] if recorded else self._second_forward(model, batch)
-        self._check_shapes(logits, targets)
-        summed, count = divergence(
-            self.distillation.teacher, batch, logits, targets, self.hesso_config.distillation_temperature
-        )
-        scaled, divisor = self._normalisation(count, num_items_in_batch)
-        term = summed / divisor
-        self.distillation.plain, self.distillation.last = loss.detach().mean(), term.detach()
-        self.distillation.scaled = scaled
-        alpha = self.hesso_config.distillation_alpha
-        loss = (1 - alpha) * loss + alpha * term
-        return (loss, outputs) if return_outputs else loss
-
-    def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Return for each position (B, T) the token to be predicted there, or -100."""
-        if isinstance(batch.get("shift_labels"), torch.Tensor):
-            return batch["shift_labels"]
-        if not isinstance(batch.get("labels"), torch.Tensor):
-            raise HessoError(
-                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}) needs `labels` in the batches to know "
-                f"which tokens are learnt; {type(self).__name__}'s have {sorted(batch)}; leave distillation out"
-            )
-        labels = batch["labels"]
-        if not self._loss_shifts_labels:
-            return labels
-        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-    def _check_shapes(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        if logits.shape[:-1] != targets.shape:
-            raise HessoError(
-                f"`distillation_alpha` ({self.hesso_config.distillation_alpha}) needs a language model with a label at "
-                f"every position; labels have the shape {tuple(targets.shape)}, logits {tuple(logits.shape)}"
-            )
-
-    def _second_forward(self, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-        assert self.distillation is not None
-        if not self.distillation.own_forward:
-            self.distillation.own_forward = True
-            logger.warning(
-                f"{type(self).__name__}'s loss computes no logits to compare with the teacher's: distillation "
-                "takes a second forward and backward of the model in every step"
-            )
-        return model(**{name: value for name, value in batch.items() if name not in TARGETS}).logits
-
-    def _normalisation(self, count: int, num_items: torch.Tensor | int | None) -> tuple[bool, Any]:
-        """Return whether losses are scaled for gradient accumulation already, and what the sum is divided by.
-
-        As the trainer does it with its own loss: by the tokens of all micro-batches and processes, or by this one's.
-        """
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = self.compute_loss_func is not None or (self.model_accepts_loss_kwargs and num_items is not None)
-        if num_items is None or not scaled:
-            return scaled, max(1, count)
-        processes = self.accelerator.num_processes // self.get_tp_size() if self.args.n_gpu <= 1 else self.args.n_gpu
-        return scaled, num_items / (processes if self.args.average_tokens_across_devices else 1)
-
-    def _noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Count a training step's divergence; return the loss to watch for a collapse, the one without the teacher."""
-        if self.distillation is None or self.distillation.plain is None:
-            return loss
-        steps = 1 if self.distillation.scaled else self.current_gradient_accumulation_steps
-        self.distillation.note(self.state.global_step, steps)
-        return self.distillation.plain / steps
-
-    def _distillation_record(self) -> dict[str, Any] | None:
+    def record(self) -> dict[str, Any]:
         """Return what a checkpoint and the report say about the teacher."""
-        if self.distillation is None:
-            return None
         return {
-            "alpha": self.hesso_config.distillation_alpha,
-            "temperature": self.hesso_config.distillation_temperature,
-            "teacher": self.distillation.source,
-            "dtype": str(self.distillation.teacher.model.dtype).removeprefix("torch."),
-            "fingerprint": self.distillation.fingerprint,
+            "alpha": self._config.distillation_alpha,
+            "temperature": self._config.distillation_temperature,
+            "teacher": self.source,
+            "dtype": str(self.teacher.model.dtype).removeprefix("torch."),
+            "fingerprint": self.fingerprint,
         }

@@ -11,15 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from ..distributed.collectives import from_main, is_main_process, max_over_ranks
 from ..distributed.parts import reshard
-from ..engines.deepspeed.holdings import divide_frozen, gathered
+from ..engines.deepspeed.holdings import gathered
 from ..errors import HessoError
 
 logger = logging.get_logger(__name__)
@@ -168,35 +166,6 @@ def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, values: bool = True)
     for module in teacher.modules():
         module.__dict__.pop("forward", None)  # one that was put on an instance may still call the original model
     return teacher
-
-
-def place(
-    model: PreTrainedModel, accelerator: Accelerator, student: type, batch_size: int
-) -> tuple[PreTrainedModel, bool]:
-    """Put a teacher on the device, or divide it over the devices as the engine divides the student.
-
-    Args:
-        student: class of the model that is trained.
-        batch_size: examples in one process' micro-batch.
-
-    Returns:
-        The teacher, and whether it is divided.
-    """
-    state: Any = accelerator.state
-    if state.distributed_type == DistributedType.FSDP:
-        plugin = state.fsdp_plugin
-        # The wrapping that it settles on is the student's, which comes later and may have layers of another class.
-        state.fsdp_plugin = copy.copy(plugin)
-        if type(model) is not student:
-            state.fsdp_plugin.transformer_cls_names_to_wrap = None
-        try:
-            return fsdp2_prepare_model(accelerator, model.requires_grad_(False)), True
-        finally:
-            state.fsdp_plugin = plugin
-    if state.distributed_type == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3:
-        return divide_frozen(model, state.deepspeed_plugin.hf_ds_config.config, batch_size), True
-    model.to(accelerator.device)  # type: ignore[arg-type]
-    return model, False
 
 
 def load_teacher(name: str, student: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sized
+import functools
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..budget.solver import TargetSizes
 from ..config import HessoConfig
-from ..distributed.collectives import barrier, on_all
-from ..engines.fsdp.state import begin_checkpoint
+from ..distributed.collectives import barrier
+from ..engines.checkpoint import begin_checkpoint
+from ..engines.engine import Engine, Steps
 from ..errors import HessoError, TrainingDivergedError
-from ..export.checkpoint_state import (
-    check_config,
-    check_resumable,
-    last_checkpoint,
-    last_common_checkpoint,
-    load_converted_,
-    read_state,
-    write_state,
-)
-from ..export.export import export_pruned
-from ..export.plots import PLOT_NAME
-from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
-from ..hf_models.tiny_model import attention_in_fp32
-from ..pruning.calibration import LossCurves, measure_curves, usable
-from ..pruning.cric_state import PROBE_BATCH_SIZE, PROBE_BATCHES
-from ..pruning.optimizer import HessoOptimizer
-from ..pruning.plan import PruningPlan
-from ..pruning.process import PruningProcess
-from ..pruning.schedule import Schedule, resolve_schedule
-from ..pruning.weights.snapshot import kept_random_state
-from ..structures.lora import with_adapter
-from ..structures.uneven_layers import MODULE_NAME
-from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
-from ..vocabulary.tokens import KeptTokens
-from .callbacks import HessoProgressCallback, metrics, uncounted
-from .distillation import DistillationMixin
-from .engine import EngineMixin
-from .preemption import StopTogether
+from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_, write_state
+from ..export.report import REPORT_NAME, PruningReport
+from ..structures.lora import lora_layers, with_adapter
+from .callbacks import HessoProgressCallback, StopTogether, metrics
+from .engine import engine_of, refuse
+from .hub import add_to_card, upload
+from .run import PruningRun
+from .saving import end_training, resolve_checkpoint, save_dense
 
 logger = logging.get_logger(__name__)
 
+if TYPE_CHECKING:
+    _TrainerBase = Trainer
+else:
+    _TrainerBase = object
 
-class HessoMixin(EngineMixin, DistillationMixin):
+
+class HessoMixin(_TrainerBase):
     """Adds pruning to a `Trainer` class: `class X(HessoMixin, SomeTrainer)`.
 
     Args:
@@ -58,13 +43,23 @@ class HessoMixin(EngineMixin, DistillationMixin):
         peft_config: a `LoraConfig`: the model's own weights are frozen then, and an adapter is trained.
 
     Attributes:
+        hesso_counted: names of attributes in which the trainer's loss counts tokens or collects metrics: a loss that is
+            only measured leaves them as they were. A subclass adds its own.
+        hesso_engine: what trains the model: one process or DDP, FSDP2, DeepSpeed.
+        hesso_run: what is pruned, and when.
+        pruning_report: of the last smaller model that was saved.
         told_to_stop: whether training ended with the checkpoint that `enable_jit_checkpoint` writes at a SIGTERM.
 
     Raises:
         HessoError: before any work, where the model or the budget doesn't allow what is asked for.
     """
 
-    hesso_plan: PruningPlan
+    hesso_counted: ClassVar[tuple[str, ...]] = ("_metrics", "_total_train_tokens")  # TRL's trainers
+    hesso_engine: Engine
+    hesso_plan = property(attrgetter("hesso_run.plan"))
+    kept_tokens = property(attrgetter("hesso_run.kept_tokens"))
+    distillation = property(attrgetter("hesso_run.distillation"))
+    _process = property(attrgetter("hesso_run.process"))
 
     def __init__(
         self, *args: Any, hesso_config: HessoConfig | None = None, peft_config: Any = None, **kwargs: Any
@@ -77,23 +72,25 @@ class HessoMixin(EngineMixin, DistillationMixin):
             )
         self.hesso_config = hesso_config
         self.pruning_report: PruningReport | None = None
-        self.kept_tokens: KeptTokens | None = None
-        self.hesso_optimizer = None
-        self.distillation = None
         self.told_to_stop = False
-        self._resume_from: str | None = None
         self._saving_checkpoint = False
-        self._step_loss: torch.Tensor | None = None
         if peft_config is not None:
             args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
-        self._refuse_engines()
-        if hesso_config.prune_vocabulary:
-            check_countable(self._saved_tokenizer(), self.train_dataset)
-        self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), hesso_config)
-        self.distillation = self._prepare_distillation(self._bare_model(), self._saved_tokenizer())
+        refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
+        self.hesso_run = PruningRun(self, hesso_config, lambda: self.hesso_engine, self.hesso_counted)
         self.add_callback(HessoProgressCallback(self))
         self.add_callback(StopTogether(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and the engine over it."""
+        super().create_accelerator_and_postprocess()
+        self.hesso_engine = engine_of(self, self.hesso_config)
+
+    @property
+    def hesso_optimizer(self) -> Steps | None:
+        """HESSO around the optimizer's steps, once there is one: a `HessoOptimizer`, under DeepSpeed `ZeroSteps`."""
+        return self.hesso_engine.steps
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -105,59 +102,38 @@ class HessoMixin(EngineMixin, DistillationMixin):
             CheckpointMismatchError: where the checkpoint belongs to another pruning run.
         """
         self.told_to_stop = False
-        self._resume_from = self._resolve_checkpoint(resume_from_checkpoint)
-        if self._resume_from is not None:
-            check_resumable(Path(self._resume_from))
+        output_dir = self.args.output_dir or ""  # TrainingArguments fills it in
+        folder = resolve_checkpoint(resume_from_checkpoint, output_dir)
+        self.hesso_run.resume_from = Path(folder) if folder is not None else None
+        if self.hesso_run.resume_from is not None:
+            check_resumable(self.hesso_run.resume_from)
         try:
-            output = super().train(self._resume_from, *args, **kwargs)
+            output = super().train(folder, *args, **kwargs)
         except TrainingDivergedError as error:
-            last = last_checkpoint(Path(self._output_dir))
+            last = last_checkpoint(Path(output_dir))
             raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
         finally:
-            if self.hesso_optimizer is not None:
+            if self.hesso_engine.steps is not None:
                 self._process.bound.frozen.reveal(False)
-        process = self.hesso_optimizer.process if self.hesso_optimizer else None
-        if process is not None and process.on_trial is not None:
-            logger.warning("training ended in the middle of a CRIC cycle: the weights from before it are put back")
-            process.leave_trial()
-        if process is not None and not process.finished:
-            logger.warning(
-                f"training ended at step {process.step} of pruning, which needs {process.schedule.end} (skipped steps "
-                "don't count): the model is still dense"
-            )
+        if self.hesso_engine.steps is not None:
+            end_training(self._process)
         return output
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the trainer's optimizer and put HESSO around it."""
         base = super().create_optimizer() if model is None else super().create_optimizer(model)
-        self.optimizer = self._with_hesso(base)
+        self.optimizer = self.hesso_engine.around(base, self.hesso_run)
         return self.optimizer
-
-    def _with_hesso(self, base: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Put HESSO around an optimizer, once."""
-        if self.is_deepspeed_enabled:
-            return base  # HESSO comes around DeepSpeed's own step
-        if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
-            return base
-        process = self._new_process()
-        if self.hesso_config.prune_vocabulary:
-            self.kept_tokens = keep_tokens(
-                self._saved_tokenizer(), self.train_dataset, self._bare_model(),
-                round_to=self.hesso_config.round_to or ROUND_TO,
-            )  # fmt: skip
-        self.hesso_optimizer = HessoOptimizer(base, process)
-        return self.hesso_optimizer
 
     def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
         """Wrap the model, and take the optimizer that a subclass' own `create_optimizer` has made a moment before."""
         if training and self.optimizer is not None:
-            self.optimizer = self._with_hesso(self.optimizer)
+            self.optimizer = self.hesso_engine.around(self.optimizer, self.hesso_run)
         return super()._wrap_model(model, training, dataloader)
 
-    def _new_process(self) -> PruningProcess:
-        if self.hesso_plan.model is not self._bare_model():  # `model_init` made a new one
-            self.hesso_plan = PruningPlan.prepare(self._unwrapped_model(), self.hesso_config)
-        return self.hesso_plan.process(self._settle())
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        plain = super()._prepare_for_training
+        return self.hesso_engine.prepare(self.hesso_run, lambda: plain(*args, **kwargs))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, but none where the run that is resumed was over: `Trainer` would take one step more."""
@@ -169,146 +145,44 @@ class HessoMixin(EngineMixin, DistillationMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one micro-batch as the trainer does, and keep its loss for the early warning."""
         if self._process.wants_probe:
-            self._probe()
+            self.hesso_run.probe()
         self._process.prepare_gradients()
         loss = super().training_step(*args, **kwargs)
-        if self.is_deepspeed_enabled:
-            return loss  # its step is over, and has seen it
-        noted = self._noted_loss(loss)
-        self._step_loss = noted if self._step_loss is None else self._step_loss + noted
+        self.hesso_engine.note_loss(loss, self.hesso_run)
         return loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Return the trainer's loss; with a teacher and in training mode mixed with the divergence from it."""
+        plain = super().compute_loss
+        if self.distillation is None or not model.training:
+            return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        return self.distillation.loss(plain, model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         plain = super()._clip_grad_norm
-        return self._observed_norm(model, self.args.max_grad_norm, lambda: plain(model))
+        return self.hesso_engine.clip(model, self.args.max_grad_norm, lambda: plain(model))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        plain: Callable[..., Any] = super()._get_grad_norm
         if grad_norm is None:  # clipping is off
-            plain = super()._get_grad_norm
-            return self._observed_norm(model, float("inf"), lambda: plain(model))
-        return super()._get_grad_norm(model, grad_norm=grad_norm)
-
-    def _observed_norm(self, model: Any, max_norm: float, clip: Callable[[], Any]) -> Any:
-        """Show HESSO the gradient between unscaling and clipping, and tell it the norm."""
-        if not isinstance(self.hesso_optimizer, HessoOptimizer):
-            return clip()  # DeepSpeed has clipped
-        if self.accelerator.mixed_precision == "fp16":  # the scaler allows unscaling once, so clipping is done here too
-            self.accelerator.unscale_gradients()
-            self.hesso_optimizer.observe_gradients()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        else:
-            self.hesso_optimizer.observe_gradients()
-            norm = clip()
-        self.hesso_optimizer.report_gradient_norm(norm)
-        if self._step_loss is not None:
-            self.hesso_optimizer.report_loss(self._step_loss)
-            self._step_loss = None
-        return norm
+            return self.hesso_engine.clip(model, float("inf"), lambda: plain(model))
+        return plain(model, grad_norm=grad_norm)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the trainer's metrics and, with the training loss, HESSO's."""
-        if "loss" in logs and self.hesso_optimizer is not None:
-            logs.update(metrics(self.hesso_optimizer, self.hesso_plan.parameters))
+        if "loss" in logs and self.hesso_engine.steps is not None:
+            logs.update(metrics(self.hesso_engine.steps, self.hesso_plan.parameters))
             if self.distillation is not None:
-                logs["hesso/distillation_loss"] = self.distillation.mean(self.state.global_step)
+                logs["hesso/distillation_loss"] = self.distillation.mean()
         super().log(logs, *args, **kwargs)
 
-    # -- the plan -------------------------------------------------------------------------------------------------
-
-    def _settle(self) -> Schedule:
-        """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
-        if self._resume_from is not None:
-            state = read_state(Path(self._resume_from))
-            check_config(state["config"], self.hesso_config.to_dict(), self._resume_from)
-            if self.distillation is not None:
-                self.distillation.check(state["training"].get("distillation"), self._resume_from)
-            self.hesso_plan.target = TargetSizes.from_dict(state["target"])
-            schedule = Schedule.from_dict(state["schedule"])
-            if schedule.end > self._total_steps():
-                raise HessoError(
-                    f"`max_steps` ({self._total_steps()}) ends before pruning does (step {schedule.end} in "
-                    f"{self._resume_from}); train for at least {schedule.end} steps"
-                )
-            return schedule
-        schedule = resolve_schedule(self.hesso_config, self._total_steps())
-        if not self._is_sharded:  # there it is measured on the shards, when they have been made
-            self._settle_sizes()
-        return schedule
-
-    def _total_steps(self) -> int:
-        if self.state.max_steps > 0:
-            return self.state.max_steps
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return max_steps
-
-    def _measure_curves(self) -> LossCurves:
-        with kept_random_state(self.args.device):  # collators may draw random numbers
-            batches = [self._prepare_inputs(batch) for batch in self._calibration_batches()]
-        model, groups = self._bare_model(), self.hesso_plan.groups
-        shown = self.is_world_process_zero() and not self.args.disable_tqdm
-        with uncounted(self), attention_in_fp32(model):  # autocast comes with Accelerate, later
-            return measure_curves(model, groups, batches, self._batch_loss, self.hesso_config, progress=shown)
-
-    def _batch_loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
-        with self.compute_loss_context_manager():
-            items = self._get_num_items_in_batch([batch], self.args.device)
-            loss = self.compute_loss(model, dict(batch), num_items_in_batch=items)  # it may take labels out of the dict
-        return loss[0] if isinstance(loss, tuple) else loss
-
-    def _calibration_batches(self) -> list[Any]:
-        """Take single examples to measure the split on."""
-        if self.train_dataset is None:
-            logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
-            return []
-        return self._single_examples(self.hesso_config.calibration_examples)
-
-    def _single_examples(self, count: int) -> list[Any]:
-        """Take examples spread over the training data (a stream's first ones), one a batch.
-
-        So the batch size and the number of processes don't matter to what is measured on them.
-        """
-        dataset: Any = self.train_dataset
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
-        if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
-            step = max(1, len(dataset) // count)
-            examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
-        else:
-            examples = list(itertools.islice(iter(dataset), count))
-        return [collate([example]) for example in examples]
-
-    def _probe(self) -> None:
-        """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
-        if self.train_dataset is None:
-            raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
-        assert isinstance(self.hesso_optimizer, HessoOptimizer)
-        self._bare_model().train()  # as the trainer does before each step, the optimizer's mode with it
-        if callable(getattr(self.hesso_optimizer, "train", None)):
-            self.hesso_optimizer.train()  # type: ignore[attr-defined]
-        with kept_random_state(self.args.device), uncounted(self):
-            count = PROBE_BATCHES * PROBE_BATCH_SIZE
-            examples = [self._prepare_inputs(example) for example in self._single_examples(count)]
-            examples = usable(self._bare_model(), examples, self._batch_loss)
-            if not examples:
-                raise HessoError("`cric_mode` ('probe'): no example of `train_dataset` gives a finite loss; use 'path'")
-            batches = [examples[start : start + PROBE_BATCH_SIZE] for start in range(0, count, PROBE_BATCH_SIZE)]
-            scale = 1024.0 if self.accelerator.mixed_precision == "fp16" else 1.0
-            self.hesso_optimizer.probe([self._loss_of(batch, scale) for batch in batches if batch], scale)
-
-    def _loss_of(self, examples: list[Any], loss_scale: float) -> Callable[[], torch.Tensor]:
-        """Return what computes the mean loss of some examples, with all but the last one's gradients taken already."""
-        scale = loss_scale / len(examples)
-
-        def loss() -> torch.Tensor:
-            torch.manual_seed(self.args.seed)  # the same dropout at every point
-            for example in examples[:-1]:
-                (self._batch_loss(self._bare_model(), example) * scale).backward()
-            return self._batch_loss(self._bare_model(), examples[-1]) * scale
-
-        return loss
-
-    # -- saving ---------------------------------------------------------------------------------------------------
+    # -- saving and loading ---------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the smaller model once pruning has finished; before that the dense one, with a warning.
@@ -316,50 +190,18 @@ class HessoMixin(EngineMixin, DistillationMixin):
         Raises:
             VerificationError: where the smaller model doesn't reproduce the trained one; nothing is written then.
         """
+        plain = super().save_model
         if self._saving_checkpoint:
-            return super().save_model(output_dir, _internal_call=_internal_call)
-        process = self.hesso_optimizer.process if self.hesso_optimizer else None
-        target = Path(output_dir or self._output_dir)
-        if process is None or not process.finished:
-            done = "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"
-            logger.warning(f"pruning {done}: the dense model is saved in {target}, not a smaller one")
-            if self.args.should_save:
-                _remove_export(target)
-            with self._before_trial():
-                if self._is_sharded:
-                    return self._save_dense_sharded(target)
-                return super().save_model(output_dir, _internal_call=_internal_call)
-        self._export(process, target)
+            return plain(output_dir, _internal_call=_internal_call)
+        target = Path(output_dir or self.args.output_dir or "")
+        steps = self.hesso_engine.steps
+        if steps is None or not steps.process.finished:
+            dense = functools.partial(plain, output_dir, _internal_call=_internal_call)
+            return save_dense(self.hesso_engine, self.hesso_run, target, dense)
+        self.pruning_report = self.hesso_engine.export(self.hesso_run, target)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
-
-    @contextlib.contextmanager
-    def _before_trial(self) -> Iterator[None]:
-        """Where CRIC has the weights on their way to zero, put those that they will return to in their place."""
-        snapshot = self.hesso_optimizer.process.on_trial if self.hesso_optimizer else None
-        if snapshot is None:
-            yield
-            return
-        logger.warning("CRIC has the weights on trial: those from before it are saved")
-        snapshot.swap_weights()
-        try:
-            yield
-        finally:
-            snapshot.swap_weights()
-
-    def _export(self, process: PruningProcess, target: Path) -> None:
-        """Write the smaller model from one process, or from the shards of all; an error is raised on all."""
-        if self._is_sharded:
-            self.pruning_report = self._export_sharded(process.kept_units(), target)
-            return
-        if self.is_deepspeed_enabled:
-            self.pruning_report = self._export_zero(process.kept_units(), target)
-            return
-        options = self._export_options(process.kept_units())
-        self.pruning_report = on_all(
-            lambda: export_pruned(self._unwrapped_model(), target, **options) if self.args.should_save else None
-        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a dense, resumable checkpoint with the pruning state beside it."""
@@ -368,70 +210,86 @@ class HessoMixin(EngineMixin, DistillationMixin):
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             if self.args.should_save:
                 begin_checkpoint(folder)
-                write_state(folder, self._process.decision(), self.hesso_config, self._training_record())
+                write_state(folder, self._process.decision(), self.hesso_config, self.hesso_run.record())
             barrier()  # nobody writes before what was there is gone
-            self._write_shards(folder)
+            self.hesso_engine.save(self.hesso_run, folder)
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
 
-    def _training_record(self) -> dict[str, Any]:
-        process = self._process
-        curves = self.hesso_plan.curves
-        return {
-            "base_model": self._bare_model().config.name_or_path,
-            "hesso_config": self.hesso_config.to_dict(),
-            "target": process.target.to_dict(),
-            "schedule": process.schedule.to_dict(),
-            "saliency": self.hesso_config.saliency_weights,
-            "calibration": curves.to_dict() if curves else None,
-            "steps": process.step,
-            "cric": process.cric_report(),
-            "distillation": self._distillation_record(),
-            "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
-        }
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Save every process' random state before the file that says that the checkpoint is whole."""
+        super()._save_rng_state(output_dir)
+        barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_converted_(self._bare_model(), Path(resume_from_checkpoint))
+        load_converted_(self.hesso_run.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        plain = super()._load_optimizer_and_scheduler
+        if checkpoint is None:
+            return plain(None)
+        return self.hesso_engine.load(self.hesso_run, Path(checkpoint), lambda: plain(checkpoint))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Only a model whose pruning has ended can be the best one."""
-        if not self._process.finished:
-            return False
-        return super()._determine_best_metric(metrics, trial)
+        return self._process.finished and super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if not self.is_deepspeed_enabled:  # it has loaded the masters, whatever `from_pretrained` would call them
-            load_converted_(self._bare_model(), Path(self.state.best_model_checkpoint or ""))
+        self.hesso_engine.load_best(
+            self.hesso_run, Path(self.state.best_model_checkpoint or ""), super()._load_best_model
+        )
         self._process.reapply()
         self._process.bound.publish()
 
-    # -- checks ---------------------------------------------------------------------------------------------------
+    # -- the Hub --------------------------------------------------------------------------------------------------
 
-    def _saved_tokenizer(self) -> Any:
-        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the smaller model in `output_dir` and upload it with its card; a dense one is never pushed."""
+        steps = self.hesso_engine.steps
+        if steps is None or not steps.process.finished:
+            logger.warning("nothing is pushed to the Hub: pruning hasn't finished, the model is still dense")
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        self._finish_current_push()
+        return upload(self, commit_message, token, revision or self.args.hub_revision, blocking)
 
-    def _resolve_checkpoint(self, resume: str | bool | None) -> str | None:
-        """Return the folder to resume from; for True the last whole one, as a killed run may leave half a one.
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the pruned model's own card and add what is given (`tags`, `language`, `license`, ...)."""
+        folder = Path(self.args.output_dir or "")
+        if not (folder / REPORT_NAME).exists():
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            add_to_card(folder, kwargs)
 
-        Raises:
-            HessoError: where True was asked for and there is none.
-        """
-        if resume is not True:
-            return str(resume) if resume else None
-        last = last_common_checkpoint(Path(self._output_dir))
-        if last is None:
-            raise HessoError(f"`resume_from_checkpoint` (True): no whole checkpoint in {self._output_dir!r}")
-        return str(last)
-
-
-def _remove_export(folder: Path) -> None:
-    """Remove the report, card and modelling file of a smaller model that a dense one replaces."""
-    if (folder / REPORT_NAME).exists():
-        for name in (REPORT_NAME, CARD_NAME, PLOT_NAME, f"{MODULE_NAME}.py"):
-            (folder / name).unlink(missing_ok=True)
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the smaller model with a checkpoint, once there is one; a dense model is never pushed in its place."""
+        if not self._process.finished:
+            logger.warning("nothing is pushed to the Hub yet: the model is still dense")
+            return
+        if self.args.hub_strategy == "end":
+            return
+        self._saving_checkpoint = False
+        self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
+        if self.is_world_process_zero():
+            message = f"Training in progress, step {self.state.global_step}"
+            upload(self, message, self.args.hub_token, self.args.hub_revision)
 
 
 class HessoTrainer(HessoMixin, Trainer):

@@ -13,7 +13,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..errors import UnsupportedStructureError
-from ..hf_models.sizes import build_meta, get_size, resized_config
+from ..hf_models.build import build_meta
+from ..hf_models.resize import resized_config
+from ..hf_models.sizes import get_size
 from .tokens import KeptTokens
 
 VOCAB, PER_LAYER_VOCAB = "vocab_size", "vocab_size_per_layer_input"

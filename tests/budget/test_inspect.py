@@ -11,7 +11,7 @@ from transformers import FalconConfig, GPT2Config, PretrainedConfig
 from hesso_hf.budget.inspect import Inspection, inspect_model
 from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError
-from hesso_hf.hf_models.sizes import build_meta, model_class_of
+from hesso_hf.hf_models.build import build_meta, model_class_of
 from tests.support.families import ALL, EXPERT, HEADS, MLP, OTHERS, QUERY, STREAM, random_model
 
 KEYS = {"status", "units", "layouts", "relative_error", "reason", "layers", "parameters_per_unit"}

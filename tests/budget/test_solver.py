@@ -24,7 +24,8 @@ from hesso_hf.budget.latency import LatencyTable
 from hesso_hf.budget.solver import TargetSizes, default_round_to, solve_budget
 from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
-from hesso_hf.hf_models.sizes import build_meta, copy_with, model_class_of
+from hesso_hf.hf_models.build import build_meta, model_class_of
+from hesso_hf.hf_models.resize import copy_with
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.plan import PruningPlan

@@ -29,7 +29,7 @@ from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli.main import main
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import HessoError, StoppedError
-from hesso_hf.structures.proof.prove import random_model
+from hesso_hf.hf_models.tiny_model import random_model
 from tests.support import ROOT
 from tests.support.tiny import tiny_llama
 
@@ -177,13 +177,13 @@ def test_prune_leaves_the_other_processes_unless_it_fails(tmp_path: Path, monkey
 
     flags = ["prune", "--model", "m", "--dataset", "d", "--output_dir", str(tmp_path), "--max_steps", "9"]
     flags += ["--hesso_pruning_ratio", "0.3"]
-    monkeypatch.setattr("hesso_hf.cli.commands.prune", pruned)
+    monkeypatch.setattr("hesso_hf.cli.commands.prune.prune", pruned)
     assert main(flags) == 0
     assert not dist.is_initialized()
-    monkeypatch.setattr("hesso_hf.cli.commands.prune", stopped)
+    monkeypatch.setattr("hesso_hf.cli.commands.prune.prune", stopped)
     assert main(flags) == 143
     assert not dist.is_initialized()
-    monkeypatch.setattr("hesso_hf.cli.commands.prune", failing)
+    monkeypatch.setattr("hesso_hf.cli.commands.prune.prune", failing)
     try:
         assert main(flags) == 2
         assert dist.is_initialized()
@@ -291,6 +291,9 @@ BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hes
         (["inspect", "bundled", "--ratio", "0.3", "50"], "`pruning_ratio` (50.0) must lie strictly between 0 and 1"),
         (["report", "."], "pruning_report.json"),
         (["export", "nowhere", "out"], "no folder"),
+        (["inspect", "./nowhere"], "no such file or folder"),
+        (["eval", "bundled", "--dataset", "no.txt"], "no such file"),
+        (["quickstart", "--ratio", "2"], "`pruning_ratio` (2.0)"),
         (["eval", "x"], "needs `--dataset`"),
         (["plan", "nowhere"], "no model config"),
         (["plan", "bundled", "--gpus", "0"], "`num_gpus` (0) must be above zero"),

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hesso_hf.engines.fsdp.state import FOLDER
+from hesso_hf.engines.checkpoint import FOLDER
+from hesso_hf.engines.fsdp import engine as engines
 from hesso_hf.errors import CheckpointMismatchError
-from hesso_hf.trainer import engine as engines
-from hesso_hf.trainer.engine import EngineMixin
 from tests.support import sharded
 from tests.support.sharded import CRIC, HESSO, launch
 
@@ -218,7 +217,7 @@ def test_nodes_may_have_different_numbers_of_processes(rank: int, monkeypatch: p
     monkeypatch.setattr(engines, "world_size", lambda: 6)
     monkeypatch.setattr(engines.dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), positions))
     args = SimpleNamespace(process_index=rank, local_process_index=positions[rank])
-    assert EngineMixin._processes_a_node(SimpleNamespace(args=args)) == (4 if rank < 4 else 2)  # type: ignore[arg-type]
+    assert engines.processes_a_node(args) == (4 if rank < 4 else 2)  # type: ignore[arg-type]
 
 
 def test_no_process_holds_a_full_copy_while_it_writes(tmp_path: Path) -> None:

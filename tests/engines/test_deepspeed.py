@@ -15,17 +15,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig, HessoError, export_pruned
-from hesso_hf.engines.deepspeed import ranges as zero_ranges
-from hesso_hf.engines.deepspeed.holdings import Master12, Place
-from hesso_hf.engines.deepspeed.ranges import load_ranges, save_ranges
-from hesso_hf.engines.deepspeed.steps import check_zero_state, refuse_zero, save_zero_state
+from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
+from hesso_hf.engines.deepspeed import state as zero_state
+from hesso_hf.engines.deepspeed.ranges import Master12, Place
+from hesso_hf.engines.deepspeed.state import check_zero_state, load_ranges, save_ranges, save_zero_state
+from hesso_hf.engines.deepspeed.support import refuse_zero
 from hesso_hf.engines.deepspeed.universal import check_trained
-from hesso_hf.engines.fsdp.state import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.pruning.weights.holdings import Holdings
 from hesso_hf.structures.groups import KeptUnits
+from hesso_hf.trainer.distillation import Distillation
 from tests.support.tiny import VOCAB, backward, process_for, tiny_llama, token_batches
 from tests.support.training import hesso_config, trainer
 
@@ -203,10 +204,41 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     assert len(found["norms"]) == len(found["losses"])
 
 
+BASIC = ("plain-2", "plain-3")  # what the default tests run of all this
+
+
+@pytest.fixture(scope="module")
+def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ZeRO-2 and ZeRO-3 in two processes, whole and from a checkpoint of the second period, and one process."""
+    folder = tmp_path_factory.mktemp("basic")
+    run_jobs(folder / "one", [("job", {"folder": str(folder / "plain"), "processes": 1})], 1)
+    found = [("job", jobs(folder)[name] | {"folder": str(folder / name)}) for name in BASIC]
+    for name in BASIC:
+        source = str(folder / name / "out" / "checkpoint-6")
+        again = {"folder": str(folder / f"{name}-again"), "resume": source, "save": False, "save_strategy": "no"}
+        found.append(("job", jobs(folder)[name] | again))
+    run_jobs(folder / "two", found, 2)
+    return folder
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", BASIC)
+def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Path, tmp_path: Path) -> None:
+    assert_equal_one(name, basic)
+    for rank in range(2):
+        assert_same(result(basic / f"{name}-again", rank), result(basic / name, rank), 0.0)
+    assert_small_model_is_the_one_of_one_process(name, basic)
+    assert_checkpoint_is_exported_alike(name, basic, tmp_path)
+
+
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_under_zero_equal_one(name: str, runs: Path) -> None:
+    assert_equal_one(name, runs)
+
+
+def assert_equal_one(name: str, runs: Path) -> None:
     expected = result(runs / name.partition("-")[0])
     for rank in range(2):
         found = result(runs / name, rank)
@@ -237,6 +269,10 @@ def test_two_processes_under_zero_equal_one(name: str, runs: Path) -> None:
     ],
 )
 def test_the_small_model_is_the_one_of_one_process(name: str, runs: Path) -> None:
+    assert_small_model_is_the_one_of_one_process(name, runs)
+
+
+def assert_small_model_is_the_one_of_one_process(name: str, runs: Path) -> None:
     small = AutoModelForCausalLM.from_pretrained(runs / name / "small")
     expected = AutoModelForCausalLM.from_pretrained(runs / name.partition("-")[0] / "small")
     ids = torch.arange(3, 33).view(2, 15)
@@ -306,6 +342,10 @@ def test_the_best_model_is_chosen_among_pruned_ones(name: str, runs: Path) -> No
     ],
 )
 def test_a_checkpoint_is_exported_on_one_process_as_the_run_itself_does(name: str, runs: Path, tmp_path: Path) -> None:
+    assert_checkpoint_is_exported_alike(name, runs, tmp_path)
+
+
+def assert_checkpoint_is_exported_alike(name: str, runs: Path, tmp_path: Path) -> None:
     source = result(runs / name)["best"] or max((runs / name / "out").glob("checkpoint-*"), key=_step)
     with pytest.raises(HessoError, match="--trust-pickles"):
         export_pruned(source, tmp_path)
@@ -437,7 +477,7 @@ def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
         snapshot = {"weights": [flat[rank]], "state": state, "options": [{"step": 3}], "random": {"of": rank}}
         save_ranges(tmp_path, {"trial": snapshot}, holdings_of(places[rank], 6))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(zero_ranges, "world_size", lambda: 3)
+    monkeypatch.setattr(zero_state, "world_size", lambda: 3)
     found = load_ranges(tmp_path, 2, holdings_of({"b": (0, 0, 1, 4), "a": (0, 4, 3, 4)}, 9))["trial"]
     expected = torch.tensor([11.0, 12.0, 13.0, 14.0, 4.0, 5.0, 6.0, 7.0, 0.0])  # what isn't held stays zero
     assert torch.equal(found["weights"][0], expected)
@@ -518,7 +558,7 @@ def test_a_model_that_was_divided_while_it_was_loaded_is_no_teacher_of_itself(tm
     run = trainer(tmp_path, config=hesso_config(distillation_alpha=0.5))
     next(run.model.parameters()).ds_tensor = torch.zeros(3)
     with pytest.raises(HessoError, match=r"`distillation_alpha` \(0.5\): .* name it in `distill_from`"):
-        run._prepare_distillation(run.model, None)
+        Distillation(run, run.hesso_config, run.hesso_engine, run.model, None)
 
 
 def test_a_checkpoint_of_zero_needs_deepspeed_or_weights_beside_it(

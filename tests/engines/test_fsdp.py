@@ -24,10 +24,12 @@ from hesso_hf.distributed.parts import local, named_parameters
 from hesso_hf.export.checkpoint_state import last_checkpoint
 from hesso_hf.hf_models.loading import load_model
 from tests.support import fsdp_cpu, killing
+from tests.support.forks import Forked
 from tests.support.fsdp_cpu import Job
 from tests.support.tiny import tiny_llama
 from tests.support.training import hesso_config, said_by_the_dense_model, trainer
 
+LONG = 40  # steps: 27 of them after the last period
 LOADED_BY_ONE = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 RATIO = {"pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 9, "pruning_periods": 3}
 
@@ -147,7 +149,7 @@ def jobs(folder: Path) -> list[Job]:
     short = {"steps": 16, "hesso": RATIO}
     taught = {"steps": 16, "hesso": RATIO | {"distillation_alpha": 0.5}}
     return [
-        Job(__name__, "job", folder / "two", {"steps": 200, "hesso": RATIO}),
+        Job(__name__, "job", folder / "two", {"steps": LONG, "hesso": RATIO}),
         Job(__name__, "job", folder / "compiled", short | {"torch_compile": True, "torch_compile_backend": "eager"}),
         Job(__name__, "job", folder / "bf16", short | {"bf16": True}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}),
         Job(__name__, "job", folder / "offloaded", short, {"FSDP_OFFLOAD_PARAMS": "true"}),
@@ -185,7 +187,7 @@ def assert_equal_one(folder: Path, alone: Path, kind: str, **options: Any) -> No
 
 
 def test_two_processes_under_fsdp_equal_one(two: Path, tmp_path: Path) -> None:
-    assert_equal_one(two / "two", tmp_path / "one", "FSDPLlamaForCausalLM", steps=200, hesso=RATIO)
+    assert_equal_one(two / "two", tmp_path / "one", "FSDPLlamaForCausalLM", steps=LONG, hesso=RATIO)
     small = AutoModelForCausalLM.from_pretrained(two / "two" / "small")
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "small")
     ids = torch.arange(3, 33).view(2, 15)
@@ -262,10 +264,14 @@ def killed_job(folder: str, processes: int) -> None:
 def check_kills(folder: Path, alone: Path, events: list[str], seed: int) -> None:
     """Kill a run again and again at events, let it end, and compare it with one that was left alone."""
     generator, fresh = random.Random(seed), 0
-    command = fsdp_cpu.command(folder / "killed", [Job(__name__, "killed_job", folder / "killed")])
+    job = Job(__name__, "killed_job", folder / "killed")
+
+    def start(env: dict[str, str]) -> Forked:
+        return fsdp_cpu.start_jobs(folder / "killed", [job], env=env)
+
     for event in events:
         rank = generator.randrange(2) if event.partition(":")[0] in killing.ON_ALL_RANKS else 0
-        while not killing.run_and_kill(command, folder / "mark", event, rank, fsdp_cpu.ENVIRONMENT):
+        while not killing.run_and_kill(start, folder / "mark", event, rank):
             shutil.rmtree(folder / "killed" / "out")  # it ended before: begin anew, where it comes to that
             shutil.rmtree(folder / "killed" / "small")
             fresh += 1
@@ -369,14 +375,11 @@ def stopped_job(folder: str, processes: int, pause: float = 0.5) -> None:
 @pytest.mark.parametrize("sharded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fsdp", "ddp"])
 def test_a_run_that_is_told_to_stop_saves_and_can_go_on(sharded: bool, two: Path, tmp_path: Path) -> None:
     folder = tmp_path / "stopped"
-    command = fsdp_cpu.command(folder, [Job(__name__, "stopped_job", folder)])
-    env = {**os.environ, **(fsdp_cpu.ENVIRONMENT if sharded else fsdp_cpu.DDP)}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
-        while process.poll() is None and not (folder / "step1").exists():
-            time.sleep(0.1)
-        process.terminate()
-        assert process.stderr is not None
-        errors = process.stderr.read()
+    run = fsdp_cpu.start_jobs(folder, [Job(__name__, "stopped_job", folder)], sharded=sharded)
+    while run.poll() is None and not (folder / "step1").exists():
+        time.sleep(0.1)
+    run.terminate()
+    errors = run.completed().stderr
     saved = last_checkpoint(folder / "out")
     assert saved is not None, errors[-3000:]
     assert [path.name for path in (folder / "out").iterdir()] == [saved.name], "a second one takes as long again"

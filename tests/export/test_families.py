@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf.export.export import export_pruned
 from hesso_hf.export.report import PruningReport
-from hesso_hf.hf_models.sizes import build_meta, model_class_of
+from hesso_hf.hf_models.build import build_meta, model_class_of
 from hesso_hf.structures.groups import PruningGroups
 from hesso_hf.structures.proof.prove import proved_groups
 from tests.support import families
@@ -82,9 +82,10 @@ def full_model(name: str) -> PreTrainedModel:
     return families.random_model(EVERY[name].config())
 
 
-def export(root: Path, family: Family, structures: tuple[str, ...]) -> tuple[Path, PruningReport, PreTrainedModel]:
-    """Export the family's random model with random units at zero; the units are found by being zero."""
-    groups = proved(family.name)
+@cache
+def export(root: Path, name: str, structures: tuple[str, ...]) -> tuple[Path, PruningReport, PreTrainedModel]:
+    """Export the family's random model with random units at zero, once; the units are found by being zero."""
+    family, groups = EVERY[name], proved(name)
     zeroed = copy.deepcopy(full_model(family.name))
     kept = families.random_units(groups, family.units_to_keep(structures))
     families.zero_pruned_(zeroed, groups, kept)
@@ -137,7 +138,7 @@ def test_what_can_be_pruned_is_proved_and_the_rest_refused_by_name(family: Famil
 def test_exported_model_is_stock_exact_and_of_the_sizes_asked_for(
     family: Family, structures: tuple[str, ...], root: Path
 ):
-    folder, report, zeroed = export(root, family, structures)
+    folder, report, zeroed = export(root, family.name, structures)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(model) is type(zeroed)
     assert type(model).__module__.startswith("transformers.")
@@ -162,7 +163,7 @@ def test_exported_model_is_stock_exact_and_of_the_sizes_asked_for(
 
 @pytest.mark.parametrize("family", (ALL | QUERIES).values(), ids=ALL | QUERIES)
 def test_stored_tensors_are_the_kept_rows_and_tied_ones_are_stored_once(family: Family, root: Path):
-    folder, report, _ = export(root, family, (MLP,))
+    folder, report, _ = export(root, family.name, (MLP,))
     with safe_open(folder / "model.safetensors", "pt") as file:
         elements = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118  # no mapping
     assert elements == report.parameters_after
@@ -173,7 +174,7 @@ def test_exported_models_load_and_generate_where_hesso_hf_is_not_installed(root:
     for family in EVERY.values():
         for structures in {(name,) for name in family.proved if family.apart} | {family.proved}:
             if set(structures) <= set(proved(family.name).structures):  # otherwise it fails in its own test above
-                names += _exported_name(root, family, structures)
+                names += _exported_name(root, family.name, structures)
     script = root.parent / "standalone.py"
     script.write_text(STANDALONE, encoding="utf-8")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -183,11 +184,8 @@ def test_exported_models_load_and_generate_where_hesso_hf_is_not_installed(root:
     assert len(names) > 80
 
 
-def _exported_name(root: Path, family: Family, structures: tuple[str, ...]) -> list[str]:
-    name = f"{family.name}-{'+'.join(structures)}"
-    if not (root / name / "reference.pt").exists():
-        try:
-            export(root, family, structures)
-        except ValueError:  # a failing export fails in its own test above
-            return []
-    return [name]
+def _exported_name(root: Path, name: str, structures: tuple[str, ...]) -> list[str]:
+    try:
+        return [export(root, name, structures)[0].name]
+    except ValueError:  # a failing export fails in its own test above
+        return []

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hesso_hf.hf_models.by_layer import common_size, set_common_size, set_common_value
-from hesso_hf.hf_models.sizes import HEADS, KV_HEADS, get_size, num_units, resized_config, set_sizes, unit_increments
+from hesso_hf.hf_models.resize import resized_config
+from hesso_hf.hf_models.sizes import HEADS, KV_HEADS, ConfigSizes, get_size, set_sizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.structures.units import num_units, unit_increments
 
 
 def heads(config: Any) -> list[int]:
@@ -17,8 +19,8 @@ def test_a_part_is_as_many_heads_of_each_layer_as_go_with_one_of_the_fewest() ->
     _, config = default_config("dots3_note_text")
     assert set(heads(config)) == {128, 64}
     assert get_size(config, HEADS) == common_size(config, HEADS) == 64
-    assert unit_increments("attention_heads", config) == {HEADS: 1, KV_HEADS: 1}
-    assert num_units("attention_heads", config) == 64
+    assert unit_increments("attention_heads", ConfigSizes.of(config)) == {HEADS: 1, KV_HEADS: 1}
+    assert num_units("attention_heads", ConfigSizes.of(config)) == 64
 
 
 def test_all_layers_keep_their_ratio() -> None:

@@ -1,13 +1,23 @@
-"""Sizes: another width where a config class wants its mixers' heads to fill the width times a whole number."""
+"""Sizes: what the model code derives, and another width where mixers fill the width times a whole number."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hesso_hf import export_pruned
 from hesso_hf.errors import HessoError
-from hesso_hf.hf_models.sizes import HIDDEN, resized_config
+from hesso_hf.hf_models.resize import resized_config
+from hesso_hf.hf_models.sizes import HIDDEN, MLP, ConfigSizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.structures.cut import zero_units_
+from hesso_hf.structures.groups import KeptUnits
+from hesso_hf.structures.proof.prove import proved_groups
 from hesso_hf.structures.shape_probe import probe_axes
+from tests.support.tiny import tiny_gpt2
+
+MLP_UNITS = "mlp_channels"
 
 
 @pytest.mark.parametrize(
@@ -47,3 +57,21 @@ def test_the_probe_sees_the_mixer_at_rest() -> None:
         for name, dim in probe_axes(model_class, tiny).moving((HIDDEN,))
         if "mamba" in name
     )
+
+
+def test_resolved_sizes_are_found_once_and_do_not_change_with_the_config() -> None:
+    _, config = default_config("gpt2")
+    sizes = ConfigSizes.of(config)
+    config.n_embd, config.n_inner = 48, 20
+    assert (sizes.get(HIDDEN), sizes.get(MLP), sizes.mlp_is_derived) == (768, 3072, True)
+    assert ConfigSizes.of(config).mlp_is_derived is False
+
+
+def test_a_report_says_the_size_that_the_code_derived(tmp_path: Path) -> None:
+    model = tiny_gpt2(n_inner=None)
+    layers = tuple(tuple(range(100)) for _ in range(model.config.n_layer))
+    kept = KeptUnits({MLP_UNITS: 240}, {MLP_UNITS: layers})
+    groups, _, _ = proved_groups(type(model), model.config, (MLP_UNITS,))
+    zero_units_(dict(model.named_parameters()), groups, kept)
+    report = export_pruned(model, tmp_path / "small", kept_units=kept)
+    assert (report.sizes_before, report.sizes_after) == ({MLP: 240}, {MLP: 100})

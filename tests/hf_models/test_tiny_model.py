@@ -11,6 +11,8 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hesso_hf.errors import HessoError, UnsupportedStructureError
+from hesso_hf.hf_models.build import build_meta, model_class_of
+from hesso_hf.hf_models.resize import buildable_config, resized_config
 from hesso_hf.hf_models.sizes import (
     EXPERT_MLP,
     EXPERTS,
@@ -21,11 +23,8 @@ from hesso_hf.hf_models.sizes import (
     LAYERS,
     MLP,
     VOCAB,
-    build_meta,
-    buildable_config,
+    ConfigSizes,
     get_size,
-    model_class_of,
-    resized_config,
     set_sizes,
     size_places,
 )
@@ -137,7 +136,8 @@ def test_layers_that_share_key_value_states_stay():
 def test_an_mlp_size_that_follows_the_width_becomes_its_own():
     model_class, config = default_config("gpt2")
     assert config.n_inner is None
-    assert get_size(config, MLP) == 4 * config.n_embd
+    assert ConfigSizes.of(config).get(MLP) == 4 * config.n_embd
+    assert get_size(config, MLP) is None  # which builds no models
     set_sizes(config, {MLP: 100, HIDDEN: 48})
     assert (config.n_inner, config.n_embd) == (100, 48)
     assert tiny_config(model_class, config).n_inner == 44
@@ -183,7 +183,7 @@ def test_sizes_are_found_under_the_class_own_names(model_type: str, name: str, a
 def test_a_size_that_the_code_adjusts_is_the_one_that_the_model_has():
     model_class, config = default_config("lfm2")
     assert (config.intermediate_size, config.block_auto_adjust_ff_dim) == (12288, True)
-    assert get_size(config, MLP) == 8192  # two thirds, to a multiple of 256
+    assert ConfigSizes.of(config).get(MLP) == 8192  # two thirds, to a multiple of 256
     small = resized_config(config, {MLP: 5000})
     assert (small.intermediate_size, small.block_auto_adjust_ff_dim, get_size(small, MLP)) == (5000, False, 5000)
     rows = {p.shape[0] for name, p in build_meta(model_class, small).named_parameters() if name.endswith("w1.weight")}

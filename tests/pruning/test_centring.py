@@ -17,7 +17,8 @@ from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.process import PruningProcess
 from hesso_hf.pruning.schedule import Schedule
-from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups, centre_
+from hesso_hf.structures.apply import centre_
+from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups
 from hesso_hf.structures.layout import block_layout
 from hesso_hf.structures.proof.prove import proved_groups
 from tests.pruning.test_optimizer import adamw, still

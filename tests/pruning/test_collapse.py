@@ -407,7 +407,7 @@ def easy() -> Dataset:
 def test_the_watched_loss_is_that_of_all_micro_batches(tmp_path: Path, changes: dict[str, Any]) -> None:
     run = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **changes)
     run.train()
-    level = list(run.hesso_optimizer.process._watch._level)
+    level = list(run.hesso_optimizer.process.state.watch._level)
     assert level == pytest.approx(logged(run, "loss")[:3], rel=1e-5)  # warm-up and the first period's first step
 
 

@@ -637,7 +637,7 @@ def always_new_units(optimizer: HessoOptimizer) -> list[int]:
         calls[0] += 1
         return found
 
-    optimizer.process._ranking.combine = combine  # type: ignore[method-assign]
+    optimizer.process.run.ranking.combine = combine  # type: ignore[method-assign]
     return calls
 
 

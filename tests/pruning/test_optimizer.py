@@ -17,6 +17,7 @@ from transformers import Adafactor, PreTrainedModel
 from hesso_hf.config import SALIENCIES
 from hesso_hf.errors import CheckpointMismatchError, HessoError, TrainingDivergedError
 from hesso_hf.pruning.optimizer import HessoOptimizer
+from hesso_hf.pruning.phases import PruningPeriod
 from hesso_hf.pruning.process import PruningProcess
 from hesso_hf.pruning.schedule import Schedule
 from tests.support.reference import GEMMA2_NORMS, ReferenceHesso, Structures, decoder_units, flat_weights, phi_units
@@ -136,8 +137,8 @@ def assert_equals_reference(
         kv_heads=KV_HEADS,
         writers=writers,
     )
-    scores, fast_scores = [], fast.process.scores
-    fast.process.scores = lambda: scores.append(fast_scores()) or scores[-1]  # type: ignore[method-assign]
+    scores, fast_scores = [], fast.process.run.scores
+    fast.process.run.scores = lambda: scores.append(fast_scores()) or scores[-1]  # type: ignore[method-assign]
     for step, batch in enumerate(token_batches(schedule.total_steps)):
         backward(model, batch)
         backward(twin, batch)
@@ -205,7 +206,7 @@ def test_every_step_equals_the_reference_where_norms_subtract_the_mean() -> None
     assert_equals_reference(model, units, schedule, 2, {}, writers=writers)
 
 
-def test_pruned_units_do_not_weigh_in_the_normalisation_of_the_others() -> None:
+def test_pruned_units_do_not_weigh_in_the_normalisation_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The criteria are normalised over the units that compete: pruned ones don't (cosine gives them 1, not 0)."""
     model = tiny_llama()
     schedule = Schedule(warmup_steps=1, pruning_steps=2, pruning_periods=2, total_steps=3)
@@ -219,7 +220,7 @@ def test_pruned_units_do_not_weigh_in_the_normalisation_of_the_others() -> None:
     assert (optimizer.process.scales["mlp_channels"] == 0).sum(1).tolist() == [20, 20]
     backward(model, batches[2])
     scores: dict[str, torch.Tensor] = {}
-    optimizer.process._mark = lambda position, base: scores.update(optimizer.process.scores())  # type: ignore[method-assign]
+    monkeypatch.setattr(PruningPeriod, "mark", lambda phase, base: scores.update(phase.run.scores()))
     optimizer.step()
 
     reference = ReferenceHesso(model, still(model), decoder_units(model), {"mlp_channels": 40}, 1, 2, 2, saliency, 1)
@@ -500,9 +501,9 @@ def test_ranking_across_layers_leaves_every_layer_a_unit_and_counts_the_pruned_o
     schedule = Schedule(warmup_steps=1, pruning_steps=4, pruning_periods=2, total_steps=6)
     process = process_for(tiny_llama(), {"attention_heads": 2}, schedule, layer_widths="per_layer")
     process.scales["attention_heads"][0, 0] = 0.0  # one of the two that go, pruned in the first period
-    process.step = schedule.scoring_steps()[1]
+    process.state.step = schedule.scoring_steps()[1]
     scores = {"attention_heads": torch.tensor([[1.0, 0.5, 0.6], [0.9, 0.8, 0.7]])}
-    monkeypatch.setattr(process, "scores", lambda: scores)
+    monkeypatch.setattr(process.run, "scores", lambda: scores)
     process.before_step(None)
     assert marked(process)[0] == {("attention_heads", 0, 1)}
 
@@ -599,8 +600,8 @@ def test_the_raw_gradient_is_scored_when_it_is_observed_before_clipping() -> Non
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
             optimizer.step()
-        assert optimizer.process._sums.batches == 4
-        sums.append(tensors_in(optimizer.process._sums.sums))
+        assert optimizer.process.state.sums.batches == 4
+        sums.append(tensors_in(optimizer.process.state.sums.sums))
     for raw, clipped in zip(*sums, strict=True):
         assert raw.any()
         assert torch.equal(raw, clipped)
@@ -679,7 +680,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(stop: int, where: str, l
     resumed.load_state_dict(weights)
     other.load_state_dict(state)
     assert other.process.step == stop
-    assert other.process._sums.batches == optimizer.process._sums.batches
+    assert other.process.state.sums.batches == optimizer.process.state.sums.batches
     run(model, optimizer, batches[stop:])
     run(resumed, other, batches[stop:])
     assert parameters_equal(model, resumed)

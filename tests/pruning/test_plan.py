@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
 from hesso_hf.errors import HessoError, UnsupportedStructureError
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning.plan import PruningPlan
-from hesso_hf.structures.proof.prove import logits_of, relative_error
 from tests.support.tiny import backward, tiny_gpt2, tiny_llama, token_batches
 
 

@@ -162,7 +162,7 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
     flat: dict[tuple[str, int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for batch in token_batches(2):
         backward(model, batch)
-        process.step = 4  # inside the first scoring's window
+        process.state.step = 4  # inside the first scoring's window
         process.observe_gradients()
         process.before_step(None)
         for name, layers in units.items():
@@ -174,7 +174,7 @@ def test_scores_of_a_model_are_those_of_flat_vectors(chunk: int, monkeypatch: py
         elements = flat[(name, 0, 0)][0][0].numel()
         assert process.groups.structures[name].elements_per_unit(shapes) == elements
         for saliency_name in SALIENCIES:
-            found = criterion(saliency_name, process._sums.sums[name], 2, elements)
+            found = criterion(saliency_name, process.state.sums.sums[name], 2, elements)
             expected = [
                 [saliency_of(saliency_name, flat[(name, layer, j)]) for j in range(len(row))]
                 for layer, row in enumerate(layers)

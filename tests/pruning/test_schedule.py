@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hesso_hf.config import HessoConfig
 from hesso_hf.errors import HessoError
-from hesso_hf.pruning.schedule import PeriodStep, Schedule, resolve_schedule
+from hesso_hf.pruning.schedule import PHASES, PeriodStep, Schedule, resolve_schedule
 
 
 def resolved(total_steps: int, **steps: float) -> Schedule:
@@ -307,3 +310,49 @@ def test_json_round_trip_with_cycles_and_pauses(schedule: Schedule) -> None:
     again = Schedule.from_dict(json.loads(json.dumps(schedule.to_dict())))
     assert again == schedule
     assert again.periods == schedule.periods
+
+
+# -- any schedule ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    periods, cycle_steps = draw(st.integers(1, 6)), draw(st.integers(0, 5))
+    counts = {"warmup_steps": draw(st.integers(0, 9)), "pruning_steps": periods + draw(st.integers(0, 20))}
+    cycles = draw(st.integers(1, 4)) if cycle_steps else 0
+    least = sum(counts.values()) + cycle_steps * cycles
+    total = least + draw(st.integers(0, 40))
+    schedule = Schedule(**counts, pruning_periods=periods, total_steps=total, cycle_steps=cycle_steps, cycles=cycles)
+    for _ in range(draw(st.integers(0, 3))):
+        step = draw(st.integers(schedule.sampling_end, schedule.end - 1))
+        schedule = schedule.after_pause(step) or schedule
+    return schedule
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules())
+def test_every_step_of_any_schedule_lies_in_one_phase_and_phases_come_in_order(schedule: Schedule) -> None:
+    phases = [schedule.phase(step) for step in range(schedule.total_steps)]
+    assert phases == sorted(phases, key=PHASES.index)
+    for step, phase in enumerate(phases):
+        inside = [period for period in schedule.periods if period.start <= step < period.end]
+        assert len(inside) == (phase == "pruning")
+        assert (schedule.sampling_step(step) is not None) == (phase == "sampling")
+        assert (schedule.period_step(step) is not None) == (phase == "pruning")
+    assert schedule.end <= schedule.total_steps
+
+
+@settings(max_examples=200, deadline=None)
+@given(schedules())
+def test_scales_of_any_schedule_fall_to_exactly_zero_in_every_period_and_shares_rise_to_one(schedule: Schedule) -> None:
+    for index, period in enumerate(schedule.periods):
+        steps = [schedule.period_step(step) for step in range(period.start, period.end)]
+        assert [(step.index, step.t) for step in steps if step] == [(index, t) for t in range(period.length)]
+        factors = [step.factor for step in steps if step]
+        scales = list(accumulate(factors, mul, initial=1.0))
+        assert all(after < before for before, after in pairwise(scales))
+        assert scales[-1] == 0.0
+        assert [step.last for step in steps if step] == [False] * (period.length - 1) + [True]
+    shares = [period.share for period in schedule.periods]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,21 +45,6 @@ from tests.support.families import logits, relative_difference, zero_pruned_
 from tests.support.moe import FAMILIES, KEPT, moe_model, moe_tokens
 from tests.support.tiny import tiny_llama
 from tests.support.training import hesso_config, logged, trainer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def proofs_by_config() -> Iterator[None]:
-    """Prove each config once: what is tried here comes after the proof."""
-    found: dict[Any, Any] = {}
-
-    def cached(model_class: Any, config: Any, names: tuple[str, ...]) -> Any:
-        key = (model_class, config.to_json_string(), names)
-        if key not in found:
-            found[key] = proved_groups(model_class, config, names)
-        return found[key]
-
-    with patch("hesso_hf.pruning.plan.proved_groups", cached):
-        yield
 
 
 def random_kept(structure: StructureGroups, count: int, seed: int = 1) -> KeptUnits:
@@ -441,11 +425,11 @@ def test_the_calibration_measures_with_the_gates_on(tmp_path: Path):
     """All structures' curves: zeroed experts that are still routed to would cost something else."""
     config = expert_config("mixtral", target_sizes=None, pruning_ratio=0.3)
     run = trainer(tmp_path, moe_model("mixtral"), config)
-    curves = run._measure_curves()
+    curves = run.hesso_run.curves()
     assert curves.removed[EXPERT_UNITS][0] == 1 / 6
     assert not is_gated(run.model)
     with patch("hesso_hf.pruning.calibration.routed_by", lambda *_: contextlib.nullcontext()):
-        ungated = run._measure_curves()
+        ungated = run.hesso_run.curves()
     assert ungated.rises[EXPERT_UNITS] != curves.rises[EXPERT_UNITS]
     assert ungated.rises["mlp_channels"] == curves.rises["mlp_channels"]
 

@@ -21,16 +21,19 @@ from hesso_hf.budget.latency import build_latency
 from hesso_hf.budget.solver import solve_budget
 from hesso_hf.config import structures_around
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
-from hesso_hf.hf_models.layer_lists import keep_layers_
-from hesso_hf.hf_models.sizes import HIDDEN, build_meta, model_class_of, resized_config
+from hesso_hf.hf_models.build import build_meta, model_class_of
+from hesso_hf.hf_models.by_layer import keep_layers_
+from hesso_hf.hf_models.resize import resized_config
+from hesso_hf.hf_models.sizes import HIDDEN
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.structures.cut import cut_model, zero_units_
 from hesso_hf.structures.groups import KeptUnits, PruningGroups
 from hesso_hf.structures.layers import LAYER_UNITS
 from hesso_hf.structures.proof import layers as depth_proof
 from hesso_hf.structures.proof.layers import writer_schemes
-from hesso_hf.structures.proof.prove import StructureProof, prove, proved_groups
+from hesso_hf.structures.proof.prove import prove, proved_groups
 from hesso_hf.structures.proof.residual_stream import stream_axes
+from hesso_hf.structures.proof.result import StructureProof
 from hesso_hf.structures.shape_probe import AxisMap
 from tests.support.families import (
     HEADS,
@@ -162,7 +165,7 @@ def test_what_the_config_says_of_each_layer_is_that_of_the_kept_ones(name: str, 
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm3"])
 def test_without_its_layers_kinds_the_proof_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def first_ones(config: PretrainedConfig, sizes: dict[str, int], layers: Any) -> PretrainedConfig:
+    def first_ones(config: PretrainedConfig, sizes: dict[str, int], layers: Any, known: Any) -> PretrainedConfig:
         return resized_config(config, sizes)
 
     config = config_of(name, sliding_window=64)  # longer than what the proof tries it on

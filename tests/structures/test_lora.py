@@ -158,7 +158,7 @@ def test_the_split_is_measured_as_on_the_dense_model() -> None:
 def test_pruned_units_reach_zero_and_stay_there_with_their_optimizer_state(tmp_path: Path) -> None:
     run = lora_run(tmp_path, lora={"target_modules": LINEARS})
     run.train()
-    process, model = run.hesso_optimizer.process, run._bare_model()
+    process, model = run.hesso_optimizer.process, run.hesso_run.model
     assert process.finished
     own, checked = parameters_of(model), 0
     for name, axes in process.bound.axes.items():
@@ -176,14 +176,14 @@ def test_kept_weights_of_the_base_are_never_touched(tmp_path: Path) -> None:
     original = tiny_llama()
     run = lora_run(tmp_path, tiny_llama())
     run.train()
-    own = parameters_of(run._bare_model())
+    own = parameters_of(run.hesso_run.model)
     kept = {name: scales > 0 for name, scales in run.hesso_optimizer.process.scales.items()}
     for name, parameter in original.named_parameters():
         expected = parameter.data.clone()
         for structure, layer, axis in run.hesso_optimizer.process.bound.axes[name]:
             expected *= axis.spread(kept[structure][layer].float(), expected.dim())
         assert torch.equal(own[name], expected), name
-    factors = Adapters.of(run._bare_model()).factors()
+    factors = Adapters.of(run.hesso_run.model).factors()
     started = parameters_of(base_of(tiny_lora()))
     assert not any(torch.equal(own[name], started[name]) for name in factors)
 
@@ -216,7 +216,7 @@ def test_cric_decides_with_adapters_and_gives_the_weights_back(mode: str, tmp_pa
     cric = {"cric": True, "cric_mode": mode, "cric_sampling_steps": 3, "cric_max_cycles": 2}
     run = lora_run(tmp_path, config=hesso_config(**cric), max_steps=20, save_strategy="no")
     run.train()
-    process, own = run.hesso_optimizer.process, parameters_of(run._bare_model())
+    process, own = run.hesso_optimizer.process, parameters_of(run.hesso_run.model)
     assert process.finished
     assert process.cric_report()["ended"]
     kept = process.scales["mlp_channels"][0] > 0
@@ -362,7 +362,7 @@ def test_fp16_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run = lora_run(tmp_path)
     monkeypatch.setattr(run.args, "fp16", True)
     with pytest.raises(HessoError, match="use bf16"):
-        run._refuse_engines()
+        run.hesso_engine.refuse(adapters=True)
 
 
 def test_layers_of_other_kinds_are_refused() -> None:

@@ -15,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from hesso_hf.hf_models.sizes import model_class_of
-from hesso_hf.structures.groups import KeptUnits, PruningGroups, StructureGroups, mask_
+from hesso_hf.hf_models.build import model_class_of
+from hesso_hf.structures.apply import mask_
+from hesso_hf.structures.groups import KeptUnits, PruningGroups, StructureGroups
 
 HEADS, MLP, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
 QUERY, EXPERT = "query_heads", "expert_channels"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.support import ROOT
+from tests.support import ROOT, forks
 
 ENVIRONMENT = {
     "ACCELERATE_USE_FSDP": "true",
@@ -34,13 +34,13 @@ _WORKER = """
 import importlib, json, os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from tests.support import fsdp_cpu
+from tests.support import fsdp_cpu, proofs
 from hesso_hf.distributed.collectives import leave
 torch.set_num_threads(1)
 if os.environ.get("ACCELERATE_USE_FSDP"):
     fsdp_cpu.start()
 for job in json.loads(sys.argv[2]):
-    with fsdp_cpu.environment(job["env"]):
+    with fsdp_cpu.environment(job["env"]), proofs.made_again(bool(job["env"])):
         getattr(importlib.import_module(job["module"]), job["function"])(**job["arguments"])
 leave()
 """
@@ -91,21 +91,32 @@ def command(where: Path, jobs: list[Job], processes: int = 2, node: list[str] | 
     Args:
         node: torchrun's arguments for one of several nodes; by default there is one, with all the processes.
     """
-    for folder in (where, *(job.folder for job in jobs)):
-        folder.mkdir(parents=True, exist_ok=True)
+    told = _told(where, jobs, processes)
     (where / "worker.py").write_text(_WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run"]
     launcher += node or ["--standalone", f"--nproc_per_node={processes}"]
-    told = json.dumps([job.to_dict(processes) for job in jobs])
     return [*launcher, str(where / "worker.py"), str(ROOT), told]
+
+
+def _told(where: Path, jobs: list[Job], processes: int) -> str:
+    for folder in (where, *(job.folder for job in jobs)):
+        folder.mkdir(parents=True, exist_ok=True)
+    return json.dumps([job.to_dict(processes) for job in jobs])
+
+
+def start_jobs(
+    where: Path, jobs: list[Job], processes: int = 2, sharded: bool = True, env: dict[str, str] | None = None
+) -> forks.Forked:
+    """Start jobs in several processes under FSDP2, or else under DDP."""
+    changes = (ENVIRONMENT if sharded else DDP) | (env or {})
+    return forks.start(_WORKER, str(ROOT), _told(where, jobs, processes), processes=processes, env=changes)
 
 
 def run_jobs(
     where: Path, jobs: list[Job], processes: int = 2, sharded: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """Do jobs in several processes under FSDP2, or else under DDP."""
-    env = {**os.environ, **(ENVIRONMENT if sharded else DDP)}
-    return subprocess.run(command(where, jobs, processes), capture_output=True, text=True, env=env)
+    return start_jobs(where, jobs, processes, sharded).completed()
 
 
 def run(

@@ -6,21 +6,19 @@ import functools
 import importlib
 import itertools
 import os
-import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tests.support.forks import Forked
 
 EVENT, RANK, MARK = "KILL_AT_EVENT", "KILL_RANK", "KILL_MARK"
 
 # what a run can be about to do when it is killed: where it is found, and its name there
 EVENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "step": (("hesso_hf.trainer.trainer:HessoTrainer", "training_step"),),
-    "pruning state": (("hesso_hf.trainer.engine", "save_pruning_state"),),
+    "pruning state": (("hesso_hf.engines.fsdp.engine", "save_pruning_state"),),
     "parts": (("hesso_hf.engines.fsdp.state", "save_file"),),
     "distributed files": (("torch.distributed.checkpoint", "save"),),
     "torch file": (("torch", "save"),),
@@ -55,19 +53,18 @@ def arm() -> None:
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def run_and_kill(command: list[str], mark: Path, event: str, rank: int, env: dict[str, str]) -> bool:
-    """Start a run and kill it and all its processes at an event ("step:3"); return whether it came to that."""
+def run_and_kill(start: Callable[[dict[str, str]], Forked], mark: Path, event: str, rank: int) -> bool:
+    """Start a run and kill it and all its processes at an event ("step:3"); return whether it came to that.
+
+    Args:
+        start: starts it with changes of the environment.
+    """
     mark.unlink(missing_ok=True)
-    environment = {**os.environ, **env, EVENT: event, RANK: str(rank), MARK: str(mark)}
-    log = mark.with_suffix(".log")
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        while process.poll() is None and not mark.exists():
-            time.sleep(0.05)
-        if process.poll() is not None:
-            assert process.returncode == 0, log.read_text()[-3000:]
-            return False
-        for member in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            member.send_signal(signal.SIGKILL)
-        process.wait()
+    run = start({EVENT: event, RANK: str(rank), MARK: str(mark)})
+    while run.poll() is None and not mark.exists():
+        time.sleep(0.05)
+    if run.poll() is not None:
+        assert run.wait() == 0, run.output("stderr")[-3000:]
+        return False
+    run.kill()
     return True

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import gc
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -29,8 +28,9 @@ from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
 from hesso_hf.export import publish
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
-from hesso_hf.structures.groups import KeptUnits, mask_
-from tests.support import ROOT
+from hesso_hf.structures.apply import mask_
+from hesso_hf.structures.groups import KeptUnits
+from tests.support import ROOT, forks
 from tests.support.moe import moe_model
 from tests.support.tiny import VOCAB, tiny_gemma2, tiny_llama, tiny_phi
 
@@ -300,7 +300,8 @@ def forget_the_pruning_state(folder: Path) -> None:
 
 def main(jobs: list[tuple[str, str, dict[str, Any]]]) -> None:
     """Run jobs of this module, (name, folder, arguments) each, in one of several processes."""
-    torch.set_num_threads(1)
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: else the allocator keeps what FSDP2 lets go
     dist.init_process_group("gloo")
     for job, folder, arguments in jobs:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -319,11 +320,6 @@ sharded.main(json.loads(open(sys.argv[2]).read()))
 
 def launch(folder: Path, jobs: list[tuple[str, Path, dict[str, Any]]], processes: int = 2) -> None:
     """Run jobs one after the other in several real processes."""
-    (folder / "worker.py").write_text(_WORKER)
     (folder / "jobs.json").write_text(json.dumps([(job, str(where), options) for job, where, options in jobs]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(folder / "worker.py"), str(ROOT), str(folder / "jobs.json")]
-    # without the threshold the allocator keeps what FSDP2 lets go
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = forks.run(_WORKER, str(ROOT), str(folder / "jobs.json"), processes=processes)
     assert done.returncode == 0, done.stderr[:8000]

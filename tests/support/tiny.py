@@ -26,10 +26,11 @@ from transformers import (
 from hesso_hf.budget.cost import build_cost
 from hesso_hf.budget.solver import solve_budget
 from hesso_hf.config import HessoConfig, structures_around
+from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.process import PruningProcess
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.structures.groups import PruningGroups
-from hesso_hf.structures.proof.prove import proved_groups, random_model
+from hesso_hf.structures.proof.prove import proved_groups
 from hesso_hf.structures.shape_probe import AxisMap
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MLP, VOCAB = 6, 3, 8, 60, 44, 67

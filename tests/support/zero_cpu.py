@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hesso_hf import HessoTrainer
 from hesso_hf.trainer import teacher
-from tests.support import ROOT
+from tests.support import ROOT, forks
 from tests.support.moe import moe_model
 from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi
 from tests.support.training import arguments, blocks, hesso_config, said_by_the_dense_model
@@ -31,10 +29,13 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from tests.support import zero_cpu
+import deepspeed
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # for inference alone, and compiled for a minute
+from tests.support import proofs, zero_cpu
 from hesso_hf.distributed.collectives import leave
-for name, arguments in json.loads(open(sys.argv[2]).read()):
-    getattr(zero_cpu, name)(**arguments)
+with proofs.made_again():  # as the engine has it
+    for name, arguments in json.loads(open(sys.argv[2]).read()):
+        getattr(zero_cpu, name)(**arguments)
 leave()
 """
 
@@ -177,8 +178,5 @@ def weights(run: HessoTrainer) -> dict[str, torch.Tensor]:
 def launch(where: Path, jobs: list[tuple[str, dict[str, Any]]], processes: int = 2) -> subprocess.CompletedProcess[str]:
     """Run jobs of this module one after the other in several real processes."""
     where.mkdir(parents=True, exist_ok=True)
-    (where / "worker.py").write_text(_WORKER)
     (where / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(where / "worker.py"), str(ROOT), str(where / "jobs.json")]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+    return forks.run(_WORKER, str(ROOT), str(where / "jobs.json"), processes=processes, env=ENVIRONMENT)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.structures.proof.prove import logits_of, relative_error
-from tests.support import ROOT
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from tests.support import ROOT, forks
 from tests.support.checks import assert_same, check_equal, propagated
 from tests.support.tiny import tiny_llama
 from tests.support.training import arguments, blocks, hesso_config, logged, trainer
@@ -260,7 +258,13 @@ def resume(undisturbed: HessoTrainer, folder: Path, mode: str, step: int) -> Hes
 
 
 # before sampling, inside and at the ends of all three cycles, in both periods, and after them
-@pytest.mark.parametrize("step", [*range(FIRST - 1, END + 1), END + 1, END + 3, END + 5, END + 7])
+POINTS = [*range(FIRST - 1, END + 1), END + 1, END + 3, END + 5, END + 7]
+EDGES = [FIRST - 1, FIRST, FIRST + 2, FIRST + SAMPLES, FIRST + 2 * SAMPLES, END, END + 1, END + 5]  # one of each phase
+
+
+@pytest.mark.parametrize(
+    "step", [*EDGES, *(pytest.param(step, marks=pytest.mark.slow) for step in POINTS if step not in EDGES)]
+)
 def test_interrupted_in_path_mode_equals_uninterrupted(
     undisturbed: dict[str, HessoTrainer], tmp_path: Path, step: int
 ) -> None:
@@ -307,16 +311,14 @@ torch.save({n: p.detach() for n, p in run.model.named_parameters()}, folder / "f
 
 def test_kill_in_the_middle_of_a_cycle(undisturbed: dict[str, HessoTrainer], tmp_path: Path) -> None:
     middle = WARMUP + SAMPLES + 2  # two samples of the second cycle are taken
-    command = [sys.executable, "-c", _TRAIN, str(tmp_path), str(ROOT)]
-    process = subprocess.Popen([*command, str(middle)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    while (line := process.stdout.readline()).strip() != "THERE":
-        assert line, "the run ended early"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run = forks.start(_TRAIN, str(tmp_path), str(ROOT), str(middle))
+    while "THERE" not in run.output("stdout"):
+        assert run.poll() is None, "the run ended early"
+        time.sleep(0.01)
+    run.kill()
     assert (tmp_path / f"checkpoint-{middle}").exists()
     assert not (tmp_path / "final.pt").exists()
-    done = subprocess.run([*command, "-1"], capture_output=True, text=True)
+    done = forks.run(_TRAIN, str(tmp_path), str(ROOT), "-1")
     assert done.returncode == 0, done.stderr[-2000:]
     final = torch.load(tmp_path / "final.pt", weights_only=True)
     for name, parameter in undisturbed["path"].model.named_parameters():
@@ -369,19 +371,21 @@ def test_scores_are_of_the_gradient_before_clipping(tmp_path: Path) -> None:
 def test_the_probe_leaves_weights_gradients_and_random_state_as_they_were(tmp_path: Path, warmup: int) -> None:
     checked = []
 
-    class Checked(HessoTrainer):
-        def _probe(self) -> None:
-            before = [p.detach().clone() for p in self.model.parameters()]
-            states = (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)[1].tolist())
-            super()._probe()
-            assert torch.equal(states[0], torch.get_rng_state())
-            assert random.getstate() == states[1]
-            assert np.random.get_state(legacy=True)[1].tolist() == states[2]
-            assert_same([p.detach() for p in self.model.parameters()], before)
-            assert all(p.grad is None for p in self.model.parameters())
-            checked.append(self._process.step)
+    run = cric_run(tmp_path, "probe", {"warmup_steps": warmup})
+    plain = run.hesso_run.probe
 
-    run = cric_run(tmp_path, "probe", {"warmup_steps": warmup}, trainer_class=Checked)
+    def probe() -> None:
+        before = [p.detach().clone() for p in run.model.parameters()]
+        states = (torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=True)[1].tolist())
+        plain()
+        assert torch.equal(states[0], torch.get_rng_state())
+        assert random.getstate() == states[1]
+        assert np.random.get_state(legacy=True)[1].tolist() == states[2]
+        assert_same([p.detach() for p in run.model.parameters()], before)
+        assert all(p.grad is None for p in run.model.parameters())
+        checked.append(run._process.step)
+
+    run.hesso_run.probe = probe  # type: ignore[method-assign]
     run.train()
     assert checked == [warmup]
     check_budget(run)
@@ -394,14 +398,14 @@ def test_a_probe_leaves_the_random_state_of_pythons_and_numpys_collators(tmp_pat
 
     run = cric_run(tmp_path, "probe", options={"data_collator": noisy})
     states: dict[str, Any] = {}
-    plain = run._probe
+    plain = run.hesso_run.probe
 
     def probe() -> None:
         states["before"] = (random.getstate(), np.random.get_state(legacy=True)[1].tolist())
         plain()
         states["after"] = (random.getstate(), np.random.get_state(legacy=True)[1].tolist())
 
-    run._probe = probe  # type: ignore[method-assign]
+    run.hesso_run.probe = probe  # type: ignore[method-assign]
     run.train()
     assert states["before"] == states["after"]
 

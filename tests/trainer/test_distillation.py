@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTr
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.structures.proof.prove import random_model
+from hesso_hf.hf_models.tiny_model import random_model
+from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.trainer import teacher as teachers
 from hesso_hf.trainer.distillation import divergence
 from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher
@@ -206,13 +207,13 @@ def test_the_log_has_the_divergence_and_the_watch_the_plain_loss(
     run = trainer(
         tmp_path, config=hesso_config(distillation_alpha=ALPHA), gradient_accumulation_steps=2, logging_steps=3
     )
-    observed = run._observed_norm
+    report = HessoOptimizer.report_loss
 
-    def spy(*args: Any) -> Any:
-        watched.append(float(run._step_loss))
-        return observed(*args)
+    def spy(optimizer: HessoOptimizer, loss: torch.Tensor) -> None:
+        watched.append(float(loss))
+        report(optimizer, loss)
 
-    monkeypatch.setattr(run, "_observed_norm", spy)
+    monkeypatch.setattr(HessoOptimizer, "report_loss", spy)
     run.train()
     divergences, losses = logged(run, "hesso/distillation_loss"), logged(run, "loss")
     assert len(divergences) == 4

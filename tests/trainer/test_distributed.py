@@ -12,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig
-from tests.support import ROOT
+from tests.support import ROOT, forks
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.training import trainer
 
-STEPS = 200
-RATIO = {"pruning_ratio": 0.3, "warmup_steps": 10, "pruning_steps": 30, "pruning_periods": 3}
+STEPS = 40
+RATIO = {"pruning_ratio": 0.3, "warmup_steps": 6, "pruning_steps": 24, "pruning_periods": 3}
 
 _WORKER = """
 import sys
@@ -46,10 +46,18 @@ def run_job(folder: Path, per_device: int) -> None:
     torch.save({"kept": kept, "weights": weights, "world": run.args.world_size}, folder / f"rank{rank}.pt")
 
 
+_LEAVE = "\nfrom hesso_hf.distributed.collectives import leave\nleave()\n"
+
+
 def launch(code: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run python code under torchrun."""
+    """Run Python code in several processes."""
+    return forks.run(code + _LEAVE, *arguments, processes=processes)
+
+
+def torchrun(code: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run Python code in several processes that read the environment when they import."""
     script = Path(arguments[0]) / "worker.py"
-    script.write_text(f"{code}\nfrom hesso_hf.distributed.collectives import leave\nleave()\n")
+    script.write_text(code + _LEAVE)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(script),
     ]  # fmt: skip
@@ -116,7 +124,7 @@ _LONG_WORK = """
 import sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from hesso_hf import agreement
+from hesso_hf.distributed import collectives as agreement
 dist.init_process_group("gloo", timeout=timedelta(seconds=3))
 rank = dist.get_rank()
 
@@ -159,6 +167,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from hesso_hf.trainer.saving import resolve_checkpoint
 from tests.support.training import trainer
 folder = Path(sys.argv[1]) / os.environ["RANK"]
 options = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4}
@@ -167,7 +176,7 @@ run.train()
 if os.environ["RANK"] == "1":
     (folder / "checkpoint-8" / "trainer_state.json").unlink()  # killed while it wrote
 run = trainer(folder, save_on_each_node=True, **options)
-(folder / "resumes").write_text(run._resolve_checkpoint(True))
+(folder / "resumes").write_text(resolve_checkpoint(True, run.args.output_dir))
 """
 
 
@@ -229,7 +238,7 @@ def test_two_processes_push_while_training(tmp_path: Path, monkeypatch: pytest.M
     with LoopbackHub() as hub:
         for name, value in hub.env(tmp_path / "cache").items():
             monkeypatch.setenv(name, value)
-        done = launch(_PUSH, str(tmp_path), str(ROOT))
+        done = torchrun(_PUSH, str(tmp_path), str(ROOT))
         assert done.returncode == 0, done.stderr[-2000:]
         assert "Training in progress, step 12" in hub.commits("user/small")  # the last push changes nothing more
         assert b'"intermediate_size": 28' in hub.files("user/small")["config.json"]

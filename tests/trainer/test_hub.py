@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import Trainer, TrainerCallback
 
 from tests.support import ROOT
 from tests.support.loopback_hub import LoopbackHub
+from tests.support.training import trainer
 
 _PUSH = """
 import sys
@@ -28,7 +31,7 @@ run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
 from transformers import AutoModelForCausalLM
 small = AutoModelForCausalLM.from_pretrained("user/small")
 ids = torch.randint(3, 60, (2, 9))
-from hesso_hf.structures.proof.prove import logits_of, relative_error
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 error = relative_error(logits_of(small, ids), logits_of(run.model.eval(), ids))
 print("RESULT", small.config.intermediate_size, small.config.hidden_size, error)
 """
@@ -56,3 +59,24 @@ def test_push_to_hub_and_load_back(tmp_path: Path, strategy: str) -> None:
     pushed = [title for title in commits if title.startswith("Training in progress")]
     # steps 4, 8 and 12 are saved; at step 4 the model was still dense, and nothing was pushed
     assert pushed == (["Training in progress, step 8", "Training in progress, step 12"] if strategy != "end" else [])
+
+
+@pytest.mark.parametrize("steps", [0, 4], ids=["untrained", "half-pruned"])
+def test_a_dense_model_is_neither_saved_nor_pushed(steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: pytest.fail("asked the Hub for a repository"))
+    run = trainer(tmp_path)
+    if steps:
+        run.add_callback(StopAt(steps))
+        run.train()
+    assert run.push_to_hub() is None
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self._step

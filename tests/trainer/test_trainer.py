@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset
 from transformers import (
     AttentionInterface,
@@ -26,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.optimization import Adafactor
 
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
+from hesso_hf.engines.deepspeed import engine as zero_engine
 from hesso_hf.errors import (
     BudgetError,
     HessoError,
@@ -34,9 +36,10 @@ from hesso_hf.errors import (
     VerificationError,
 )
 from hesso_hf.export.publish import staged_folder
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning import calibration
+from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
-from hesso_hf.structures.proof.prove import logits_of, relative_error
 from tests.support.tiny import QUERIES, tiny_llama
 from tests.support.training import arguments, blocks, hesso_config, logged, said_by_the_dense_model, trainer
 
@@ -210,7 +213,7 @@ def test_saliency_sees_the_gradient_before_clipping(tmp_path: Path) -> None:
         run = trainer(tmp_path, learning_rate=0.0, weight_decay=0.0, max_grad_norm=clip, max_steps=8)
         run.add_callback(_StopBefore(2))
         run.train()
-        sums.append(run.hesso_optimizer.process._sums.sums["mlp_channels"]["xg2"].clone())
+        sums.append(run.hesso_optimizer.process.state.sums.sums["mlp_channels"]["xg2"].clone())
     assert sums[0].max() > 1e-12
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
@@ -256,7 +259,7 @@ def test_calibration_changes_neither_weights_nor_random_state(tmp_path: Path) ->
     run = trainer(tmp_path, config=HessoConfig(pruning_ratio=0.3))
     before = [p.detach().clone() for p in run.model.parameters()]
     state = torch.random.get_rng_state()
-    curves = run._measure_curves()
+    curves = run.hesso_run.curves()
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     assert all(p.grad is None for p in run.model.parameters())
@@ -266,7 +269,7 @@ def test_calibration_changes_neither_weights_nor_random_state(tmp_path: Path) ->
 @pytest.mark.parametrize("hidden", [False, True])
 def test_calibration_shows_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str], hidden: bool) -> None:
     config = HessoConfig(pruning_ratio=0.3, calibration_examples=2)
-    trainer(tmp_path, config=config, disable_tqdm=hidden)._measure_curves()
+    trainer(tmp_path, config=config, disable_tqdm=hidden).hesso_run.curves()
     shown = capfd.readouterr().err
     assert ("Measuring what structures cost: 100%" in shown) is not hidden
 
@@ -279,10 +282,12 @@ def test_a_model_that_does_not_fit_the_device_whole_is_not_measured(
     size = sum(parameter.numel() * 4 for parameter in run.model.parameters())
     asked = []
     monkeypatch.setattr(
-        "hesso_hf.trainer.engine.device_with_room", lambda *wanted: asked.append(wanted) or torch.device("meta")
+        zero_engine,
+        "device_with_room",
+        lambda *wanted: asked.append(wanted) or torch.device("meta"),
     )
     with _propagated(caplog):
-        assert run._measure_whole().rises == {}
+        assert zero_engine.measure_whole(run.model, run.args.device, run.hesso_run.curves).rises == {}
     assert asked == [(run.args.device, 2 * size)]
     assert "share the cut evenly. Give `structures` shares" in caplog.text
 
@@ -374,6 +379,61 @@ def test_load_best_model_chooses_among_pruned_ones(tmp_path: Path) -> None:
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
     run.save_model(str(tmp_path / "small"))
     check_small_model(run, tmp_path / "small", hesso_config().pinned_sizes)
+
+
+def test_pruned_units_of_the_best_model_are_at_zero_whatever_its_file_says(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="steps", save_steps=12)
+    run.train()
+    best = tmp_path / "checkpoint-12" / "model.safetensors"
+    stored = {name: values + 0.01 for name, values in load_file(best).items()}
+    save_file(stored, best, metadata={"format": "pt"})
+    run.state.best_model_checkpoint = str(best.parent)
+    run._load_best_model()
+    kept = run._process.kept_units().kept["mlp_channels"][0]
+    found = run.model.model.layers[0].mlp.up_proj.weight.detach()
+    wanted = torch.zeros_like(found)
+    columns = run._process.kept_units().kept["embedding_channels"][0]
+    wanted[torch.tensor(kept)[:, None], torch.tensor(columns)] = stored["model.layers.0.mlp.up_proj.weight"][
+        torch.tensor(kept)[:, None], torch.tensor(columns)
+    ]
+    assert torch.equal(found, wanted)
+    run.save_model(str(tmp_path / "small"))
+    check_small_model(run, tmp_path / "small", hesso_config().pinned_sizes)
+
+
+def test_create_optimizer_returns_one_that_prunes(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    found = run.create_optimizer()
+    assert isinstance(found, HessoOptimizer)
+    assert run.hesso_optimizer is found
+    assert run.create_optimizer() is found
+
+
+def test_random_states_of_all_are_saved_before_any_process_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file that says that a checkpoint is whole comes next."""
+    events = []
+    monkeypatch.setattr(Trainer, "_save_rng_state", lambda *_: events.append("saved"))
+    monkeypatch.setattr("hesso_hf.trainer.trainer.barrier", lambda: events.append("waited"))
+    trainer(tmp_path)._save_rng_state(str(tmp_path))
+    assert events == ["saved", "waited"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_a_subclass_names_as_counted_is_left_alone_by_measurements(tmp_path: Path, named: bool) -> None:
+    class Counting(HessoTrainer):
+        hesso_counted = (*HessoTrainer.hesso_counted, "seen") if named else HessoTrainer.hesso_counted
+        seen = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.seen += 1
+            return super().compute_loss(*args, **kwargs)
+
+    run = trainer(tmp_path, config=HessoConfig(pruning_ratio=0.3), trainer_class=Counting)
+    run.seen = 5
+    run.hesso_run.curves()
+    assert (run.seen == 5) is named
 
 
 def test_early_stopping_waits_for_the_end_of_pruning(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hesso_hf import HessoConfig, HessoMixin
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import HessoError
-from hesso_hf.structures.proof.prove import logits_of
+from hesso_hf.hf_models.tiny_model import logits_of
 from hesso_hf.trainer.distillation import fingerprint
 from tests.support import ROOT, fsdp_cpu
 from tests.support.tiny import tiny_llama
@@ -164,7 +164,7 @@ def test_sft_learns_from_the_unpruned_model(base: Path, tokenizer: PreTrainedTok
     terms = logged(run, "hesso/distillation_loss")
     assert terms[0] == pytest.approx(0.0, abs=1e-5)
     assert terms[5] > 1e-3
-    batch = run._prepare_inputs(run._single_examples(1)[0])
+    batch = run.hesso_run.measurer.examples(1)[0]
     with torch.no_grad():
         found = run.compute_loss(run.model.train(), dict(batch))
         logits, wanted = (

@@ -37,7 +37,7 @@ from transformers import (
 from hesso_hf import HessoConfig, HessoTrainer, KeptTokens, export_pruned, inspect_vocabulary, keep_tokens
 from hesso_hf.bundled import bundled_model_path, python_docs_texts
 from hesso_hf.errors import HessoError, UnsupportedStructureError, VerificationError
-from hesso_hf.structures.proof.prove import random_model
+from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.vocabulary.tokenizer_file import BYTE_TOKENS, read_backend, read_spelling
 from hesso_hf.vocabulary.tokens import TokenUse, count_tokens
 from hesso_hf.vocabulary.trim_embeddings import config_token_ids, rows_elements, trim_embeddings, vocabulary_axes
@@ -483,7 +483,7 @@ def test_refused_tokenizers_are_named() -> None:
         pass
 
     own = Custom(tokenizer_object=Tokenizer.from_str(backend_of("byte_bpe")))
-    with pytest.raises(UnsupportedStructureError, match="Custom of test_vocabulary"):
+    with pytest.raises(UnsupportedStructureError, match=r"Custom of tests\.vocabulary\.test_keep"):
         keep_tokens(own, [{"input_ids": [1]}])
     from transformers import ByT5Tokenizer
 

@@ -1,5 +1,18 @@
-"""Memory: what training a model with a recipe needs on each GPU, before it is tried.
+"""Memory: what training a model takes on each GPU, by engine, before it is tried.
 
-In: the sizes of a model, a recipe, an engine.
-Out: bytes a GPU by what they are for, the smallest plan that fits.
+In: a model's config, a `Workload`, a `Cluster`.
+Out: bytes of one GPU by what they are for, and the simplest engine that fits (`MemoryPlan`).
 """
+
+from typing import TYPE_CHECKING
+
+from ... import hand_on
+
+if TYPE_CHECKING:
+    from .plan import MemoryPlan, plan_memory
+    from .workload import Cluster, Workload
+
+__all__ = ["Cluster", "MemoryPlan", "Workload", "plan_memory"]
+__getattr__ = hand_on(
+    __name__, {"Cluster": "workload", "MemoryPlan": "plan", "Workload": "workload", "plan_memory": "plan"}
+)

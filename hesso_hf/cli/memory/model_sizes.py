@@ -10,17 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import HessoError
-from ...hf_models.sizes import (
-    EXPERT_MLP,
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    MLP,
-    build_meta,
-    get_size,
-    head_dim_of,
-    model_class_of,
-)
+from ...hf_models.build import build_meta, model_class_of
+from ...hf_models.sizes import EXPERT_MLP, EXPERTS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes
 from ...structures.experts import experts_per_token, num_experts
 
 
@@ -79,8 +70,9 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
     head: Any = model.get_output_embeddings()
     if not layers or head is None:
         raise HessoError(f"{type(model).__name__} has no decoder layers with an output matrix: its memory isn't known")
-    needed = {HIDDEN: get_size(config, HIDDEN), HEADS: get_size(config, HEADS), "head_dim": head_dim_of(config)}
-    mlp = _mlp_width(config)
+    sizes = ConfigSizes.of(config)
+    needed = {HIDDEN: sizes.get(HIDDEN), HEADS: sizes.get(HEADS), HEAD_DIM: sizes.head_dim}
+    mlp = _mlp_width(config, sizes)
     for name, value in (needed | {MLP: mlp}).items():
         if not value:
             raise HessoError(f"{type(config).__name__} has no integer `{name}`: the memory of activations isn't known")
@@ -102,10 +94,10 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
         factored=sum(_factored(shape) for shape in shapes),
         hidden=hidden,
         mlp_width=int(mlp or 0),
-        gated=_is_gated(largest, hidden, config),
+        gated=_is_gated(largest, hidden, sizes),
         heads=heads,
         query_width=heads * head_dim,
-        kv_width=(get_size(config, KV_HEADS) or heads) * head_dim,
+        kv_width=(sizes.get(KV_HEADS) or heads) * head_dim,
         vocabulary=head.weight.shape[0],
         linear_inputs=max(sum(shape[1] for shape in shapes) for shapes in linear),
         lora_width=sum(sum(shape) for shapes in linear for shape in shapes),
@@ -137,19 +129,19 @@ def _factored(shape: tuple[int, ...]) -> int:
     return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
-def _mlp_width(config: PretrainedConfig) -> int | None:
+def _mlp_width(config: PretrainedConfig, sizes: ConfigSizes) -> int | None:
     """Return the MLP channels of a token's way: with experts, those of the experts that it is routed to."""
     experts = num_experts(config)
     if not experts:
-        return get_size(config, MLP)
-    width = get_size(config, EXPERT_MLP) or get_size(config, MLP)
+        return sizes.get(MLP)
+    width = sizes.get(EXPERT_MLP) or sizes.get(MLP)
     return None if width is None else width * (experts_per_token(config) or experts)
 
 
-def _is_gated(layer: nn.Module, hidden: int, config: PretrainedConfig) -> bool:
+def _is_gated(layer: nn.Module, hidden: int, sizes: ConfigSizes) -> bool:
     """Tell whether an MLP multiplies two products: it has three matrices then, or one of them is twice as long."""
-    width = get_size(config, EXPERT_MLP) if num_experts(config) else get_size(config, MLP)
-    width = width or get_size(config, MLP) or 0
+    has_experts = (sizes.get(EXPERTS) or 0) > 1
+    width = (sizes.get(EXPERT_MLP) if has_experts else None) or sizes.get(MLP) or 0
     elements = 0
     for parameter in layer.parameters():
         ends = tuple(parameter.shape)[-2:]

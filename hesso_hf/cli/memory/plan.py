@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from ...hf_models.sizes import load_config
+from ...hf_models.build import load_config
 from .engines import ENGINES, accelerate_config
-from .estimate import COMPONENTS, GB, HEADROOM, Cluster, Estimate, Workload, estimates, recommended
+from .estimate import Estimate, estimates, recommended
 from .model_sizes import ModelSizes, model_sizes
+from .workload import COMPONENTS, GB, HEADROOM, Cluster, Workload
 
 _ENGINES = {engine.name: engine for engine in ENGINES}
 _SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "optim.", "activations": "activ."}

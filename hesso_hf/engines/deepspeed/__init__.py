@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO 1 to 3: where the masters of a parameter lie, steps around its engine, state, export.
 
-In: a DeepSpeed engine and a folder.
-Out: holdings for `pruning/weights`, checkpoints (ZeRO's own and universal ones), the exported model.
+In: a trainer's arguments and accelerator, then its run; a folder.
+Out: `DeepSpeedEngine`, which a trainer asks; holdings for `pruning/weights`, checkpoints (ZeRO's own and universal
+ones), the exported model.
 DeepSpeed is imported only when a run uses it.
 """
 
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 from ... import hand_on
 
 if TYPE_CHECKING:
+    from .engine import DeepSpeedEngine
     from .export import export_zero
     from .steps import ZeroSteps
 
-__all__ = ["ZeroSteps", "export_zero"]
-__getattr__ = hand_on(__name__, {"ZeroSteps": "steps", "export_zero": "export"})
+__all__ = ["DeepSpeedEngine", "ZeroSteps", "export_zero"]
+__getattr__ = hand_on(__name__, {"DeepSpeedEngine": "engine", "ZeroSteps": "steps", "export_zero": "export"})

@@ -1,96 +1,196 @@
-"""Snapshots of ZeRO's flat vectors in files of the processes, put together for another number of them."""
+"""Ranges of ZeRO's flat vectors: what of one parameter this process holds, with its gradient and optimizer state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from transformers.utils import logging
 
-from ...distributed.collectives import world_size
-from ...errors import CheckpointMismatchError
-from ...pruning.weights.snapshot import random_state
-from .holdings import Place, ZeroHoldings
+from ...distributed.parts import Part, flat_parts, full_shape
+from ...pruning.weights.holdings import Held
+from ...pruning.weights.snapshot import Snapshot
 
-logger = logging.get_logger(__name__)
+Place = tuple[int, int, int, int]  # a vector's position, where a range begins in it and in its parameter, its length
 
 
-def save_ranges(folder: Path, snapshots: Mapping[str, Any], holdings: ZeroHoldings) -> None:
-    """Write this process' snapshots, and where in their vectors which range of a parameter lies."""
-    torch.save({"snapshots": snapshots, "places": holdings.places()}, folder / _name(dist.get_rank()))
+def masters_of(zero: Any) -> list[torch.Tensor]:
+    """Return this process' flat fp32 vectors, in the order of the parameter groups or, in ZeRO-3, their subgroups."""
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        return zero.fp32_partitioned_groups_flat
+    return zero.single_partition_of_fp32_groups
 
 
-def load_ranges(folder: Path, processes: int, holdings: ZeroHoldings) -> dict[str, Any]:
-    """Return this process' snapshots by kind: its own file, or put together where others wrote them.
+class HeldRange(Held):
+    """A range of a flattened parameter.
 
     Args:
-        folder: with the files of all processes.
-        processes: how many wrote them.
+        shape: of the whole parameter.
+        start: where in the flattened parameter the range begins.
+        count: number of its elements.
 
-    Raises:
-        CheckpointMismatchError: where elements are missing.
+    Attributes:
+        parts: the rectangles that the range consists of.
     """
-    rank = dist.get_rank()
-    if processes == world_size():
-        return torch.load(folder / _name(rank), map_location="cpu", weights_only=True)["snapshots"]
-    files = [
-        torch.load(folder / _name(writer), map_location="cpu", weights_only=True, mmap=True)
-        for writer in range(processes)
-    ]
-    found = {kind: _put_together(kind, files, holdings) for kind in files[0]["snapshots"]}
-    for kind, snapshot in found.items():
-        if rank < processes:
-            snapshot["random"] = files[rank]["snapshots"][kind]["random"]
-        else:
-            logger.warning(f"process {rank} is new: it goes on with the random state of now after the trial")
-            snapshot["random"] = random_state(holdings.vectors()[0].device)
-    return found
+
+    def __init__(self, shape: tuple[int, ...], start: int, count: int) -> None:
+        self._shape, self._count = shape, count
+        self.parts: list[Part] = flat_parts(shape, start, start + count)
+        self.counted = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter."""
+        return self._shape
+
+    def pieces(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Return views of a flat vector over the range, one a part."""
+        sizes = [part.numel for part in self.parts]
+        return [v.view(part.sizes) for v, part in zip(values[: self._count].split(sizes), self.parts, strict=True)]
+
+    def splits(self, dim: int) -> bool:
+        """Whether processes hold different indices of a dimension: any may be cut."""
+        return True
 
 
-def _put_together(kind: str, files: list[dict[str, Any]], holdings: ZeroHoldings) -> dict[str, Any]:
-    """Return a snapshot of the vectors that this process has, from those that others had."""
-    weights = [torch.zeros(vector.shape, dtype=vector.dtype) for vector in holdings.vectors()]
-    states: list[dict[str, Any] | None] = [None] * len(weights)
-    for name, place in holdings.places().items():
-        filled = 0
-        for file in files:
-            held, snapshot = file["places"].get(name), file["snapshots"][kind]
-            if held is None or _overlap(place, held) is None:
-                continue
-            stored = snapshot["weights"][held[0]]
-            filled += _copy_range(weights[place[0]], place, stored, held)
-            for key, value in (snapshot["state"][held[0]] or {}).items():
-                own = states[place[0]] = states[place[0]] or {}
-                if isinstance(value, torch.Tensor) and value.shape == stored.shape:
-                    own.setdefault(key, torch.zeros(weights[place[0]].shape, dtype=value.dtype))
-                    _copy_range(own[key], place, value, held)
-                else:
-                    own.setdefault(key, value)
-        if filled < place[3]:
-            raise CheckpointMismatchError(
-                f"{name}: {place[3] - filled} elements of a CRIC snapshot are missing; is a file lost?"
-            )
-    return {"weights": weights, "state": states, "options": files[0]["snapshots"][kind]["options"]}
+class Nothing(HeldRange):
+    """A parameter of which this process holds no element."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape, 0, 0)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return no piece."""
+        return []
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Return no gradient."""
+        return None
+
+    def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
+        """Yield nothing."""
+        yield from ()
+
+    def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
+        """Return no piece."""
+        return []
 
 
-def _overlap(place: Place, held: Place) -> tuple[int, int] | None:
-    """Return the range of the flattened parameter that lies in both places, None where nothing does."""
-    low, high = max(place[2], held[2]), min(place[2] + place[3], held[2] + held[3])
-    return (low, high) if low < high else None
+class Master(HeldRange):
+    """This process' range of a trained parameter, in a flat fp32 vector of ZeRO's.
+
+    Args:
+        zero: DeepSpeed's ZeRO optimizer.
+        parameter: the model's parameter.
+        start: where in the flattened parameter the range begins.
+        count: number of its elements.
+        vector: position of the flat vector among ZeRO's.
+        offset: where in it the range begins.
+    """
+
+    def __init__(self, zero: Any, parameter: Any, start: int, count: int, vector: int, offset: int) -> None:
+        super().__init__(full_shape(parameter), start, count)
+        self._zero = zero
+        self.parameter: Any = parameter  # with what DeepSpeed hangs on it
+        self._vector, self._offset, self._start = vector, offset, start
+        self._gradient: torch.Tensor | None = None
+
+    @property
+    def gradient_scale(self) -> float:  # type: ignore[override]
+        """The loss scale, in float16."""
+        return float(self._zero.loss_scale)
+
+    @property
+    def place(self) -> Place:
+        """Where the range lies."""
+        return self._vector, self._offset, self._start, self._count
+
+    def master(self) -> torch.Tensor:
+        """Return the flat vector that the range lies in."""
+        return masters_of(self._zero)[self._vector]
+
+    def _range(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector.detach().narrow(0, self._offset, self._count)
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return the fp32 weights of each piece."""
+        return self.pieces(self._range(self.master()))
+
+    def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
+        """Yield the pieces of each value in the optimizer's state that has one entry an element."""
+        master = self.master()
+        for value in state.get(master, {}).values():
+            fits = isinstance(value, torch.Tensor) and value.shape == master.shape
+            if fits and value.is_floating_point():
+                yield self.pieces(self._range(value))
+
+    def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
+        """Return the copy of each piece's weights in a snapshot."""
+        return self.pieces(self._range(snapshot.weights_of(self.master())))
 
 
-def _copy_range(target: torch.Tensor, place: Place, source: torch.Tensor, held: Place) -> int:
-    """Copy what lies in both places, and return how many elements that are."""
-    overlap = _overlap(place, held)
-    assert overlap is not None
-    low, count = overlap[0], overlap[1] - overlap[0]
-    values = source.flatten().narrow(0, held[1] + low - held[2], count)
-    target.view(-1).narrow(0, place[1] + low - place[2], count).copy_(values)
-    return count
+class Master12(Master):
+    """This process' range of a parameter under ZeRO-1 or 2, which keep the low-precision parameters whole."""
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Return the averaged gradient of each piece; there is one between the backward pass and DeepSpeed's step."""
+        if self._zero.cpu_offload:  # lies in the vector's own gradient, and DeepSpeed's map of it isn't always right
+            gradient = self.master().grad
+            return None if gradient is None else self.pieces(self._range(gradient))
+        try:
+            found = self.parameter._hp_mapping.get_lp_grad_fragment(self.parameter._index_in_param_group).flatten()
+        except ValueError:  # what DeepSpeed says at any other time
+            return None
+        assert found.numel() == self._count
+        return self.pieces(found)
+
+    def weights_changed(self) -> None:
+        """Copy the range into the low-precision parameter."""
+        self.parameter._hp_mapping.update_lp()
 
 
-def _name(rank: int) -> str:
-    return f"ranges-{rank:05d}.pt"
+class Master3(Master):
+    """This process' range of a parameter under ZeRO-3, which keeps nothing whole."""
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Return the averaged gradient of each piece, in fp32."""
+        from deepspeed.utils import safe_get_local_grad
+
+        self._gradient = safe_get_local_grad(self.parameter)
+        return None if self._gradient is None else self.pieces(self._gradient.flatten())
+
+    def gradients_changed(self) -> None:
+        """Hand DeepSpeed the gradient back, which may be a copy."""
+        from deepspeed.utils import safe_set_local_grad
+
+        assert self._gradient is not None
+        safe_set_local_grad(self.parameter, self._gradient)
+        self._gradient = None
+
+    def weights_changed(self) -> None:
+        """Copy the range into this process' part of the low-precision parameter."""
+        self.parameter.ds_tensor.data.view(-1)[: self._count].copy_(self._range(self.master()))
+
+
+class Frozen3(HeldRange):
+    """This process' range of a frozen parameter under ZeRO-3, which has no master."""
+
+    def __init__(self, parameter: Any, start: int, count: int) -> None:
+        super().__init__(full_shape(parameter), start, count)
+        self.parameter: Any = parameter  # with what DeepSpeed hangs on it
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return the weights of each piece."""
+        return self.pieces(self.parameter.ds_tensor.data.view(-1))
+
+    def gradients(self) -> list[torch.Tensor] | None:
+        """Return None: it has no gradient."""
+        return None
+
+    def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
+        """Yield nothing."""
+        yield from ()
+
+    def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
+        """Return the copy of each piece's weights in a snapshot."""
+        return self.pieces(snapshot.weights_of(self.parameter.ds_tensor).view(-1))

@@ -14,19 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers.utils import logging
 
-from ...config import HessoConfig
-from ...distributed.collectives import barrier, is_main_process, world_size
-from ...errors import CheckpointMismatchError, HessoError
+from ...errors import HessoError
 from ...pruning.optimizer import Skips
 from ...pruning.process import PruningProcess
-from ..fsdp.state import FOLDER, SHARED_NAME, snapshots_in
 from .holdings import ZeroHoldings, masters_of
-from .ranges import load_ranges, save_ranges
-from .universal import check_readable, repair_optimizer
-
-logger = logging.get_logger(__name__)
 
 
 class ZeroSteps:
@@ -180,110 +172,3 @@ class _Masters(Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """All groups of the base optimizer."""
         return self._groups
-
-
-def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
-    """Refuse a DeepSpeed config that pruning doesn't work with.
-
-    Raises:
-        HessoError: naming the setting and the remedy.
-    """
-    zero = engine_config.get("zero_optimization", {})
-    if zero.get("stage", 0) not in (1, 2, 3):
-        raise HessoError(
-            f"`zero_optimization.stage` ({zero.get('stage', 0)}) of DeepSpeed's config must be 1, 2 or 3; without "
-            "ZeRO train under DDP"
-        )
-    for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device") == "nvme":
-            raise HessoError(f"`zero_optimization.{name}.device` ('nvme') isn't supported: use 'cpu'")
-    if zero.get("round_robin_gradients"):  # DeepSpeed 0.19 then maps parameters to the wrong part of its fp32 vectors
-        raise HessoError("`round_robin_gradients` (True) of DeepSpeed's config isn't supported: leave it out")
-    if zero.get("mics_shard_size", -1) > 0:
-        raise HessoError(
-            f"`zero_optimization.mics_shard_size` ({zero['mics_shard_size']}) isn't supported: leave it out"
-        )
-    if zero.get("elastic_checkpoint"):  # DeepSpeed 0.19 fails on what it writes then, on as many processes too
-        raise HessoError(
-            "`zero_optimization.elastic_checkpoint` (True) isn't supported: leave it out, and resume on another number "
-            "of processes by `checkpoint.load_universal`"
-        )
-    for found, name in ((zero, "zenflow"), (engine_config, "torch_autocast"), (engine_config, "tensor_parallel")):
-        if found.get(name):
-            raise HessoError(f"`{name}` ({found[name]}) of DeepSpeed's config isn't supported: leave it out")
-    if config.cric and config.cric_mode == "probe":
-        raise HessoError(
-            "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path'"
-        )
-    if config.prune_vocabulary:
-        raise HessoError(
-            "`prune_vocabulary` (True) isn't supported with DeepSpeed; leave it out, and trim the saved model on one "
-            "process (`export_pruned(..., vocabulary=keep_tokens(...))`)"
-        )
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def save_zero_state(steps: ZeroSteps, folder: Any, stage: int, writes_shared: bool | None = None) -> None:
-    """Write the pruning state beside DeepSpeed's checkpoint; all processes call it.
-
-    What all share goes into one file, each process' ranges of a CRIC snapshot into one of its own.
-
-    Args:
-        writes_shared: whether this process writes that one file, by default the main process alone.
-    """
-    target = folder / FOLDER
-    state = steps.process.state_dict()  # collective: sums are added up
-    own = {kind: dict(snapshot) for kind, snapshot in snapshots_in(state)}
-    for _, snapshot in snapshots_in(state):
-        snapshot |= dict.fromkeys(snapshot)
-    target.mkdir(parents=True, exist_ok=True)
-    if is_main_process() if writes_shared is None else writes_shared:
-        torch.save(state | {"zero": {"processes": world_size(), "stage": stage}}, target / SHARED_NAME)
-    if own:
-        save_ranges(target, own, steps.holdings)
-    barrier()
-
-
-def load_zero_state(steps: ZeroSteps, folder: Any, stage: int, universal: bool = False) -> None:
-    """Continue from what `save_zero_state` wrote.
-
-    Args:
-        universal: whether DeepSpeed has read a universal checkpoint, of any number of processes.
-
-    Raises:
-        CheckpointMismatchError: as `check_zero_state` does.
-    """
-    source = folder / FOLDER
-    check_zero_state(folder, stage, universal)
-    if universal:
-        repair_optimizer(steps.base, folder)
-    state = torch.load(source / SHARED_NAME, map_location="cpu", weights_only=True)
-    kinds = list(snapshots_in(state))
-    own = load_ranges(source, state["zero"]["processes"], steps.holdings) if kinds else {}
-    for kind, snapshot in kinds:
-        snapshot |= own[kind]
-    steps.load_pruning_state(state)
-
-
-def check_zero_state(folder: Any, stage: int, universal: bool = False) -> None:
-    """Compare how a checkpoint was made with this run.
-
-    Args:
-        universal: whether DeepSpeed's config says that universal checkpoints are read.
-
-    Raises:
-        CheckpointMismatchError: where it was made by another engine or ZeRO stage, or by another number of processes
-            and no universal checkpoint is read.
-    """
-    path = folder / FOLDER / SHARED_NAME
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    made, present = state.get("zero"), world_size()
-    if not made or made["stage"] != stage:
-        found = f"ZeRO-{made['stage']}" if made else "another engine than DeepSpeed"
-        raise CheckpointMismatchError(
-            f"`resume_from_checkpoint` ({str(folder)!r}) was written by {found}, this run is ZeRO-{stage}; resume with "
-            "the same, since DeepSpeed's partitions can't be read otherwise"
-        )
-    check_readable(folder, made["processes"], present, universal)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ...compat import engine_options
 from ...errors import CheckpointMismatchError
 
 LATEST = "latest_universal"  # the file that names the universal folder
@@ -83,7 +84,7 @@ def _command(folder: Path) -> str:
 @contextlib.contextmanager
 def reading_what_is_there(engine: Any, folder: Path) -> Iterator[None]:
     """Let DeepSpeed's engine read its own checkpoint where a folder has no universal one, as this run writes them."""
-    options = engine._config  # of which there is no public form
+    options = engine_options(engine)
     before = options.load_universal_checkpoint
     options.load_universal_checkpoint = before and (folder / LATEST).exists()
     try:

@@ -7,8 +7,6 @@ processes share goes into one small file, and the parts of a CRIC snapshot into 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +15,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging
 
 from ...distributed.collectives import barrier, is_main_process, world_size
 from ...distributed.parts import Part, named_parameters, part_of
 from ...errors import CheckpointMismatchError, HessoError
 from ...pruning.optimizer import HessoOptimizer
 from ...pruning.weights.snapshot import random_state, snapshotted
-
-logger = logging.get_logger(__name__)
-
-FOLDER, SHARED_NAME = "hesso_shards", "pruning.pt"
-_SNAPSHOTS = ("trial", "period_start")  # keys of the state that may hold one
-
-
-def begin_checkpoint(folder: Path) -> None:
-    """Make a checkpoint's folder; from one that is there already take what says that it is whole, and all parts.
-
-    A run that was killed, or that goes on from an earlier checkpoint, comes by the same step again, perhaps with fewer
-    processes: what they write mustn't be mixed with what more processes left.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    for parts in (folder / FOLDER, *folder.glob("global_step*")):  # the second are DeepSpeed's
-        if parts.is_dir():
-            shutil.rmtree(parts)
+from ..checkpoint import FOLDER, SHARED_NAME, load_random_states, save_random_states, snapshots_in
 
 
 def save_pruning_state(
@@ -119,27 +98,6 @@ def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
     load_random_states(optimizer, folder)
 
 
-def save_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
-    """Write the random states of this process that a snapshot will return to, beside those of the other processes."""
-    for kind, snapshot in optimizer.process.snapshots.items():
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        torch.save(snapshot.random, folder / FOLDER / _random_name(kind))
-
-
-def load_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
-    """Give the snapshots this process' own random states; those of now, with a warning, where there were fewer."""
-    for kind, snapshot in optimizer.process.snapshots.items():
-        path = folder / FOLDER / _random_name(kind)
-        if path.exists():
-            snapshot.take_random(torch.load(path, map_location="cpu", weights_only=True))
-        else:
-            logger.warning(f"{path} is missing: this process goes on with the random state of now after the trial")
-
-
-def _random_name(kind: str) -> str:
-    return f"random-{kind}-{dist.get_rank() if world_size() > 1 else 0:05d}.pt"
-
-
 class StoredParts:
     """The parts that all processes wrote, read element by element where they lie."""
 
@@ -200,14 +158,6 @@ def _overlap(wanted: Part, held: Part) -> list[tuple[int, int]] | None:
 
 def _slices(stretch: list[tuple[int, int]], part: Part) -> tuple[slice, ...]:
     return tuple(slice(low - start, high - start) for (low, high), start in zip(stretch, part.starts, strict=True))
-
-
-def snapshots_in(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for kind in _SNAPSHOTS:
-        held = state.get(kind)
-        snapshot = held["snapshot"] if kind == "trial" and held else held
-        if snapshot:
-            yield kind, snapshot
 
 
 def _checked(value: Any, name: str, key: str, part: Part) -> Any:

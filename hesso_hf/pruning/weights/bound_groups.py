@@ -16,16 +16,16 @@ from torch.optim import Optimizer
 
 from ...distributed.parts import Part, add_over_ranks, full_shape, local
 from ...errors import CheckpointMismatchError, UnsupportedStructureError
+from ...structures.apply import centre_, mask_, shrink_
 from ...structures.experts import EXPERT_UNITS
-from ...structures.groups import Axis, PruningGroups, centre_, mask_, shrink_
+from ...structures.groups import Axis, PruningGroups
 from ...structures.lora import NO_ADAPTERS, Adapters
 from ...structures.router_gates import RouterGates
-from ..saliency import Displacements, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
+from ..saliency import Displacements, PerUnit, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
 from .frozen import FrozenWeights
 from .holdings import Holdings, MakeHoldings
 from .snapshot import Snapshot
 
-PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
 Displaced = Callable[[str, list[tuple[str, int, Axis]], Part, int], Displacements]
 
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from ...distributed.collectives import world_size
 from ...errors import CheckpointMismatchError
-from ...structures.groups import Axis, mask_
+from ...structures.apply import mask_
+from ...structures.groups import Axis
+from ..saliency import PerUnit
 
 Axes = Mapping[str, list[tuple[str, int, Axis]]]
-PerUnit = Mapping[str, torch.Tensor]  # structure -> (L, U)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -10,44 +10,35 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import HessoError, UnsupportedStructureError
-from ...hf_models.layer_lists import is_by_layer
-from ...hf_models.sizes import LAYERS, get_size, resized_config, text_config_of
+from ...hf_models.by_layer import is_by_layer
+from ...hf_models.resize import resized_config
+from ...hf_models.sizes import LAYERS, text_config_of
 from ...hf_models.tiny_model import logits_of, relative_error
 from ..cut import load_cut, zero_units_
 from ..groups import KeptUnits, PruningGroups
 from ..layers import LAYER_UNITS, LayerScheme, full_names, layer_groups, stack_of
-from ..shape_probe import AxisMap
+from .bench import Bench
 from .residual_stream import StreamAxis
 
 _MAX_KINDS = 4  # so many kinds of layers are dropped as a whole, each
 _JOINT_LAYERS = 4  # so many are kept where other structures are cut as well: rounding grows with depth
 
 
-class Bench(Protocol):
-    """A tiny random model with all of the real one's layers."""
-
-    model_class: type[PreTrainedModel]
-    config: PretrainedConfig
-    model: PreTrainedModel
-    axis_map: AxisMap
-    input_ids: torch.Tensor
-
-
 class LayerTrial:
     """Drops layers of a tiny model in several ways and finds the parameters that have to be zero for it."""
 
     def __init__(self, bench: Bench, tolerance: float) -> None:
-        stack_of(bench.axis_map, bench.config)
+        stack_of(bench.axis_map)
         self.bench, self.tolerance = bench, tolerance
         _vary_buffers(bench.model)
         self.logits = logits_of(bench.model, bench.input_ids)
-        self.layers = get_size(bench.config, LAYERS) or 0
+        self.layers = bench.axis_map.sizes.get(LAYERS) or 0
         self._small: dict[tuple[int, ...], torch.Tensor] = {}
 
     def find(self, stream: list[StreamAxis]) -> tuple[LayerScheme, float]:
@@ -106,7 +97,7 @@ class LayerTrial:
         return relative_error(self._small[layers], zeroed)
 
     def _groups(self, scheme: LayerScheme) -> PruningGroups:
-        return PruningGroups({LAYER_UNITS: layer_groups(self.bench.axis_map, self.bench.config, scheme)})
+        return PruningGroups({LAYER_UNITS: layer_groups(self.bench.axis_map, scheme)})
 
     def _zeroed(self, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
         zeroed = copy.deepcopy(self.bench.model)
@@ -121,7 +112,11 @@ class LayerTrial:
             sizes |= structure.config_sizes(len(kept.kept[name][0]))
         layers = kept.kept[LAYER_UNITS][0]
         try:
-            small = self.bench.model_class(resized_config(self.bench.config, sizes, layers)).float().eval()
+            small = (
+                self.bench.model_class(resized_config(self.bench.config, sizes, layers, self.bench.axis_map.sizes))
+                .float()
+                .eval()
+            )
             load_cut(small, dict(full.named_parameters()), groups, kept)
             states, buffers = full.state_dict(), dict(small.named_buffers())
             for name, origin in full_names(buffers, groups, kept).items():

@@ -1,4 +1,4 @@
-"""Streams: the powers of c that keep a model exact when channels that norms run over are removed.
+"""Residual stream: the powers of c that keep a model exact when channels that norms run over are removed.
 
 With D channels cut to d and c = sqrt(d / D), a writer to the stream takes c and what reads the raw stream 1/c, mostly a
 norm's weight. Which is which is guessed from the model's structure; the proof tries the guess and then what deviates
@@ -9,20 +9,47 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..groups import AxisName
+from ..apply import mask_
+from ..groups import Axis, AxisName
+from ..layout import layout_with_rest
 from ..shape_probe import AxisMap, ParameterInfo
 from .norms import OTHER, VectorRole, vector_role
+from .ownership import UNKNOWN, GradientProbe
 
 DEVIATIONS, MOST_CANDIDATES = 3, 600
 Side = Literal["in", "out", "either"]
 Place = list[dict[str, int]]  # alternatives: pattern to power, the likeliest first
+# The powers that a parameter on the stream may take, the likeliest first, by what it is.
+_POWERS: dict[str, tuple[int, ...]] = {
+    "norm of the stream": (-1, 0),
+    "norm of a block": (0, -1),  # what is yet to be added to the stream, or the stream is what norms give
+    "norm of an embedding": (0, -1),  # what it gives out is the stream
+    "offset": (1, 0),  # of a block that isn't a norm: it is written to the stream
+    "embedding": (1, 0),  # beside the first
+    "added vector": (1, 0, -1),
+    "vector": (0, 1, -1),
+    "reader": (0, -1),
+    "raw reader": (-1, 0),  # of a stream that no norm divides
+    "fused reader": (0, 1, -1),  # fused experts
+    "raw fused reader": (-1, 0, 1),
+    "fused writer": (1, 0, -1),
+    "writer": (1, 0),
+    "gate": (0, 1),  # beside a norm of the stream: on what the norm gives, as in hyper-connections
+}
+# Of the first embedding, the last norm and the output matrix.
+_ENDS = {
+    "tied": ((1, -2, 0), (0, -1, 0), (1, -1, 0), (0, -2, 0), (0, 0, 0), (1, 0, 0), (1, -3, 0)),
+    "untied": ((1, -1, 0), (0, -1, 0), (1, -2, 0), (1, 0, 0), (0, 0, 0)),
+    "without a norm": ((1, 0, -1), (1, 0, 0), (0, 0, -1), (0, 0, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -123,11 +150,7 @@ def _ends(axes: list[StreamAxis], tied: bool) -> Place:
     first = [a.pattern for a in axes if a.info.role == "embedding"][:1]
     finals = [a.pattern for a in axes if a.vector.kind == "scale" and not a.info.layer and not _of_embedding(a, axes)]
     outputs = [a.pattern for a in axes if a.info.role == "output"]
-    options = [(1, -2, 0), (0, -1, 0), (1, -1, 0), (0, -2, 0), (0, 0, 0), (1, 0, 0), (1, -3, 0)]
-    if not tied:
-        options = [(1, -1, 0), (0, -1, 0), (1, -2, 0), (1, 0, 0), (0, 0, 0)]
-    if not finals and outputs:
-        options = [(1, 0, -1), (1, 0, 0), (0, 0, -1), (0, 0, 0)]
+    options = _ENDS["without a norm" if outputs and not finals else "tied" if tied else "untied"]
     return [
         dict.fromkeys(first, embedding) | dict.fromkeys(finals, final) | dict.fromkeys(outputs, output)
         for embedding, final, output in options
@@ -136,54 +159,46 @@ def _ends(axes: list[StreamAxis], tied: bool) -> Place:
 
 def _places(axes: list[StreamAxis], after: set[str], raw: bool) -> list[Place]:
     """List what else may take one power or another; alike in all kinds of layers where the guess is the same."""
-    scales = [a for a in axes if a.vector.kind == "scale" and a.info.layer]
-    normed_modules = {a.info.module for a in axes if a.vector.kind == "scale"}
-    normed = {a.info.kind for a in scales if a.info.module not in after}
-    embeddings = [a.pattern for a in axes if a.info.role == "embedding"]
-    mixers = {a.holder for a in axes if a.vector.kind == "scale"} - {a.info.layer for a in axes}
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-
-    def place(name: str, options: tuple[int, ...], pattern: str) -> None:
-        found.setdefault((name, options), []).append(pattern)
-
     for axis in axes:
-        tail = tail_of(axis)
-        if axis.vector.kind == "scale":
-            usual = 0 if raw or axis.info.module in after else -1
-            if axis.info.layer:
-                place(tail, (usual, -1 - usual), axis.pattern)
-            elif _of_embedding(axis, axes):  # what it gives out is the stream
-                place(tail, (0, -1), axis.pattern)
-        elif (axis.vector.kind == "offset" and axis.info.module in normed_modules) or axis.info.role == "output":
-            continue
-        elif axis.vector.kind == "offset":  # of a block that isn't a norm: it is written to the stream
-            place(f"{tail} {axis.pattern}", (1, 0), axis.pattern)
-        elif axis.info.role == "embedding":
-            if axis.pattern != embeddings[0]:
-                place(tail, (1, 0), axis.pattern)
-        elif axis.info.role in ("norm", "other"):
-            added = axis.pattern.endswith("bias")
-            place(f"{tail} {axis.pattern}", (1, 0, -1) if added else (0, 1, -1), axis.pattern)
-        elif axis.side == "in":
-            usual = -1 if raw or axis.info.kind not in normed else 0
-            place(axis.reader_group, (usual, -1 - usual), axis.pattern)
-        elif axis.side == "either":
-            options = _either(axis)
-            name = axis.pattern.removeprefix(f"{axis.info.kind}.")
-            place(name, (-1, 0, 1) if raw and options[0] == 0 else options, axis.pattern)
-        else:  # beside a norm of the stream it may be a gate on what the norm gives, as in hyper-connections
-            place(f"{tail} writes", (0, 1) if axis.holder in mixers else (1, 0), axis.pattern)
+        part, name = _part(axis, axes, after, raw)
+        if part:
+            found.setdefault((name, _POWERS[part]), []).append(axis.pattern)
     return [[dict.fromkeys(patterns, power) for power in options] for (_, options), patterns in found.items()]
+
+
+def _part(axis: StreamAxis, axes: list[StreamAxis], after: set[str], raw: bool) -> tuple[str, str]:
+    """Return what an axis' parameter is, a key of the table or "", and the name that it shares with those alike."""
+    tail, role, vector = tail_of(axis), axis.info.role, axis.vector.kind
+    scales = [other for other in axes if other.vector.kind == "scale"]
+    if vector == "scale" and not axis.info.layer:
+        return "norm of an embedding" if _of_embedding(axis, axes) else "", tail
+    if vector == "scale":
+        return "norm of a block" if raw or axis.info.module in after else "norm of the stream", tail
+    if vector == "offset":
+        return "" if axis.info.module in {scale.info.module for scale in scales} else "offset", f"{tail} {axis.pattern}"
+    if role in ("embedding", "output"):
+        first = next((other.pattern for other in axes if other.info.role == "embedding"), "")
+        return "" if role == "output" or axis.pattern == first else "embedding", tail
+    if role in ("norm", "other"):
+        return "added vector" if axis.pattern.endswith("bias") else "vector", f"{tail} {axis.pattern}"
+    if axis.side == "in":
+        normed = {scale.info.kind for scale in scales if scale.info.layer and scale.info.module not in after}
+        return "raw reader" if raw or axis.info.kind not in normed else "reader", axis.reader_group
+    if axis.side == "either":  # a matrix without a module of its own: mostly, the last dimension is the input's
+        reads = axis.dim == len(axis.info.shape) - 1
+        return ("raw fused reader" if raw else "fused reader") if reads else "fused writer", _within(axis)
+    mixers = {scale.holder for scale in scales} - {other.info.layer for other in axes}
+    return "gate" if axis.holder in mixers else "writer", f"{tail} writes"
+
+
+def _within(axis: StreamAxis) -> str:
+    return axis.pattern.removeprefix(f"{axis.info.kind}.")
 
 
 def _of_embedding(axis: StreamAxis, axes: list[StreamAxis]) -> bool:
     """Tell a norm that is part of the embedding from the last one."""
     return any(axis.info.module.startswith(f"{other.info.module}.") for other in axes if other.info.role == "embedding")
-
-
-def _either(axis: StreamAxis) -> tuple[int, ...]:
-    """A matrix without a module of its own (fused experts): mostly, the last dimension is the input's."""
-    return (0, 1, -1) if axis.dim == len(axis.info.shape) - 1 else (1, 0, -1)
 
 
 def _deviating(places: list[Place], more: Callable[[], list[Place]] = list) -> Iterator[dict[str, int]]:
@@ -210,3 +225,113 @@ def inner_powers(axes: list[StreamAxis]) -> list[dict[str, int]]:
     for writes in itertools.product((1, 0), repeat=min(len(writers), 5)):
         choices.append(dict.fromkeys(norms, -1) | dict(zip(writers, writes, strict=False)))
     return choices
+
+
+class Sides:
+    """Settles what the stream does at weights that don't say it, and which weights read a norm's output.
+
+    Where nothing writes to a channel, and the layers' norms let nothing of it through, no weight that reads it has a
+    gradient there, and every weight that writes to it has.
+
+    Args:
+        axes: all axes along the stream.
+        after: modules whose input is what a block writes, before it reaches the stream.
+        width: number of channels.
+    """
+
+    def __init__(
+        self, probe: GradientProbe, axis_map: AxisMap, axes: list[AxisName], after: set[str], width: int
+    ) -> None:
+        self.probe, self.axis_map, self.axes, self.after, self.width = probe, axis_map, axes, after, width
+
+    def settled(self, known: list[StreamAxis]) -> list[StreamAxis]:
+        """Return the axes with fused weights' sides settled, where the other weights beside them come out right."""
+        unsettled = [axis for axis in known if axis.side == "either"]
+        if not unsettled or not self._gates(known):
+            return known
+        vanished, trusted = self._vanished(known)
+        writers = {axis.info.module for axis in unsettled if vanished.get((axis.info.name, axis.dim)) is False}
+        doubtful = {
+            _block(axis) for axis in known if axis.side == "out" and vanished.get((axis.info.name, axis.dim))
+        }  # a norm behind the whole block may hide what writes in it
+        return [
+            replace(axis, side="in" if vanished[axis.info.name, axis.dim] else "out")
+            if axis in unsettled
+            and (axis.info.name, axis.dim) in vanished
+            and ((axis.info.kind in trusted and _block(axis) not in doubtful) or axis.info.module in writers)
+            else axis
+            for axis in known
+        ]
+
+    def further_places(self, known: list[StreamAxis]) -> list[Place]:
+        """Return what may deviate from the usual powers and needs gradients to be seen."""
+        return [*self.inner(known), *self.read_norms(known)]
+
+    def inner(self, known: list[StreamAxis]) -> list[Place]:
+        """Matrices with a row for each channel that don't write to the stream (gates of what is read) take nothing."""
+        vanished, trusted = self._vanished(known)
+        modules = {
+            axis.info.module
+            for axis in known
+            if axis.side == "out" and axis.info.kind in trusted and vanished.get((axis.info.name, axis.dim))
+        }
+        found = [axis.pattern for axis in known if axis.info.module in modules and axis.side == "out"]
+        return [[dict.fromkeys(found, power) for power in (1, 0)]] if found else []
+
+    def _vanished(self, known: list[StreamAxis]) -> tuple[dict[AxisName, bool], set[str]]:
+        """Tell of each matrix whether it loses its gradient where nothing comes through, and which kinds to trust.
+
+        In these some weight that is known to write keeps its gradient, and all that are known to read lose theirs.
+        """
+        written = [a for a in known if a.info.role in ("matrix", "embedding", "bias") and a.side != "in"]
+        blank = self._gates(known) | {(axis.pattern, axis.dim): 0.0 for axis in written}
+        matrices = [axis for axis in known if axis.info.role in ("matrix", "embedding", "output")]
+        found = self._owners(blank, {(axis.info.name, axis.dim) for axis in matrices})
+        clear = [axis for axis in matrices if axis.side != "either" and (axis.info.name, axis.dim) in found]
+        writing = {a.info.kind for a in clear if a.side == "out" and not found[a.info.name, a.dim]}
+        return found, writing - {a.info.kind for a in clear if a.side == "in" and not found[a.info.name, a.dim]}
+
+    def read_norms(self, known: list[StreamAxis]) -> list[Place]:
+        """For each norm that a layer reads the stream by: its weight takes 1/c, or else whatever reads its output."""
+        found: list[Place] = []
+        gates = self._gates(known)
+        readers = [axis for axis in known if axis.side == "in" and axis.info.layer]
+        tails: dict[str, list[StreamAxis]] = {}
+        for axis in known:
+            if axis.vector.kind == "scale" and (axis.pattern, axis.dim) in gates:
+                tails.setdefault(tail_of(axis), []).append(axis)
+        for norms in tails.values():
+            blank = {(axis.pattern, axis.dim): gates[axis.pattern, axis.dim] for axis in norms}
+            owners = self._owners(blank, {(axis.info.name, axis.dim) for axis in readers})
+            mine = [axis.pattern for axis in readers if owners.get((axis.info.name, axis.dim))]
+            if mine:
+                patterns = [axis.pattern for axis in norms]
+                found.append([dict.fromkeys(patterns, n) | dict.fromkeys(mine, -1 - n) for n in (-1, 0)])
+        return found
+
+    def _gates(self, known: list[StreamAxis]) -> dict[AxisName, float]:
+        """Return the patterns of the layers' norms of the stream, with the value that lets nothing through."""
+        norms = [axis for axis in known if axis.info.layer and axis.vector.kind != "other"]
+        return {(a.pattern, a.dim): -a.vector.shift for a in norms if a.info.module not in self.after}
+
+    def _owners(self, blank: Mapping[AxisName, float], axes: set[AxisName]) -> dict[AxisName, bool]:
+        """Tell of each axis that has a gradient whether each of its indices loses it with what is blanked."""
+        fills = {
+            (name, dim): blank[pattern, dim]
+            for name, dim in self.axes
+            if (pattern := self.axis_map.parameters[name].pattern, dim) in blank
+        }
+
+        def zero(mask: torch.Tensor) -> None:
+            for (name, dim), fill in fills.items():
+                parameter = self.probe.parameters[name]
+                runs, rest = divmod(parameter.shape[dim], self.width)
+                mask_(parameter, Axis(name, dim, layout_with_rest(runs, 1, rest)), mask, fill)
+
+        found = self.probe.owners(self.width, zero, axes)
+        return {axis: bool((owner >= 0).all()) for axis, owner in found.items() if bool((owner != UNKNOWN).any())}
+
+
+def _block(axis: StreamAxis) -> tuple[str, str]:
+    """Return the kind of layer and the part of it that an axis' parameter belongs to, its attention or MLP."""
+    return axis.info.kind, tail_of(axis).partition(".")[0]

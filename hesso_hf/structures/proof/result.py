@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import NotApplicableError, UnsupportedStructureError
+from ..build import build_groups, check_covered, coupled_units, needing_others
 from ..experts import EXPERT_UNITS, ExpertScheme, expert_groups
-from ..groups import PruningGroups, Scheme, StructureGroups, build_groups, check_covered, coupled_units, needing_others
+from ..groups import PruningGroups, Scheme, StructureGroups
 from ..layers import LayerScheme, layer_groups
 from ..shape_probe import AxisMap, coupled_axes, probe_axes
 
@@ -84,7 +85,7 @@ def groups_of(
     for name in schemes:
         members = coupled if name in coupled else (name,)
         try:
-            check_covered({other: structures[other] for other in members}, axis_map, config)
+            check_covered({other: structures[other] for other in members}, axis_map)
         except UnsupportedStructureError as error:
             refused |= dict.fromkeys(members, str(error))
     needing = needing_others(axis_map, schemes)
@@ -94,7 +95,7 @@ def groups_of(
     structures = {name: built for name, built in structures.items() if name not in refused}
     absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
     coupled = {name: ratio for name, ratio in coupled.items() if name in structures}
-    return PruningGroups(structures, refused, coupled, absent, axis_map.picky), axis_map
+    return PruningGroups(structures, refused, coupled, absent, axis_map.picky, model_class.__name__), axis_map
 
 
 def _on_shared_axes(structures: dict[str, StructureGroups]) -> dict[str, str]:
@@ -113,6 +114,6 @@ def _build(
     if isinstance(scheme, ExpertScheme):
         return expert_groups(model_class, config)
     if isinstance(scheme, LayerScheme):
-        return layer_groups(axis_map, config, scheme)
+        return layer_groups(axis_map, scheme)
     assert isinstance(scheme, Scheme)
-    return build_groups(name, axis_map, config, scheme)
+    return build_groups(name, axis_map, scheme)

@@ -9,13 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ...errors import HessoError, UnsupportedStructureError
-from ...hf_models.sizes import (
-    LAYERS,
-    build_meta,
-    buildable_config,
-    copy_with,
-    resized_config,
-)
+from ...hf_models.build import build_meta
+from ...hf_models.resize import buildable_config, copy_with, resized_config
+from ...hf_models.sizes import LAYERS, ConfigSizes
 from ...hf_models.tiny_config import check_runs, config_for, short, tiny_config
 from ...hf_models.tiny_model import SEED
 from ..groups import KeptUnits, PruningGroups, StructureGroups
@@ -55,9 +51,16 @@ def _kinds(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict
 
 
 def units_to_keep(
-    groups: PruningGroups, model_class: type[PreTrainedModel], config: PretrainedConfig
+    groups: PruningGroups,
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    known: ConfigSizes | None = None,
 ) -> tuple[KeptUnits, PretrainedConfig]:
-    """Choose random units of a tiny model to keep, about three of four, so many that its class accepts them."""
+    """Choose random units of a tiny model to keep, about three of four, so many that its class accepts them.
+
+    Args:
+        known: the sizes of `config`, where they are known.
+    """
     free = {name: groups.structures[name] for name in groups.independent}
     options = [[count * group.pools for count in _tiny_counts(group.pool_size)] for group in free.values()]
     error: HessoError | None = None
@@ -67,7 +70,7 @@ def units_to_keep(
         for name, count in counts.items():
             sizes |= groups.structures[name].config_sizes(count)
         try:
-            small = buildable_config(model_class, config, sizes)
+            small = buildable_config(model_class, config, sizes, known)
         except HessoError as refusal:
             error = refusal
             continue

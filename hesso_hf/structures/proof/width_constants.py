@@ -11,7 +11,9 @@ import math
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ...hf_models.sizes import HEADS, HIDDEN, KV_HEADS, build_meta, copy_with, get_size
+from ...hf_models.build import build_meta
+from ...hf_models.resize import copy_with
+from ...hf_models.sizes import HEADS, HIDDEN, KV_HEADS, ConfigSizes
 from ...hf_models.tiny_model import logits_of, relative_error
 from ..shape_probe import AxisMap, ParameterInfo
 
@@ -19,21 +21,21 @@ _EXACT, _FELT = 1e-6, 1e-3
 
 
 def constants_by_width(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, coupled: bool
+    model_class: type[PreTrainedModel], config: PretrainedConfig, sizes: ConfigSizes, coupled: bool
 ) -> dict[tuple[str, str], int]:
     """Return (module, attribute) of each number that goes with a power of c, and the power; c**2 is the width's.
 
     Args:
         coupled: whether the number of heads goes with the width.
     """
-    sizes = (HIDDEN, HEADS, KV_HEADS) if coupled else (HIDDEN,)
-    doubled = {name: 2 * size for name in sizes if (size := get_size(config, name))}
+    names = (HIDDEN, HEADS, KV_HEADS) if coupled else (HIDDEN,)
+    doubled = {name: 2 * size for name in names if (size := sizes.get(name))}
     try:
-        wider = dict(build_meta(model_class, copy_with(config, doubled)).named_modules())
+        wider = dict(build_meta(model_class, copy_with(config, doubled, sizes)).named_modules())
     except Exception:  # model code may refuse the sizes with any exception type: then nothing is known
         return {}
     found: dict[tuple[str, str], int] = {}
-    for name, module in build_meta(model_class, copy_with(config, {})).named_modules():
+    for name, module in build_meta(model_class, copy_with(config, {}, sizes)).named_modules():
         for attribute, value in vars(module).items():
             other = vars(wider[name]).get(attribute) if name in wider else None
             if isinstance(value, float) and isinstance(other, float) and value > 0 and other > 0:

@@ -20,22 +20,12 @@ from transformers import (
 )
 
 from hesso_hf.cli.memory.engines import ENGINES, Engine
-from hesso_hf.cli.memory.estimate import (
-    COMPONENTS,
-    HEADROOM,
-    Cluster,
-    Workload,
-    estimate,
-    estimates,
-    host_memory,
-    largest_batch,
-    phases,
-    residents,
-    saved_per_token,
-    state_bytes,
-)
+from hesso_hf.cli.memory.estimate import estimate, estimates, host_memory, largest_batch
 from hesso_hf.cli.memory.model_sizes import ModelSizes, model_sizes
 from hesso_hf.cli.memory.plan import plan_memory
+from hesso_hf.cli.memory.resident import residents, state_bytes
+from hesso_hf.cli.memory.step import phases, saved_per_token
+from hesso_hf.cli.memory.workload import COMPONENTS, HEADROOM, Cluster, Workload
 from hesso_hf.errors import HessoError
 from tests.support import ROOT
 

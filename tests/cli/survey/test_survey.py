@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -23,14 +24,18 @@ from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.groups import PruningGroups
-from hesso_hf.structures.proof.prove import TOLERANCE, proved_groups
+from hesso_hf.structures.proof.prove import proved_groups
+from hesso_hf.structures.proof.result import TOLERANCE
 from tests.support import ROOT
 
 RECORDED = json.loads((ROOT / "docs" / "architectures.json").read_text(encoding="utf-8"))
-TYPES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "cohere2", "starcoder2",
-    "stablelm", "nemotron", "granite", "gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "falcon", "bloom", "mixtral",
-    "qwen3_moe", "deepseek_v3", "gpt_oss", "mamba",
+# One of a kind: grouped queries, norms of heads, norms after blocks, layer norms, a fused attention that is coupled to
+# the width, other words for sizes, one key-value head, no positions to learn, experts, latent attention, none.
+TYPES = ("llama", "qwen3", "gemma2", "phi", "gpt2", "opt", "falcon", "bloom", "mixtral", "deepseek_v3", "mamba")
+# Their likes: tests/export/test_families.py proves and exports them by default.
+ALIKE = (
+    "mistral", "qwen2", "gemma3_text", "phi3", "olmo2", "cohere2", "starcoder2", "stablelm", "nemotron", "granite",
+    "gpt_neox", "gptj", "gpt_neo", "qwen3_moe", "gpt_oss",
 )  # fmt: skip
 FINE = {**dict.fromkeys(STRUCTURES, StructureSurvey("proved", 1e-7)), JOINT: StructureSurvey("proved", 1e-7)}
 
@@ -55,7 +60,7 @@ def check(model_type: str, found: TypeSurvey) -> None:
             assert entry.reason
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", [*TYPES, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
 def test_representative_types_are_as_recorded(model_type: str) -> None:
     check(model_type, survey_type(model_type))
 
@@ -204,9 +209,9 @@ def test_types_that_hang_are_ended_in_time() -> None:
 def test_a_survey_that_is_left_ends_its_processes() -> None:
     running = survey_types(["one", "hangs"], jobs=2, survey=fake)
     assert next(running)[0] == "one"
-    start = time.monotonic()
+    assert multiprocessing.active_children()
     running.close()
-    assert time.monotonic() - start < 20
+    assert not multiprocessing.active_children()
 
 
 # -- files and the command line ----------------------------------------------------------------------------------------

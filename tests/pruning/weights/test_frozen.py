@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def differing(run: HessoTrainer, expected: HessoTrainer) -> list[str]:
     """Names of parameters and optimizer state that differ in any bit."""
-    own, theirs = parameters_of(run._bare_model()), parameters_of(expected._bare_model())
+    own, theirs = parameters_of(run.hesso_run.model), parameters_of(expected.hesso_run.model)
     found = [name for name in theirs if not torch.equal(own[name], theirs[name])]
     states = [item.hesso_optimizer.base.state_dict()["state"] for item in (run, expected)]
     for index, state in states[1].items():
@@ -130,7 +130,7 @@ class Watched(HessoTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        own = parameters_of(self._bare_model())
+        own = parameters_of(self.hesso_run.model)
         self.seen = [*getattr(self, "seen", []), own["model.layers.0.mlp.up_proj.weight"].grad is not None]
         return loss
 
@@ -165,8 +165,8 @@ def test_gradients_are_accumulated_before_they_are_scored() -> None:
         for micro in whole.chunk(parts):
             (model(input_ids=micro, labels=micro).loss / parts).backward()
         optimizer.observe_gradients()
-        optimizer.process._sums.add_(optimizer.process._pending)
-        scores.append(optimizer.process.scores())
+        optimizer.process.state.sums.add_(optimizer.process._pending)
+        scores.append(optimizer.process.run.scores())
     for name, expected in scores[0].items():
         torch.testing.assert_close(scores[1][name], expected, rtol=1e-3, atol=1e-6)
 
@@ -203,7 +203,7 @@ def run_job(folder: Path, per_device: int) -> None:
     """Train on a global batch of 4, and leave weights and decisions of every rank."""
     run = lora_run(folder, config=hesso_config(), per_device_train_batch_size=per_device, max_steps=10)
     run.train()
-    weights = {name: parameter.detach() for name, parameter in parameters_of(run._bare_model()).items()}
+    weights = {name: parameter.detach() for name, parameter in parameters_of(run.hesso_run.model).items()}
     kept = run.hesso_optimizer.process.kept_units().to_dict()
     torch.save({"kept": kept, "weights": weights}, folder / f"rank{run.args.process_index}.pt")
 

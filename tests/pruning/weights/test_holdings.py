@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hesso_hf import HessoConfig
 from hesso_hf.distributed.parts import flat_parts
-from hesso_hf.engines.deepspeed.holdings import HeldRange
+from hesso_hf.engines.deepspeed.ranges import HeldRange
 from hesso_hf.pruning.cric_state import PathDisplacements
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.saliency import UnitSums, needed_sums

@@ -15,16 +15,17 @@ from transformers import PretrainedConfig
 from transformers.integrations import sdpa_attention
 
 from hesso_hf.budget.inspect import inspect_model
-from hesso_hf.hf_models import tiny_model as tiny
-from hesso_hf.hf_models.sizes import model_class_of
+from hesso_hf.hf_models.build import model_class_of
 from hesso_hf.hf_models.tiny_config import tiny_config
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.groups import AxisName, Scheme, StructureGroups
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof import residual_stream as streams
+from hesso_hf.structures.proof import schemes, tiny_case
 from hesso_hf.structures.proof.norms import VectorRole
-from hesso_hf.structures.proof.prove import Proof, StructureProof, _Bench, prove, proved_groups
+from hesso_hf.structures.proof.prove import prove, proved_groups
+from hesso_hf.structures.proof.result import Proof, StructureProof
 from hesso_hf.structures.shape_probe import ParameterInfo
 from tests.support.families import ALL, HEADS, MLP, QUERIES, QUERY, SIZES, STREAM
 
@@ -73,18 +74,18 @@ def layouts_of(scheme: Scheme) -> dict[AxisName, Layout]:
 
 def prove_only(monkeypatch: pytest.MonkeyPatch, name: str, structure: str, change: Change) -> StructureProof:
     """Prove with candidate schemes changed; those for which `change` returns None and repetitions are left out."""
-    method = "_stream_schemes" if structure == STREAM else "_inner_schemes"
-    original = getattr(_Bench, method)
+    function = "stream_schemes" if structure == STREAM else "inner_schemes"
+    original = getattr(schemes, function)
     tried: list[str] = []
 
-    def changed(self: _Bench, *args: Any) -> Iterator[Scheme]:
-        for scheme in original(self, *args):
+    def changed(*args: Any) -> Iterator[Scheme]:
+        for scheme in original(*args):
             other = change(scheme) if structure in (STREAM, *args) else scheme
             if other is not None and repr(other) not in tried:
                 tried.append(repr(other))
                 yield other
 
-    monkeypatch.setattr(_Bench, method, changed)
+    monkeypatch.setattr(schemes, function, changed)
     refused = found(ALL[name].config()).structures[structure]
     assert tried
     return refused
@@ -182,14 +183,14 @@ def test_whether_a_norm_uses_w_or_one_plus_w_is_found_and_the_other_caught(
 
 @pytest.mark.parametrize("name", ["llama", "olmo2", "gemma"])
 def test_a_changed_epsilon_is_caught(name: str, monkeypatch: pytest.MonkeyPatch):
-    original = tiny.buildable_config
+    original = tiny_case.buildable_config
 
-    def changed(model_class: Any, config: PretrainedConfig, sizes: dict[str, int]) -> PretrainedConfig:
-        small = original(model_class, config, sizes)
+    def changed(model_class: Any, config: PretrainedConfig, sizes: dict[str, int], known: Any) -> PretrainedConfig:
+        small = original(model_class, config, sizes, known)
         small.rms_norm_eps *= sizes["hidden_size"] / config.hidden_size if "hidden_size" in sizes else 1.0
         return small
 
-    monkeypatch.setattr(tiny, "buildable_config", changed)
+    monkeypatch.setattr(tiny_case, "buildable_config", changed)
     structures = found(ALL[name].config()).structures
     assert structures[STREAM].scheme is None
     assert structures[MLP].scheme is not None  # whose sizes leave the width, and so the epsilon here, alone
@@ -282,13 +283,13 @@ def test_a_wrong_layout_of_coupled_heads_is_caught(pattern: str, monkeypatch: py
     assert proved is not None
     (right,) = {layout for (axis, _), layout in layouts_of(proved).items() if axis.endswith(pattern)}
     assert str(right) == {"gpt2": "stride(3x12)", "gpt_neox": "block(36)"}[name]
-    original, change = _Bench._schemes_of, with_layout(pattern, Layout((Segment(*wrong),)))
+    original, change = schemes.schemes_of, with_layout(pattern, Layout((Segment(*wrong),)))
 
-    def changed(self: _Bench, branches: Any, units: int, axes: Any, granule: int = 1, **more: int) -> Iterator[Scheme]:
-        for scheme in original(self, branches, units, axes, granule, **more):
+    def changed(bench: Any, branches: Any, units: int, axes: Any, granule: int = 1, **more: int) -> Iterator[Scheme]:
+        for scheme in original(bench, branches, units, axes, granule, **more):
             yield change(scheme) if granule > 1 else scheme
 
-    monkeypatch.setattr(_Bench, "_schemes_of", changed)
+    monkeypatch.setattr(schemes, "schemes_of", changed)
     structures = found(COUPLED[name]).structures
     assert structures[HEADS].scheme is structures[STREAM].scheme is None
     assert structures[MLP].scheme is not None
@@ -310,7 +311,7 @@ def test_units_that_stay_are_never_just_the_first_ones():
     """Else what depends on a unit's position (the slopes of ALiBi) would look exact."""
     structure = StructureGroups(HEADS, {}, 3, ("",), ())
     for seed in range(20):
-        kept = tiny._random_units(structure, 2, torch.Generator().manual_seed(seed))
+        kept = tiny_case._random_units(structure, 2, torch.Generator().manual_seed(seed))
         assert kept != (0, 1), seed
 
 

@@ -14,20 +14,20 @@ from hesso_hf.hf_models.tiny_config import default_config
 from hesso_hf.hf_models.tiny_model import logits_of, random_model, relative_error, token_ids
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof import width_constants as constants
-from hesso_hf.structures.proof.prove import _Bench
+from hesso_hf.structures.proof.bench import Bench
 from hesso_hf.structures.proof.tiny_case import covering_config
 from hesso_hf.structures.proof.width_constants import constants_by_width, powers_against
 
 
 @cache
-def bench(model_type: str) -> _Bench:
+def bench(model_type: str) -> Bench:
     model_class, config = default_config(model_type)
-    return _Bench(model_class, covering_config(model_class, config))
+    return Bench(model_class, covering_config(model_class, config))
 
 
 def found(model_type: str) -> dict[tuple[str, str], int]:
     mine = bench(model_type)
-    return constants_by_width(mine.model_class, mine.config, mine.axis_map.coupling is not None)
+    return constants_by_width(mine.model_class, mine.config, mine.sizes, mine.axis_map.coupling is not None)
 
 
 def test_factors_that_follow_the_width_are_found_with_their_power() -> None:

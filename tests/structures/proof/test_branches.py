@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from transformers import GPT2Config, LlamaConfig, MambaConfig
 
+from hesso_hf.hf_models.sizes import ConfigSizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.experts import EXPERT_UNITS
 from hesso_hf.structures.groups import Scheme
-from hesso_hf.structures.proof.division import Division, divisions
+from hesso_hf.structures.proof.branches import Division, divisions
 from hesso_hf.structures.proof.prove import prove
 from hesso_hf.structures.proof.result import Proof, groups_of
 from tests.support.families import HEADS, MLP, STREAM
@@ -27,7 +28,7 @@ from tests.support.families import HEADS, MLP, STREAM
     ],
 )
 def test_the_finest_division_comes_first_and_leaves_two_units(structure: str, config: LlamaConfig, bundles: list[int]):
-    found = divisions(structure, config)
+    found = divisions(structure, ConfigSizes.of(config))
     assert list(dict.fromkeys(division.bundle for division in found)) == bundles
     assert found[0] == Division()
 

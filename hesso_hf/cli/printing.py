@@ -1,0 +1,42 @@
+"""What several commands print: tables, and the report of a smaller model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def print_report(report: dict[str, Any], folder: str, loss: float | None = None) -> None:
+    """Print a pruning report, and the held-out loss (nats a token) where there is one."""
+    before, after = report["sizes"]["before"], report["sizes"]["after"]
+    rows = [["parameters", f"{report['parameters']['before']:,}", f"{report['parameters']['after']:,}"]]
+    rows += [[name, str(before[name]), str(after[name])] for name in after]
+    print_table(f"{folder}: {report['pruning_ratio']:.1%} of the parameters removed", ["", "before", "after"], rows)
+    checked = report["verification"]
+    print(
+        f"logits against the trained model: relative error {checked['fold_error']:.1e} in fp32, "
+        f"{checked['rounding_error']:.1e} stored as {checked['dtype']}"
+    )
+    cric = report.get("cric")
+    if cric:
+        corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in cric["structures"].items())
+        print(f"CRIC: {cric['cycles']} cycles, {cric['samples']} samples; corrected: {corrected}")
+    if loss is not None:
+        print(f"held-out loss: {loss:.4f} nats a token")
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table as wide as it is: a pipe has no width, and a terminal may be wider than it says."""
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    print(title)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    console.print(table)

@@ -1,0 +1,170 @@
+"""What a `HessoConfig` refuses: types, ranges and words as tables, then what must fit together."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..errors import HessoError
+from .names import INSTEAD_OF, SALIENCIES, STRUCTURES, weights_by_name
+
+if TYPE_CHECKING:
+    from .hesso_config import HessoConfig
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "budget_metric": ("parameters", "flops", "memory", "latency"),
+    "layer_widths": ("uniform", "per_layer"),
+    "stream_basis": ("given", "principal", "auto"),
+    "export_dtype": (None, "float32", "bfloat16", "float16"),
+    "lora_export": ("merged", "adapter"),
+    "cric_mode": ("path", "probe"),
+    "cric_snapshot": ("cpu", "device"),
+    "on_collapse": ("warn", "pause"),
+}
+_SWITCHES = ("cric", "prune_vocabulary")
+_NUMBERS = (
+    "pruning_ratio", "warmup_steps", "pruning_steps", "cric_tolerance", "collapse_threshold", "distillation_alpha",
+    "distillation_temperature", "stream_basis_tolerance",
+)  # fmt: skip
+_LEAST = {
+    "pruning_periods": 1, "round_to": 1, "cric_sampling_steps": 2, "cric_max_cycles": 1, "saliency_batches": 1,
+    "tensor_parallel_size": 1, "calibration_examples": 0,
+}  # fmt: skip
+_NEEDS_UNIFORM = {
+    "experts": "every layer keeps as many as the config says",
+    "layers": "what a dropped layer saves would depend on its width",
+}
+
+
+def check(config: HessoConfig) -> None:
+    """Refuse values outside their range, unknown names, and choices that would have no effect.
+
+    Raises:
+        HessoError: with the argument, the value, what is allowed, and what to do.
+    """
+    for part in (
+        _check_types, _check_budget, _check_structures, _check_schedule, _check_collapse, _check_distillation,
+        _check_saliency,
+    ):  # fmt: skip
+        part(config)
+
+
+def _check_types(config: HessoConfig) -> None:
+    """Refuse what isn't a number where one is needed (YAML reads 5e-1 as text), and words that aren't known."""
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        optional = name == "pruning_ratio" and value is None
+        if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
+    for name, least in _LEAST.items():
+        value, optional = getattr(config, name), config.__dataclass_fields__[name].default is None
+        if optional and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            or_none = ", or None" if optional else ""
+            raise HessoError(f"`{name}` ({value!r}) must be an integer of at least {least}{or_none}")
+    for name in _SWITCHES:
+        if not isinstance(getattr(config, name), bool):
+            raise HessoError(f"`{name}` ({getattr(config, name)!r}) must be true or false")
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise HessoError(f"`{name}` ({getattr(config, name)!r}) must be one of {list(allowed)}")
+
+
+def _check_budget(config: HessoConfig) -> None:
+    if config.pruning_ratio is None and not config.target_sizes:
+        raise HessoError("HessoConfig needs `pruning_ratio` (a share in (0, 1)) or `target_sizes`; got neither")
+    if config.pruning_ratio is not None and not 0.0 < config.pruning_ratio < 1.0:
+        raise HessoError(
+            f"`pruning_ratio` ({config.pruning_ratio}) must lie strictly between 0 and 1: it is the share removed, "
+            "0.5 halves the model"
+        )
+    if config.target_sizes is not None and not isinstance(config.target_sizes, dict):
+        raise HessoError(f"`target_sizes` ({config.target_sizes!r}) must map config sizes to integers")
+    for name, size in (config.target_sizes or {}).items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise HessoError(f"`target_sizes[{name!r}]` ({size!r}) must be an integer of at least 1")
+    if config.layer_widths == "per_layer" and (config.round_to or config.tensor_parallel_size > 1):
+        raise HessoError(
+            f"`round_to` ({config.round_to}) and `tensor_parallel_size` ({config.tensor_parallel_size}) can't be kept "
+            "to in every layer with `layer_widths` ('per_layer'); leave them out or use 'uniform'"
+        )
+
+
+def _check_structures(config: HessoConfig) -> None:
+    if config.structures == "all":
+        return
+    names = weights_by_name("structures", config.structures, STRUCTURES)
+    for name, other in INSTEAD_OF.items():
+        if name in names and other in names:
+            raise HessoError(
+                f"`structures` ({list(names)}) can't have both {name!r} and {other!r}, whose units share weights; "
+                "name one of them"
+            )
+    for name, reason in _NEEDS_UNIFORM.items():
+        if name in names and config.layer_widths == "per_layer":
+            raise HessoError(
+                f"`layer_widths` ('per_layer') can't be combined with `structures` {name!r}: {reason}; use 'uniform', "
+                f"or leave {name!r} out"
+            )
+
+
+def _check_schedule(config: HessoConfig) -> None:
+    for name, positive in (("warmup_steps", False), ("pruning_steps", True)):
+        value = getattr(config, name)
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            raise HessoError(
+                f"`{name}` ({value}) must be a count of steps or, below 1, a share of the run"
+                + (", and positive" if positive else "")
+            )
+        if value >= 1 and value != int(value):
+            raise HessoError(f"`{name}` ({value}) must be a whole number of steps, or below 1 for a share")
+    if config.pruning_periods and 1 <= config.pruning_steps < config.pruning_periods:
+        raise HessoError(
+            f"`pruning_steps` ({int(config.pruning_steps)}) must be at least `pruning_periods` "
+            f"({config.pruning_periods}); raise pruning_steps or lower pruning_periods"
+        )
+
+
+def _check_collapse(config: HessoConfig) -> None:
+    if not 0 <= config.cric_tolerance < math.inf:
+        raise HessoError(
+            f"`cric_tolerance` ({config.cric_tolerance}) must be a count of units or, below 1, a share of those that "
+            "are to go"
+        )
+    if not config.collapse_threshold > 0:
+        raise HessoError(f"`collapse_threshold` ({config.collapse_threshold}) must be a positive rise of the loss")
+    if not config.cric:
+        for name in ("cric_mode", "cric_sampling_steps", "cric_max_cycles", "cric_tolerance"):
+            _check_idle(config, name, "does nothing without `cric` (False)")
+        if config.on_collapse != "pause":
+            _check_idle(config, "cric_snapshot", "does nothing without `cric` (False) or `on_collapse` 'pause'")
+
+
+def _check_distillation(config: HessoConfig) -> None:
+    if not 0 <= config.distillation_alpha <= 1:
+        raise HessoError(
+            f"`distillation_alpha` ({config.distillation_alpha}) must lie in [0, 1]: it is the teacher's weight in "
+            "the loss, 0 trains without one"
+        )
+    if not 0 < config.distillation_temperature < math.inf:
+        raise HessoError(f"`distillation_temperature` ({config.distillation_temperature}) must be a positive number")
+    if config.distill_from is not None and not isinstance(config.distill_from, str):
+        raise HessoError(
+            f"`distill_from` ({type(config.distill_from).__name__}) must name a folder or a Hub id: save the teacher "
+            "and give its folder; None is the model before pruning"
+        )
+    if config.distillation_alpha == 0:
+        for name in ("distillation_temperature", "distill_from"):
+            _check_idle(config, name, "does nothing with `distillation_alpha` (0); set that too, to 0.9 for example")
+
+
+def _check_saliency(config: HessoConfig) -> None:
+    if config.saliency is not None:
+        weights_by_name("saliency", config.saliency, SALIENCIES)
+
+
+def _check_idle(config: HessoConfig, name: str, reason: str) -> None:
+    """Refuse a choice that would have no effect."""
+    if getattr(config, name) != config.__dataclass_fields__[name].default:
+        raise HessoError(f"`{name}` ({getattr(config, name)!r}) {reason}")

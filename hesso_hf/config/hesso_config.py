@@ -1,0 +1,204 @@
+"""The user's choices: what is pruned, how much, when, and by which saliency."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ..errors import HessoError, nearest_name
+from .checks import check
+from .names import CRIC_SALIENCY, DEFAULT_SALIENCY, DEFAULT_STRUCTURES, SALIENCIES, STRUCTURES, parse, weights_by_name
+
+
+@dataclass
+class HessoConfig:
+    """Configuration of pruning with HESSO (arXiv 2409.09085).
+
+    Steps are optimizer steps: a value of 1 or more is a count, a value below 1 a share of the run.
+
+    Raises:
+        HessoError: (a `ValueError`) for a value outside its range or an unknown name, when the config is made.
+
+    Example:
+        >>> HessoConfig(pruning_ratio=0.5, structures=["attention_heads", "mlp_channels"]).pruning_ratio
+        0.5
+    """
+
+    pruning_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the budget metric to remove, in (0, 1); of the model's parameters by default."},
+    )
+    budget_metric: str = field(
+        default="parameters",
+        metadata={"help": "What pruning_ratio is a share of: parameters, flops, memory or latency."},
+    )
+    structures: dict | str | None = field(
+        default="all",
+        metadata={
+            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
+            "query_heads, single ones), mlp_channels, embedding_channels, experts and layers (whole ones, like experts "
+            "never part of 'all'), or a dict of each one's share of the removed parameters."
+        },
+    )
+    target_sizes: dict | str | None = field(
+        default=None,
+        metadata={"help": 'Config sizes to end with, as {"intermediate_size": 4096}; without a ratio, exactly these.'},
+    )
+    layer_widths: str = field(
+        default="uniform",
+        metadata={"help": "uniform: every layer keeps as many units (a stock class); per_layer: ranked across layers."},
+    )
+    round_to: int | None = field(
+        default=None,
+        metadata={"help": "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."},
+    )
+    stream_basis: str = field(
+        default="given",
+        metadata={
+            "help": "given: channels of the stream as the checkpoint has them; principal: the model is first turned, "
+            "its function unchanged, into the principal axes of its hidden states; auto: the one that costs less."
+        },
+    )
+    stream_basis_tolerance: float = field(
+        default=0.05,
+        metadata={"help": "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."},
+    )
+    warmup_steps: float = field(default=0.05, metadata={"help": "Ordinary steps before the first scoring (steps)."})
+    pruning_steps: float = field(default=0.15, metadata={"help": "Length of all pruning periods together (steps)."})
+    pruning_periods: int | None = field(
+        default=None, metadata={"help": "Number of pruning periods (default 3, fewer in very short runs)."}
+    )
+    saliency: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
+            "taylor_first_order, taylor_second_order (default taylor_second_order; with cric, both Taylor terms)."
+        },
+    )
+    saliency_batches: int = field(
+        default=8, metadata={"help": "Steps before a scoring over which gradients are averaged (steps)."}
+    )
+    cric: bool = field(
+        default=False,
+        metadata={"help": "Look along the way to zero before deciding (CRIC): some steps after warm-up go into that."},
+    )
+    cric_mode: str = field(
+        default="path",
+        metadata={"help": "path: train while CRIC's units shrink; probe: only take gradients there, on a few batches."},
+    )
+    cric_sampling_steps: int | None = field(
+        default=None, metadata={"help": "Samples on the way to zero in one CRIC cycle (default 8 at most) (steps)."}
+    )
+    cric_max_cycles: int | None = field(default=None, metadata={"help": "CRIC cycles at most (default 4 at most)."})
+    cric_tolerance: float = field(
+        default=0.02,
+        metadata={"help": "CRIC ends when so few units newly look redundant; below 1 a share of those to be removed."},
+    )
+    cric_snapshot: str = field(
+        default="cpu", metadata={"help": "Where weights and optimizer state to return to are kept: cpu or device."}
+    )
+    collapse_threshold: float = field(
+        default=3.0,
+        metadata={"help": "Rise of the training loss over its level before pruning that is called a collapse."},
+    )
+    on_collapse: str = field(
+        default="warn", metadata={"help": "warn, or pause: return to the period's start and mark fewer units."}
+    )
+    calibration_examples: int = field(
+        default=16,
+        metadata={"help": "Examples on which the split between structures is measured; 0 splits evenly."},
+    )
+    distillation_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the divergence from a teacher in the loss, in [0, 1]; 0 is without a teacher."},
+    )
+    distillation_temperature: float = field(
+        default=1.0,
+        metadata={"help": "What teacher's and student's logits are divided by before they are compared."},
+    )
+    distill_from: str | None = field(
+        default=None,
+        metadata={"help": "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."},
+    )
+    prune_vocabulary: bool = field(
+        default=False,
+        metadata={"help": "Remove tokens that train_dataset never uses from the saved model and its tokenizer."},
+    )
+    export_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stored dtype of the smaller model: float32, bfloat16, float16; default that of the weights."
+        },
+    )
+    lora_export: str = field(
+        default="merged",
+        metadata={
+            "help": "What is saved after training with LoRA: merged, one smaller model; adapter, the smaller base "
+            "model, and the adapter cut to it in the folder `adapter` there."
+        },
+    )
+    tensor_parallel_size: int = field(
+        default=1, metadata={"help": "Heads and channels stay divisible by this many tensor-parallel ranks."}
+    )
+
+    def __post_init__(self) -> None:
+        # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default
+        self.structures = "all" if self.structures is None else parse(self.structures)
+        self.target_sizes = parse(self.target_sizes)
+        self.saliency = parse(self.saliency)
+        check(self)
+
+    @property
+    def saliency_weights(self) -> dict[str, float]:
+        """Weight of each saliency criterion in use."""
+        if self.saliency is None and self.cric:
+            return dict(CRIC_SALIENCY)
+        return self.calibration_weights
+
+    @property
+    def calibration_weights(self) -> dict[str, float]:
+        """Weight of each criterion where the split between structures is measured, the same with CRIC as without."""
+        return weights_by_name("saliency", self.saliency or DEFAULT_SALIENCY, SALIENCIES)
+
+    @property
+    def structure_names(self) -> tuple[str, ...]:
+        """Structures asked for; for 'all' those that needn't be named."""
+        if self.structures == "all":
+            return DEFAULT_STRUCTURES
+        return tuple(weights_by_name("structures", self.structures, STRUCTURES))
+
+    @property
+    def structure_shares(self) -> dict[str, float] | None:
+        """Each structure's share of the removed parameters where the user gave one, summing to one; else None."""
+        if not isinstance(self.structures, dict):
+            return None
+        total = sum(self.structures.values())
+        return {name: share / total for name, share in self.structures.items()}
+
+    @property
+    def pinned_sizes(self) -> dict[str, int]:
+        """`target_sizes`, empty where none are given."""
+        return dict(self.target_sizes) if isinstance(self.target_sizes, dict) else {}
+
+    def choices(self) -> dict[str, Any]:
+        """Return what a run's sums and scales depend on."""
+        names = ["saliency_batches", "layer_widths", "on_collapse"]
+        names += [name for name in self.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
+        return {"saliency": self.saliency_weights} | {name: getattr(self, name) for name in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HessoConfig:
+        """Build a config from a mapping.
+
+        Raises:
+            HessoError: for a key that no field has, naming the nearest known one.
+        """
+        known = list(cls.__dataclass_fields__)
+        for key in values:
+            if key not in known:
+                raise HessoError(f"unknown key `{key}` for HessoConfig{nearest_name(key, known)}; known: {known}")
+        return cls(**values)

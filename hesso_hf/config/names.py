@@ -1,0 +1,66 @@
+"""Names that a user may give: structures and saliency criteria, alone, as a list, or with weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+from ..errors import HessoError, nearest_name
+
+StructureName = Literal[
+    "attention_heads",
+    "mlp_channels",
+    "expert_channels",
+    "mixer_channels",
+    "embedding_channels",
+    "query_heads",
+    "experts",
+    "layers",
+]
+SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
+STRUCTURES: tuple[str, ...] = get_args(StructureName)
+INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the other's
+OPT_IN = (*INSTEAD_OF, "experts", "layers")  # pruned only where they are named
+DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
+SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
+DEFAULT_SALIENCY = "taylor_second_order"
+CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
+
+
+def structures_around(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the structures that may be pruned together with `names`: the default ones, some replaced, some added."""
+    names = list(names)
+    instead = {INSTEAD_OF[name]: name for name in names if name in INSTEAD_OF}
+    added = [name for name in OPT_IN if name in names and name not in INSTEAD_OF]
+    return (*(instead.get(name, name) for name in DEFAULT_STRUCTURES), *added)
+
+
+def parse(value: Any) -> Any:
+    """Turn a JSON string (from a command line) into what it says; leave everything else alone."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise HessoError(f"{value!r} is not valid JSON: {error}") from error
+    if isinstance(value, str) and "," in value:
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+def weights_by_name(argument: str, value: Any, known: tuple[str, ...]) -> dict[str, float]:
+    """Normalise a name, a list of names or a dict of weights to a dict; refuse unknown names."""
+    if isinstance(value, str):
+        value = [value]
+    weights = dict(value) if isinstance(value, dict) else dict.fromkeys(value or (), 1.0)
+    if not weights:
+        raise HessoError(f"`{argument}` ({value!r}) must name at least one of {list(known)}")
+    for name, weight in weights.items():
+        if name not in known:
+            raise HessoError(
+                f"`{argument}`: unknown name {name!r}{nearest_name(name, list(known))}; known: {list(known)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise HessoError(f"`{argument}[{name!r}]` ({weight!r}) must be a positive number")
+    return {name: float(weight) for name, weight in weights.items()}

@@ -1,0 +1,252 @@
+"""What a trainer asks of the engine that trains its model, and the engine that shares nothing out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..config import HessoConfig
+from ..distributed.collectives import on_all, world_size
+from ..errors import HessoError
+from ..export import export_pruned
+from ..export.checkpoint_state import load_converted_
+from ..export.report import PruningReport
+from ..pruning.calibration import LossCurves
+from ..pruning.optimizer import HessoOptimizer
+from ..pruning.plan import PruningPlan
+from ..pruning.process import PruningProcess
+from .checkpoint import load_random_states, save_random_states
+
+NOT_TURNED = (
+    "`stream_basis` ('principal') needs the whole model on every process, which FSDP and DeepSpeed don't have; use "
+    "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
+)
+NO_ADAPTERS = "LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first"
+
+
+class Run(Protocol):
+    """What an engine asks of the run that it serves."""
+
+    plan: PruningPlan
+    resume_from: Path | None
+
+    @property
+    def whole(self) -> nn.Module:
+        """What the trainer was given: the model, or a PeftModel around it."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model that is trained, adapters in place."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What is saved with a model, None where there is nothing."""
+
+    def new_process(self) -> PruningProcess:
+        """Fix sizes and schedule, and make the pruning state."""
+
+    def settle_sizes(self) -> None:
+        """Measure the split between structures, through the engine's `measure`."""
+
+    def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Count a micro-batch's loss, and return the one to watch for a collapse."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what checkpoints and the report say of the run."""
+
+
+class Steps(Protocol):
+    """HESSO around an optimizer's steps.
+
+    Attributes:
+        process: the pruning state.
+        seconds: spent in HESSO, all steps together.
+    """
+
+    process: PruningProcess
+    seconds: float
+
+
+_Steps = TypeVar("_Steps", bound=Steps)
+
+
+class Engine(ABC, Generic[_Steps]):
+    """How a model is trained, and how its state and the smaller model are saved from there.
+
+    Each method that takes `plain` stands around one of `Trainer`'s own, which `plain` calls.
+
+    Args:
+        args: the trainer's.
+        accelerator: the trainer's.
+        config: what to prune and when.
+
+    Attributes:
+        steps: HESSO around the optimizer's steps, once there is one.
+    """
+
+    measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
+    turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
+        self.args, self.accelerator, self.config = args, accelerator, config
+        self.steps: _Steps | None = None
+
+    @property
+    def made_steps(self) -> _Steps:
+        """The steps, where there must be some."""
+        assert self.steps is not None, "`around` or `prepare` makes them"
+        return self.steps
+
+    @abstractmethod
+    def refuse(self, adapters: bool) -> None:
+        """Refuse what doesn't work under this engine.
+
+        Args:
+            adapters: whether LoRA adapters are trained.
+
+        Raises:
+            HessoError: naming the setting and the remedy.
+        """
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def around(self, base: Optimizer, run: Run) -> Optimizer:
+        """Return what takes the place of the trainer's optimizer, itself where the engine steps by its own means."""
+        return base
+
+    def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
+        """Have model and optimizer prepared, with pruning on what comes out."""
+        return plain()
+
+    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
+        """Measure what structures cost, where the model can compute that."""
+        return curves()
+
+    def note_loss(self, loss: torch.Tensor, run: Run) -> None:
+        """Count a micro-batch's loss after its backward pass, where the engine's own step doesn't see it."""
+        return None
+
+    def clip(self, model: nn.Module, max_norm: float, plain: Callable[[], Any]) -> Any:
+        """Return the gradient's norm, having shown HESSO the gradient before it is clipped."""
+        return plain()
+
+    # -- saving and loading ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def save(self, run: Run, folder: Path) -> None:
+        """Write what belongs to a checkpoint and the trainer's own doesn't hold; all processes call it."""
+
+    @abstractmethod
+    def load(self, run: Run, folder: Path, plain: Callable[[], None]) -> None:
+        """Load optimizer and pruning state from a checkpoint."""
+
+    def load_best(self, run: Run, folder: Path, plain: Callable[[], None]) -> None:
+        """Load the weights of the best checkpoint."""
+        plain()
+        load_converted_(run.model, folder)
+
+    def save_dense(self, run: Run, target: Path, plain: Callable[[], None]) -> None:
+        """Write the model as it is."""
+        plain()
+
+    @abstractmethod
+    def export(self, run: Run, target: Path) -> PruningReport | None:
+        """Write the smaller model and return its report; all processes call it, and all raise what one does.
+
+        Raises:
+            HessoError: where it can't be written; `target` is untouched then.
+            VerificationError: where the smaller model's logits differ.
+        """
+
+    # -- teachers -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether this process has the model's weights before `prepare`."""
+        return True
+
+    def place_frozen(self, model: PreTrainedModel, student: type) -> tuple[PreTrainedModel, bool]:
+        """Put a model that isn't trained on the device, or divide it over the devices as the trained one is.
+
+        Args:
+            student: class of the model that is trained.
+
+        Returns:
+            The model, and whether it is divided.
+        """
+        return model.to(self.accelerator.device), False  # type: ignore[arg-type]
+
+
+def export_options(engine: Engine[Any], run: Run) -> dict[str, Any]:
+    """Return what every way of writing the smaller model takes."""
+    return {
+        "kept_units": engine.made_steps.process.kept_units(),
+        "groups": run.plan.groups,
+        "tokenizer": run.tokenizer,
+        "dtype": engine.config.export_dtype,
+        "training": run.record(),
+    }
+
+
+class PlainEngine(Engine[HessoOptimizer]):
+    """One process, or DDP: every process has the whole model."""
+
+    def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
+        super().__init__(args, accelerator, config)
+        self._step_loss: torch.Tensor | None = None
+
+    def refuse(self, adapters: bool) -> None:
+        """Refuse a loss scale on gradients that adapters don't see."""
+        if adapters and self.args.fp16:
+            raise HessoError("`fp16` (True) with LoRA: frozen weights' gradients would keep the loss scale; use bf16")
+
+    def around(self, base: Optimizer, run: Run) -> Optimizer:
+        """Put HESSO around an optimizer, once; Accelerate may have put something around both since."""
+        if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
+            return base
+        self.steps = HessoOptimizer(base, run.new_process())
+        return self.steps
+
+    def note_loss(self, loss: torch.Tensor, run: Run) -> None:
+        """Add up the losses of a step."""
+        noted = run.noted_loss(loss)
+        self._step_loss = noted if self._step_loss is None else self._step_loss + noted
+
+    def clip(self, model: nn.Module, max_norm: float, plain: Callable[[], Any]) -> Any:
+        """Show HESSO the gradient between unscaling and clipping, and tell it norm and loss."""
+        if self.accelerator.mixed_precision == "fp16":  # the scaler allows unscaling once, so clipping is done here too
+            self.accelerator.unscale_gradients()
+            self.made_steps.observe_gradients()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        else:
+            self.made_steps.observe_gradients()
+            norm = plain()
+        self.made_steps.report_gradient_norm(norm)
+        if self._step_loss is not None:
+            self.made_steps.report_loss(self._step_loss)
+            self._step_loss = None
+        return norm
+
+    def save(self, run: Run, folder: Path) -> None:
+        """Write the random states that a snapshot returns to: all else that processes hold is in the optimizer's."""
+        if world_size() > 1:
+            save_random_states(self.made_steps, folder)
+
+    def load(self, run: Run, folder: Path, plain: Callable[[], None]) -> None:
+        """Load the optimizer, whose state holds pruning's."""
+        plain()
+        if world_size() > 1:  # all that the others share is process 0's
+            load_random_states(self.made_steps, folder)
+
+    def export(self, run: Run, target: Path) -> PruningReport | None:
+        """Write it from one process of each folder; the others have no report."""
+        options = export_options(self, run)
+        return on_all(lambda: export_pruned(run.whole, target, **options) if self.args.should_save else None)

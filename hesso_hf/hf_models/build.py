@@ -1,0 +1,65 @@
+"""Models without weights: a config's class, and the model built from it on the meta device."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..errors import HessoError, UnsupportedStructureError
+
+
+def build_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model without weights: parameters on the meta device, tied as the config says."""
+    with torch.device("meta"), no_init_weights():
+        model = model_class(config)
+    model.tie_weights()
+    return model
+
+
+def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """Return the stock class for a config: the one it names in `architectures`, else its causal language model.
+
+    Raises:
+        UnsupportedStructureError: where Transformers has no causal language model for the config.
+    """
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedStructureError(
+            f"model_type {config.model_type!r} has no causal language model in the installed transformers"
+        )
+    found: Any = mapping[type(config)]
+    return found[0] if isinstance(found, list | tuple) else found
+
+
+def load_config(source: Any, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the config of a config, a model, a local folder, a config.json or a Hub id.
+
+    Raises:
+        HessoError: where nothing of that kind is found.
+    """
+    if isinstance(source, PretrainedConfig):
+        return source
+    if isinstance(source, PreTrainedModel):
+        return source.config
+    try:
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise HessoError(
+            f"no model config found at {str(source)!r}: neither a folder with a config.json, nor a Hub id that can be "
+            f"reached ({last_line(error)})"
+        ) from error
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message that says something, else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

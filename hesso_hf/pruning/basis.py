@@ -1,0 +1,279 @@
+"""The basis of the stream: the principal axes of a model's own hidden states, before anything is scored.
+
+The channels that a checkpoint happens to have are not its own: norms of root mean squares compute the same in every
+orthogonal basis. In the principal one, few channels hold most of what the norms see, and the others cost little.
+Legend: D channels of the stream, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..distributed.parts import stock_class
+from ..errors import HessoError
+from ..structures.proof.turn import prove_turn
+from ..structures.shape_probe import probe_axes
+from ..structures.turn import StreamTurn, keeping_ones
+from ..structures.units import num_units
+
+logger = logging.get_logger(__name__)
+
+CLUSTERS = 4  # of a tied model's last gain
+TOLERANCE = 0.05  # nats a token that making that gain uniform within clusters may cost
+LEAST_TOKENS, LEAST_PER_CHANNEL = 16384, 8
+FAR = 3.0  # quartile ranges beyond the quartiles, from where a gain is a cluster by itself
+
+Loss = Callable[[PreTrainedModel, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StreamBasis:
+    """How a model's stream was turned.
+
+    Attributes:
+        error: relative error of the tiny model's logits, turned by a random rotation.
+        tokens: number of tokens whose hidden states were taken.
+        clusters: blocks of channels that Q turns within; 1 where the embedding isn't the output matrix.
+        rise: of the loss, nats a token, by making a tied model's last gain uniform within the clusters.
+        energy: share of what the norms see that the first 1/8, 1/4, 1/2 and 3/4 of the new channels hold.
+    """
+
+    error: float
+    tokens: int
+    clusters: int
+    rise: float
+    energy: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
+
+
+def turn_stream(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    clusters: int = CLUSTERS,
+    tolerance: float = TOLERANCE,
+    loss: Loss | None = None,
+) -> StreamBasis:
+    """Turn a model in memory into the principal axes of its own hidden states; its function stays.
+
+    The model is an ordinary dense one of its class afterwards. Parameters keep their identity, so an optimizer may hold
+    them already, but not have stepped.
+
+    Args:
+        batches: what the model's forward takes, with at least max(16,384, 8 D) tokens that aren't padding; with labels
+            where the embedding is the output matrix too.
+        clusters: into how many clusters of like values the last norm's gain is put where it is tied.
+        tolerance: nats a token that this may cost.
+        loss: of a model and a batch, a scalar; by default what its forward returns for the batch.
+
+    Raises:
+        UnsupportedStructureError: where another basis isn't exact for the class, with the reason.
+        HessoError: where `tolerance` would be passed, or a weight lies on the meta device. The model is as before.
+    """
+    batches = list(batches)
+    turn, error = turn_of(model)
+    parameters = dict(model.named_parameters())
+    if any(parameter.is_meta for parameter in parameters.values()):
+        raise HessoError("`model` has weights on the meta device; load them before the stream is turned")
+    total, tokens = stream_covariance(model, turn, batches)
+    if tokens < (wanted := max(LEAST_TOKENS, LEAST_PER_CHANNEL * turn.width)):
+        logger.warning(
+            f"`batches` have {tokens:,} tokens for a basis of {turn.width} channels; {wanted:,} or more tell more"
+        )
+    blocks, rise = _uniform_gain_(model, turn, parameters, batches, clusters, tolerance, loss or _own_loss)
+    rotation = principal_rotation(total, turn.centred, blocks)
+    turn.turn_(parameters, rotation)
+    return StreamBasis(error, tokens, len(blocks), rise, _energy(total, rotation))
+
+
+def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
+    """Prove how the stream of a model's class is turned, and name the model's parameters; with the proof's error.
+
+    Raises:
+        UnsupportedStructureError: with the reason why it isn't.
+    """
+    model_class = stock_class(model)
+    scheme, error = prove_turn(model_class, model.config)
+    axis_map = probe_axes(model_class, model.config)
+    return StreamTurn.of(scheme, axis_map, num_units("embedding_channels", axis_map.sizes)), error
+
+
+@torch.no_grad()
+def stream_covariance(
+    model: PreTrainedModel, turn: StreamTurn, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> tuple[torch.Tensor, int]:
+    """Sum x x^T over the inputs of all norms of the stream, each x scaled to a root mean square of 1.
+
+    Returns:
+        The sum, shape (D, D), fp64, on the CPU, and the number of tokens that went into it for each norm.
+    """
+    total = torch.zeros(turn.width, turn.width, dtype=torch.float64)
+    seen = 0
+    names = {norm.scale for norm in (*turn.norms, *([turn.tied_norm] if turn.tied_norm else []))}
+    names = names or {name for name, dim in turn.axes if name.endswith("weight")}  # norms without weights
+    owners = {name.rpartition(".")[0] for name in names}
+    current: list[torch.Tensor | None] = [None]
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
+            return
+        hidden = args[0]
+        if hidden.shape[-1] != turn.width:
+            return
+        mask = current[0]
+        if mask is not None and mask.shape == hidden.shape[:-1]:
+            hidden = hidden[mask.to(hidden.device)]
+        total.add_(_outer(hidden.reshape(-1, turn.width), turn.centred))
+
+    was_training = model.training
+    model.eval()
+    with _hooked(model, owners, note):
+        try:
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
+                seen += int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel()
+                model(**{name: value.to(model.device) for name, value in batch.items()})
+        finally:
+            model.train(was_training)
+    return total, seen
+
+
+@contextmanager
+def _hooked(model: nn.Module, owners: Iterable[str], note: Callable[..., None]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_pre_hook(note) for name in owners]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _outer(hidden: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Return sum of x x^T, shape (D, D), fp64, of rows x scaled to a root mean square of 1."""
+    rows = hidden.cpu().double() if hidden.device.type == "mps" else hidden.double()
+    if centred:
+        rows = rows - rows.mean(1, keepdim=True)
+    rows = rows * torch.rsqrt(rows.square().mean(1, keepdim=True).clamp_min(1e-30))
+    return (rows.T @ rows).cpu()
+
+
+def principal_rotation(total: torch.Tensor, centred: bool, blocks: list[list[int]]) -> torch.Tensor:
+    """Return Q, shape (D, D), fp64: within each block of channels the eigenvectors of `total`, largest first.
+
+    Signs are fixed (an eigenvector's largest entry is positive), so that the same sums give the same basis.
+    """
+    rotation = torch.zeros_like(total)
+    for block in blocks:
+        index = torch.tensor(block)
+        found = total[index[:, None], index]
+        if centred:
+            ones = torch.ones(len(block), 1, dtype=total.dtype)
+            others = torch.linalg.qr(torch.cat([ones, torch.eye(len(block), dtype=total.dtype)], dim=1))[0][:, 1:]
+            vectors = keeping_ones(others @ _eigenvectors(others.T @ found @ others)) if len(block) > 1 else ones
+        else:
+            vectors = _eigenvectors(found)
+        rotation[index[:, None], index] = vectors
+    return rotation
+
+
+def _eigenvectors(matrix: torch.Tensor) -> torch.Tensor:
+    vectors = torch.linalg.eigh(matrix)[1].flip(1)
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+
+
+def gain_clusters(gain: torch.Tensor, clusters: int) -> list[list[int]]:
+    """Put channels into clusters of like gain; a gain far from all others is a cluster by itself.
+
+    Args:
+        gain: shape (D,).
+    """
+    low, high = gain.quantile(0.25), gain.quantile(0.75)
+    reach = FAR * (high - low)
+    near = ((gain >= low - reach) & (gain <= high + reach)).nonzero().flatten()
+    values, order = gain[near].sort()
+    centres = values.quantile(torch.linspace(0, 1, 2 * clusters + 1, dtype=values.dtype)[1::2])
+    for _ in range(100):
+        member = (values[:, None] - centres).abs().argmin(1)
+        moved = torch.stack(
+            [values[member == k].mean() if (member == k).any() else centres[k] for k in range(clusters)]
+        )
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    found = [near[order[member == k]].sort().values.tolist() for k in range(clusters)]
+    alone = [[index] for index in range(len(gain)) if index not in set(near.tolist())]
+    return [block for block in found if block] + alone
+
+
+@torch.no_grad()
+def _uniform_gain_(
+    model: PreTrainedModel,
+    turn: StreamTurn,
+    parameters: Mapping[str, torch.Tensor],
+    batches: list[Mapping[str, torch.Tensor]],
+    clusters: int,
+    tolerance: float,
+    loss: Loss,
+) -> tuple[list[list[int]], float]:
+    """Make a tied model's last gain uniform within clusters; return these and what it costs in loss.
+
+    Raises:
+        HessoError: where it costs more than `tolerance`; the gain is as before.
+    """
+    if turn.tied_norm is None:
+        return [list(range(turn.width))], 0.0
+    gain = parameters[turn.tied_norm.scale]
+    before, lost = gain.detach().clone(), mean_loss(model, batches, loss)
+    blocks = gain_clusters(before.double().cpu() + turn.tied_norm.shift, clusters)
+    for block in blocks:
+        gain[block] = before[block].double().mean().to(gain.dtype)
+    rise = mean_loss(model, batches, loss) - lost
+    if not rise <= tolerance:
+        gain.copy_(before)
+        raise HessoError(
+            f"the last norm's gains differ too much to turn a model whose embedding is its output matrix too: loss "
+            f"+{rise:.3f} nats a token, {tolerance} allowed; raise `clusters` ({clusters}) or untie the embedding"
+        )
+    return blocks, rise
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, batches: Iterable[Any], loss: Loss) -> float:
+    """Return the mean of the batches' losses that are finite, without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        found = [float(loss(model, batch)) for batch in batches]
+    finally:
+        model.train(was_training)
+    finite = [value for value in found if math.isfinite(value)]
+    if not finite:
+        raise HessoError("`batches` give no finite loss; give `labels` along, or `loss`")
+    return sum(finite) / len(finite)
+
+
+def _own_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if "labels" not in batch:
+        raise HessoError("`batches` have no `labels`, which tell what a tied model's last gain costs; or give `loss`")
+    return model(**{name: value.to(model.device) for name, value in batch.items()}).loss
+
+
+def _energy(total: torch.Tensor, rotation: torch.Tensor) -> dict[str, float]:
+    along = (rotation.T @ total @ rotation).diagonal().sort(descending=True).values
+    return {
+        f"{share:g}": round(float(along[: max(1, round(share * len(along)))].sum() / along.sum()), 4)
+        for share in (0.125, 0.25, 0.5, 0.75)
+    }

@@ -1,0 +1,159 @@
+"""What decides the future of a pruning run: all that a checkpoint holds of it, as one dataclass.
+
+Legend: L layers, U units a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..budget.solver import TargetSizes
+from ..distributed.collectives import is_main_process
+from ..errors import CheckpointMismatchError, check_same
+from .collapse import CollapseWatch
+from .cric import CricTrial
+from .saliency import PerUnit, UnitSums
+from .schedule import Schedule
+from .weights.bound_groups import BoundGroups
+from .weights.snapshot import Snapshot
+
+FORMAT = 2  # of the saved state
+
+
+@dataclass
+class PruningState:
+    """Where a run is and what it has decided; `print` shows it, `to_dict` is what a checkpoint holds.
+
+    Attributes:
+        target, choices: what the run is for: units to keep a layer, and the config's choices that decide them.
+        schedule: resolved steps, with what CRIC and pauses have changed.
+        step: steps made.
+        scales: (L, U) per structure: 1 kept, between 0 and 1 shrinking, 0 pruned.
+        redundant: units on their way to zero in this period, bool (L, U) per structure.
+        sums: of the gradients counted for the next scoring, of this process' parts.
+        order: scores that a mark goes by, (L, U) per structure: CRIC's, or those of the period that may be paused;
+            where there are none, the next mark scores anew.
+        watch: on the loss.
+        trial: CRIC's sets, sums and snapshot; None without CRIC.
+        period_start: snapshot of the period's start, while it may be paused.
+    """
+
+    target: TargetSizes
+    choices: dict[str, Any]
+    schedule: Schedule
+    scales: PerUnit
+    redundant: PerUnit
+    sums: UnitSums
+    watch: CollapseWatch
+    trial: CricTrial | None
+    step: int = 0
+    order: PerUnit | None = None
+    period_start: Snapshot | None = None
+
+    def __str__(self) -> str:
+        lines = [f"step {self.step} of {self.schedule.total_steps} ({self.schedule.phase(self.step)})"]
+        for name, scales in self.scales.items():
+            counts = int((scales > 0).sum()), int(self.redundant[name].sum()), int((scales == 0).sum())
+            lines.append(f"{name}: {counts[0] - counts[1]} kept, {counts[1]} redundant, {counts[2]} pruned")
+        lines.append(f"schedule: {self.schedule}")
+        lines.append(f"scoring: {self.sums.batches} batches counted, " + ("anew" if self.order is None else "by order"))
+        lines.append(f"watch: level {self.watch.level:.3f}, present {self.watch.present:.3f}")
+        if self.trial is not None:
+            cycles = f"{self.trial.cric.cycles} of at most {self.trial.cric.max_cycles} cycles begun"
+            lines.append(f"CRIC: {'decided' if self.trial.ended else 'not decided'}, {cycles}")
+        held = [kind for kind, snapshot in self.snapshots.items()]
+        return "\n".join([*lines, f"snapshots: {', '.join(held) or 'none'}"])
+
+    @property
+    def snapshots(self) -> dict[str, Snapshot]:
+        """The snapshots that the run may return to: of CRIC's trial, and of the period's start where it may pause."""
+        found = {"trial": self.trial.snapshot if self.trial is not None else None, "period_start": self.period_start}
+        return {kind: snapshot for kind, snapshot in found.items() if snapshot is not None}
+
+    def pruned(self) -> PerUnit:
+        """Return the units at zero, bool (L, U) per structure."""
+        return {name: scales == 0 for name, scales in self.scales.items()}
+
+    def to_dict(self, bound: BoundGroups) -> dict[str, Any]:
+        """Return tensors and plain containers only, as `torch.load(weights_only=True)` reads them.
+
+        Where parameters are sharded all processes call it, since sums are added up, and a snapshot in it holds this
+        process' parts.
+        """
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "schedule": self.schedule.to_dict(),
+            "target": self.target.to_dict(),
+            "choices": self.choices,
+            "scales": dict(self.scales),
+            "redundant": dict(self.redundant),
+            "sums": {name: dict(terms) for name, terms in bound.over_ranks(self.sums).sums.items()},
+            "batches": self.sums.batches,
+            "order": None if self.order is None else dict(self.order),
+            "reorder": self.order is None,  # the order alone decides; earlier code of this format asks for it
+            "watch": self.watch.state_dict(),
+            "trial": self.trial.state_dict() if self.trial else None,
+            "period_start": self.period_start.state_dict() if self.period_start else None,
+            "frozen": bound.frozen.state_dict(self.scales, self.trial.on_the_way if self.trial else None),
+        }
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Compare a saved state with this run, changing nothing.
+
+        Raises:
+            CheckpointMismatchError: where it belongs to another model, budget or format, with the first difference.
+        """
+        if saved.get("format") != FORMAT:
+            found = saved.get("format")
+            raise CheckpointMismatchError(f"pruning state of format {found!r}; this version reads {FORMAT}")
+        check_same("target", saved["target"], self.target.to_dict())
+        check_same("config", saved["choices"], self.choices)
+        for name, scales in self.scales.items():
+            if name not in saved["scales"] or saved["scales"][name].shape != scales.shape:
+                raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")
+
+    def load(self, saved: Mapping[str, Any], bound: BoundGroups) -> None:
+        """Take over a checked state, all but what needs the optimizer: CRIC's trial and the snapshots."""
+        for name, scales in self.scales.items():
+            scales.copy_(saved["scales"][name])
+            self.redundant[name].copy_(saved["redundant"][name])
+            for term, value in self.sums.sums[name].items():
+                value.copy_(saved["sums"][name][term])
+                if bound.sharded and not is_main_process():
+                    value.zero_()  # the saved sums are those of all processes
+        self.sums.batches = int(saved["batches"])
+        self.schedule = Schedule.from_dict(saved["schedule"])
+        self.step = int(saved["step"])
+        order = saved["order"]
+        self.order = None if order is None else {name: score.to(bound.device) for name, score in order.items()}
+        self.watch.load_state_dict(saved["watch"])
+
+    def load_snapshots(self, saved: Mapping[str, Any], bound: BoundGroups, base: Optimizer, on_cpu: bool) -> None:
+        """Take over CRIC's trial and the snapshots, which belong to the parameters of `base`."""
+        if self.trial is not None:
+            self.trial.load_state_dict(saved["trial"], base)
+        self.period_start = None
+        if saved["period_start"] is not None:
+            self.period_start = bound.snapshot(base, on_cpu)
+            self.period_start.load_state_dict(saved["period_start"])
+
+
+def first_state(
+    bound: BoundGroups,
+    target: TargetSizes,
+    choices: dict[str, Any],
+    schedule: Schedule,
+    sums: UnitSums,
+    watch: CollapseWatch,
+) -> PruningState:
+    """Return the state before the first step: all units kept."""
+    shapes, device = bound.shapes(), bound.device
+    scales = {name: torch.ones(size, device=device) for name, size in shapes.items()}
+    redundant = {name: torch.zeros(size, dtype=torch.bool, device=device) for name, size in shapes.items()}
+    return PruningState(target, choices, schedule, scales, redundant, sums, watch, None)

@@ -1,0 +1,146 @@
+"""Whether turning the stream is exact for an architecture: tried on its tiny model with a random rotation.
+
+Which sides lie on the stream and what its norms are was settled when the embedding channels were proved; which weights
+read a norm is told by gradients: where the norm lets nothing through, they have none.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...errors import UnsupportedStructureError
+from ...hf_models.tiny_model import SEED, forward_logits, logits_of, relative_error
+from ..groups import AxisName, Scheme
+from ..turn import NormScheme, StreamTurn, TurnScheme, random_rotation
+from .bench import Bench
+from .experts import ids_for_all_experts
+from .prove import Prover
+from .residual_stream import StreamAxis
+from .result import TOLERANCE
+from .tiny_case import covering_config
+
+_MATRICES = ("matrix", "output", "embedding")
+
+
+def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[TurnScheme, float]:
+    """Find out how an architecture's stream is turned, and the relative error of a turned tiny model's logits.
+
+    Raises:
+        UnsupportedStructureError: with the reason why another basis isn't exact, or can't be had.
+    """
+    bench = Bench(model_class, covering_config(model_class, config))
+    names = ("attention_heads", "embedding_channels")
+    proof = Prover(bench).prove(names)["embedding_channels"]
+    if not isinstance(proof.scheme, Scheme):
+        raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
+    scheme = turn_scheme(bench, proof.scheme)
+    error = turn_error(bench, scheme)
+    if error > TOLERANCE:
+        raise UnsupportedStructureError(f"turned logits differ: relative error {error:.1e} > {TOLERANCE:.0e}")
+    return scheme, error
+
+
+def turn_scheme(bench: Bench, channels: Scheme) -> TurnScheme:
+    """Sort the sides that lie on the stream into what is turned and the norms whose gains are folded.
+
+    Args:
+        channels: the proved scheme of the embedding channels.
+
+    Raises:
+        UnsupportedStructureError: naming what keeps the stream to its given basis.
+    """
+    on_stream = {axis for branch in channels.branches for axis in branch.layouts}
+    names = [
+        (info.name, dim)
+        for info in bench.axis_map.parameters.values()
+        for dim in range(len(info.shape))
+        if (info.pattern, dim) in on_stream
+    ]
+    known, after = bench.stream(names)
+    offsets = {axis.info.module: axis.pattern for axis in known if axis.vector.kind == "offset"}
+    scales = [axis for axis in known if axis.vector.kind == "scale"]
+    for axis in known:
+        _refuse_by_channel(axis, offsets, after)
+    read = _readers(bench, known, channels, scales, offsets)
+    norms: list[NormScheme] = []
+    tied: NormScheme | None = None
+    for axis in scales:
+        norm = NormScheme(axis.pattern, offsets.get(axis.info.module, ""), axis.vector.shift, read[axis.pattern])
+        if norm.readers:
+            norms.append(norm)
+        elif bench.tied and not axis.info.layer and tied is None:
+            tied = norm
+        else:
+            raise UnsupportedStructureError(f"nothing that lies on the stream reads {axis.info.name} alone")
+    axes = tuple((axis.pattern, axis.dim) for axis in known if axis.vector.kind == "other")
+    return TurnScheme(axes, tuple(norms), tied, any(a.vector.subtracts_mean for a in scales) or bool(channels.centred))
+
+
+def _refuse_by_channel(axis: StreamAxis, offsets: dict[str, str], after: set[str]) -> None:
+    """Refuse what scales or shifts the stream channel by channel, which no rotation commutes with."""
+    if axis.vector.kind == "scale" and axis.info.module in after:
+        raise UnsupportedStructureError(f"{axis.info.name} scales channels of what is yet to be added to the stream")
+    alone = axis.vector.kind == "other" and len(axis.info.shape) == 1 and axis.info.role != "bias"
+    if alone or (axis.info.role == "other" and len(axis.info.shape) > 1):
+        raise UnsupportedStructureError(f"{axis.info.name} scales the stream by channel")
+
+
+def _readers(
+    bench: Bench, known: list[StreamAxis], channels: Scheme, scales: list[StreamAxis], offsets: dict[str, str]
+) -> dict[str, tuple[AxisName, ...]]:
+    """Return, per gain's pattern, the matrices that have no gradient where its norms let nothing through."""
+    readers = [
+        axis for axis in known
+        if axis.info.role in ("matrix", "output") and axis.side != "out" and channels.powers.get(axis.pattern, 0) <= 0
+    ]  # fmt: skip
+    found: dict[str, tuple[AxisName, ...]] = {}
+    open_gradients = _gradients(bench, {})
+    for scale in scales:
+        closed = {scale.pattern: -scale.vector.shift}
+        if scale.info.module in offsets:
+            closed[offsets[scale.info.module]] = 0.0
+        gradients = _gradients(bench, closed)
+        found[scale.pattern] = tuple(
+            (axis.pattern, axis.dim) for axis in readers
+            if axis.info.kind == scale.info.kind  # a last norm that lets nothing through closes everything before it
+            and open_gradients.get(axis.pattern, False) and not gradients.get(axis.pattern, False)
+        )  # fmt: skip
+    return found
+
+
+def _gradients(bench: Bench, closed: dict[str, float]) -> dict[str, bool]:
+    """Return, per pattern, whether any of its parameters has a gradient, with some patterns set to a value."""
+    model = copy.deepcopy(bench.model)
+    patterns = {name: info.pattern for name, info in bench.axis_map.parameters.items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if patterns[name] in closed:
+                parameter.fill_(closed[patterns[name]])
+    logits = forward_logits(model, ids_for_all_experts(bench.config))
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(SEED))
+    (logits * weights).sum().backward()
+    found: dict[str, bool] = {}
+    for name, parameter in model.named_parameters():
+        alive = parameter.grad is not None and bool(parameter.grad.any())
+        found[patterns[name]] = found.get(patterns[name], False) or alive
+    return found
+
+
+def turn_error(bench: Bench, scheme: TurnScheme) -> float:
+    """Turn the tiny model by a random rotation and return the relative error of its logits."""
+    model = copy.deepcopy(bench.model)
+    parameters = dict(model.named_parameters())
+    width = bench.width
+    turn = StreamTurn.of(scheme, bench.axis_map, width)
+    blocks = [list(range(width))]
+    if turn.tied_norm:  # a gain that is uniform within two clusters, as it must be made first
+        blocks = [list(range(width // 3)), list(range(width // 3, width))]
+        with torch.no_grad():
+            for value, block in zip((0.7, 1.6), blocks, strict=True):
+                parameters[turn.tied_norm.scale][block] = value
+    expected = logits_of(model, bench.input_ids)
+    turn.turn_(parameters, random_rotation(width, turn.centred, blocks, SEED))
+    return relative_error(logits_of(model, bench.input_ids), expected)

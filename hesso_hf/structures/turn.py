@@ -1,0 +1,200 @@
+"""Turning: another orthogonal basis of the residual stream, with the function of the model unchanged.
+
+A norm's gain g goes into what reads the norm, W diag(g), and becomes 1; then every matrix and table on the stream, what
+reads it as well as what writes it, takes the rotation Q along its side of the stream (W Q, Q^T W, E Q). Norms of root
+mean squares don't notice; those that subtract the mean don't where Q maps the vector of ones to itself.
+Legend: D channels of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import UnsupportedStructureError
+from .groups import AxisName
+from .shape_probe import AxisMap
+
+_LEAST_GAIN = 1e-3  # of the largest: an offset can't be divided by less
+
+
+@dataclass(frozen=True)
+class NormScheme:
+    """A norm of the stream, by patterns of parameters.
+
+    Attributes:
+        scale: the gain's pattern, "" where the norm has none.
+        offset: the bias' pattern, "" where the norm has none.
+        shift: what the model adds to the stored gain.
+        readers: matrices and their side that read what the norm gives out; none where it is the tied output matrix.
+    """
+
+    scale: str
+    offset: str = ""
+    shift: float = 0.0
+    readers: tuple[AxisName, ...] = ()
+
+
+@dataclass(frozen=True)
+class TurnScheme:
+    """What the proof settles about an architecture's stream, by patterns: valid for models of every size.
+
+    Attributes:
+        axes: every side of a matrix, table or bias that lies on the stream.
+        norms: the norms whose gains go into their readers.
+        tied_norm: the last norm where the output matrix is the embedding; its gain stays, and Q must commute with it.
+        centred: whether norms subtract the mean, so that Q must keep the vector of ones.
+    """
+
+    axes: tuple[AxisName, ...]
+    norms: tuple[NormScheme, ...]
+    tied_norm: NormScheme | None
+    centred: bool
+
+
+@dataclass(frozen=True)
+class StreamTurn:
+    """A scheme applied to one model: names of parameters in place of patterns.
+
+    Attributes:
+        width: D.
+    """
+
+    width: int
+    axes: tuple[AxisName, ...]
+    norms: tuple[NormScheme, ...]
+    tied_norm: NormScheme | None
+    centred: bool
+
+    @classmethod
+    def of(cls, scheme: TurnScheme, axis_map: AxisMap, width: int) -> StreamTurn:
+        """Name the parameters of a model.
+
+        Raises:
+            UnsupportedStructureError: where a norm's reader is in another layer, or read through two norms.
+        """
+        named: dict[str, dict[str, str]] = {}
+        for info in axis_map.parameters.values():
+            named.setdefault(info.pattern, {})[info.layer] = info.name
+        axes = tuple((name, dim) for pattern, dim in scheme.axes for name in named.get(pattern, {}).values())
+        norms = tuple(_named(norm, named, layer) for norm in scheme.norms for layer in named.get(norm.scale, {}))
+        read = [reader for norm in norms for reader in norm.readers]
+        for reader in set(read):
+            if read.count(reader) > 1:
+                raise UnsupportedStructureError(f"{reader[0]} reads several norms")
+        tied = _named(scheme.tied_norm, named, "") if scheme.tied_norm else None
+        return cls(width, axes, norms, tied, scheme.centred)
+
+    @torch.no_grad()
+    def fold_gains_(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Put every gain into what reads its norm, in place; the gain of a tied last norm stays.
+
+        A norm's bias is divided by the gain; where that is almost nothing it goes into the readers' own biases.
+
+        Raises:
+            UnsupportedStructureError: where a reader has none then; nothing is changed.
+        """
+        for norm in self.norms:
+            closed = _closed(norm, parameters)
+            for name, dim in norm.readers if closed.any() else ():
+                if _bias_of(name, dim, parameters) is None:
+                    raise UnsupportedStructureError(f"{norm.scale} has gains near zero beside a bias, {name} has none")
+        for norm in self.norms:
+            gain, closed = parameters[norm.scale].double() + norm.shift, _closed(norm, parameters)
+            for name, dim in norm.readers:
+                if closed.any() and (bias := _bias_of(name, dim, parameters)) is not None:
+                    moved = torch.where(closed, parameters[norm.offset].double(), 0.0)
+                    bias.copy_(bias.double() + parameters[name].double().movedim(dim, -1) @ moved)
+                parameters[name].copy_(parameters[name].double() * _along(gain, parameters[name].dim(), dim))
+            parameters[norm.scale].fill_(1.0 - norm.shift)
+            if norm.offset:
+                left = torch.where(closed, 0.0, parameters[norm.offset].double())
+                parameters[norm.offset].copy_(left / torch.where(closed | (gain == 0), 1.0, gain))
+
+    @torch.no_grad()
+    def turn_(self, parameters: Mapping[str, torch.Tensor], rotation: torch.Tensor) -> None:
+        """Fold the gains and turn the stream, in place; products are taken in fp64 and rounded once.
+
+        Args:
+            rotation: Q, shape (D, D), orthogonal; column j is the new channel j in the old ones. It keeps the vector of
+                ones where `centred`, and commutes with the gain of `tied_norm`.
+
+        Raises:
+            UnsupportedStructureError: as `fold_gains_`; nothing is changed then.
+        """
+        self.fold_gains_(parameters)
+        offsets = [norm.offset for norm in (*self.norms, *([self.tied_norm] if self.tied_norm else [])) if norm.offset]
+        for name, dim in (*self.axes, *((name, 0) for name in offsets)):
+            parameter = parameters[name]
+            turned = parameter.double().movedim(dim, -1) @ rotation.to(parameter.device, torch.float64)
+            parameter.copy_(turned.movedim(-1, dim))
+
+
+def _named(norm: NormScheme, named: Mapping[str, Mapping[str, str]], layer: str) -> NormScheme:
+    """Name a norm's parameters in one layer.
+
+    Raises:
+        UnsupportedStructureError: where the layer lacks one.
+    """
+    patterns = [pattern for pattern in (norm.scale, norm.offset) if pattern]
+    for pattern in (*patterns, *(pattern for pattern, _ in norm.readers)):
+        if layer not in named.get(pattern, {}):
+            raise UnsupportedStructureError(f"{pattern} isn't in {layer or 'the model'} beside {norm.scale}")
+    readers = tuple((named[pattern][layer], dim) for pattern, dim in norm.readers)
+    offset = named[norm.offset][layer] if norm.offset else ""
+    return NormScheme(named[norm.scale][layer], offset, norm.shift, readers)
+
+
+def _closed(norm: NormScheme, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return which channels of a norm, bool (D,), have a bias and almost no gain to divide it by."""
+    gain = (parameters[norm.scale].double() + norm.shift).abs()
+    if not norm.offset:
+        return torch.zeros_like(gain, dtype=torch.bool)
+    return (gain < _LEAST_GAIN * gain.max()) & (parameters[norm.offset] != 0)
+
+
+def _bias_of(name: str, dim: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return the bias that is added to what a matrix makes of one of its sides, None where there is none."""
+    shape = [size for index, size in enumerate(parameters[name].shape) if index != dim]
+    bias = parameters.get(f"{name.removesuffix('weight')}bias")
+    return bias if bias is not None and list(bias.shape) == shape else None
+
+
+def _along(values: torch.Tensor, ndim: int, dim: int) -> torch.Tensor:
+    shape = [1] * ndim
+    shape[dim] = -1
+    return values.view(shape)
+
+
+def keeping_ones(vectors: torch.Tensor) -> torch.Tensor:
+    """Return an orthogonal Q with Q 1 = 1 whose columns are near to given ones.
+
+    [1/sqrt(D), V] has a column of ones, which maps e_1 to it; a Householder reflection that swaps the two comes first.
+
+    Args:
+        vectors: V, shape (D, D - 1), orthonormal and each of sum zero.
+    """
+    width = len(vectors)
+    ones = torch.full((width, 1), width**-0.5, dtype=vectors.dtype)
+    normal = ones.clone()
+    normal[0] -= 1.0
+    if not normal.any():  # of one channel
+        return ones
+    reflection = torch.eye(width, dtype=vectors.dtype) - 2 * normal @ normal.T / normal.square().sum()
+    return torch.cat([ones, vectors], dim=1) @ reflection
+
+
+def random_rotation(width: int, centred: bool, blocks: list[list[int]], seed: int) -> torch.Tensor:
+    """Return a random orthogonal Q, fp64, that moves channels within blocks only and keeps ones where `centred`."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.zeros(width, width, dtype=torch.float64)
+    for block in blocks:
+        numbers = torch.randn(len(block), len(block), dtype=torch.float64, generator=generator)
+        if centred:
+            numbers[:, 0] = 1.0
+        found = torch.linalg.qr(numbers)[0]
+        index = torch.tensor(block)
+        rotation[index[:, None], index] = keeping_ones(found[:, 1:]) if centred else found
+    return rotation

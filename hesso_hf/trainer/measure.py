@@ -1,0 +1,124 @@
+"""Measuring with a trainer's own loss: what structures cost before training, and CRIC's way to zero."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..config import HessoConfig
+from ..errors import HessoError
+from ..hf_models.tiny_model import attention_in_fp32
+from ..pruning.calibration import LossCurves, measure_curves, usable
+from ..pruning.cric_state import PROBE_BATCH_SIZE, PROBE_BATCHES
+from ..pruning.optimizer import HessoOptimizer
+from ..pruning.weights.snapshot import kept_random_state
+from ..structures.groups import PruningGroups
+
+logger = logging.get_logger(__name__)
+
+
+class Measurer:
+    """Measures a model with a trainer's loss on single examples, and leaves the trainer as it was.
+
+    Args:
+        trainer: whose data and loss are used.
+        config: of the run.
+        counted: names of the trainer's attributes in which its loss counts; those that it hasn't don't matter.
+    """
+
+    def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str]) -> None:
+        self._trainer, self._config, self._counted = trainer, config, tuple(counted)
+
+    def curves(self, model: PreTrainedModel, groups: PruningGroups) -> LossCurves:
+        """Measure what each structure costs."""
+        trainer, config = self._trainer, self._config
+        if trainer.train_dataset is None:
+            logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
+            examples = []
+        else:
+            with kept_random_state(trainer.args.device):  # collators may draw random numbers
+                examples = self.examples(config.calibration_examples)
+        shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
+        with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
+            return measure_curves(model, groups, examples, self._loss, config, progress=shown)
+
+    def probe(self, model: PreTrainedModel, optimizer: HessoOptimizer) -> None:
+        """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
+        trainer = self._trainer
+        if trainer.train_dataset is None:
+            raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
+        model.train()  # as the trainer does before each step, the optimizer's mode with it
+        if callable(getattr(optimizer, "train", None)):
+            optimizer.train()  # type: ignore[attr-defined]
+        with kept_random_state(trainer.args.device), self._uncounted():
+            count = PROBE_BATCHES * PROBE_BATCH_SIZE
+            examples = usable(model, self.examples(count), self._loss)
+            if not examples:
+                raise HessoError("`cric_mode` ('probe'): no example of `train_dataset` gives a finite loss; use 'path'")
+            batches = [examples[start : start + PROBE_BATCH_SIZE] for start in range(0, count, PROBE_BATCH_SIZE)]
+            scale = 1024.0 if trainer.accelerator.mixed_precision == "fp16" else 1.0
+            optimizer.probe([self._loss_of(model, batch, scale) for batch in batches if batch], scale)
+
+    def examples(self, count: int) -> list[Any]:
+        """Take examples spread over the training data (a stream's first ones), one a batch, on the device.
+
+        So the batch size and the number of processes don't matter to what is measured on them.
+        """
+        trainer = self._trainer
+        dataset: Any = trainer.train_dataset
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
+        if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+            step = max(1, len(dataset) // count)
+            examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
+        else:
+            examples = list(itertools.islice(iter(dataset), count))
+        return [trainer._prepare_inputs(collate([example])) for example in examples]
+
+    def tokens(self, count: int) -> list[Any]:
+        """Take single examples with about so many tokens that the model reads, or all that there are."""
+        few = self.examples(16)
+        length = sum(int(example["input_ids"].numel()) for example in few) / max(1, len(few))
+        return self.examples(max(16, math.ceil(count / max(1.0, length))))
+
+    def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
+        """Return the trainer's loss of a batch, which nothing counts."""
+        with self._uncounted(), attention_in_fp32(model):
+            return self._loss(model, batch)
+
+    def _loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
+        trainer = self._trainer
+        with trainer.compute_loss_context_manager():
+            items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+            # it may take labels out of the dict
+            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+        return loss[0] if isinstance(loss, tuple) else loss
+
+    def _loss_of(self, model: PreTrainedModel, examples: list[Any], loss_scale: float) -> Callable[[], torch.Tensor]:
+        """Return what computes the mean loss of some examples, with all but the last one's gradients taken already."""
+        scale = loss_scale / len(examples)
+
+        def loss() -> torch.Tensor:
+            torch.manual_seed(self._trainer.args.seed)  # the same dropout at every point
+            for example in examples[:-1]:
+                (self._loss(model, example) * scale).backward()
+            return self._loss(model, examples[-1]) * scale
+
+        return loss
+
+    @contextlib.contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """Put back what the trainer counted where it computed a loss."""
+        held = vars(self._trainer)
+        before = {name: copy.deepcopy(held[name]) for name in self._counted if name in held}
+        try:
+            yield
+        finally:
+            held.update(before)

@@ -1,0 +1,182 @@
+"""What a trainer prunes: the plan, its sizes and schedule, and the record of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..budget.solver import TargetSizes
+from ..config import HessoConfig
+from ..distributed.collectives import from_main
+from ..engines.engine import Engine
+from ..errors import HessoError
+from ..export.checkpoint_state import check_config, read_state
+from ..pruning.basis import StreamBasis
+from ..pruning.calibration import LossCurves
+from ..pruning.optimizer import HessoOptimizer
+from ..pruning.plan import PruningPlan
+from ..pruning.process import PruningProcess
+from ..pruning.schedule import Schedule, resolve_schedule
+from ..structures.lora import base_of
+from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
+from ..vocabulary.tokens import KeptTokens
+from .distillation import Distillation
+from .measure import Measurer
+from .stream import settle_in_basis
+
+logger = logging.get_logger(__name__)
+
+
+class PruningRun:
+    """What is pruned in one trainer, and when.
+
+    Args:
+        trainer: whose model is pruned.
+        config: what to prune and when.
+        engine: returns the trainer's engine of now.
+        counted: as `Measurer` takes it.
+
+    Attributes:
+        plan: groups, budget and target sizes.
+        measurer: what measures with the trainer's loss.
+        distillation: the teacher, where there is one.
+        basis: how the stream was turned, None in the given basis.
+        kept_tokens: the vocabulary that stays, where it is pruned.
+        resume_from: the checkpoint that training goes on from.
+    """
+
+    def __init__(
+        self, trainer: Trainer, config: HessoConfig, engine: Callable[[], Engine], counted: Iterable[str]
+    ) -> None:
+        self._trainer, self._config, self._engine = trainer, config, engine
+        self.resume_from: Path | None = None
+        self.basis: StreamBasis | None = None
+        self.kept_tokens: KeptTokens | None = None
+        self.distillation: Distillation | None = None
+        if config.prune_vocabulary:
+            check_countable(self.tokenizer, trainer.train_dataset)
+        self.plan = PruningPlan.prepare(self.whole, config)
+        self.measurer = Measurer(trainer, config, counted)
+        if config.distillation_alpha:
+            self.distillation = Distillation(trainer, config, engine(), self.model, self.tokenizer)
+
+    @property
+    def whole(self) -> nn.Module:
+        """What the trainer was given: the model, or a PeftModel around it."""
+        return self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model that is trained, adapters in place."""
+        return base_of(self.whole)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What is saved with a model, None where there is nothing."""
+        return self._trainer.processing_class or getattr(self._trainer.data_collator, "tokenizer", None)
+
+    @property
+    def process(self) -> PruningProcess:
+        """The pruning state, which `create_optimizer` has made."""
+        steps = self._engine().steps
+        assert steps is not None, "create_optimizer makes it"
+        return steps.process
+
+    # -- beginning ------------------------------------------------------------------------------------------------
+
+    def new_process(self) -> PruningProcess:
+        """Fix sizes and schedule, and make the pruning state."""
+        if self.plan.model is not self.model:  # `model_init` made a new one
+            self.plan = PruningPlan.prepare(self.whole, self._config)
+        process = self.plan.process(self._settle())
+        if self._config.prune_vocabulary:
+            self.kept_tokens = keep_tokens(
+                self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
+            )
+        return process
+
+    def _settle(self) -> Schedule:
+        """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
+        if self.resume_from is not None:
+            return self._settle_from(self.resume_from)
+        schedule = resolve_schedule(self._config, self._total_steps())
+        engine = self._engine()
+        if engine.measures_shards:
+            return schedule
+        self.basis = settle_in_basis(
+            self.plan, self.model, self.measurer, self.settle_sizes,
+            self._config.stream_basis if engine.turns_stream else "given",
+            self._config.stream_basis_tolerance,
+        )  # fmt: skip
+        return schedule
+
+    def _settle_from(self, folder: Path) -> Schedule:
+        state = read_state(folder)
+        check_config(state["config"], self._config.to_dict(), str(folder))
+        if self.distillation is not None:
+            self.distillation.check(state["training"].get("distillation"), str(folder))
+        turned = state["training"].get("stream_basis")
+        self.basis = StreamBasis(**turned) if turned else None  # the checkpoint's weights are turned already
+        self.plan.target = TargetSizes.from_dict(state["target"])
+        schedule = Schedule.from_dict(state["schedule"])
+        if schedule.end > self._total_steps():
+            raise HessoError(
+                f"`max_steps` ({self._total_steps()}) ends before pruning does (step {schedule.end} in "
+                f"{folder}); train for at least {schedule.end} steps"
+            )
+        return schedule
+
+    def _total_steps(self) -> int:
+        trainer = self._trainer
+        if trainer.state.max_steps > 0:
+            return trainer.state.max_steps
+        if trainer.args.max_steps > 0:
+            return trainer.args.max_steps
+        *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+        return max_steps
+
+    def settle_sizes(self) -> None:
+        """Measure the split between structures, and take what the main process found."""
+        self.plan.settle(lambda: self._engine().measure(self.model, self.curves))
+        self.plan.target = TargetSizes.from_dict(from_main(self.plan.target.to_dict()))
+        target = self.plan.target
+        logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
+
+    def curves(self) -> LossCurves:
+        """Measure what each structure costs."""
+        return self.measurer.curves(self.model, self.plan.groups)
+
+    # -- on the way -----------------------------------------------------------------------------------------------
+
+    def probe(self) -> None:
+        """Let CRIC look along the way to zero."""
+        steps = self._engine().steps
+        assert isinstance(steps, HessoOptimizer), "other engines refuse it"
+        self.measurer.probe(self.model, steps)
+
+    def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Count a micro-batch's loss, and return the one to watch for a collapse."""
+        return loss if self.distillation is None else self.distillation.note(loss)
+
+    def record(self) -> dict[str, Any]:
+        """Return what checkpoints and the report say of the run."""
+        process, curves = self.process, self.plan.curves
+        return {
+            "base_model": self.model.config.name_or_path,
+            "hesso_config": self._config.to_dict(),
+            "target": process.target.to_dict(),
+            "schedule": process.schedule.to_dict(),
+            "saliency": self._config.saliency_weights,
+            "calibration": curves.to_dict() if curves else None,
+            "stream_basis": self.basis.to_dict() if self.basis else None,
+            "steps": process.step,
+            "cric": process.cric_report(),
+            "distillation": self.distillation.record() if self.distillation else None,
+            "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
+        }

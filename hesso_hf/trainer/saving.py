@@ -1,0 +1,83 @@
+"""What a trainer's folders hold: the checkpoint to go on from, and a dense model in a smaller one's place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ..engines.engine import Engine
+from ..errors import HessoError
+from ..export.checkpoint_state import last_common_checkpoint
+from ..export.plots import PLOT_NAME
+from ..export.report import CARD_NAME, REPORT_NAME
+from ..pruning.process import PruningProcess
+from ..structures.uneven_layers import MODULE_NAME
+from .run import PruningRun
+
+logger = logging.get_logger(__name__)
+
+
+def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
+    """Return the folder to resume from; for True the last whole one, as a killed run may leave half a one.
+
+    Raises:
+        HessoError: where True was asked for and there is none.
+    """
+    if resume is not True:
+        return str(resume) if resume else None
+    last = last_common_checkpoint(Path(output_dir))
+    if last is None:
+        raise HessoError(f"`resume_from_checkpoint` (True): no whole checkpoint in {output_dir!r}")
+    return str(last)
+
+
+def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[], None]) -> None:
+    """Save the model as it is, with a warning, in place of a smaller one that may lie there.
+
+    Args:
+        plain: the trainer's own `save_model`.
+    """
+    process = engine.steps.process if engine.steps else None
+    done = "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"
+    logger.warning(f"pruning {done}: the dense model is saved in {target}, not a smaller one")
+    if engine.args.should_save:
+        _remove_export(target)
+    with _before_trial(process):
+        engine.save_dense(run, target, plain)
+
+
+def _remove_export(folder: Path) -> None:
+    """Remove the report, card and modelling file of a smaller model that a dense one replaces."""
+    if (folder / REPORT_NAME).exists():
+        for name in (REPORT_NAME, CARD_NAME, PLOT_NAME, f"{MODULE_NAME}.py"):
+            (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _before_trial(process: PruningProcess | None) -> Iterator[None]:
+    """Where CRIC has the weights on their way to zero, put those that they will return to in their place."""
+    snapshot = process.on_trial if process else None
+    if snapshot is None:
+        yield
+        return
+    logger.warning("CRIC has the weights on trial: those from before it are saved")
+    snapshot.swap_weights()
+    try:
+        yield
+    finally:
+        snapshot.swap_weights()
+
+
+def end_training(process: PruningProcess) -> None:
+    """Leave a trial that training ended in, and say where pruning hasn't finished."""
+    if process.on_trial is not None:
+        logger.warning("training ended in the middle of a CRIC cycle: the weights from before it are put back")
+        process.leave_trial()
+    if not process.finished:
+        logger.warning(
+            f"training ended at step {process.step} of pruning, which needs {process.schedule.end} (skipped steps "
+            "don't count): the model is still dense"
+        )

@@ -1,0 +1,70 @@
+"""What needs no framework imports none: `--version`, a report, and files that don't exist are answered at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hesso_hf.cli.commands import report
+from hesso_hf.export.report import REPORT_NAME
+
+FRAMEWORKS = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy")
+RUN = f"""
+import sys
+from hesso_hf.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as left:
+    code = left.code
+print("loaded:", sorted({set(FRAMEWORKS)!r} & set(sys.modules)))
+sys.exit(code)
+"""
+
+
+def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", RUN, *argv], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["--version"], 0, ""),
+        (["--help"], 0, ""),
+        (["plan", "--help"], 0, ""),
+        (["report", "small"], 0, ""),
+        (["report", "small", "--json"], 0, ""),
+        (["report", "nowhere"], 2, "nowhere has no pruning_report.json"),
+        (["prune", "nowhere.yaml"], 2, "no such file"),
+        (["prune", "bad.yaml"], 2, "did you mean 'pruning_ratio'"),
+        (["inspect", "./nowhere"], 2, "no such file or folder"),
+        (["inspect", "bundled", "--ratio", "50"], 2, "`pruning_ratio` (50.0)"),
+        (["plan", "nowhere/config.json"], 2, "no such file or folder"),
+        (["plan", "bundled", "--gpus", "0"], 2, "`num_gpus` (0)"),
+        (["export", "nowhere", "out"], 2, "is no folder"),
+        (["eval", "bundled"], 2, "needs `--dataset`"),
+        (["eval", "bundled", "--dataset", "no.txt"], 2, "no such file"),
+        (["survey", "--jobs", "0"], 2, "must be above zero"),
+        (["quickstart", "--dataset", "no.txt"], 2, "no such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_no_framework_is_imported(argv: list[str], code: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("hesso: {pruning_ration: 0.5}\n")
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / REPORT_NAME).write_text(json.dumps({
+        "parameters": {"before": 4000, "after": 2000}, "pruning_ratio": 0.5,
+        "sizes": {"before": {"intermediate_size": 44}, "after": {"intermediate_size": 22}},
+        "verification": {"fold_error": 1e-7, "rounding_error": 0.0, "dtype": "float32"},
+    }))  # fmt: skip
+    done = run(argv, tmp_path)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_the_report_is_looked_for_under_the_name_that_the_export_gives_it() -> None:
+    assert report.REPORT_NAME == REPORT_NAME

@@ -1,0 +1,36 @@
+"""What holds for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import proofs
+
+proofs.keep()
+
+# Files that take long come first, so that no worker is left alone with one at the end (`--dist loadfile`).
+LONG = (
+    "engines/test_fsdp.py", "distributed/test_parts.py", "trainer/test_cric_training.py", "cli/survey/test_survey.py",
+    "project/test_notebooks.py", "project/test_readme.py", "trainer/test_trl.py", "trainer/test_trainer.py",
+    "engines/test_deepspeed.py", "cli/test_main.py", "vocabulary/test_keep.py", "structures/test_layers.py",
+)  # fmt: skip
+
+# Files that prove anew: those of the proof, and one whose runs are compared bit for bit in one process.
+FRESH = ("tests.structures.proof.", "tests.trainer.test_cric_training")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order by file, long ones first."""
+    rank = {str(Path(__file__).parent / name): index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def _proofs_are_made_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Take a config's proof from an earlier test, but where proofs are tested or something is replaced."""
+    fresh = "monkeypatch" in request.fixturenames or request.module.__name__.startswith(FRESH)
+    with proofs.made_again(fresh):
+        yield

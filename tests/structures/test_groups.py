@@ -1,0 +1,67 @@
+"""Groups: what a user reads when a structure can't be pruned."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hesso_hf.config import HessoConfig
+from hesso_hf.errors import UnsupportedStructureError
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.structures.groups import MOST_OF_A_REASON, PruningGroups
+
+LLAMA = LlamaConfig(
+    hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+    vocab_size=67,
+)  # fmt: skip
+
+
+def refusal(groups: PruningGroups, *names: str) -> str:
+    with pytest.raises(UnsupportedStructureError) as caught:
+        groups.select(names, explicit=True)
+    return str(caught.value)
+
+
+def bert() -> BertLMHeadModel:
+    """A model whose norms lie on the stream itself, so that no narrower one computes the same."""
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertLMHeadModel(BertConfig(vocab_size=67, is_decoder=True, **sizes))
+
+
+def test_a_refusal_says_which_structure_of_which_class_stays_whole_and_what_to_prune_instead() -> None:
+    with pytest.raises(UnsupportedStructureError) as caught:
+        PruningPlan.prepare(bert(), HessoConfig(0.1, structures=["attention_heads", "embedding_channels"]))
+    message = str(caught.value)
+    assert message.startswith("`structures` (['attention_heads', 'embedding_channels']): attention heads of Bert")
+    assert "embedding channels of BertLMHeadModel stay whole" in message
+    assert "(reason: no layout reproduces the logits" in message
+    assert message.endswith("; can be pruned instead: ['mlp_channels']")
+
+
+def test_what_a_class_does_not_have_is_said_so() -> None:
+    with pytest.raises(UnsupportedStructureError) as caught:
+        PruningPlan.prepare(LlamaForCausalLM(LLAMA), HessoConfig(0.2, structures=["query_heads", "mlp_channels"]))
+    message = str(caught.value)
+    assert "LlamaForCausalLM has no query heads that could be pruned (reason: each query head has" in message
+    assert message.endswith("can be pruned instead: ['mlp_channels', 'embedding_channels']")
+
+
+def test_where_nothing_is_left_it_is_said_so() -> None:
+    groups = PruningGroups({}, {"mlp_channels": "a\n  long " + "x" * 500}, model_class="SomeForCausalLM")
+    message = refusal(groups, "mlp_channels")
+    assert message.endswith("; nothing else can be")
+    assert "(reason: a long xxx" in message
+    assert len(message) < MOST_OF_A_REASON + 200
+
+
+def test_all_structures_leaves_out_the_refused_ones_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("hesso_hf.pruning.plan")
+    logger.addHandler(caplog.handler)
+    try:
+        plan = PruningPlan.prepare(bert(), HessoConfig(0.1))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert list(plan.groups.structures) == ["mlp_channels"]
+    assert "attention heads of BertLMHeadModel stay whole" in caplog.text

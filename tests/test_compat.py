@@ -1,0 +1,140 @@
+"""What an upgrade may break: every private name that the library uses is in `compat`, and is what it takes it for."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+
+import hesso_hf
+from hesso_hf import HessoMixin, compat
+from tests.support.tiny import tiny_llama
+
+PACKAGE = Path(hesso_hf.__file__).parent
+STANDARD_LIBRARY = {"_SubParsersAction", "_actions"}  # argparse's
+
+
+def parameters_of(method: str) -> tuple[str, ...]:
+    return tuple(inspect.signature(getattr(Trainer, method)).parameters)[1:]
+
+
+@pytest.mark.parametrize("method", sorted(compat.TRAINER_OVERRIDES))
+def test_overridden_methods_of_the_trainer_take_what_they_took(method: str) -> None:
+    assert parameters_of(method) == compat.TRAINER_OVERRIDES[method]
+
+
+@pytest.mark.parametrize("method", sorted(compat.TRAINER_CALLS))
+def test_called_methods_of_the_trainer_take_what_they_are_given(method: str) -> None:
+    assert parameters_of(method)[: len(compat.TRAINER_CALLS[method])] == compat.TRAINER_CALLS[method]
+
+
+def test_every_overridden_method_is_in_the_table() -> None:
+    own = [base for base in HessoMixin.__mro__ if base.__module__.startswith("hesso_hf.")]
+    found = {name for base in own for name in vars(base) if callable(getattr(Trainer, name, None))}
+    assert {name for name in found if not name.startswith("__")} == compat.TRAINER_OVERRIDES.keys()
+
+
+@pytest.mark.parametrize("name", compat.TRAINER_ATTRIBUTES)
+def test_the_trainer_has_the_attributes(name: str) -> None:
+    assert f"self.{name}" in inspect.getsource(Trainer)
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in compat.ZERO_FIELDS.items() for n in names])
+def test_zero_has_the_fields(module: str, name: str) -> None:
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        pytest.skip("deepspeed isn't installed")
+    source = (Path(spec.origin).parent / "runtime" / "zero" / f"{module}.py").read_text(encoding="utf-8")
+    assert f"self.{name} =" in source or f"def {name}(" in source
+
+
+@pytest.mark.parametrize("name", sorted(compat.PRIVATE_NAMES))
+def test_private_names_are_where_they_were(name: str) -> None:
+    parts = compat.PRIVATE_NAMES[name].split(".")
+    if importlib.util.find_spec(parts[0]) is None:
+        pytest.skip(f"{parts[0]} isn't installed")
+    folder = Path(str(importlib.util.find_spec(parts[0]).origin)).parent  # type: ignore[union-attr]
+    file = folder.joinpath(*[part for part in parts[1:] if part[0].islower()]).with_suffix(".py")
+    assert name in file.read_text(encoding="utf-8")
+
+
+def test_no_private_name_is_used_that_compat_does_not_have() -> None:
+    """Attributes of other objects than `self`, and imports from other packages."""
+    known = set(compat.PRIVATE_NAMES) | STANDARD_LIBRARY
+    own, used = set(), {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id == "self" else set()
+            names: list[str] = []
+            if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [alias.name for alias in node.names]
+            for name in names:
+                if name.startswith("_") and not name.startswith("__") and path.name != "compat.py":
+                    used.setdefault(name, path.relative_to(PACKAGE))
+    own |= {name for name in compat.TRAINER_OVERRIDES if name != "_save_checkpoint"}  # by super()
+    assert {name: str(path) for name, path in used.items() if name not in known | own} == {}
+
+
+def test_the_store_is_the_one_that_processes_share() -> None:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        compat.default_store().set("a", "b")
+        assert compat.default_store().get("a") == b"b"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_tensors_of_a_module_are_replaced_and_stay_saved_or_not() -> None:
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("unsaved", torch.zeros(1), persistent=False)
+    compat.set_buffer(module, "unsaved", torch.ones(2))
+    compat.set_buffer(module, "running_mean", torch.ones(2))
+    compat.set_parameter(module, "weight", nn.Parameter(torch.full((2,), 5.0)))
+    assert module.state_dict()["running_mean"].tolist() == [1, 1]
+    assert "unsaved" not in module.state_dict()
+    assert module.unsaved.tolist() == [1, 1]
+    assert dict(module.named_parameters())["weight"].tolist() == [5, 5]
+
+
+def test_hooks_are_those_that_run_and_can_be_taken_off() -> None:
+    module, seen = nn.Identity(), []
+    module.register_forward_pre_hook(lambda *_: seen.append("before"))
+    module.register_forward_hook(lambda *_: seen.append("after"))
+    module(torch.zeros(1))
+    assert seen == ["before", "after"]
+    for hooks in compat.forward_hooks(module):
+        hooks.clear()
+    module(torch.zeros(1))
+    assert seen == ["before", "after"]
+
+
+def test_attention_is_what_the_model_computes_with() -> None:
+    model = tiny_llama()
+    assert compat.supports_sdpa(model)
+    compat.set_attention(model.config, "eager")
+    assert compat.attention_of(model.config) == "eager"
+    assert model(torch.zeros(1, 3, dtype=torch.long), output_attentions=True).attentions[0] is not None
+
+
+def test_a_model_is_built_in_a_dtype() -> None:
+    config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    assert compat.build_model(LlamaForCausalLM, config, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_deepspeed_has_the_options_under_the_name() -> None:
+    engine = pytest.importorskip("deepspeed.runtime.engine")
+    assert "self._config.load_universal_checkpoint" in inspect.getsource(engine.DeepSpeedEngine)

@@ -1,0 +1,126 @@
+"""`stream_basis`: turned before anything is measured, exact at the export, not again on resume, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.errors import CheckpointMismatchError, HessoError
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi, token_batches
+from tests.support.training import hesso_config, trainer
+
+RATIO: dict[str, Any] = {
+    "pruning_ratio": 0.3, "warmup_steps": 2, "pruning_steps": 5, "pruning_periods": 2, "saliency_batches": 2,
+    "calibration_examples": 4,
+}  # fmt: skip
+
+
+def whole(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_phi, lambda: tiny_llama(tie_word_embeddings=True)])
+def test_a_run_in_the_principal_basis_starts_with_the_same_function_and_exports_exactly(build, tmp_path: Path):
+    model, ids = build(), token_batches(1)[0]
+    expected, given = logits_of(model, ids), whole(model)
+    run = trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="principal", stream_basis_tolerance=10.0))
+    run.create_optimizer()
+    turned = whole(model)
+    assert not torch.equal(turned["model.embed_tokens.weight"], given["model.embed_tokens.weight"])
+    if not model.config.tie_word_embeddings:
+        assert relative_error(logits_of(model, ids), expected) <= 2e-6
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    model.eval()
+    assert relative_error(logits_of(small, ids), logits_of(model, ids)) <= 1e-5
+    report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
+    assert report["stream_basis"]["tokens"] == 64 * 10
+    assert report["stream_basis"]["error"] <= 1e-5
+
+
+def test_the_default_is_the_given_basis(tmp_path: Path):
+    model = tiny_llama()
+    given = whole(model)
+    run = trainer(tmp_path, model, hesso_config())
+    run.create_optimizer()
+    assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
+    assert run.hesso_run.record()["stream_basis"] is None
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_auto_takes_the_basis_that_is_expected_to_cost_less(better: bool, tmp_path: Path, monkeypatch):
+    model, expected = tiny_llama(), iter([2.0, 1.0 if better else 3.0])
+    given, ids = whole(model), token_batches(1)[0]
+    logits = logits_of(model, ids)
+    monkeypatch.setattr("hesso_hf.trainer.stream._expected", lambda plan: next(expected))
+    run = trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="auto"))
+    run.create_optimizer()
+    same = [torch.equal(given[name], parameter) for name, parameter in model.named_parameters()]
+    assert all(same) is not better
+    assert (run.hesso_run.basis is not None) is better
+    assert relative_error(logits_of(model, ids), logits) <= 2e-6
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+
+
+def test_auto_measures_both(tmp_path: Path, monkeypatch):
+    found: list[float | None] = []
+    from hesso_hf.trainer import stream
+
+    plain = stream._expected
+    monkeypatch.setattr(stream, "_expected", lambda plan: found.append(plain(plan)) or found[-1])
+    trainer(tmp_path, tiny_llama(), HessoConfig(**RATIO, stream_basis="auto")).create_optimizer()
+    assert len(found) == 2
+    assert all(isinstance(value, float) for value in found)
+    assert found[0] != found[1]
+
+
+def test_a_resumed_run_is_not_turned_again(tmp_path: Path):
+    config = HessoConfig(**RATIO, stream_basis="principal")
+    once = trainer(tmp_path / "once", tiny_llama(), config)
+    once.train()
+    first = trainer(tmp_path / "twice", tiny_llama(), config, save_strategy="steps", save_steps=4)
+    first.train()
+    second = trainer(tmp_path / "twice", tiny_llama(), config, save_strategy="no")
+    second.train(resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-4"))
+    assert second.hesso_run.basis == once.hesso_run.basis
+    for (name, found), parameter in zip(second.model.named_parameters(), once.model.parameters(), strict=True):
+        assert torch.equal(found, parameter), name
+    with pytest.raises(CheckpointMismatchError, match="stream_basis"):
+        trainer(tmp_path / "other", tiny_llama(), HessoConfig(**RATIO)).train(
+            resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-4")
+        )
+
+
+def test_what_cannot_be_turned_is_refused_by_name_or_stays_as_it_is(tmp_path: Path):
+    with pytest.raises(HessoError, match=r"`stream_basis` \('principal'\): .*post_attention_layernorm.* use 'auto'"):
+        trainer(tmp_path, tiny_gemma2(), HessoConfig(**RATIO, stream_basis="principal")).create_optimizer()
+    model = tiny_gemma2()
+    given = whole(model)
+    trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="auto")).create_optimizer()
+    assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
+    only_heads = HessoConfig(**RATIO, structures=["attention_heads"], stream_basis="principal")
+    with pytest.raises(HessoError, match="no channel of the stream is pruned"):
+        trainer(tmp_path, tiny_llama(), only_heads).create_optimizer()
+
+
+def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: Path):
+    strict: dict[str, Any] = {**RATIO, "stream_basis_tolerance": -1.0}
+    with pytest.raises(HessoError, match="gains differ too much"):
+        trainer(
+            tmp_path, tiny_llama(tie_word_embeddings=True), HessoConfig(**strict, stream_basis="principal")
+        ).create_optimizer()
+    model = tiny_llama(tie_word_embeddings=True)
+    given = whole(model)
+    run: HessoTrainer = trainer(tmp_path, model, HessoConfig(**strict, stream_basis="auto"))
+    run.create_optimizer()
+    assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
+    assert run.hesso_plan.curves is not None
