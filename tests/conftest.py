@@ -18,8 +18,7 @@ LONG = (
     "engines/test_deepspeed.py", "cli/test_main.py", "vocabulary/test_keep.py", "structures/test_layers.py",
 )  # fmt: skip
 
-# Files that prove anew: those of the proof, and one whose runs are compared bit for bit in one process.
-FRESH = ("tests.structures.proof.", "tests.trainer.test_cric_training")
+FRESH = "tests.structures.proof."  # whose tests prove anew
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

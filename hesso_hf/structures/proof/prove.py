@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...config import DEFAULT_STRUCTURES
 from ...errors import UnsupportedStructureError
 from ...hf_models.sizes import HIDDEN, MLP
 from ...hf_models.tiny_config import tiny_config
+from ...hf_models.tiny_model import SEED
 from ..build import moving_axes
 from ..experts import EXPERT_UNITS
 from ..groups import COUPLED, AxisName, Branch, PruningGroups, Scheme
@@ -38,8 +40,15 @@ def prove(
     """Prove the named structures, which must not exclude each other, for an architecture.
 
     Experts have one possible layout and need gates on the routers, so they are proved alone. Whole layers come last,
-    since they have to hold together with the others, and on a model of the real one's depth.
+    since they have to hold together with the others, and on a model of the real one's depth. Random numbers are of a
+    generator of the proof's own: a run's dropout doesn't depend on whether something was proved before.
     """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(SEED)
+        return _prove(model_class, config, names)
+
+
+def _prove(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
     others = tuple(name for name in names if name not in (EXPERT_UNITS, LAYER_UNITS))
     proof = _prove_units(model_class, config, others) if others else Proof({})
     found = dict(proof.structures)

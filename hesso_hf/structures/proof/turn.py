@@ -31,13 +31,14 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     Raises:
         UnsupportedStructureError: with the reason why another basis isn't exact, or can't be had.
     """
-    bench = Bench(model_class, covering_config(model_class, config))
-    names = ("attention_heads", "embedding_channels")
-    proof = Prover(bench).prove(names)["embedding_channels"]
-    if not isinstance(proof.scheme, Scheme):
-        raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
-    scheme = turn_scheme(bench, proof.scheme)
-    error = turn_error(bench, scheme)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whatever the caller's numbers and mode are
+        torch.manual_seed(SEED)
+        bench = Bench(model_class, covering_config(model_class, config))
+        proof = Prover(bench).prove(("attention_heads", "embedding_channels"))["embedding_channels"]
+        if not isinstance(proof.scheme, Scheme):
+            raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
+        scheme = turn_scheme(bench, proof.scheme)
+        error = turn_error(bench, scheme)
     if error > TOLERANCE:
         raise UnsupportedStructureError(f"turned logits differ: relative error {error:.1e} > {TOLERANCE:.0e}")
     return scheme, error

@@ -375,3 +375,15 @@ def test_layers_of_several_widths_are_refused_not_crashed_on():
     random_model(model_class_of(config), config)  # the class accepts it
     for structure in inspect_model(config).structures.values():
         assert (structure.status == "proved") == (not structure.reason)
+
+
+def test_a_proof_depends_on_neither_its_callers_random_numbers_nor_its_mode():
+    config = transformers.LlamaConfig(**SMALL, intermediate_size=100, num_key_value_heads=2)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with torch.no_grad():
+            found.append(prove(transformers.LlamaForCausalLM, config))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1]
