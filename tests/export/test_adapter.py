@@ -143,6 +143,7 @@ def test_a_merge_that_differs_from_the_trained_model_is_not_published(
     trained: Callable[[str], HessoTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained("llama")
+    monkeypatch.setattr(run.hesso_config, "lora_export", "merged")
     of = Adapters.of.__func__  # type: ignore[attr-defined]
 
     def halved(cls: Any, model: Any) -> Adapters:

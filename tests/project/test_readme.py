@@ -25,7 +25,7 @@ from hesso_hf.config import SALIENCIES
 from tests.support import ROOT, families
 
 README = ROOT / "README.md"
-LISTS = [ROOT / "docs" / "architectures.md"]  # written by a command, without code to run
+LISTS = [ROOT / "docs" / name for name in ("architectures.md", "glossary.md")]  # without code to run
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")

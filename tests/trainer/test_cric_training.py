@@ -20,6 +20,7 @@ from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from hesso_hf.trainer.measure import Measurer
 from tests.support import ROOT, forks
 from tests.support.checks import assert_same, check_equal, propagated
 from tests.support.tiny import tiny_llama
@@ -412,17 +413,19 @@ def test_a_probe_leaves_the_random_state_of_pythons_and_numpys_collators(tmp_pat
 
 @pytest.mark.parametrize("evaluated", [False, True])
 @pytest.mark.parametrize("warmup", [0, WARMUP])
-def test_the_probe_sees_the_model_as_training_does(tmp_path: Path, warmup: int, evaluated: bool) -> None:
+def test_the_probe_sees_the_model_as_training_does(
+    tmp_path: Path, warmup: int, evaluated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its dropout, whether steps or an evaluation came before."""
-    modes = []
+    modes, plain = [], Measurer._loss
 
-    class Watched(HessoTrainer):
-        def _batch_loss(self, model: Any, batch: Any) -> torch.Tensor:
-            modes.append(model.training)
-            return super()._batch_loss(model, batch)
+    def watched(self: Measurer, model: Any, batch: Any) -> torch.Tensor:
+        modes.append(model.training)
+        return plain(self, model, batch)
 
+    monkeypatch.setattr(Measurer, "_loss", watched)
     changes = {"eval_strategy": "steps", "eval_steps": 1, "options": {"eval_dataset": blocks(4)}} if evaluated else {}
-    run = cric_run(tmp_path, "probe", {"warmup_steps": warmup}, trainer_class=Watched, max_steps=8, **changes)
+    run = cric_run(tmp_path, "probe", {"warmup_steps": warmup}, max_steps=8, **changes)
     run.train()
     assert len(modes) >= 2 * SAMPLES
     assert all(modes)
