@@ -77,6 +77,9 @@ def engine_options(engine: Any) -> Any:
 
 # -- what is overridden or read where it belongs -----------------------------------------------------------------------
 
+# Parameters of these methods that the oldest Transformers hasn't.
+NEWER = ("private",)
+
 # Methods of transformers.Trainer that the mixin overrides, with the parameters that it counts on.
 TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "_clip_grad_norm": ("model",),
@@ -103,7 +106,7 @@ TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "create_accelerator_and_postprocess": (),
     "create_optimizer": ("model",),
     "log": ("logs", "start_time"),
-    "push_to_hub": ("commit_message", "blocking", "token", "revision", "private", "kwargs"),
+    "push_to_hub": ("commit_message", "blocking", "token", "revision", "kwargs"),
     "save_model": ("output_dir", "_internal_call"),
     "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
@@ -118,7 +121,7 @@ TRAINER_CALLS: Mapping[str, tuple[str, ...]] = {
     "_prepare_inputs": ("inputs",),
     "compute_loss_context_manager": (),
     "get_tp_size": (),
-    "init_hf_repo": ("token", "private"),
+    "init_hf_repo": ("token",),
     "set_initial_training_values": ("args", "dataloader"),
 }
 

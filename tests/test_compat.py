@@ -27,7 +27,8 @@ def parameters_of(method: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("method", sorted(compat.TRAINER_OVERRIDES))
 def test_overridden_methods_of_the_trainer_take_what_they_took(method: str) -> None:
-    assert parameters_of(method) == compat.TRAINER_OVERRIDES[method]
+    found = tuple(name for name in parameters_of(method) if name not in compat.NEWER)
+    assert found == compat.TRAINER_OVERRIDES[method]
 
 
 @pytest.mark.parametrize("method", sorted(compat.TRAINER_CALLS))

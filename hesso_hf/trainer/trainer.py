@@ -262,7 +262,8 @@ class HessoMixin(_TrainerBase):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            asked = {} if private is None else {"private": private}  # which Transformers takes since 5.23
+            self.init_hf_repo(token=token, **asked)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None

@@ -126,7 +126,11 @@ def test_every_documented_path_leads_to_something(page: Path):
         owner: object = hesso_hf
         for depth, name in enumerate(path.split(".")[1:], start=2):
             prefix = ".".join(path.split(".")[1:depth])
-            owner = __import__(f"hesso_hf.{prefix}", fromlist=["_"]) if prefix in MODULES else getattr(owner, name)
+            if prefix in MODULES:
+                owner = __import__(f"hesso_hf.{prefix}", fromlist=["_"])
+            else:
+                assert hasattr(owner, name), path
+                owner = getattr(owner, name)
 
 
 @pytest.mark.parametrize("heavy", ["pruning", "trainer", "engines", "cli"])

@@ -31,6 +31,18 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     Raises:
         UnsupportedStructureError: with the reason why another basis isn't exact, or can't be had.
     """
+    try:
+        scheme, error = _tried(model_class, config)
+    except UnsupportedStructureError:
+        raise
+    except Exception as failure:  # model code may fail on a turned model with any exception type
+        raise UnsupportedStructureError(f"{type(failure).__name__}: {failure}") from failure
+    if error > TOLERANCE:
+        raise UnsupportedStructureError(f"turned logits differ: relative error {error:.1e} > {TOLERANCE:.0e}")
+    return scheme, error
+
+
+def _tried(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[TurnScheme, float]:
     with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whatever the caller's numbers and mode are
         torch.manual_seed(SEED)
         bench = Bench(model_class, covering_config(model_class, config))
@@ -38,10 +50,7 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         if not isinstance(proof.scheme, Scheme):
             raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
         scheme = turn_scheme(bench, proof.scheme)
-        error = turn_error(bench, scheme)
-    if error > TOLERANCE:
-        raise UnsupportedStructureError(f"turned logits differ: relative error {error:.1e} > {TOLERANCE:.0e}")
-    return scheme, error
+        return scheme, turn_error(bench, scheme)
 
 
 def turn_scheme(bench: Bench, channels: Scheme) -> TurnScheme:

@@ -134,3 +134,12 @@ def test_a_bias_beside_a_gain_of_zero_is_refused_where_readers_have_none_and_not
 def test_what_keeps_a_class_to_its_given_basis_is_named(model_type: str, reason: str):
     with pytest.raises(UnsupportedStructureError, match=reason):
         prove_turn(*default_config(model_type))
+
+
+def test_whatever_a_turned_model_fails_with_is_a_refusal(monkeypatch: pytest.MonkeyPatch):
+    def failing(*_: object) -> float:
+        raise RuntimeError("sizes must match")
+
+    monkeypatch.setattr("hesso_hf.structures.proof.turn.turn_error", failing)
+    with pytest.raises(UnsupportedStructureError, match="RuntimeError: sizes must match"):
+        prove_turn(type(tiny_llama()), tiny_llama().config)
