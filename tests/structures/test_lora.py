@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from hesso_hf import HessoConfig, HessoTrainer, wrap_optimizer
@@ -345,8 +345,7 @@ def test_an_adapter_that_is_merged_off_or_frozen_is_refused() -> None:
 
 
 def test_adapters_that_no_peft_model_holds_are_refused() -> None:
-    model = tiny_llama()
-    model.add_adapter(lora_config())
+    model = inject_adapter_in_model(lora_config(), tiny_llama())
     with pytest.raises(UnsupportedStructureError, match="get_peft_model"):
         PruningPlan.prepare(model, hesso_config())
 
