@@ -43,8 +43,8 @@ def check(config: HessoConfig) -> None:
         HessoError: with the argument, the value, what is allowed, and what to do.
     """
     for part in (
-        _check_types, _check_budget, _check_structures, _check_schedule, _check_collapse, _check_distillation,
-        _check_saliency,
+        _check_types, _check_budget, _check_basis, _check_structures, _check_schedule, _check_collapse,
+        _check_distillation, _check_saliency,
     ):  # fmt: skip
         part(config)
 
@@ -89,6 +89,11 @@ def _check_budget(config: HessoConfig) -> None:
             f"`round_to` ({config.round_to}) and `tensor_parallel_size` ({config.tensor_parallel_size}) can't be kept "
             "to in every layer with `layer_widths` ('per_layer'); leave them out or use 'uniform'"
         )
+
+
+def _check_basis(config: HessoConfig) -> None:
+    if config.stream_basis == "given":
+        _check_idle(config, "stream_basis_tolerance", "does nothing with `stream_basis` ('given')")
 
 
 def _check_structures(config: HessoConfig) -> None:

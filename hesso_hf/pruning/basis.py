@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed.collectives import from_main
 from ..distributed.parts import stock_class
 from ..errors import HessoError
 from ..structures.proof.turn import prove_turn
@@ -87,13 +88,16 @@ def turn_stream(
     parameters = dict(model.named_parameters())
     if any(parameter.is_meta for parameter in parameters.values()):
         raise HessoError("`model` has weights on the meta device; load them before the stream is turned")
+    turn.check_gains(parameters)
     total, tokens = stream_covariance(model, turn, batches)
+    if not total.any():
+        raise HessoError("`batches`: no norm of the stream was given hidden states, so there is no basis to turn into")
     if tokens < (wanted := max(LEAST_TOKENS, LEAST_PER_CHANNEL * turn.width)):
         logger.warning(
             f"`batches` have {tokens:,} tokens for a basis of {turn.width} channels; {wanted:,} or more tell more"
         )
     blocks, rise = _uniform_gain_(model, turn, parameters, batches, clusters, tolerance, loss or _own_loss)
-    rotation = principal_rotation(total, turn.centred, blocks)
+    rotation = from_main(principal_rotation(total, turn.centred, blocks))  # sums may differ in the last bit
     turn.turn_(parameters, rotation)
     return StreamBasis(error, tokens, len(blocks), rise, _energy(total, rotation))
 

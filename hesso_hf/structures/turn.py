@@ -96,11 +96,7 @@ class StreamTurn:
         Raises:
             UnsupportedStructureError: where a reader has none then; nothing is changed.
         """
-        for norm in self.norms:
-            closed = _closed(norm, parameters)
-            for name, dim in norm.readers if closed.any() else ():
-                if _bias_of(name, dim, parameters) is None:
-                    raise UnsupportedStructureError(f"{norm.scale} has gains near zero beside a bias, {name} has none")
+        self.check_gains(parameters)
         for norm in self.norms:
             gain, closed = parameters[norm.scale].double() + norm.shift, _closed(norm, parameters)
             for name, dim in norm.readers:
@@ -112,6 +108,18 @@ class StreamTurn:
             if norm.offset:
                 left = torch.where(closed, 0.0, parameters[norm.offset].double())
                 parameters[norm.offset].copy_(left / torch.where(closed | (gain == 0), 1.0, gain))
+
+    def check_gains(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Refuse what `fold_gains_` can't do, before anything is changed.
+
+        Raises:
+            UnsupportedStructureError: where a bias has almost no gain to be divided by and its readers have none.
+        """
+        for norm in self.norms:
+            closed = _closed(norm, parameters)
+            for name, dim in norm.readers if closed.any() else ():
+                if _bias_of(name, dim, parameters) is None:
+                    raise UnsupportedStructureError(f"{norm.scale} has gains near zero beside a bias, {name} has none")
 
     @torch.no_grad()
     def turn_(self, parameters: Mapping[str, torch.Tensor], rotation: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed.collectives import from_main
 from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_of, turn_stream
@@ -56,13 +57,14 @@ def settle_in_basis(
         logger.info(f"the stream stays in its given basis: {error}")
         return None
     settle()
-    if before is None or (after := _expected(plan)) is None or after + basis.rise < before:
+    after = _expected(plan)
+    if from_main(before is None or after is None or after + basis.rise < before):
         logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
         return basis
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(copies[name])
-    assert sizes is not None
+    assert sizes is not None, "another process has measured both bases, so this one has too"
     plan.target, plan.curves = sizes
     logger.info(f"the stream stays in its given basis: a loss of +{before:.3f} is expected there, +{after:.3f} turned")
     return None

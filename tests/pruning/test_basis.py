@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from hesso_hf.errors import HessoError
+from hesso_hf.errors import HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning.basis import gain_clusters, principal_rotation, stream_covariance, turn_of, turn_stream
 from tests.support.tiny import HIDDEN, tiny_gpt2, tiny_llama, tiny_phi, token_batches
@@ -119,3 +119,27 @@ def test_a_tied_model_needs_a_loss():
         turn_stream(tiny_llama(tie_word_embeddings=True), [{"input_ids": BATCHES[0]["input_ids"]}])
     untied = tiny_llama()
     assert turn_stream(untied, [{"input_ids": BATCHES[0]["input_ids"]}]).clusters == 1
+
+
+def test_what_is_refused_for_its_gains_keeps_the_last_gain_too():
+    """A tied model's gain is made uniform only when nothing else can be in the way."""
+    model = tiny_gpt2()
+    parameters = dict(model.named_parameters())
+    turn = turn_of(model)[0]
+    with torch.no_grad():
+        parameters[turn.norms[0].scale][5] = 0.0
+    broken = {name: None for name, _ in turn.norms[0].readers}
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hesso_hf.structures.turn._bias_of", lambda name, *_: broken.get(name))
+        with pytest.raises(UnsupportedStructureError, match="gains near zero"):
+            turn_stream(model, BATCHES, tolerance=10.0)
+    assert all(torch.equal(before[name], parameter) for name, parameter in parameters.items())
+
+
+def test_a_basis_of_nothing_is_refused(monkeypatch):
+    monkeypatch.setattr(
+        "hesso_hf.pruning.basis.stream_covariance", lambda *_: (torch.zeros(HIDDEN, HIDDEN).double(), 64)
+    )
+    with pytest.raises(HessoError, match="no norm of the stream was given hidden states"):
+        turn_stream(tiny_llama(), BATCHES)

@@ -26,24 +26,27 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.trainer.test_distributed import run_job
-run_job(Path(sys.argv[1]), per_device=2)
+run_job(Path(sys.argv[1]), per_device=2, **dict(zip(sys.argv[3::2], sys.argv[4::2])))
 """
 
 
-def run_job(folder: Path, per_device: int) -> None:
+def run_job(folder: Path, per_device: int, **changes: str) -> None:
     """Train on a global batch of 4, save the small model, and leave weights and decisions of every rank."""
     run = trainer(
-        folder, config=HessoConfig(**RATIO), max_steps=STEPS, per_device_train_batch_size=per_device,
+        folder, config=HessoConfig(**RATIO, **changes), max_steps=STEPS, per_device_train_batch_size=per_device,
         learning_rate=1e-3, logging_steps=STEPS,
     )  # fmt: skip
     run.train()
     run.save_model(str(folder / "small"))
     rank = run.args.process_index
     kept = run.hesso_optimizer.process.kept_units().to_dict()
+    turned = run.hesso_run.basis is not None
     weights = {
         name: parameter.detach() for name, parameter in run.accelerator.unwrap_model(run.model).named_parameters()
     }
-    torch.save({"kept": kept, "weights": weights, "world": run.args.world_size}, folder / f"rank{rank}.pt")
+    torch.save(
+        {"kept": kept, "weights": weights, "world": run.args.world_size, "turned": turned}, folder / f"rank{rank}.pt"
+    )
 
 
 _LEAVE = "\nfrom hesso_hf.distributed.collectives import leave\nleave()\n"
@@ -75,14 +78,28 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_equal_one(two_ranks: Path, tmp_path: Path) -> None:
     run_job(tmp_path, per_device=4)
-    alone = torch.load(tmp_path / "rank0.pt", weights_only=True)
-    ranks = [torch.load(two_ranks / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert not check_alike(two_ranks, tmp_path)
+
+
+def test_two_processes_turn_the_stream_as_one_does(tmp_path: Path) -> None:
+    done = launch(_WORKER, str(tmp_path / "two"), str(ROOT), "stream_basis", "principal")
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_job(tmp_path / "one", per_device=4, stream_basis="principal")
+    assert check_alike(tmp_path / "two", tmp_path / "one")
+
+
+def check_alike(two: Path, one: Path) -> bool:
+    """Assert that two processes decided and trained as one; return whether all of them turned the stream."""
+    alone = torch.load(one / "rank0.pt", weights_only=True)
+    ranks = [torch.load(two / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert ranks[0]["kept"] == ranks[1]["kept"] == alone["kept"]
     for name, weight in alone["weights"].items():
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name]), name
         error = (ranks[0]["weights"][name] - weight).abs().max() / weight.abs().max()
         assert error <= 1e-5, (name, float(error))
+    assert ranks[0]["turned"] == ranks[1]["turned"] == alone["turned"]
+    return alone["turned"]
 
 
 def test_two_processes_write_one_small_model(two_ranks: Path) -> None:
