@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +23,24 @@ LONG = (
 FRESH = "tests.structures.proof."  # whose tests prove anew
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have a folder for proofs from before workers are started until the session ends."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(proofs.shared())
+    config.add_cleanup(stack.close)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order by file, long ones first."""
     rank = {str(Path(__file__).parent / name): index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_no_garbage() -> None:
+    """Spare the collections that Accelerate makes at every training a walk through all that has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

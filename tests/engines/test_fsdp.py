@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from tests.support.training import hesso_config, said_by_the_dense_model, traine
 
 LONG = 40  # steps: 27 of them after the last period
 LOADED_BY_ONE = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-RATIO = {"pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 9, "pruning_periods": 3}
+RATIO = {"pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 9, "pruning_periods": 3, "calibration_examples": 4}
 
 
 def build(folder: str, steps: int, processes: int, hesso: dict[str, Any] | None = None, **changes: Any) -> HessoTrainer:
@@ -86,11 +87,29 @@ class OwnNumbers(TrainerCallback):
             torch.manual_seed(50 + args.process_index)
 
 
-def every_step(folder: str, processes: int, dropout: float = 0.0, **changes: Any) -> HessoTrainer:
-    """Build a CRIC run that writes a checkpoint every step, in which processes draw random numbers of their own."""
+class SaveAfter(TrainerCallback):
+    """Writes checkpoints after certain steps."""
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self._steps = set(steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save, where it is one of the steps."""
+        if state.global_step in self._steps:
+            control.should_save = True
+
+
+def cric_run(
+    folder: str, processes: int, dropout: float = 0.0, saved: Iterable[int] = (), **changes: Any
+) -> HessoTrainer:
+    """Build a CRIC run in which processes draw random numbers of their own.
+
+    Args:
+        saved: steps after which it writes a checkpoint.
+    """
     model = tiny_llama(seed=4, attention_dropout=dropout)
-    options = {"save_strategy": "steps", "save_steps": 1} | changes
-    return build(folder, STEPS, processes, model=model, hesso=CRIC, options={"callbacks": [OwnNumbers()]}, **options)
+    callbacks = {"callbacks": [OwnNumbers(), SaveAfter(saved)]}
+    return build(folder, STEPS, processes, model=model, hesso=CRIC, options=callbacks, **changes)
 
 
 def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
@@ -106,7 +125,7 @@ def state_of(run: HessoTrainer) -> dict[str, torch.Tensor]:
 
 def resumed_job(folder: str, processes: int, steps: list[int], dropout: float = 0.0) -> None:
     """Train without interruption, then again from some of the checkpoints, and compare bit for bit."""
-    whole = every_step(f"{folder}/whole", processes, dropout)
+    whole = cric_run(f"{folder}/whole", processes, dropout, saved=[*steps, 4, STEPS])
     whole.train()
     expected = state_of(whole)
     for step in steps:
@@ -114,7 +133,7 @@ def resumed_job(folder: str, processes: int, steps: list[int], dropout: float = 
         if whole.args.process_index == 0:
             shutil.copytree(f"{folder}/whole/out/checkpoint-{step}", output / f"checkpoint-{step}")
         dist.barrier()
-        again = every_step(f"{folder}/from-{step}", processes, dropout)
+        again = cric_run(f"{folder}/from-{step}", processes, dropout)
         again.train(resume_from_checkpoint=True)
         found = state_of(again)
         assert found.keys() == expected.keys()
@@ -125,7 +144,7 @@ def resumed_job(folder: str, processes: int, steps: list[int], dropout: float = 
 
 def one_job(folder: str, processes: int) -> None:
     """Go on from a checkpoint to the end, and save the small model."""
-    run = every_step(folder, processes)
+    run = cric_run(folder, processes)
     run.train(resume_from_checkpoint=True)
     run.save_model(f"{folder}/small")
     torch.save({"kind": type(run.model).__name__}, f"{folder}/rank{run.args.process_index}.pt")
@@ -156,7 +175,7 @@ def jobs(folder: Path) -> list[Job]:
         Job(__name__, "job", folder / "loaded", taught | {"stored": str(folder / "stored")}, LOADED_BY_ONE),
         Job(__name__, "best_job", folder / "best"),
         Job(__name__, "resumed_job", folder / "resumed", {"steps": [3, 10]}),  # in a CRIC cycle, in a period
-        Job(__name__, "killed_job", folder / "not-killed"),
+        Job(__name__, "killed_job", folder / "not-killed", {"saves": False}),
         Job(__name__, "stopped_job", folder / "not-stopped", {"pause": 0.0}),
     ]
 
@@ -252,10 +271,14 @@ def test_interrupted_equals_uninterrupted_and_other_numbers_of_processes_go_on(t
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
-def killed_job(folder: str, processes: int) -> None:
-    """Train and save, from the last checkpoint where there is one, and leave what each process holds."""
+def killed_job(folder: str, processes: int, saves: bool = True) -> None:
+    """Train and save, from the last checkpoint where there is one, and leave what each process holds.
+
+    Args:
+        saves: whether a checkpoint is written after every step.
+    """
     killing.arm()
-    run = every_step(folder, processes, dropout=0.2, save_total_limit=3)
+    run = cric_run(folder, processes, dropout=0.2, saved=range(STEPS + 1) if saves else (), save_total_limit=3)
     run.train(resume_from_checkpoint=last_checkpoint(Path(folder) / "out") is not None or None)
     run.save_model(f"{folder}/small")
     torch.save(state_of(run), f"{folder}/final{run.args.process_index}.pt")
@@ -276,7 +299,7 @@ def check_kills(folder: Path, alone: Path, events: list[str], seed: int) -> None
             shutil.rmtree(folder / "killed" / "small")
             fresh += 1
             assert fresh < 4, f"{event} is never reached"
-    done = fsdp_cpu.run(folder / "killed", __name__, "killed_job")
+    done = fsdp_cpu.run(folder / "killed", __name__, "killed_job", saves=False)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in range(2):
         expected = torch.load(alone / f"final{rank}.pt", weights_only=True)
@@ -312,7 +335,7 @@ def test_one_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) ->
 
 def dying_job(folder: str, processes: int) -> None:
     """Train; process 1 dies in step 5."""
-    run = every_step(folder, processes)
+    run = cric_run(folder, processes)
     plain = run.training_step
 
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -356,7 +379,7 @@ def test_every_node_saves_a_whole_model_of_its_own(tmp_path: Path) -> None:
 
 def stopped_job(folder: str, processes: int, pause: float = 0.5) -> None:
     """Train slowly, with a checkpoint only when told to stop; or go on from it."""
-    run = every_step(folder, processes, save_strategy="no", enable_jit_checkpoint=True)
+    run = cric_run(folder, processes, enable_jit_checkpoint=True)
     plain = run.training_step
 
     def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -22,7 +21,7 @@ from hesso_hf import HessoConfig
 from hesso_hf.cli.main import _parser
 from hesso_hf.cli.recipe import RunArguments, recipe_parser
 from hesso_hf.config import SALIENCIES
-from tests.support import ROOT, families
+from tests.support import ROOT, families, forks
 
 README = ROOT / "README.md"
 LISTS = [ROOT / "docs" / name for name in ("architectures.md", "glossary.md")]  # without code to run
@@ -34,7 +33,7 @@ NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
 RUN_BLOCKS = """
 import contextlib, io, json, sys
 namespace, printed = {"__name__": "__main__"}, []
-for block in json.loads(sys.stdin.read()):
+for block in json.load(open(sys.argv[1], encoding="utf-8")):
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(compile(block, "block", "exec"), namespace)
     printed.append(out.getvalue())
@@ -110,19 +109,13 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path not in LISTS], ids=lambda path: path.name)
-def test_blocks_run_and_print_what_is_shown(path: Path, tmp_path: Path) -> None:
+def test_blocks_run_and_print_what_is_shown(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(path)
     code = [text for language, text in found if language == "python"]
     assert code
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_BLOCKS],
-        input=json.dumps(code),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=env,
-    )
+    (tmp_path / "blocks.json").write_text(json.dumps(code), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    done = forks.run(RUN_BLOCKS, "blocks.json")
     assert done.returncode == 0, done.stderr[-3000:]
     printed = iter(json.loads(done.stdout.partition("PRINTED")[2]))
     for (language, _), (following, shown) in zip(found, [*found[1:], ("", "")], strict=True):

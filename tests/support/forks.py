@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import selectors
@@ -154,6 +155,8 @@ def serve() -> None:
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # Accelerate collects garbage at every training: workers needn't look through all that is imported
     threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 1
     assert threads == 1, f"{threads} threads: what another one holds would be held for ever after a fork"
     signal.signal(signal.SIGCHLD, _reap)
