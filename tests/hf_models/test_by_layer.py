@@ -8,7 +8,7 @@ from hesso_hf.hf_models.by_layer import common_size, set_common_size, set_common
 from hesso_hf.hf_models.resize import resized_config
 from hesso_hf.hf_models.sizes import HEADS, KV_HEADS, ConfigSizes, get_size, set_sizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
-from hesso_hf.structures.units import num_units, unit_increments
+from hesso_hf.structures.build import num_units, unit_increments
 
 
 def heads(config: Any) -> list[int]:
