@@ -12,7 +12,6 @@ from ..config import OPT_IN, HessoConfig
 from ..errors import HessoError
 from ..hf_models.build import load_config, model_class_of
 from ..structures.groups import PruningGroups, StructureGroups
-from ..structures.layers import parameters_of_layer
 from ..structures.proof.prove import proved_groups
 from ..structures.proof.result import Proof
 from ..structures.shape_probe import AxisMap
@@ -137,7 +136,8 @@ def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -
         for _, axis in groups.all_axes()
     )
     if groups.stack:  # all of a layer goes, not only what writes to the stream
-        per_unit = sum(math.prod(info.shape) for info in parameters_of_layer(groups, axis_map))
+        first = f"{groups.stack}.0"
+        per_unit = sum(math.prod(info.shape) for info in axis_map.parameters.values() if info.layer == first)
         total = per_unit * groups.num_units
     return StructureInspection(
         "proved", groups.num_units, len(groups.layers), per_unit, total,

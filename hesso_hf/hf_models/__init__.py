@@ -18,25 +18,14 @@ if TYPE_CHECKING:
     from .tiny_model import random_model
 
 __all__ = [
-    "ConfigSizes",
-    "build_meta",
-    "get_size",
-    "load_model",
-    "load_tokenizer",
-    "random_model",
-    "resized_config",
+    "ConfigSizes", "build_meta", "get_size", "load_model", "load_tokenizer", "random_model", "resized_config",
     "tiny_config",
-]
+]  # fmt: skip
 __getattr__ = hand_on(
     __name__,
     {
-        "ConfigSizes": "sizes",
-        "build_meta": "build",
-        "get_size": "sizes",
-        "load_model": "loading",
-        "load_tokenizer": "loading",
-        "random_model": "tiny_model",
-        "resized_config": "resize",
+        "ConfigSizes": "sizes", "build_meta": "build", "get_size": "sizes", "load_model": "loading",
+        "load_tokenizer": "loading", "random_model": "tiny_model", "resized_config": "resize",
         "tiny_config": "tiny_config",
     },
-)
+)  # fmt: skip

@@ -31,12 +31,21 @@ def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
+    return causal_class_of(type(config), config.model_type)
+
+
+def causal_class_of(config_class: type[PretrainedConfig], model_type: str) -> type[PreTrainedModel]:
+    """Return the causal language model of a config class.
+
+    Raises:
+        UnsupportedStructureError: where Transformers has none.
+    """
     mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
+    if config_class not in mapping:
         raise UnsupportedStructureError(
-            f"model_type {config.model_type!r} has no causal language model in the installed transformers"
+            f"model_type {model_type!r} has no causal language model in the installed transformers"
         )
-    found: Any = mapping[type(config)]
+    found: Any = mapping[config_class]
     return found[0] if isinstance(found, list | tuple) else found
 
 

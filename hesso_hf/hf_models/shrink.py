@@ -12,8 +12,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .by_layer import set_common_value
-from .fewer_layers import keep_some_layers
+from .by_layer import keep_some_layers
 from .sizes import (
     BY_LAYER,
     EXPERT_MLP,
@@ -28,6 +27,7 @@ from .sizes import (
     VOCAB,
     get_size,
     raw_value,
+    set_common_value,
     size_places,
     text_config_of,
     varies,
@@ -54,6 +54,7 @@ class Geometry:
     all_layers: bool = False
 
 
+SIDE = Geometry(heads=4, kv_heads=4, head_dim=8, hidden=32)  # of parts beside the text decoder
 # Sizes of the field that have no canonical name here. All differ from each other and from the canonical ones.
 _WIDTHS = {
     EXPERT_MLP: 28, "expert_ffn_hidden_size": 28, "moe_ffn_hidden_size": 28, "shared_expert_intermediate_size": 36,
@@ -106,7 +107,6 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
     values = config.to_dict()
     is_text, has_width = config is text, bool(size_places(config, HIDDEN))
     parts = {name for name in values if isinstance(raw_value(config, name), PretrainedConfig)}
-    old_hidden = get_size(config, HIDDEN) if is_text or not parts else None
     if is_text or not parts:
         if not geometry.all_layers:
             keep_some_layers(config, values, geometry.layers_of_a_kind)
@@ -116,10 +116,9 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
             set_common_value(values, name, fields.pop(name))
         for name in values.keys() & fields.keys():
             values[name] = _resized(values[name], fields[name], may_grow=name not in _COUNTS)
-        if old_hidden:
+        if old_hidden := get_size(config, HIDDEN):
             _follow(values, old_hidden, geometry.hidden, done=fields.keys())
-        _shrink_overrides(old, values, fields)
-        _shrink_lists(old, values, fields)
+        _keep_ratios(old, values, fields)
         _keep_relations(old, values)
         _shrink_rotary(config, values, geometry)
     for name in parts:
@@ -130,16 +129,14 @@ def _shrink(config: PretrainedConfig, text: PretrainedConfig, geometry: Geometry
     return values
 
 
-SIDE = Geometry(heads=4, kv_heads=4, head_dim=8, hidden=32)
-
-
 def _sizes_of_fields(config: PretrainedConfig, geometry: Geometry) -> dict[str, int]:
     """Return the small value of each field, by its own name."""
-    canonical = {HEADS: geometry.heads, KV_HEADS: geometry.kv_heads, HIDDEN: geometry.hidden, MLP: TINY_MLP}
-    canonical |= {VOCAB: TINY_VOCAB, EXPERT_MLP: 28, EXPERTS: 4}
+    canonical = {
+        HEADS: geometry.heads, KV_HEADS: geometry.kv_heads, HIDDEN: geometry.hidden, MLP: TINY_MLP,
+        VOCAB: TINY_VOCAB, EXPERT_MLP: 28, EXPERTS: 4, "hidden_size_global": geometry.hidden,
+    }  # fmt: skip
     if geometry.head_dim is not None or isinstance(raw_value(config, HEAD_DIM), int):
         canonical[HEAD_DIM] = geometry.head_dim or geometry.hidden // geometry.heads
-    canonical |= {"hidden_size_global": geometry.hidden}
     fields = dict(_WIDTHS) | _COUNTS | ({} if geometry.own_heads else _HEAD_SIZES)
     fields |= {name: size for name, size in canonical.items() if name not in type(config).attribute_map}
     for name, size in canonical.items():
@@ -192,20 +189,17 @@ def _keep_relations(old: dict[str, Any], values: dict[str, Any]) -> None:
                 values[names[0]] = int(values[names[2]] * values[HIDDEN]) // values[names[1]]
 
 
-def _shrink_overrides(old: dict[str, Any], values: dict[str, Any], fields: dict[str, int]) -> None:
-    """Sizes that single layers have for themselves keep their ratio to the others'."""
-    for override in (values.get("per_layer_config") or {}).values():
-        for name, value in override.items():
-            base = old.get(name)
-            if name in fields and isinstance(value, int) and isinstance(base, int) and base:
-                override[name] = _in_ratio(value, base, values[name])
-
-
-def _shrink_lists(old: dict[str, Any], values: dict[str, Any], fields: dict[str, int]) -> None:
-    """Lists of one size a layer beside that size keep their ratios to it."""
+def _keep_ratios(old: dict[str, Any], values: dict[str, Any], fields: dict[str, int]) -> None:
+    """What single layers have for themselves, and lists of one size a layer, keep their ratios to the common size."""
+    overrides = (values.get("per_layer_config") or {}).values()
     for name in fields:
-        by_layer, base = values.get(name + BY_LAYER), old.get(name)
-        if isinstance(by_layer, list) and isinstance(base, int) and base:
+        base = old.get(name)
+        if not isinstance(base, int) or not base:
+            continue
+        for override in overrides:
+            if isinstance(value := override.get(name), int):
+                override[name] = _in_ratio(value, base, values[name])
+        if isinstance(by_layer := values.get(name + BY_LAYER), list):
             values[name + BY_LAYER] = [max(1, item * values[name] // base) for item in by_layer]
 
 
@@ -226,9 +220,8 @@ def _shrink_rotary(config: PretrainedConfig, values: dict[str, Any], geometry: G
         head_dim = geometry.head_dim or geometry.hidden // geometry.heads
     for name in ("rope_parameters", "rope_scaling"):
         for rope in _rotary_dicts(values.get(name)):
-            half = (
-                int(head_dim * (rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0)) // 2
-            )
+            share = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
+            half = int(head_dim * share) // 2
             for key in _FREQUENCY_LISTS:
                 if isinstance(rope.get(key), list):
                     rope[key] = (rope[key] * half)[:half]

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .build import build_meta, model_class_of
-from .by_layer import common_size, set_common_size
 
 HEADS, KV_HEADS, HEAD_DIM = "num_attention_heads", "num_key_value_heads", "head_dim"
 HIDDEN, MLP, LAYERS = "hidden_size", "intermediate_size", "num_hidden_layers"
@@ -42,17 +41,15 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # Sizes that encoder-decoder classes give to both halves; the first half is what a decoder alone reads.
 _HALVES = {
-    HEADS: ("decoder_attention_heads", "encoder_attention_heads"),
-    MLP: ("decoder_ffn_dim", "encoder_ffn_dim"),
-    LAYERS: ("decoder_layers", "encoder_layers"),
-}
-_HALVES_OF_COUNTS = {
-    HEADS: ("num_decoder_attention_heads", "num_encoder_attention_heads"),
-    LAYERS: ("num_decoder_layers", "num_encoder_layers"),
+    HEADS: (
+        ("decoder_attention_heads", "encoder_attention_heads"),
+        ("num_decoder_attention_heads", "num_encoder_attention_heads"),
+    ),
+    MLP: (("decoder_ffn_dim", "encoder_ffn_dim"),),
+    LAYERS: (("decoder_layers", "encoder_layers"), ("num_decoder_layers", "num_encoder_layers")),
 }
 _WITH_WIDTH = ("word_embed_proj_dim", "embedding_size")  # of the embedding: the width, where nothing projects it
-# Switches with which the model code makes another size of the one that the config says.
-_ADJUSTED_BY = {MLP: ("block_auto_adjust_ff_dim",)}
+_ADJUSTS_MLP = "block_auto_adjust_ff_dim"  # a switch: the model code makes another MLP size of the one that is said
 BY_LAYER = "_per_layer"  # behind a size's name: a list with one a layer, which the model code reads instead
 # State space layers: their heads, the channels of a head, and by what they exceed the width.
 MIXER_HEADS = (
@@ -71,14 +68,14 @@ def size_places(config: PretrainedConfig, name: str) -> list[tuple[PretrainedCon
     halves of an encoder-decoder. An attribute that is None counts where no other is found.
     """
     text = text_config_of(config)
-    for halves in (_HALVES, _HALVES_OF_COUNTS):
-        found = [(text, half) for half in halves.get(name, ()) if raw_value(text, half) is not None]
+    for halves in _HALVES.get(name, ()):
+        found = [(text, half) for half in halves if raw_value(text, half) is not None]
         if found:
-            return found + [(text, name)] * (name == LAYERS and _is_plain(text, name))
+            plain = name not in type(text).attribute_map and isinstance(raw_value(text, name), int)
+            return found + [(text, name)] * (name == LAYERS and plain)
     parts = [part for part in (raw_value(text, key) for key in _PARTS) if isinstance(part, PretrainedConfig)]
-    owners = [*parts, text]  # what a part says is what the model code reads
     places = []
-    for owner in owners:
+    for owner in (*parts, text):  # what a part says is what the model code reads
         names = (type(owner).attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
         held = [
             (owner, attribute) for attribute in names if _refuses_to_say(owner, attribute) or hasattr(owner, attribute)
@@ -167,8 +164,42 @@ def set_sizes(config: PretrainedConfig, sizes: dict[str, Any]) -> None:
             elif not isinstance(getattr(type(owner), attribute, None), property):
                 _follow_by_layer(owner, attribute, value)
                 setattr(owner, attribute, value)
-        for switch in _switched_on(config, name):
-            setattr(text_config_of(config), switch, False)
+        if name == MLP:
+            _keep_as_said(config)
+
+
+def common_size(config: PretrainedConfig, name: str) -> int | None:
+    """Return into how many equal parts a size divides in every layer; None where no layer has its own.
+
+    With 128 heads in most layers and 64 in some that is 64: a part is two heads or one.
+    """
+    values: dict[str, Any] = config.to_dict()
+    size: Any = values.get(name)
+    own = _own_sizes(values, name)
+    if not own or not all(isinstance(value, int) and value > 0 for value in (size, *own)):
+        return None
+    return math.gcd(size, *own)
+
+
+def set_common_size(config: PretrainedConfig, name: str, parts: int) -> None:
+    """Write a size as that many parts, in place; every layer keeps its own number of indices for each."""
+    values = config.to_dict()
+    set_common_value(values, name, parts)
+    config.per_layer_config = None  # type: ignore[assignment]  # its setter takes a dict, or None to reset it
+    setattr(config, name, values[name])
+    config.per_layer_config = values["per_layer_config"]
+
+
+def set_common_value(values: dict[str, Any], name: str, parts: int) -> None:
+    """Write a size as that many parts into a config's fields, in place."""
+    divisor = math.gcd(values[name], *_own_sizes(values, name))
+    for holder in (values, *(values.get("per_layer_config") or {}).values()):
+        if name in holder:
+            holder[name] = holder[name] // divisor * parts
+
+
+def _own_sizes(values: dict[str, Any], name: str) -> list[int]:
+    return [own[name] for own in (values.get("per_layer_config") or {}).values() if name in own]
 
 
 def _follow_by_layer(config: PretrainedConfig, name: str, value: Any) -> None:
@@ -178,14 +209,19 @@ def _follow_by_layer(config: PretrainedConfig, name: str, value: Any) -> None:
         setattr(config, name + BY_LAYER, [item * value // old for item in by_layer])
 
 
-def _switched_on(config: PretrainedConfig, name: str) -> list[str]:
-    """List the switches that make the model code adjust a size."""
-    return [switch for switch in _ADJUSTED_BY.get(name, ()) if raw_value(text_config_of(config), switch) is True]
+def _keep_as_said(config: PretrainedConfig) -> None:
+    """Switch off that the model code adjusts the MLP size, where it does."""
+    if _is_adjusted(config):
+        setattr(text_config_of(config), _ADJUSTS_MLP, False)
+
+
+def _is_adjusted(config: PretrainedConfig) -> bool:
+    return raw_value(text_config_of(config), _ADJUSTS_MLP) is True
 
 
 def _is_derived(config: PretrainedConfig, name: str, places: list[tuple[PretrainedConfig, str]]) -> bool:
     """Tell whether the model code takes another size than the config says."""
-    return name == MLP and bool(places) and (raw_value(*places[0]) is None or bool(_switched_on(config, name)))
+    return name == MLP and bool(places) and (raw_value(*places[0]) is None or _is_adjusted(config))
 
 
 def canonical_name(config: PretrainedConfig, name: str) -> str:
@@ -220,10 +256,6 @@ def _refuses_to_say(config: PretrainedConfig, name: str) -> bool:
     return False
 
 
-def _is_plain(config: PretrainedConfig, name: str) -> bool:
-    return name not in type(config).attribute_map and isinstance(raw_value(config, name), int)
-
-
 @lru_cache(maxsize=64)
 def _derived_size(model_type: str, config_json: str, attribute: str) -> int | None:
     """Find the value that, written explicitly, leaves every parameter shape as it is, and whose successor doesn't."""
@@ -231,8 +263,7 @@ def _derived_size(model_type: str, config_json: str, attribute: str) -> int | No
         config = CONFIG_MAPPING[model_type].from_dict(json.loads(config_json))
         model_class = model_class_of(config)
         expected = _shapes_with(model_class, config, {})
-        for switch in _switched_on(config, MLP):
-            setattr(text_config_of(config), switch, False)
+        _keep_as_said(config)
         hidden = get_size(config, HIDDEN) or 0
         dims = {dim for shape in expected for dim in shape}
         for value in sorted(dims, key=lambda dim: (dim != 4 * hidden, dim)):

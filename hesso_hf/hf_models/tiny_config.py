@@ -14,11 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import HessoError, UnsupportedStructureError
-from .build import build_meta
+from .build import build_meta, causal_class_of
 from .shrink import TINY_MLP, TINY_VOCAB, Geometry, has_frequency_lists, shrink_values
 from .sizes import (
     HEAD_DIM,
@@ -49,11 +49,9 @@ def default_config(model_type: str) -> tuple[type[PreTrainedModel], PretrainedCo
     Raises:
         HessoError: where Transformers has no causal language model of that type.
     """
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in AutoModelForCausalLM._model_mapping:
-        raise HessoError(f"model_type {model_type!r} has no causal language model in the installed transformers")
-    config_class = CONFIG_MAPPING[model_type]
-    found: Any = AutoModelForCausalLM._model_mapping[config_class]
-    model_class = found[0] if isinstance(found, list | tuple) else found
+    known = model_type in CONFIG_MAPPING
+    config_class = CONFIG_MAPPING[model_type] if known else PretrainedConfig  # which has no model
+    model_class = causal_class_of(config_class, model_type)
     return model_class, config_for(model_class, config_class(**_architectures().get(model_type, {}).get("set", {})))
 
 
@@ -69,10 +67,7 @@ def config_for(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
 def tiny_config(
     model_class: type[PreTrainedModel], config: PretrainedConfig, all_layers: bool = False
 ) -> PretrainedConfig:
-    """Return a config of the same class with small sizes that differ, large epsilons and one layer of each kind.
-
-    Args:
-        all_layers: whether to keep every layer instead of one of each kind.
+    """Return a small config of the same class: sizes that differ, large epsilons, one layer of each kind or all layers.
 
     Raises:
         UnsupportedStructureError: where no candidate builds and runs; with each different reason.
@@ -152,17 +147,13 @@ def _candidate(config: PretrainedConfig, geometry: Geometry) -> PretrainedConfig
         where = values
         if text is not config:
             where = next(values[name] for name in config.sub_configs if getattr(config, name, None) is text)
-        if not isinstance(getattr(type(text), HEAD_DIM, None), property) and not _names_head_dim(text):
+        if not isinstance(getattr(type(text), HEAD_DIM, None), property) and HEAD_DIM not in type(text).attribute_map:
             where[HEAD_DIM] = where.get(HEAD_DIM) or geometry.head_dim
     _merge(values, _architectures().get(config.model_type, {}).get("tiny", {}))
     found = type(config).from_dict(values)
     if not isinstance(raw_value(config, MLP), int) and ConfigSizes.of(found).get(MLP):
         set_sizes(found, {MLP: TINY_MLP})  # what the model code would derive from the width
     return found
-
-
-def _names_head_dim(config: PretrainedConfig) -> bool:
-    return HEAD_DIM in type(config).attribute_map
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -188,5 +179,5 @@ def check_runs(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
 
 
 def short(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:200]
+    """Return the beginning of an error's message in one line."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:200]

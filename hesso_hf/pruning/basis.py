@@ -21,10 +21,10 @@ from transformers.utils import logging
 from ..distributed.collectives import from_main
 from ..distributed.parts import stock_class
 from ..errors import HessoError
+from ..structures.build import num_units
 from ..structures.proof.turn import prove_turn
 from ..structures.shape_probe import probe_axes
 from ..structures.turn import StreamTurn, keeping_ones
-from ..structures.units import num_units
 
 logger = logging.get_logger(__name__)
 

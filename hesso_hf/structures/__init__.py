@@ -20,10 +20,7 @@ __all__ = ["AxisMap", "KeptUnits", "Layout", "PruningGroups", "cut_model"]
 __getattr__ = hand_on(
     __name__,
     {
-        "AxisMap": "shape_probe",
-        "KeptUnits": "groups",
-        "Layout": "layout",
-        "PruningGroups": "groups",
+        "AxisMap": "shape_probe", "KeptUnits": "groups", "Layout": "layout", "PruningGroups": "groups",
         "cut_model": "cut",
     },
-)
+)  # fmt: skip

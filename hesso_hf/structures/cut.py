@@ -12,14 +12,13 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..compat import set_buffer
-from ..distributed.parts import Part, plain_name, stock_class
+from ..distributed.parts import Part, plain_name, stock_class, whole
 from ..errors import UnsupportedStructureError
 from ..hf_models.resize import resized_config
 from ..hf_models.sizes import head_dim_of
-from .apply import centre_, mask_
 from .groups import Axis, KeptUnits, PruningGroups
 from .layers import full_names, is_dropped, kept_layers, without_dropped_layers
-from .uneven_layers import annotate_config, layer_list, layer_sizes, rebuild_layers, with_own_names
+from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
 logger = logging.get_logger(__name__)
 
@@ -33,9 +32,9 @@ def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, k
             parameter = parameters[axis.parameter].data
             pruned = torch.ones(structure.num_units, dtype=torch.bool, device=parameter.device)
             pruned[list(layers[layer])] = False
-            mask_(parameter, axis, pruned)
+            axis.mask_(parameter, pruned)
             if axis.centred and pruned.any():
-                centre_(parameter, axis, (~pruned).float())
+                axis.centre_(parameter, (~pruned).float())
 
 
 @torch.no_grad()
@@ -92,23 +91,17 @@ def copy_buffers(small: PreTrainedModel, full: PreTrainedModel, groups: PruningG
 
 
 def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
-    indices = axis.layout.indices(units, total)
-    if int(indices.max()) >= tensor.shape[axis.dim]:
+    if axis.layout.size(total) > tensor.shape[axis.dim]:
         raise UnsupportedStructureError(
             f"{axis.parameter} dimension {axis.dim} ({tensor.shape[axis.dim]}) is shorter than its {total} units need"
         )
-    return _folded(tensor.index_select(axis.dim, indices.to(tensor.device)), axis, len(units) / total)
-
-
-def _folded(cut: torch.Tensor, axis: Axis, share: float) -> torch.Tensor:
-    """Take the axis' power of c, the root of the share of units that are kept, in fp32."""
-    if not axis.power:
-        return cut
-    return (cut.float() + axis.shift) * math.sqrt(share) ** axis.power - axis.shift
+    return cut_part(tensor, whole(tensor.shape), [(axis, units, total)])
 
 
 def cut_part(tensor: torch.Tensor, part: Part, cuts: Iterable[tuple[Axis, torch.Tensor, int]]) -> torch.Tensor:
     """Return what is left of a part of a tensor when units are cut; it has fewer indices where the part has some.
+
+    What takes a power of c, the root of the share of units that are kept, is folded in fp32.
 
     Args:
         cuts: (axis, kept units, all units) of each cut.
@@ -117,7 +110,9 @@ def cut_part(tensor: torch.Tensor, part: Part, cuts: Iterable[tuple[Axis, torch.
         indices = axis.layout.indices(units, total)
         first, held = part.starts[axis.dim], part.sizes[axis.dim]
         here = indices[(indices >= first) & (indices < first + held)] - first
-        tensor = _folded(tensor.index_select(axis.dim, here.to(tensor.device)), axis, len(units) / total)
+        tensor = tensor.index_select(axis.dim, here.to(tensor.device))
+        if axis.power:
+            tensor = (tensor.float() + axis.shift) * math.sqrt(len(units) / total) ** axis.power - axis.shift
     return tensor
 
 
@@ -142,9 +137,7 @@ def build_cut(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) ->
     with no_init_weights():
         small = stock_class(model)(config)
         if uneven is not None:
-            uneven = with_own_names(config, uneven)
             rebuild_layers(small, layer_list(groups), uneven)
-            annotate_config(config, stock_class(model).__name__, uneven)
     small.tie_weights()
     if model.can_generate():
         small.generation_config = copy.deepcopy(model.generation_config)

@@ -8,10 +8,10 @@ Legend: E experts a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import NotApplicableError, UnsupportedStructureError
@@ -20,13 +20,13 @@ from ..hf_models.resize import copy_with
 from ..hf_models.sizes import EXPERTS, ConfigSizes, get_size
 from .groups import Axis, StructureGroups
 from .layout import layout_with_rest
-from .shape_probe import describe_parameters, layer_of
+from .shape_probe import layer_and_pattern
 
 EXPERT_UNITS = "experts"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 _BEST_OF_GROUP = 2  # experts by which a group is scored in group-limited routing
 
-Shapes = Mapping[str, tuple[int, ...]]
+Named = Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,15 @@ def expert_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) 
         other = build_meta(model_class, copy_with(config, {EXPERTS: experts + pools}, sizes))
     except Exception as error:  # model code may refuse a size with any exception type
         raise UnsupportedStructureError(f"`{EXPERTS}` can't be changed in the model code: {error}") from error
+    owners = dict(base.named_modules())
     layers: dict[str, list[Axis]] = {}
-    infos = describe_parameters(base)
-    for axis in _moving(_shapes(base), _shapes(other), experts, pools):
-        layers.setdefault(infos[axis.parameter].layer, []).append(axis)
+    for axis in _moving(base.named_parameters(), other.named_parameters(), experts, pools):
+        layers.setdefault(layer_and_pattern(axis.parameter, owners)[0], []).append(axis)
     if not layers:
         raise NotApplicableError(f"no parameter's shape depends on `{EXPERTS}`: no layer has experts")
-    owners = dict(base.named_modules())
     buffers: dict[str, list[Axis]] = {layer: [] for layer in layers}
-    for axis in _moving(_buffer_shapes(base), _buffer_shapes(other), experts, pools):
-        buffers.setdefault(layer_of(axis.parameter, owners), []).append(axis)
+    for axis in _moving(base.named_buffers(), other.named_buffers(), experts, pools):
+        buffers.setdefault(layer_and_pattern(axis.parameter, owners)[0], []).append(axis)
     if buffers.keys() != layers.keys():
         raise UnsupportedStructureError(f"{EXPERT_UNITS}: a buffer outside of {list(layers)} depends on `{EXPERTS}`")
     return StructureGroups(
@@ -103,16 +102,9 @@ def expert_groups(model_class: type[PreTrainedModel], config: PretrainedConfig) 
     )  # fmt: skip
 
 
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _buffer_shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
-
-
-def _moving(base: Shapes, other: Shapes, experts: int, step: int) -> list[Axis]:
+def _moving(tensors: Named, of_other: Named, experts: int, step: int) -> list[Axis]:
     """List the axes that grow by whole blocks with each expert; what is left over belongs to none and lies behind."""
+    base, other = ({name: tensor.shape for name, tensor in found} for found in (tensors, of_other))
     if base.keys() != other.keys():
         odd = sorted(base.keys() ^ other.keys())[0]
         raise UnsupportedStructureError(

@@ -47,6 +47,58 @@ class Axis:
         along = self.layout.expand(values, fixed_value)
         return (part.along(along, self.dim) if part is not None else along).view(shape)
 
+    @torch.no_grad()
+    def shrink_(self, tensor: torch.Tensor, factors: torch.Tensor, part: Part | None = None) -> None:
+        """Multiply each unit's slice by its factor, shape (U,), in place; 1 leaves it as it is, bit for bit.
+
+        Args:
+            tensor: the parameter's data, or what this process holds of it.
+            part: which part that is; all of it by default.
+        """
+        spread = self.spread(factors.to(tensor.device, tensor.dtype), tensor.dim(), part=part)
+        tensor.mul_(spread)
+        if self.shift:  # (w + shift) * f - shift, without rounding where f is 1
+            tensor.add_((spread - 1) * self.shift)
+
+    @torch.no_grad()
+    def mask_(
+        self, tensor: torch.Tensor, pruned: torch.Tensor, fill: float | None = None, part: Part | None = None
+    ) -> None:
+        """Set pruned units' slices to what stands for zero, in place, even where they hold NaN.
+
+        Args:
+            tensor, part: as for `shrink_`.
+            pruned: shape (U,), bool.
+            fill: the value; by default -shift, so that the effective weight is zero.
+        """
+        spread = self.spread(pruned.to(tensor.device), tensor.dim(), fixed_value=False, part=part)
+        tensor.masked_fill_(spread, -self.shift if fill is None else fill)
+
+    @torch.no_grad()
+    def centre_(
+        self,
+        tensor: torch.Tensor,
+        scales: torch.Tensor,
+        share: float = 1.0,
+        part: Part | None = None,
+        total: torch.Tensor | None = None,
+    ) -> None:
+        """Take the mean out of what is written to the residual stream, in place, each channel by its scale.
+
+        A norm that subtracts the mean over all channels doesn't see it while all scales are 1; when pruned channels are
+        at zero the kept ones have mean zero among themselves.
+
+        Args:
+            tensor, part: as for `shrink_`.
+            scales: shape (U,), 1 kept to 0 pruned.
+            share: of the mean, how much is taken out.
+            total: sum over the channels of all parts, where `tensor` holds some of them.
+        """
+        scales = scales.to(tensor.device, tensor.dtype)
+        spread = self.spread(scales, tensor.dim(), part=part)
+        total = tensor.sum(self.dim, keepdim=True) if total is None else total.to(tensor.device, tensor.dtype)
+        tensor.sub_(spread * (total * (share / scales.sum())))
+
 
 @dataclass(frozen=True)
 class StructureGroups:
@@ -87,10 +139,7 @@ class StructureGroups:
         return {name: increment * kept for name, increment in self.increments.items()}
 
     def check_pools(self, layers: Iterable[Iterable[int]]) -> None:
-        """Check that each layer keeps equally many units in every pool.
-
-        Args:
-            layers: indices of the kept units, per layer.
+        """Check that each layer keeps equally many units in every pool; `layers` holds each one's kept indices.
 
         Raises:
             HessoError: naming the first layer where it doesn't, with the numbers.

@@ -7,7 +7,7 @@ Legend: L layers, U units a layer; for this structure U is the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import NotApplicableError, UnsupportedStructureError
@@ -21,11 +21,7 @@ LAYER_UNITS = "layers"  # the name of the structure
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """What the proof settles for whole layers: valid for every size of the architecture.
-
-    Attributes:
-        writers: pattern and dimension of all that writes to the stream in a layer.
-    """
+    """What the proof settles for whole layers: pattern and dimension of all that writes to the stream in a layer."""
 
     writers: frozenset[AxisName]
 
@@ -72,23 +68,17 @@ def layer_groups(axis_map: AxisMap, scheme: LayerScheme) -> StructureGroups:
     Raises:
         UnsupportedStructureError: as `stack_of` does, or where nothing writes to the stream.
     """
-    stack, axes = stack_of(axis_map), []
-    seen: set[str] = set()
+    stack = stack_of(axis_map)
+    axes: dict[str, Axis] = {}
     for parameter, dim in axis_map.moving((HIDDEN,)):
         info = axis_map.parameters[parameter]
-        if (info.pattern, dim) in scheme.writers and info.name not in seen:
-            seen.add(info.name)
-            axes.append(Axis(parameter, dim, owned_layout(info.shape[dim], int(info.layer.rpartition(".")[2]))))
+        if (info.pattern, dim) in scheme.writers and parameter not in axes:
+            layer = int(info.layer.rpartition(".")[2])
+            axes[parameter] = Axis(parameter, dim, owned_layout(info.shape[dim], layer))
     if not axes:
         raise UnsupportedStructureError("nothing was found that writes to the residual stream in a layer")
-    return StructureGroups(LAYER_UNITS, {LAYERS: 1}, axis_map.sizes.by_name[LAYERS], ("",), (tuple(axes),), stack=stack)
-
-
-def parameters_of_layer(groups: StructureGroups, axis_map: AxisMap) -> Iterator[ParameterInfo]:
-    """Yield the parameters of the first layer, which all layers have alike."""
-    for info in axis_map.parameters.values():
-        if info.layer == f"{groups.stack}.0":
-            yield info
+    layers = axis_map.sizes.by_name[LAYERS]
+    return StructureGroups(LAYER_UNITS, {LAYERS: 1}, layers, ("",), (tuple(axes.values()),), stack=stack)
 
 
 def in_stack(groups: PruningGroups, info: ParameterInfo) -> str:

@@ -25,6 +25,11 @@ class Segment:
     fixed: int = 0
     unit: int | None = None
 
+    def __str__(self) -> str:
+        if self.fixed:
+            return str(self.fixed) if self.unit is not None else f"fixed {self.fixed}"
+        return str(self.block) if self.repeat == 1 else f"{self.repeat}x{self.block}"
+
     def size(self, units: int) -> int:
         """Return the number of indices for `units` units."""
         return self.fixed or self.repeat * units * self.block
@@ -73,7 +78,7 @@ class Layout:
         return "block" if self.segments[0].repeat == 1 else "stride"
 
     def __str__(self) -> str:
-        return f"{self.kind}({', '.join(_segment_text(segment) for segment in self.segments)})"
+        return f"{self.kind}({', '.join(map(str, self.segments))})"
 
     def size(self, units: int) -> int:
         """Return the axis' length for `units` units."""
@@ -95,26 +100,22 @@ class Layout:
         stretches = [segment for segment in self.segments if segment.fixed]
         if fixed_to < 0 or (fixed_to == 0) != (fixed == 0):
             return None
-        if per_unit * self.segments_block % self.per_unit and not by_runs:
-            return None
         if len(stretches) > 1 and fixed_to != fixed:
             return None
-        if by_runs and per_unit != self.per_unit and (len(self.segments) > 1 or self.segments_block > 1):
+        block = math.gcd(*(segment.block for segment in self.segments if not segment.fixed))
+        if by_runs and per_unit != self.per_unit and (len(self.segments) > 1 or block > 1):
+            return None
+        if not by_runs and per_unit * block % self.per_unit:
             return None
         segments = []
         for segment in self.segments:
-            if by_runs and not segment.fixed:
-                segments.append(Segment(segment.repeat * per_unit // self.per_unit, segment.block))
-            elif segment.fixed:
+            if segment.fixed:
                 segments.append(Segment(fixed=fixed_to if len(stretches) == 1 else segment.fixed))
+            elif by_runs:
+                segments.append(Segment(segment.repeat * per_unit // self.per_unit, segment.block))
             else:
                 segments.append(Segment(segment.repeat, segment.block * per_unit // self.per_unit))
         return Layout(tuple(segments))
-
-    @property
-    def segments_block(self) -> int:
-        """Greatest common divisor of the blocks."""
-        return math.gcd(*(segment.block for segment in self.segments if not segment.fixed))
 
     def expand(self, values: torch.Tensor, fixed_value: float = 1.0) -> torch.Tensor:
         """Spread one value per unit, shape (U,), over the axis; indices of no unit get `fixed_value`."""
@@ -137,16 +138,6 @@ class Layout:
         keep = torch.zeros(num_units, dtype=torch.bool)
         keep[units] = True
         return self.expand(keep, fixed_value=True).nonzero().flatten()
-
-
-def _segment_text(segment: Segment) -> str:
-    if segment.unit is not None:
-        return str(segment.fixed)
-    if segment.fixed:
-        return f"fixed {segment.fixed}"
-    if segment.repeat == 1:
-        return str(segment.block)
-    return f"{segment.repeat}x{segment.block}"
 
 
 def block_layout(block: int) -> Layout:

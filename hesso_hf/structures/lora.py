@@ -22,7 +22,7 @@ from ..compat import set_buffer, set_parameter
 from ..distributed.parts import named_parameters, stock_class
 from ..errors import HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
-from .groups import Axis, PruningGroups, StructureGroups
+from .groups import Axis, PruningGroups
 
 ADAPTER_CONFIG = "adapter_config.json"
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -54,11 +54,6 @@ class LowRank:
         """Return the factor that has the indices of a dimension of W, and on which of its own dimensions."""
         return (self.out_factor, 0) if (dim == 0) != self.transposed else (self.in_factor, 1)
 
-    def added_to(self, weight: torch.Tensor, out_factor: torch.Tensor, in_factor: torch.Tensor) -> torch.Tensor:
-        """Return W + scaling * B @ A in fp32, stored as W is."""
-        delta = (out_factor.float() @ in_factor.float()) * self.scaling
-        return weight.float() + (delta.T if self.transposed else delta)
-
 
 @dataclass(frozen=True)
 class Adapters:
@@ -82,29 +77,30 @@ class Adapters:
         return bool(self.low_rank)
 
     def effective(self, name: str, values: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        """Return the weight that the model computes with, from the values of parameters by name."""
+        """Return the weight that the model computes with, from the values of parameters by name; a sum is in fp32."""
         added = self.low_rank.get(name)
         if added is None:
             return values(name)
-        return added.added_to(values(name), values(added.out_factor), values(added.in_factor))
+        delta = (values(added.out_factor).float() @ values(added.in_factor).float()) * added.scaling
+        return values(name).float() + (delta.T if added.transposed else delta)
 
     def extend(self, groups: PruningGroups) -> PruningGroups:
         """Return the groups with the adapters' factors in them: what happens to units then happens to these too."""
         if not self.low_rank:
             return groups
-        structures = {name: self._extended(structure) for name, structure in groups.structures.items()}
+        structures = {
+            name: replace(structure, axes=tuple(map(self._with_factors, structure.axes)))
+            for name, structure in groups.structures.items()
+        }
         return replace(groups, structures=structures)
 
-    def _extended(self, structure: StructureGroups) -> StructureGroups:
-        return replace(structure, axes=tuple((*axes, *self._factor_axes(axes)) for axes in structure.axes))
-
-    def _factor_axes(self, axes: tuple[Axis, ...]) -> list[Axis]:
-        found = []
+    def _with_factors(self, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        found = list(axes)
         for axis in axes:
             if axis.parameter in self.low_rank:
                 factor, dim = self.low_rank[axis.parameter].along(axis.dim)
                 found.append(replace(axis, parameter=factor, dim=dim))
-        return found
+        return tuple(found)
 
     def factors(self, of: Iterable[str] | None = None) -> list[str]:
         """Return the names of all factors, or of those that add to the named weights."""
@@ -233,9 +229,10 @@ def check_adapters(model: nn.Module) -> nn.Module:
     _check_configs(model)
     if not isinstance(base, PreTrainedModel):
         return base
-    for name, layer in lora_layers(base).items():
+    layers = lora_layers(base)
+    for name, layer in layers.items():
         _check_layer(name, layer)
-    _check_shared(base)
+    _check_shared(base, layers)
     if not any(parameter.requires_grad for parameter in base.parameters()):
         raise UnsupportedStructureError(
             "`model` (PeftModel): the adapter isn't trainable; load it with `PeftModel.from_pretrained(..., "
@@ -285,22 +282,21 @@ def _check_layer(name: str, layer: Any) -> None:
         raise UnsupportedStructureError(f"{name}: its adapter is {state}; call `model.{remedy}()` before pruning")
 
 
-def _check_shared(base: PreTrainedModel) -> None:
+def _check_shared(base: PreTrainedModel, layers: dict[str, Any]) -> None:
     """Refuse an adapter on one use of a weight that other modules use without it."""
     uses: dict[int, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         uses.setdefault(id(parameter), []).append(name)
-    for name, layer in lora_layers(base).items():
+    for name, layer in layers.items():
         names = uses[id(layer.get_base_layer().weight)]
         if len(names) > 1:
             raise UnsupportedStructureError(
                 f"{name}: LoRA on a weight that is tied ({names}) can't be pruned, the others don't have the adapter; "
                 "leave it out of target_modules, or untie the weights first"
             )
-    for name, module in base.named_modules():
-        copied = getattr(module, "original_module", None)
-        tied = base.config.get_text_config().tie_word_embeddings
-        if tied and isinstance(copied, nn.Embedding | nn.Linear):
+    tied = base.config.get_text_config().tie_word_embeddings
+    for name, module in base.named_modules() if tied else ():
+        if isinstance(getattr(module, "original_module", None), nn.Embedding | nn.Linear):
             raise UnsupportedStructureError(
                 f"`peft_config.modules_to_save` trains a copy of {name}, whose weight may be tied; leave it out, or "
                 "untie the weights first (`tie_word_embeddings=False`)"

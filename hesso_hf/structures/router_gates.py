@@ -10,6 +10,7 @@ Legend: L layers, U experts a layer.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 from collections.abc import Iterator
@@ -156,12 +157,10 @@ class RouterGates:
             UnsupportedStructureError: for a layer without a router that could be found.
         """
         remove_gates(model)
-        offsets, handles = [], []
-        for index, axes in enumerate(experts.axes):
-            layer = _Offsets()
-            handles += _attach_layer(model, layer, axes, experts.buffers[index], experts.layers[index])
-            offsets.append(layer)
-        return cls(offsets, handles)
+        gates = cls([_Offsets() for _ in experts.layers], [])
+        for parts in zip(gates._offsets, experts.axes, experts.buffers, experts.layers, strict=True):
+            gates._handles += _attach_layer(model, *parts)
+        return gates
 
     def set_scales(self, scales: torch.Tensor) -> None:
         """Take the experts' scales, shape (L, U): 1 kept, between 0 and 1 shrinking, 0 pruned."""
@@ -257,7 +256,5 @@ def _is_bias_of_choice(model: nn.Module, axis: Axis) -> bool:
 
 def _common_owner(names: list[str]) -> str:
     paths = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:
-        shared += 1
-    return ".".join(paths[0][:shared])
+    levels = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in levels)

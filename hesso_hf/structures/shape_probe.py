@@ -7,10 +7,9 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
 from typing import Literal
 
 from torch import nn
@@ -19,8 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..hf_models.build import build_meta
 from ..hf_models.resize import copy_with
 from ..hf_models.sizes import EXPERT_MLP, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes, text_config_of
+from .groups import AxisName
 
 Role = Literal["matrix", "bias", "norm", "embedding", "output", "other"]
+Slopes = dict[AxisName, Fraction]
 PROBED_SIZES = (HEADS, KV_HEADS, MLP, EXPERT_MLP, HIDDEN)
 
 
@@ -64,13 +65,13 @@ class AxisMap:
     """
 
     parameters: dict[str, ParameterInfo]
-    slopes: dict[tuple[str, int], dict[str, Fraction]]
+    slopes: dict[AxisName, dict[str, Fraction]]
     failed: dict[str, str]
     coupling: Coupling | None = None
     picky: bool = False
     sizes: ConfigSizes = field(default_factory=ConfigSizes)
 
-    def moving(self, sizes: Iterator[str] | tuple[str, ...]) -> dict[tuple[str, int], dict[str, Fraction]]:
+    def moving(self, sizes: Iterable[str]) -> dict[AxisName, dict[str, Fraction]]:
         """Return the axes that at least one of `sizes` moves."""
         wanted = set(sizes)
         return {axis: found for axis, found in self.slopes.items() if wanted & set(found)}
@@ -79,32 +80,28 @@ class AxisMap:
 def probe_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, couple: bool = True) -> AxisMap:
     """Find the axes of every probed config size by comparing parameter shapes on the meta device.
 
-    Args:
-        couple: whether to look for heads and width that only shrink together.
+    With `couple` it looks for heads and width that only shrink together.
     """
     sizes = ConfigSizes.of(config)
-    base_model = build_meta(model_class, copy_with(config, {}, sizes))
-    parameters = describe_parameters(base_model)
-    slopes: dict[tuple[str, int], dict[str, Fraction]] = {}
-    failed: dict[str, str] = {}
-    picky = False
+    parameters = describe_parameters(build_meta(model_class, copy_with(config, {}, sizes)))
+    axis_map, picky = AxisMap(parameters, {}, {}, sizes=sizes), False
     for size in PROBED_SIZES:
         if sizes.get(size) is None:
             continue
         try:
-            changed, refused = _slopes_of(model_class, config, sizes, size, parameters)
+            changed, refused = _slopes_of(model_class, config, axis_map, size)
         except Exception as error:  # model code may refuse a size with any exception type
-            failed[size] = f"{type(error).__name__}: {error}"
+            axis_map.failed[size] = f"{type(error).__name__}: {error}"
             continue
         picky = picky or refused
         for axis, slope in changed.items():
-            slopes.setdefault(axis, {})[size] = slope
-    axis_map = AxisMap(parameters, slopes, failed, picky=picky, sizes=sizes)
-    follows = couple and _heads_follow_width(slopes)
+            axis_map.slopes.setdefault(axis, {})[size] = slope
+    axis_map = replace(axis_map, picky=picky)
+    follows = couple and _heads_follow_width(axis_map.slopes)
     return coupled_axes(model_class, config, axis_map) if follows else axis_map
 
 
-def _heads_follow_width(slopes: dict[tuple[str, int], dict[str, Fraction]]) -> bool:
+def _heads_follow_width(slopes: dict[AxisName, dict[str, Fraction]]) -> bool:
     """Tell whether heads and width only change together: another number of heads alone leaves their rows as they are.
 
     Where head_dim is rounded down (7 heads at width 60), one head more even makes fewer rows. Both sides of the weights
@@ -129,8 +126,7 @@ def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, a
     if kv_heads and kv_heads > 1:
         changes[KV_HEADS] = kv_heads + 1
     try:
-        shapes = _shapes(model_class, copy_with(config, changes, axis_map.sizes))
-        moved = _compare(axis_map.parameters, shapes, group * head_dim)
+        moved = _moved(model_class, config, axis_map, changes, group * head_dim)
     except Exception:  # model code may refuse the sizes with any exception type; the width's own axes serve then
         return replace(axis_map, coupling=Coupling(head_dim))
     slopes = {axis: {s: n for s, n in found.items() if s != HIDDEN} for axis, found in axis_map.slopes.items()}
@@ -148,18 +144,16 @@ def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         owner = owners[module_name]
-        role, layer, pattern = _role(owner, leaf, owner is output), layer_of(name, owners), _pattern_of(name, owners)
-        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, layer, pattern)
-    config = model.config if isinstance(model, PreTrainedModel) else None
-    types = getattr(text_config_of(config), "layer_types", None) if config is not None else None
+        role = _role(owner, leaf, owner is output)
+        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, *layer_and_pattern(name, owners))
+    types = getattr(text_config_of(model.config), "layer_types", None) if isinstance(model, PreTrainedModel) else None
     return _with_kinds(found, types or ())
 
 
 def _with_kinds(parameters: dict[str, ParameterInfo], types: Sequence[str]) -> dict[str, ParameterInfo]:
     """Tell the patterns of layers apart that have other parameters than the rest of their list, or other shapes.
 
-    Args:
-        types: what the config calls each layer.
+    `types` is what the config calls each layer.
     """
     members: dict[str, set[str]] = {}
     shapes: dict[str, set[tuple[int, ...]]] = {}
@@ -172,40 +166,31 @@ def _with_kinds(parameters: dict[str, ParameterInfo], types: Sequence[str]) -> d
             index = layer.rpartition(".")[2]
             if index.isdigit() and int(index) < len(types):
                 patterns.add(f"({types[int(index)]})")
-    kinds: dict[str, list[list[str]]] = {}
+    kinds: dict[str, set[frozenset[str]]] = {}
     for layer, patterns in members.items():
-        kinds.setdefault(layer.rpartition(".")[0], []).append(sorted(patterns))
-    several = {name for name, found in kinds.items() if len({tuple(kind) for kind in found}) > 1}
+        kinds.setdefault(layer.rpartition(".")[0], set()).add(frozenset(patterns))
+    several = {name for name, found in kinds.items() if len(found) > 1}
     named = {}
     for name, info in parameters.items():
         if info.layer.rpartition(".")[0] in several:
+            # by what it consists of, so that the name is the same in a model with other kinds beside
+            digest = hashlib.sha256("|".join(sorted(members[info.layer])).encode()).hexdigest()[:6]
             parts = info.pattern.split(".")
-            parts[info.layer.count(".")] = f"*{_digest(members[info.layer])}"
+            parts[info.layer.count(".")] = f"*{digest}"
             info = replace(info, pattern=".".join(parts))
         named[name] = info
     return named
 
 
-def _digest(members: set[str]) -> str:
-    """Name a kind of layer by what it consists of, so that the name is the same in a model with other kinds beside."""
-    return hashlib.sha256("|".join(sorted(members)).encode()).hexdigest()[:6]
-
-
 def _slopes_of(
-    model_class: type[PreTrainedModel],
-    config: PretrainedConfig,
-    sizes: ConfigSizes,
-    size: str,
-    parameters: dict[str, ParameterInfo],
-) -> tuple[dict[tuple[str, int], Fraction], bool]:
+    model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap, size: str
+) -> tuple[Slopes, bool]:
     """Return the slopes of the axes that a size moves, and whether the class refused some step."""
-    value = sizes.by_name[size]
     errors: list[Exception] = []
-    uneven: dict[tuple[str, int], Fraction] | None = None
-    for step in _steps(sizes, size):
+    uneven: Slopes | None = None
+    for step in _steps(axis_map.sizes, size):
         try:
-            shapes = _shapes(model_class, copy_with(config, {size: value + step}, sizes))
-            moved = _compare(parameters, shapes, step)
+            moved = _moved(model_class, config, axis_map, {size: axis_map.sizes.by_name[size] + step}, step)
         except Exception as error:  # the next step may suit a divisibility check of the model code
             errors.append(error)
             continue
@@ -227,13 +212,16 @@ def _steps(sizes: ConfigSizes, size: str) -> list[int]:
     return list(dict.fromkeys([first, 1, {HEADS: kv_heads, HIDDEN: heads}.get(size, value), value]))
 
 
-def _compare(
-    parameters: dict[str, ParameterInfo], shapes: dict[str, tuple[int, ...]], step: int
-) -> dict[tuple[str, int], Fraction]:
-    if shapes.keys() != parameters.keys():
+def _moved(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, axis_map: AxisMap, changes: dict[str, int], step: int
+) -> Slopes:
+    """Return the axes that other sizes make longer or shorter, and by how much for one more, if `step` is so many."""
+    model = build_meta(model_class, copy_with(config, changes, axis_map.sizes))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if shapes.keys() != axis_map.parameters.keys():
         raise ValueError("the set of parameters itself changes with the size")
     moved = {}
-    for name, info in parameters.items():
+    for name, info in axis_map.parameters.items():
         for dim, (before, after) in enumerate(zip(info.shape, shapes[name], strict=True)):
             if before != after:
                 moved[(name, dim)] = Fraction(after - before, step)
@@ -242,10 +230,6 @@ def _compare(
 
 def _is_whole(slope: Fraction) -> bool:
     return slope.denominator == 1
-
-
-def _shapes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in build_meta(model_class, config).named_parameters()}
 
 
 def _role(owner: nn.Module, leaf: str, is_output: bool) -> Role:
@@ -258,24 +242,15 @@ def _role(owner: nn.Module, leaf: str, is_output: bool) -> Role:
     return "output" if is_output else "matrix"
 
 
-@lru_cache(maxsize=16384)
-def _indexed_prefixes(name: str) -> tuple[tuple[str, str], ...]:
+def layer_and_pattern(name: str, owners: dict[str, nn.Module]) -> tuple[str, str]:
+    """Return the outermost list's member that holds a tensor (`model.layers.3`), "" outside any, and the pattern.
+
+    Only indices into lists of alike modules are replaced: those of a sequence (`ffn.0`, `ffn.2`) tell members apart.
+    """
     parts = name.split(".")
-    return tuple((".".join(parts[:i]), ".".join(parts[: i + 1])) for i, part in enumerate(parts) if part.isdigit())
-
-
-def _pattern_of(name: str, owners: dict[str, nn.Module]) -> str:
-    """Replace indices into lists of alike modules; those of a sequence (`ffn.0`, `ffn.2`) tell its members apart."""
-    parts = name.split(".")
-    for parent, layer in _indexed_prefixes(name):
-        if isinstance(owners.get(parent), nn.ModuleList):
-            parts[layer.count(".")] = "*"
-    return ".".join(parts)
-
-
-def layer_of(name: str, owners: dict[str, nn.Module]) -> str:
-    """Return the outermost indexed module that holds the parameter (`model.layers.3`), or "" outside any layer."""
-    for parent, layer in _indexed_prefixes(name):
-        if isinstance(owners.get(parent), nn.ModuleList):
-            return layer
-    return ""
+    in_lists = [
+        index for index, part in enumerate(parts)
+        if part.isdigit() and isinstance(owners.get(".".join(parts[:index])), nn.ModuleList)
+    ]  # fmt: skip
+    layer = ".".join(parts[: in_lists[0] + 1]) if in_lists else ""
+    return layer, ".".join("*" if index in in_lists else part for index, part in enumerate(parts))

@@ -55,18 +55,10 @@ class TurnScheme:
 
 
 @dataclass(frozen=True)
-class StreamTurn:
-    """A scheme applied to one model: names of parameters in place of patterns.
+class StreamTurn(TurnScheme):
+    """A scheme applied to one model: names of parameters in place of patterns."""
 
-    Attributes:
-        width: D.
-    """
-
-    width: int
-    axes: tuple[AxisName, ...]
-    norms: tuple[NormScheme, ...]
-    tied_norm: NormScheme | None
-    centred: bool
+    width: int  # D
 
     @classmethod
     def of(cls, scheme: TurnScheme, axis_map: AxisMap, width: int) -> StreamTurn:
@@ -85,7 +77,7 @@ class StreamTurn:
             if read.count(reader) > 1:
                 raise UnsupportedStructureError(f"{reader[0]} reads several norms")
         tied = _named(scheme.tied_norm, named, "") if scheme.tied_norm else None
-        return cls(width, axes, norms, tied, scheme.centred)
+        return cls(axes, norms, tied, scheme.centred, width)
 
     @torch.no_grad()
     def fold_gains_(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -103,7 +95,8 @@ class StreamTurn:
                 if closed.any() and (bias := _bias_of(name, dim, parameters)) is not None:
                     moved = torch.where(closed, parameters[norm.offset].double(), 0.0)
                     bias.copy_(bias.double() + parameters[name].double().movedim(dim, -1) @ moved)
-                parameters[name].copy_(parameters[name].double() * _along(gain, parameters[name].dim(), dim))
+                scaled = parameters[name].double().movedim(dim, -1) * gain
+                parameters[name].copy_(scaled.movedim(-1, dim))
             parameters[norm.scale].fill_(1.0 - norm.shift)
             if norm.offset:
                 left = torch.where(closed, 0.0, parameters[norm.offset].double())
@@ -133,7 +126,8 @@ class StreamTurn:
             UnsupportedStructureError: as `fold_gains_`; nothing is changed then.
         """
         self.fold_gains_(parameters)
-        offsets = [norm.offset for norm in (*self.norms, *([self.tied_norm] if self.tied_norm else [])) if norm.offset]
+        norms = (*self.norms, self.tied_norm) if self.tied_norm else self.norms
+        offsets = [norm.offset for norm in norms if norm.offset]
         for name, dim in (*self.axes, *((name, 0) for name in offsets)):
             parameter = parameters[name]
             turned = parameter.double().movedim(dim, -1) @ rotation.to(parameter.device, torch.float64)
@@ -141,13 +135,9 @@ class StreamTurn:
 
 
 def _named(norm: NormScheme, named: Mapping[str, Mapping[str, str]], layer: str) -> NormScheme:
-    """Name a norm's parameters in one layer.
-
-    Raises:
-        UnsupportedStructureError: where the layer lacks one.
-    """
-    patterns = [pattern for pattern in (norm.scale, norm.offset) if pattern]
-    for pattern in (*patterns, *(pattern for pattern, _ in norm.readers)):
+    """Name a norm's parameters in one layer; a layer that lacks one is refused."""
+    patterns = (norm.scale, norm.offset, *(pattern for pattern, _ in norm.readers))
+    for pattern in filter(None, patterns):
         if layer not in named.get(pattern, {}):
             raise UnsupportedStructureError(f"{pattern} isn't in {layer or 'the model'} beside {norm.scale}")
     readers = tuple((named[pattern][layer], dim) for pattern, dim in norm.readers)
@@ -168,12 +158,6 @@ def _bias_of(name: str, dim: int, parameters: Mapping[str, torch.Tensor]) -> tor
     shape = [size for index, size in enumerate(parameters[name].shape) if index != dim]
     bias = parameters.get(f"{name.removesuffix('weight')}bias")
     return bias if bias is not None and list(bias.shape) == shape else None
-
-
-def _along(values: torch.Tensor, ndim: int, dim: int) -> torch.Tensor:
-    shape = [1] * ndim
-    shape[dim] = -1
-    return values.view(shape)
 
 
 def keeping_ones(vectors: torch.Tensor) -> torch.Tensor:

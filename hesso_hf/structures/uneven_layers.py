@@ -64,16 +64,7 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
     if not uneven:
         return None
     explicit = {"head_dim": head_dim} if head_dim is not None else {}
-    return [explicit | by_layer[layer] for layer in sorted(by_layer, key=_layer_index)]
-
-
-def with_own_names(config: PretrainedConfig, sizes: list[dict[str, int]]) -> list[dict[str, int]]:
-    """Return layers' sizes also under the names that the config's class has for them (GPT-2's `n_inner`)."""
-    named = []
-    for layer in sizes:
-        own = {place: size for name, size in layer.items() for _, place in size_places(config, name)}
-        named.append(layer | own)
-    return named
+    return [explicit | by_layer[layer] for layer in sorted(by_layer, key=lambda layer: int(layer.rpartition(".")[2]))]
 
 
 def layer_list(groups: PruningGroups) -> str:
@@ -86,20 +77,22 @@ def layer_list(groups: PruningGroups) -> str:
 
 
 def rebuild_layers(model: PreTrainedModel, name: str, sizes: list[dict[str, int]]) -> None:
-    """Replace each layer by one of the same class with its own sizes, in place."""
-    layers = model.get_submodule(name)
+    """Replace each layer of a stock model by one of the same class with its own sizes, in place.
+
+    The config says these then, also under the names that its class has for them (GPT-2's `n_inner`), and where the
+    modelling file is.
+    """
+    layers, own_sizes = model.get_submodule(name), []
     assert isinstance(layers, nn.ModuleList)
     for index, changes in enumerate(sizes):
         config = copy.deepcopy(model.config)
-        for key, value in changes.items():
+        named = {place: size for key, size in changes.items() for _, place in size_places(config, key)}
+        own_sizes.append(changes | named)
+        for key, value in own_sizes[index].items():
             setattr(config, key, value)
         layers[index] = type(layers[index])(config, index)
-
-
-def annotate_config(config: PretrainedConfig, model_class: str, sizes: list[dict[str, int]]) -> None:
-    """Write the layers' sizes and where the modelling file is into a config."""
-    config.layer_sizes = sizes
-    config.auto_map = {"AutoModelForCausalLM": f"{MODULE_NAME}.Pruned{model_class}"}
+    model.config.layer_sizes = own_sizes
+    model.config.auto_map = {"AutoModelForCausalLM": f"{MODULE_NAME}.Pruned{type(model).__name__}"}
 
 
 def uneven_sizes(config: PretrainedConfig) -> list[dict[str, int]]:
@@ -117,7 +110,3 @@ def _layer_of(label: str) -> str:
     """Return the layer of a label that may name a block in it (`model.layers.3.mlp.experts`), or ""."""
     found = re.match(r".*?\.\d+(?=\.|$)", label)
     return found.group() if found else ""
-
-
-def _layer_index(layer: str) -> int:
-    return int(layer.rpartition(".")[2])

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hesso_hf.structures import cut
-from hesso_hf.structures.apply import mask_
 from hesso_hf.structures.groups import Axis
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof.ownership import NOBODY, layout_of
@@ -64,7 +63,7 @@ def test_a_cut_takes_what_masking_leaves(layout: Layout, count: int, dim: int, d
     tensor, axis = torch.arange(1.0, 3 * len(owner) + 1).view(shape), Axis("weight", dim, layout)
     masked, pruned = tensor.clone(), torch.ones(count, dtype=torch.bool)
     pruned[kept] = False
-    mask_(masked, axis, pruned)
+    axis.mask_(masked, pruned)
     small = cut._cut(tensor, axis, torch.tensor(kept), count)
     stays = torch.isin(owner, torch.tensor([NOBODY, *kept]))
     assert torch.equal(small, tensor.index_select(dim, stays.nonzero().flatten()))

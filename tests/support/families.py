@@ -16,7 +16,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from hesso_hf.hf_models.build import model_class_of
-from hesso_hf.structures.apply import mask_
 from hesso_hf.structures.groups import KeptUnits, PruningGroups, StructureGroups
 
 HEADS, MLP, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
@@ -230,7 +229,7 @@ def zero_pruned_(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits)
         for index, axis in structure.all_axes():
             pruned = torch.ones(structure.num_units, dtype=torch.bool)
             pruned[list(layers[index])] = False
-            mask_(parameters[axis.parameter].data, axis, pruned)
+            axis.mask_(parameters[axis.parameter].data, pruned)
     if STREAM in kept.kept and subtracts_mean(model):
         centre_writers_(model, kept.kept[STREAM][0])
 

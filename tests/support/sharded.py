@@ -28,7 +28,6 @@ from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
 from hesso_hf.export import publish
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
-from hesso_hf.structures.apply import mask_
 from hesso_hf.structures.groups import KeptUnits
 from tests.support import ROOT, forks
 from tests.support.moe import moe_model
@@ -252,7 +251,7 @@ def export_in_little_memory(folder: Path) -> None:
     with torch.no_grad():
         for _, axis in structure.all_axes():
             parameter = model.get_parameter(axis.parameter)
-            mask_(parameter.to_local(), axis, torch.arange(1280) >= 640, part=part_of(axis.parameter, parameter))
+            axis.mask_(parameter.to_local(), torch.arange(1280) >= 640, part=part_of(axis.parameter, parameter))
     kept = KeptUnits({"mlp_channels": 1280}, {"mlp_channels": (tuple(range(640)),) * len(structure.layers)})
     rank = dist.get_rank()
     gc.collect()

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from ...distributed.parts import Part, add_over_ranks, full_shape, local
 from ...errors import CheckpointMismatchError, UnsupportedStructureError
-from ...structures.apply import centre_, mask_, shrink_
 from ...structures.experts import EXPERT_UNITS
 from ...structures.groups import Axis, PruningGroups
 from ...structures.lora import NO_ADAPTERS, Adapters
@@ -137,7 +136,7 @@ class BoundGroups:
         """Multiply each unit's effective weights by its factor."""
         for name, axis, values in self._each(factors):
             for part, weights in self._weights(name):
-                shrink_(weights, axis, values, part)
+                axis.shrink_(weights, values, part)
             self.held[name].weights_changed()
 
     def route(self, scales: PerUnit) -> None:
@@ -149,7 +148,7 @@ class BoundGroups:
         """Set pruned units' effective weights to exactly zero."""
         for name, axis, units in self._each(pruned):
             for part, weights in self._weights(name):
-                mask_(weights, axis, units, part=part)
+                axis.mask_(weights, units, part=part)
             self.held[name].weights_changed()
 
     def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
@@ -166,7 +165,7 @@ class BoundGroups:
         for n, (name, axis, units) in enumerate(found):
             for part, weights in self._weights(name):
                 total = totals[n][part.window(but=axis.dim)] if n in totals else None
-                centre_(weights, axis, units, share, part, total)
+                axis.centre_(weights, units, share, part, total)
             self.held[name].weights_changed()
 
     def _channel_sum(self, name: str, axis: Axis) -> torch.Tensor:
@@ -186,7 +185,7 @@ class BoundGroups:
             if gradients is None:
                 continue
             for part, gradient in zip(held.parts, gradients, strict=True):
-                mask_(gradient, axis, units, 0.0, part)
+                axis.mask_(gradient, units, 0.0, part)
             held.gradients_changed()
 
     def mask_state_(
@@ -199,7 +198,7 @@ class BoundGroups:
                 continue
             for pieces in held.states(state):
                 for part, values in zip(held.parts, pieces, strict=True):
-                    mask_(values, axis, units, 0.0, part)
+                    axis.mask_(values, units, 0.0, part)
 
     def norm_of(self, marked: PerUnit) -> float:
         """Return the L2 norm of the marked units' effective weights, each element counted once."""

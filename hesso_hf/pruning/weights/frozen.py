@@ -15,7 +15,6 @@ from torch import nn
 
 from ...distributed.collectives import world_size
 from ...errors import CheckpointMismatchError
-from ...structures.apply import mask_
 from ...structures.groups import Axis
 from ..saliency import PerUnit
 
@@ -97,7 +96,7 @@ class FrozenWeights:
         shrinking = _between(scales) if on_trial is None else on_trial
         for name, parameter in self._parameters.items():
             for structure, layer, axis in self._axes[name]:
-                mask_(parameter.data, axis, scales[structure][layer] == 0)
+                axis.mask_(parameter.data, scales[structure][layer] == 0)
             saved = state[name]
             chosen = self._chosen(name, shrinking)
             if int(chosen.sum()) == len(saved["values"]):

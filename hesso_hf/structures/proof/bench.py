@@ -12,12 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedStructureError
 from ...hf_models.tiny_model import forward_logits, logits_of, random_model, relative_error, token_ids
-from ..build import build_groups, coupled_units
+from ..build import build_groups, coupled_units, num_units
 from ..cut import load_cut, zero_units_
 from ..groups import AxisName, PruningGroups, Scheme
 from ..layout import Layout, Segment
 from ..shape_probe import probe_axes
-from ..units import num_units
 from .experts import ids_for_all_experts
 from .norms import norms_after_writers
 from .ownership import GradientProbe, layout_of

@@ -16,11 +16,10 @@ from torch import nn
 
 from ...errors import HessoError, UnsupportedStructureError
 from ...hf_models.sizes import ConfigSizes
-from ..apply import mask_
+from ..build import num_units
 from ..groups import Axis, AxisName, Branch
 from ..layout import Layout, Segment
 from ..shape_probe import AxisMap
-from ..units import num_units
 from .ownership import NOBODY, UNKNOWN, GradientProbe, layout_of
 
 _BUNDLES = (1, 2, 4)
@@ -217,10 +216,10 @@ def _branch(
     def zero(mask: torch.Tensor) -> None:
         for reader, layout in readers.items():
             for name, dim in remaining[reader]:
-                mask_(probe.parameters[name], Axis(name, dim, layout), mask, fill=0.0)
+                Axis(name, dim, layout).mask_(probe.parameters[name], mask, fill=0.0)
                 bias = probe.bias_beside(name, dim)
                 if bias is not None:
-                    mask_(bias, Axis(name, 0, layout), mask, fill=0.0)
+                    Axis(name, 0, layout).mask_(bias, mask, fill=0.0)
 
     others = [axis for pattern, found in remaining.items() if pattern not in readers for axis in found]
     owners = probe.owners(units, zero, others)

@@ -19,12 +19,11 @@ from ...errors import UnsupportedStructureError
 from ...hf_models.sizes import HIDDEN, MLP
 from ...hf_models.tiny_config import tiny_config
 from ...hf_models.tiny_model import SEED
-from ..build import moving_axes
+from ..build import HEAD_UNITS, moving_axes, num_units
 from ..experts import EXPERT_UNITS
 from ..groups import COUPLED, AxisName, Branch, PruningGroups, Scheme
 from ..layers import LAYER_UNITS
 from ..shape_probe import AxisMap, coupled_axes, probe_axes
-from ..units import HEAD_UNITS, num_units
 from . import schemes
 from .bench import Bench, Trial
 from .branches import Division, discover_branches, divisions

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..apply import mask_
 from ..groups import Axis, AxisName
 from ..layout import layout_with_rest
 from ..shape_probe import AxisMap, ParameterInfo
@@ -326,7 +325,7 @@ class Sides:
             for (name, dim), fill in fills.items():
                 parameter = self.probe.parameters[name]
                 runs, rest = divmod(parameter.shape[dim], self.width)
-                mask_(parameter, Axis(name, dim, layout_with_rest(runs, 1, rest)), mask, fill)
+                Axis(name, dim, layout_with_rest(runs, 1, rest)).mask_(parameter, mask, fill)
 
         found = self.probe.owners(self.width, zero, axes)
         return {axis: bool((owner >= 0).all()) for axis, owner in found.items() if bool((owner != UNKNOWN).any())}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from functools import partial
 
 from ...errors import UnsupportedStructureError
+from ..build import num_units
 from ..groups import AxisName, Branch, Scheme
 from ..layout import Layout, layout_with_rest
-from ..units import num_units
 from .bench import Bench
 from .branches import Division, discover_branches
 from .norms import has_bare_layernorm
