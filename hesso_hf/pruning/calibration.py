@@ -24,7 +24,8 @@ from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
 from ..structures.router_gates import routed_by
-from .saliency import UnitSums, lowest_units, needed_sums, saliency_scores
+from .ranking import lowest_units
+from .saliency import UnitSums, needed_sums, saliency_scores
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)

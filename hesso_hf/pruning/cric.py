@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from ..config import HessoConfig
 from ..distributed.parts import Part
 from ..errors import HessoError
-from .cric_state import PROBE_CYCLES, PROBE_SAMPLES, Cric, PathDisplacements
+from .cric_state import PROBE_CYCLES, PROBE_SAMPLES, Cric
 from .ranking import Ranking, agreed
-from .saliency import PerUnit, UnitSums
+from .saliency import PathDisplacements, PerUnit, UnitSums
 from .schedule import PeriodStep, Schedule
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
@@ -64,7 +64,7 @@ class CricTrial:
 
     def record(self, t: int, sums: UnitSums) -> None:
         """Score all units by what all processes accumulated at sample t, and note which look redundant from there."""
-        values = self._ranking.values(sums, signed=True)
+        values = self._ranking.signed_values(sums)
         self.cric.record(t, values, self._ranking.lowest(self._ranking.combine(values)))
 
     def go_along(self, position: PeriodStep) -> None:

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from ..distributed.parts import Part
-from ..structures.groups import Axis
 from .saliency import PerUnit, float_sums
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
@@ -188,57 +186,6 @@ class Cric:
 
 
 _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_own", "_all")
-
-
-class PathDisplacements:
-    """What removing a unit moves one parameter by, at a point on the way to zero.
-
-    For a unit on trial it is the whole way, its weights at the snapshot, and not what is left of them: the mean of
-    -<w, gradient at s w> over s estimates f(0) - f(w) (integrated gradients). Where two units on trial share an
-    element, each takes it as the other leaves it, so that all scores add up to the joint rise of the loss.
-
-    Args:
-        origin: the parameter at the snapshot, or this process' part of it, on any device.
-        axes: (structure, layer index, axis) of the parameter.
-        shrinking: the units on trial, bool (L, U) per structure.
-        scale: what is left of them.
-        part: which part of the parameter it is.
-    """
-
-    def __init__(
-        self,
-        origin: torch.Tensor,
-        axes: list[tuple[str, int, Axis]],
-        shrinking: Mapping[str, torch.Tensor],
-        scale: float,
-        part: Part,
-    ) -> None:
-        self._origin, self._shift, self._scale = origin, axes[0][2].shift, scale
-        self._dims = [axis.dim for _, _, axis in axes]
-        self._masks = [
-            part.along(axis.layout.expand(shrinking[name][layer], fixed_value=False), axis.dim)
-            for name, layer, axis in axes
-        ]
-
-    def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
-        """Return the rows `start` and on at the snapshot."""
-        origin = self._origin[start : start + weights.shape[0]].to(weights.device, torch.float32)
-        return origin + self._shift if self._shift else origin
-
-    def left(self, index: int, power: int) -> dict[int, torch.Tensor]:
-        """Return, per dimension, what the other axes' units on trial leave of each index, to the given power."""
-        found: dict[int, torch.Tensor] = {}
-        for other, (dim, mask) in enumerate(zip(self._dims, self._masks, strict=True)):
-            if other != index:
-                factor = torch.where(mask, self._scale**power, 1.0)
-                found[dim] = found[dim] * factor if dim in found else factor
-        return found
-
-    def replace(self, sums: torch.Tensor, displaced: torch.Tensor, index: int, power: int) -> torch.Tensor:
-        """Return the sums along one axis, with those of units on trial as the other axes' units leave them."""
-        dim = self._dims[index]
-        along = self.left(index, power).get(dim)  # what other axes along the same dimension leave
-        return torch.where(self._masks[index], displaced if along is None else displaced * along, sums)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -21,12 +21,12 @@ from ...structures.experts import EXPERT_UNITS
 from ...structures.groups import Axis, PruningGroups
 from ...structures.lora import NO_ADAPTERS, Adapters
 from ...structures.router_gates import RouterGates
-from ..saliency import Displacements, PerUnit, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
+from ..saliency import PathDisplacements, PerUnit, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
 from .frozen import FrozenWeights
 from .holdings import Holdings, MakeHoldings
 from .snapshot import Snapshot
 
-Displaced = Callable[[str, list[tuple[str, int, Axis]], Part, int], Displacements]
+Displaced = Callable[[str, list[tuple[str, int, Axis]], Part, int], PathDisplacements]
 
 
 class BoundGroups:
