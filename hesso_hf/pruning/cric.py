@@ -78,11 +78,6 @@ class CricTrial:
         self.route(0)
         self._next_cycle()
 
-    @property
-    def on_the_way(self) -> PerUnit | None:
-        """The units whose weights will return to the snapshot, bool (L, U) per structure; None where none are."""
-        return self.cric.shrinking if self.snapshot is not None else None
-
     def scores(self) -> PerUnit:
         """Return the final scores, shape (L, U) per structure."""
         return self._ranking.combine(self.cric.means())

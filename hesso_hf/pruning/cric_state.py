@@ -8,11 +8,12 @@ Legend: L layers, U units a layer, S samples in a cycle, C criteria.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from .saliency import PerUnit, float_sums
+from .saliency import PerUnit, float_sums, no_units
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
@@ -44,16 +45,13 @@ class Cric:
     ) -> None:
         self.samples, self.max_cycles = samples, max_cycles
         self._allowed = {n: tolerance if tolerance >= 1 else tolerance * count for n, count in removed.items()}
-        self.first = _masks(shapes, device)
-        self.violating = _masks(shapes, device)
-        self.shrinking = _masks(shapes, device)
-        self.entering = _masks(shapes, device)
-        self.seen = _masks(shapes, device)  # H, the units whose cycle is over
-        self.decided = _masks(shapes, device)
-        dtype = float_sums(device)
+        self.first, self.violating, self.shrinking = (no_units(shapes, device) for _ in range(3))
+        self.entering, self.decided = (no_units(shapes, device) for _ in range(2))
+        self.seen = no_units(shapes, device)  # H, the units whose cycle is over
+        zeros = partial(torch.zeros, dtype=float_sums(device), device=device)
         parts = min(PATH_PARTS, samples)
-        self._own = {name: _zeros((criteria, parts, *shape), dtype, device) for name, shape in shapes.items()}
-        self._all = {name: _zeros((criteria, *shape), dtype, device) for name, shape in shapes.items()}
+        self._own: PerUnit = {name: zeros((criteria, parts, *shape)) for name, shape in shapes.items()}
+        self._all: PerUnit = {name: zeros((criteria, *shape)) for name, shape in shapes.items()}
         self.sizes: list[dict[str, int]] = []  # of the violating set, per cycle
         self.num_samples = 0  # over all cycles
         self.ended = False
@@ -186,14 +184,6 @@ class Cric:
 
 
 _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_own", "_all")
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _masks(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> PerUnit:
-    return {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
 
 
 def _listed(units: torch.Tensor) -> dict[str, list[int]]:

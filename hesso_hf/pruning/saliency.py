@@ -242,6 +242,11 @@ def float_sums(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def no_units(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> PerUnit:
+    """Return masks that mark no unit, bool (L, U) per structure."""
+    return {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
+
+
 def chunk_size(elements: int) -> int:
     """Return how many elements to work on at a time: temporaries stay below a thousandth of the model's."""
     return max(1 << 14, min(_CHUNK, elements >> 10))
