@@ -6,7 +6,7 @@ Legend: L layers, U units a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..distributed.parts import Part, add_over_ranks, whole
 from ..structures.groups import Axis, PruningGroups
 
 PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
+ParameterAxes = list[tuple[str, int, Axis]]  # (structure, layer index, axis) of every axis of a parameter
 _CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
 _NEEDS = {
     "magnitude": ("x2",),
@@ -84,7 +85,6 @@ class PathDisplacements:
 
     Args:
         origin: the parameter at the snapshot, or this process' part of it, on any device.
-        axes: (structure, layer index, axis) of the parameter.
         shrinking: the units on trial, bool (L, U) per structure.
         scale: what is left of them.
         part: which part of the parameter it is.
@@ -93,7 +93,7 @@ class PathDisplacements:
     def __init__(
         self,
         origin: torch.Tensor,
-        axes: list[tuple[str, int, Axis]],
+        axes: ParameterAxes,
         shrinking: Mapping[str, torch.Tensor],
         scale: float,
         part: Part,
@@ -135,6 +135,7 @@ class PathDisplacements:
         return torch.where(self._masks[index], displaced if along is None else displaced * along, sums)
 
 
+Displaced = Callable[[str, ParameterAxes, Part, int], PathDisplacements]  # of a parameter's n-th part
 _POWERS = {"x2": 2, "xg": 1, "xg2": 2, "g2": 0}  # of x in a term
 
 
@@ -143,7 +144,7 @@ def accumulate_(
     sums: UnitSums,
     parameter: torch.Tensor,
     gradient: torch.Tensor | None,
-    axes: list[tuple[str, int, Axis]],
+    axes: ParameterAxes,
     chunk: int | None = None,
     displacements: PathDisplacements | None = None,
     part: Part | None = None,
@@ -154,7 +155,6 @@ def accumulate_(
         parameter: the weights, or what this process holds of them; where the model adds a constant to them, so does
             this (`Axis.shift`).
         gradient: its gradient; None (a frozen weight) contributes to x^2 only.
-        axes: (structure, layer index, axis) of every axis of the parameter.
         chunk: elements that are worked on at a time.
         displacements: what stands for x; by default the weights.
         part: which part of the whole parameter the weights are; all of it by default.
@@ -174,7 +174,7 @@ def _sums_along(
     terms: list[str],
     parameter: torch.Tensor,
     gradient: torch.Tensor | None,
-    axes: list[tuple[str, int, Axis]],
+    axes: ParameterAxes,
     chunk: int,
     displacements: PathDisplacements | None,
 ) -> dict[tuple[int, str], torch.Tensor]:

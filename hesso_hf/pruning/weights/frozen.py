@@ -16,10 +16,8 @@ from torch import nn
 from ...distributed.collectives import world_size
 from ...errors import CheckpointMismatchError
 from ...structures.apply import mask_
-from ...structures.groups import Axis
-from ..saliency import PerUnit
+from ..saliency import ParameterAxes, PerUnit
 
-Axes = Mapping[str, list[tuple[str, int, Axis]]]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,7 +29,7 @@ class FrozenWeights:
         axes: of all parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], axes: Axes) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], axes: Mapping[str, ParameterAxes]) -> None:
         self._parameters, self._axes = dict(parameters), axes
         self._are_revealed = False
 
