@@ -268,14 +268,10 @@ def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:
     if loss is None:
         return phase
     position, watch = schedule.period_step(step), run.state.watch
-    just_ended = schedule.end <= step < schedule.end + RECENT_STEPS
-    notes_level, watches = _is_before_pruning(schedule, step, position), position is not None or just_ended
-    if not notes_level and not watches:
-        return phase
-    # where a collapse gives up, all processes must see the same
-    if notes_level:
+    if _is_before_pruning(schedule, step, position):
         watch.note_level(_seen(run, loss))
-    if watches and (position is None or position.index or position.t):  # something has shrunk
+    just_ended = schedule.end <= step < schedule.end + RECENT_STEPS
+    if just_ended if position is None else position.index or position.t:  # something has shrunk
         watch.note(_seen(run, loss))
         if watch.is_new_collapse():
             gives_up = run.pausing and run.shrinking and _can_mark_fewer(run)
@@ -289,6 +285,7 @@ def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:
 
 
 def _seen(run: Run, loss: float | torch.Tensor) -> float:
+    """Return the loss that counts: where a collapse gives up, all processes must see the same."""
     return mean_over_ranks(loss, run.bound.device) if run.pausing else float(loss)
 
 
