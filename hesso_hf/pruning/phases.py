@@ -65,14 +65,6 @@ class Run:
         position = self.state.schedule.period_step(self.state.step)
         return self.ranking.removes_any and position is not None and position.t > 0
 
-    def scores_soon(self) -> bool:
-        """Whether the coming gradient counts in the next scoring."""
-        trial, state = self.state.trial, self.state
-        settled = trial is not None and (trial.probes or trial.ended)
-        if settled or not self.ranking.removes_any:
-            return False
-        return state.schedule.scoring_window(state.step, self.config.saliency_batches)
-
     def check_agreement(self, period: int = 0) -> None:
         """Check that all processes have the same scales, and are in the same period."""
         check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
@@ -111,8 +103,12 @@ class Phase:
 
     @property
     def is_scored(self) -> bool:
-        """Whether the gradient of this step is looked at."""
-        return self.run.scores_soon()
+        """Whether the gradient of this step is looked at: here, whether it counts in the next scoring."""
+        state, trial = self.state, self.state.trial
+        settled = trial is not None and (trial.probes or trial.ended)
+        if settled or not self.run.ranking.removes_any:
+            return False
+        return state.schedule.scoring_window(state.step, self.run.config.saliency_batches)
 
     def accumulate_(self, pending: UnitSums) -> None:
         """Take the sums of the gradient that stands in `.grad`, if it is scored."""
