@@ -24,14 +24,7 @@ from .weights.snapshot import Snapshot
 
 
 class CricTrial:
-    """CRIC's cycles around the steps of a base optimizer, or by gradients alone (algorithm 2 of arXiv 2409.09085).
-
-    Args:
-        bound: the groups on the model's parameters.
-        ranking: scores and quotas.
-        schedule: with the steps of a cycle and the most cycles.
-        config: mode, tolerance, and where the snapshot lies.
-    """
+    """CRIC's cycles around the steps of a base optimizer, or by gradients alone (algorithm 2 of arXiv 2409.09085)."""
 
     def __init__(self, bound: BoundGroups, ranking: Ranking, schedule: Schedule, config: HessoConfig) -> None:
         self._bound, self._ranking, self._config = bound, ranking, config

@@ -124,9 +124,8 @@ class PruningPlan:
 
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""
-        experts = self.groups.structures.get(EXPERT_UNITS)
+        experts, adapters = self.groups.structures.get(EXPERT_UNITS), Adapters.of(self.model)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
-        adapters = Adapters.of(self.model)
         parameters = parameters_of(self.model)
         return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters)
 

@@ -21,9 +21,6 @@ class Ranking:
     """Turns sums per unit into scores, and scores into the units that are the lowest under the quotas.
 
     Args:
-        groups: the structures that are pruned.
-        target: units to keep a layer.
-        config: criteria, and whether units compete across layers.
         elements: number of elements of one unit, per structure.
     """
 

@@ -26,7 +26,6 @@ class FrozenWeights:
 
     Args:
         parameters: none for models without adapters, which train or at least save all of their weights.
-        axes: of all parameters.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], axes: Mapping[str, ParameterAxes]) -> None:
