@@ -46,7 +46,7 @@ def load_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
     for kind, snapshot in optimizer.process.snapshots.items():
         path = folder / FOLDER / _random_name(kind)
         if path.exists():
-            snapshot.take_random(torch.load(path, map_location="cpu", weights_only=True))
+            snapshot.random = torch.load(path, map_location="cpu", weights_only=True)
         else:
             logger.warning(f"{path} is missing: this process goes on with the random state of now after the trial")
 

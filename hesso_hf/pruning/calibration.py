@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
 from ..structures.router_gates import routed_by
-from .saliency import UnitSums, lowest_units, needed_sums, saliency_scores
+from .ranking import lowest_units
+from .saliency import UnitSums, needed_sums, saliency_scores
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
@@ -78,45 +80,38 @@ def measure_curves(
     Args:
         progress: show a bar of the forward passes: three an example, and one for each share that is removed.
     """
-    removals = sum(len(_counts(structure)) for structure in groups.structures.values())
-    passes = len(batches) * (3 + removals)
-    with logging.tqdm(total=passes, desc="Measuring what structures cost", disable=not progress) as bar:
+    counts = {name: _counts(structure) for name, structure in groups.structures.items()}
+    passes = len(batches) * (3 + sum(map(len, counts.values())))
+    bound = BoundGroups(parameters_of(model), groups, adapters=Adapters.of(model))
+    was_training = model.training
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        logging.tqdm(total=passes, desc="Measuring what structures cost", disable=not progress) as bar,
+        torch.random.fork_rng(devices=devices),
+    ):
 
         def counted_loss(model: PreTrainedModel, batch: Any) -> torch.Tensor:
             bar.update()
             return batch_loss(model, batch)
 
-        return _measure(model, groups, batches, counted_loss, config)
-
-
-def _measure(
-    model: PreTrainedModel, groups: PruningGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
-) -> LossCurves:
-    bound = BoundGroups(parameters_of(model), groups, adapters=Adapters.of(model))
-    was_training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
         model.eval()
         try:
-            batches = usable(model, batches, batch_loss)
+            batches = usable(model, batches, counted_loss)
             if not batches:
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
             with bound.frozen.revealed():
-                scores = _scores(model, bound, batches, batch_loss, config)
-            before = _mean_loss(model, batches, batch_loss)
-            rises = {
-                name: _rises(model, bound, name, scores[name], batches, batch_loss, before)
-                for name in groups.structures
-            }
+                scores = _scores(model, bound, batches, counted_loss, config)
+            mean_loss = partial(_mean_loss, model, batches, counted_loss)
+            before = mean_loss()
+            rises = {name: _rises(model, bound, name, scores[name], counts[name], mean_loss, before) for name in counts}
         finally:
             model.train(was_training)
             model.zero_grad(set_to_none=True)
-    removed = {
-        name: tuple(count / structure.pool_size for count in _counts(structure))
-        for name, structure in groups.structures.items()
-    }
-    return LossCurves(removed, rises)
+    sizes = {name: structure.pool_size for name, structure in groups.structures.items()}
+    return LossCurves(
+        {name: tuple(count / sizes[name] for count in removed) for name, removed in counts.items()}, rises
+    )
 
 
 @torch.no_grad()
@@ -155,21 +150,22 @@ def _rises(
     bound: BoundGroups,
     name: str,
     scores: torch.Tensor,
-    batches: list[Any],
-    batch_loss: BatchLoss,
+    counts: list[int],
+    mean_loss: Callable[[], float],
     before: float,
 ) -> tuple[float, ...]:
+    """Return by how much the loss rises where so many of a structure's lowest units are zeroed; weights return."""
     structure = bound.groups.structures[name]
     touched = [key for key, axes in bound.axes.items() if any(owner == name for owner, _, _ in axes)]
     copies = {key: local(bound.parameters[key]).detach().to("cpu", copy=True) for key in touched}
     rises: list[float] = []
     try:
-        for count in _counts(structure):
+        for count in counts:
             pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
             bound.mask_weights_({name: pruned})
             bound.centre_({name: (~pruned).float()})
             with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):
-                rise = _mean_loss(model, batches, batch_loss) - before
+                rise = mean_loss() - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
     finally:
         for key, copy in copies.items():

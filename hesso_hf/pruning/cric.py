@@ -15,26 +15,20 @@ from torch.optim import Optimizer
 from ..config import HessoConfig
 from ..distributed.parts import Part
 from ..errors import HessoError
-from .cric_state import PROBE_CYCLES, PROBE_SAMPLES, Cric, PathDisplacements
+from .cric_state import PROBE_CYCLES, PROBE_SAMPLES, Cric
 from .ranking import Ranking, agreed
-from .saliency import PerUnit, UnitSums
+from .saliency import ParameterAxes, PathDisplacements, PerUnit, UnitSums
 from .schedule import PeriodStep, Schedule
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
 
 
 class CricTrial:
-    """CRIC's cycles around the steps of a base optimizer, or by gradients alone (algorithm 2 of arXiv 2409.09085).
-
-    Args:
-        bound: the groups on the model's parameters.
-        ranking: scores and quotas.
-        schedule: with the steps of a cycle and the most cycles.
-        config: mode, tolerance, and where the snapshot lies.
-    """
+    """CRIC's cycles around the steps of a base optimizer, or by gradients alone (algorithm 2 of arXiv 2409.09085)."""
 
     def __init__(self, bound: BoundGroups, ranking: Ranking, schedule: Schedule, config: HessoConfig) -> None:
         self._bound, self._ranking, self._config = bound, ranking, config
+        self._on_cpu = config.cric_snapshot == "cpu"
         self.probes = config.cric_mode == "probe"
         samples = (config.cric_sampling_steps or PROBE_SAMPLES) if self.probes else schedule.cycle_steps
         cycles = (config.cric_max_cycles or PROBE_CYCLES) if self.probes else schedule.cycles
@@ -53,35 +47,39 @@ class CricTrial:
 
     def begin(self, scores: PerUnit, base: Optimizer) -> None:
         """Take the snapshot, and choose the first violating set: the lowest units by the scores at this point."""
-        self.snapshot = self._bound.snapshot(base, self._config.cric_snapshot == "cpu")
+        self.snapshot = self._bound.snapshot(base, self._on_cpu)
+        self._choose_first(scores)
+
+    def _choose_first(self, scores: PerUnit) -> None:
         lowest = agreed(self._ranking.lowest(scores))
         self.cric.begin_cycle(lowest, lowest)
 
     def accumulate_(self, sums: UnitSums, t: int) -> None:
         """Add the gradient at sample t of a cycle to the sums, for displacements by the whole way to zero."""
-        self._bound.accumulate_(sums, self._displacements(self._scale(t)) if t else None)
+        snapshot, shrinking, scale = self.snapshot, self.cric.shrinking, self._scale(t)
+
+        def whole_way(name: str, axes: ParameterAxes, part: Part, n: int) -> PathDisplacements:
+            assert snapshot is not None
+            return PathDisplacements(self._bound.copied(name, snapshot)[n], axes, shrinking, scale, part)
+
+        self._bound.accumulate_(sums, whole_way if t else None)
         sums.batches += 1
 
     def record(self, t: int, sums: UnitSums) -> None:
         """Score all units by what all processes accumulated at sample t, and note which look redundant from there."""
-        values = self._ranking.values(sums, signed=True)
+        values = self._ranking.signed_values(sums)
         self.cric.record(t, values, self._ranking.lowest(self._ranking.combine(values)))
 
     def go_along(self, position: PeriodStep) -> None:
         """Take the units on trial a step towards zero; at the end of the cycle return to the snapshot."""
         assert self.snapshot is not None
-        if not position.last:
+        if position.last:
+            self.snapshot.restore()
+            self.route(0)
+            self._next_cycle()
+        else:
             self._bound.multiply_(self._factors(position.factor))
             self.route(position.t + 1)
-            return
-        self.snapshot.restore()
-        self.route(0)
-        self._next_cycle()
-
-    @property
-    def on_the_way(self) -> PerUnit | None:
-        """The units whose weights will return to the snapshot, bool (L, U) per structure; None where none are."""
-        return self.cric.shrinking if self.snapshot is not None else None
 
     def scores(self) -> PerUnit:
         """Return the final scores, shape (L, U) per structure."""
@@ -100,7 +98,7 @@ class CricTrial:
             HessoError: where a gradient isn't finite.
         """
         sums, before = self._ranking.empty_sums(self._bound.device), copy.deepcopy(self.cric.state_dict())
-        self.snapshot = Snapshot(self._bound.parameters.values(), None, self._config.cric_snapshot == "cpu")
+        self.snapshot = Snapshot(self._bound.parameters.values(), None, self._on_cpu)
         try:
             while not self.ended:
                 for t in range(self.cric.samples):
@@ -141,22 +139,21 @@ class CricTrial:
                 "left; leave out batches without labels, or probe in a wider dtype"
             )
         if not self.cric.cycles:
-            lowest = agreed(self._ranking.lowest(self._ranking.scores(sums)))
-            self.cric.begin_cycle(lowest, lowest)
+            self._choose_first(self._ranking.scores(sums))
         self.record(t, sums)
 
     def _next_cycle(self) -> None:
         """Begin the next cycle with the newcomers, or decide."""
         agreed(self.cric.entering)
-        if not self.cric.end_cycle():
-            scores, entering = self.scores(), self.cric.entering
-            others = {name: score.masked_fill(~entering[name], torch.inf) for name, score in scores.items()}
-            lowest = agreed(self._ranking.lowest(others))
-            violating = {name: units & entering[name] for name, units in lowest.items()}
-            self.cric.begin_cycle(violating, agreed(self._ranking.lowest(scores, pruned=violating)))
+        if self.cric.end_cycle():
+            self.cric.decide(agreed(self._ranking.lowest(self.scores())))
+            self.snapshot = None
             return
-        self.cric.decide(agreed(self._ranking.lowest(self.scores())))
-        self.snapshot = None
+        scores, entering = self.scores(), self.cric.entering
+        others = {name: score.masked_fill(~entering[name], torch.inf) for name, score in scores.items()}
+        lowest = agreed(self._ranking.lowest(others))
+        violating = {name: units & entering[name] for name, units in lowest.items()}
+        self.cric.begin_cycle(violating, agreed(self._ranking.lowest(scores, pruned=violating)))
 
     def route(self, t: int) -> None:
         """Let routers choose experts as they are scaled at sample t."""
@@ -168,15 +165,6 @@ class CricTrial:
 
     def _factors(self, factor: float) -> PerUnit:
         return {name: torch.where(units, factor, 1.0) for name, units in self.cric.shrinking.items()}
-
-    def _displacements(self, scale: float) -> Callable[[str, Any, Part, int], PathDisplacements]:
-        assert self.snapshot is not None
-        shrinking, snapshot = self.cric.shrinking, self.snapshot
-
-        def displacements(name: str, axes: Any, part: Part, n: int) -> PathDisplacements:
-            return PathDisplacements(self._bound.copied(name, snapshot)[n], axes, shrinking, scale, part)
-
-        return displacements
 
     # -- report and state -----------------------------------------------------------------------------------------
 
@@ -197,5 +185,5 @@ class CricTrial:
         self.cric.load_state_dict(state["cric"])
         self.snapshot = None
         if state["snapshot"] is not None:
-            self.snapshot = self._bound.snapshot(base, self._config.cric_snapshot == "cpu")
+            self.snapshot = self._bound.snapshot(base, self._on_cpu)
             self.snapshot.load_state_dict(state["snapshot"])

@@ -8,13 +8,12 @@ Legend: L layers, U units a layer, S samples in a cycle, C criteria.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
-from ..distributed.parts import Part
-from ..structures.groups import Axis
-from .saliency import PerUnit, float_sums
+from .saliency import PerUnit, float_sums, no_units
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
@@ -46,16 +45,13 @@ class Cric:
     ) -> None:
         self.samples, self.max_cycles = samples, max_cycles
         self._allowed = {n: tolerance if tolerance >= 1 else tolerance * count for n, count in removed.items()}
-        self.first = _masks(shapes, device)
-        self.violating = _masks(shapes, device)
-        self.shrinking = _masks(shapes, device)
-        self.entering = _masks(shapes, device)
-        self.seen = _masks(shapes, device)  # H, the units whose cycle is over
-        self.decided = _masks(shapes, device)
-        dtype = float_sums(device)
+        self.first, self.violating, self.shrinking = (no_units(shapes, device) for _ in range(3))
+        self.entering, self.decided = (no_units(shapes, device) for _ in range(2))
+        self.seen = no_units(shapes, device)  # H, the units whose cycle is over
+        zeros = partial(torch.zeros, dtype=float_sums(device), device=device)
         parts = min(PATH_PARTS, samples)
-        self._own = {name: _zeros((criteria, parts, *shape), dtype, device) for name, shape in shapes.items()}
-        self._all = {name: _zeros((criteria, *shape), dtype, device) for name, shape in shapes.items()}
+        self._own: PerUnit = {name: zeros((criteria, parts, *shape)) for name, shape in shapes.items()}
+        self._all: PerUnit = {name: zeros((criteria, *shape)) for name, shape in shapes.items()}
         self.sizes: list[dict[str, int]] = []  # of the violating set, per cycle
         self.num_samples = 0  # over all cycles
         self.ended = False
@@ -188,65 +184,6 @@ class Cric:
 
 
 _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_own", "_all")
-
-
-class PathDisplacements:
-    """What removing a unit moves one parameter by, at a point on the way to zero.
-
-    For a unit on trial it is the whole way, its weights at the snapshot, and not what is left of them: the mean of
-    -<w, gradient at s w> over s estimates f(0) - f(w) (integrated gradients). Where two units on trial share an
-    element, each takes it as the other leaves it, so that all scores add up to the joint rise of the loss.
-
-    Args:
-        origin: the parameter at the snapshot, or this process' part of it, on any device.
-        axes: (structure, layer index, axis) of the parameter.
-        shrinking: the units on trial, bool (L, U) per structure.
-        scale: what is left of them.
-        part: which part of the parameter it is.
-    """
-
-    def __init__(
-        self,
-        origin: torch.Tensor,
-        axes: list[tuple[str, int, Axis]],
-        shrinking: Mapping[str, torch.Tensor],
-        scale: float,
-        part: Part,
-    ) -> None:
-        self._origin, self._shift, self._scale = origin, axes[0][2].shift, scale
-        self._dims = [axis.dim for _, _, axis in axes]
-        self._masks = [
-            part.along(axis.layout.expand(shrinking[name][layer], fixed_value=False), axis.dim)
-            for name, layer, axis in axes
-        ]
-
-    def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
-        """Return the rows `start` and on at the snapshot."""
-        origin = self._origin[start : start + weights.shape[0]].to(weights.device, torch.float32)
-        return origin + self._shift if self._shift else origin
-
-    def left(self, index: int, power: int) -> dict[int, torch.Tensor]:
-        """Return, per dimension, what the other axes' units on trial leave of each index, to the given power."""
-        found: dict[int, torch.Tensor] = {}
-        for other, (dim, mask) in enumerate(zip(self._dims, self._masks, strict=True)):
-            if other != index:
-                factor = torch.where(mask, self._scale**power, 1.0)
-                found[dim] = found[dim] * factor if dim in found else factor
-        return found
-
-    def replace(self, sums: torch.Tensor, displaced: torch.Tensor, index: int, power: int) -> torch.Tensor:
-        """Return the sums along one axis, with those of units on trial as the other axes' units leave them."""
-        dim = self._dims[index]
-        along = self.left(index, power).get(dim)  # what other axes along the same dimension leave
-        return torch.where(self._masks[index], displaced if along is None else displaced * along, sums)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _masks(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> PerUnit:
-    return {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
 
 
 def _listed(units: torch.Tensor) -> dict[str, list[int]]:

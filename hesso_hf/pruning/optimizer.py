@@ -80,7 +80,7 @@ class HessoOptimizer(Optimizer):
 
     def report_gradient_norm(self, norm: float | torch.Tensor) -> None:
         """Tell the norm of this step's gradient over all processes, so that `step` needn't compute it."""
-        self._gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self._gradient_norm = _as_float(norm)
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Tell the loss of the coming step, so that a collapse is noticed (`collapse_threshold`)."""
@@ -146,13 +146,15 @@ class HessoOptimizer(Optimizer):
             return False
         if any(float(group.get("lr", 1.0)) for group in self.param_groups):
             return False
+        return self._norm_of_gradients() == 0.0
+
+    def _norm_of_gradients(self) -> float:
+        """Return the L2 norm of all gradients together, over all processes where they are sharded."""
         found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return total_norm(found) == 0.0
+        return _as_float(nn.utils.get_total_norm(found)) if found else 0.0
 
     def _gradient_is_finite(self) -> bool:
-        norm = self._gradient_norm
-        if norm is None:
-            norm = total_norm([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
+        norm = self._norm_of_gradients() if self._gradient_norm is None else self._gradient_norm
         self._gradient_norm = None
         if math.isfinite(norm):
             self._skips.reset()
@@ -247,11 +249,7 @@ class Skips:
             )
 
 
-def total_norm(gradients: list[torch.Tensor]) -> float:
-    """Return the L2 norm of all gradients together, over all processes where they are sharded."""
-    if not gradients:
-        return 0.0
-    norm = nn.utils.get_total_norm(gradients)
+def _as_float(norm: float | torch.Tensor) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 

@@ -1,42 +1,114 @@
 """The phases of a run, each with what it does around the base optimizer's step.
 
-    WarmUp         the model trains; before the first scoring, gradients are counted
+    Phase          the model trains (warm-up, or nothing is to be removed); gradients near a scoring are counted
     CricCycle      units go the way to zero on trial, and all are scored on it (`cric_mode="path"`)
     PruningPeriod  its first step marks the lowest units, all its steps shrink them, after the last they are at zero
     GivenUp        a period's step at which the loss has collapsed: back to its start, to mark fewer (`on_collapse`)
     Recovery       pruned units stay at zero
-    Idle           nothing is to be removed
 
-`cric_mode="probe"` takes no step, so it is no phase: `probe` looks between warm-up and the first period.
+`cric_mode="probe"` takes no step, so it is no phase: CRIC looks between warm-up and the first period.
 Legend: L layers, U units a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
 
-from ..distributed.collectives import mean_over_ranks
+from ..config import HessoConfig
+from ..distributed.collectives import check_agreement, mean_over_ranks
 from ..errors import HessoError
 from .collapse import LEVEL_STEPS, RECENT_STEPS
-from .ranking import agreed
-from .run import Run
-from .saliency import UnitSums
+from .cric import CricTrial
+from .ranking import Ranking, agreed
+from .saliency import PerUnit, UnitSums
 from .schedule import PeriodStep, Schedule
+from .state import PruningState
+from .weights.bound_groups import BoundGroups
+
+
+@dataclass
+class Run:
+    """What the phases of a run share: its state, the groups on the model's parameters, and the ranking."""
+
+    state: PruningState
+    bound: BoundGroups
+    ranking: Ranking
+    config: HessoConfig
+
+    def new_trial(self) -> CricTrial | None:
+        """Return CRIC before its first cycle, with as many samples as the schedule says; None without CRIC."""
+        wanted = self.config.cric and self.ranking.removes_any
+        return CricTrial(self.bound, self.ranking, self.state.schedule, self.config) if wanted else None
+
+    @property
+    def snapshots_on_cpu(self) -> bool:
+        """Where snapshots lie."""
+        return self.config.cric_snapshot == "cpu"
+
+    @property
+    def pausing(self) -> bool:
+        """Whether a collapse gives the period up."""
+        return self.config.on_collapse == "pause"
+
+    @property
+    def masking(self) -> bool:
+        """Whether units are pruned: a period that marks some has ended."""
+        ended = (period.share and period.end <= self.state.step for period in self.state.schedule.periods)
+        return self.ranking.removes_any and any(ended)
+
+    @property
+    def shrinking(self) -> bool:
+        """Whether units are on their way to zero: between the first and the last step of a period."""
+        position = self.state.schedule.period_step(self.state.step)
+        return self.ranking.removes_any and position is not None and position.t > 0
+
+    def check_agreement(self, period: int = 0) -> None:
+        """Check that all processes have the same scales, and are in the same period."""
+        check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
+
+    def scores(self) -> PerUnit:
+        """Return the saliency of every unit from the gradients counted so far: shape (L, U) per structure."""
+        sums = self.bound.over_ranks(self.state.sums)
+        return self.ranking.scores(sums, {name: scales > 0 for name, scales in self.state.scales.items()})
+
+    def pruned(self) -> PerUnit:
+        """Return the pruned units of the structures that lose any, bool (L, U)."""
+        return {name: units for name, units in self.state.pruned().items() if self.ranking.removed[name]}
+
+    def mask(self) -> None:
+        """Put the pruned units' weights at zero."""
+        self.bound.mask_weights_(self.pruned())
+
+    def centre(self, share: float = 1.0) -> None:
+        """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
+        self.bound.centre_({n: scales for n, scales in self.state.scales.items() if self.ranking.removed[n]}, share)
+
+    def end_period(self) -> None:
+        """Forget the period: its marks, its snapshot, and its order unless CRIC decided it."""
+        for redundant in self.state.redundant.values():
+            redundant.zero_()
+        self.state.period_start = None
+        if self.state.trial is None:
+            self.state.order = None
 
 
 class Phase:
-    """One step of a run. By default the gradients near a scoring are counted, and weights are left alone."""
+    """One step of a run: the gradients near a scoring are counted, and weights are left alone."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.state = run, run.state
 
     @property
     def is_scored(self) -> bool:
-        """Whether the gradient of this step is looked at."""
-        return self.run.scores_soon()
+        """Whether the gradient of this step is looked at: here, whether it counts in the next scoring."""
+        state, trial = self.state, self.state.trial
+        settled = trial is not None and (trial.probes or trial.ended)
+        if settled or not self.run.ranking.removes_any:
+            return False
+        return state.schedule.scoring_window(state.step, self.run.config.saliency_batches)
 
     def accumulate_(self, pending: UnitSums) -> None:
         """Take the sums of the gradient that stands in `.grad`, if it is scored."""
@@ -50,14 +122,6 @@ class Phase:
 
     def after(self) -> None:
         """Change weights after the base optimizer's step."""
-
-
-class Idle(Phase):
-    """Nothing is to be removed."""
-
-
-class WarmUp(Phase):
-    """The model trains as ever."""
 
 
 class CricCycle(Phase):
@@ -133,24 +197,21 @@ class PruningPeriod(Phase):
 
     def after(self) -> None:
         """Shrink the redundant units; after the period's last step they are pruned."""
-        self._shrink()
-        # a tied output matrix feels the centring: it comes in steps, over the first period
-        self.run.centre(1.0 if self.position.index else 1.0 / (self.position.length - self.position.t))
-
-    def _shrink(self) -> None:
-        position, bound = self.position, self.run.bound
-        scale = (position.length - position.t - 1) / position.length
+        position, left = self.position, self.position.length - self.position.t  # steps, this one included
+        scale = (left - 1) / position.length
         factors = {}
         for name, redundant in self.state.redundant.items():
             # pruned units are kept at zero by the same multiply
             factors[name] = torch.where(redundant, position.factor, (self.state.scales[name] > 0).float())
             self.state.scales[name].masked_fill_(redundant, scale)
-        bound.route(self.state.scales)
-        if not position.last:
-            bound.multiply_(factors)
-            return
-        self.run.end_period()
-        self.run.mask()
+        self.run.bound.route(self.state.scales)
+        if position.last:
+            self.run.end_period()
+            self.run.mask()
+        else:
+            self.run.bound.multiply_(factors)
+        # a tied output matrix feels the centring: it comes in steps, over the first period
+        self.run.centre(1.0 if position.index else 1.0 / left)
 
 
 class GivenUp(PruningPeriod):
@@ -184,14 +245,14 @@ def phase_of(run: Run) -> Phase:
     """Return the phase of the coming step."""
     schedule, step = run.state.schedule, run.state.step
     if not run.ranking.removes_any:
-        return Idle(run)
+        return Phase(run)
     sampling = schedule.sampling_step(step) if run.state.trial is not None else None
     if sampling is not None:
         return CricCycle(run, sampling)
     position = schedule.period_step(step)
     if position is not None:
         return PruningPeriod(run, position)
-    return Recovery(run) if step >= schedule.end else WarmUp(run)
+    return Recovery(run) if step >= schedule.end else Phase(run)
 
 
 def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:
@@ -203,14 +264,10 @@ def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:
     if loss is None:
         return phase
     position, watch = schedule.period_step(step), run.state.watch
-    just_ended = schedule.end <= step < schedule.end + RECENT_STEPS
-    notes_level, watches = _is_before_pruning(schedule, step, position), position is not None or just_ended
-    if not notes_level and not watches:
-        return phase
-    # where a collapse gives up, all processes must see the same
-    if notes_level:
+    if _is_before_pruning(schedule, step, position):
         watch.note_level(_seen(run, loss))
-    if watches and (position is None or position.index or position.t):  # something has shrunk
+    just_ended = schedule.end <= step < schedule.end + RECENT_STEPS
+    if just_ended if position is None else position.index or position.t:  # something has shrunk
         watch.note(_seen(run, loss))
         if watch.is_new_collapse():
             gives_up = run.pausing and run.shrinking and _can_mark_fewer(run)
@@ -224,6 +281,7 @@ def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:
 
 
 def _seen(run: Run, loss: float | torch.Tensor) -> float:
+    """Return the loss that counts: where a collapse gives up, all processes must see the same."""
     return mean_over_ranks(loss, run.bound.device) if run.pausing else float(loss)
 
 
@@ -247,13 +305,3 @@ def _can_mark_fewer(run: Run) -> bool:
     marked = run.ranking.lowest(state.order, later.periods[position.index].share, pruned)
     fewer = sum(int((units & ~pruned[name]).sum()) for name, units in marked.items())
     return 0 < fewer < sum(int(units.sum()) for units in state.redundant.values())
-
-
-def probe(run: Run, losses: Sequence[Callable[[], torch.Tensor]], loss_scale: float) -> None:
-    """Let CRIC look along the way to zero by gradients of the given losses, the same batches at every point."""
-    trial = run.state.trial
-    assert trial is not None
-    run.check_agreement()
-    with run.bound.frozen.revealed():
-        trial.probe(losses, loss_scale)
-    run.state.order = trial.scores()

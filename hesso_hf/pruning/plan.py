@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
 from ..budget.latency import build_latency
-from ..budget.solver import LossFunction, PriceFunction, TargetSizes, solve_budget
+from ..budget.solver import PriceFunction, TargetSizes, solve_budget
 from ..config import HessoConfig, structures_around
 from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
@@ -89,19 +89,20 @@ class PruningPlan:
     @property
     def wants_calibration(self) -> bool:
         """Whether there is a split between structures to be measured."""
-        free = [name for name in self.groups.independent if name not in self._pinned()]
+        pinned = {canonical_name(self.model.config, name) for name in self.config.pinned_sizes}
+        structures = self.groups.structures
+        free = [name for name in self.groups.independent if not pinned & structures[name].increments.keys()]
         ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
         return ratio and len(free) > 1 and self.config.calibration_examples > 0
 
     def settle(self, measure: Callable[[], LossCurves]) -> None:
         """Measure the split between structures, where there is one to choose."""
-        if self.wants_calibration:
-            curves = measure()
-            if not curves.rises:  # there was nothing to measure on
-                return
+        if self.wants_calibration and (curves := measure()).rises:  # else there was nothing to measure on
             self.curves = curves
             units = {name: structure.num_units for name, structure in self.groups.structures.items()}
-            self.target = self.solve(self.curves.loss(units))
+            self.target = solve_budget(
+                self.config, self.model.config, self.groups, self.parameters, self.price, curves.loss(units)
+            )
             self.check_target()
 
     def check_target(self) -> None:
@@ -121,21 +122,12 @@ class PruningPlan:
                 f"{self.target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
             )
 
-    def solve(self, loss: LossFunction | None) -> TargetSizes:
-        """Solve the budget for an expected loss."""
-        return solve_budget(self.config, self.model.config, self.groups, self.parameters, self.price, loss)
-
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""
-        experts = self.groups.structures.get(EXPERT_UNITS)
+        experts, adapters = self.groups.structures.get(EXPERT_UNITS), Adapters.of(self.model)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
-        adapters = Adapters.of(self.model)
         parameters = parameters_of(self.model)
         return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters)
-
-    def _pinned(self) -> set[str]:
-        sizes = {canonical_name(self.model.config, name) for name in self.config.pinned_sizes}
-        return {name for name, group in self.groups.structures.items() if sizes & set(group.increments)}
 
 
 def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:

@@ -23,10 +23,9 @@ from . import phases
 from .collapse import CollapseWatch
 from .cric import CricTrial
 from .ranking import Ranking
-from .run import Run
-from .saliency import PerUnit
+from .saliency import PerUnit, no_units
 from .schedule import Schedule
-from .state import first_state
+from .state import PruningState
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
 
@@ -60,12 +59,19 @@ class PruningProcess:
         self.groups, self.target, self.config = groups, target, config
         self.bound = BoundGroups(parameters, groups, gates, adapters)
         ranking = Ranking(groups, target, config, self.bound.elements_per_unit())
-        watch = CollapseWatch(config.collapse_threshold)
-        sums = ranking.empty_sums(self.bound.device)
-        self.state = first_state(self.bound, target, config.choices(), schedule, sums, watch)
-        self.run = Run(self.state, self.bound, ranking, config)
+        shapes, device = self.bound.shapes(), self.bound.device
+        self.state = PruningState(
+            target,
+            config.choices(),
+            schedule,
+            scales={name: torch.ones(shape, device=device) for name, shape in shapes.items()},
+            redundant=no_units(shapes, device),
+            sums=ranking.empty_sums(device),
+            watch=CollapseWatch(config.collapse_threshold),
+        )
+        self.run = phases.Run(self.state, self.bound, ranking, config)
         self.state.trial = self.run.new_trial()
-        self._pending = ranking.empty_sums(self.bound.device)  # of the coming step
+        self._pending = ranking.empty_sums(device)  # of the coming step
         self._loss: float | torch.Tensor | None = None  # of the coming step
         self._phase = phases.phase_of(self.run)  # of the step that is being made
 
@@ -136,7 +142,11 @@ class PruningProcess:
 
     def probe(self, losses: Sequence[Callable[[], torch.Tensor]], loss_scale: float = 1.0) -> None:
         """Let CRIC look along the way to zero by gradients of the given losses, the same batches at every point."""
-        phases.probe(self.run, losses, loss_scale)
+        assert self.trial is not None
+        self.run.check_agreement()
+        with self.bound.frozen.revealed():
+            self.trial.probe(losses, loss_scale)
+        self.state.order = self.trial.scores()
 
     # -- what others ask ------------------------------------------------------------------------------------------
 
@@ -234,6 +244,5 @@ class PruningProcess:
         phase = phases.phase_of(self.run)
         if isinstance(phase, phases.CricCycle) and self.on_trial is not None:
             phase.trial.route(phase.position.t)
-        on_trial = self.trial.on_the_way if self.trial else None
-        self.bound.frozen.load_state_dict(state.get("frozen", {}), self.scales, on_trial)
+        self.bound.frozen.load_state_dict(state.get("frozen", {}), self.scales, self.state.on_the_way)
         self.prepare_gradients()

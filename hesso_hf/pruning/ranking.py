@@ -14,16 +14,13 @@ from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import broadcast_decisions_
 from ..structures.groups import PruningGroups
-from .saliency import PerUnit, UnitSums, combine_criteria, criteria_of, lowest_units, needed_sums, saliency_scores
+from .saliency import PerUnit, UnitSums, combine_criteria, criteria_of, needed_sums
 
 
 class Ranking:
     """Turns sums per unit into scores, and scores into the units that are the lowest under the quotas.
 
     Args:
-        groups: the structures that are pruned.
-        target: units to keep a layer.
-        config: criteria, and whether units compete across layers.
         elements: number of elements of one unit, per structure.
     """
 
@@ -61,11 +58,11 @@ class Ranking:
         Args:
             kept: the units that still compete, bool; all by default.
         """
-        return saliency_scores(sums, self._weights, self._elements, self._across_layers, kept, self._pools)
+        return self.combine(criteria_of(sums, self._weights, self._elements), kept)
 
-    def values(self, sums: UnitSums, signed: bool) -> PerUnit:
-        """Return the criteria's values, shape (C, L, U) per structure; `signed` as along a path to zero."""
-        return criteria_of(sums, self._weights, self._elements, signed)
+    def signed_values(self, sums: UnitSums) -> PerUnit:
+        """Return the criteria's values along a path to zero, shape (C, L, U) per structure."""
+        return criteria_of(sums, self._weights, self._elements, signed=True)
 
     def combine(self, values: PerUnit, kept: PerUnit | None = None) -> PerUnit:
         """Return scores, shape (L, U) per structure, from the criteria's values, shape (C, L, U)."""
@@ -88,3 +85,40 @@ def agreed(marked: PerUnit) -> PerUnit:
     """Overwrite a decision with that of rank 0, on all ranks, in one broadcast."""
     broadcast_decisions_(list(marked.values()))
     return marked
+
+
+def lowest_units(
+    scores: torch.Tensor, pruned: torch.Tensor | None, count: int, across_layers: bool, pools: int = 1
+) -> torch.Tensor:
+    """Mark the lowest units, those already pruned first: equally many in each pool of a layer.
+
+    Across layers, the lowest units of a layer's pools compete together, by the sum of their scores; so do the second
+    lowest, and so on.
+
+    Args:
+        scores: shape (L, U); infinite for units that are marked only where there are no others.
+        pruned: shape (L, U), bool; None where no unit is pruned yet.
+        count: units of each pool of each layer, or of one pool of all layers together.
+        pools: consecutive runs of units into which a layer is split.
+    """
+    ranked = scores if pruned is None else scores.masked_fill(pruned, -torch.inf)
+    pooled = ranked.reshape(len(scores), pools, -1)
+    order = pooled.argsort(dim=2, stable=True)
+    if across_layers:
+        chosen = _lowest_ranks(pooled.gather(2, order), count).unsqueeze(1).expand_as(order)
+    else:
+        chosen = (torch.arange(order.shape[2], device=order.device) < count).expand_as(order)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, chosen).view_as(scores)
+
+
+def _lowest_ranks(ascending: torch.Tensor, count: int) -> torch.Tensor:
+    """Choose `count` ranks of all layers, bool (L, R), from scores (L, pools, R) that ascend in every pool."""
+    missing = ascending.isposinf()
+    sums = ascending.masked_fill(missing, 0.0).sum(1).flatten()
+    last = missing.sum(1)
+    last[:, -1] = ascending.shape[1] + 1  # no layer may lose its last unit
+    order = sums.argsort(stable=True)
+    order = order[last.flatten()[order].argsort(stable=True)]
+    chosen = torch.zeros_like(sums, dtype=torch.bool)
+    chosen[order[:count]] = True
+    return chosen.view_as(last)

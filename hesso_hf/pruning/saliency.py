@@ -6,9 +6,9 @@ Legend: L layers, U units a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from ..distributed.parts import Part, add_over_ranks, whole
 from ..structures.groups import Axis, PruningGroups
 
 PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
+ParameterAxes = list[tuple[str, int, Axis]]  # (structure, layer index, axis) of every axis of a parameter
 _CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
 _NEEDS = {
     "magnitude": ("x2",),
@@ -58,12 +59,10 @@ class UnitSums:
 
     def over_ranks(self) -> UnitSums:
         """Return the sums of all processes, each of which holds other parts, in one all-reduce."""
-        places = [(name, term) for name, terms in self.sums.items() for term in terms]
-        added = add_over_ranks([self.sums[name][term] for name, term in places])
-        found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.sums}
-        for (name, term), value in zip(places, added, strict=True):
-            found[name][term] = value
-        return UnitSums(found, self.batches)
+        added = iter(add_over_ranks([value for terms in self.sums.values() for value in terms.values()]))
+        return UnitSums(
+            {name: {term: next(added) for term in terms} for name, terms in self.sums.items()}, self.batches
+        )
 
     def are_finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
@@ -77,28 +76,66 @@ class UnitSums:
         self.batches = 0
 
 
-class Displacements(Protocol):
-    """What a unit's removal moves its weights by, where that isn't the weights as they stand."""
+class PathDisplacements:
+    """What removing a unit moves one parameter by, at a point on CRIC's way to zero.
+
+    For a unit on trial it is the whole way, its weights at the snapshot, and not what is left of them: the mean of
+    -<w, gradient at s w> over s estimates f(0) - f(w) (integrated gradients). Where two units on trial share an
+    element, each takes it as the other leaves it, so that all scores add up to the joint rise of the loss.
+
+    Args:
+        origin: the parameter at the snapshot, or this process' part of it, on any device.
+        shrinking: the units on trial, bool (L, U) per structure.
+        scale: what is left of them.
+        part: which part of the parameter it is.
+    """
+
+    def __init__(
+        self,
+        origin: torch.Tensor,
+        axes: ParameterAxes,
+        shrinking: Mapping[str, torch.Tensor],
+        scale: float,
+        part: Part,
+    ) -> None:
+        self._origin, self._shift, self._scale = origin, axes[0][2].shift, scale
+        self._dims = [axis.dim for _, _, axis in axes]
+        self._masks = [
+            part.along(axis.layout.expand(shrinking[name][layer], fixed_value=False), axis.dim)
+            for name, layer, axis in axes
+        ]
 
     def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
-        """Return what stands for the rows `start` and on of units that are displaced, as a tensor like `weights`."""
+        """Return the rows `start` and on at the snapshot."""
+        origin = self._origin[start : start + weights.shape[0]].to(weights.device, torch.float32)
+        return origin + self._shift if self._shift else origin
 
-    def left(self, index: int, power: int) -> Mapping[int, torch.Tensor]:
-        """Return, per dimension, what the other axes' units leave of each index, to the given power.
+    def left(self, index: int, power: int) -> dict[int, torch.Tensor]:
+        """Return, per dimension, what the other axes' units on trial leave of each index, to the given power.
 
         Args:
             index: position in the parameter's list of axes.
         """
+        found: dict[int, torch.Tensor] = {}
+        for other, (dim, mask) in enumerate(zip(self._dims, self._masks, strict=True)):
+            if other != index:
+                factor = torch.where(mask, self._scale**power, 1.0)
+                found[dim] = found[dim] * factor if dim in found else factor
+        return found
 
     def replace(self, sums: torch.Tensor, displaced: torch.Tensor, index: int, power: int) -> torch.Tensor:
-        """Return the sums along one axis, with those of displaced units in their places.
+        """Return the sums along one axis, with those of units on trial as the other axes' units leave them.
 
         Args:
             sums: per index of the axis, over the weights as they stand.
             displaced: per index, over what `rows` returned times what `left` leaves of the other dimensions.
         """
+        dim = self._dims[index]
+        along = self.left(index, power).get(dim)  # what other axes along the same dimension leave
+        return torch.where(self._masks[index], displaced if along is None else displaced * along, sums)
 
 
+Displaced = Callable[[str, ParameterAxes, Part, int], PathDisplacements]  # of a parameter's n-th part
 _POWERS = {"x2": 2, "xg": 1, "xg2": 2, "g2": 0}  # of x in a term
 
 
@@ -107,9 +144,9 @@ def accumulate_(
     sums: UnitSums,
     parameter: torch.Tensor,
     gradient: torch.Tensor | None,
-    axes: list[tuple[str, int, Axis]],
+    axes: ParameterAxes,
     chunk: int | None = None,
-    displacements: Displacements | None = None,
+    displacements: PathDisplacements | None = None,
     part: Part | None = None,
 ) -> None:
     """Add one parameter's contribution to its units' sums.
@@ -118,7 +155,6 @@ def accumulate_(
         parameter: the weights, or what this process holds of them; where the model adds a constant to them, so does
             this (`Axis.shift`).
         gradient: its gradient; None (a frozen weight) contributes to x^2 only.
-        axes: (structure, layer index, axis) of every axis of the parameter.
         chunk: elements that are worked on at a time.
         displacements: what stands for x; by default the weights.
         part: which part of the whole parameter the weights are; all of it by default.
@@ -138,9 +174,9 @@ def _sums_along(
     terms: list[str],
     parameter: torch.Tensor,
     gradient: torch.Tensor | None,
-    axes: list[tuple[str, int, Axis]],
+    axes: ParameterAxes,
     chunk: int,
-    displacements: Displacements | None,
+    displacements: PathDisplacements | None,
 ) -> dict[tuple[int, str], torch.Tensor]:
     """Return each term per index of each axis, by the axis' position and the term."""
     present: dict[tuple[int, str], torch.Tensor] = {}
@@ -204,6 +240,11 @@ def sum_but(values: torch.Tensor, dim: int, factors: Mapping[int, torch.Tensor] 
 def float_sums(device: torch.device) -> torch.dtype:
     """Return the dtype that sums are kept in on a device: mps has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def no_units(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> PerUnit:
+    """Return masks that mark no unit, bool (L, U) per structure."""
+    return {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
 
 
 def chunk_size(elements: int) -> int:
@@ -287,43 +328,6 @@ def criterion(
     # a gradient along x means that shrinking x lowers the loss: such a unit is redundant
     norms = (terms["x2"] * terms["g2"]).sqrt()
     return 1.0 - terms["xg"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-def lowest_units(
-    scores: torch.Tensor, pruned: torch.Tensor | None, count: int, across_layers: bool, pools: int = 1
-) -> torch.Tensor:
-    """Mark the lowest units, those already pruned first: equally many in each pool of a layer.
-
-    Across layers, the lowest units of a layer's pools compete together, by the sum of their scores; so do the second
-    lowest, and so on.
-
-    Args:
-        scores: shape (L, U); infinite for units that are marked only where there are no others.
-        pruned: shape (L, U), bool; None where no unit is pruned yet.
-        count: units of each pool of each layer, or of one pool of all layers together.
-        pools: consecutive runs of units into which a layer is split.
-    """
-    ranked = scores if pruned is None else scores.masked_fill(pruned, -torch.inf)
-    pooled = ranked.reshape(len(scores), pools, -1)
-    order = pooled.argsort(dim=2, stable=True)
-    if across_layers:
-        chosen = _lowest_ranks(pooled.gather(2, order), count).unsqueeze(1).expand_as(order)
-    else:
-        chosen = (torch.arange(order.shape[2], device=order.device) < count).expand_as(order)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(2, order, chosen).view_as(scores)
-
-
-def _lowest_ranks(ascending: torch.Tensor, count: int) -> torch.Tensor:
-    """Choose `count` ranks of all layers, bool (L, R), from scores (L, pools, R) that ascend in every pool."""
-    missing = ascending.isposinf()
-    sums = ascending.masked_fill(missing, 0.0).sum(1).flatten()
-    last = missing.sum(1)
-    last[:, -1] = ascending.shape[1] + 1  # no layer may lose its last unit
-    order = sums.argsort(stable=True)
-    order = order[last.flatten()[order].argsort(stable=True)]
-    chosen = torch.zeros_like(sums, dtype=torch.bool)
-    chosen[order[:count]] = True
-    return chosen.view_as(last)
 
 
 def _norms(scores: torch.Tensor, pools: int) -> torch.Tensor:

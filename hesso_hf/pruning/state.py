@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from ..budget.solver import TargetSizes
@@ -50,7 +49,7 @@ class PruningState:
     redundant: PerUnit
     sums: UnitSums
     watch: CollapseWatch
-    trial: CricTrial | None
+    trial: CricTrial | None = None
     step: int = 0
     order: PerUnit | None = None
     period_start: Snapshot | None = None
@@ -66,8 +65,7 @@ class PruningState:
         if self.trial is not None:
             cycles = f"{self.trial.cric.cycles} of at most {self.trial.cric.max_cycles} cycles begun"
             lines.append(f"CRIC: {'decided' if self.trial.ended else 'not decided'}, {cycles}")
-        held = [kind for kind, snapshot in self.snapshots.items()]
-        return "\n".join([*lines, f"snapshots: {', '.join(held) or 'none'}"])
+        return "\n".join([*lines, f"snapshots: {', '.join(self.snapshots) or 'none'}"])
 
     @property
     def snapshots(self) -> dict[str, Snapshot]:
@@ -78,6 +76,13 @@ class PruningState:
     def pruned(self) -> PerUnit:
         """Return the units at zero, bool (L, U) per structure."""
         return {name: scales == 0 for name, scales in self.scales.items()}
+
+    @property
+    def on_the_way(self) -> PerUnit:
+        """The units on their way to zero, in a period or on CRIC's trial, bool (L, U) per structure."""
+        if self.trial is not None and self.trial.snapshot is not None:
+            return self.trial.cric.shrinking
+        return {name: (scales > 0) & (scales < 1) for name, scales in self.scales.items()}
 
     def to_dict(self, bound: BoundGroups) -> dict[str, Any]:
         """Return tensors and plain containers only, as `torch.load(weights_only=True)` reads them.
@@ -100,7 +105,7 @@ class PruningState:
             "watch": self.watch.state_dict(),
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self.period_start.state_dict() if self.period_start else None,
-            "frozen": bound.frozen.state_dict(self.scales, self.trial.on_the_way if self.trial else None),
+            "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 
     def check(self, saved: Mapping[str, Any]) -> None:
@@ -142,18 +147,3 @@ class PruningState:
         if saved["period_start"] is not None:
             self.period_start = bound.snapshot(base, on_cpu)
             self.period_start.load_state_dict(saved["period_start"])
-
-
-def first_state(
-    bound: BoundGroups,
-    target: TargetSizes,
-    choices: dict[str, Any],
-    schedule: Schedule,
-    sums: UnitSums,
-    watch: CollapseWatch,
-) -> PruningState:
-    """Return the state before the first step: all units kept."""
-    shapes, device = bound.shapes(), bound.device
-    scales = {name: torch.ones(size, device=device) for name, size in shapes.items()}
-    redundant = {name: torch.zeros(size, dtype=torch.bool, device=device) for name, size in shapes.items()}
-    return PruningState(target, choices, schedule, scales, redundant, sums, watch, None)

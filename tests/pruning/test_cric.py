@@ -21,7 +21,7 @@ from hesso_hf.errors import HessoError
 from hesso_hf.pruning.cric_state import Cric
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.schedule import Schedule
-from hesso_hf.pruning.weights.snapshot import snapshot_of
+from hesso_hf.pruning.weights.holdings import Holdings
 from tests.support.reference import (
     GEMMA2_NORMS,
     LLAMA_NORMS,
@@ -561,7 +561,7 @@ def test_nested_optimizer_state_returns(on_cpu: bool) -> None:
     parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4).bfloat16())]
     optimizer = Nested(parameters)
     optimizer.step()
-    snapshot = snapshot_of(optimizer, parameters, on_cpu)
+    snapshot = Holdings(parameters).snapshot(optimizer, parameters, on_cpu)
     expected = digest([parameters, [optimizer.state[p] for p in parameters]])
     for emptied in (True, False):  # the copies aren't handed out: a second trial doesn't change them
         for _ in range(3):
@@ -578,7 +578,7 @@ def test_nested_optimizer_state_returns(on_cpu: bool) -> None:
 def test_state_that_was_not_there_at_the_snapshot_is_gone_after_the_return(make: Any) -> None:
     parameter = torch.nn.Parameter(torch.randn(3))
     optimizer = make([parameter])
-    snapshot = snapshot_of(optimizer, [parameter], on_cpu=True)
+    snapshot = Holdings([parameter]).snapshot(optimizer, [parameter], on_cpu=True)
     assert parameter not in optimizer.state
     parameter.grad = torch.ones(3)
     optimizer.step()
@@ -589,7 +589,7 @@ def test_state_that_was_not_there_at_the_snapshot_is_gone_after_the_return(make:
 
 def test_swapping_weights_twice_changes_nothing() -> None:
     parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4).bfloat16())]
-    snapshot = snapshot_of(SGD(parameters[:1]), parameters, on_cpu=True)
+    snapshot = Holdings(parameters).snapshot(SGD(parameters[:1]), parameters, on_cpu=True)
     origin = digest(parameters)
     with torch.no_grad():
         for parameter in parameters:
@@ -608,14 +608,14 @@ def test_a_snapshot_survives_being_saved() -> None:
     optimizer = Nested(parameters)
     optimizer.step()
     random.gauss(0, 1)  # leaves a value for the next call
-    snapshot = snapshot_of(optimizer, parameters, on_cpu=True)
+    snapshot = Holdings(parameters).snapshot(optimizer, parameters, on_cpu=True)
     expected = digest([parameters, optimizer.state[parameters[0]]]), random_digest()
     data = saved(snapshot.state_dict())
     random.random()
     np.random.normal()
     torch.rand(1)
     optimizer.step()
-    other = snapshot_of(optimizer, parameters, on_cpu=True)
+    other = Holdings(parameters).snapshot(optimizer, parameters, on_cpu=True)
     other.load_state_dict(loaded(data))
     other.restore()
     assert (digest([parameters, optimizer.state[parameters[0]]]), random_digest()) == expected

@@ -17,15 +17,13 @@ from torch.optim import Optimizer
 from ...distributed.parts import Part, add_over_ranks, full_shape, local
 from ...errors import CheckpointMismatchError, UnsupportedStructureError
 from ...structures.experts import EXPERT_UNITS
-from ...structures.groups import Axis, PruningGroups
+from ...structures.groups import Axis, AxisName, PruningGroups
 from ...structures.lora import NO_ADAPTERS, Adapters
 from ...structures.router_gates import RouterGates
-from ..saliency import Displacements, PerUnit, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
+from ..saliency import Displaced, ParameterAxes, PerUnit, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
 from .frozen import FrozenWeights
 from .holdings import Holdings, MakeHoldings
 from .snapshot import Snapshot
-
-Displaced = Callable[[str, list[tuple[str, int, Axis]], Part, int], Displacements]
 
 
 class BoundGroups:
@@ -134,10 +132,8 @@ class BoundGroups:
 
     def multiply_(self, factors: PerUnit) -> None:
         """Multiply each unit's effective weights by its factor."""
-        for name, axis, values in self._each(factors):
-            for part, weights in self._weights(name):
-                axis.shrink_(weights, values, part)
-            self.held[name].weights_changed()
+        for axis, values, part, weights in self._each_piece(factors):
+            axis.shrink_(weights, values, part)
 
     def route(self, scales: PerUnit) -> None:
         """Let the routers choose experts by their scales."""
@@ -146,41 +142,36 @@ class BoundGroups:
 
     def mask_weights_(self, pruned: PerUnit) -> None:
         """Set pruned units' effective weights to exactly zero."""
-        for name, axis, units in self._each(pruned):
-            for part, weights in self._weights(name):
-                axis.mask_(weights, units, part=part)
-            self.held[name].weights_changed()
+        for axis, units, part, weights in self._each_piece(pruned):
+            axis.mask_(weights, units, part=part)
 
     def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
         """Take `share` of the mean out of what writes to a stream that norms subtract the mean of.
 
         Where processes hold some of the channels each, the sums over them take one all-reduce.
         """
-        found = [(name, axis, units) for name, axis, units in self._each(scales) if axis.centred]
-        split = [n for n, (name, axis, _) in enumerate(found) if self.held[name].splits(axis.dim)]
-        totals: dict[int, torch.Tensor] = {}
+        split = [axis for axis, _ in self._each(scales, centred=True) if self.held[axis.parameter].splits(axis.dim)]
+        totals: dict[AxisName, torch.Tensor] = {}
         if split:
-            sums = [self._channel_sum(name, axis) for name, axis, _ in (found[n] for n in split)]
-            totals = dict(zip(split, add_over_ranks(sums), strict=True))
-        for n, (name, axis, units) in enumerate(found):
-            for part, weights in self._weights(name):
-                total = totals[n][part.window(but=axis.dim)] if n in totals else None
-                axis.centre_(weights, units, share, part, total)
-            self.held[name].weights_changed()
+            sums = add_over_ranks([self._channel_sum(axis) for axis in split])
+            totals = {(axis.parameter, axis.dim): total for axis, total in zip(split, sums, strict=True)}
+        for axis, units, part, weights in self._each_piece(scales, centred=True):
+            total = totals.get((axis.parameter, axis.dim))
+            axis.centre_(weights, units, share, part, None if total is None else total[part.window(but=axis.dim)])
 
-    def _channel_sum(self, name: str, axis: Axis) -> torch.Tensor:
+    def _channel_sum(self, axis: Axis) -> torch.Tensor:
         """Return the sum over the channels that this process counts, as wide as the whole parameter."""
-        held = self.held[name]
+        held = self.held[axis.parameter]
         shape = [1 if dim == axis.dim else size for dim, size in enumerate(held.shape)]
         total = torch.zeros(shape, device=self.device)
-        for part, weights in self._weights(name) if held.counted else ():
+        for part, weights in zip(held.parts, held.weights(), strict=True) if held.counted else ():
             total[part.window(but=axis.dim)] += weights.float().sum(axis.dim, keepdim=True).to(total.device)
         return total
 
     def mask_gradients_(self, pruned: PerUnit) -> None:
         """Set pruned units' gradients to zero."""
-        for name, axis, units in self._each(pruned):
-            held = self.held[name]
+        for axis, units in self._each(pruned):
+            held = self.held[axis.parameter]
             gradients = held.gradients()
             if gradients is None:
                 continue
@@ -192,8 +183,8 @@ class BoundGroups:
         self, state: Mapping[torch.Tensor, Mapping[str, Any]], pruned: PerUnit, vectors_only: bool = False
     ) -> None:
         """Zero pruned units' entries in optimizer state of the parameter's own shape and a floating dtype."""
-        for name, axis, units in self._each(pruned):
-            held = self.held[name]
+        for axis, units in self._each(pruned):
+            held = self.held[axis.parameter]
             if vectors_only and len(held.shape) > 1:
                 continue
             for pieces in held.states(state):
@@ -211,9 +202,7 @@ class BoundGroups:
             total = float(add_over_ranks([torch.tensor([total], dtype=float_sums(self.device), device=self.device)])[0])
         return total**0.5
 
-    def _marked_square_sum(
-        self, values: torch.Tensor, axes: list[tuple[str, int, Axis]], marked: PerUnit, part: Part
-    ) -> float:
+    def _marked_square_sum(self, values: torch.Tensor, axes: ParameterAxes, marked: PerUnit, part: Part) -> float:
         masks = [
             (axis.dim, axis.spread(marked[structure][layer], values.dim(), False, part).to(values.device))
             for structure, layer, axis in axes
@@ -227,14 +216,19 @@ class BoundGroups:
             total += float((block + axes[0][2].shift).masked_select(chosen).square().sum())
         return total
 
-    def _weights(self, name: str) -> Iterator[tuple[Part, torch.Tensor]]:
-        """Yield this process' pieces of a parameter's weights, with where they lie."""
-        held = self.held[name]
-        yield from zip(held.parts, held.weights(), strict=True)
+    def _each_piece(
+        self, units: PerUnit, centred: bool = False
+    ) -> Iterator[tuple[Axis, torch.Tensor, Part, torch.Tensor]]:
+        """Yield (axis, one value per unit, part, weights to be changed in place) of each piece that lies here."""
+        for axis, values in self._each(units, centred):
+            held = self.held[axis.parameter]
+            for part, weights in zip(held.parts, held.weights(), strict=True):
+                yield axis, values, part, weights
+            held.weights_changed()
 
-    def _each(self, units: PerUnit) -> Iterator[tuple[str, Axis, torch.Tensor]]:
-        """Yield (parameter's name, axis, one value per unit) of the given structures."""
-        for name, axes in self.axes.items():
+    def _each(self, units: PerUnit, centred: bool = False) -> Iterator[tuple[Axis, torch.Tensor]]:
+        """Yield (axis, one value per unit) of the given structures, or only of what is kept at mean zero."""
+        for axes in self.axes.values():
             for structure, layer, axis in axes:
-                if structure in units:
-                    yield name, axis, units[structure][layer]
+                if structure in units and (axis.centred or not centred):
+                    yield axis, units[structure][layer]

@@ -15,10 +15,8 @@ from torch import nn
 
 from ...distributed.collectives import world_size
 from ...errors import CheckpointMismatchError
-from ...structures.groups import Axis
-from ..saliency import PerUnit
+from ..saliency import ParameterAxes, PerUnit
 
-Axes = Mapping[str, list[tuple[str, int, Axis]]]
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,10 +25,9 @@ class FrozenWeights:
 
     Args:
         parameters: none for models without adapters, which train or at least save all of their weights.
-        axes: of all parameters.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], axes: Axes) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], axes: Mapping[str, ParameterAxes]) -> None:
         self._parameters, self._axes = dict(parameters), axes
         self._are_revealed = False
 
@@ -70,21 +67,20 @@ class FrozenWeights:
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self, scales: PerUnit, on_trial: PerUnit | None = None) -> dict[str, Any]:
+    def state_dict(self, shrinking: PerUnit) -> dict[str, Any]:
         """Return what the weights' first values and the pruned units don't tell: slices of units on their way to zero.
 
         Args:
-            scales: (L, U) per structure.
-            on_trial: units that CRIC has scaled, bool (L, U) per structure, where it has.
+            shrinking: the units on their way, bool (L, U) per structure.
         """
-        state, shrinking = {}, _between(scales) if on_trial is None else on_trial
+        state = {}
         for name, parameter in self._parameters.items():
             values = parameter.data[self._chosen(name, shrinking)].clone()
             state[name] = {"values": values, "checksum": _checksum(parameter.data)}
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any], scales: PerUnit, on_trial: PerUnit | None = None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], scales: PerUnit, shrinking: PerUnit) -> None:
         """Bring the first values to where they were when `state` was made.
 
         Raises:
@@ -93,7 +89,6 @@ class FrozenWeights:
         if state.keys() != self._parameters.keys():
             odd = sorted(state.keys() ^ self._parameters.keys())[0]
             raise CheckpointMismatchError(f"{odd} is frozen in only one of the checkpoint and this model")
-        shrinking = _between(scales) if on_trial is None else on_trial
         for name, parameter in self._parameters.items():
             for structure, layer, axis in self._axes[name]:
                 axis.mask_(parameter.data, scales[structure][layer] == 0)
@@ -116,10 +111,6 @@ class FrozenWeights:
                 return torch.ones_like(chosen)
             chosen |= axis.spread(shrinking[structure][layer], parameter.dim(), fixed_value=False)
         return chosen
-
-
-def _between(scales: PerUnit) -> PerUnit:
-    return {name: (values > 0) & (values < 1) for name, values in scales.items()}
 
 
 def _checksum(values: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ...distributed.collectives import is_main_process
 from ...distributed.parts import Part, full_shape, is_sharded, local, part_of
-from .snapshot import Snapshot, snapshot_of
+from .snapshot import Snapshot, snapshotted
 
 
 class Held:
@@ -93,7 +93,7 @@ class Holdings:
 
     def snapshot(self, optimizer: Optimizer, scaled: Iterable[torch.Tensor], on_cpu: bool) -> Snapshot:
         """Copy what an optimizer trains and what else is scaled."""
-        return snapshot_of(optimizer, scaled, on_cpu)
+        return Snapshot(snapshotted(optimizer, scaled), optimizer, on_cpu)
 
     def publish(self) -> None:
         """Let all processes compute with weights that were changed outside of a training step."""

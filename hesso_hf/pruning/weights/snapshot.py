@@ -28,6 +28,9 @@ class Snapshot:
         optimizer: whose `state` of these parameters is copied too, or None. What a schedule drives in its
             `param_groups`, such as the learning rate, is left alone.
         on_cpu: whether the copies lie in host memory, so that the device holds no second copy.
+
+    Attributes:
+        random: this process' random state at the snapshot.
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], optimizer: Optimizer | None, on_cpu: bool) -> None:
@@ -39,7 +42,7 @@ class Snapshot:
         self._state = [self._copy(state.get(parameter)) for parameter in self._parameters]
         groups = optimizer.param_groups if optimizer else []
         self._options = [{key: self._copy(group[key]) for key in _own_options(group)} for group in groups]
-        self._random = random_state(self._device)
+        self.random = random_state(self._device)
 
     def weights_of(self, parameter: torch.Tensor) -> torch.Tensor:
         """Return the copy of what this process holds of a parameter, where it lies."""
@@ -49,17 +52,17 @@ class Snapshot:
     def restore(self) -> None:
         """Put weights, optimizer state and random state back."""
         self.restore_weights()
+        set_random_state(self.random, self._device)
+        if self._optimizer is None:
+            return
+        state = self._optimizer.state
         for parameter, saved in zip(self._parameters, self._state, strict=True):
-            if self._optimizer is None:
-                break
             if saved is None:
-                self._optimizer.state.pop(parameter, None)
+                state.pop(parameter, None)
             else:
-                present = self._optimizer.state.get(parameter)
-                self._optimizer.state[parameter] = _put_back(saved, present, parameter.device, parameter)
-        for group, saved in zip(self._optimizer.param_groups if self._optimizer else [], self._options, strict=True):
+                state[parameter] = _put_back(saved, state.get(parameter), parameter.device, parameter)
+        for group, saved in zip(self._optimizer.param_groups, self._options, strict=True):
             group.update({key: _put_back(value, group.get(key), self._device) for key, value in saved.items()})
-        set_random_state(self._random, self._device)
 
     @torch.no_grad()
     def restore_weights(self) -> None:
@@ -79,28 +82,14 @@ class Snapshot:
     def state_dict(self) -> dict[str, Any]:
         """Return the copies: tensors and plain containers only."""
         copies = {"weights": list(self._weights), "state": list(self._state), "options": list(self._options)}
-        return copies | {"random": self._random}
+        return copies | {"random": self.random}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over copies that were saved."""
         self._weights = _put_back(list(state["weights"]), self._weights, self._device)
         self._state = _put_back(list(state["state"]), self._state, self._device)
         self._options = _put_back(list(state["options"]), self._options, self._device)
-        self.take_random(state["random"])
-
-    @property
-    def random(self) -> dict[str, Any]:
-        """This process' random state at the snapshot."""
-        return self._random
-
-    def take_random(self, state: Mapping[str, Any]) -> None:
-        """Take over a random state that was saved; it may have been loaded to another device."""
-        self._random = {
-            name: [part.cpu() if isinstance(part, torch.Tensor) else part for part in value]
-            if isinstance(value, list)
-            else value.cpu()
-            for name, value in state.items()
-        }
+        self.random = state["random"]
 
     def num_bytes(self) -> int:
         """Return the size of all copies."""
@@ -123,13 +112,8 @@ class Snapshot:
         return copy.deepcopy(value)
 
 
-def snapshot_of(optimizer: Optimizer, scaled: Iterable[torch.Tensor], on_cpu: bool) -> Snapshot:
-    """Copy what an optimizer trains, and what else is scaled (frozen weights too), each once."""
-    return Snapshot(snapshotted(optimizer, scaled), optimizer, on_cpu)
-
-
 def snapshotted(optimizer: Optimizer, scaled: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the parameters that a snapshot copies, in its order."""
+    """Return what a snapshot copies, in its order: what an optimizer trains and what else is scaled, each once."""
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     known = {id(parameter) for parameter in trained}
     return [*trained, *(parameter for parameter in scaled if id(parameter) not in known)]
@@ -207,10 +191,11 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the generators back; the state may have been loaded to any device."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, words, *rest = state["numpy"]
-    np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, words.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

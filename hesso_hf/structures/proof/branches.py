@@ -76,9 +76,10 @@ def discover_branches(
     beside = _biases(probe, axis_map, remaining)
     for axis in beside:
         del remaining[axis]
+    search = Search(probe, axis_map, remaining, units)
     branches: list[Branch] = []
     while remaining:
-        branch = _best_branch(probe, axis_map, remaining, units, granule, strided)
+        branch = search.best(granule, strided)
         if branch is None and partial and branches:
             break
         if branch is None:
@@ -108,39 +109,108 @@ def _biases(
     return found
 
 
-def _best_branch(
-    probe: GradientProbe,
-    axis_map: AxisMap,
-    remaining: dict[AxisName, list[AxisName]],
-    units: int,
-    granule: int,
-    strided: bool,
-) -> Branch | None:
-    """Try each matrix as the reader, the last of a block first; take the one that accounts for most axes."""
-    best: Branch | None = None
-    for reader in reversed(remaining):
-        shape = axis_map.parameters[remaining[reader][0][0]].shape
-        if len(shape) < 2:
-            continue
-        layouts = _reader_layouts(shape[reader[1]], units, granule)
-        for layout in reversed(layouts) if strided else layouts:
-            found = _confirmed(probe, remaining, _branch(probe, remaining, {reader: layout}, units), units)
-            if len(found.layouts) > (len(best.layouts) if best else 1):
-                best = found
-            if best is not None and len(best.layouts) == len(remaining):
-                return best
-    for readers in _reader_groups(probe, axis_map, remaining, units):
-        together = _branch(probe, remaining, readers, units)
-        if len(together.layouts) > 1 and (best is None or _worth(together, remaining) > _worth(best, remaining)):
-            best = together
-    return best
+@dataclass(frozen=True)
+class Search:
+    """Looks for the next branch.
 
+    Attributes:
+        remaining: pattern and dimension to the axes that it stands for, of all that no branch has yet.
+        units: U of the tiny model.
+    """
 
-def _worth(branch: Branch, remaining: Iterable[AxisName]) -> tuple[bool, int]:
-    """Compare branches: what leaves nothing over of a block that it is of comes first, then what has more axes."""
-    blocks = {_block_of(pattern) for pattern, _ in branch.layouts}
-    complete = all(axis in branch.layouts for axis in remaining if _block_of(axis[0]) in blocks)
-    return complete, len(branch.layouts)
+    probe: GradientProbe
+    axis_map: AxisMap
+    remaining: dict[AxisName, list[AxisName]]
+    units: int
+
+    def best(self, granule: int, strided: bool) -> Branch | None:
+        """Try each matrix as the reader, the last of a block first; take the one that accounts for most axes."""
+        best: Branch | None = None
+        for reader, axes in reversed(self.remaining.items()):
+            shape = self.axis_map.parameters[axes[0][0]].shape
+            if len(shape) < 2:
+                continue
+            layouts = _reader_layouts(shape[reader[1]], self.units, granule)
+            for layout in reversed(layouts) if strided else layouts:
+                found = self.confirmed(self._branch({reader: layout}))
+                if len(found.layouts) > (len(best.layouts) if best else 1):
+                    best = found
+                if best is not None and len(best.layouts) == len(self.remaining):
+                    return best
+        for readers in self._reader_groups():
+            together = self._branch(readers)
+            if len(together.layouts) > 1 and (best is None or self._worth(together) > self._worth(best)):
+                best = together
+        return best
+
+    def _worth(self, branch: Branch) -> tuple[bool, int]:
+        """Compare branches: what leaves nothing over of a block that it is of comes first, then what has more axes."""
+        blocks = {_block_of(pattern) for pattern, _ in branch.layouts}
+        complete = all(axis in branch.layouts for axis in self.remaining if _block_of(axis[0]) in blocks)
+        return complete, len(branch.layouts)
+
+    def _reader_groups(self) -> list[dict[AxisName, Layout]]:
+        """List matrices that read the same units together.
+
+        A state-space mixer's channels feed its own projections too, and layers of several kinds may share a table (the
+        position biases of T5's heads).
+        """
+        blocks: dict[str, dict[AxisName, Layout]] = {}
+        for axis, found in self.remaining.items():
+            info = self.axis_map.parameters[found[0][0]]
+            linear = isinstance(self.probe.model.get_submodule(info.module), nn.Linear)
+            if linear and axis[1] == 1 and info.shape[1] % self.units == 0 and info.role == "matrix":
+                block = axis[0].rpartition(".")[0].rpartition(".")[0]
+                layout = Layout((Segment(1, info.shape[1] // self.units),))
+                blocks.setdefault(block, {})[axis] = layout
+                stack = info.layer.rpartition(".")[0]
+                blocks.setdefault(f"{stack}|{info.module.removeprefix(info.layer)}", {})[axis] = layout
+        return [readers for readers in blocks.values() if len(readers) > 1]
+
+    def confirmed(self, branch: Branch) -> Branch:
+        """Read the reader's layout, so far assumed, off the gradients where another matrix of the branch is zeroed.
+
+        One that accounts for a part of it (with queries at zero, values keep their gradients) only has to agree.
+        """
+        assumed = branch.layouts[branch.reader]
+        for other, layout in branch.layouts.items():
+            if other == branch.reader or self.probe.parameters[self.remaining[other][0][0]].dim() < 2:
+                continue
+            back = self._branch({other: layout}).layouts.get(branch.reader)
+            if back == assumed:
+                break
+            if back is not None and not _agrees(assumed, _owners_in(back, self.units), self.units, unknown=NOBODY):
+                return Branch(branch.reader, branch.layouts | {branch.reader: back})
+        return branch
+
+    def _branch(self, readers: dict[AxisName, Layout]) -> Branch:
+        """Return the branch of matrices that read the units as these layouts say."""
+        probe, units = self.probe, self.units
+        read = [(name, dim, layout) for reader, layout in readers.items() for name, dim in self.remaining[reader]]
+        for name, dim, layout in read:
+            if probe.parameters[name].shape[dim] != layout.size(units):
+                raise UnsupportedStructureError(f"{name} dimension {dim} has another length than in other layers")
+
+        def zero(mask: torch.Tensor) -> None:
+            for name, dim, layout in read:
+                Axis(name, dim, layout).mask_(probe.parameters[name], mask, fill=0.0)
+                bias = probe.bias_beside(name, dim)
+                if bias is not None:
+                    Axis(name, 0, layout).mask_(bias, mask, fill=0.0)
+
+        others = {pattern: axes for pattern, axes in self.remaining.items() if pattern not in readers}
+        owners = probe.owners(units, zero, [axis for axes in others.values() for axis in axes])
+        layouts: dict[AxisName, Layout] = dict(readers)
+        unclear: dict[AxisName, list[torch.Tensor]] = {}
+        for pattern, axes in others.items():
+            seen = [owners[axis] for axis in axes]
+            known = {layout_of(owner, units) for owner in seen if not bool((owner == UNKNOWN).any())}
+            only = known.pop() if len(known) == 1 else None
+            if only is not None and only.per_unit:
+                layouts[pattern] = only
+            elif not known:
+                unclear[pattern] = seen
+        return Branch(next(iter(readers)), layouts | _like_others(unclear, layouts, units))
 
 
 def _block_of(pattern: str) -> str:
@@ -148,47 +218,6 @@ def _block_of(pattern: str) -> str:
     parts = pattern.split(".")
     layer = next((index for index, part in enumerate(parts) if part.startswith("*")), len(parts))
     return ".".join(parts[: layer + 2])
-
-
-def _reader_groups(
-    probe: GradientProbe, axis_map: AxisMap, remaining: dict[AxisName, list[AxisName]], units: int
-) -> list[dict[AxisName, Layout]]:
-    """List matrices that read the same units together.
-
-    A state-space mixer's channels feed its own projections too, and layers of several kinds may share a table (the
-    position biases of T5's heads).
-    """
-    blocks: dict[str, dict[AxisName, Layout]] = {}
-    for axis, found in remaining.items():
-        info = axis_map.parameters[found[0][0]]
-        linear = isinstance(probe.model.get_submodule(info.module), nn.Linear)
-        if linear and axis[1] == 1 and info.shape[1] % units == 0 and info.role == "matrix":
-            block = axis[0].rpartition(".")[0].rpartition(".")[0]
-            layout = Layout((Segment(1, info.shape[1] // units),))
-            blocks.setdefault(block, {})[axis] = layout
-            stack = info.layer.rpartition(".")[0]
-            blocks.setdefault(f"{stack}|{info.module.removeprefix(info.layer)}", {})[axis] = layout
-    return [readers for readers in blocks.values() if len(readers) > 1]
-
-
-def _confirmed(probe: GradientProbe, remaining: dict[AxisName, list[AxisName]], branch: Branch, units: int) -> Branch:
-    """Read the reader's own layout, so far assumed, off the gradients where another matrix of the branch is zeroed.
-
-    One that accounts for a part of the reader (with queries at zero, values keep their gradients) only has to agree.
-    """
-    assumed = branch.layouts[branch.reader]
-    expected = assumed.expand(torch.arange(units), fixed_value=NOBODY)
-    for other, layout in branch.layouts.items():
-        if other == branch.reader or probe.parameters[remaining[other][0][0]].dim() < 2:
-            continue
-        back = _branch(probe, remaining, {other: layout}, units).layouts.get(branch.reader)
-        if back == assumed:
-            break
-        if back is not None:
-            seen = back.expand(torch.arange(units), fixed_value=NOBODY)
-            if not bool(((seen == expected) | (seen == NOBODY)).all()):
-                return Branch(branch.reader, branch.layouts | {branch.reader: back})
-    return branch
 
 
 def _reader_layouts(size: int, units: int, granule: int) -> list[Layout]:
@@ -200,42 +229,6 @@ def _reader_layouts(size: int, units: int, granule: int) -> list[Layout]:
         if per_unit > granule and per_unit % granule == 0:
             layouts.append(Layout((Segment(per_unit // granule, granule),)))
     return layouts
-
-
-def _branch(
-    probe: GradientProbe,
-    remaining: dict[AxisName, list[AxisName]],
-    readers: dict[AxisName, Layout],
-    units: int,
-) -> Branch:
-    for reader, layout in readers.items():
-        for name, dim in remaining[reader]:
-            if probe.parameters[name].shape[dim] != layout.size(units):
-                raise UnsupportedStructureError(f"{name} dimension {dim} has another length than in other layers")
-
-    def zero(mask: torch.Tensor) -> None:
-        for reader, layout in readers.items():
-            for name, dim in remaining[reader]:
-                Axis(name, dim, layout).mask_(probe.parameters[name], mask, fill=0.0)
-                bias = probe.bias_beside(name, dim)
-                if bias is not None:
-                    Axis(name, 0, layout).mask_(bias, mask, fill=0.0)
-
-    others = [axis for pattern, found in remaining.items() if pattern not in readers for axis in found]
-    owners = probe.owners(units, zero, others)
-    layouts: dict[AxisName, Layout] = dict(readers)
-    unclear: dict[AxisName, list[torch.Tensor]] = {}
-    for pattern, found in remaining.items():
-        if pattern in readers:
-            continue
-        seen = [owners[axis] for axis in found]
-        known = {layout_of(owner, units) for owner in seen if not bool((owner == UNKNOWN).any())}
-        only = known.pop() if len(known) == 1 else None
-        if only is not None and only.per_unit:
-            layouts[pattern] = only
-        elif not known:
-            unclear[pattern] = seen
-    return Branch(next(iter(readers)), layouts | _like_others(unclear, layouts, units))
 
 
 def _like_others(
@@ -253,8 +246,12 @@ def _like_others(
     return found
 
 
-def _agrees(layout: Layout, owners: torch.Tensor, units: int) -> bool:
+def _agrees(layout: Layout, owners: torch.Tensor, units: int, unknown: int = UNKNOWN) -> bool:
+    """Tell whether indices belong to whom a layout says, where that isn't `unknown`."""
     if layout.size(units) != len(owners):
         return False
-    expected = layout.expand(torch.arange(units), fixed_value=NOBODY)
-    return bool(((owners == expected) | (owners == UNKNOWN)).all())
+    return bool(((owners == _owners_in(layout, units)) | (owners == unknown)).all())
+
+
+def _owners_in(layout: Layout, units: int) -> torch.Tensor:
+    return layout.expand(torch.arange(units), fixed_value=NOBODY)

@@ -28,9 +28,29 @@ def ids_for_all_experts(config: PretrainedConfig) -> torch.Tensor:
     return token_ids(config, rows=_ROWS_OF_ONE_EXPERT) if experts_per_token(config) == 1 else token_ids(config)
 
 
+@torch.no_grad()
 def prove_experts(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, StructureProof]:
-    """Prove that experts can be cut out, on a tiny model; what belongs to each leaves nothing to try."""
-    error = expert_error(model_class, tiny_config(model_class, config))
+    """Prune random experts of a tiny model and cut them out; what belongs to each leaves nothing else to try.
+
+    Raises:
+        NotApplicableError: for a model without experts.
+        UnsupportedStructureError: where experts or routers can't be found, or pruning them changes nothing.
+    """
+    config = with_enough_experts(tiny_config(model_class, config))
+    structure = expert_groups(model_class, config)
+    model, input_ids = random_model(model_class, config), token_ids(config)
+    generator = torch.Generator().manual_seed(SEED)
+    buffers = dict(model.named_buffers())
+    for axes in structure.buffers:
+        for axis in axes:  # zeros would hide that they are cut wrongly
+            buffers[axis.parameter].normal_(0.0, 0.5, generator=generator)
+    kept = _keep_used(model, structure, input_ids, generator)
+    groups = PruningGroups({EXPERT_UNITS: structure})
+    zero_units_(dict(model.named_parameters()), groups, kept)
+    expected = logits_of(model, input_ids)
+    small = cut_model(model, groups, kept, torch.float32)
+    remove_gates(model)
+    error = relative_error(logits_of(small, input_ids), expected)
     if error <= TOLERANCE:
         return {EXPERT_UNITS: StructureProof(EXPERT_UNITS, ExpertScheme(), error)}
     reason = f"the cut model's logits differ: relative error {error:.1e} > {TOLERANCE:.0e}"
@@ -44,34 +64,6 @@ def with_enough_experts(config: PretrainedConfig) -> PretrainedConfig:
     return resized_config(config, {EXPERTS: _PER_POOL * routing_groups(config)[0]})
 
 
-@torch.no_grad()
-def expert_error(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = SEED) -> float:
-    """Prune random experts of a tiny model, cut them out, and return the relative error of the cut model's logits.
-
-    Args:
-        config: that of a tiny model; its layers get as many experts as there have to be to choose from.
-
-    Raises:
-        NotApplicableError: for a model without experts.
-        UnsupportedStructureError: where experts or routers can't be found, or pruning them changes nothing.
-    """
-    config = with_enough_experts(config)
-    structure = expert_groups(model_class, config)
-    model, input_ids = random_model(model_class, config), token_ids(config)
-    generator = torch.Generator().manual_seed(seed)
-    buffers = dict(model.named_buffers())
-    for axes in structure.buffers:
-        for axis in axes:  # zeros would hide that they are cut wrongly
-            buffers[axis.parameter].normal_(0.0, 0.5, generator=generator)
-    kept = _keep_used(model, structure, input_ids, generator)
-    groups = PruningGroups({EXPERT_UNITS: structure})
-    zero_units_(dict(model.named_parameters()), groups, kept)
-    expected = logits_of(model, input_ids)
-    small = cut_model(model, groups, kept, torch.float32)
-    remove_gates(model)
-    return relative_error(logits_of(small, input_ids), expected)
-
-
 def _keep_used(
     model: PreTrainedModel, structure: StructureGroups, input_ids: torch.Tensor, generator: torch.Generator
 ) -> KeptUnits:
@@ -82,8 +74,7 @@ def _keep_used(
         pruned = random_experts(structure, generator)
         gates.set_scales((~pruned).float())
         if relative_error(logits_of(model, input_ids), before) > 1e-3:
-            kept = tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in pruned)
-            return KeptUnits({EXPERT_UNITS: structure.num_units}, {EXPERT_UNITS: kept})
+            return KeptUnits.of({EXPERT_UNITS: ~pruned})
     raise UnsupportedStructureError(f"{EXPERT_UNITS}: keeping the routers from some of them changes nothing")
 
 

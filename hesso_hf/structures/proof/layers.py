@@ -20,7 +20,7 @@ from ...hf_models.by_layer import is_by_layer
 from ...hf_models.resize import resized_config
 from ...hf_models.sizes import LAYERS, text_config_of
 from ...hf_models.tiny_model import logits_of, relative_error
-from ..cut import load_cut, zero_units_
+from ..cut import kept_sizes, load_cut, zero_units_
 from ..groups import KeptUnits, PruningGroups
 from ..layers import LAYER_UNITS, LayerScheme, full_names, layer_groups, stack_of
 from .bench import Bench
@@ -107,16 +107,10 @@ class LayerTrial:
     @torch.no_grad()
     def _cut(self, groups: PruningGroups, kept: KeptUnits, full: PreTrainedModel) -> torch.Tensor:
         """Return the logits of the model without the layers."""
-        sizes: dict[str, int] = {}
-        for name, structure in groups.structures.items():
-            sizes |= structure.config_sizes(len(kept.kept[name][0]))
         layers = kept.kept[LAYER_UNITS][0]
         try:
-            small = (
-                self.bench.model_class(resized_config(self.bench.config, sizes, layers, self.bench.axis_map.sizes))
-                .float()
-                .eval()
-            )
+            config = resized_config(self.bench.config, kept_sizes(groups, kept), layers, self.bench.axis_map.sizes)
+            small = self.bench.model_class(config).float().eval()
             load_cut(small, dict(full.named_parameters()), groups, kept)
             states, buffers = full.state_dict(), dict(small.named_buffers())
             for name, origin in full_names(buffers, groups, kept).items():

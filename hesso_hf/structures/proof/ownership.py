@@ -11,9 +11,11 @@ Legend: N indices of an axis, U units.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +85,6 @@ class GradientProbe:
         self.model = copy.deepcopy(model).requires_grad_(True)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self._input_ids, self._forward = input_ids, forward
-        self._baseline: dict[AxisName, torch.Tensor] | None = None
 
     def owners(
         self, units: int, zero: Callable[[torch.Tensor], Any], axes: Iterable[AxisName]
@@ -97,15 +98,14 @@ class GradientProbe:
         bits, codes = _codes(units)
         found = {axis: torch.zeros(self.parameters[axis[0]].shape[axis[1]], dtype=torch.long) for axis in axes}
         for bit in range(bits):
-            with self._undone():
+            with self.undone():
                 zero((codes >> bit) & 1 == 1)
                 vanished = self.vanished(axes)
             for axis, mask in vanished.items():
                 found[axis] += mask.long() << bit
-        dead = self._dead(axes)
         units_of = torch.full((1 << bits,), NOBODY)
         units_of[codes] = torch.arange(units)
-        return {axis: torch.where(dead[axis], UNKNOWN, units_of[code]) for axis, code in found.items()}
+        return {axis: torch.where(self._dead[axis], UNKNOWN, units_of[code]) for axis, code in found.items()}
 
     def vanished(self, axes: Iterable[AxisName]) -> dict[AxisName, torch.Tensor]:
         """Return, per axis, which indices have no gradient at all: shape (N,), bool."""
@@ -124,11 +124,10 @@ class GradientProbe:
                 found[name, dim] = (parameter.grad.abs().amax(others) if others else parameter.grad.abs()) == 0
         return found
 
-    def _dead(self, axes: list[AxisName]) -> dict[AxisName, torch.Tensor]:
-        if self._baseline is None:
-            every = [(name, dim) for name, p in self.parameters.items() for dim in range(p.dim())]
-            self._baseline = self.vanished(every)
-        return {axis: self._baseline[axis] for axis in axes}
+    @cached_property
+    def _dead(self) -> dict[AxisName, torch.Tensor]:
+        """The indices that have no gradient anyway, of every axis of the model."""
+        return self.vanished((name, dim) for name, p in self.parameters.items() for dim in range(p.dim()))
 
     def output_axis(self, name: str) -> AxisName | None:
         """Return the axis of a linear layer's weight along which its bias lies; None for other parameters."""
@@ -142,7 +141,8 @@ class GradientProbe:
         return self.parameters[bias] if bias in self.parameters and self.output_axis(bias) == (name, dim) else None
 
     @contextmanager
-    def _undone(self) -> Iterator[None]:
+    def undone(self) -> Iterator[None]:
+        """Put the parameters back that were changed inside."""
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         try:
             with torch.no_grad():
@@ -166,12 +166,7 @@ def _codes(units: int) -> tuple[int, torch.Tensor]:
 
 def layout_of(owners: torch.Tensor, units: int) -> Layout | None:
     """Return the layout in which units lie in ascending order, or None where they don't or the owners aren't known."""
-    runs: list[tuple[int, int]] = []  # owner, length
-    for owner in owners.tolist():
-        if runs and runs[-1][0] == owner:
-            runs[-1] = (owner, runs[-1][1] + 1)
-        else:
-            runs.append((owner, 1))
+    runs = [(owner, len(list(indices))) for owner, indices in itertools.groupby(owners.tolist())]
     segments: list[Segment] = []
     position = 0
     while position < len(runs):

@@ -42,19 +42,15 @@ def prove(
     since they have to hold together with the others, and on a model of the real one's depth. Random numbers are of a
     generator of the proof's own: a run's dropout doesn't depend on whether something was proved before.
     """
+    others = tuple(name for name in names if name not in (EXPERT_UNITS, LAYER_UNITS))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(SEED)
-        return _prove(model_class, config, names)
-
-
-def _prove(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
-    others = tuple(name for name in names if name not in (EXPERT_UNITS, LAYER_UNITS))
-    proof = _prove_units(model_class, config, others) if others else Proof({})
-    found = dict(proof.structures)
-    if EXPERT_UNITS in names:
-        found |= guarded((EXPERT_UNITS,), partial(prove_experts, model_class, config))
-    if LAYER_UNITS in names:
-        found |= guarded((LAYER_UNITS,), partial(_prove_layers, model_class, config, proof))
+        proof = _prove_units(model_class, config, others) if others else Proof({})
+        found = dict(proof.structures)
+        if EXPERT_UNITS in names:
+            found |= guarded((EXPERT_UNITS,), partial(prove_experts, model_class, config))
+        if LAYER_UNITS in names:
+            found |= guarded((LAYER_UNITS,), partial(_prove_layers, model_class, config, proof))
     return replace(proof, structures={name: found[name] for name in names})
 
 

@@ -67,6 +67,11 @@ class StreamAxis:
     vector: VectorRole
 
     @property
+    def first(self) -> AxisName:
+        """The axis of its first parameter."""
+        return self.info.name, self.dim
+
+    @property
     def holder(self) -> str:
         """The name of the module that holds the one that owns it."""
         return self.info.module.rpartition(".")[0]
@@ -97,9 +102,7 @@ def stream_axes(model: PreTrainedModel, axis_map: AxisMap, axes: list[AxisName])
 
 
 def _side(info: ParameterInfo, module: nn.Module, dim: int) -> Side:
-    if info.role in ("norm", "bias", "other"):
-        return "out"
-    if info.role == "embedding":
+    if info.role in ("norm", "bias", "other", "embedding"):
         return "out"
     if info.role == "output":
         return "in"
@@ -185,14 +188,10 @@ def _part(axis: StreamAxis, axes: list[StreamAxis], after: set[str], raw: bool) 
         normed = {scale.info.kind for scale in scales if scale.info.layer and scale.info.module not in after}
         return "raw reader" if raw or axis.info.kind not in normed else "reader", axis.reader_group
     if axis.side == "either":  # a matrix without a module of its own: mostly, the last dimension is the input's
-        reads = axis.dim == len(axis.info.shape) - 1
-        return ("raw fused reader" if raw else "fused reader") if reads else "fused writer", _within(axis)
+        reads, within = axis.dim == len(axis.info.shape) - 1, axis.pattern.removeprefix(f"{axis.info.kind}.")
+        return ("raw fused reader" if raw else "fused reader") if reads else "fused writer", within
     mixers = {scale.holder for scale in scales} - {other.info.layer for other in axes}
     return "gate" if axis.holder in mixers else "writer", f"{tail} writes"
-
-
-def _within(axis: StreamAxis) -> str:
-    return axis.pattern.removeprefix(f"{axis.info.kind}.")
 
 
 def _of_embedding(axis: StreamAxis, axes: list[StreamAxis]) -> bool:
@@ -226,22 +225,24 @@ def inner_powers(axes: list[StreamAxis]) -> list[dict[str, int]]:
     return choices
 
 
+@dataclass(frozen=True)
 class Sides:
     """Settles what the stream does at weights that don't say it, and which weights read a norm's output.
 
     Where nothing writes to a channel, and the layers' norms let nothing of it through, no weight that reads it has a
     gradient there, and every weight that writes to it has.
 
-    Args:
+    Attributes:
         axes: all axes along the stream.
         after: modules whose input is what a block writes, before it reaches the stream.
         width: number of channels.
     """
 
-    def __init__(
-        self, probe: GradientProbe, axis_map: AxisMap, axes: list[AxisName], after: set[str], width: int
-    ) -> None:
-        self.probe, self.axis_map, self.axes, self.after, self.width = probe, axis_map, axes, after, width
+    probe: GradientProbe
+    axis_map: AxisMap
+    axes: list[AxisName]
+    after: set[str]
+    width: int
 
     def settled(self, known: list[StreamAxis]) -> list[StreamAxis]:
         """Return the axes with fused weights' sides settled, where the other weights beside them come out right."""
@@ -249,18 +250,17 @@ class Sides:
         if not unsettled or not self._gates(known):
             return known
         vanished, trusted = self._vanished(known)
-        writers = {axis.info.module for axis in unsettled if vanished.get((axis.info.name, axis.dim)) is False}
-        doubtful = {
-            _block(axis) for axis in known if axis.side == "out" and vanished.get((axis.info.name, axis.dim))
-        }  # a norm behind the whole block may hide what writes in it
-        return [
-            replace(axis, side="in" if vanished[axis.info.name, axis.dim] else "out")
-            if axis in unsettled
-            and (axis.info.name, axis.dim) in vanished
-            and ((axis.info.kind in trusted and _block(axis) not in doubtful) or axis.info.module in writers)
-            else axis
-            for axis in known
-        ]
+        writers = {axis.info.module for axis in unsettled if vanished.get(axis.first) is False}
+        # a norm behind the whole block may hide what writes in it
+        doubtful = {_block(axis) for axis in known if axis.side == "out" and vanished.get(axis.first)}
+
+        def settled(axis: StreamAxis) -> StreamAxis:
+            is_clear = axis.info.kind in trusted and _block(axis) not in doubtful
+            if axis.side != "either" or axis.first not in vanished or not (is_clear or axis.info.module in writers):
+                return axis
+            return replace(axis, side="in" if vanished[axis.first] else "out")
+
+        return [settled(axis) for axis in known]
 
     def further_places(self, known: list[StreamAxis]) -> list[Place]:
         """Return what may deviate from the usual powers and needs gradients to be seen."""
@@ -269,12 +269,9 @@ class Sides:
     def inner(self, known: list[StreamAxis]) -> list[Place]:
         """Matrices with a row for each channel that don't write to the stream (gates of what is read) take nothing."""
         vanished, trusted = self._vanished(known)
-        modules = {
-            axis.info.module
-            for axis in known
-            if axis.side == "out" and axis.info.kind in trusted and vanished.get((axis.info.name, axis.dim))
-        }
-        found = [axis.pattern for axis in known if axis.info.module in modules and axis.side == "out"]
+        writing = [axis for axis in known if axis.side == "out"]
+        modules = {axis.info.module for axis in writing if axis.info.kind in trusted and vanished.get(axis.first)}
+        found = [axis.pattern for axis in writing if axis.info.module in modules]
         return [[dict.fromkeys(found, power) for power in (1, 0)]] if found else []
 
     def _vanished(self, known: list[StreamAxis]) -> tuple[dict[AxisName, bool], set[str]]:
@@ -285,10 +282,10 @@ class Sides:
         written = [a for a in known if a.info.role in ("matrix", "embedding", "bias") and a.side != "in"]
         blank = self._gates(known) | {(axis.pattern, axis.dim): 0.0 for axis in written}
         matrices = [axis for axis in known if axis.info.role in ("matrix", "embedding", "output")]
-        found = self._owners(blank, {(axis.info.name, axis.dim) for axis in matrices})
-        clear = [axis for axis in matrices if axis.side != "either" and (axis.info.name, axis.dim) in found]
-        writing = {a.info.kind for a in clear if a.side == "out" and not found[a.info.name, a.dim]}
-        return found, writing - {a.info.kind for a in clear if a.side == "in" and not found[a.info.name, a.dim]}
+        found = self._owners(blank, {axis.first for axis in matrices})
+        clear = [axis for axis in matrices if axis.side != "either" and axis.first in found]
+        writing = {a.info.kind for a in clear if a.side == "out" and not found[a.first]}
+        return found, writing - {a.info.kind for a in clear if a.side == "in" and not found[a.first]}
 
     def read_norms(self, known: list[StreamAxis]) -> list[Place]:
         """For each norm that a layer reads the stream by: its weight takes 1/c, or else whatever reads its output."""
@@ -301,8 +298,8 @@ class Sides:
                 tails.setdefault(tail_of(axis), []).append(axis)
         for norms in tails.values():
             blank = {(axis.pattern, axis.dim): gates[axis.pattern, axis.dim] for axis in norms}
-            owners = self._owners(blank, {(axis.info.name, axis.dim) for axis in readers})
-            mine = [axis.pattern for axis in readers if owners.get((axis.info.name, axis.dim))]
+            owners = self._owners(blank, {axis.first for axis in readers})
+            mine = [axis.pattern for axis in readers if owners.get(axis.first)]
             if mine:
                 patterns = [axis.pattern for axis in norms]
                 found.append([dict.fromkeys(patterns, n) | dict.fromkeys(mine, -1 - n) for n in (-1, 0)])

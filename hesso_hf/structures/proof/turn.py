@@ -12,17 +12,14 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import UnsupportedStructureError
-from ...hf_models.tiny_model import SEED, forward_logits, logits_of, relative_error
+from ...hf_models.tiny_model import SEED, logits_of, relative_error
 from ..groups import AxisName, Scheme
 from ..turn import NormScheme, StreamTurn, TurnScheme, random_rotation
 from .bench import Bench
-from .experts import ids_for_all_experts
 from .prove import Prover
 from .residual_stream import StreamAxis
 from .result import TOLERANCE
 from .tiny_case import covering_config
-
-_MATRICES = ("matrix", "output", "embedding")
 
 
 def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[TurnScheme, float]:
@@ -32,7 +29,14 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         UnsupportedStructureError: with the reason why another basis isn't exact, or can't be had.
     """
     try:
-        scheme, error = _tried(model_class, config)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whatever the caller's numbers and mode are
+            torch.manual_seed(SEED)
+            bench = Bench(model_class, covering_config(model_class, config))
+            proof = Prover(bench).prove(("attention_heads", "embedding_channels"))["embedding_channels"]
+            if not isinstance(proof.scheme, Scheme):
+                raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
+            scheme = turn_scheme(bench, proof.scheme)
+            error = turn_error(bench, scheme)
     except UnsupportedStructureError:
         raise
     except Exception as failure:  # model code may fail on a turned model with any exception type
@@ -40,17 +44,6 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
     if error > TOLERANCE:
         raise UnsupportedStructureError(f"turned logits differ: relative error {error:.1e} > {TOLERANCE:.0e}")
     return scheme, error
-
-
-def _tried(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[TurnScheme, float]:
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whatever the caller's numbers and mode are
-        torch.manual_seed(SEED)
-        bench = Bench(model_class, covering_config(model_class, config))
-        proof = Prover(bench).prove(("attention_heads", "embedding_channels"))["embedding_channels"]
-        if not isinstance(proof.scheme, Scheme):
-            raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
-        scheme = turn_scheme(bench, proof.scheme)
-        return scheme, turn_error(bench, scheme)
 
 
 def turn_scheme(bench: Bench, channels: Scheme) -> TurnScheme:
@@ -107,36 +100,30 @@ def _readers(
         if axis.info.role in ("matrix", "output") and axis.side != "out" and channels.powers.get(axis.pattern, 0) <= 0
     ]  # fmt: skip
     found: dict[str, tuple[AxisName, ...]] = {}
-    open_gradients = _gradients(bench, {})
+    dead = _without_gradients(bench, {})
     for scale in scales:
         closed = {scale.pattern: -scale.vector.shift}
         if scale.info.module in offsets:
             closed[offsets[scale.info.module]] = 0.0
-        gradients = _gradients(bench, closed)
+        read = _without_gradients(bench, closed) - dead
         found[scale.pattern] = tuple(
             (axis.pattern, axis.dim) for axis in readers
             if axis.info.kind == scale.info.kind  # a last norm that lets nothing through closes everything before it
-            and open_gradients.get(axis.pattern, False) and not gradients.get(axis.pattern, False)
+            and axis.pattern in read
         )  # fmt: skip
     return found
 
 
-def _gradients(bench: Bench, closed: dict[str, float]) -> dict[str, bool]:
-    """Return, per pattern, whether any of its parameters has a gradient, with some patterns set to a value."""
-    model = copy.deepcopy(bench.model)
+def _without_gradients(bench: Bench, closed: dict[str, float]) -> set[str]:
+    """Return the patterns none of whose parameters has a gradient, with some patterns set to a value."""
+    probe = bench.gradients
     patterns = {name: info.pattern for name, info in bench.axis_map.parameters.items()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
+    with probe.undone():
+        for name, parameter in probe.parameters.items():
             if patterns[name] in closed:
                 parameter.fill_(closed[patterns[name]])
-    logits = forward_logits(model, ids_for_all_experts(bench.config))
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(SEED))
-    (logits * weights).sum().backward()
-    found: dict[str, bool] = {}
-    for name, parameter in model.named_parameters():
-        alive = parameter.grad is not None and bool(parameter.grad.any())
-        found[patterns[name]] = found.get(patterns[name], False) or alive
-    return found
+        vanished = probe.vanished((name, 0) for name, parameter in probe.parameters.items() if parameter.dim())
+    return set(patterns.values()) - {patterns[name] for (name, _), mask in vanished.items() if not mask.all()}
 
 
 def turn_error(bench: Bench, scheme: TurnScheme) -> float:

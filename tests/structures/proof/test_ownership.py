@@ -13,7 +13,7 @@ from hesso_hf.errors import UnsupportedStructureError
 from hesso_hf.structures.groups import AxisName, Branch
 from hesso_hf.structures.layout import Layout, Segment, block_layout
 from hesso_hf.structures.proof import ownership as discovery
-from hesso_hf.structures.proof.branches import _confirmed, discover_branches
+from hesso_hf.structures.proof.branches import Search, discover_branches
 from hesso_hf.structures.proof.ownership import NOBODY, GradientProbe
 from hesso_hf.structures.shape_probe import AxisMap, describe_parameters
 
@@ -384,7 +384,7 @@ def test_a_wrong_layout_of_the_reader_is_corrected_by_what_it_reads():
     remaining = {(parameters[name].pattern, dim): [(name, dim)] for name, dim in axes}
     out, values = ("layers.*.out.weight", 1), ("layers.*.v.weight", 0)
     wrong = Branch(out, {out: Layout((Segment(GROUP, DIM),)), values: block_layout(DIM)})
-    found = _confirmed(probe_of(model), remaining, wrong, KV_HEADS)
+    found = Search(probe_of(model), AxisMap(parameters, {}, {}), remaining, KV_HEADS).confirmed(wrong)
     assert found.layouts[out] == block_layout(GROUP * DIM)
 
 

@@ -13,10 +13,10 @@ from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
 from hesso_hf.hf_models.tiny_config import default_config
 from hesso_hf.hf_models.tiny_model import logits_of, random_model, relative_error, token_ids
 from hesso_hf.structures.layout import Layout, Segment
-from hesso_hf.structures.proof import width_constants as constants
+from hesso_hf.structures.proof import schemes
 from hesso_hf.structures.proof.bench import Bench
+from hesso_hf.structures.proof.schemes import constants_by_width, powers_against
 from hesso_hf.structures.proof.tiny_case import covering_config
-from hesso_hf.structures.proof.width_constants import constants_by_width, powers_against
 
 
 @cache
@@ -58,7 +58,7 @@ def test_the_norms_before_them_make_up_for_them(model_type: str) -> None:
 
 
 def test_a_constant_that_no_norm_makes_up_for_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "_vectors", lambda axis_map, module: [])
+    monkeypatch.setattr(schemes, "_vectors", lambda axis_map, module: [])
     mine = bench("longcat_flash")
     assert powers_against(mine.model, mine.input_ids, mine.axis_map, found("longcat_flash")) == {}
 
