@@ -19,13 +19,13 @@ class Place(NamedTuple):
         vector: position of a flat vector among those of this process.
         offset: where in it the range begins.
         start: where in the flattened parameter it begins.
-        count: number of its elements.
+        length: number of its elements.
     """
 
     vector: int
     offset: int
     start: int
-    count: int
+    length: int
 
 
 def masters_of(zero: Any) -> list[torch.Tensor]:
@@ -97,7 +97,7 @@ class Master(HeldRange):
     """
 
     def __init__(self, zero: Any, parameter: torch.Tensor, place: Place) -> None:
-        super().__init__(parameter, place.start, place.count)
+        super().__init__(parameter, place.start, place.length)
         self._zero, self.place = zero, place
 
     @property

@@ -225,9 +225,9 @@ def _put_together(kind: str, files: list[dict[str, Any]], holdings: ZeroHoldings
                     _copy_range(own[key], place, value, held)
                 else:
                     own.setdefault(key, value)
-        if filled < place.count:
+        if filled < place.length:
             raise CheckpointMismatchError(
-                f"{name}: {place.count - filled} elements of a CRIC snapshot are missing; is a file lost?"
+                f"{name}: {place.length - filled} elements of a CRIC snapshot are missing; is a file lost?"
             )
     options = files[0]["snapshots"][kind]["options"]
     return {"weights": weights, "state": [own or None for own in states], "options": options}
@@ -236,7 +236,7 @@ def _put_together(kind: str, files: list[dict[str, Any]], holdings: ZeroHoldings
 def _copy_range(target: torch.Tensor, place: Place, source: torch.Tensor, held: Place) -> int:
     """Copy what of the parameter lies in both places, and return how many elements that are."""
     start = max(place.start, held.start)
-    count = min(place.start + place.count, held.start + held.count) - start
+    count = min(place.start + place.length, held.start + held.length) - start
     if count <= 0:
         return 0
     values = source.flatten().narrow(0, held.offset + start - held.start, count)

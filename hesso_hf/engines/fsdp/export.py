@@ -194,8 +194,8 @@ def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits)
     with init_empty_weights(include_buffers=False):
         small = build_cut(model, groups, kept)
     mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
-    blocks = [m for name, m in model.named_modules() if plain_name(name).rpartition(".")[2].isdigit()]  # of lists
-    wrapped = {stock_class(block) for block in blocks if isinstance(block, FSDPModule)}
+    of_lists: list[nn.Module] = [m for name, m in model.named_modules() if plain_name(name).split(".")[-1].isdigit()]
+    wrapped = {stock_class(module) for module in of_lists if isinstance(module, FSDPModule)}
     for module in [module for module in small.modules() if type(module) in wrapped]:
         fully_shard(module, mesh=mesh)
     fully_shard(small, mesh=mesh)
