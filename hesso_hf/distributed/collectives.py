@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +26,16 @@ _meetings = itertools.count()  # all processes come to all of them, in the same 
 def world_size() -> int:
     """Return the number of processes, 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return this process' number, 0 without torch.distributed."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
 
 
 def check_agreement(values: torch.Tensor, salt: int = 0) -> None:
@@ -97,11 +107,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def is_main_process() -> bool:
-    """Whether this is rank 0."""
-    return world_size() == 1 or dist.get_rank() == 0
-
-
 def mean_over_ranks(value: float | torch.Tensor, device: torch.device) -> float:
     """Return the mean of a number over all ranks, the same on each."""
     if world_size() == 1:
@@ -120,24 +125,19 @@ def max_over_ranks(value: int, device: torch.device) -> int:
     return int(shared)
 
 
-def any_error(error: str | None) -> str | None:
-    """Return the first process' error text, or None where none has one, on every rank; all wait for it."""
+def from_all(value: _T) -> list[_T]:
+    """Return every process' value on every rank, in the ranks' order; all wait for it."""
     if world_size() == 1:
-        return error
+        return [value]
     meet()
-    told: list[str | None] = [None] * world_size()
-    dist.all_gather_object(told, error)
-    return next((text for text in told if text is not None), None)
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, value)
+    return told
 
 
 def common(values: set[_T]) -> set[_T]:
     """Return what all processes have; all wait for it."""
-    if world_size() == 1:
-        return values
-    meet()
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, values)
-    return set.intersection(*told)
+    return set.intersection(*from_all(values))
 
 
 def from_main(value: _T | None) -> _T:
@@ -157,9 +157,23 @@ def on_all(work: Callable[[], _T]) -> _T:
         result = work()
     except Exception as error:  # the other processes must hear of any
         failed = error
-    message = any_error(f"{type(failed).__name__}: {failed}" if failed else None)
+    told = from_all(f"{type(failed).__name__}: {failed}" if failed else None)
     if failed is not None:
         raise failed
-    if message is not None:
-        raise HessoError(f"another process could not save the smaller model: {message}")
+    others = [message for message in told if message is not None]
+    if others:
+        raise HessoError(f"another process could not save the smaller model: {others[0]}")
     return result
+
+
+def use_each(made: Iterable[_T], use: Callable[[_T], object]) -> None:
+    """Use what all processes make together, one after the other; after an error go on making, as the others must."""
+    failed: Exception | None = None
+    for value in made:
+        try:
+            if failed is None:
+                use(value)
+        except Exception as error:  # a disk may be full
+            failed = error
+    if failed is not None:
+        raise failed

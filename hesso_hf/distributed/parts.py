@@ -69,27 +69,21 @@ def flat_parts(shape: tuple[int, ...], start: int, stop: int) -> list[Part]:
 
     At most 2 D - 1 of them, D dimensions; the elements of each are consecutive in the range.
     """
-    return [Part(starts, sizes, shape) for starts, sizes in _rectangles(shape, start, stop) if math.prod(sizes)]
-
-
-def _rectangles(shape: tuple[int, ...], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    if len(shape) < 2:
-        return [((start,) * len(shape), (stop - start,) * len(shape))] if start < stop else []
-    row = math.prod(shape[1:])
-    first, last = start // row, -(-stop // row) - 1
     if start >= stop:
         return []
+    if len(shape) < 2:
+        return [Part((start,) * len(shape), (stop - start,) * len(shape), shape)]
+    row = math.prod(shape[1:])
 
-    def within(index: int, low: int, high: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [((index, *starts), (1, *sizes)) for starts, sizes in _rectangles(shape[1:], low, high)]
+    def within(index: int, low: int, high: int) -> list[Part]:
+        inner = flat_parts(shape[1:], low - index * row, high - index * row)
+        return [Part((index, *part.starts), (1, *part.sizes), shape) for part in inner]
 
-    if first == last:
-        return within(first, start - first * row, stop - first * row)
-    head = within(first, start % row, row) if start % row else []
-    tail = within(last, 0, stop % row) if stop % row else []
-    begin, end = -(-start // row), stop // row
-    middle = [((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:]))] if begin < end else []
-    return [*head, *middle, *tail]
+    begin, end = -(-start // row), stop // row  # of the whole rows
+    if begin > end:
+        return within(end, start, stop)
+    rows = [Part((begin, *(0,) * (len(shape) - 1)), (end - begin, *shape[1:]), shape)] if begin < end else []
+    return [*within(begin - 1, start, begin * row), *rows, *within(end, end * row, stop)]
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..distributed.collectives import world_size
+from ..distributed.collectives import rank
 from ..pruning.optimizer import HessoOptimizer
 
 logger = logging.get_logger(__name__)
@@ -52,7 +51,7 @@ def load_random_states(optimizer: HessoOptimizer, folder: Path) -> None:
 
 
 def _random_name(kind: str) -> str:
-    return f"random-{kind}-{dist.get_rank() if world_size() > 1 else 0:05d}.pt"
+    return f"random-{kind}-{rank():05d}.pt"
 
 
 def snapshots_in(state: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

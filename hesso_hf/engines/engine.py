@@ -18,18 +18,16 @@ from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError
 from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
+from ..export.decision import Decision
+from ..export.parameters import ParameterSource
+from ..export.record import TrainingRecord
 from ..export.report import PruningReport
+from ..export.write import DTYPES, Output, write_pruned
 from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from .checkpoint import load_random_states, save_random_states
-
-NOT_TURNED = (
-    "`stream_basis` ('principal') needs the whole model on every process, which FSDP and DeepSpeed don't have; use "
-    "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
-)
-NO_ADAPTERS = "LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first"
 
 
 class Run(Protocol):
@@ -185,15 +183,25 @@ class Engine(ABC, Generic[_Steps]):
         return model.to(self.accelerator.device), False  # type: ignore[arg-type]
 
 
-def export_options(engine: Engine[Any], run: Run) -> dict[str, Any]:
-    """Return what every way of writing the smaller model takes."""
-    return {
-        "kept_units": engine.made_steps.process.kept_units(),
-        "groups": run.plan.groups,
-        "tokenizer": run.tokenizer,
-        "dtype": engine.config.export_dtype,
-        "training": run.record(),
-    }
+def refuse_where_divided(config: HessoConfig, adapters: bool) -> None:
+    """Refuse what needs a whole model on every process."""
+    if adapters:
+        raise HessoError("LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first")
+    if config.stream_basis == "principal":
+        raise HessoError(
+            "`stream_basis` ('principal') needs the whole model on every process, which FSDP and DeepSpeed don't have; "
+            "use 'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
+        )
+
+
+def write_divided(
+    engine: Engine[Any], run: Run, target: Path, source: Callable[[Decision], ParameterSource]
+) -> PruningReport:
+    """Write the smaller model from the parts that the engine's processes hold, which `source` knows."""
+    dtype = engine.config.export_dtype
+    output = Output(target, DTYPES[dtype] if dtype else run.model.dtype, run.tokenizer)
+    decision = Decision(run.plan.groups, engine.made_steps.process.kept_units())
+    return write_pruned(on_all(lambda: source(decision)), output, TrainingRecord(run.record()))
 
 
 class PlainEngine(Engine[HessoOptimizer]):
@@ -248,5 +256,13 @@ class PlainEngine(Engine[HessoOptimizer]):
 
     def export(self, run: Run, target: Path) -> PruningReport | None:
         """Write it from one process of each folder; the others have no report."""
-        options = export_options(self, run)
-        return on_all(lambda: export_pruned(run.whole, target, **options) if self.args.should_save else None)
+
+        def exported() -> PruningReport | None:
+            if not self.args.should_save:
+                return None
+            return export_pruned(
+                run.whole, target, kept_units=self.made_steps.process.kept_units(), groups=run.plan.groups,
+                tokenizer=run.tokenizer, dtype=self.config.export_dtype, training=run.record(),
+            )  # fmt: skip
+
+        return on_all(exported)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hesso_hf.engines.checkpoint import FOLDER
 from hesso_hf.engines.fsdp import engine as engines
+from hesso_hf.engines.fsdp.export import Writers
 from hesso_hf.errors import CheckpointMismatchError
 from tests.support import sharded
 from tests.support.sharded import CRIC, HESSO, launch
@@ -214,10 +215,12 @@ def test_an_export_that_one_process_fails_in_fails_on_all_and_can_be_tried_again
 @pytest.mark.parametrize("rank", range(6))
 def test_nodes_may_have_different_numbers_of_processes(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     positions = [0, 1, 2, 3, 0, 1]
-    monkeypatch.setattr(engines, "world_size", lambda: 6)
-    monkeypatch.setattr(engines.dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), positions))
-    args = SimpleNamespace(process_index=rank, local_process_index=positions[rank])
-    assert engines.processes_a_node(args) == (4 if rank < 4 else 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(engines, "from_all", lambda _: positions)
+    args = SimpleNamespace(
+        process_index=rank, local_process_index=positions[rank], save_on_each_node=True, should_save=not positions[rank]
+    )
+    expected = Writers(positions[rank], 4 if rank < 4 else 2, not positions[rank])
+    assert engines.writers(args) == expected  # type: ignore[arg-type]
 
 
 def test_no_process_holds_a_full_copy_while_it_writes(tmp_path: Path) -> None:

@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig, HessoError, export_pruned
 from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.engines.deepspeed import state as zero_state
+from hesso_hf.engines.deepspeed.engine import refuse_zero
 from hesso_hf.engines.deepspeed.ranges import Master12, Place
-from hesso_hf.engines.deepspeed.state import check_zero_state, load_ranges, save_ranges, save_zero_state
-from hesso_hf.engines.deepspeed.support import refuse_zero
-from hesso_hf.engines.deepspeed.universal import check_trained
+from hesso_hf.engines.deepspeed.state import check_trained, check_zero_state, load_ranges, save_ranges, save_zero_state
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
@@ -469,7 +468,7 @@ def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = {"a": torch.arange(1.0, 8.0), "b": torch.arange(10.0, 15.0)}  # 7 and 5 elements: 6 a process
-    places: list[dict[str, Place]] = [{"a": (0, 0, 0, 6)}, {"a": (0, 0, 6, 1), "b": (0, 1, 0, 5)}]
+    places = [{"a": Place(0, 0, 0, 6)}, {"a": Place(0, 0, 6, 1), "b": Place(0, 1, 0, 5)}]
     flat = torch.cat(list(whole.values())).split(6)
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
@@ -478,14 +477,14 @@ def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
         save_ranges(tmp_path, {"trial": snapshot}, holdings_of(places[rank], 6))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(zero_state, "world_size", lambda: 3)
-    found = load_ranges(tmp_path, 2, holdings_of({"b": (0, 0, 1, 4), "a": (0, 4, 3, 4)}, 9))["trial"]
+    found = load_ranges(tmp_path, 2, holdings_of({"b": Place(0, 0, 1, 4), "a": Place(0, 4, 3, 4)}, 9))["trial"]
     expected = torch.tensor([11.0, 12.0, 13.0, 14.0, 4.0, 5.0, 6.0, 7.0, 0.0])  # what isn't held stays zero
     assert torch.equal(found["weights"][0], expected)
     assert torch.equal(found["state"][0]["exp_avg"], -expected)
     assert found["state"][0]["step"] == 3
     assert (found["options"], found["random"]) == ([{"step": 3}], {"of": 1})
     with pytest.raises(CheckpointMismatchError, match="b: 2 elements of a CRIC snapshot are missing"):
-        load_ranges(tmp_path, 2, holdings_of({"b": (0, 0, 3, 4)}, 9))
+        load_ranges(tmp_path, 2, holdings_of({"b": Place(0, 0, 3, 4)}, 9))
 
 
 def test_frozen_weights_that_deepspeed_would_leave_out_are_named(tmp_path: Path) -> None:
@@ -531,7 +530,7 @@ class _Flat(Holdings):
 
     def held(self, name: str, parameter: torch.nn.Parameter) -> Master12:
         """Return where a parameter lies in the vector."""
-        return Master12(self._zero, parameter, 0, parameter.numel(), 0, self._starts[id(parameter)])
+        return Master12(self._zero, parameter, Place(0, self._starts[id(parameter)], 0, parameter.numel()))
 
 
 def test_saliency_takes_the_loss_scale_out_of_the_gradients() -> None:

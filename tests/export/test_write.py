@@ -17,9 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf.engines.deepspeed import export as zero_export
-from hesso_hf.engines.fsdp import export as shard_export
+from hesso_hf.engines.fsdp.export import ShardedSource, Writers
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import export_pruned, parameters, publish, verify, write
+from hesso_hf.export.decision import Decision
+from hesso_hf.export.parameters import ParameterSource
+from hesso_hf.export.record import TrainingRecord
 from hesso_hf.export.report import PruningReport
 from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits, PruningGroups
@@ -76,17 +79,16 @@ def adapter(model: PreTrainedModel, folder: Path) -> PruningReport:
 
 def sharded(model: PreTrainedModel, folder: Path) -> PruningReport:
     shard_(model, "shard")
-    return shard_export.export_sharded(model, folder, writers=shard_export.Writers(0, 1, True), **_options())
+    return _written(ShardedSource(model, Decision(groups(), kept_units()), Writers(0, 1, True)), folder)
 
 
 def zero(model: PreTrainedModel, folder: Path) -> PruningReport:
-    return zero_export.export_zero(model, folder, writes=True, **_options())
+    with zero_export.loading_whole():
+        return _written(zero_export.ZeroSource(model, Decision(groups(), kept_units()), True), folder)
 
 
-def _options() -> dict[str, Any]:
-    return {
-        "kept_units": kept_units(), "groups": groups(), "tokenizer": None, "dtype": None, "training": {"steps": 7},
-    }  # fmt: skip
+def _written(source: ParameterSource, folder: Path) -> PruningReport:
+    return write.write_pruned(source, write.Output(folder, torch.float32), TrainingRecord({"steps": 7}))
 
 
 WAYS: dict[str, Export] = {"whole": whole, "adapter": adapter, "sharded": sharded, "zero": zero}
@@ -226,6 +228,7 @@ def test_the_trained_model_is_as_it_was(way: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["engines.fsdp.export", "engines.deepspeed.export"])
 def test_an_engine_has_no_step_of_its_own(engine: str) -> None:
-    assert "export.write" in imports_of(engine)
+    assert "export.parameters" in imports_of(engine)
+    assert "export.write" in imports_of("engines.engine")
     steps = {f"export.{name}" for name in ("publish", "verify", "plots", "export", "source", "adapter")}
     assert not imports_of(engine) & (steps | {"structures.uneven_layers", "vocabulary.trim_tokenizer"})

@@ -23,9 +23,13 @@ from transformers import PreTrainedModel
 from hesso_hf import HessoConfig, HessoOptimizer, export_pruned
 from hesso_hf.distributed.parts import part_of
 from hesso_hf.engines.fsdp import export as shard_export
-from hesso_hf.engines.fsdp.export import Writers, export_sharded, write_dense
+from hesso_hf.engines.fsdp.export import ShardedSource, Writers
 from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
 from hesso_hf.export import publish
+from hesso_hf.export.decision import NOTHING_CUT, Decision
+from hesso_hf.export.record import TrainingRecord
+from hesso_hf.export.report import PruningReport
+from hesso_hf.export.write import DTYPES, Output, write_pruned, write_uncut
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.structures.groups import KeptUnits
@@ -190,18 +194,31 @@ def export(folder: Path, kind: str, dtype: str | None = None, layers: int = 2, *
     while not run.optimizer.process.finished:
         run.step()
     kept, rank = run.optimizer.process.kept_units(), dist.get_rank()
-    writers = Writers(rank, dist.get_world_size(), rank == 0)
-    options = {"kept_units": kept, "groups": run.plan.groups, "tokenizer": None, "dtype": dtype}
-    report = export_sharded(run.model, folder / "small", writers=writers, training={}, max_shard_size="30KB", **options)
-    write_dense(run.model, folder / "dense", run.plan.groups, None, writers)
+    report = write_sharded(run.model, Decision(run.plan.groups, kept), folder / "small", dtype, "30KB")
+    uncut = ShardedSource(run.model, Decision(run.plan.groups, NOTHING_CUT), all_write())
+    write_uncut(uncut, Output(folder / "dense", run.model.dtype))
     whole_model = MODELS[kind](seed=5, **({"num_hidden_layers": layers} if layers != 2 else {}))
     state = {name: whole(p.detach()) for name, p in run.model.named_parameters()}
     torch.save({"fold": report.verification.fold_error}, folder / f"rank{rank}.pt")
     if rank == 0:
         whole_model.load_state_dict(state, strict=False)
         whole_model.tie_weights()
-        export_pruned(whole_model, folder / "plain", **options)
+        export_pruned(whole_model, folder / "plain", kept_units=kept, groups=run.plan.groups, dtype=dtype)
         whole_model.save_pretrained(folder / "plain-dense")
+
+
+def write_sharded(
+    model: PreTrainedModel, decision: Decision, folder: Path, dtype: str | None, max_shard_size: str
+) -> PruningReport:
+    """Write the smaller model from shards."""
+    output = Output(folder, DTYPES[dtype] if dtype else model.dtype, max_shard_size=max_shard_size)
+    return write_pruned(ShardedSource(model, decision, all_write()), output, TrainingRecord({}))
+
+
+def all_write() -> Writers:
+    """Let all processes write into one folder."""
+    rank = dist.get_rank()
+    return Writers(rank, dist.get_world_size(), rank == 0)
 
 
 def failing_exports(folder: Path) -> None:
@@ -216,10 +233,8 @@ def failing_exports(folder: Path) -> None:
 
     def kept_from_failing() -> str:
         try:
-            export_sharded(
-                run.model, folder / "small", kept_units=run.optimizer.process.kept_units(), groups=run.plan.groups,
-                tokenizer=None, dtype=None, training={}, writers=Writers(rank, 2, rank == 0), max_shard_size="30KB",
-            )  # fmt: skip
+            decision = Decision(run.plan.groups, run.optimizer.process.kept_units())
+            write_sharded(run.model, decision, folder / "small", None, "30KB")
         except (OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}"
         return "saved"
@@ -253,14 +268,10 @@ def export_in_little_memory(folder: Path) -> None:
             parameter = model.get_parameter(axis.parameter)
             axis.mask_(parameter.to_local(), torch.arange(1280) >= 640, part=part_of(axis.parameter, parameter))
     kept = KeptUnits({"mlp_channels": 1280}, {"mlp_channels": (tuple(range(640)),) * len(structure.layers)})
-    rank = dist.get_rank()
     gc.collect()
     with Growth() as grown:
-        export_sharded(
-            model, folder / "small", kept_units=kept, groups=groups, tokenizer=None, dtype=None, training={},
-            writers=Writers(rank, dist.get_world_size(), rank == 0), max_shard_size="8MB",
-        )  # fmt: skip
-    torch.save({"grown": grown.peak, "dense": dense}, folder / f"rank{rank}.pt")
+        write_sharded(model, Decision(groups, kept), folder / "small", None, "8MB")
+    torch.save({"grown": grown.peak, "dense": dense}, folder / f"rank{dist.get_rank()}.pt")
 
 
 class Growth:

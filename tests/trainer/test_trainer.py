@@ -287,7 +287,8 @@ def test_a_model_that_does_not_fit_the_device_whole_is_not_measured(
         lambda *wanted: asked.append(wanted) or torch.device("meta"),
     )
     with _propagated(caplog):
-        assert zero_engine.measure_whole(run.model, run.args.device, run.hesso_run.curves).rises == {}
+        engine = zero_engine.DeepSpeedEngine(run.args, run.accelerator, run.hesso_config)
+        assert engine.measure(run.model, run.hesso_run.curves).rises == {}
     assert asked == [(run.args.device, 2 * size)]
     assert "share the cut evenly. Give `structures` shares" in caplog.text
 

@@ -5,15 +5,3 @@ Out: `DeepSpeedEngine`, which a trainer asks; holdings for `pruning/weights`, ch
 ones), the exported model.
 DeepSpeed is imported only when a run uses it.
 """
-
-from typing import TYPE_CHECKING
-
-from ... import hand_on
-
-if TYPE_CHECKING:
-    from .engine import DeepSpeedEngine
-    from .export import export_zero
-    from .steps import ZeroSteps
-
-__all__ = ["DeepSpeedEngine", "ZeroSteps", "export_zero"]
-__getattr__ = hand_on(__name__, {"DeepSpeedEngine": "engine", "ZeroSteps": "steps", "export_zero": "export"})

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ...config import HessoConfig
 from ...distributed.parts import named_parameters
 from ...errors import HessoError
 from ...export.report import PruningReport
 from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
-from ..engine import NO_ADAPTERS, NOT_TURNED, Engine, Run, export_options
-from .export import export_zero
+from ..engine import Engine, Run, refuse_where_divided, write_divided
+from .export import ZeroSource, loading_whole
 from .holdings import divide_frozen
-from .state import check_zero_state, load_zero_state, save_zero_state
+from .state import (
+    check_trained,
+    check_zero_state,
+    load_zero_state,
+    reading_what_is_there,
+    reads_universal,
+    save_zero_state,
+)
 from .steps import ZeroSteps
-from .support import refuse_zero
-from .universal import check_trained, reading_what_is_there, reads_universal
 
 logger = logging.get_logger(__name__)
-
-SET_SHARES = "Give `structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`"
 
 
 class DeepSpeedEngine(Engine[ZeroSteps]):
@@ -42,12 +45,9 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         return int(self._settings["zero_optimization"]["stage"])
 
     def refuse(self, adapters: bool) -> None:
-        """Refuse what `refuse_zero` does, and adapters."""
+        """Refuse what ZeRO doesn't allow, and what needs a whole model."""
         refuse_zero(self._settings, self.config)
-        if self.config.stream_basis == "principal":
-            raise HessoError(NOT_TURNED)
-        if adapters:
-            raise HessoError(NO_ADAPTERS)
+        refuse_where_divided(self.config, adapters)
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""
@@ -70,8 +70,30 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
 
     def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
-        """Measure before DeepSpeed takes the model, where it is whole and fits the device."""
-        return measure_whole(model, self.args.device, curves)
+        """Measure before DeepSpeed takes the model, on the device that trains.
+
+        ZeRO-3 may have sharded the model already, or only all processes together hold it: it isn't measured then.
+        """
+        device, place = self.args.device, model.device
+        size = 2 * sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        hindrance = remedy = ""
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            hindrance = "the model was sharded by ZeRO-3 while it was loaded"
+            remedy = "load the model before the TrainingArguments are made"
+        elif device_with_room(device, size) != device:
+            hindrance = f"the model and its gradients ({size / 1e9:.1f} GB) don't fit {device}"
+            remedy = "use FSDP2, where it is measured on the shards"
+        if hindrance:
+            logger.warning(
+                f"{hindrance}, so the split between structures can't be measured: they share the cut evenly. Give "
+                "`structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`, or " + remedy
+            )
+            return LossCurves({}, {})
+        try:
+            model.to(device)  # type: ignore[arg-type]
+            return curves()
+        finally:
+            model.to(place)  # type: ignore[arg-type]
 
     def save(self, run: Run, folder: Path) -> None:
         """Write the pruning state beside DeepSpeed's checkpoint."""
@@ -90,7 +112,10 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
 
     def export(self, run: Run, target: Path) -> PruningReport:
         """Write it from the masters of all."""
-        return export_zero(run.model, target, writes=self.args.should_save, **export_options(self, run))
+        with loading_whole():
+            return write_divided(
+                self, run, target, lambda decision: ZeroSource(run.model, decision, self.args.should_save)
+            )
 
     def place_frozen(self, model: PreTrainedModel, student: type) -> tuple[PreTrainedModel, bool]:
         """Divide a model that isn't trained, under ZeRO-3."""
@@ -99,25 +124,41 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         return divide_frozen(model, self._settings, self.args.per_device_train_batch_size), True
 
 
-def measure_whole(model: PreTrainedModel, device: torch.device, curves: Callable[[], LossCurves]) -> LossCurves:
-    """Measure on the device that trains; ZeRO-3 may have sharded the model, or only all processes together hold it."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        logger.warning(
-            "the model was sharded by ZeRO-3 while it was loaded, so the split between structures can't be "
-            f"measured: they share the cut evenly. {SET_SHARES}, or load the model before the TrainingArguments "
-            "are made"
+def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
+    """Refuse a DeepSpeed config that pruning doesn't work with.
+
+    Raises:
+        HessoError: naming the setting and the remedy.
+    """
+    zero = engine_config.get("zero_optimization", {})
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise HessoError(
+            f"`zero_optimization.stage` ({zero.get('stage', 0)}) of DeepSpeed's config must be 1, 2 or 3; without "
+            "ZeRO train under DDP"
         )
-        return LossCurves({}, {})
-    place, size = model.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-    if device_with_room(device, 2 * size) != device:
-        logger.warning(
-            f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device}, so the split "
-            f"between structures can't be measured: they share the cut evenly. {SET_SHARES}, or use FSDP2, where "
-            "it is measured on the shards"
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise HessoError(f"`zero_optimization.{name}.device` ('nvme') isn't supported: use 'cpu'")
+    if zero.get("round_robin_gradients"):  # DeepSpeed 0.19 then maps parameters to the wrong part of its fp32 vectors
+        raise HessoError("`round_robin_gradients` (True) of DeepSpeed's config isn't supported: leave it out")
+    if zero.get("mics_shard_size", -1) > 0:
+        raise HessoError(
+            f"`zero_optimization.mics_shard_size` ({zero['mics_shard_size']}) isn't supported: leave it out"
         )
-        return LossCurves({}, {})
-    try:
-        model.to(device)  # type: ignore[arg-type]
-        return curves()
-    finally:
-        model.to(place)  # type: ignore[arg-type]
+    if zero.get("elastic_checkpoint"):  # DeepSpeed 0.19 fails on what it writes then, on as many processes too
+        raise HessoError(
+            "`zero_optimization.elastic_checkpoint` (True) isn't supported: leave it out, and resume on another number "
+            "of processes by `checkpoint.load_universal`"
+        )
+    for found, name in ((zero, "zenflow"), (engine_config, "torch_autocast"), (engine_config, "tensor_parallel")):
+        if found.get(name):
+            raise HessoError(f"`{name}` ({found[name]}) of DeepSpeed's config isn't supported: leave it out")
+    if config.cric and config.cric_mode == "probe":
+        raise HessoError(
+            "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path'"
+        )
+    if config.prune_vocabulary:
+        raise HessoError(
+            "`prune_vocabulary` (True) isn't supported with DeepSpeed; leave it out, and trim the saved model on one "
+            "process (`export_pruned(..., vocabulary=keep_tokens(...))`)"
+        )

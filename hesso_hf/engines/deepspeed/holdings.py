@@ -7,7 +7,7 @@ on the others when DeepSpeed gathers them at the end of its step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +17,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ...distributed.collectives import is_main_process
-from ...distributed.parts import full_shape, local
 from ...errors import CheckpointMismatchError, HessoError
 from ...pruning.weights.holdings import Held, Holdings
 from ...pruning.weights.snapshot import Snapshot
-from .ranges import Frozen3, Master, Master3, Master12, Nothing, Place, masters_of
+from .ranges import Frozen3, HeldRange, Master3, Master12, Place, masters_of
 
 
 class ZeroHoldings(Holdings):
@@ -29,57 +28,56 @@ class ZeroHoldings(Holdings):
 
     Args:
         zero: DeepSpeed's ZeRO optimizer.
-        parameters: the model's.
 
     Attributes:
         stepping: whether DeepSpeed is in its step, at whose end it gathers what changed.
     """
 
-    def __init__(self, zero: Any, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, zero: Any) -> None:
         self.zero, self.sharded, self.stepping = zero, True, False
-        self._frozen: list[torch.Tensor] = []
-        self._frozen_places: dict[str, tuple[int, int]] = {}
+        self._divides = hasattr(zero, "fp32_partitioned_groups_flat")  # ZeRO-3 does, the model's parameters too
+        self._frozen: dict[str, tuple[torch.Tensor, int, int]] = {}  # what is held, its start and length
         self._held: list[Held] = []
 
     def held(self, name: str, parameter: nn.Parameter) -> Held:
         """Return what this process holds of a parameter."""
-        found = self._find(name, parameter)
-        self._held.append(found)
-        return found
+        find = self._trained if parameter.requires_grad else self._untrained
+        self._held.append(find(name, parameter))
+        return self._held[-1]
 
-    def _find(self, name: str, parameter: Any) -> Held:
-        if hasattr(parameter, "ds_tensor"):
-            if not parameter.requires_grad:
-                start, count = self._divided(parameter)
-                self._frozen.append(parameter.ds_tensor)
-                self._frozen_places[name] = (start, count)
-                return Frozen3(parameter, start, count)
-            return self._trained(parameter) or Nothing(full_shape(parameter))
-        if not parameter.requires_grad:
-            self._frozen.append(parameter)
-            self._frozen_places[name] = (0, parameter.numel())
-            return Held(name, parameter, is_main_process())
-        mapping, found = parameter._hp_mapping, self._trained(parameter)
-        if found is None:
-            return Nothing(full_shape(parameter))
+    def _trained(self, name: str, parameter: Any) -> Held:
+        place = self._place(parameter)
+        if place is None:
+            return HeldRange(parameter, 0, 0)
+        if self._divides:
+            return Master3(self.zero, parameter, place)
+        mapping = parameter._hp_mapping
         if not torch.equal(mapping.lp_fragment, mapping.hp_fragment.detach().to(mapping.lp_fragment)):
             raise HessoError(
                 f"{name}: DeepSpeed's map of where its fp32 weights lie is wrong; leave unusual settings out of "
                 "`zero_optimization`, or update deepspeed"
             )
-        return found
+        return Master12(self.zero, parameter, place)
 
-    def _trained(self, parameter: Any) -> Master | None:
-        """Return this process' range of a trained parameter, None where it has none."""
-        if hasattr(parameter, "ds_tensor"):
+    def _untrained(self, name: str, parameter: Any) -> Held:
+        if not self._divides:
+            self._frozen[name] = (parameter, 0, parameter.numel())
+            return Held(name, parameter, is_main_process())
+        start, count = self._divided(parameter)
+        self._frozen[name] = (parameter.ds_tensor, start, count)
+        return Frozen3(parameter, start, count)
+
+    def _place(self, parameter: Any) -> Place | None:
+        """Return where this process' range of a trained parameter lies, None where it has none."""
+        if self._divides:
             start, count = self._divided(parameter)
             vector, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            return Master3(self.zero, parameter, start, count, vector, offset) if count else None
+            return Place(vector, offset, start, count) if count else None
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        place, offset = mapping.lp_fragment_address, mapping.hp_fragment_address.start
-        return Master12(self.zero, parameter, place.start, place.numel, mapping.param_group_index, offset)
+        held, offset = mapping.lp_fragment_address, mapping.hp_fragment_address.start
+        return Place(mapping.param_group_index, offset, held.start, held.numel)
 
     def _divided(self, parameter: Any) -> tuple[int, int]:
         """Return where this process' range of a parameter under ZeRO-3 begins, and its length."""
@@ -93,18 +91,17 @@ class ZeroHoldings(Holdings):
 
     def vectors(self) -> list[torch.Tensor]:
         """Return what a snapshot copies, in its order: the flat vectors, and frozen weights."""
-        return [*masters_of(self.zero), *self._frozen]
+        return [*masters_of(self.zero), *(held for held, _, _ in self._frozen.values())]
 
     def places(self) -> dict[str, Place]:
         """Return where in `vectors` this process' range of a parameter lies, by name, where it holds one."""
         first = len(masters_of(self.zero))
-        found = {n: (first + i, 0, *place) for i, (n, place) in enumerate(self._frozen_places.items())}
-        divided = hasattr(self.zero, "fp32_partitioned_groups_flat")
-        for group in self.zero.fp16_groups if divided else self.zero.bit16_groups:
+        found = {name: Place(n, 0, *place) for n, (name, (_, *place)) in enumerate(self._frozen.items(), first)}
+        for group in self.zero.fp16_groups if self._divides else self.zero.bit16_groups:
             for parameter in group:
-                held = self._trained(parameter)
-                if held is not None:
-                    found[self.zero.param_names[parameter]] = held.place
+                place = self._place(parameter)
+                if place is not None:
+                    found[self.zero.param_names[parameter]] = place
         return found
 
     def publish(self) -> None:
@@ -113,7 +110,7 @@ class ZeroHoldings(Holdings):
             held.weights_changed()
         if self.stepping:
             return
-        if not hasattr(self.zero, "fp32_partitioned_groups_flat"):
+        if not self._divides:
             self.zero.update_lp_params()
             return
         persistent = self.zero.persistent_parameters  # small ones that ZeRO-3 keeps gathered
@@ -158,16 +155,13 @@ class ZeroSnapshot(Snapshot):
         super().load_state_dict(state)
 
 
-@contextlib.contextmanager
-def gathered(parameter: Any) -> Iterator[None]:
-    """Put a parameter that ZeRO-3 has divided together; all processes do it, in the same order."""
+def gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
+    """Put a parameter that ZeRO-3 has divided together for a while; all processes do it, in the same order."""
     if not hasattr(parameter, "ds_tensor"):
-        yield
-        return
+        return contextlib.nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield
+    return deepspeed.zero.GatheredParameters([parameter])
 
 
 def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size: int) -> PreTrainedModel:
@@ -201,7 +195,5 @@ def whole_fp32(parameter: Any) -> torch.Tensor:
 
     if parameter.requires_grad:
         return safe_get_full_fp32_param(parameter).detach()
-    if not hasattr(parameter, "ds_tensor"):
-        return local(parameter.detach()).float()
     with gathered(parameter):
         return parameter.detach().float().clone()

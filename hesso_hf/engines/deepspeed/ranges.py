@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...distributed.parts import Part, flat_parts, full_shape
+from ...distributed.parts import flat_parts
 from ...pruning.weights.holdings import Held
 from ...pruning.weights.snapshot import Snapshot
 
-Place = tuple[int, int, int, int]  # a vector's position, where a range begins in it and in its parameter, its length
+
+class Place(NamedTuple):
+    """Where a range of a flattened parameter lies.
+
+    Attributes:
+        vector: position of a flat vector among those of this process.
+        offset: where in it the range begins.
+        start: where in the flattened parameter it begins.
+        length: number of its elements.
+    """
+
+    vector: int
+    offset: int
+    start: int
+    length: int
 
 
 def masters_of(zero: Any) -> list[torch.Tensor]:
@@ -22,10 +36,10 @@ def masters_of(zero: Any) -> list[torch.Tensor]:
 
 
 class HeldRange(Held):
-    """A range of a flattened parameter.
+    """A range of a flattened parameter, of which nothing is said but where it lies: enough for one of no elements.
 
     Args:
-        shape: of the whole parameter.
+        parameter: the model's parameter.
         start: where in the flattened parameter the range begins.
         count: number of its elements.
 
@@ -33,15 +47,11 @@ class HeldRange(Held):
         parts: the rectangles that the range consists of.
     """
 
-    def __init__(self, shape: tuple[int, ...], start: int, count: int) -> None:
-        self._shape, self._count = shape, count
-        self.parts: list[Part] = flat_parts(shape, start, start + count)
+    def __init__(self, parameter: torch.Tensor, start: int, count: int) -> None:
+        self.parameter: Any = parameter  # with what DeepSpeed hangs on it
+        self._count = count
+        self.parts = flat_parts(self.shape, start, start + count)
         self.counted = True
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole parameter."""
-        return self._shape
 
     def pieces(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Return views of a flat vector over the range, one a part."""
@@ -52,13 +62,6 @@ class HeldRange(Held):
         """Whether processes hold different indices of a dimension: any may be cut."""
         return True
 
-
-class Nothing(HeldRange):
-    """A parameter of which this process holds no element."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__(shape, 0, 0)
-
     def weights(self) -> list[torch.Tensor]:
         """Return no piece."""
         return []
@@ -67,13 +70,21 @@ class Nothing(HeldRange):
         """Return no gradient."""
         return None
 
-    def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
-        """Yield nothing."""
-        yield from ()
-
     def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
         """Return no piece."""
         return []
+
+
+class Frozen3(HeldRange):
+    """This process' range of a frozen parameter under ZeRO-3, which has no master."""
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return the weights of each piece."""
+        return self.pieces(self.parameter.ds_tensor.data.view(-1))
+
+    def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
+        """Return the copy of each piece's weights in a snapshot."""
+        return self.pieces(snapshot.weights_of(self.parameter.ds_tensor).view(-1))
 
 
 class Master(HeldRange):
@@ -82,35 +93,24 @@ class Master(HeldRange):
     Args:
         zero: DeepSpeed's ZeRO optimizer.
         parameter: the model's parameter.
-        start: where in the flattened parameter the range begins.
-        count: number of its elements.
-        vector: position of the flat vector among ZeRO's.
-        offset: where in it the range begins.
+        place: where the range lies.
     """
 
-    def __init__(self, zero: Any, parameter: Any, start: int, count: int, vector: int, offset: int) -> None:
-        super().__init__(full_shape(parameter), start, count)
-        self._zero = zero
-        self.parameter: Any = parameter  # with what DeepSpeed hangs on it
-        self._vector, self._offset, self._start = vector, offset, start
-        self._gradient: torch.Tensor | None = None
+    def __init__(self, zero: Any, parameter: torch.Tensor, place: Place) -> None:
+        super().__init__(parameter, place.start, place.length)
+        self._zero, self.place = zero, place
 
     @property
     def gradient_scale(self) -> float:  # type: ignore[override]
         """The loss scale, in float16."""
         return float(self._zero.loss_scale)
 
-    @property
-    def place(self) -> Place:
-        """Where the range lies."""
-        return self._vector, self._offset, self._start, self._count
-
     def master(self) -> torch.Tensor:
         """Return the flat vector that the range lies in."""
-        return masters_of(self._zero)[self._vector]
+        return masters_of(self._zero)[self.place.vector]
 
     def _range(self, vector: torch.Tensor) -> torch.Tensor:
-        return vector.detach().narrow(0, self._offset, self._count)
+        return vector.detach().narrow(0, self.place.offset, self._count)
 
     def weights(self) -> list[torch.Tensor]:
         """Return the fp32 weights of each piece."""
@@ -152,6 +152,8 @@ class Master12(Master):
 class Master3(Master):
     """This process' range of a parameter under ZeRO-3, which keeps nothing whole."""
 
+    _gradient: torch.Tensor | None = None
+
     def gradients(self) -> list[torch.Tensor] | None:
         """Return the averaged gradient of each piece, in fp32."""
         from deepspeed.utils import safe_get_local_grad
@@ -170,27 +172,3 @@ class Master3(Master):
     def weights_changed(self) -> None:
         """Copy the range into this process' part of the low-precision parameter."""
         self.parameter.ds_tensor.data.view(-1)[: self._count].copy_(self._range(self.master()))
-
-
-class Frozen3(HeldRange):
-    """This process' range of a frozen parameter under ZeRO-3, which has no master."""
-
-    def __init__(self, parameter: Any, start: int, count: int) -> None:
-        super().__init__(full_shape(parameter), start, count)
-        self.parameter: Any = parameter  # with what DeepSpeed hangs on it
-
-    def weights(self) -> list[torch.Tensor]:
-        """Return the weights of each piece."""
-        return self.pieces(self.parameter.ds_tensor.data.view(-1))
-
-    def gradients(self) -> list[torch.Tensor] | None:
-        """Return None: it has no gradient."""
-        return None
-
-    def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
-        """Yield nothing."""
-        yield from ()
-
-    def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
-        """Return the copy of each piece's weights in a snapshot."""
-        return self.pieces(snapshot.weights_of(self.parameter.ds_tensor).view(-1))

@@ -2,37 +2,44 @@
 
 What all processes share goes into one file, each process' ranges of a CRIC snapshot into one of its own; they are put
 together for another number of processes.
+
+DeepSpeed's own checkpoint holds each process' flat vectors and is read by as many processes only. Its tool
+`ds_to_universal` takes them apart by parameter into a second folder beside the first, and a run whose config says
+`"checkpoint": {"load_universal": true}` reads that universal one, whatever the number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
 from transformers.utils import logging
 
-from ...distributed.collectives import barrier, is_main_process, world_size
+from ...compat import engine_options
+from ...distributed.collectives import barrier, world_size
 from ...errors import CheckpointMismatchError
 from ...pruning.weights.snapshot import random_state
 from ..checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from .holdings import ZeroHoldings
 from .ranges import Place
 from .steps import ZeroSteps
-from .universal import check_readable, repair_optimizer
 
 logger = logging.get_logger(__name__)
 
+LATEST = "latest_universal"  # the file that names the folder of the universal checkpoint
 
-def save_zero_state(steps: ZeroSteps, folder: Path, stage: int, writes_shared: bool | None = None) -> None:
+
+def save_zero_state(steps: ZeroSteps, folder: Path, stage: int, writes_shared: bool) -> None:
     """Write the pruning state beside DeepSpeed's checkpoint; all processes call it.
 
-    What all share goes into one file, each process' ranges of a CRIC snapshot into one of its own.
-
     Args:
-        writes_shared: whether this process writes that one file, by default the main process alone.
+        writes_shared: whether this process writes what all share.
     """
     target = folder / FOLDER
     state = steps.process.state_dict()  # collective: sums are added up
@@ -40,14 +47,14 @@ def save_zero_state(steps: ZeroSteps, folder: Path, stage: int, writes_shared: b
     for _, snapshot in snapshots_in(state):
         snapshot |= dict.fromkeys(snapshot)
     target.mkdir(parents=True, exist_ok=True)
-    if is_main_process() if writes_shared is None else writes_shared:
+    if writes_shared:
         torch.save(state | {"zero": {"processes": world_size(), "stage": stage}}, target / SHARED_NAME)
     if own:
         save_ranges(target, own, steps.holdings)
     barrier()
 
 
-def load_zero_state(steps: ZeroSteps, folder: Path, stage: int, universal: bool = False) -> None:
+def load_zero_state(steps: ZeroSteps, folder: Path, stage: int, universal: bool) -> None:
     """Continue from what `save_zero_state` wrote.
 
     Args:
@@ -56,38 +63,109 @@ def load_zero_state(steps: ZeroSteps, folder: Path, stage: int, universal: bool 
     Raises:
         CheckpointMismatchError: as `check_zero_state` does.
     """
-    source = folder / FOLDER
-    check_zero_state(folder, stage, universal)
+    state = check_zero_state(folder, stage, universal)
     if universal:
         repair_optimizer(steps.base, folder)
-    state = torch.load(source / SHARED_NAME, map_location="cpu", weights_only=True)
     kinds = list(snapshots_in(state))
-    own = load_ranges(source, state["zero"]["processes"], steps.holdings) if kinds else {}
+    own = load_ranges(folder / FOLDER, state["zero"]["processes"], steps.holdings) if kinds else {}
     for kind, snapshot in kinds:
         snapshot |= own[kind]
     steps.load_pruning_state(state)
 
 
-def check_zero_state(folder: Path, stage: int, universal: bool = False) -> None:
-    """Compare how a checkpoint was made with this run.
+def check_zero_state(folder: Path, stage: int, universal: bool = False) -> dict[str, Any]:
+    """Return what all processes share of a saved state, if it was made as this run reads it.
 
     Args:
         universal: whether DeepSpeed's config says that universal checkpoints are read.
 
     Raises:
         CheckpointMismatchError: where it was made by another engine or ZeRO stage, or by another number of processes
-            and no universal checkpoint is read.
+            and no universal checkpoint is read, or there is none to read.
     """
     path = folder / FOLDER / SHARED_NAME
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
-    made, present = state.get("zero"), world_size()
+    made = state.get("zero")
+    found = f"`resume_from_checkpoint` ({str(folder)!r})"
     if not made or made["stage"] != stage:
-        found = f"ZeRO-{made['stage']}" if made else "another engine than DeepSpeed"
+        other = f"ZeRO-{made['stage']}" if made else "another engine than DeepSpeed"
         raise CheckpointMismatchError(
-            f"`resume_from_checkpoint` ({str(folder)!r}) was written by {found}, this run is ZeRO-{stage}; resume with "
-            "the same, since DeepSpeed's partitions can't be read otherwise"
+            f"{found} was written by {other}, this run is ZeRO-{stage}; resume with the same, since DeepSpeed's "
+            "partitions can't be read otherwise"
         )
-    check_readable(folder, made["processes"], present, universal)
+    processes = made["processes"]
+    if universal and not (folder / LATEST).exists():
+        raise CheckpointMismatchError(
+            f"`checkpoint.load_universal` (True) of DeepSpeed's config, but {found} has no universal checkpoint: make "
+            f"it with `{_command(folder)}`, or leave the setting out to resume on {processes} processes"
+        )
+    if not universal and processes != world_size():
+        first = "" if (folder / LATEST).exists() else f"run `{_command(folder)}` and "
+        raise CheckpointMismatchError(
+            f"{found} was written by {processes} processes, this run has {world_size()}; {first}set "
+            f'`"checkpoint": {{"load_universal": true}}` in DeepSpeed\'s config, or resume on {processes}'
+        )
+    return state
+
+
+def _command(folder: Path) -> str:
+    latest = folder / "latest"
+    tag = folder / (latest.read_text(encoding="utf-8").strip() if latest.exists() else "global_step*")
+    return (
+        f"python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {tag} "
+        f"--output_folder {tag}_universal"
+    )
+
+
+# -- universal checkpoints ---------------------------------------------------------------------------------------------
+
+
+def reads_universal(engine_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's config says that universal checkpoints are read."""
+    return bool((engine_config.get("checkpoint") or {}).get("load_universal"))
+
+
+def check_trained(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Refuse parameters that pruning acts on and DeepSpeed leaves out of universal checkpoints.
+
+    Raises:
+        CheckpointMismatchError: where one of them is frozen.
+    """
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    if frozen:
+        raise CheckpointMismatchError(
+            "`checkpoint.load_universal` (True) of DeepSpeed's config: it doesn't read frozen parameters such as "
+            f"{frozen[0]} from a universal checkpoint ({str(folder)!r}), and pruning had changed them; leave it out "
+            "and resume on as many processes as wrote it"
+        )
+
+
+@contextlib.contextmanager
+def reading_what_is_there(engine: Any, folder: Path) -> Iterator[None]:
+    """Let DeepSpeed's engine read its own checkpoint where a folder has no universal one, as this run writes them."""
+    options = engine_options(engine)
+    before = options.load_universal_checkpoint
+    options.load_universal_checkpoint = before and (folder / LATEST).exists()
+    try:
+        yield
+    finally:
+        options.load_universal_checkpoint = before
+
+
+def repair_optimizer(base: Optimizer, folder: Path) -> None:
+    """Undo what DeepSpeed 0.19 does to the base optimizer while it reads a universal checkpoint of ZeRO-3.
+
+    It gives all parameter groups the first one's options, and all flat vectors one tensor that counts steps, so that
+    each of them counts a step of all.
+    """
+    tag = (folder / LATEST).read_text(encoding="utf-8").strip()
+    # a pickle with DeepSpeed's classes, which DeepSpeed itself has just opened
+    stored = torch.load(folder / tag / "zero" / "optimizer_state.pt", map_location="cpu", mmap=True, weights_only=False)
+    for group, saved in zip(base.param_groups, stored["param_groups"], strict=True):
+        group |= {key: value for key, value in saved.items() if key != "params"}
+    for state in base.state.values():
+        scalars = {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and not value.dim()}
+        state |= {key: value.clone() for key, value in scalars.items()}
 
 
 # -- ranges of a CRIC snapshot -----------------------------------------------------------------------------------------
@@ -95,7 +173,8 @@ def check_zero_state(folder: Path, stage: int, universal: bool = False) -> None:
 
 def save_ranges(folder: Path, snapshots: Mapping[str, Any], holdings: ZeroHoldings) -> None:
     """Write this process' snapshots, and where in their vectors which range of a parameter lies."""
-    torch.save({"snapshots": snapshots, "places": holdings.places()}, folder / _name(dist.get_rank()))
+    places = {name: tuple(place) for name, place in holdings.places().items()}
+    torch.save({"snapshots": snapshots, "places": places}, folder / _name(dist.get_rank()))
 
 
 def load_ranges(folder: Path, processes: int, holdings: ZeroHoldings) -> dict[str, Any]:
@@ -128,42 +207,40 @@ def load_ranges(folder: Path, processes: int, holdings: ZeroHoldings) -> dict[st
 def _put_together(kind: str, files: list[dict[str, Any]], holdings: ZeroHoldings) -> dict[str, Any]:
     """Return a snapshot of the vectors that this process has, from those that others had."""
     weights = [torch.zeros(vector.shape, dtype=vector.dtype) for vector in holdings.vectors()]
-    states: list[dict[str, Any] | None] = [None] * len(weights)
+    states: list[dict[str, Any]] = [{} for _ in weights]
     for name, place in holdings.places().items():
-        filled = 0
+        filled, target, own = 0, weights[place.vector], states[place.vector]
         for file in files:
-            held, snapshot = file["places"].get(name), file["snapshots"][kind]
-            if held is None or _overlap(place, held) is None:
+            if name not in file["places"]:
                 continue
-            stored = snapshot["weights"][held[0]]
-            filled += _copy_range(weights[place[0]], place, stored, held)
-            for key, value in (snapshot["state"][held[0]] or {}).items():
-                own = states[place[0]] = states[place[0]] or {}
+            held, snapshot = Place(*file["places"][name]), file["snapshots"][kind]
+            stored = snapshot["weights"][held.vector]
+            count = _copy_range(target, place, stored, held)
+            if not count:
+                continue
+            filled += count
+            for key, value in (snapshot["state"][held.vector] or {}).items():
                 if isinstance(value, torch.Tensor) and value.shape == stored.shape:
-                    own.setdefault(key, torch.zeros(weights[place[0]].shape, dtype=value.dtype))
+                    own.setdefault(key, torch.zeros(target.shape, dtype=value.dtype))
                     _copy_range(own[key], place, value, held)
                 else:
                     own.setdefault(key, value)
-        if filled < place[3]:
+        if filled < place.length:
             raise CheckpointMismatchError(
-                f"{name}: {place[3] - filled} elements of a CRIC snapshot are missing; is a file lost?"
+                f"{name}: {place.length - filled} elements of a CRIC snapshot are missing; is a file lost?"
             )
-    return {"weights": weights, "state": states, "options": files[0]["snapshots"][kind]["options"]}
-
-
-def _overlap(place: Place, held: Place) -> tuple[int, int] | None:
-    """Return the range of the flattened parameter that lies in both places, None where nothing does."""
-    low, high = max(place[2], held[2]), min(place[2] + place[3], held[2] + held[3])
-    return (low, high) if low < high else None
+    options = files[0]["snapshots"][kind]["options"]
+    return {"weights": weights, "state": [own or None for own in states], "options": options}
 
 
 def _copy_range(target: torch.Tensor, place: Place, source: torch.Tensor, held: Place) -> int:
-    """Copy what lies in both places, and return how many elements that are."""
-    overlap = _overlap(place, held)
-    assert overlap is not None
-    low, count = overlap[0], overlap[1] - overlap[0]
-    values = source.flatten().narrow(0, held[1] + low - held[2], count)
-    target.view(-1).narrow(0, place[1] + low - place[2], count).copy_(values)
+    """Copy what of the parameter lies in both places, and return how many elements that are."""
+    start = max(place.start, held.start)
+    count = min(place.start + place.length, held.start + held.length) - start
+    if count <= 0:
+        return 0
+    values = source.flatten().narrow(0, held.offset + start - held.start, count)
+    target.view(-1).narrow(0, place.offset + start - place.start, count).copy_(values)
     return count
 
 

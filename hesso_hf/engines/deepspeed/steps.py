@@ -26,15 +26,14 @@ class ZeroSteps:
 
     Args:
         process: the pruning state.
-        noted: counts a micro-batch's loss and returns what the early warning watches, by default the loss itself.
+        noted: counts a micro-batch's loss and returns what the early warning watches.
 
     Attributes:
         seconds: spent in HESSO, all steps together; on a GPU the time to enqueue.
+        holdings: how ZeRO's processes share the parameters, once `attach` has made it.
     """
 
-    def __init__(
-        self, process: PruningProcess, noted: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
-    ) -> None:
+    def __init__(self, process: PruningProcess, noted: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.process, self.seconds = process, 0.0
         self._noted = noted
         self._skips = Skips()
@@ -72,17 +71,8 @@ class ZeroSteps:
         engine.backward = lambda loss, *args, **kwargs: self._backward(plain_backward, loss, *args, **kwargs)
         if hasattr(self._zero, "check_grad_overflow"):
             self._zero.check_grad_overflow = True  # a step on a gradient that isn't finite is skipped in bfloat16 too
-        self.bind(parameters)
-
-    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Let pruning act on ZeRO's masters."""
-        self._holdings: ZeroHoldings | None = None
-
-        def made(found: Any) -> ZeroHoldings:
-            self._holdings = ZeroHoldings(self._zero, found)
-            return self._holdings
-
-        self.process.bound.bind(parameters, made)
+        self.holdings = ZeroHoldings(self._zero)
+        self.process.bound.bind(parameters, lambda _: self.holdings)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -99,12 +89,11 @@ class ZeroSteps:
         self.process.observe_gradients()
         self._masters.refresh()
         self.seconds += time.perf_counter() - started
-        assert self._holdings is not None
-        self._calls, self._stepped, self._holdings.stepping = 0, False, True
+        self._calls, self._stepped, self.holdings.stepping = 0, False, True
         try:
             result = plain(*args, **kwargs)
         finally:
-            self._holdings.stepping = False
+            self.holdings.stepping = False
         if self._stepped:
             self._skips.reset()
         elif self._zero.overflow:
@@ -115,12 +104,6 @@ class ZeroSteps:
                 "this way of stepping isn't supported: leave out ZenFlow and `torch_autocast`"
             )
         return result
-
-    @property
-    def holdings(self) -> ZeroHoldings:
-        """How ZeRO's processes share the parameters."""
-        assert self._holdings is not None
-        return self._holdings
 
     @property
     def _vectors(self) -> int:
@@ -161,14 +144,9 @@ class _Masters(Optimizer):
 
     def refresh(self) -> None:
         """Take the groups, outside of a step: loading replaces them."""
-        self._groups = list(self._base.param_groups)
+        self.param_groups = list(self._base.param_groups)
 
     @property
     def state(self) -> Any:  # type: ignore[override]
         """State of the base optimizer."""
         return self._base.state
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """All groups of the base optimizer."""
-        return self._groups

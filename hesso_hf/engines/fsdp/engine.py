@@ -7,15 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from accelerate.utils import fsdp2_prepare_model
 from transformers import PreTrainedModel, TrainingArguments
 
-from ...distributed.collectives import world_size
+from ...distributed.collectives import from_all, world_size
 from ...errors import HessoError
+from ...export.decision import NOTHING_CUT, Decision
 from ...export.report import PruningReport
-from ..engine import NO_ADAPTERS, NOT_TURNED, PlainEngine, Run, export_options
-from .export import Writers, export_sharded, write_dense
+from ...export.write import Output, write_uncut
+from ..engine import PlainEngine, Run, refuse_where_divided, write_divided
+from .export import ShardedSource, Writers
 from .state import load_pruning_state, save_pruning_state
 
 
@@ -29,10 +30,7 @@ class Fsdp2Engine(PlainEngine):
         """Refuse FSDP1, and what needs whole parameters."""
         if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
-        if adapters:
-            raise HessoError(NO_ADAPTERS)
-        if self.config.stream_basis == "principal":
-            raise HessoError(NOT_TURNED)
+        refuse_where_divided(self.config, adapters)
         if self.config.prune_vocabulary:
             raise HessoError(
                 "`prune_vocabulary` (True) isn't supported where parameters are sharded; leave it out, and trim the "
@@ -70,11 +68,12 @@ class Fsdp2Engine(PlainEngine):
 
     def save_dense(self, run: Run, target: Path, plain: Callable[[], None]) -> None:
         """Write the model from the shards, which `plain` would put together on one process."""
-        write_dense(run.model, target, run.plan.groups, run.tokenizer, writers(self.args))
+        source = ShardedSource(run.model, Decision(run.plan.groups, NOTHING_CUT), writers(self.args))
+        write_uncut(source, Output(target, run.model.dtype, run.tokenizer))
 
     def export(self, run: Run, target: Path) -> PruningReport:
         """Write it from the shards of all."""
-        return export_sharded(run.model, target, writers=writers(self.args), **export_options(self, run))
+        return write_divided(self, run, target, lambda decision: ShardedSource(run.model, decision, writers(self.args)))
 
     @property
     def has_weights(self) -> bool:
@@ -97,14 +96,8 @@ class Fsdp2Engine(PlainEngine):
 
 def writers(args: TrainingArguments) -> Writers:
     """Return who writes files: all processes into one folder, or those of each node into one of the node's own."""
-    if args.save_on_each_node:
-        return Writers(args.local_process_index, processes_a_node(args), args.should_save)
-    return Writers(args.process_index, world_size(), args.should_save)
-
-
-def processes_a_node(args: TrainingArguments) -> int:
-    """Return how many processes this node has; another one may have more or fewer."""
-    shared: list[Any] = [None] * world_size()
-    dist.all_gather_object(shared, args.local_process_index)
+    if not args.save_on_each_node:
+        return Writers(args.process_index, world_size(), args.should_save)
     first = args.process_index - args.local_process_index
-    return sum(rank - position == first for rank, position in enumerate(shared))
+    here = sum(rank - position == first for rank, position in enumerate(from_all(args.local_process_index)))
+    return Writers(args.local_process_index, here, args.should_save)  # another node may have more processes, or fewer

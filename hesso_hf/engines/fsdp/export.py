@@ -24,22 +24,20 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from ...compat import set_buffer
+from ...distributed.collectives import from_all, use_each
 from ...distributed.parts import local, named_parameters, part_of, plain_name, stock_class
 from ...errors import HessoError, VerificationError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.parameters import ParameterSource, check_shape, check_stored
-from ...export.record import TrainingRecord
-from ...export.report import PruningReport
-from ...export.write import DTYPES, Output, write_pruned, write_uncut
 from ...hf_models.tiny_model import logits_of
 from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
-
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -57,35 +55,6 @@ class Writers:
     main: bool
 
 
-def export_sharded(
-    model: PreTrainedModel,
-    output_dir: Path,
-    *,
-    kept_units: KeptUnits,
-    groups: PruningGroups,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
-    dtype: str | None,
-    writers: Writers,
-    training: Mapping[str, Any],
-    max_shard_size: str = "5GB",
-) -> PruningReport:
-    """Write the smaller model of a sharded one; all processes call it. Raises as `write_pruned` does."""
-    output = Output(output_dir, DTYPES[dtype] if dtype else model.dtype, tokenizer, max_shard_size)
-    return write_pruned(ShardedSource(model, Decision(groups, kept_units), writers), output, TrainingRecord(training))
-
-
-def write_dense(
-    model: PreTrainedModel,
-    output_dir: Path,
-    groups: PruningGroups,
-    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
-    writers: Writers,
-) -> None:
-    """Write a sharded model as it is, with nothing cut, to a folder that `from_pretrained` loads."""
-    source = ShardedSource(model, Decision(groups, NOTHING_CUT), writers)
-    write_uncut(source, Output(output_dir, model.dtype, tokenizer))
-
-
 class ShardedSource(ParameterSource):
     """A model under FSDP2; the smaller one is sharded as it is, in fp32.
 
@@ -100,9 +69,7 @@ class ShardedSource(ParameterSource):
 
     def common_folder(self, folder: Path | None) -> Path:
         """Tell the processes that write into it which folder the main one of them has made."""
-        told: list[Path | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, folder)
-        found = told[dist.get_rank() - self._writers.rank]  # a node's processes have ranks one after the other
+        found = from_all(folder)[dist.get_rank() - self._writers.rank]  # a node's have ranks one after the other
         if found is None:
             raise HessoError(
                 f"`save_on_each_node`: process {dist.get_rank()} is number {self._writers.rank} on its node, and the "
@@ -141,28 +108,32 @@ class ShardedSource(ParameterSource):
     # -- writing --------------------------------------------------------------------------------------------------
 
     def save(self, small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
-        """Put one layer after the other together, and keep and write what belongs to this process' files.
+        """Put one layer after the other together, and write this process' files, each when its last tensor has come.
 
-        A process that can't write goes on to put layers together: the others can't without it.
+        Of n processes each writes every n-th file.
         """
-        shapes = _stored_shapes(small, dtype)
-        pattern = "model{suffix}.safetensors"
-        split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size, filename_pattern=pattern)
-        own, failed = _OwnFiles(folder, split.filename_to_tensors, self._writers), None
-        for batch in _batches(small, dtype):
-            try:
-                if failed is None:
-                    own.add(batch)
-            except Exception as error:  # a disk may be full
-                failed = error
-        if failed is not None:
-            raise failed
-        assert own.complete
+        split = split_torch_state_dict_into_shards(_stored_shapes(small, dtype), max_shard_size=max_shard_size)
+        files = split.filename_to_tensors
+        waiting: dict[str, dict[str, torch.Tensor]]
+        waiting = {file: {} for n, file in enumerate(files) if n % self._writers.count == self._writers.rank}
+
+        def take(batch: Mapping[str, torch.Tensor]) -> None:
+            for name, tensor in batch.items():
+                file = split.tensor_to_filename[name]
+                if file not in waiting:
+                    continue
+                waiting[file][name] = tensor.contiguous()
+                if len(waiting[file]) == len(files[file]):
+                    save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+
+        use_each(_batches(small, dtype), take)
+        assert not waiting
         if self.main:
             _write_configs(small, folder, dtype)
             if split.is_sharded:
                 index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-                (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True), encoding="utf-8")
+                text = json.dumps(index, indent=2, sort_keys=True)
+                (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
         return small
 
     def read_back(self, small: PreTrainedModel, written: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -191,100 +162,60 @@ def _write_configs(small: PreTrainedModel, folder: Path, dtype: torch.dtype) -> 
 
 
 def _batches(small: PreTrainedModel, dtype: torch.dtype, meta: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors under the names and in the forms that the class stores, a layer at a time.
-
-    Args:
-        meta: whether their shapes suffice.
-    """
+    """Yield the tensors (or just their shapes, on the meta device) as the class stores them, a layer at a time."""
+    once = {name for name, _ in small.named_parameters()}
+    repeated = {name for name, _ in small.named_parameters(remove_duplicate=False)} - once  # tied ones
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in _stored_tensors(small).items():
+    for name, tensor in small.state_dict(keep_vars=True).items():
+        if name in repeated:
+            continue
         found = re.match(r".*?\.\d+(?=\.)", name)
         layers.setdefault(found.group() if found else name, {})[name] = tensor
     for tensors in layers.values():
-        whole = {}
+        made = {}
         for name, tensor in tensors.items():
-            kept = tensor.dtype if not isinstance(tensor, torch.nn.Parameter) else dtype
+            stored = dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
             if meta:
-                whole[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
+                made[name] = torch.empty(tensor.shape, dtype=stored, device="meta")
             else:
                 value = tensor.detach()
-                value = value.full_tensor() if isinstance(value, DTensor) else value
-                whole[name] = value.to(dtype=kept, device="cpu")
-        yield revert_weight_conversion(small, whole)
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                made[name] = whole.to(dtype=stored, device="cpu")
+        yield revert_weight_conversion(small, made)
 
 
 def _stored_shapes(small: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return what will be stored, on the meta device."""
-    return {name: value.to("meta") for batch in _batches(small, dtype, meta=True) for name, value in batch.items()}
-
-
-class _OwnFiles:
-    """The files that one process writes, each when its last tensor has come: of n processes each has every n-th."""
-
-    def __init__(self, folder: Path, files: Mapping[str, list[str]], writers: Writers) -> None:
-        self._folder = folder
-        own = [file for index, file in enumerate(files) if index % writers.count == writers.rank]
-        self._missing = {file: set(files[file]) for file in own}
-        self._waiting: dict[str, dict[str, torch.Tensor]] = {file: {} for file in own}
-        self._file_of = {name: file for file in own for name in files[file]}
-
-    @property
-    def complete(self) -> bool:
-        """Whether all files are written."""
-        return not self._missing
-
-    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what belongs to the files, and write those that are complete."""
-        for name, tensor in tensors.items():
-            if name in self._file_of:
-                self._waiting[self._file_of[name]][name] = tensor.contiguous()
-                self._missing[self._file_of[name]].discard(name)
-        for file in [file for file, names in self._missing.items() if not names]:
-            save_file(self._waiting.pop(file), self._folder / file, metadata={"format": "pt"})
-            del self._missing[file]
+    return {name: shape for batch in _batches(small, dtype, meta=True) for name, shape in batch.items()}
 
 
 def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
     """Build a model of the same class with the kept units' sizes, in fp32, sharded as `model` is, its weights unset."""
     with init_empty_weights(include_buffers=False):
         small = build_cut(model, groups, kept)
-    device = torch.device(_mesh_of(model).device_type)
-    wrapped = {stock_class(m) for name, m in model.named_modules() if _is_wrapped(m) and _in_a_list(name)}
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    of_lists: list[nn.Module] = [m for name, m in model.named_modules() if plain_name(name).split(".")[-1].isdigit()]
+    wrapped = {stock_class(module) for module in of_lists if isinstance(module, FSDPModule)}
     for module in [module for module in small.modules() if type(module) in wrapped]:
-        fully_shard(module, mesh=_mesh_of(model))
-    fully_shard(small, mesh=_mesh_of(model))
-    buffers = {name: buffer.to(device) for name, buffer in small.named_buffers()}
-    small.to_empty(device=device)
+        fully_shard(module, mesh=mesh)
+    fully_shard(small, mesh=mesh)
+    buffers = {name: buffer.to(mesh.device_type) for name, buffer in small.named_buffers()}
+    small.to_empty(device=mesh.device_type)
     small.tie_weights()  # memory is given to each module by itself
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
-        small.get_submodule(owner)._buffers[leaf] = buffer
+        set_buffer(small.get_submodule(owner), leaf, buffer)
     return small
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
-
-
-def _in_a_list(name: str) -> bool:
-    return plain_name(name).rpartition(".")[2].isdigit()
-
-
-def _mesh_of(model: PreTrainedModel) -> Any:
-    return next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
 
 
 def _together(held: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Return the whole of a parameter of which each process cut its own rows (or columns)."""
     if not isinstance(source, DTensor):
         return held
-    split = [
-        (mesh_dim, placement.dim)
-        for mesh_dim, placement in enumerate(source.placements)
-        if isinstance(placement, Shard)
-    ]
-    for mesh_dim, dim in reversed(split):
-        group = source.device_mesh.get_group(mesh_dim)
+    for mesh_dim, placement in reversed(list(enumerate(source.placements))):
+        if not isinstance(placement, Shard):
+            continue
+        group, dim = source.device_mesh.get_group(mesh_dim), placement.dim
         lengths = [torch.zeros(1, dtype=torch.int64, device=held.device) for _ in range(dist.get_world_size(group))]
         dist.all_gather(lengths, torch.tensor([held.shape[dim]], device=held.device), group=group)
         longest = max(int(length) for length in lengths)
@@ -294,15 +225,6 @@ def _together(held: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         dist.all_gather(found, padded, group=group)
         held = torch.cat([piece.narrow(dim, 0, int(n)) for piece, n in zip(found, lengths, strict=True)], dim)
     return held
-
-
-def _stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the parameters, tied ones once, and the persistent buffers, in the model's order."""
-    parameters = dict(model.named_parameters())
-    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = model.state_dict(keep_vars=True)
-    kept = [name for name in state if name in parameters or name not in every]
-    return {name: parameters.get(name, state[name]) for name in kept}
 
 
 def _stored_files(folder: Path) -> Mapping[str, Path]:

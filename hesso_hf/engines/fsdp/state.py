@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ...distributed.collectives import barrier, is_main_process, world_size
+from ...distributed.collectives import barrier, is_main_process, rank
 from ...distributed.parts import Part, named_parameters, part_of
 from ...errors import CheckpointMismatchError, HessoError
 from ...pruning.optimizer import HessoOptimizer
@@ -38,32 +37,29 @@ def save_pruning_state(
     Raises:
         HessoError: where a CRIC snapshot holds optimizer state of a form that can't be told apart by elements.
     """
-    target, rank = folder / FOLDER, dist.get_rank() if world_size() > 1 else 0
+    target = folder / FOLDER
     state = optimizer.process.state_dict()  # collective: sums are added up
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    copied = _copied_parts(optimizer, model)
     parts: dict[str, tuple[torch.Tensor, Part]] = {}
-    parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
     for kind, snapshot in snapshots_in(state):
-        own_state = []
-        for position, parameter in enumerate(parameters):
-            name = names[id(parameter)]
-            part = part_of(name, parameter)
-            parts[f"{kind}/weights/{name}"] = (snapshot["weights"][position], part)
-            rest = {}
-            for key, value in (snapshot["state"][position] or {}).items():
+        shared: list[dict[str, Any]] = []
+        for (name, part), weights, own in zip(copied, snapshot["weights"], snapshot["state"], strict=True):
+            parts[f"{kind}/weights/{name}"] = (weights, part)
+            shared.append({})
+            for key, value in (own or {}).items():
                 if isinstance(value, torch.Tensor) and tuple(value.shape) == part.sizes:
                     parts[f"{kind}/{key}/{name}"] = (value, part)
                 else:
-                    rest[key] = _checked(value, name, key, part)
-            own_state.append(rest)
-        snapshot |= {"weights": None, "state": own_state, "random": None}
+                    shared[-1][key] = _checked(value, name, key, part)
+        snapshot |= {"weights": None, "state": shared, "random": None}
     target.mkdir(parents=True, exist_ok=True)
     if is_main_process() if writes_shared is None else writes_shared:
         torch.save(state, target / SHARED_NAME)
     kept = {key: (value, part) for key, (value, part) in parts.items() if part.counted and value.numel()}
     places = {key: {"starts": part.starts, "shape": part.shape} for key, (_, part) in kept.items()}
     tensors = {key: value.detach().cpu().contiguous() for key, (value, _) in kept.items()}
-    save_file(tensors, target / f"parts-{rank:05d}.safetensors", metadata={"places": json.dumps(places)})
+    name = f"parts-{rank():05d}.safetensors"
+    save_file(tensors, target / name, metadata={"places": json.dumps(places)})
     save_random_states(optimizer, folder)
     barrier()
 
@@ -81,21 +77,25 @@ def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
             f"{SHARED_NAME}); was it written by another engine? Resume with the engine that wrote it"
         )
     state = torch.load(source / SHARED_NAME, map_location="cpu", weights_only=True)
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
     stored = StoredParts(source)
-    parameters = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
+    copied = _copied_parts(optimizer, model)
     for kind, snapshot in snapshots_in(state):
         weights, states = [], []
-        for position, parameter in enumerate(parameters):
-            name = names[id(parameter)]
-            part = part_of(name, parameter)
+        for (name, part), shared in zip(copied, snapshot["state"], strict=True):
             weights.append(stored.read(f"{kind}/weights/{name}", part))
-            own = dict(snapshot["state"][position])
-            own |= {key: stored.read(f"{kind}/{key}/{name}", part) for key in stored.keys_of(kind, name)}
-            states.append(own or None)
-        snapshot |= {"weights": weights, "state": states, "random": random_state(parameters[0].device)}
+            own = {key: stored.read(f"{kind}/{key}/{name}", part) for key in stored.keys_of(kind, name)}
+            states.append(shared | own or None)
+        random = random_state(optimizer.process.bound.device)
+        snapshot |= {"weights": weights, "state": states, "random": random}
     optimizer.load_pruning_state(state)
     load_random_states(optimizer, folder)
+
+
+def _copied_parts(optimizer: HessoOptimizer, model: nn.Module) -> list[tuple[str, Part]]:
+    """Return the names of the parameters that a snapshot copies, in its order, and what is held of each."""
+    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    copied = snapshotted(optimizer.base, optimizer.process.bound.parameters.values())
+    return [(names[id(parameter)], part_of(names[id(parameter)], parameter)) for parameter in copied]
 
 
 class StoredParts:
@@ -103,13 +103,15 @@ class StoredParts:
 
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, list[tuple[Path, Part]]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         for path in sorted(folder.glob("parts-*.safetensors")):
             with safe_open(path, framework="pt") as stored:
                 places = json.loads((stored.metadata() or {}).get("places", "{}"))
                 for key, place in places.items():
-                    sizes = tuple(stored.get_slice(key).get_shape())
-                    part = Part(tuple(place["starts"]), sizes, tuple(place["shape"]))
+                    tensor, shape = stored.get_slice(key), tuple(place["shape"])
+                    part = Part(tuple(place["starts"]), tuple(tensor.get_shape()), shape)
                     self._where.setdefault(key, []).append((path, part))
+                    self._dtypes[key] = tensor[(slice(0, 0),) * len(shape)].dtype
 
     def keys_of(self, kind: str, name: str) -> list[str]:
         """Return which optimizer state of a parameter was stored in parts."""
@@ -126,20 +128,15 @@ class StoredParts:
         if not stored or stored[0][1].shape != part.shape:
             shape = stored[0][1].shape if stored else None
             raise CheckpointMismatchError(f"the checkpoint holds {key} of shape {shape}, this run has {part.shape}")
-        found: torch.Tensor | None = None
-        filled = 0
+        found, filled = torch.empty(part.sizes, dtype=self._dtypes[key]), 0
         for path, held in stored:
             overlap = _overlap(part, held)
-            if overlap is None and found is not None:
+            if overlap is None:
                 continue
             with safe_open(path, framework="pt") as file:
-                values = file.get_slice(key)[_slices(overlap, held) if overlap else (slice(0, 0),) * len(part.shape)]
-            if found is None:
-                found = torch.empty(part.sizes, dtype=values.dtype)
-            if overlap is not None:
-                found[_slices(overlap, part)] = values
-                filled += values.numel()
-        assert found is not None
+                values = file.get_slice(key)[_slices(overlap, held)]
+            found[_slices(overlap, part)] = values
+            filled += values.numel()
         if filled != found.numel():
             raise CheckpointMismatchError(f"{key}: {found.numel() - filled} elements are missing; is a file lost?")
         return found

@@ -30,7 +30,7 @@ class Range(HeldRange):
     """A range of a flattened parameter, with gradient and optimizer state in flat vectors."""
 
     def __init__(self, parameter: nn.Parameter, start: int, count: int) -> None:
-        super().__init__(tuple(parameter.shape), start, count)
+        super().__init__(parameter, start, count)
         self.place = slice(start, start + count)
         self.flat = parameter.detach().flatten()[self.place].clone()
         self.gradient = parameter.grad.flatten()[self.place].clone()
