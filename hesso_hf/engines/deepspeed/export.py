@@ -22,7 +22,6 @@ from ...distributed.collectives import on_all
 from ...distributed.parts import named_parameters, whole
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.parameters import ParameterSource, check_shape, read_back_whole, save_whole
-from ...export.record import TrainingRecord
 from ...export.report import PruningReport
 from ...export.write import DTYPES, Output, write_pruned
 from ...hf_models.tiny_model import logits_of
@@ -52,7 +51,7 @@ def export_zero(
     output = Output(output_dir, DTYPES[dtype] if dtype else model.dtype, tokenizer, max_shard_size)
     with _loading_whole():
         source = on_all(lambda: ZeroSource(model, Decision(groups, kept_units), writes))
-        return write_pruned(source, output, TrainingRecord(training))
+        return write_pruned(source, output, training)
 
 
 class ZeroSource(ParameterSource):

@@ -31,7 +31,6 @@ from ...distributed.parts import local, named_parameters, part_of, plain_name, s
 from ...errors import HessoError, VerificationError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.parameters import ParameterSource, check_shape, check_stored
-from ...export.record import TrainingRecord
 from ...export.report import PruningReport
 from ...export.write import DTYPES, Output, write_pruned, write_uncut
 from ...hf_models.tiny_model import logits_of
@@ -71,7 +70,7 @@ def export_sharded(
 ) -> PruningReport:
     """Write the smaller model of a sharded one; all processes call it. Raises as `write_pruned` does."""
     output = Output(output_dir, DTYPES[dtype] if dtype else model.dtype, tokenizer, max_shard_size)
-    return write_pruned(ShardedSource(model, Decision(groups, kept_units), writers), output, TrainingRecord(training))
+    return write_pruned(ShardedSource(model, Decision(groups, kept_units), writers), output, training)
 
 
 def write_dense(
