@@ -90,11 +90,9 @@ class WholeSource(ParameterSource):
         self._full = trim_embeddings(full, decision.vocabulary) if decision.vocabulary else full
 
     def together(self, work: Callable[[], _T]) -> _T:
-        """Do the work."""
         return work()
 
     def shared(self, value: _T | None) -> _T:
-        """Return the value."""
         assert value is not None
         return value
 

@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,9 +51,9 @@ class PruningReport:
     sizes_after: dict[str, float]
     kept_units: KeptUnits
     verification: Verification
-    stock: bool = True
-    training: Mapping[str, Any] = field(default_factory=dict)
-    vocabulary: Mapping[str, Any] | None = None
+    stock: bool
+    training: Mapping[str, Any]
+    vocabulary: Mapping[str, Any] | None
 
     @classmethod
     def of(
@@ -123,22 +123,18 @@ class PruningReport:
             rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
         base, distillation = _repo_id(self.base_model), _shown(self.training).get("distillation")
         return _CARD.format(
+            report=self,
+            checked=self.verification,
             base=f"base_model: {base}\n" if base else "",
             name=base or self.model_class,
             kind=_STOCK if self.stock else _UNEVEN,
             options="" if self.stock else ", trust_remote_code=True",
-            ratio=self.pruning_ratio,
-            before=self.parameters_before,
-            after=self.parameters_after,
             rows=rows,
-            model_class=self.model_class,
-            fold=self.verification.fold_error,
-            rounding=self.verification.rounding_error,
-            dtype=self.verification.dtype,
             tokens="" if self.vocabulary is None else _FEWER_TOKENS,
             distilled=_DISTILLED.format(**distillation) if distillation else "",
-            report=REPORT_NAME,
-        ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
+            file=REPORT_NAME,
+            picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
+        )
 
 
 def _drawn(cric: Mapping[str, Any], path: Path) -> bool:
@@ -217,7 +213,7 @@ tags:
 
 # {name}, pruned
 
-{ratio:.1%} of the parameters were removed by structured pruning with HESSO
+{report.pruning_ratio:.1%} of the parameters were removed by structured pruning with HESSO
 ([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{kind}
 
 ```python
@@ -229,10 +225,11 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 
 | | before | after |
 |---|---:|---:|
-| parameters | {before:,} | {after:,} |
+| parameters | {report.parameters_before:,} | {report.parameters_after:,} |
 {rows}
 
 The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
-error {fold:.1e} in fp32, {rounding:.1e} after rounding to {dtype}. {tokens}Kept units, schedule and versions are in
-`{report}`.
-"""
+error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {tokens}\
+Kept units, schedule and versions are in
+`{file}`.
+{picture}"""
