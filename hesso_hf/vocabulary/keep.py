@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..config.checks import check_integer
 from ..errors import HessoError
 from ..hf_models.sizes import get_size
 from .tokenizer_file import read_backend
@@ -79,8 +80,7 @@ def keep_tokens(
         (320, 1024)
     """
     for name, value in (("min_count", min_count), ("round_to", round_to)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1")
+        check_integer(name, value)
     needs = TokenNeeds.of(tokenizer)
     use = dataset if isinstance(dataset, TokenUse) else count_tokens(dataset)
     texts = list(texts)
