@@ -14,10 +14,10 @@ from transformers.utils import logging
 
 from ..config.checks import check_integer
 from ..errors import HessoError
-from ..hf_models.sizes import get_size
+from ..hf_models.sizes import VOCAB, get_size
 from .tokenizer_file import read_backend
 from .tokens import KeptTokens, TokenUse, count_tokens, id_columns, sample_sequences
-from .trim_embeddings import VOCAB, config_token_ids, rows_elements
+from .trim_embeddings import config_token_ids, rows_elements
 from .trim_tokenizer import TokenNeeds, fit_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -112,7 +112,7 @@ def inspect_vocabulary(
     return VocabularyInspection(kept.vocab_size, seen, len(kept.kept) - seen, kept.num_removed, elements)
 
 
-def check_countable(tokenizer: Any, dataset: Any, argument: str = "train_dataset") -> None:
+def check_countable(tokenizer: Any, train_dataset: Any) -> None:
     """Refuse early what `keep_tokens` would refuse late.
 
     Raises:
@@ -121,7 +121,7 @@ def check_countable(tokenizer: Any, dataset: Any, argument: str = "train_dataset
     if tokenizer is None:
         raise HessoError("`prune_vocabulary` (True) rewrites the tokenizer too: give it as `processing_class` (None)")
     read_backend(tokenizer)
-    id_columns(dataset, argument)
+    id_columns(train_dataset, "train_dataset")
 
 
 def _vocab_size(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> int:

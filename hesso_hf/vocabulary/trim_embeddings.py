@@ -15,10 +15,10 @@ from transformers.initialization import no_init_weights
 from ..errors import UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
-from ..hf_models.sizes import get_size
+from ..hf_models.sizes import VOCAB, get_size
 from .tokens import KeptTokens
 
-VOCAB, PER_LAYER_VOCAB = "vocab_size", "vocab_size_per_layer_input"
+PER_LAYER_VOCAB = "vocab_size_per_layer_input"
 _PROBE_STEPS = (1, 64)  # a class may round its vocabulary up
 _ID = re.compile(r"(^|_)token_(ids?|index)$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
