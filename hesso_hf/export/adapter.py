@@ -21,7 +21,7 @@ from ..structures.layers import full_names
 from ..structures.lora import NO_ADAPTERS, Adapters, base_of, dense_model, parameters_of
 from ..vocabulary.trim_embeddings import trim_embeddings
 from .decision import Decision
-from .parameters import WholeSource, check_stored, save_whole
+from .parameters import WholeSource, check_stored
 
 ADAPTER_FOLDER = "adapter"
 _BY_LAYER = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -87,7 +87,7 @@ class AdapterSource(WholeSource):
 
     def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
         """Write the base model in `dtype`, and the adapter in its own into a folder beside it; return the base."""
-        base = save_whole(self._base(self.decision.kept, dtype), folder, dtype, max_shard_size)
+        base = super().save(self._base(self.decision.kept, dtype), folder, dtype, max_shard_size)
         with warnings.catch_warnings():  # PEFT looks for the base where it will lie
             warnings.filterwarnings("ignore", message="Could not find a config file")
             small.save_pretrained(folder / ADAPTER_FOLDER)

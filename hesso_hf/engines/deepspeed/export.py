@@ -21,7 +21,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from ...distributed.collectives import on_all
 from ...distributed.parts import named_parameters, whole
 from ...export.decision import NOTHING_CUT, Decision
-from ...export.parameters import ParameterSource, check_shape, read_back_whole, save_whole
+from ...export.parameters import ParameterSource, check_shape
 from ...export.report import PruningReport
 from ...export.write import DTYPES, Output, write_pruned
 from ...hf_models.tiny_model import logits_of
@@ -93,14 +93,6 @@ class ZeroSource(ParameterSource):
         small.to(device_with_room(self.device, 2 * 4 * sum(p.numel() for p in parameters.values())))  # type: ignore[arg-type]
         copy_buffers(small, self._trained, groups, kept)
         return small.eval()
-
-    def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Any:
-        """Round the smaller model itself and write it."""
-        return save_whole(small, folder, dtype, max_shard_size) if self.main else None
-
-    def read_back(self, small: Any, written: Any, folder: Path, dtype: torch.dtype) -> Any:
-        """Load the folder through the class that it names."""
-        return read_back_whole(written, folder, self.decision.groups) if self.main else None
 
 
 def _put_together(parameters: Mapping[str, nn.Parameter], use: Callable[[str, torch.Tensor], None]) -> None:
