@@ -6,7 +6,6 @@ the ratio takes the split between structures that is expected to lose the least.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ CLOSE_ENOUGH = 0.005  # of the model: splits this near to the ratio compete by e
 MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
 MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
+_NAMED = 3  # of the nearest sizes, in messages
 _CHANNELS = ("mlp_channels", "expert_channels")  # whose number no config class refuses
 
 PriceFunction = Callable[[Counts], np.ndarray]
@@ -188,16 +188,14 @@ class _Solver:
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
         if name == "layers":
             return list(range(1, group.num_units + 1))
+        divisible = [1] if name in _CHANNELS else []  # so many indices a unit, times the kept units
         if name in ("attention_heads", "query_heads"):
-            multiple = group.pools
-            divisible = list(group.increments.values())
+            multiple, divisible = group.pools, list(group.increments.values())
         elif name == EXPERT_UNITS:
             multiple = math.lcm(group.pools, default_round_to(group.num_units))
-            divisible = [tp]
         else:
             fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
             multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
-            divisible = [1] if name in _CHANNELS else [tp]
         counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.least]
         counts.append(group.num_units)
         allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
@@ -235,23 +233,19 @@ class _Solver:
         """Take the expected best among the allowed sizes nearest to the ratio."""
         grid = self._grid(ratio, pinned)
         off = np.abs(1 - self.price(grid) / float(self.price({})) - ratio)
-        nearest = self._nearest(grid, np.argsort(off, kind="stable"))
+        nearest: dict[tuple[int, ...], int] = {}  # the first indices with sizes that differ
+        for index in self._accepted(grid, np.argsort(off, kind="stable")):
+            nearest.setdefault(tuple(self._row(grid, index).values()), index)
+            if len(nearest) == _NAMED:
+                break
         if not nearest:
             raise BudgetError(f"{type(self.model_config).__name__} refuses every smaller size of {list(grid)}")
-        self._check_reach(ratio, off[nearest[0]], [self._row(grid, index) for index in nearest])
-        near = np.flatnonzero(off <= max(CLOSE_ENOUGH, off[nearest[0]] + 1e-12))
+        least = off[next(iter(nearest.values()))]
+        self._check_reach(ratio, least, [self._row(grid, index) for index in nearest.values()])
+        near = np.flatnonzero(off <= max(CLOSE_ENOUGH, least + 1e-12))
         losses = np.broadcast_to(loss(grid), off.shape)
         ranked = near[np.lexsort((off[near], losses[near]))]
         return self.target(self._row(grid, next(self._accepted(grid, ranked))))
-
-    def _nearest(self, grid: dict[str, np.ndarray], order: np.ndarray, count: int = 3) -> list[int]:
-        """Return the first accepted indices with sizes that differ."""
-        found: dict[tuple[int, ...], int] = {}
-        for index in self._accepted(grid, order):
-            found.setdefault(tuple(self._row(grid, index).values()), index)
-            if len(found) == count:
-                break
-        return list(found.values())
 
     def _row(self, grid: dict[str, np.ndarray], index: int) -> dict[str, int]:
         return {name: int(counts[index]) for name, counts in grid.items()}
@@ -297,15 +291,14 @@ class _Solver:
         finest = next((name for name in _CHANNELS if name in names and name not in pinned), None)
         coarse = [name for name in names if name != finest]
         _thin_out(options, coarse)
-        combinations = list(itertools.product(*(options[name] for name in coarse)))
-        grid = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
-        if finest is None:
-            return self.groups.with_coupled(grid)
-        goal = (1 - ratio) * float(self.price({}))
-        index = self._last_below(grid, finest, options[finest], goal)
-        picks = [np.clip(index + shift, 0, len(options[finest]) - 1) for shift in (0, 1)]
-        grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
-        grid[finest] = np.concatenate([options[finest][pick] for pick in picks])
+        combinations = np.meshgrid(*(options[name] for name in coarse), indexing="ij")
+        grid = {name: column.ravel() for name, column in zip(coarse, combinations, strict=True)}
+        if finest is not None:
+            goal = (1 - ratio) * float(self.price({}))
+            below = self._last_below(grid, finest, options[finest], goal)
+            grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
+            picks = np.concatenate([below, below + 1])
+            grid[finest] = options[finest][np.clip(picks, 0, len(options[finest]) - 1)]
         return self.groups.with_coupled(grid)
 
     def _last_below(self, counts: dict[str, np.ndarray], finest: str, options: np.ndarray, goal: float) -> np.ndarray:
