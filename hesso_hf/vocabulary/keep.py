@@ -137,12 +137,10 @@ def _fill(needs: TokenNeeds, needed: set[int], use: TokenUse, size: int, round_t
     """Add tokens up to a multiple of `round_to`: the most frequent ones first, then those with the lowest ids."""
     room = -len(needed) % round_to
     kept = set(needed)
-    known = sorted(needs.by_id.keys() - needed, key=lambda index: (-use.counts.get(index, 0), index))
-    for index in known:
+    others = [index for index in needs.by_id.keys() - needed if index < size]
+    for index in sorted(others, key=lambda index: (-use.counts.get(index, 0), index)):
         if room == 0:
             break
-        if index >= size:
-            continue
         more = needs.closure({index}) - kept
         if len(more) <= room:
             kept |= more

@@ -60,10 +60,9 @@ class Spelling:
             formed.add(symbols[at])
         return formed | {token}
 
-    def closure(self, tokens: Iterable[str]) -> set[str]:
-        """Return tokens of the model with everything that they, and any other text, need."""
-        found = {part for token in {*tokens, *self.always} for part in self.parts(token)}
-        return {token for token in found if token in self.vocab}
+    def ids_of_parts(self, tokens: Iterable[str]) -> set[int]:
+        """Return the ids of tokens of the model, and of those that are formed on the way to them."""
+        return {self.vocab[part] for token in tokens for part in self.parts(token) if part in self.vocab}
 
 
 def _letters(token: str, prefix: str, suffix: str) -> list[str]:
