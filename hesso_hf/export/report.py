@@ -107,7 +107,7 @@ class PruningReport:
     def write(self, folder: Path) -> None:
         """Write the report, the model card and, where CRIC was used, a picture of what it did."""
         cric = self.training.get("cric")
-        picture = bool(cric) and _drawn(cric, folder / PLOT_NAME)
+        picture = _drawn(cric, folder / PLOT_NAME) if cric else False
         (folder / REPORT_NAME).write_text(
             json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
