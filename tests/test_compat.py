@@ -1,10 +1,14 @@
-"""What an upgrade may break: every private name that the library uses is in `compat`, and is what it takes it for."""
+"""What an upgrade may break: every private name that the library uses is known, and is what the library takes it for.
+
+A name that is used in one way is a function of `hesso_hf.compat`; the others stand in the tables here.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,34 +24,120 @@ from tests.support.tiny import tiny_llama
 PACKAGE = Path(hesso_hf.__file__).parent
 STANDARD_LIBRARY = {"_SubParsersAction", "_actions"}  # argparse's
 
+# -- the tables: what is overridden or read where it belongs -----------------------------------------------------------
+
+# Parameters of these methods that the oldest Transformers hasn't.
+NEWER = ("private",)
+
+# Methods of transformers.Trainer that the mixin overrides, with the parameters that it counts on.
+TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    "_clip_grad_norm": ("model",),
+    "_determine_best_metric": ("metrics", "trial"),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_load_best_model": (),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_run_epoch": (
+        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
+        "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
+    "_save_checkpoint": ("model", "trial"),
+    "_save_rng_state": ("output_dir",),
+    "_wrap_model": ("model", "training", "dataloader"),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "create_model_card": (
+        "language", "license", "tags", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset",
+        "dataset_args",
+    ),
+    "create_accelerator_and_postprocess": (),
+    "create_optimizer": ("model",),
+    "log": ("logs", "start_time"),
+    "push_to_hub": ("commit_message", "blocking", "token", "revision", "kwargs"),
+    "save_model": ("output_dir", "_internal_call"),
+    "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    "training_step": ("model", "inputs", "num_items_in_batch"),
+}  # fmt: skip
+
+# Methods of transformers.Trainer without a documented form that the mixin calls.
+TRAINER_CALLS: Mapping[str, tuple[str, ...]] = {
+    "_finish_current_push": (),
+    "_get_collator_with_removed_columns": ("data_collator", "description"),
+    "_get_num_items_in_batch": ("batch_samples", "device"),
+    "_get_output_dir": ("trial",),
+    "_prepare_inputs": ("inputs",),
+    "compute_loss_context_manager": (),
+    "get_tp_size": (),
+    "init_hf_repo": ("token",),
+    "set_initial_training_values": ("args", "dataloader"),
+}
+
+# Attributes of a transformers.Trainer that its documentation doesn't promise.
+TRAINER_ATTRIBUTES = (
+    "compute_loss_func",
+    "current_gradient_accumulation_steps",
+    "hub_model_id",
+    "is_distributed_loading_by_transformers",
+    "loss_is_scaled_for_ga",
+    "model_accepts_loss_kwargs",
+)
+
+# Fields of DeepSpeed's ZeRO optimizers (deepspeed.runtime.zero), by the file that sets them.
+ZERO_FIELDS: Mapping[str, tuple[str, ...]] = {
+    "stage_1_and_2": (
+        "bit16_groups", "check_grad_overflow", "cpu_offload", "param_names", "single_partition_of_fp32_groups",
+        "update_lp_params",
+    ),
+    "stage3": (
+        "dp_process_group", "fp16_groups", "fp32_partitioned_groups_flat", "get_param_id", "grad_position",
+        "param_names", "parameter_offload", "persistent_parameters",
+    ),
+}  # fmt: skip
+
+# Private names that are used where they belong, and whose they are.
+PRIVATE_NAMES: Mapping[str, str] = {
+    "_attn_implementation": "transformers.configuration_utils",
+    "_buffers": "torch.nn.modules.module",
+    "_enable_checkpoint": "transformers.trainer_jit_checkpoint.CheckpointManager",
+    "_hf_deepspeed_config_weak_ref": "transformers.integrations.deepspeed",
+    "_hp_mapping": "deepspeed.utils.tensor_fragment",
+    "_loss_shifts_labels": "transformers.trainer",
+    "_index_in_param_group": "deepspeed.utils.mixed_precision_linkage",
+    "_model_mapping": "transformers.models.auto.auto_factory",
+    "_no_split_modules": "transformers.modeling_utils",
+    "_save_checkpoint": "transformers.trainer",
+}
+
 
 def parameters_of(method: str) -> tuple[str, ...]:
     return tuple(inspect.signature(getattr(Trainer, method)).parameters)[1:]
 
 
-@pytest.mark.parametrize("method", sorted(compat.TRAINER_OVERRIDES))
+@pytest.mark.parametrize("method", sorted(TRAINER_OVERRIDES))
 def test_overridden_methods_of_the_trainer_take_what_they_took(method: str) -> None:
-    found = tuple(name for name in parameters_of(method) if name not in compat.NEWER)
-    assert found == compat.TRAINER_OVERRIDES[method]
+    found = tuple(name for name in parameters_of(method) if name not in NEWER)
+    assert found == TRAINER_OVERRIDES[method]
 
 
-@pytest.mark.parametrize("method", sorted(compat.TRAINER_CALLS))
+@pytest.mark.parametrize("method", sorted(TRAINER_CALLS))
 def test_called_methods_of_the_trainer_take_what_they_are_given(method: str) -> None:
-    assert parameters_of(method)[: len(compat.TRAINER_CALLS[method])] == compat.TRAINER_CALLS[method]
+    assert parameters_of(method)[: len(TRAINER_CALLS[method])] == TRAINER_CALLS[method]
 
 
 def test_every_overridden_method_is_in_the_table() -> None:
     own = [base for base in HessoMixin.__mro__ if base.__module__.startswith("hesso_hf.")]
     found = {name for base in own for name in vars(base) if callable(getattr(Trainer, name, None))}
-    assert {name for name in found if not name.startswith("__")} == compat.TRAINER_OVERRIDES.keys()
+    assert {name for name in found if not name.startswith("__")} == TRAINER_OVERRIDES.keys()
 
 
-@pytest.mark.parametrize("name", compat.TRAINER_ATTRIBUTES)
+@pytest.mark.parametrize("name", TRAINER_ATTRIBUTES)
 def test_the_trainer_has_the_attributes(name: str) -> None:
     assert f"self.{name}" in inspect.getsource(Trainer)
 
 
-@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in compat.ZERO_FIELDS.items() for n in names])
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in ZERO_FIELDS.items() for n in names])
 def test_zero_has_the_fields(module: str, name: str) -> None:
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
@@ -56,9 +146,9 @@ def test_zero_has_the_fields(module: str, name: str) -> None:
     assert f"self.{name} =" in source or f"def {name}(" in source
 
 
-@pytest.mark.parametrize("name", sorted(compat.PRIVATE_NAMES))
+@pytest.mark.parametrize("name", sorted(PRIVATE_NAMES))
 def test_private_names_are_where_they_were(name: str) -> None:
-    parts = compat.PRIVATE_NAMES[name].split(".")
+    parts = PRIVATE_NAMES[name].split(".")
     if importlib.util.find_spec(parts[0]) is None:
         pytest.skip(f"{parts[0]} isn't installed")
     folder = Path(str(importlib.util.find_spec(parts[0]).origin)).parent  # type: ignore[union-attr]
@@ -66,9 +156,9 @@ def test_private_names_are_where_they_were(name: str) -> None:
     assert name in file.read_text(encoding="utf-8")
 
 
-def test_no_private_name_is_used_that_compat_does_not_have() -> None:
+def test_no_private_name_is_used_that_is_not_known() -> None:
     """Attributes of other objects than `self`, and imports from other packages."""
-    known = set(compat.PRIVATE_NAMES) | STANDARD_LIBRARY
+    known = set(PRIVATE_NAMES) | STANDARD_LIBRARY
     own, used = set(), {}
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -85,8 +175,8 @@ def test_no_private_name_is_used_that_compat_does_not_have() -> None:
             for name in names:
                 if name.startswith("_") and not name.startswith("__") and path.name != "compat.py":
                     used.setdefault(name, path.relative_to(PACKAGE))
-    own |= {name for name in compat.TRAINER_OVERRIDES if name != "_save_checkpoint"}  # by super()
-    own |= compat.TRAINER_CALLS.keys()
+    own |= {name for name in TRAINER_OVERRIDES if name != "_save_checkpoint"}  # by super()
+    own |= TRAINER_CALLS.keys()
     assert {name: str(path) for name, path in used.items() if name not in known | own} == {}
 
 

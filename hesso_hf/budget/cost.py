@@ -20,7 +20,7 @@ from ..structures.layers import LAYER_UNITS, in_stack
 from ..structures.shape_probe import AxisMap, ParameterInfo
 
 Counts = Mapping[str, "np.ndarray | int"]
-Factor = tuple[str, int, int]  # structure, indices per unit, fixed indices
+Factor = tuple[str, int, int]  # structure, indices per unit, fixed indices: the length of a dimension
 CONTEXT = 2048  # tokens that the attention and cache terms of `flops` and `memory` are taken at
 
 
@@ -42,8 +42,8 @@ class Cost:
         total: np.ndarray = np.zeros(())
         for coefficient, factors in self.terms:
             product: np.ndarray = np.asarray(coefficient, dtype=np.float64)
-            for structure, per_unit, fixed in factors:
-                product = product * (np.asarray(kept.get(structure, self.units[structure])) * per_unit + fixed)
+            for factor in factors:
+                product = product * length_of(factor, kept, self.units)
             total = total + product
         return total
 
@@ -51,6 +51,12 @@ class Cost:
     def full(self) -> float:
         """Cost of the full model."""
         return float(self({}))
+
+
+def length_of(factor: Factor, kept: Counts, units: Mapping[str, int]) -> np.ndarray:
+    """Return the length that kept units give; structures that aren't named in `kept` stay whole."""
+    structure, per_unit, fixed = factor
+    return np.asarray(kept.get(structure, units.get(structure, 0)), dtype=np.float64) * per_unit + fixed
 
 
 def build_cost(
@@ -117,18 +123,14 @@ def _add_attention(
     bytes_per: int,
 ) -> None:
     """Add the scores and weighted sums (flops) or the key-value cache (memory) of CONTEXT tokens."""
-    layers, head_dim = get_size(config, LAYERS), head_dim_of(config)
-    heads = get_size(config, HEADS)
+    layers, heads, head_dim = get_size(config, LAYERS), get_size(config, HEADS), head_dim_of(config)
     if metric == "parameters" or not (layers and head_dim and heads):
         return
-    kv_heads = get_size(config, KV_HEADS) or heads
     counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
-    per_token, factors = weight * head_dim * CONTEXT, []
-    if LAYER_UNITS in groups.structures:
-        factors.append((LAYER_UNITS, 1, 0))
-    else:
-        per_token *= layers
+    per_token, depth = weight * head_dim * CONTEXT, [(LAYER_UNITS, 1, 0)]
+    if LAYER_UNITS not in groups.structures:
+        per_token, depth = per_token * layers, []
     shrinking = [(name, g.increments[counted], 0) for name, g in groups.structures.items() if counted in g.increments]
     if not shrinking:
-        per_token *= heads if counted == HEADS else kv_heads
-    terms[tuple(sorted([*factors, *shrinking]))] += per_token
+        per_token *= get_size(config, counted) or heads
+    terms[tuple(sorted([*depth, *shrinking]))] += per_token

@@ -131,22 +131,16 @@ def _describe(groups: StructureGroups, axis_map: AxisMap, error: float | None) -
         if axis.power:
             powers[pattern] = axis.power
     per_unit = groups.elements_per_unit(shapes)
-    total = sum(
-        _elements(shapes[axis.parameter], axis.dim, axis.layout.per_unit) * groups.num_units
+    of_all_layers = sum(
+        math.prod(shapes[axis.parameter]) // shapes[axis.parameter][axis.dim] * axis.layout.per_unit
         for _, axis in groups.all_axes()
     )
     if groups.stack:  # all of a layer goes, not only what writes to the stream
         first = f"{groups.stack}.0"
-        per_unit = sum(math.prod(info.shape) for info in axis_map.parameters.values() if info.layer == first)
-        total = per_unit * groups.num_units
+        per_unit = of_all_layers = sum(
+            math.prod(info.shape) for info in axis_map.parameters.values() if info.layer == first
+        )
     return StructureInspection(
-        "proved", groups.num_units, len(groups.layers), per_unit, total,
+        "proved", groups.num_units, len(groups.layers), per_unit, of_all_layers * groups.num_units,
         groups.config_sizes(groups.num_units), layouts, powers, error,
     )  # fmt: skip
-
-
-def _elements(shape: tuple[int, ...], dim: int, per_unit: int) -> int:
-    elements = per_unit
-    for index, size in enumerate(shape):
-        elements *= 1 if index == dim else size
-    return elements

@@ -6,7 +6,6 @@ the ratio takes the split between structures that is expected to lose the least.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,14 +16,13 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..errors import BudgetError, HessoError
+from ..errors import BudgetError, HessoError, nearest_name
 from ..hf_models.build import model_class_of
 from ..hf_models.resize import buildable_config, resized_config
-from ..hf_models.sizes import ConfigSizes
+from ..hf_models.sizes import ConfigSizes, canonical_name
 from ..structures.experts import EXPERT_UNITS
-from ..structures.groups import PruningGroups
+from ..structures.groups import PruningGroups, StructureGroups
 from .cost import Cost, Counts
-from .pins import pinned_units
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +30,8 @@ CLOSE_ENOUGH = 0.005  # of the model: splits this near to the ratio compete by e
 MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
 MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
+_NAMED = 3  # of the nearest sizes, in messages
+_CHANNELS = ("mlp_channels", "expert_channels")  # whose number no config class refuses
 
 PriceFunction = Callable[[Counts], np.ndarray]
 LossFunction = Callable[[Counts], np.ndarray]
@@ -105,6 +105,49 @@ def solve_budget(
     return solver.solve(config.pruning_ratio, pinned, loss or even_loss(parameters, groups))
 
 
+def pinned_units(config: HessoConfig, model_config: PretrainedConfig, groups: PruningGroups) -> dict[str, int]:
+    """Translate `target_sizes` to units.
+
+    Raises:
+        HessoError: for sizes that don't exist, aren't whole units or contradict each other.
+    """
+    pinned: dict[str, int] = {}
+    by_size = {size: group for group in groups.structures.values() for size in group.increments}
+    for asked, size in config.pinned_sizes.items():
+        name = asked if asked in by_size else canonical_name(model_config, asked)
+        if name not in by_size:
+            raise HessoError(
+                f"`target_sizes`: {name!r} is no size that can be pruned here"
+                f"{nearest_name(name, list(by_size))}; can be pinned: {sorted(by_size)}"
+            )
+        units, structure = _units_of(name, size, by_size[name]), by_size[name].structure
+        ratio = groups.coupled.get(structure, 1)
+        if units % ratio:
+            raise HessoError(
+                f"`target_sizes[{name!r}]` ({size}) must be a multiple of {size // units * ratio}: here "
+                f"{list(groups.coupled)} only shrink together"
+            )
+        structure = groups.driver if structure in groups.coupled else structure
+        if pinned.setdefault(structure, units // ratio) != units // ratio:
+            raise HessoError(
+                f"`target_sizes` ({config.target_sizes}) contradict each other for {structure}: "
+                f"{pinned[structure]} and {units // ratio} units a layer"
+            )
+    return pinned
+
+
+def _units_of(name: str, size: int, group: StructureGroups) -> int:
+    increment, full = group.increments[name], group.increments[name] * group.num_units
+    step = increment * group.pools
+    least = max(step, group.least * increment)
+    if size % step or not least <= size <= full:
+        reason = f", for {group.needed_for}" if group.needed_for else ""
+        raise HessoError(
+            f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {least} and {full}{reason}"
+        )
+    return size // increment
+
+
 def even_loss(parameters: Cost, groups: PruningGroups) -> LossFunction:
     """Without measurements: structures share the cut evenly (squares, weighted by their parameters)."""
     weights = {
@@ -113,11 +156,8 @@ def even_loss(parameters: Cost, groups: PruningGroups) -> LossFunction:
     }
 
     def loss(kept: Counts) -> np.ndarray:
-        terms = [
-            weights[name] * (1 - np.asarray(count) / groups.structures[name].num_units) ** 2
-            for name, count in kept.items()
-        ]
-        return np.sum(np.broadcast_arrays(*terms), axis=0)
+        left = {name: np.asarray(count) / groups.structures[name].num_units for name, count in kept.items()}
+        return np.asarray(sum(weights[name] * (1 - share) ** 2 for name, share in left.items()))
 
     return loss
 
@@ -129,9 +169,7 @@ def shares_loss(price: PriceFunction, shares: dict[str, float], groups: PruningG
     def loss(kept: Counts) -> np.ndarray:
         saved = {name: full - price({name: count}) for name, count in kept.items()}
         total = np.maximum(sum(saved.values()), 1e-9)
-        return np.sum(
-            np.broadcast_arrays(*[(saved[name] / total - shares.get(name, 0.0)) ** 2 for name in saved]), axis=0
-        )
+        return np.asarray(sum((own / total - shares.get(name, 0.0)) ** 2 for name, own in saved.items()))
 
     return loss
 
@@ -150,16 +188,14 @@ class _Solver:
         group, tp = self.groups.structures[name], self.config.tensor_parallel_size
         if name == "layers":
             return list(range(1, group.num_units + 1))
+        divisible = [1] if name in _CHANNELS else []  # so many indices a unit, times the kept units
         if name in ("attention_heads", "query_heads"):
-            multiple = group.pools
-            divisible = list(group.increments.values())
+            multiple, divisible = group.pools, list(group.increments.values())
         elif name == EXPERT_UNITS:
             multiple = math.lcm(group.pools, default_round_to(group.num_units))
-            divisible = [tp]
         else:
             fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
             multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
-            divisible = [1] if name in ("mlp_channels", "expert_channels") else [tp]
         counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.least]
         counts.append(group.num_units)
         allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
@@ -171,7 +207,6 @@ class _Solver:
 
     def target(self, kept: dict[str, int]) -> TargetSizes:
         """Check kept units against the config class and price them."""
-        sizes = self._sizes(kept)
         self._check(kept)
         for name, count in kept.items():
             group = self.groups.structures[name]
@@ -180,7 +215,7 @@ class _Solver:
         return TargetSizes(
             kept_units=dict(kept),
             num_units={name: self.groups.structures[name].num_units for name in kept},
-            sizes=sizes,
+            sizes=self._sizes(kept),
             metric=self.config.budget_metric,
             cost_before=float(self.price({})),
             cost_after=float(self.price(kept)),
@@ -198,23 +233,19 @@ class _Solver:
         """Take the expected best among the allowed sizes nearest to the ratio."""
         grid = self._grid(ratio, pinned)
         off = np.abs(1 - self.price(grid) / float(self.price({})) - ratio)
-        nearest = self._nearest(grid, np.argsort(off, kind="stable"))
+        nearest: dict[tuple[int, ...], int] = {}  # the first indices with sizes that differ
+        for index in self._accepted(grid, np.argsort(off, kind="stable")):
+            nearest.setdefault(tuple(self._row(grid, index).values()), index)
+            if len(nearest) == _NAMED:
+                break
         if not nearest:
             raise BudgetError(f"{type(self.model_config).__name__} refuses every smaller size of {list(grid)}")
-        self._check_reach(ratio, off[nearest[0]], [self._row(grid, index) for index in nearest])
-        near = np.flatnonzero(off <= max(CLOSE_ENOUGH, off[nearest[0]] + 1e-12))
+        least = off[next(iter(nearest.values()))]
+        self._check_reach(ratio, least, [self._row(grid, index) for index in nearest.values()])
+        near = np.flatnonzero(off <= max(CLOSE_ENOUGH, least + 1e-12))
         losses = np.broadcast_to(loss(grid), off.shape)
         ranked = near[np.lexsort((off[near], losses[near]))]
         return self.target(self._row(grid, next(self._accepted(grid, ranked))))
-
-    def _nearest(self, grid: dict[str, np.ndarray], order: np.ndarray, count: int = 3) -> list[int]:
-        """Return the first accepted indices with sizes that differ."""
-        found: dict[tuple[int, ...], int] = {}
-        for index in self._accepted(grid, order):
-            found.setdefault(tuple(self._row(grid, index).values()), index)
-            if len(found) == count:
-                break
-        return list(found.values())
 
     def _row(self, grid: dict[str, np.ndarray], index: int) -> dict[str, int]:
         return {name: int(counts[index]) for name, counts in grid.items()}
@@ -224,18 +255,15 @@ class _Solver:
         judged: dict[tuple[tuple[str, int], ...], bool] = {}
         for index in order:
             kept = self._row(grid, index)
-            key = tuple(item for item in kept.items() if item[0] not in ("mlp_channels", "expert_channels"))
+            key = tuple(item for item in kept.items() if item[0] not in _CHANNELS)
             if key not in judged:
-                judged[key] = self._accepts(kept)
+                try:
+                    self._check(kept)
+                    judged[key] = True
+                except HessoError:
+                    judged[key] = False
             if judged[key]:
                 yield int(index)
-
-    def _accepts(self, kept: dict[str, int]) -> bool:
-        try:
-            self._check(kept)
-        except HessoError:
-            return False
-        return True
 
     def _check(self, kept: dict[str, int]) -> None:
         """Raise HessoError where the class, as far as it says so before a model runs, refuses sizes."""
@@ -260,18 +288,17 @@ class _Solver:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""
         names = list(self.groups.independent)
         options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
-        finest = next((n for n in ("mlp_channels", "expert_channels") if n in names and n not in pinned), None)
+        finest = next((name for name in _CHANNELS if name in names and name not in pinned), None)
         coarse = [name for name in names if name != finest]
         _thin_out(options, coarse)
-        combinations = list(itertools.product(*(options[name] for name in coarse)))
-        grid = {name: np.array([row[column] for row in combinations]) for column, name in enumerate(coarse)}
-        if finest is None:
-            return self.groups.with_coupled(grid)
-        goal = (1 - ratio) * float(self.price({}))
-        index = self._last_below(grid, finest, options[finest], goal)
-        picks = [np.clip(index + shift, 0, len(options[finest]) - 1) for shift in (0, 1)]
-        grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
-        grid[finest] = np.concatenate([options[finest][pick] for pick in picks])
+        combinations = np.meshgrid(*(options[name] for name in coarse), indexing="ij")
+        grid = {name: column.ravel() for name, column in zip(coarse, combinations, strict=True)}
+        if finest is not None:
+            goal = (1 - ratio) * float(self.price({}))
+            below = self._last_below(grid, finest, options[finest], goal)
+            grid = {name: np.concatenate([column, column]) for name, column in grid.items()}
+            picks = np.concatenate([below, below + 1])
+            grid[finest] = options[finest][np.clip(picks, 0, len(options[finest]) - 1)]
         return self.groups.with_coupled(grid)
 
     def _last_below(self, counts: dict[str, np.ndarray], finest: str, options: np.ndarray, goal: float) -> np.ndarray:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ..errors import HessoError
 from .names import INSTEAD_OF, SALIENCIES, STRUCTURES, weights_by_name
@@ -21,15 +22,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "cric_snapshot": ("cpu", "device"),
     "on_collapse": ("warn", "pause"),
 }
-_SWITCHES = ("cric", "prune_vocabulary")
-_NUMBERS = (
-    "pruning_ratio", "warmup_steps", "pruning_steps", "cric_tolerance", "collapse_threshold", "distillation_alpha",
-    "distillation_temperature", "stream_basis_tolerance",
-)  # fmt: skip
-_LEAST = {
-    "pruning_periods": 1, "round_to": 1, "cric_sampling_steps": 2, "cric_max_cycles": 1, "saliency_batches": 1,
-    "tensor_parallel_size": 1, "calibration_examples": 0,
-}  # fmt: skip
+_LEAST = {"cric_sampling_steps": 2, "calibration_examples": 0}  # of the other integers 1
 _NEEDS_UNIFORM = {
     "experts": "every layer keeps as many as the config says",
     "layers": "what a dropped layer saves would depend on its width",
@@ -43,32 +36,36 @@ def check(config: HessoConfig) -> None:
         HessoError: with the argument, the value, what is allowed, and what to do.
     """
     for part in (
-        _check_types, _check_budget, _check_basis, _check_structures, _check_schedule, _check_collapse,
-        _check_distillation, _check_saliency,
+        _check_types, _check_budget, _check_names, _check_schedule, _check_collapse, _check_distillation, _check_idle,
     ):  # fmt: skip
         part(config)
 
 
 def _check_types(config: HessoConfig) -> None:
     """Refuse what isn't a number where one is needed (YAML reads 5e-1 as text), and words that aren't known."""
-    for name in _NUMBERS:
-        value = getattr(config, name)
-        optional = name == "pruning_ratio" and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
-    for name, least in _LEAST.items():
-        value, optional = getattr(config, name), config.__dataclass_fields__[name].default is None
-        if optional and value is None:
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), get_args(hint) or (hint,)
+        if value is None and NoneType in kinds:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            or_none = ", or None" if optional else ""
-            raise HessoError(f"`{name}` ({value!r}) must be an integer of at least {least}{or_none}")
-    for name in _SWITCHES:
-        if not isinstance(getattr(config, name), bool):
-            raise HessoError(f"`{name}` ({getattr(config, name)!r}) must be true or false")
+        if float in kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
+        if int in kinds:
+            check_integer(name, value, _LEAST.get(name, 1), or_none=NoneType in kinds)
+        if bool in kinds and not isinstance(value, bool):
+            raise HessoError(f"`{name}` ({value!r}) must be true or false")
     for name, allowed in _CHOICES.items():
         if getattr(config, name) not in allowed:
             raise HessoError(f"`{name}` ({getattr(config, name)!r}) must be one of {list(allowed)}")
+
+
+def check_integer(name: str, value: Any, least: int = 1, or_none: bool = False) -> None:
+    """Refuse an argument that is no integer, or a smaller one; None is checked by the caller.
+
+    Raises:
+        HessoError: with the argument, the value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise HessoError(f"`{name}` ({value!r}) must be an integer of at least {least}{', or None' if or_none else ''}")
 
 
 def _check_budget(config: HessoConfig) -> None:
@@ -82,8 +79,7 @@ def _check_budget(config: HessoConfig) -> None:
     if config.target_sizes is not None and not isinstance(config.target_sizes, dict):
         raise HessoError(f"`target_sizes` ({config.target_sizes!r}) must map config sizes to integers")
     for name, size in (config.target_sizes or {}).items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise HessoError(f"`target_sizes[{name!r}]` ({size!r}) must be an integer of at least 1")
+        check_integer(f"target_sizes[{name!r}]", size)
     if config.layer_widths == "per_layer" and (config.round_to or config.tensor_parallel_size > 1):
         raise HessoError(
             f"`round_to` ({config.round_to}) and `tensor_parallel_size` ({config.tensor_parallel_size}) can't be kept "
@@ -91,12 +87,9 @@ def _check_budget(config: HessoConfig) -> None:
         )
 
 
-def _check_basis(config: HessoConfig) -> None:
-    if config.stream_basis == "given":
-        _check_idle(config, "stream_basis_tolerance", "does nothing with `stream_basis` ('given')")
-
-
-def _check_structures(config: HessoConfig) -> None:
+def _check_names(config: HessoConfig) -> None:
+    if config.saliency is not None:
+        weights_by_name("saliency", config.saliency, SALIENCIES)
     if config.structures == "all":
         return
     names = weights_by_name("structures", config.structures, STRUCTURES)
@@ -139,11 +132,6 @@ def _check_collapse(config: HessoConfig) -> None:
         )
     if not config.collapse_threshold > 0:
         raise HessoError(f"`collapse_threshold` ({config.collapse_threshold}) must be a positive rise of the loss")
-    if not config.cric:
-        for name in ("cric_mode", "cric_sampling_steps", "cric_max_cycles", "cric_tolerance"):
-            _check_idle(config, name, "does nothing without `cric` (False)")
-        if config.on_collapse != "pause":
-            _check_idle(config, "cric_snapshot", "does nothing without `cric` (False) or `on_collapse` 'pause'")
 
 
 def _check_distillation(config: HessoConfig) -> None:
@@ -159,17 +147,20 @@ def _check_distillation(config: HessoConfig) -> None:
             f"`distill_from` ({type(config.distill_from).__name__}) must name a folder or a Hub id: save the teacher "
             "and give its folder; None is the model before pruning"
         )
+
+
+def _check_idle(config: HessoConfig) -> None:
+    """Refuse choices that would have no effect."""
+    cric, alpha = "without `cric` (False)", "with `distillation_alpha` (0); set that too, to 0.9 for example"
+    idle: dict[str, str] = {}
+    if config.stream_basis == "given":
+        idle["stream_basis_tolerance"] = "with `stream_basis` ('given')"
+    if not config.cric:
+        idle |= dict.fromkeys(("cric_mode", "cric_sampling_steps", "cric_max_cycles", "cric_tolerance"), cric)
+        if config.on_collapse != "pause":
+            idle["cric_snapshot"] = f"{cric} or `on_collapse` 'pause'"
     if config.distillation_alpha == 0:
-        for name in ("distillation_temperature", "distill_from"):
-            _check_idle(config, name, "does nothing with `distillation_alpha` (0); set that too, to 0.9 for example")
-
-
-def _check_saliency(config: HessoConfig) -> None:
-    if config.saliency is not None:
-        weights_by_name("saliency", config.saliency, SALIENCIES)
-
-
-def _check_idle(config: HessoConfig, name: str, reason: str) -> None:
-    """Refuse a choice that would have no effect."""
-    if getattr(config, name) != config.__dataclass_fields__[name].default:
-        raise HessoError(f"`{name}` ({getattr(config, name)!r}) {reason}")
+        idle |= dict.fromkeys(("distillation_temperature", "distill_from"), alpha)
+    for name, reason in idle.items():
+        if getattr(config, name) != config.__dataclass_fields__[name].default:
+            raise HessoError(f"`{name}` ({getattr(config, name)!r}) does nothing {reason}")

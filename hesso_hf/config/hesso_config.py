@@ -10,6 +10,11 @@ from .checks import check
 from .names import CRIC_SALIENCY, DEFAULT_SALIENCY, DEFAULT_STRUCTURES, SALIENCIES, STRUCTURES, parse, weights_by_name
 
 
+def _option(default: Any, meaning: str) -> Any:
+    """Return a field with the help that a command line shows."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass
 class HessoConfig:
     """Configuration of pruning with HESSO (arXiv 2409.09085).
@@ -24,122 +29,86 @@ class HessoConfig:
         0.5
     """
 
-    pruning_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Share of the budget metric to remove, in (0, 1); of the model's parameters by default."},
+    pruning_ratio: float | None = _option(
+        None, "Share of the budget metric to remove, in (0, 1); of the model's parameters by default."
     )
-    budget_metric: str = field(
-        default="parameters",
-        metadata={"help": "What pruning_ratio is a share of: parameters, flops, memory or latency."},
+    budget_metric: str = _option(
+        "parameters", "What pruning_ratio is a share of: parameters, flops, memory or latency."
     )
-    structures: dict | str | None = field(
-        default="all",
-        metadata={
-            "help": "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
-            "query_heads, single ones), mlp_channels, embedding_channels, experts and layers (whole ones, like experts "
-            "never part of 'all'), or a dict of each one's share of the removed parameters."
-        },
+    structures: dict | str | None = _option(
+        "all",
+        "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
+        "query_heads, single ones), mlp_channels, embedding_channels, experts and layers (whole ones, like experts "
+        "never part of 'all'), or a dict of each one's share of the removed parameters.",
     )
-    target_sizes: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Config sizes to end with, as {"intermediate_size": 4096}; without a ratio, exactly these.'},
+    target_sizes: dict | str | None = _option(
+        None, 'Config sizes to end with, as {"intermediate_size": 4096}; without a ratio, exactly these.'
     )
-    layer_widths: str = field(
-        default="uniform",
-        metadata={"help": "uniform: every layer keeps as many units (a stock class); per_layer: ranked across layers."},
+    layer_widths: str = _option(
+        "uniform", "uniform: every layer keeps as many units (a stock class); per_layer: ranked across layers."
     )
-    round_to: int | None = field(
-        default=None,
-        metadata={"help": "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."},
+    round_to: int | None = _option(
+        None, "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."
     )
-    stream_basis: str = field(
-        default="given",
-        metadata={
-            "help": "given: channels of the stream as the checkpoint has them; principal: the model is first turned, "
-            "its function unchanged, into the principal axes of its hidden states; auto: the one that costs less."
-        },
+    stream_basis: str = _option(
+        "given",
+        "given: channels of the stream as the checkpoint has them; principal: the model is first turned, "
+        "its function unchanged, into the principal axes of its hidden states; auto: the one that costs less.",
     )
-    stream_basis_tolerance: float = field(
-        default=0.05,
-        metadata={"help": "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."},
+    stream_basis_tolerance: float = _option(
+        0.05, "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."
     )
-    warmup_steps: float = field(default=0.05, metadata={"help": "Ordinary steps before the first scoring (steps)."})
-    pruning_steps: float = field(default=0.15, metadata={"help": "Length of all pruning periods together (steps)."})
-    pruning_periods: int | None = field(
-        default=None, metadata={"help": "Number of pruning periods (default 3, fewer in very short runs)."}
+    warmup_steps: float = _option(0.05, "Ordinary steps before the first scoring (steps).")
+    pruning_steps: float = _option(0.15, "Length of all pruning periods together (steps).")
+    pruning_periods: int | None = _option(None, "Number of pruning periods (default 3, fewer in very short runs).")
+    saliency: dict | str | None = _option(
+        None,
+        "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
+        "taylor_first_order, taylor_second_order (default taylor_second_order; with cric, both Taylor terms).",
     )
-    saliency: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
-            "taylor_first_order, taylor_second_order (default taylor_second_order; with cric, both Taylor terms)."
-        },
+    saliency_batches: int = _option(8, "Steps before a scoring over which gradients are averaged (steps).")
+    cric: bool = _option(
+        False, "Look along the way to zero before deciding (CRIC): some steps after warm-up go into that."
     )
-    saliency_batches: int = field(
-        default=8, metadata={"help": "Steps before a scoring over which gradients are averaged (steps)."}
+    cric_mode: str = _option(
+        "path", "path: train while CRIC's units shrink; probe: only take gradients there, on a few batches."
     )
-    cric: bool = field(
-        default=False,
-        metadata={"help": "Look along the way to zero before deciding (CRIC): some steps after warm-up go into that."},
+    cric_sampling_steps: int | None = _option(
+        None, "Samples on the way to zero in one CRIC cycle (default 8 at most) (steps)."
     )
-    cric_mode: str = field(
-        default="path",
-        metadata={"help": "path: train while CRIC's units shrink; probe: only take gradients there, on a few batches."},
+    cric_max_cycles: int | None = _option(None, "CRIC cycles at most (default 4 at most).")
+    cric_tolerance: float = _option(
+        0.02, "CRIC ends when so few units newly look redundant; below 1 a share of those to be removed."
     )
-    cric_sampling_steps: int | None = field(
-        default=None, metadata={"help": "Samples on the way to zero in one CRIC cycle (default 8 at most) (steps)."}
+    cric_snapshot: str = _option("cpu", "Where weights and optimizer state to return to are kept: cpu or device.")
+    collapse_threshold: float = _option(
+        3.0, "Rise of the training loss over its level before pruning that is called a collapse."
     )
-    cric_max_cycles: int | None = field(default=None, metadata={"help": "CRIC cycles at most (default 4 at most)."})
-    cric_tolerance: float = field(
-        default=0.02,
-        metadata={"help": "CRIC ends when so few units newly look redundant; below 1 a share of those to be removed."},
+    on_collapse: str = _option("warn", "warn, or pause: return to the period's start and mark fewer units.")
+    calibration_examples: int = _option(
+        16, "Examples on which the split between structures is measured; 0 splits evenly."
     )
-    cric_snapshot: str = field(
-        default="cpu", metadata={"help": "Where weights and optimizer state to return to are kept: cpu or device."}
+    distillation_alpha: float = _option(
+        0.0, "Weight of the divergence from a teacher in the loss, in [0, 1]; 0 is without a teacher."
     )
-    collapse_threshold: float = field(
-        default=3.0,
-        metadata={"help": "Rise of the training loss over its level before pruning that is called a collapse."},
+    distillation_temperature: float = _option(
+        1.0, "What teacher's and student's logits are divided by before they are compared."
     )
-    on_collapse: str = field(
-        default="warn", metadata={"help": "warn, or pause: return to the period's start and mark fewer units."}
+    distill_from: str | None = _option(
+        None, "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."
     )
-    calibration_examples: int = field(
-        default=16,
-        metadata={"help": "Examples on which the split between structures is measured; 0 splits evenly."},
+    prune_vocabulary: bool = _option(
+        False, "Remove tokens that train_dataset never uses from the saved model and its tokenizer."
     )
-    distillation_alpha: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the divergence from a teacher in the loss, in [0, 1]; 0 is without a teacher."},
+    export_dtype: str | None = _option(
+        None, "Stored dtype of the smaller model: float32, bfloat16, float16; default that of the weights."
     )
-    distillation_temperature: float = field(
-        default=1.0,
-        metadata={"help": "What teacher's and student's logits are divided by before they are compared."},
+    lora_export: str = _option(
+        "merged",
+        "What is saved after training with LoRA: merged, one smaller model; adapter, the smaller base "
+        "model, and the adapter cut to it in the folder `adapter` there.",
     )
-    distill_from: str | None = field(
-        default=None,
-        metadata={"help": "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."},
-    )
-    prune_vocabulary: bool = field(
-        default=False,
-        metadata={"help": "Remove tokens that train_dataset never uses from the saved model and its tokenizer."},
-    )
-    export_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Stored dtype of the smaller model: float32, bfloat16, float16; default that of the weights."
-        },
-    )
-    lora_export: str = field(
-        default="merged",
-        metadata={
-            "help": "What is saved after training with LoRA: merged, one smaller model; adapter, the smaller base "
-            "model, and the adapter cut to it in the folder `adapter` there."
-        },
-    )
-    tensor_parallel_size: int = field(
-        default=1, metadata={"help": "Heads and channels stay divisible by this many tensor-parallel ranks."}
-    )
+    tensor_parallel_size: int = _option(1, "Heads and channels stay divisible by this many tensor-parallel ranks.")
 
     def __post_init__(self) -> None:
         # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default

@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ..errors import HessoError, nearest_name
 
-StructureName = Literal[
-    "attention_heads",
-    "mlp_channels",
-    "expert_channels",
-    "mixer_channels",
-    "embedding_channels",
-    "query_heads",
-    "experts",
-    "layers",
-]
-SaliencyName = Literal["magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order"]
-STRUCTURES: tuple[str, ...] = get_args(StructureName)
+STRUCTURES: tuple[str, ...] = (
+    "attention_heads", "mlp_channels", "expert_channels", "mixer_channels", "embedding_channels", "query_heads",
+    "experts", "layers",
+)  # fmt: skip
 INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the other's
 OPT_IN = (*INSTEAD_OF, "experts", "layers")  # pruned only where they are named
 DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
-SALIENCIES: tuple[str, ...] = get_args(SaliencyName)
+SALIENCIES = ("magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order")
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
 

@@ -20,7 +20,6 @@ from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
 from ..export.decision import Decision
 from ..export.parameters import ParameterSource
-from ..export.record import TrainingRecord
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
 from ..pruning.calibration import LossCurves
@@ -201,7 +200,7 @@ def write_divided(
     dtype = engine.config.export_dtype
     output = Output(target, DTYPES[dtype] if dtype else run.model.dtype, run.tokenizer)
     decision = Decision(run.plan.groups, engine.made_steps.process.kept_units())
-    return write_pruned(on_all(lambda: source(decision)), output, TrainingRecord(run.record()))
+    return write_pruned(on_all(lambda: source(decision)), output, run.record())
 
 
 class PlainEngine(Engine[HessoOptimizer]):

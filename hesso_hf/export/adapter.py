@@ -6,8 +6,6 @@ A's columns are cut and folded as those of the matrix that it adds to are, B's r
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,78 +16,15 @@ from transformers import PreTrainedModel
 from ..distributed.parts import whole
 from ..errors import UnsupportedStructureError
 from ..structures.cut import cut_model, cut_part, cuts_by_tensor
-from ..structures.groups import KeptUnits, PruningGroups
+from ..structures.groups import KeptUnits
 from ..structures.layers import full_names
-from ..structures.lora import ADAPTER_CONFIG, NO_ADAPTERS, Adapters, base_of, dense_model, parameters_of
-from ..vocabulary.tokens import KeptTokens
+from ..structures.lora import NO_ADAPTERS, Adapters, base_of, dense_model, parameters_of
 from ..vocabulary.trim_embeddings import trim_embeddings
 from .decision import Decision
-from .parameters import WholeSource, check_stored, save_whole
+from .parameters import WholeSource, check_stored
 
 ADAPTER_FOLDER = "adapter"
 _BY_LAYER = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
-
-
-def cut_base(
-    trained: PreTrainedModel,
-    groups: PruningGroups,
-    kept: KeptUnits,
-    dtype: torch.dtype,
-    vocabulary: KeptTokens | None = None,
-) -> PreTrainedModel:
-    """Build the smaller base model: the frozen weights alone, without what the adapter adds."""
-    base = dense_model(trained, torch.float32, NO_ADAPTERS)
-    return cut_model(trim_embeddings(base, vocabulary) if vocabulary else base, groups, kept, dtype)
-
-
-@torch.no_grad()
-def with_cut_adapter(
-    small: PreTrainedModel, trained: PreTrainedModel, groups: PruningGroups, kept: KeptUnits, base_name: str = ""
-) -> Any:
-    """Put the trained model's adapter, cut to the kept units, into the smaller base model; return a PeftModel.
-
-    Args:
-        small: what `cut_base` returned; its layers are replaced.
-        base_name: where the smaller base model will be found.
-
-    Raises:
-        UnsupportedStructureError: where the adapter's config says by layer what the smaller model has other layers for.
-    """
-    from peft import get_peft_model
-
-    configs: Any = trained.peft_config
-    ((name, config),) = copy.deepcopy(configs).items()
-    config.init_lora_weights, config.base_model_name_or_path = True, base_name
-    small.name_or_path = small.config.name_or_path = base_name  # the adapter and its card name this model as their base
-    by_layer = [option for option in _BY_LAYER if getattr(config, option, None)]
-    if by_layer and any(full != own for own, full in full_names(parameters_of(small), groups, kept).items()):
-        raise UnsupportedStructureError(
-            f"`lora_export` ('adapter'): layers were dropped, and `peft_config.{by_layer[0]}` counts those of the full "
-            "model; use 'merged'"
-        )
-    tuned = get_peft_model(small, config, adapter_name=name)
-    tuned.peft_config[name].base_model_name_or_path = base_name
-    adapters, full, own = Adapters.of(trained), parameters_of(trained), parameters_of(base_of(tuned))
-    cuts = cuts_by_tensor(adapters.extend(groups), kept)
-    for factor, origin in full_names(Adapters.of(base_of(tuned)).factors(), groups, kept).items():
-        if origin not in full or origin not in adapters.factors():
-            raise UnsupportedStructureError(f"{factor}: the trained model has no adapter {origin}; use 'merged'")
-        tensor = full[origin].detach()
-        tensor = cut_part(tensor, whole(tensor.shape), cuts.get(origin, ()))
-        if tensor.shape != own[factor].shape:
-            raise UnsupportedStructureError(
-                f"{factor} has shape {tuple(tensor.shape)} after cutting, the smaller model {tuple(own[factor].shape)}"
-                "; with removed tokens an adapter can't be on what has one row a token: use 'merged'"
-            )
-        own[factor].data = tensor.to(full[origin].dtype, copy=True)
-    return tuned.eval()
-
-
-def remove_cut_adapter(folder: Path) -> None:
-    """Remove the adapter of a model that another has replaced."""
-    config = folder / ADAPTER_FOLDER / ADAPTER_CONFIG
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path") == str(folder):
-        shutil.rmtree(config.parent)
 
 
 class AdapterSource(WholeSource):
@@ -107,16 +42,52 @@ class AdapterSource(WholeSource):
         self._adapted, self._final = trained, str(final)
 
     def _base(self, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
-        return cut_base(self._adapted, self.decision.groups, kept, dtype, self.decision.vocabulary)
+        """Cut the frozen weights alone, without what the adapter adds."""
+        base, vocabulary = dense_model(self._adapted, torch.float32, NO_ADAPTERS), self.decision.vocabulary
+        return cut_model(trim_embeddings(base, vocabulary) if vocabulary else base, self.decision.groups, kept, dtype)
 
+    @torch.no_grad()
     def cut(self, kept: KeptUnits) -> Any:
-        """Cut both and put them together."""
-        base = self._base(kept, torch.float32)
-        return with_cut_adapter(base, self._adapted, self.decision.groups, kept, self._final)
+        """Cut both, and put the adapter into the smaller base model.
+
+        Raises:
+            UnsupportedStructureError: where the adapter's config says by layer what the smaller model has other layers
+                for, or it adds to what has one row a token.
+        """
+        from peft import get_peft_model
+
+        small, trained, groups = self._base(kept, torch.float32), self._adapted, self.decision.groups
+        configs: Any = trained.peft_config
+        ((name, config),) = copy.deepcopy(configs).items()
+        config.init_lora_weights, config.base_model_name_or_path = True, self._final
+        # the adapter and its card name this model as their base
+        small.name_or_path = small.config.name_or_path = self._final
+        by_layer = [option for option in _BY_LAYER if getattr(config, option, None)]
+        if by_layer and any(full != own for own, full in full_names(parameters_of(small), groups, kept).items()):
+            raise UnsupportedStructureError(
+                f"`lora_export` ('adapter'): layers were dropped, and `peft_config.{by_layer[0]}` counts those of the "
+                "full model; use 'merged'"
+            )
+        tuned = get_peft_model(small, config, adapter_name=name)
+        adapters, full, own = Adapters.of(trained), parameters_of(trained), parameters_of(base_of(tuned))
+        cuts = cuts_by_tensor(adapters.extend(groups), kept)
+        for factor, origin in full_names(Adapters.of(base_of(tuned)).factors(), groups, kept).items():
+            if origin not in adapters.factors():
+                raise UnsupportedStructureError(f"{factor}: the trained model has no adapter {origin}; use 'merged'")
+            tensor = full[origin].detach()
+            tensor = cut_part(tensor, whole(tensor.shape), cuts.get(origin, ()))
+            if tensor.shape != own[factor].shape:
+                raise UnsupportedStructureError(
+                    f"{factor} has shape {tuple(tensor.shape)} after cutting, the smaller model "
+                    f"{tuple(own[factor].shape)}; with removed tokens an adapter can't be on what has one row a token: "
+                    "use 'merged'"
+                )
+            own[factor].data = tensor.to(full[origin].dtype, copy=True)
+        return tuned.eval()
 
     def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
         """Write the base model in `dtype`, and the adapter in its own into a folder beside it; return the base."""
-        base = save_whole(self._base(self.decision.kept, dtype), folder, dtype, max_shard_size)
+        base = super().save(self._base(self.decision.kept, dtype), folder, dtype, max_shard_size)
         with warnings.catch_warnings():  # PEFT looks for the base where it will lie
             warnings.filterwarnings("ignore", message="Could not find a config file")
             small.save_pretrained(folder / ADAPTER_FOLDER)

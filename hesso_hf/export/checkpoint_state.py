@@ -71,7 +71,11 @@ def load_converted_(model: PreTrainedModel, folder: Path) -> None:
 
     `Trainer` takes from a checkpoint only what has the same name, and leaves such weights as they are.
     """
-    if stored_names(folder) <= model.state_dict().keys():
+    names: set[str] = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as stored:
+            names.update(stored.keys())
+    if names <= model.state_dict().keys():
         return
     logger.info(f"{type(model).__name__} stores weights under other names: they are loaded through `from_pretrained`")
     model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
@@ -80,15 +84,6 @@ def load_converted_(model: PreTrainedModel, folder: Path) -> None:
 def holds_masters(folder: Path) -> bool:
     """Whether DeepSpeed wrote its fp32 masters into a checkpoint."""
     return any(path.is_dir() for path in folder.glob("global_step*"))
-
-
-def stored_names(folder: Path) -> set[str]:
-    """Return the names of the tensors in a checkpoint's safetensors files."""
-    names: set[str] = set()
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as stored:
-            names.update(stored.keys())
-    return names
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -123,12 +118,17 @@ def _step_of(checkpoint: Path) -> int:
 
 
 # what checkpoints from before a key of HessoConfig did
-BEFORE = {"stream_basis": "given", "stream_basis_tolerance": 0.05}
+_BEFORE = {"stream_basis": "given", "stream_basis_tolerance": 0.05}
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:
+    """Compare a checkpoint's HessoConfig with a run's, but for what only the export reads.
+
+    Raises:
+        CheckpointMismatchError: naming the first field that differs.
+    """
     for key, value in current.items():
-        before = saved.get(key, BEFORE.get(key))
+        before = saved.get(key, _BEFORE.get(key))
         if key not in ("export_dtype", "lora_export") and before != json.loads(json.dumps(value)):
             raise CheckpointMismatchError(
                 f"{folder} was made with `{key}` = {before!r}, this run has {value!r}; "

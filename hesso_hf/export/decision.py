@@ -45,13 +45,6 @@ class Decision:
             return nullcontext()
         return routed_by(model, self.groups.structures[EXPERT_UNITS], kept_mask(self.kept, EXPERT_UNITS))
 
-    def alone(self) -> dict[str, KeptUnits]:
-        """Return the decision on each structure by itself."""
-        return {
-            name: KeptUnits({name: self.kept.num_units[name]}, {name: layers})
-            for name, layers in self.kept.kept.items()
-        }
-
 
 def decide(
     model: PreTrainedModel,
@@ -74,7 +67,8 @@ def decide(
     if kept_units is not None:
         _check_kept(kept_units, groups)
     zero = zero_units(model, groups)
-    kept = kept_units or _units_that_live(zero, groups)
+    living = {name: ~found for name, found in zero.items() if name not in OPT_IN or bool(found.any())}
+    kept = kept_units or KeptUnits.of(living)
     _check_zero(zero, kept)
     for name, layers in kept.kept.items():
         groups.structures[name].check_pools(layers)
@@ -99,24 +93,19 @@ def _check_found(kept: KeptUnits, groups: PruningGroups) -> None:
 def groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
     """Prove the structures of a decision; without one, also those that must be named where some of them are at zero."""
     if kept is not None:
-        named = tuple(kept.kept)
-    else:
-        possible = {EXPERT_UNITS: num_experts(model.config) is not None, LAYER_UNITS: _has_zero_matrix(model)}
-        named = tuple(name for name, asked in possible.items() if asked)
+        return proved_groups(type(model), model.config, structures_around(kept.kept))[0]
+    named = [EXPERT_UNITS] if num_experts(model.config) is not None else []
+    if any(parameter.dim() > 1 and not parameter.any() for parameter in model.parameters()):
+        named.append(LAYER_UNITS)  # in a layer that does nothing, what writes to the stream is all zero
     groups = proved_groups(type(model), model.config, structures_around(named))[0]
-    whole = PruningGroups({n: g for n, g in groups.structures.items() if n == "attention_heads"})
-    if kept is not None or not whole.structures or zero_units(model, whole)["attention_heads"].any():
+    others = dict(groups.structures)
+    whole = others.pop("attention_heads", None)
+    if whole is None or zero_units(model, PruningGroups({"attention_heads": whole}))["attention_heads"].any():
         return groups
     single = proved_groups(type(model), model.config, ("query_heads",))[0]
     if not single.structures or not zero_units(model, single)["query_heads"].any():
         return groups
-    others = {name: group for name, group in groups.structures.items() if name not in whole.structures}
     return PruningGroups(single.structures | others, groups.refused)
-
-
-def _has_zero_matrix(model: PreTrainedModel) -> bool:
-    """Tell whether a matrix is all zero, as one that writes to the stream is in a layer that does nothing."""
-    return any(parameter.dim() > 1 and not parameter.any() for parameter in model.parameters())
 
 
 @torch.no_grad()
@@ -133,17 +122,7 @@ def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch
     return {name: found == 0 for name, found in lives.items()}
 
 
-def _units_that_live(zero: Mapping[str, torch.Tensor], groups: PruningGroups) -> KeptUnits:
-    """Return the units that aren't zero; of structures that must be named only where one is."""
-    named = {name: found for name, found in zero.items() if name not in OPT_IN or bool(found.any())}
-    return KeptUnits(
-        {name: groups.structures[name].num_units for name in named},
-        {name: tuple(tuple((~layer).nonzero().flatten().tolist()) for layer in found) for name, found in named.items()},
-    )
-
-
 def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
-    """Compare a decision with the model's groups; refuse it by the first difference."""
     for name, layers in kept.kept.items():
         if name not in groups.structures:
             raise HessoError(f"`kept_units` names {name!r}, which isn't proved here; proved: {list(groups.structures)}")
@@ -163,16 +142,13 @@ def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
 
 
 def _check_zero(zero: Mapping[str, torch.Tensor], kept: KeptUnits) -> None:
-    for name, layers in kept.kept.items():
-        for index, layer in enumerate(layers):
-            cut = torch.ones(kept.num_units[name], dtype=torch.bool)
-            cut[list(layer)] = False
-            alive = (cut & ~zero[name][index]).nonzero().flatten().tolist()
-            if alive:
-                raise HessoError(
-                    f"{name}: unit {alive[0]} of layer {index} is to be cut but its weights aren't zero; "
-                    "finish pruning first, or export the checkpoint in which it was finished"
-                )
+    for name in kept.kept:
+        alive = (~kept_mask(kept, name) & ~zero[name]).nonzero().tolist()
+        if alive:
+            raise HessoError(
+                f"{name}: unit {alive[0][1]} of layer {alive[0][0]} is to be cut but its weights aren't zero; "
+                "finish pruning first, or export the checkpoint in which it was finished"
+            )
 
 
 def kept_mask(kept: KeptUnits, structure: str) -> torch.Tensor:

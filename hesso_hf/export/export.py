@@ -66,9 +66,9 @@ def export_pruned(
     found = read_source(source, kept_units, tokenizer, training, trust_pickles)
     adapted = found.lora_export(lora_export)
     model = dense_model(found.model, torch.float32) if adapted else found.model
-    vocabulary = vocabulary or found.training.vocabulary
+    vocabulary = vocabulary or found.vocabulary
     decision = decide(model, found.kept, groups, vocabulary)
-    wanted = dtype or found.training.export_dtype
+    wanted = dtype or found.config.get("export_dtype")
     output = Output(
         Path(output_dir),
         DTYPES[wanted] if wanted else found.dtype,

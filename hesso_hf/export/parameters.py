@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..compat import attention_of
 from ..distributed.collectives import from_main, on_all
 from ..errors import VerificationError
 from ..hf_models.tiny_model import logits_of
 from ..structures.cut import cut_model, zero_units_
-from ..structures.groups import KeptUnits, PruningGroups
+from ..structures.groups import KeptUnits
 from ..structures.lora import Adapters, parameters_of
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.trim_embeddings import trim_embeddings
@@ -58,13 +59,22 @@ class ParameterSource(ABC):
     def cut(self, kept: KeptUnits) -> Any:
         """Return the smaller model in fp32 that keeps these units and the tokens of the decision."""
 
-    @abstractmethod
     def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Any:
-        """Write the smaller model's weights and configs, rounded to `dtype`; return the model that was written."""
+        """Write the smaller model's weights and configs, rounded to `dtype`; return the model that was written.
 
-    @abstractmethod
+        Where it lies whole on the main process, that is `small` itself, its parameters rounded in place.
+        """
+        if not self.main:
+            return None
+        for parameter in small.parameters():  # not the buffers
+            parameter.data = parameter.data.to(dtype)
+        small.save_pretrained(folder, max_shard_size=max_shard_size)
+        return small
+
     def read_back(self, small: Any, written: Any, folder: Path, dtype: torch.dtype) -> Any:
         """Compare what lies on disk with what was written, and return the smaller model as it was stored.
+
+        Where it lies whole on the main process, a stock class loads it there, to the written one's device.
 
         Args:
             small: what `cut` returned.
@@ -73,6 +83,19 @@ class ParameterSource(ABC):
         Raises:
             VerificationError: naming the first tensor that isn't what was saved.
         """
+        if not self.main:
+            return None
+        # the modelling file of uneven layers is this library's own; every other model loads as a stock class
+        uneven = bool(uneven_sizes(written.config))
+        loader: Any = AutoModelForCausalLM if uneven else type(written)
+        options = {"trust_remote_code": True} if uneven else {}
+        reloaded = loader.from_pretrained(folder, attn_implementation=attention_of(written.config), **options)
+        found = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
+        groups, buffers = self.decision.groups.structures.values(), dict(written.named_buffers())
+        cut = [axis.parameter for group in groups for axes in group.buffers for axis in axes]
+        for name, tensor in (*written.named_parameters(), *((name, buffers[name]) for name in cut if name in buffers)):
+            check_stored(name, found.get(name), tensor, folder)
+        return reloaded.to(written.device).eval()
 
 
 class WholeSource(ParameterSource):
@@ -90,11 +113,9 @@ class WholeSource(ParameterSource):
         self._full = trim_embeddings(full, decision.vocabulary) if decision.vocabulary else full
 
     def together(self, work: Callable[[], _T]) -> _T:
-        """Do the work."""
         return work()
 
     def shared(self, value: _T | None) -> _T:
-        """Return the value."""
         assert value is not None
         return value
 
@@ -110,42 +131,6 @@ class WholeSource(ParameterSource):
     def cut(self, kept: KeptUnits) -> PreTrainedModel:
         """Cut it on its device, or on the CPU where that has no room."""
         return cut_model(self._full, self.decision.groups, kept, torch.float32)
-
-    def save(self, small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
-        """Round the smaller model itself and write it."""
-        return save_whole(small, folder, dtype, max_shard_size)
-
-    def read_back(self, small: Any, written: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Any:
-        """Load the folder through the class that it names."""
-        return read_back_whole(written, folder, self.decision.groups)
-
-
-def save_whole(small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
-    """Round a model's parameters in place, not its buffers, and write it; return it."""
-    for parameter in small.parameters():
-        parameter.data = parameter.data.to(dtype)
-    small.save_pretrained(folder, max_shard_size=max_shard_size)
-    return small
-
-
-def read_back_whole(written: PreTrainedModel, folder: Path, groups: PruningGroups) -> PreTrainedModel:
-    """Load a folder as a stock class does, compare every tensor, and return the model on the written one's device.
-
-    Raises:
-        VerificationError: naming the first tensor that isn't what was saved.
-    """
-    # the modelling file of uneven layers is this library's own; every other model loads as a stock class
-    uneven = bool(uneven_sizes(written.config))
-    loader: Any = AutoModelForCausalLM if uneven else type(written)
-    options = {"trust_remote_code": True} if uneven else {}
-    attention = written.config._attn_implementation
-    reloaded = loader.from_pretrained(folder, attn_implementation=attention, **options)
-    found = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
-    cut = [axis.parameter for group in groups.structures.values() for axes in group.buffers for axis in axes]
-    buffers = dict(written.named_buffers())
-    for name, tensor in (*written.named_parameters(), *((name, buffers[name]) for name in cut if name in buffers)):
-        check_stored(name, found.get(name), tensor, folder)
-    return reloaded.to(written.device).eval()
 
 
 def check_stored(name: str, found: torch.Tensor | None, written: torch.Tensor, folder: Path) -> None:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 PLOT_NAME = "cric.png"
-_COLOURS = {"corrected": "#1b7837", "replacing": "#b2182b"}
+_ROLES = {"corrected": ("#1b7837", "first thought redundant, kept"), "replacing": ("#b2182b", "removed instead")}
 _CRITERION = "taylor_first_order"  # along the path: the estimated rise of the loss if the unit goes
 
 
@@ -61,16 +61,14 @@ def _draw_sets(axis: Any, structures: Mapping[str, Any]) -> None:
 def _draw_paths(axis: Any, name: str, found: Mapping[str, Any]) -> None:
     """Lines: what a unit's criterion says at up to four points of its way, for units that were on trial."""
     paths = found["paths"]
-    criterion = _CRITERION if any(_CRITERION in path["values"] for path in paths) else None
-    if criterion is None and paths:
-        criterion = next(iter(paths[0]["values"]))
-    for role, colour in _COLOURS.items():
+    criteria = [criterion for path in paths for criterion in path["values"]]
+    criterion = _CRITERION if _CRITERION in criteria else next(iter(criteria), None)
+    for role, (colour, label) in _ROLES.items():
         lines = [path["values"][criterion] for path in paths if path["role"] == role]
         for line in lines:
             axis.plot(_left(len(line)), line, color=colour, alpha=0.25, linewidth=1)
         if lines:
             means = [sum(values) / len(values) for values in zip(*lines, strict=True)]
-            label = {"corrected": "first thought redundant, kept", "replacing": "removed instead"}[role]
             axis.plot(_left(len(means)), means, color=colour, linewidth=2.5, label=f"{label} (mean)")
     axis.invert_xaxis()
     axis.set_xlabel("share of the unit that is left")

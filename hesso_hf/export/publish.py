@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
 _MODEL_FILE = re.compile(
     r"(model|pytorch_model)(-[0-9a-f]{8})?(-\d+-of-\d+)?\.(safetensors|bin)|(model\.safetensors|pytorch_model\.bin)\.index\.json"
     r"|adapter_config\.json"  # from_pretrained would load the base model that this names instead
 )
-_INDEX = "model.safetensors.index.json"
-_LAST = (_INDEX, "config.json")
+_LAST = (SAFE_WEIGHTS_INDEX_NAME, CONFIG_NAME)
 
 
 @contextmanager
@@ -35,7 +36,9 @@ def staged_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        _sync(staging)
+        for path in staging.rglob("*"):
+            if path.is_file():
+                _sync(path)
         _replace(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -63,15 +66,10 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Force the files to the disk before they replace anything."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+def _sync(path: Path) -> None:
+    """Force a file to the disk before it replaces anything."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _replace(staging: Path, target: Path) -> None:
@@ -96,14 +94,13 @@ def _replace_across(source: Path, destination: Path) -> None:
     """Replace a file where the target is a file system of its own (a mount): copy beside it, then rename."""
     beside = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     shutil.copy2(source, beside)
-    with beside.open("rb") as copied:
-        os.fsync(copied.fileno())
+    _sync(beside)
     os.replace(beside, destination)
 
 
 def _rename_shards(staging: Path, target: Path) -> None:
     """Give new shards names that the old model's shards don't have: else a crash halfway would mix the two silently."""
-    index_file = staging / _INDEX
+    index_file = staging / SAFE_WEIGHTS_INDEX_NAME
     if not index_file.exists():
         return
     index = json.loads(index_file.read_text(encoding="utf-8"))
@@ -119,6 +116,7 @@ def _rename_shards(staging: Path, target: Path) -> None:
 
 
 def _order(file: Path) -> tuple[int, str]:
+    """Weights, other files, the index, the config."""
     if file.name in _LAST:
         return (2 + _LAST.index(file.name), file.name)
     return (0 if file.suffix == ".safetensors" else 1, file.name)

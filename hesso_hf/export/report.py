@@ -6,7 +6,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,6 @@ from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import rows_elements
 from .decision import Decision
 from .plots import PLOT_NAME, draw_cric
-from .record import TrainingRecord
 from .verify import Verification
 
 logger = logging.get_logger(__name__)
@@ -52,9 +51,9 @@ class PruningReport:
     sizes_after: dict[str, float]
     kept_units: KeptUnits
     verification: Verification
-    stock: bool = True
-    training: Mapping[str, Any] = field(default_factory=dict)
-    vocabulary: Mapping[str, Any] | None = None
+    stock: bool
+    training: Mapping[str, Any]
+    vocabulary: Mapping[str, Any] | None
 
     @classmethod
     def of(
@@ -63,7 +62,7 @@ class PruningReport:
         small: PreTrainedModel,
         decision: Decision,
         verification: Verification,
-        training: TrainingRecord,
+        training: Mapping[str, Any],
     ) -> PruningReport:
         """Say what was removed from a model, and how exactly."""
         groups, kept, vocabulary = decision.groups, decision.kept, decision.vocabulary
@@ -73,20 +72,16 @@ class PruningReport:
         return cls(
             model_class=stock_class(model).__name__,
             base_model=model.config.name_or_path or "",
-            parameters_before=count_parameters(model),
-            parameters_after=count_parameters(small),
+            parameters_before=model.num_parameters(),
+            parameters_after=small.num_parameters(),
             sizes_before=before,
             sizes_after={name: _size_after(small.config, name) for name in before},
             stock=not uneven_sizes(small.config),
             kept_units=without_dropped_layers(groups, kept),
             verification=verification,
-            training=training.entries,
+            training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
         )
-
-    @property
-    def _record(self) -> TrainingRecord:
-        return TrainingRecord(self.training)
 
     @property
     def pruning_ratio(self) -> float:
@@ -95,31 +90,30 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        shown = self._record.shown(_public)
+        shown = _shown(self.training)
         return {
             "model_class": self.model_class,
             "base_model": _public(self.base_model),
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
-            "verification": self.verification.to_dict(),
+            "verification": asdict(self.verification),
             **{key: value for key, value in shown.items() if key not in ("base_model", "vocabulary")},
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
             "kept_units": self.kept_units.to_dict(),
             "versions": versions(),
         }
 
-    def write(self, folder: Path) -> bool:
-        """Write the report, the model card and, where CRIC was used, a picture of what it did; tell whether it did."""
-        cric = self._record.cric
+    def write(self, folder: Path) -> None:
+        """Write the report, the model card and, where CRIC was used, a picture of what it did."""
+        cric = self.training.get("cric")
         picture = _drawn(cric, folder / PLOT_NAME) if cric else False
         (folder / REPORT_NAME).write_text(
             json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
-        (folder / CARD_NAME).write_text(self.card(picture), encoding="utf-8")
-        return picture
+        (folder / CARD_NAME).write_text(self._card(picture), encoding="utf-8")
 
-    def card(self, picture: bool = False) -> str:
+    def _card(self, picture: bool) -> str:
         """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not."""
         rows = "\n".join(
             f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
@@ -127,24 +121,20 @@ class PruningReport:
         if self.vocabulary is not None:
             tokens = self.vocabulary["tokens"]
             rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
-        base = _repo_id(self.base_model)
+        base, distillation = _repo_id(self.base_model), _shown(self.training).get("distillation")
         return _CARD.format(
-            front=_front_matter(base),
+            report=self,
+            checked=self.verification,
+            base=f"base_model: {base}\n" if base else "",
             name=base or self.model_class,
             kind=_STOCK if self.stock else _UNEVEN,
             options="" if self.stock else ", trust_remote_code=True",
-            ratio=self.pruning_ratio,
-            before=self.parameters_before,
-            after=self.parameters_after,
             rows=rows,
-            model_class=self.model_class,
-            fold=self.verification.fold_error,
-            rounding=self.verification.rounding_error,
-            dtype=self.verification.dtype,
             tokens="" if self.vocabulary is None else _FEWER_TOKENS,
-            distilled=_distilled(TrainingRecord(self._record.shown(_public)).distillation),
-            report=REPORT_NAME,
-        ) + (f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "")
+            distilled=_DISTILLED.format(**distillation) if distillation else "",
+            file=REPORT_NAME,
+            picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
+        )
 
 
 def _drawn(cric: Mapping[str, Any], path: Path) -> bool:
@@ -155,11 +145,6 @@ def _drawn(cric: Mapping[str, Any], path: Path) -> bool:
         logger.warning(f"{path.name} isn't drawn: {type(error).__name__}: {error}")
         path.unlink(missing_ok=True)
         return False
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Count a model's parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _vocabulary_entry(small: PreTrainedModel, vocabulary: KeptTokens) -> dict[str, Any]:
@@ -197,20 +182,16 @@ def _public(model: str) -> str:
     return _repo_id(model) or Path(model).name
 
 
-def _distilled(record: Mapping[str, Any] | None) -> str:
-    if record is None:
-        return ""
-    return (
-        f"It learnt from {record['teacher']} as the teacher (distillation weight {record['alpha']}, temperature "
-        f"{record['temperature']}). "
-    )
-
-
-def _front_matter(base_model: str) -> str:
-    lines = ["---", "library_name: transformers", "tags:", "- pruned", "- hesso"]
-    if base_model:
-        lines.append(f"base_model: {base_model}")
-    return "\n".join([*lines, "---"])
+def _shown(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's account with its teacher by the name that others may see."""
+    found = dict(training)
+    config, distillation = found.get("hesso_config") or {}, found.get("distillation")
+    if config.get("distill_from"):
+        teacher = _public(config["distill_from"])
+        found["hesso_config"] = {**config, "distill_from": teacher}
+        if distillation:
+            found["distillation"] = {**distillation, "teacher": teacher}
+    return found
 
 
 _STOCK = "It is of a stock class, and loads with plain Transformers and nothing else."
@@ -222,11 +203,17 @@ _FEWER_TOKENS = (
     "Tokens that the training data never used were removed from the model and its tokenizer: other text is split into "
     "more tokens, and ids differ from those of the original tokenizer. "
 )
-_CARD = """{front}
+_DISTILLED = "It learnt from {teacher} as the teacher (distillation weight {alpha}, temperature {temperature}). "
+_CARD = """---
+library_name: transformers
+tags:
+- pruned
+- hesso
+{base}---
 
 # {name}, pruned
 
-{ratio:.1%} of the parameters were removed by structured pruning with HESSO
+{report.pruning_ratio:.1%} of the parameters were removed by structured pruning with HESSO
 ([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{kind}
 
 ```python
@@ -238,10 +225,11 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 
 | | before | after |
 |---|---:|---:|
-| parameters | {before:,} | {after:,} |
+| parameters | {report.parameters_before:,} | {report.parameters_after:,} |
 {rows}
 
 The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
-error {fold:.1e} in fp32, {rounding:.1e} after rounding to {dtype}. {tokens}Kept units, schedule and versions are in
-`{report}`.
-"""
+error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {tokens}\
+Kept units, schedule and versions are in
+`{file}`.
+{picture}"""

@@ -25,9 +25,9 @@ from ..hf_models.build import load_config, model_class_of
 from ..structures.cut import zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
+from ..vocabulary.tokens import KeptTokens
 from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
 from .decision import groups_for
-from .record import TrainingRecord
 
 logger = logging.get_logger(__name__)
 
@@ -41,14 +41,25 @@ class ExportSource:
         dtype: that it was trained in; of ZeRO's fp32 masters that of the copy it computed with.
         kept: the decision, where there is one.
         tokenizer: that is saved along.
-        training: what the run says of itself.
+        training: what the run says of itself, plain JSON types; empty for a bare export.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     kept: KeptUnits | None
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None
-    training: TrainingRecord
+    training: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The fields of the run's HessoConfig."""
+        return self.training.get("hesso_config") or {}
+
+    @property
+    def vocabulary(self) -> KeptTokens | None:
+        """The tokens that the run keeps, where some were removed."""
+        found = self.training.get("vocabulary")
+        return KeptTokens.from_dict(found) if found else None
 
     def lora_export(self, asked: str | None) -> str | None:
         """Return how adapters are exported, None where the model has none.
@@ -59,7 +70,7 @@ class ExportSource:
         if asked not in (None, "merged", "adapter"):
             raise HessoError(f"`lora_export` ({asked!r}) must be 'merged' or 'adapter'")
         if lora_layers(self.model):
-            return asked or self.training.lora_export
+            return asked or self.config.get("lora_export", "merged")
         if asked is not None:
             name = type(self.model).__name__
             raise HessoError(f"`lora_export` ({asked!r}): {name} has no LoRA adapter; leave it out")
@@ -80,7 +91,7 @@ def read_source(
     """
     if isinstance(source, nn.Module):
         model: PreTrainedModel = base_of(source)
-        return ExportSource(model, model.dtype, kept, tokenizer, TrainingRecord(training or {}))
+        return ExportSource(model, model.dtype, kept, tokenizer, training or {})
     folder = Path(source)
     if not folder.is_dir():
         raise HessoError(f"`source` ({str(folder)!r}) is no folder; give a checkpoint-* folder that training wrote")
@@ -100,13 +111,13 @@ def read_source(
         training = training or state["training"]
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
-    record, model = TrainingRecord(training or {}), _load_trained(folder, kept, trust_pickles)
-    model.config.name_or_path = record.base_model or model.config.name_or_path
+    training, model = training or {}, _load_trained(folder, kept, trust_pickles)
+    model.config.name_or_path = training.get("base_model") or model.config.name_or_path
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     stored = model.config.dtype
     dtype = stored if holds_masters(folder) and isinstance(stored, torch.dtype) else model.dtype
-    return ExportSource(model, dtype, kept, tokenizer, record)
+    return ExportSource(model, dtype, kept, tokenizer, training)
 
 
 def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> PreTrainedModel:

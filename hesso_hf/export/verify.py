@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,10 +36,6 @@ class Verification:
     dtype: str
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
 
 class Verifier:
     """Holds the trained model's fp32 logits on random tokens and compares smaller models with them.
@@ -49,7 +45,7 @@ class Verifier:
 
     def __init__(self, source: ParameterSource) -> None:
         self._source = source
-        self.input_ids = verification_tokens(source.model.config).to(source.device)
+        self.input_ids = _random_tokens(source.model.config).to(source.device)
         vocabulary = source.decision.vocabulary
         if vocabulary is None:
             self.logits = source.logits(self.input_ids)
@@ -70,11 +66,12 @@ class Verifier:
         if error <= FOLD_TOLERANCE:
             return small, error
         del small
-        culprits = {name: self._error_of_cut(kept) for name, kept in decision.alone().items()}
-        alone = ", ".join(f"{name} {found:.1e}" for name, found in culprits.items())
+        kept = decision.kept
+        alone = {name: KeptUnits({name: kept.num_units[name]}, {name: kept.kept[name]}) for name in kept.kept}
+        culprits = ", ".join(f"{name} {self._error_of_cut(units):.1e}" for name, units in alone.items())
         raise VerificationError(
             f"the smaller model's logits differ from the trained model's by {error:.1e} (relative, fp32; allowed "
-            f"{FOLD_TOLERANCE:.0e}); alone: {alone or 'nothing was cut'}. Nothing was published"
+            f"{FOLD_TOLERANCE:.0e}); alone: {culprits or 'nothing was cut'}. Nothing was published"
         )
 
     def error_of(self, small: Any, kept: KeptUnits | None = None) -> float:
@@ -103,7 +100,7 @@ class Verifier:
             return float("nan")
 
 
-def verification_tokens(config: PretrainedConfig) -> torch.Tensor:
+def _random_tokens(config: PretrainedConfig) -> torch.Tensor:
     """Return random token ids, shape (2, T) with T at most 32."""
     text = config.get_text_config()
     length = min(32, getattr(text, "max_position_embeddings", None) or 32)

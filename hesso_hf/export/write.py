@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..distributed.parts import stock_class
+from ..structures.lora import ADAPTER_CONFIG
 from ..structures.uneven_layers import layer_list, uneven_sizes, write_modelling_file
 from ..vocabulary.trim_tokenizer import check_saved_tokenizer
-from .adapter import ADAPTER_FOLDER, remove_cut_adapter
+from .adapter import ADAPTER_FOLDER
 from .parameters import ParameterSource
 from .plots import PLOT_NAME
 from .publish import staged_folder
-from .record import TrainingRecord
 from .report import PruningReport
 from .verify import Verification, Verifier
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,17 @@ class Output:
     max_shard_size: str = "5GB"
 
 
-def write_pruned(source: ParameterSource, output: Output, training: TrainingRecord) -> PruningReport:
+def write_pruned(source: ParameterSource, output: Output, training: Mapping[str, Any]) -> PruningReport:
     """Write the smaller model of a trained one with its report and card; all processes of the source call it.
+
+    Args:
+        training: what the run says of itself, plain JSON types.
 
     Raises:
         HessoError: on all processes, where one fails; the folder is untouched then.
         VerificationError: where the smaller model's logits, or what lies on disk, differ.
     """
-
-    def reported(folder: Path, written: Any, verification: Verification) -> PruningReport:
-        report = PruningReport.of(source.model, written, source.decision, verification, training)
-        report.write(folder)
-        return report
-
-    report = source.shared(_publish(source, output, reported))
+    report = source.shared(_publish(source, output, training))
     if source.main:
         error = report.verification.fold_error
         logger.info(f"{report.pruning_ratio:.1%} smaller model saved in {output.folder}, relative error {error:.1e}")
@@ -69,11 +66,11 @@ def write_pruned(source: ParameterSource, output: Output, training: TrainingReco
 
 def write_uncut(source: ParameterSource, output: Output) -> None:
     """Write a model of which nothing is cut, as `write_pruned` does, without a report."""
-    _publish(source, output, lambda *_: None)
+    _publish(source, output, None)
 
 
-def _publish(source: ParameterSource, output: Output, finish: Callable[[Path, Any, Verification], _T]) -> _T | None:
-    """Do each step of an export; return what `finish`, the last one before publishing, does on the main process."""
+def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any] | None) -> PruningReport | None:
+    """Do each step of an export; return the report, where one is to be written, on the main process."""
     verifier = source.together(lambda: Verifier(source))
     small, fold_error = verifier.checked_cut()
     with ExitStack() as stack:
@@ -84,12 +81,20 @@ def _publish(source: ParameterSource, output: Output, finish: Callable[[Path, An
         stored = source.together(lambda: source.read_back(small, written, folder, output.dtype))
         dtype, tokens = str(output.dtype).removeprefix("torch."), verifier.input_ids.numel()
         verification = Verification(fold_error, verifier.error_of(stored), dtype, tokens)
-        finished = source.together(lambda: finish(folder, written, verification) if source.main else None)
+
+        def reported() -> PruningReport | None:
+            if training is None or not source.main:
+                return None
+            report = PruningReport.of(source.model, written, source.decision, verification, training)
+            report.write(folder)
+            return report
+
+        report = source.together(reported)
         new = {name for name in (PLOT_NAME, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
         source.together(stack.close)  # publishes
     if source.main:
         _remove_leftovers(output.folder, new)
-    return finished
+    return report
 
 
 def _add_files(source: ParameterSource, output: Output, folder: Path, written: Any) -> None:
@@ -106,5 +111,8 @@ def _remove_leftovers(folder: Path, new: set[str]) -> None:
     """Remove what belongs to a model that was here before and would be taken for the new one's."""
     if PLOT_NAME not in new:
         (folder / PLOT_NAME).unlink(missing_ok=True)
-    if ADAPTER_FOLDER not in new:
-        remove_cut_adapter(folder)
+    config = folder / ADAPTER_FOLDER / ADAPTER_CONFIG
+    if ADAPTER_FOLDER not in new and config.exists():
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base == str(folder):
+            shutil.rmtree(config.parent)

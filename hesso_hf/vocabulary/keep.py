@@ -12,11 +12,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..config.checks import check_integer
 from ..errors import HessoError
-from ..hf_models.sizes import get_size
+from ..hf_models.sizes import VOCAB, get_size
 from .tokenizer_file import read_backend
 from .tokens import KeptTokens, TokenUse, count_tokens, id_columns, sample_sequences
-from .trim_embeddings import VOCAB, config_token_ids, rows_elements
+from .trim_embeddings import config_token_ids, rows_elements
 from .trim_tokenizer import TokenNeeds, fit_tokenizer
 
 logger = logging.get_logger(__name__)
@@ -79,8 +80,7 @@ def keep_tokens(
         (320, 1024)
     """
     for name, value in (("min_count", min_count), ("round_to", round_to)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise HessoError(f"`{name}` ({value!r}) must be an integer of at least 1")
+        check_integer(name, value)
     needs = TokenNeeds.of(tokenizer)
     use = dataset if isinstance(dataset, TokenUse) else count_tokens(dataset)
     texts = list(texts)
@@ -112,7 +112,7 @@ def inspect_vocabulary(
     return VocabularyInspection(kept.vocab_size, seen, len(kept.kept) - seen, kept.num_removed, elements)
 
 
-def check_countable(tokenizer: Any, dataset: Any, argument: str = "train_dataset") -> None:
+def check_countable(tokenizer: Any, train_dataset: Any) -> None:
     """Refuse early what `keep_tokens` would refuse late.
 
     Raises:
@@ -121,7 +121,7 @@ def check_countable(tokenizer: Any, dataset: Any, argument: str = "train_dataset
     if tokenizer is None:
         raise HessoError("`prune_vocabulary` (True) rewrites the tokenizer too: give it as `processing_class` (None)")
     read_backend(tokenizer)
-    id_columns(dataset, argument)
+    id_columns(train_dataset, "train_dataset")
 
 
 def _vocab_size(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> int:
@@ -137,12 +137,10 @@ def _fill(needs: TokenNeeds, needed: set[int], use: TokenUse, size: int, round_t
     """Add tokens up to a multiple of `round_to`: the most frequent ones first, then those with the lowest ids."""
     room = -len(needed) % round_to
     kept = set(needed)
-    known = sorted(needs.by_id.keys() - needed, key=lambda index: (-use.counts.get(index, 0), index))
-    for index in known:
+    others = [index for index in needs.by_id.keys() - needed if index < size]
+    for index in sorted(others, key=lambda index: (-use.counts.get(index, 0), index)):
         if room == 0:
             break
-        if index >= size:
-            continue
         more = needs.closure({index}) - kept
         if len(more) <= room:
             kept |= more

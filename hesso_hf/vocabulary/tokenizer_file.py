@@ -48,7 +48,7 @@ class Spelling:
         """Return the tokens that are formed on the way to `token`, itself among them; {token} where no merge is."""
         if self.kind != "BPE" or token in BYTE_TOKENS:
             return {token}
-        symbols = self._symbols(token)
+        symbols = _letters(token, self.prefix, self.suffix)
         formed = set(symbols)
         while len(symbols) > 1:
             pairs = list(itertools.pairwise(symbols))
@@ -60,22 +60,20 @@ class Spelling:
             formed.add(symbols[at])
         return formed | {token}
 
-    def closure(self, tokens: Iterable[str]) -> set[str]:
-        """Return tokens of the model with everything that they, and any other text, need."""
-        found = {part for token in {*tokens, *self.always} for part in self.parts(token)}
-        return {token for token in found if token in self.vocab}
+    def ids_of_parts(self, tokens: Iterable[str]) -> set[int]:
+        """Return the ids of tokens of the model, and of those that are formed on the way to them."""
+        return {self.vocab[part] for token in tokens for part in self.parts(token) if part in self.vocab}
 
-    def _symbols(self, token: str) -> list[str]:
-        """Split a token into what BPE starts from: characters, marked inside a word and at its end."""
-        continues = bool(self.prefix) and token.startswith(self.prefix) and token != self.prefix
-        ends = bool(self.suffix) and token.endswith(self.suffix) and token != self.suffix
-        core = token[len(self.prefix) if continues else 0 : len(token) - (len(self.suffix) if ends else 0)]
-        symbols = [
-            character if at == 0 and not continues else self.prefix + character for at, character in enumerate(core)
-        ]
-        if ends and symbols:
-            symbols[-1] += self.suffix
-        return symbols
+
+def _letters(token: str, prefix: str, suffix: str) -> list[str]:
+    """Split a token into the single characters that it stands for, marked inside a word and at its end."""
+    starts = prefix if token != prefix and token.startswith(prefix) else ""
+    ends = suffix if token != suffix and token.endswith(suffix) else ""
+    core = token.removeprefix(starts).removesuffix(ends)
+    letters = [(prefix if at else starts) + letter for at, letter in enumerate(core)]
+    if letters:
+        letters[-1] += ends
+    return letters
 
 
 def read_spelling(tokenizer_json: Mapping[str, Any]) -> Spelling:
@@ -133,14 +131,7 @@ def _irreplaceable(vocab: Mapping[str, int], single: set[str], kind: str, prefix
     """Return the pieces with a character that can't be spelled alone: nothing else can take their place."""
     if kind == "BPE":  # all that it forms, it forms of single characters
         return set()
-    found = set()
-    for token in vocab:
-        core = token.removeprefix(prefix) if prefix else token
-        inside = prefix if core != token else ""
-        letters = [(inside if at == 0 else prefix) + letter for at, letter in enumerate(core)]
-        if not single.issuperset(letters):
-            found.add(token)
-    return found
+    return {token for token in vocab if token != prefix and not single.issuperset(_letters(token, prefix, ""))}
 
 
 def _literals(tokenizer_json: Mapping[str, Any]) -> set[str]:

@@ -89,17 +89,16 @@ class KeptTokens:
         return cls(int(values["vocab_size"]), tuple(map(int, values["kept"])))
 
 
-def count_tokens(dataset: Any, argument: str = "dataset") -> TokenUse:
+def count_tokens(dataset: Any) -> TokenUse:
     """Count the tokens of all columns with token ids: `input_ids`, `labels`, and `chosen_input_ids` and the like.
 
     Args:
         dataset: a `datasets.Dataset`, or anything with a length whose items are mappings.
-        argument: what to call it in messages.
 
     Raises:
         HessoError: for a stream, an empty data set, or one without `input_ids`.
     """
-    columns = id_columns(dataset, argument)
+    columns = id_columns(dataset)
     if hasattr(dataset, "with_format") and hasattr(dataset, "iter"):  # datasets.Dataset: whole columns at once
         arrow = dataset.with_format("arrow").iter(batch_size=_BATCH)
         return TokenUse.of(_flat(batch.column(name)) for batch in arrow for name in columns)
@@ -107,7 +106,7 @@ def count_tokens(dataset: Any, argument: str = "dataset") -> TokenUse:
 
 
 def id_columns(dataset: Any, argument: str = "dataset") -> list[str]:
-    """Return the columns of a data set that hold token ids.
+    """Return the columns of a data set, by messages called `argument`, that hold token ids.
 
     Raises:
         HessoError: as `count_tokens` does.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from transformers.initialization import no_init_weights
 from ..errors import UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
-from ..hf_models.sizes import get_size
+from ..hf_models.sizes import VOCAB, get_size
 from .tokens import KeptTokens
 
-VOCAB, PER_LAYER_VOCAB = "vocab_size", "vocab_size_per_layer_input"
+PER_LAYER_VOCAB = "vocab_size_per_layer_input"
 _PROBE_STEPS = (1, 64)  # a class may round its vocabulary up
 _ID = re.compile(r"(^|_)token_(ids?|index)$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
@@ -64,15 +64,10 @@ def rows_elements(model: PreTrainedModel) -> int:
 def config_token_ids(model: PreTrainedModel) -> set[int]:
     """Return the ids that a model's config and generation config name."""
     size = get_size(model.config.get_text_config(), VOCAB) or 0
-    found: set[int] = set()
-
-    def note(index: int) -> int:
-        found.add(index)
-        return index
-
-    for holder in (model.config, model.generation_config if model.can_generate() else None):
-        if holder is not None:  # a class that can't generate has no generation config
-            _renumber_ids(copy.deepcopy(holder), note)
+    holders: list[Any] = [model.config]
+    if model.can_generate() and model.generation_config is not None:
+        holders.append(model.generation_config)
+    found = {index for holder in holders for _, _, ids in _token_ids(holder) for index in ids}
     return {index for index in found if 0 <= index < size}
 
 
@@ -124,9 +119,11 @@ def _trimmed_config(config: PretrainedConfig, kept: KeptTokens) -> PretrainedCon
 
 def _renumber(holder: Any, kept: KeptTokens) -> None:
     """Give ids in a config their new numbers; drop removed ones from lists of tokens to avoid or to prefer."""
-    # an id outside the vocabulary (-1, or a default that a small vocabulary never reaches) means no token; it stays
-    _renumber_ids(holder, lambda index: kept.new_ids[index] if 0 <= index < kept.vocab_size else index)
     new, values = kept.new_ids, vars(holder)
+    for fields, name, ids in _token_ids(holder):
+        # an id outside the vocabulary (-1, or a default that a small vocabulary never reaches) means no token; it stays
+        changed = [new[index] if 0 <= index < kept.vocab_size else index for index in ids]
+        fields[name] = changed if isinstance(fields[name], list | tuple) else changed[0]
     for name in _ID_LISTS:
         if values.get(name):
             values[name] = [new.get(index, index) for index in values[name] if index in new or index < 0]
@@ -149,18 +146,16 @@ def _nested(sequence: list[Any], new: dict[int, int]) -> list[Any]:
     return [new[index] for index in sequence] if all(index in new for index in sequence) else []
 
 
-def _renumber_ids(holder: Any, change: Callable[[int], int]) -> None:
-    """Change every `*_token_id`, a number or a list, in a config and the configs inside it."""
-    values = holder if isinstance(holder, dict) else vars(holder)
-    for name, value in list(values.items()):
+def _token_ids(holder: Any) -> Iterator[tuple[dict[str, Any], str, list[int]]]:
+    """Yield each `*_token_id`, a number or a list, of a config and the configs inside it: fields, name and ids."""
+    fields = holder if isinstance(holder, dict) else vars(holder)
+    for name, value in list(fields.items()):
         if isinstance(value, PretrainedConfig | dict):
-            _renumber_ids(value, change)
-        elif not _ID.search(str(name)) or isinstance(value, bool):
-            continue
-        elif isinstance(value, int):
-            values[name] = change(value)
-        elif isinstance(value, list | tuple) and all(isinstance(index, int) for index in value):
-            values[name] = [change(index) for index in value]
+            yield from _token_ids(value)
+        elif _ID.search(str(name)) and not isinstance(value, bool):
+            ids = list(value) if isinstance(value, list | tuple) else [value]
+            if all(isinstance(index, int) for index in ids):
+                yield fields, name, ids
 
 
 def _moved(

@@ -38,15 +38,14 @@ class TokenNeeds:
         backend = read_backend(tokenizer)
         spelling = read_spelling(backend)
         added = {token["id"] for token in backend.get("added_tokens") or ()}
-        alphabet = {spelling.vocab[token] for token in spelling.closure(())}
+        alphabet = spelling.ids_of_parts(spelling.always)
         by_id = {index: token for token, index in spelling.vocab.items()}
         return cls(spelling, frozenset({*added, *tokenizer.all_special_ids, *alphabet}), by_id)
 
     def closure(self, ids: Iterable[int]) -> set[int]:
         """Return token ids with all those needed: added and special tokens, alphabet, parts of merges."""
         ids = {*ids, *self.fixed}
-        tokens = {part for index in ids if index in self.by_id for part in self.spelling.parts(self.by_id[index])}
-        return ids | {self.spelling.vocab[token] for token in tokens if token in self.spelling.vocab}
+        return ids | self.spelling.ids_of_parts(self.by_id[index] for index in ids if index in self.by_id)
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: KeptTokens) -> Any:

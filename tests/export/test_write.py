@@ -22,7 +22,6 @@ from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import export_pruned, parameters, publish, verify, write
 from hesso_hf.export.decision import Decision
 from hesso_hf.export.parameters import ParameterSource
-from hesso_hf.export.record import TrainingRecord
 from hesso_hf.export.report import PruningReport
 from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits, PruningGroups
@@ -88,7 +87,7 @@ def zero(model: PreTrainedModel, folder: Path) -> PruningReport:
 
 
 def _written(source: ParameterSource, folder: Path) -> PruningReport:
-    return write.write_pruned(source, write.Output(folder, torch.float32), TrainingRecord({"steps": 7}))
+    return write.write_pruned(source, write.Output(folder, torch.float32), {"steps": 7})
 
 
 WAYS: dict[str, Export] = {"whole": whole, "adapter": adapter, "sharded": sharded, "zero": zero}

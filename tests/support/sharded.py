@@ -27,7 +27,6 @@ from hesso_hf.engines.fsdp.export import ShardedSource, Writers
 from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
 from hesso_hf.export import publish
 from hesso_hf.export.decision import NOTHING_CUT, Decision
-from hesso_hf.export.record import TrainingRecord
 from hesso_hf.export.report import PruningReport
 from hesso_hf.export.write import DTYPES, Output, write_pruned, write_uncut
 from hesso_hf.pruning.plan import PruningPlan
@@ -212,7 +211,7 @@ def write_sharded(
 ) -> PruningReport:
     """Write the smaller model from shards."""
     output = Output(folder, DTYPES[dtype] if dtype else model.dtype, max_shard_size=max_shard_size)
-    return write_pruned(ShardedSource(model, decision, all_write()), output, TrainingRecord({}))
+    return write_pruned(ShardedSource(model, decision, all_write()), output, {})
 
 
 def all_write() -> Writers:

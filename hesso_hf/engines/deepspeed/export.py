@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -23,7 +21,7 @@ from ...compat import set_buffer, set_parameter
 from ...distributed.collectives import use_each
 from ...distributed.parts import named_parameters, whole
 from ...export.decision import NOTHING_CUT, Decision
-from ...export.parameters import ParameterSource, check_shape, read_back_whole, save_whole
+from ...export.parameters import ParameterSource, check_shape
 from ...hf_models.tiny_model import logits_of
 from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor, device_with_room
 from ...structures.groups import KeptUnits, PruningGroups
@@ -74,14 +72,6 @@ class ZeroSource(ParameterSource):
         small.to(device_with_room(self.device, 2 * 4 * sum(p.numel() for p in parameters.values())))  # type: ignore[arg-type]
         copy_buffers(small, self._trained, groups, kept)
         return small.eval()
-
-    def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Any:
-        """Round the smaller model itself and write it."""
-        return save_whole(small, folder, dtype, max_shard_size) if self.main else None
-
-    def read_back(self, small: Any, written: Any, folder: Path, dtype: torch.dtype) -> Any:
-        """Load the folder through the class that it names."""
-        return read_back_whole(written, folder, self.decision.groups) if self.main else None
 
 
 def _without_weights(model: PreTrainedModel, groups: PruningGroups) -> PreTrainedModel:
