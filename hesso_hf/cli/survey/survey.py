@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from ... import __version__
 from ...config import DEFAULT_STRUCTURES, STRUCTURES
 from ...errors import HessoError, VerificationError, nearest_name
 from ...hf_models.tiny_config import default_config
@@ -90,8 +91,7 @@ def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
 def _unproved(name: str, groups: PruningGroups, proof: Proof) -> StructureSurvey:
     if name in groups.absent:
         return StructureSurvey("not_applicable", reason=one_line(groups.absent[name]))
-    error = proof.structures[name].relative_error
-    return StructureSurvey("refused", _rounded(error), one_line(groups.refused[name]))
+    return StructureSurvey("refused", _rounded(proof.structures[name].relative_error), one_line(groups.refused[name]))
 
 
 def _together(groups: PruningGroups) -> list[tuple[str, ...]]:
@@ -195,13 +195,7 @@ def _work(survey: Callable[[str], TypeSurvey], model_type: str, sender: Connecti
 
 def versions() -> dict[str, str]:
     """Return the versions that the outcome depends on."""
-    return {"hesso_hf": _own_version(), **{name: version(name) for name in ("transformers", "torch")}}
-
-
-def _own_version() -> str:
-    from ... import __version__
-
-    return __version__
+    return {"hesso_hf": __version__, **{name: version(name) for name in ("transformers", "torch")}}
 
 
 class SurveyFile:
