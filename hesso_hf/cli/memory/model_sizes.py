@@ -25,6 +25,7 @@ class ModelSizes:
         layer_parameters: elements of the largest such layer; `layer_matrices` those of its matrices.
         matrix_parameters: elements of all matrices that a product reads: the layers' and the output matrix.
         embedding_parameters, head_parameters: of the input and the output matrix, the same one where they are tied.
+        untied_embedding: of an input matrix of its own, whose gradient comes last.
         largest_matrix: elements of the largest matrix.
         factored: sum of rows and columns of every matrix, and of all vectors: Adafactor's state.
         mlp_width: MLP channels that one token passes.
@@ -39,7 +40,7 @@ class ModelSizes:
     matrix_parameters: int
     embedding_parameters: int
     head_parameters: int
-    tied: bool
+    untied_embedding: int
     largest_matrix: int
     factored: int
     hidden: int
@@ -51,11 +52,6 @@ class ModelSizes:
     vocabulary: int
     linear_inputs: int
     lora_width: int
-
-    @property
-    def untied_embedding(self) -> int:
-        """Elements of an input matrix of its own, whose gradient comes last."""
-        return 0 if self.tied else self.embedding_parameters
 
 
 def model_sizes(config: PretrainedConfig) -> ModelSizes:
@@ -89,7 +85,7 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
         matrix_parameters=sum(matrices) + head.weight.numel(),
         embedding_parameters=embedding.weight.numel(),
         head_parameters=head.weight.numel(),
-        tied=head.weight is embedding.weight,
+        untied_embedding=0 if head.weight is embedding.weight else embedding.weight.numel(),
         largest_matrix=max(math.prod(shape) for shape in shapes if len(shape) > 1),
         factored=sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes),
         hidden=hidden,
