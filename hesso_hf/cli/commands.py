@@ -1,7 +1,6 @@
 """What each command takes and does, but for `prune`, which has a file of its own.
 
-In: parsed flags.
-Out: an exit code. Frameworks are imported inside the functions, after the flags and the files they name were checked.
+Frameworks are imported inside the functions, after the flags and the files they name were checked.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def inspect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
 
 
-def inspect(arguments: argparse.Namespace) -> int:
+def inspect(arguments: argparse.Namespace) -> None:
     """Inspect a model, and print a table or JSON."""
     model = model_source(arguments.model)
     for ratio in arguments.ratio:
@@ -39,7 +38,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     found = inspect_model(model, tuple(arguments.ratio), arguments.trust_remote_code)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
-        return 0
+        return
     rows = []
     for name, item in found.structures.items():
         rows.append([
@@ -55,7 +54,6 @@ def inspect(arguments: argparse.Namespace) -> int:
     print("\nsizes for an even split between the structures (a training run measures the split on its data):")
     for ratio, option in found.feasible.items():
         print(f"ratio {ratio}: {option.get('reason') or _sizes_line(option)}")
-    return 0
 
 
 def _sizes_line(option: dict[str, Any]) -> str:
@@ -89,7 +87,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
 
 
-def plan(arguments: argparse.Namespace) -> int:
+def plan(arguments: argparse.Namespace) -> None:
     """Estimate every engine, and print a table or JSON."""
     workload = Workload(
         arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
@@ -104,10 +102,9 @@ def plan(arguments: argparse.Namespace) -> int:
     found = plan_memory(model, workload, cluster, arguments.trust_remote_code, arguments.model)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
-        return 0
+        return
     print_table(found.title(), found.header(), found.rows())
     print("\n".join(found.notes()))
-    return 0
 
 
 # -- export ------------------------------------------------------------------------------------------------------------
@@ -120,7 +117,7 @@ def export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(arguments: argparse.Namespace) -> None:
     """Write the smaller model of a checkpoint, and print its report."""
     if not Path(arguments.checkpoint).is_dir():
         raise HessoError(
@@ -132,7 +129,6 @@ def export(arguments: argparse.Namespace) -> int:
         arguments.checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
     )
     print_report(report.to_dict(), arguments.output)
-    return 0
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------
@@ -151,7 +147,7 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
+def evaluate(arguments: argparse.Namespace) -> None:
     """Measure a model on text or lm-eval tasks, and print a table or JSON."""
     if arguments.dataset is None and arguments.tasks is None:
         raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
@@ -162,11 +158,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     tasks = {} if arguments.tasks is None else _lm_eval(model, arguments)
     if arguments.json:
         print(json.dumps(found | ({} if arguments.tasks is None else {"tasks": tasks}), indent=1))
-        return 0
+        return
     rows = [[name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"] for name, value in found.items()]
     rows += [[f"{task} {name}", f"{value:.4g}"] for task, scores in tasks.items() for name, value in scores.items()]
     print_table(arguments.model, ["measure", "value"], rows)
-    return 0
 
 
 def _measure(model: str, arguments: argparse.Namespace) -> dict[str, float]:
@@ -186,11 +181,7 @@ def _measure(model: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _lm_eval(model: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return the numbers of each task.
-
-    Raises:
-        HessoError: where lm-eval isn't installed.
-    """
+    """Return the numbers of each task."""
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -216,7 +207,7 @@ def report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
 
 
-def report(arguments: argparse.Namespace) -> int:
+def report(arguments: argparse.Namespace) -> None:
     """Show a smaller model's pruning report, and draw it where that is asked for."""
     path = Path(arguments.model) / REPORT_NAME
     if not path.is_file():
@@ -230,15 +221,10 @@ def report(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
     else:
         print_report(found, arguments.model)
-    return 0
 
 
 def _plot(report: dict[str, Any], path: str) -> None:
-    """Draw what CRIC did, from a pruning report.
-
-    Raises:
-        HessoError: where CRIC wasn't used, for a picture of another kind, or without matplotlib.
-    """
+    """Draw what CRIC did, from a pruning report."""
     if not report.get("cric"):
         raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -262,7 +248,7 @@ def survey_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one type")
 
 
-def survey(arguments: argparse.Namespace) -> int:
+def survey(arguments: argparse.Namespace) -> None:
     """Survey model types, and write what is found after each.
 
     Raises:
@@ -287,7 +273,6 @@ def survey(arguments: argparse.Namespace) -> int:
             progress.update(task, completed=done, total=len(file.left), description=model_type)
     print(summary(file.content))
     print(f"written: {path} and {path.with_suffix('.md')}")
-    return 0
 
 
 # -- quickstart --------------------------------------------------------------------------------------------------------
@@ -305,7 +290,7 @@ def quickstart_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="quickstart", help="folder for the smaller models and results.json")
 
 
-def quickstart(arguments: argparse.Namespace) -> int:
+def quickstart(arguments: argparse.Namespace) -> None:
     """Train, compare and print."""
     HessoConfig(pruning_ratio=arguments.ratio)  # refuses what isn't a share
     check_text_file(arguments.dataset)
@@ -323,4 +308,3 @@ def quickstart(arguments: argparse.Namespace) -> int:
     for name, sample in samples.items():
         print(f"\n{name}:\n  " + sample.strip().replace("\n", "\n  "))
     print(f"\nsmaller model: {arguments.output}/hesso, loads with plain AutoModelForCausalLM.from_pretrained")
-    return 0

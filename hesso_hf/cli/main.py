@@ -10,8 +10,8 @@ from .. import __version__
 from ..errors import HessoError
 from . import commands, prune
 
-# Name to what the help says, what adds the flags, and what does the work and returns the exit code.
-Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+# Name to what the help says, what adds the flags, and what does the work.
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 COMMANDS: dict[str, Command] = {
     "inspect": ("what can be pruned in a model, from its config alone", commands.inspect_flags, commands.inspect),
     "plan": ("which engine a training run fits in memory, from the config alone", commands.plan_flags, commands.plan),
@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["prune"]:
             return prune.run(argv[1:])
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        arguments.run(arguments)
+        return 0
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
         print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
