@@ -26,10 +26,9 @@ from overhead import SCALES, Allocations
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer
-from hesso_hf.cli.memory import Workload
-from hesso_hf.cli.memory.engines import ENGINES
+from hesso_hf.cli.memory.estimate import Run
 from hesso_hf.cli.memory.model_sizes import model_sizes
-from hesso_hf.cli.memory.step import phases
+from hesso_hf.cli.memory.workload import ENGINES, Cluster, Workload
 from hesso_hf.export.report import versions
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -220,10 +219,9 @@ def measure(shape: str, setting: str, kind: type[Measured], batch: int, length: 
 
 def _compared(config: LlamaConfig, workload: Workload, dtype: torch.dtype, trainer: Measured) -> dict[str, Any]:
     """Set the estimate beside the measurement; weights in bf16 alone are what ZeRO-1 has beside its masters."""
-    sizes = model_sizes(config)
     masters = dtype == torch.float32
-    engine = next(engine for engine in ENGINES if engine.name == ("ddp" if masters else "zero1"))
-    moments = phases(sizes, engine, workload, 1)
+    engine = ENGINES["ddp" if masters else "zero1"]
+    moments = Run(model_sizes(config), engine, workload, Cluster(1, 80e9)).moments()
     resident = trainer.bytes["parameters"] + trainer.bytes["optimizer"]
     estimated: dict[str, float] = {}
     for name, parts in moments.items():

@@ -298,9 +298,9 @@ PLANNED = ("ddp", "fsdp2", "zero2", "zero3", "fsdp2_offload", "zero2_offload", "
 
 def plans(result: dict[str, Any]) -> str:
     """GB a GPU by model, number of GPUs and engine; bold where it fits."""
-    from hesso_hf.cli.memory.engines import ENGINES
+    from hesso_hf.cli.memory.workload import ENGINES
 
-    titles = {engine.name: engine.title for engine in ENGINES}
+    titles = {name: engine.title for name, engine in ENGINES.items()}
     rows = []
     for plan in result["plans"]:
         engines, cluster = plan["engines"], plan["cluster"]

@@ -8,7 +8,7 @@ tests, the examples and a first try run without a download.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -105,7 +105,13 @@ def python_docs_dataset(tokenizer: PreTrainedTokenizerBase, split: SplitName, bl
 
     if block_size < 2:
         raise ValueError(f"`block_size` ({block_size}) must be at least 2 tokens; raise it")
-    token_ids = _joined_token_ids(tokenizer, python_docs_texts(split))
+    if tokenizer.eos_token_id is None:
+        raise ValueError("`tokenizer` (eos_token None) must have an eos token to join texts with; set its eos_token")
+    token_ids: list[int] = []
+    for text in python_docs_texts(split):
+        # verbose=False: a topic may be longer than the model's context, and is cut into blocks afterwards
+        token_ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        token_ids.append(tokenizer.eos_token_id)
     num_blocks = len(token_ids) // block_size
     if num_blocks == 0:
         raise ValueError(
@@ -113,19 +119,6 @@ def python_docs_dataset(tokenizer: PreTrainedTokenizerBase, split: SplitName, bl
         )
     blocks = [token_ids[start : start + block_size] for start in range(0, num_blocks * block_size, block_size)]
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
-
-
-def _joined_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[int]:
-    """Token ids of the texts one after another, each followed by the eos token."""
-    eos_token_id = tokenizer.eos_token_id
-    if eos_token_id is None:
-        raise ValueError("`tokenizer` (eos_token None) must have an eos token to join texts with; set its eos_token")
-    joined: list[int] = []
-    for text in texts:
-        # verbose=False: a topic may be longer than the model's context, and is cut into blocks afterwards
-        joined.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        joined.append(eos_token_id)
-    return joined
 
 
 def _bucket(name: str) -> int:

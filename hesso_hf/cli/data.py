@@ -1,19 +1,44 @@
-"""Text for the command line: the embedded Python documentation, local files or a Hub data set, cut into blocks."""
+"""What a command is given: a model's name, and text (Python's documentation, a file, a Hub data set) cut into blocks.
+
+Names are checked without a framework, so that a mistake is answered at once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundled import python_docs_dataset
+from ..bundled import python_docs_dataset, resolve_model
 from ..errors import HessoError, nearest_name
-from .inputs import TEXT_LOADERS, check_text_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 PYTHON_DOCS = "python-docs"
+TEXT_LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+
+
+def model_source(name: str) -> str:
+    """Return what `from_pretrained` takes: the bundled model's folder for `bundled`, all else as it is.
+
+    Raises:
+        HessoError: for a path, which a Hub id can't be, that doesn't exist.
+    """
+    is_path = name.startswith(("/", ".", "~")) or name.endswith(".json") or name.count("/") > 1
+    if is_path and not Path(name).exists():
+        raise HessoError(f"no model config found at {name!r}: there is no such file or folder")
+    return resolve_model(name)
+
+
+def check_text_file(dataset: str) -> None:
+    """Refuse a text file that doesn't exist.
+
+    Raises:
+        HessoError: naming it.
+    """
+    if Path(dataset).suffix in TEXT_LOADERS and not Path(dataset).exists():
+        raise HessoError(f"`dataset` ({dataset!r}): no such file")
 
 
 def text_blocks(
@@ -39,23 +64,24 @@ def text_blocks(
     Raises:
         HessoError: for an unknown file type, a missing column, or fewer tokens than one block.
     """
-    if dataset == PYTHON_DOCS or Path(dataset).is_file():
-        allowed = ("train", "test") if dataset == PYTHON_DOCS else ("train",)
+    embedded = dataset == PYTHON_DOCS
+    if embedded or Path(dataset).is_file():
+        allowed = ("train", "test") if embedded else ("train",)
         if split not in allowed:
             raise HessoError(
                 f"`split` ({split!r}): {dataset} has only {list(allowed)}; name another file to evaluate on"
             )
-    if dataset == PYTHON_DOCS:
-        train = python_docs_dataset(tokenizer, "test" if split == "test" else "train", block_size)
-        if max_examples is not None:
-            train = train.select(range(min(max_examples, len(train))))
-        return train, (python_docs_dataset(tokenizer, "test", block_size) if held_out_ratio else None)
-    rows = _load(dataset, config_name, split)
-    if text_column not in rows.column_names:
-        hint = nearest_name(text_column, rows.column_names)
-        raise HessoError(f"`text_column` ({text_column!r}) isn't in {dataset}{hint}; columns: {rows.column_names}")
+    if embedded:
+        rows = python_docs_dataset(tokenizer, "test" if split == "test" else "train", block_size)
+    else:
+        rows = _load(dataset, config_name, split)
+        if text_column not in rows.column_names:
+            hint = nearest_name(text_column, rows.column_names)
+            raise HessoError(f"`text_column` ({text_column!r}) isn't in {dataset}{hint}; columns: {rows.column_names}")
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
+    if embedded:
+        return rows, (python_docs_dataset(tokenizer, "test", block_size) if held_out_ratio else None)
     if not held_out_ratio:
         return _blocks(rows, tokenizer, block_size, text_column), None
     parts = rows.train_test_split(test_size=held_out_ratio, seed=0)

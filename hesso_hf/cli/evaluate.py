@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.benchmark import timer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,20 +49,14 @@ def tokens_per_second(
         batches.append(torch.randint(0, vocabulary, (batch_size, length), device=model.device))
     for repeat in range(repeats + 1):
         for index, model in enumerate(models):
-            _synchronize(model.device)
-            started = time.perf_counter()
+            started = timer()  # waits for the device
             model(input_ids=batches[index], use_cache=False)
-            _synchronize(model.device)
+            elapsed = timer() - started
             if repeat:  # the first round warms up
-                seconds[index].append(time.perf_counter() - started)
+                seconds[index].append(elapsed)
     return [batch_size * length / median(times) for times in seconds]
 
 
 def weights_bytes(folder: str | Path) -> int:
     """Return the size of a folder's safetensors files (bytes)."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

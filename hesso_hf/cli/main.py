@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..errors import HessoError
-from .commands import eval as evaluate
-from .commands import export, inspect, plan, prune, quickstart, report, survey
+from . import commands, prune
 
-
-class Command(Protocol):
-    """What each module under `commands` has."""
-
-    HELP: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the command's flags."""
-
-    def run(self, arguments: argparse.Namespace) -> int:
-        """Do the work and return the exit code."""
-
-
+# Name to what the help says, what adds the flags, and what does the work.
+Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
 COMMANDS: dict[str, Command] = {
-    "inspect": inspect,
-    "plan": plan,
-    "export": export,
-    "eval": evaluate,
-    "report": report,
-    "survey": survey,
-    "quickstart": quickstart,
-}
+    "inspect": ("what can be pruned in a model, from its config alone", commands.inspect_flags, commands.inspect),
+    "plan": ("which engine a training run fits in memory, from the config alone", commands.plan_flags, commands.plan),
+    "export": ("write the smaller model of a checkpoint", commands.export_flags, commands.export),
+    "eval": ("held-out perplexity and lm-eval tasks", commands.eval_flags, commands.evaluate),
+    "report": ("show a smaller model's pruning report", commands.report_flags, commands.report),
+    "survey": (
+        "what can be pruned in every model type of the installed transformers", commands.survey_flags, commands.survey,
+    ),
+    "quickstart": (
+        "prune the bundled model by half and compare, offline", commands.quickstart_flags, commands.quickstart,
+    ),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[:1] == ["prune"]:
             return prune.run(argv[1:])
         arguments = _parser().parse_args(argv)
-        return arguments.run(arguments)
+        arguments.run(arguments)
+        return 0
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
         print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -52,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hesso-hf", description="Shrink language models while fine-tuning them.")
     parser.add_argument("--version", action="version", version=f"hesso-hf {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("prune", help=prune.HELP)  # its flags, those of a recipe's dataclasses, have their own parser
-    for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.HELP)
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    subparsers.add_parser("prune", help=prune.HELP)  # its flags, those of a recipe's dataclasses, have their own parser
+    for name, (text, add_flags, run) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text)
+        add_flags(subparser)
+        subparser.set_defaults(run=run)
     return parser

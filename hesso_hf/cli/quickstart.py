@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,30 +34,12 @@ found = {}
 for name, folder in folders.items():
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([prompt])
-    with torch.no_grad():
-        logits = model(ids).logits.float()
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(sys.argv[3]), do_sample=False,
-                             repetition_penalty=1.3, pad_token_id=0)
-    found[name] = {"sample": tokenizer.decode(out[0]), "logits": logits[0, -1, :8].tolist(),
-                   "parameters": sum(p.numel() for p in model.parameters())}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(sys.argv[3]), do_sample=False,
+                         repetition_penalty=1.3, pad_token_id=0)
+    found[name] = {"sample": tokenizer.decode(out[0]), "parameters": model.num_parameters()}
 assert "hesso_hf" not in sys.modules
 print("RESULT" + json.dumps(found))
 """
-
-
-@dataclass(frozen=True)
-class QuickstartOptions:
-    """Options of `hesso-hf quickstart`."""
-
-    model: str | None = None
-    dataset: str = "python-docs"
-    text_column: str = "text"
-    steps: int = 200
-    ratio: float = 0.5
-    batch_size: int = 8
-    block_size: int = 256
-    learning_rate: float = 2e-3
-    output: str = "quickstart"
 
 
 @dataclass(frozen=True)
@@ -70,8 +53,11 @@ class QuickstartRow:
     tokens_per_second: float
 
 
-def run_quickstart(options: QuickstartOptions) -> tuple[list[QuickstartRow], dict[str, str]]:
+def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, str]]:
     """Fine-tune and prune with HESSO and, for as many steps, after a one-shot cut by magnitude; reload and compare.
+
+    Args:
+        options: the flags of `hesso-hf quickstart`.
 
     Returns:
         A row per model (original, HESSO, one-shot), and a generated sample of each; both also in `results.json`.
@@ -85,56 +71,41 @@ def run_quickstart(options: QuickstartOptions) -> tuple[list[QuickstartRow], dic
     )
     assert held_out is not None
     output = Path(options.output)
-    load_model(source, DTYPES[config.export_dtype]).save_pretrained(output / "original")
-    tokenizer.save_pretrained(output / "original")
+    folders = {"original": output / "original", "HESSO": output / "hesso", "one-shot magnitude": output / "one-shot"}
+    load_model(source, DTYPES[config.export_dtype]).save_pretrained(folders["original"])
+    tokenizer.save_pretrained(folders["original"])
 
-    sizes = _train(options, source, tokenizer, train, config, output / "hesso")
+    sizes = _train(options, source, tokenizer, train, config, folders["HESSO"])
     one_shot = replace(
         config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude",
         warmup_steps=0, pruning_steps=1, pruning_periods=1,
     )  # fmt: skip
-    _train(options, source, tokenizer, train, one_shot, output / "one-shot")
+    _train(options, source, tokenizer, train, one_shot, folders["one-shot magnitude"])
 
-    folders = {
-        "original": output / "original",
-        "HESSO": output / "hesso",
-        "one-shot magnitude": output / "one-shot",
-    }
     models = {name: load_model(str(folder), torch.float32) for name, folder in folders.items()}
     speeds = tokens_per_second(list(models.values()), options.batch_size, options.block_size)
-    rows = [
-        QuickstartRow(
-            name,
-            sum(parameter.numel() for parameter in model.parameters()),
-            weights_bytes(folders[name]),
-            perplexity(held_out_loss(model, held_out, options.batch_size)),
-            speed,
-        )
-        for (name, model), speed in zip(models.items(), speeds, strict=True)
-    ]
+    rows = []
+    for (name, model), speed in zip(models.items(), speeds, strict=True):
+        loss = held_out_loss(model, held_out, options.batch_size)
+        rows.append(QuickstartRow(name, model.num_parameters(), weights_bytes(folders[name]), perplexity(loss), speed))
     prompt = held_out[0]["input_ids"][:PROMPT_TOKENS]
     samples = _fresh_process(prompt, folders, rows)
-    results = {"options": asdict(options), "rows": [asdict(row) for row in rows], "samples": samples}
+    flags = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    results = {"options": flags, "rows": [asdict(row) for row in rows], "samples": samples}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return rows, samples
 
 
 def _train(
-    options: QuickstartOptions, source: str, tokenizer: Any, train: Any, config: HessoConfig, folder: Path
+    options: Namespace, source: str, tokenizer: Any, train: Any, config: HessoConfig, folder: Path
 ) -> dict[str, int]:
     """Train and save; return the config sizes that were pruned to."""
     args = TrainingArguments(
-        output_dir=str(folder.parent / "runs" / folder.name),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, options.steps // 20),
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        seed=0,
-    )
+        output_dir=str(folder.parent / "runs" / folder.name), max_steps=options.steps, seed=0,
+        per_device_train_batch_size=options.batch_size, learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=max(1, options.steps // 20),
+        logging_strategy="no", save_strategy="no", report_to=[],
+    )  # fmt: skip
     trainer = HessoTrainer(
         model=load_model(source, torch.float32),  # fp32 masters, whatever the stored dtype
         args=args,
@@ -149,8 +120,7 @@ def _train(
 
 def _fresh_process(prompt: list[int], folders: dict[str, Path], rows: list[QuickstartRow]) -> dict[str, str]:
     """Reload every model in a process without hesso_hf and let it continue a held-out text."""
-    paths = {name: str(folder) for name, folder in folders.items()}
-    arguments = [json.dumps(prompt), json.dumps(paths), str(SAMPLE_TOKENS)]
+    arguments = [json.dumps(prompt), json.dumps(folders, default=str), str(SAMPLE_TOKENS)]
     done = subprocess.run([sys.executable, "-c", _FRESH_PROCESS, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the smaller models don't load in a fresh process:\n{done.stderr}")

@@ -20,7 +20,7 @@ import yaml
 
 from ..config import HessoConfig
 from ..errors import HessoError, nearest_name
-from .inputs import check_text_file, model_source
+from .data import check_text_file, model_source
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -28,31 +28,28 @@ if TYPE_CHECKING:
 PREFIX = "hesso_"
 
 
+def _flag(default: Any, text: str) -> Any:
+    """Return a field that is a flag with a text in the help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class RunArguments:
     """Which model is pruned on which text, and where the smaller one goes."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the model to prune; bundled is the one that ships here."}
-    )
-    dataset: str | None = field(
-        default=None, metadata={"help": "python-docs (embedded), a .jsonl/.txt/.csv/.parquet file, or a Hub id."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out text; by default a part of dataset."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of dataset to evaluate on."})
-    eval_ratio: float = field(default=0.05, metadata={"help": "Share of dataset held out where no split is named."})
-    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    max_examples: int | None = field(default=None, metadata={"help": "Use only the first so many examples."})
-    block_size: int = field(default=1024, metadata={"help": "Tokens in one training example."})
-    dtype: str = field(
-        default="float32", metadata={"help": "dtype of the trained weights; fp32 masters with bf16: true by default."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "Folder for the smaller model (default: `small` in training's output_dir)."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    model: str | None = _flag(None, "Folder or Hub id of the model to prune; bundled is the one that ships here.")
+    dataset: str | None = _flag(None, "python-docs (embedded), a .jsonl/.txt/.csv/.parquet file, or a Hub id.")
+    dataset_config: str | None = _flag(None, "Configuration name of a Hub data set.")
+    dataset_split: str = _flag("train", "Split to train on.")
+    eval_dataset: str | None = _flag(None, "Held-out text; by default a part of dataset.")
+    eval_split: str | None = _flag(None, "Split of dataset to evaluate on.")
+    eval_ratio: float = _flag(0.05, "Share of dataset held out where no split is named.")
+    text_column: str = _flag("text", "Column that holds the text.")
+    max_examples: int | None = _flag(None, "Use only the first so many examples.")
+    block_size: int = _flag(1024, "Tokens in one training example.")
+    dtype: str = _flag("float32", "dtype of the trained weights; fp32 masters with bf16: true by default.")
+    output: str | None = _flag(None, "Folder for the smaller model (default: `small` in training's output_dir).")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with the model.")
     peft: dict | str | None = field(
         default=None, metadata={"help": "LoraConfig's fields (JSON): train an adapter; by default all weights."}
     )
@@ -91,7 +88,7 @@ class RunArguments:
             raise HessoError(f"`peft` ({self.peft!r}) is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise HessoError(f"`peft` ({self.peft!r}) must be a mapping of LoraConfig's fields")
-        _check_keys(values, [item.name for item in dataclasses.fields(LoraConfig)], "`peft`")
+        _check_keys(values, LoraConfig, "`peft`")
         try:
             return LoraConfig(**{"task_type": "CAUSAL_LM", **values})
         except (TypeError, ValueError) as error:
@@ -154,9 +151,10 @@ def recipe_parser() -> HfArgumentParser:
 def _prefixed_config() -> type:
     """HessoConfig's fields as flags with a prefix: `warmup_steps` is TrainingArguments' own."""
     hints = get_type_hints(HessoConfig)
-    fields = []
-    for item in dataclasses.fields(HessoConfig):
-        fields.append((PREFIX + item.name, hints[item.name], field(default=item.default, metadata=dict(item.metadata))))
+    fields = [
+        (PREFIX + item.name, hints[item.name], field(default=item.default, metadata=dict(item.metadata)))
+        for item in dataclasses.fields(HessoConfig)
+    ]
     return dataclasses.make_dataclass("HessoFlags", fields)
 
 
@@ -175,19 +173,19 @@ def _read(path: str) -> dict[str, Any]:
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Check keys section by section and give HessoConfig's the prefix."""
-    flat: dict[str, Any] = {}
-    run_fields = [item.name for item in dataclasses.fields(RunArguments)]
-    _check_keys(values, [*run_fields, "training", "hesso"], "the recipe")
-    flat |= {key: value for key, value in values.items() if key in run_fields}
+    _check_keys(values, RunArguments, "the recipe", "training", "hesso")
+    run = {key: value for key, value in values.items() if key not in ("training", "hesso")}
     training, hesso = values.get("training") or {}, values.get("hesso") or {}
-    _check_keys(hesso, [item.name for item in dataclasses.fields(HessoConfig)], "`hesso`")
+    _check_keys(hesso, HessoConfig, "`hesso`")
     from transformers import TrainingArguments
 
-    _check_keys(training, [item.name for item in dataclasses.fields(TrainingArguments)], "`training`")
-    return flat | dict(training) | {PREFIX + key: value for key, value in hesso.items()}
+    _check_keys(training, TrainingArguments, "`training`")
+    return run | dict(training) | {PREFIX + key: value for key, value in hesso.items()}
 
 
-def _check_keys(values: Mapping[str, Any], known: list[str], where: str) -> None:
+def _check_keys(values: Mapping[str, Any], owner: type, where: str, *sections: str) -> None:
+    """Refuse keys that are neither fields of a dataclass nor sections."""
+    known = [*(item.name for item in dataclasses.fields(owner)), *sections]
     for key in values:
         if key not in known:
             raise HessoError(f"unknown key `{key}` in {where}{nearest_name(str(key), known)}")

@@ -177,13 +177,13 @@ def test_prune_leaves_the_other_processes_unless_it_fails(tmp_path: Path, monkey
 
     flags = ["prune", "--model", "m", "--dataset", "d", "--output_dir", str(tmp_path), "--max_steps", "9"]
     flags += ["--hesso_pruning_ratio", "0.3"]
-    monkeypatch.setattr("hesso_hf.cli.commands.prune.prune", pruned)
+    monkeypatch.setattr("hesso_hf.cli.prune.prune", pruned)
     assert main(flags) == 0
     assert not dist.is_initialized()
-    monkeypatch.setattr("hesso_hf.cli.commands.prune.prune", stopped)
+    monkeypatch.setattr("hesso_hf.cli.prune.prune", stopped)
     assert main(flags) == 143
     assert not dist.is_initialized()
-    monkeypatch.setattr("hesso_hf.cli.commands.prune.prune", failing)
+    monkeypatch.setattr("hesso_hf.cli.prune.prune", failing)
     try:
         assert main(flags) == 2
         assert dist.is_initialized()

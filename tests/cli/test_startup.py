@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hesso_hf.cli.commands import report
+from hesso_hf.cli import commands
 from hesso_hf.export.report import REPORT_NAME
 
 FRAMEWORKS = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy")
@@ -67,4 +67,4 @@ def test_no_framework_is_imported(argv: list[str], code: int, message: str, tmp_
 
 
 def test_the_report_is_looked_for_under_the_name_that_the_export_gives_it() -> None:
-    assert report.REPORT_NAME == REPORT_NAME
+    assert commands.REPORT_NAME == REPORT_NAME

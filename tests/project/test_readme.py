@@ -254,12 +254,13 @@ def test_runs_of_different_settings_are_not_mixed(renderer: ModuleType, tmp_path
 
 
 def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleType, tmp_path: Path) -> None:
-    from hesso_hf.cli.quickstart import QuickstartOptions, QuickstartRow
+    from hesso_hf.cli.quickstart import QuickstartRow
 
     rows = [
         QuickstartRow(name, 1234, 2_000_000, 12.345, 98765.4) for name in ("original", "HESSO", "one-shot magnitude")
     ]
-    result = {"options": dataclasses.asdict(QuickstartOptions()), "rows": [dataclasses.asdict(row) for row in rows]}
+    options = {name: value for name, value in vars(_parser().parse_args(["quickstart"])).items() if name != "run"}
+    result = {"options": options, "rows": [dataclasses.asdict(row) for row in rows]}
     (tmp_path / "quickstart.json").write_text(json.dumps(result))
     text = renderer.render_table("quickstart", tmp_path)
     for shown in ("1,234", "2.00 MB", "12.35", "98,765", "one-shot magnitude", "200 steps"):

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import OffloadPolicy
 
-from hesso_hf.cli.memory.engines import ENGINES, accelerate_config
+from hesso_hf.cli.memory.workload import ENGINES, Engine
 from tests.support import ROOT
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
@@ -85,10 +85,10 @@ def test_deepspeed_stage_is_that_of_the_name(path: Path) -> None:
     assert arguments.deepspeed_config_file is None  # the optimizer stays the trainer's
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
-def test_every_engine_has_a_configuration(engine: Any) -> None:
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
+def test_every_engine_has_a_configuration(engine: Engine) -> None:
     for nodes in (1, 2):
-        path = ROOT / accelerate_config(engine, nodes)
+        path = ROOT / engine.config_file(nodes)
         assert path in CONFIGS
         key = engine.setting.partition(":")[0]
         values = yaml.safe_load(path.read_text())

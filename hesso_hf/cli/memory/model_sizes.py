@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import HessoError
 from ...hf_models.build import build_meta, model_class_of
-from ...hf_models.sizes import EXPERT_MLP, EXPERTS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes
+from ...hf_models.sizes import EXPERT_MLP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes
 from ...structures.experts import experts_per_token, num_experts
 
 
@@ -25,6 +25,7 @@ class ModelSizes:
         layer_parameters: elements of the largest such layer; `layer_matrices` those of its matrices.
         matrix_parameters: elements of all matrices that a product reads: the layers' and the output matrix.
         embedding_parameters, head_parameters: of the input and the output matrix, the same one where they are tied.
+        untied_embedding: of an input matrix of its own, whose gradient comes last.
         largest_matrix: elements of the largest matrix.
         factored: sum of rows and columns of every matrix, and of all vectors: Adafactor's state.
         mlp_width: MLP channels that one token passes.
@@ -39,7 +40,7 @@ class ModelSizes:
     matrix_parameters: int
     embedding_parameters: int
     head_parameters: int
-    tied: bool
+    untied_embedding: int
     largest_matrix: int
     factored: int
     hidden: int
@@ -51,11 +52,6 @@ class ModelSizes:
     vocabulary: int
     linear_inputs: int
     lora_width: int
-
-    @property
-    def untied_embedding(self) -> int:
-        """Elements of an input matrix of its own, whose gradient comes last."""
-        return 0 if self.tied else self.embedding_parameters
 
 
 def model_sizes(config: PretrainedConfig) -> ModelSizes:
@@ -70,13 +66,13 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
     head: Any = model.get_output_embeddings()
     if not layers or head is None:
         raise HessoError(f"{type(model).__name__} has no decoder layers with an output matrix: its memory isn't known")
-    sizes = ConfigSizes.of(config)
-    needed = {HIDDEN: sizes.get(HIDDEN), HEADS: sizes.get(HEADS), HEAD_DIM: sizes.head_dim}
-    mlp = _mlp_width(config, sizes)
-    for name, value in (needed | {MLP: mlp}).items():
+    sizes, experts = ConfigSizes.of(config), num_experts(config)
+    mlp = (sizes.get(EXPERT_MLP) if experts else None) or sizes.get(MLP)
+    needed = {HIDDEN: sizes.get(HIDDEN), HEADS: sizes.get(HEADS), HEAD_DIM: sizes.head_dim, MLP: mlp}
+    for name, value in needed.items():
         if not value:
             raise HessoError(f"{type(config).__name__} has no integer `{name}`: the memory of activations isn't known")
-    hidden, heads, head_dim = (int(value or 0) for value in needed.values())
+    hidden, heads, head_dim, mlp = (int(value or 0) for value in needed.values())
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
     largest = max(layers, key=_elements)
     matrices = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers]
@@ -89,12 +85,12 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
         matrix_parameters=sum(matrices) + head.weight.numel(),
         embedding_parameters=embedding.weight.numel(),
         head_parameters=head.weight.numel(),
-        tied=head.weight is embedding.weight,
+        untied_embedding=0 if head.weight is embedding.weight else embedding.weight.numel(),
         largest_matrix=max(math.prod(shape) for shape in shapes if len(shape) > 1),
-        factored=sum(_factored(shape) for shape in shapes),
+        factored=sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes),
         hidden=hidden,
-        mlp_width=int(mlp or 0),
-        gated=_is_gated(largest, hidden, sizes),
+        mlp_width=mlp * ((experts_per_token(config) or experts) if experts else 1),
+        gated=_is_gated(largest, hidden, mlp),
         heads=heads,
         query_width=heads * head_dim,
         kv_width=(sizes.get(KV_HEADS) or heads) * head_dim,
@@ -105,43 +101,21 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules that engines wrap one by one; of nested ones the outer."""
-    names = set(model._no_split_modules or ())
+    """Return the modules that engines wrap one by one, which are numbered; of nested ones the outer."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if type(module).__name__ in names and not inside and isinstance(module, nn.Module) and _is_layer(name):
+        wrapped = type(module).__name__ in (model._no_split_modules or ()) and name.rpartition(".")[2].isdigit()
+        if wrapped and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = module
     return list(found.values())
-
-
-def _is_layer(name: str) -> bool:
-    return name.rpartition(".")[2].isdigit()
 
 
 def _elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _factored(shape: tuple[int, ...]) -> int:
-    if len(shape) < 2:
-        return math.prod(shape)
-    return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
-
-
-def _mlp_width(config: PretrainedConfig, sizes: ConfigSizes) -> int | None:
-    """Return the MLP channels of a token's way: with experts, those of the experts that it is routed to."""
-    experts = num_experts(config)
-    if not experts:
-        return sizes.get(MLP)
-    width = sizes.get(EXPERT_MLP) or sizes.get(MLP)
-    return None if width is None else width * (experts_per_token(config) or experts)
-
-
-def _is_gated(layer: nn.Module, hidden: int, sizes: ConfigSizes) -> bool:
+def _is_gated(layer: nn.Module, hidden: int, width: int) -> bool:
     """Tell whether an MLP multiplies two products: it has three matrices then, or one of them is twice as long."""
-    has_experts = (sizes.get(EXPERTS) or 0) > 1
-    width = (sizes.get(EXPERT_MLP) if has_experts else None) or sizes.get(MLP) or 0
     elements = 0
     for parameter in layer.parameters():
         ends = tuple(parameter.shape)[-2:]

@@ -8,12 +8,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ...hf_models.build import load_config
-from .engines import ENGINES, accelerate_config
-from .estimate import Estimate, estimates, recommended
+from .estimate import Estimate, Run, estimate
 from .model_sizes import ModelSizes, model_sizes
-from .workload import COMPONENTS, GB, HEADROOM, Cluster, Workload
+from .workload import COMPONENTS, ENGINES, GB, HEADROOM, Cluster, Workload
 
-_ENGINES = {engine.name: engine for engine in ENGINES}
 _SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "optim.", "activations": "activ."}
 ASSUMED = (
     "Weights are trained as fp32 masters, except LoRA's base; DeepSpeed holds a low-precision model beside them. A "
@@ -35,15 +33,14 @@ class MemoryPlan:
     @property
     def recommended(self) -> str | None:
         """The simplest engine that fits; LoRA, which trains something else, is the last."""
-        return recommended(self.engines)
+        return next((name for name, found in self.engines.items() if found.fits), None)
 
     @property
     def config_file(self) -> str | None:
         """The accelerate configuration of the recommended engine; None also where one GPU needs none."""
-        if self.recommended is None or (self.cluster.num_gpus == 1 and not _ENGINES[self.recommended].offload):
+        if self.recommended is None or (self.cluster.num_gpus == 1 and not ENGINES[self.recommended].offload):
             return None
-        nodes = self.cluster.num_gpus // self.cluster.ranks_per_node
-        return accelerate_config(_ENGINES[self.recommended], nodes)
+        return ENGINES[self.recommended].config_file(self.cluster.num_gpus // self.cluster.ranks_per_node)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types."""
@@ -74,11 +71,10 @@ class MemoryPlan:
         rows = []
         for name, found in self.engines.items():
             parts = [_gb(found.parts[part]) for part in self._shown()]
-            fits = "yes" if found.fits else "no"
-            margin, batch = _gb(found.margin), str(found.max_batch_size)
-            rows.append(
-                [_ENGINES[name].title, *parts, _gb(found.peak), found.phase, margin, fits, batch, _gb(found.host)]
-            )
+            rows.append([
+                ENGINES[name].title, *parts, _gb(found.peak), found.phase, _gb(found.margin),
+                "yes" if found.fits else "no", str(found.max_batch_size), _gb(found.host),
+            ])  # fmt: skip
         return rows
 
     def _shown(self) -> list[str]:
@@ -90,7 +86,7 @@ class MemoryPlan:
         if self.recommended is None:
             advice = "No engine fits: lower batch size or sequence length, checkpoint gradients, or take more GPUs."
         else:
-            engine = _ENGINES[self.recommended]
+            engine = ENGINES[self.recommended]
             file = f", with {self.config_file}" if self.config_file else ""
             setting = f" and `{engine.setting}`" if engine.setting else ""
             advice = f"Recommended: {engine.title}{file}{setting}."
@@ -104,7 +100,7 @@ def plan_memory(
     trust_remote_code: bool = False,
     name: str = "",
 ) -> MemoryPlan:
-    """Estimate a model's training from its config alone.
+    """Estimate a model's training from its config alone, under every engine that makes sense on the cluster.
 
     Raises:
         HessoError: where no config is found, or it doesn't give the sizes.
@@ -116,7 +112,12 @@ def plan_memory(
     """
     config = load_config(source, trust_remote_code)
     sizes = model_sizes(config)
-    return MemoryPlan(name or str(config.model_type), sizes, workload, cluster, estimates(sizes, workload, cluster))
+    engines = {
+        name: estimate(Run(sizes, engine, workload, cluster))
+        for name, engine in ENGINES.items()
+        if cluster.num_gpus > 1 or engine.offload or not engine.sharded  # one GPU alone has nothing to share
+    }
+    return MemoryPlan(name or str(config.model_type), sizes, workload, cluster, engines)
 
 
 def _gb(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What a memory estimate is asked for: the run and the GPUs, checked; and what its components are called. Bytes."""
+"""What a memory estimate is asked for: the run and the GPUs, checked, and the engines that are compared. Bytes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMPONENTS = (
     "parameters", "gradients", "optimizer", "snapshot", "teacher", "activations", "logits", "buffers",
 )  # fmt: skip
 Parts = dict[str, float]  # component to bytes
+Sharded = Literal["optimizer", "gradients", "parameters"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,15 @@ class Workload:
             if getattr(self, name) not in allowed:
                 raise HessoError(f"`{name}` ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
 
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def width(self) -> int:
+        """Bytes of the computation's dtype."""
+        return 2 if self.dtype == "bfloat16" else 4
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -75,3 +85,58 @@ class Cluster:
     def usable(self) -> float:
         """Bytes of one GPU that tensors can take."""
         return self.gpu_memory * (1 - HEADROOM)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to spread a run over GPUs.
+
+    Attributes:
+        title: what it is called in a table.
+        config: file in recipes/accelerate_configs, without its ending.
+        sharded: what every GPU holds only its share of; the fp32 masters go with the optimizer state.
+        deepspeed: whether a low-precision model lies beside the masters.
+        offload: what lies in main memory: nothing, masters and optimizer state, or all that is sharded.
+        lora: whether only adapters are trained.
+    """
+
+    name: str
+    title: str
+    config: str
+    sharded: tuple[Sharded, ...] = ()
+    deepspeed: bool = False
+    offload: Literal["", "optimizer", "all"] = ""
+    lora: bool = False
+
+    @property
+    def shards_parameters(self) -> bool:
+        return "parameters" in self.sharded
+
+    @property
+    def setting(self) -> str:
+        """What its configuration must say beyond what the file says."""
+        return {"": "", "all": "fsdp_offload_params: true", "optimizer": "offload_optimizer_device: cpu"}[self.offload]
+
+    def config_file(self, nodes: int) -> str:
+        """Return the file in recipes/ to launch it with."""
+        name = "multi_node_fsdp2" if self.config == "fsdp2" and nodes > 1 else self.config
+        return f"recipes/accelerate_configs/{name}.yaml"
+
+
+_ZERO2: tuple[Sharded, ...] = ("optimizer", "gradients")
+_ALL: tuple[Sharded, ...] = (*_ZERO2, "parameters")
+# In the order in which one is recommended.
+ENGINES = {
+    engine.name: engine
+    for engine in (
+        Engine("ddp", "one GPU, DDP", "ddp"),
+        Engine("fsdp2", "FSDP2 (as ZeRO-3)", "fsdp2", _ALL),
+        Engine("fsdp2_offload", "FSDP2, offloaded", "fsdp2", _ALL, offload="all"),
+        Engine("zero1", "ZeRO-1", "zero2", ("optimizer",), deepspeed=True),
+        Engine("zero2", "ZeRO-2", "zero2", _ZERO2, deepspeed=True),
+        Engine("zero3", "ZeRO-3", "zero3", _ALL, deepspeed=True),
+        Engine("zero2_offload", "ZeRO-2, offloaded", "zero2", _ZERO2, deepspeed=True, offload="optimizer"),
+        Engine("zero3_offload", "ZeRO-3, offloaded", "zero3", _ALL, deepspeed=True, offload="optimizer"),
+        Engine("lora", "LoRA, DDP", "ddp", lora=True),
+    )
+}

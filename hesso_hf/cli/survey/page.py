@@ -52,55 +52,23 @@ class StructureSurvey:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types; `coupled` only where it says something."""
-        values = asdict(self)
-        return values if self.coupled else {name: value for name, value in values.items() if name != "coupled"}
+        return {name: value for name, value in asdict(self).items() if name != "coupled" or value}
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How many model types there are, and of how many what is proved.
-
-    Attributes:
-        some: at least one structure.
-        heads, inner, width: attention heads, MLP or expert channels, embedding channels.
-        all_three: heads, inner and width.
-        unrefused: everything that the type has.
-    """
-
-    types: int
-    some: int
-    heads: int
-    inner: int
-    width: int
-    all_three: int
-    unrefused: int
-
-
-def count(survey: Mapping[str, Any]) -> Counts:
-    """Count the model types of a survey's JSON."""
+def summary(survey: Mapping[str, Any]) -> str:
+    """Return in two sentences of how many model types what is proved; survey is the JSON."""
     types = [(_structures(found, "proved"), _structures(found, "refused")) for found in survey["model_types"].values()]
     heads = [_HEADS in proved for proved, _ in types]
     inner = [bool(_INNER & proved) for proved, _ in types]
     width = [_WIDTH in proved for proved, _ in types]
-    return Counts(
-        types=len(types),
-        some=sum(bool(proved) for proved, _ in types),
-        heads=sum(heads),
-        inner=sum(inner),
-        width=sum(width),
-        all_three=sum(all(found) for found in zip(heads, inner, width, strict=True)),
-        unrefused=sum(bool(proved) and not refused for proved, refused in types),
-    )
-
-
-def summary(survey: Mapping[str, Any]) -> str:
-    """Return the counts in two sentences."""
-    counts, version = count(survey), survey["versions"]["transformers"]
+    some = sum(bool(proved) for proved, _ in types)
+    all_three = sum(all(three) for three in zip(heads, inner, width, strict=True))
+    unrefused = sum(bool(proved) and not refused for proved, refused in types)
     return (
-        f"Of {counts.types} causal language model types of Transformers {version}, {counts.some} have at least one "
-        f"structure proved, {counts.all_three} all three of attention heads, MLP or expert channels, and embedding "
-        f"channels; of {counts.unrefused} nothing that they have is refused. Attention heads are proved for "
-        f"{counts.heads}, MLP or expert channels for {counts.inner}, embedding channels for {counts.width}."
+        f"Of {len(types)} causal language model types of Transformers {survey['versions']['transformers']}, {some} "
+        f"have at least one structure proved, {all_three} all three of attention heads, MLP or expert channels, and "
+        f"embedding channels; of {unrefused} nothing that they have is refused. Attention heads are proved for "
+        f"{sum(heads)}, MLP or expert channels for {sum(inner)}, embedding channels for {sum(width)}."
     )
 
 

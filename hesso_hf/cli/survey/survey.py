@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from ... import __version__
 from ...config import DEFAULT_STRUCTURES, STRUCTURES
 from ...errors import HessoError, VerificationError, nearest_name
 from ...hf_models.tiny_config import default_config
@@ -51,19 +52,18 @@ def model_types() -> list[str]:
 
 def survey_type(model_type: str) -> TypeSurvey:
     """Prove every structure of a model type, and take the proved ones on a round trip. Nothing is raised."""
-    found: TypeSurvey = {}
+    found: TypeSurvey = {JOINT: _NOTHING}
     for names in (DEFAULT_STRUCTURES, *((name,) for name in STRUCTURES if name not in DEFAULT_STRUCTURES)):
         try:
             found |= _survey_structures(model_type, names)
         except Exception as error:  # model code may fail with any exception type
-            found |= refuse_all(describe(error), names)
+            found |= dict.fromkeys(names, StructureSurvey("refused", reason=one_line(describe(error))))
     return {name: found[name] for name in (*STRUCTURES, JOINT)}
 
 
-def refuse_all(reason: str, names: Sequence[str] = STRUCTURES) -> TypeSurvey:
-    """Return refusals of these structures, and that nothing is left to be cut at once."""
-    refused = {name: StructureSurvey("refused", reason=one_line(reason)) for name in names}
-    return {**refused, JOINT: _NOTHING} if set(DEFAULT_STRUCTURES) <= set(names) else refused
+def refuse_all(reason: str) -> TypeSurvey:
+    """Return refusals of all structures, and that nothing is left to be cut at once."""
+    return {**dict.fromkeys(STRUCTURES, StructureSurvey("refused", reason=one_line(reason))), JOINT: _NOTHING}
 
 
 def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
@@ -71,27 +71,24 @@ def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
     model_class, config = default_config(model_type)
     groups, proof, _ = proved_groups(model_class, config, names)
     found = {name: _unproved(name, groups, proof) for name in names if name not in groups.structures}
-    joint = _NOTHING
-    if groups.structures:
-        tiny = covering_config(model_class, config)
-        if EXPERT_UNITS in names:
-            tiny = with_enough_experts(tiny)
-        trips = RoundTrips(model_class, tiny, groups_of(model_class, tiny, proof)[0])
-        for together in _together(groups):
-            found |= dict.fromkeys(together, _round_trip(trips, together, together[0] in groups.coupled))
-        proved = tuple(name for name in groups.structures if found[name].status == "proved")
-        if len(proved) > 1:
-            joint = _round_trip(trips, proved, coupled=False)
-        elif proved:
-            joint = found[proved[0]]
-    return found | {JOINT: joint} if names == DEFAULT_STRUCTURES else found
+    if not groups.structures:
+        return found
+    tiny = covering_config(model_class, config)
+    if EXPERT_UNITS in names:
+        tiny = with_enough_experts(tiny)
+    trips = RoundTrips(model_class, tiny, groups_of(model_class, tiny, proof)[0])
+    for together in _together(groups):
+        found |= dict.fromkeys(together, _round_trip(trips, together, together[0] in groups.coupled))
+    proved = tuple(name for name in groups.structures if found[name].status == "proved")
+    if proved and names == DEFAULT_STRUCTURES:
+        found[JOINT] = _round_trip(trips, proved, coupled=False) if len(proved) > 1 else found[proved[0]]
+    return found
 
 
 def _unproved(name: str, groups: PruningGroups, proof: Proof) -> StructureSurvey:
     if name in groups.absent:
         return StructureSurvey("not_applicable", reason=one_line(groups.absent[name]))
-    error = proof.structures[name].relative_error
-    return StructureSurvey("refused", _rounded(error), one_line(groups.refused[name]))
+    return StructureSurvey("refused", _rounded(proof.structures[name].relative_error), one_line(groups.refused[name]))
 
 
 def _together(groups: PruningGroups) -> list[tuple[str, ...]]:
@@ -195,13 +192,7 @@ def _work(survey: Callable[[str], TypeSurvey], model_type: str, sender: Connecti
 
 def versions() -> dict[str, str]:
     """Return the versions that the outcome depends on."""
-    return {"hesso_hf": _own_version(), **{name: version(name) for name in ("transformers", "torch")}}
-
-
-def _own_version() -> str:
-    from ... import __version__
-
-    return __version__
+    return {"hesso_hf": __version__, **{name: version(name) for name in ("transformers", "torch")}}
 
 
 class SurveyFile:

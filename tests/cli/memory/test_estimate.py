@@ -19,18 +19,14 @@ from transformers import (
     PretrainedConfig,
 )
 
-from hesso_hf.cli.memory.engines import ENGINES, Engine
-from hesso_hf.cli.memory.estimate import estimate, estimates, host_memory, largest_batch
+from hesso_hf.cli.memory.estimate import Run, estimate, host_memory, largest_batch, saved_per_token
 from hesso_hf.cli.memory.model_sizes import ModelSizes, model_sizes
 from hesso_hf.cli.memory.plan import plan_memory
-from hesso_hf.cli.memory.resident import residents, state_bytes
-from hesso_hf.cli.memory.step import phases, saved_per_token
-from hesso_hf.cli.memory.workload import COMPONENTS, HEADROOM, Cluster, Workload
+from hesso_hf.cli.memory.workload import COMPONENTS, ENGINES, HEADROOM, Cluster, Parts, Workload
 from hesso_hf.errors import HessoError
 from tests.support import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
-BY_NAME = {engine.name: engine for engine in ENGINES}
 LLAMA = {
     "vocab_size": 67, "hidden_size": 60, "intermediate_size": 44, "num_attention_heads": 6, "num_key_value_heads": 3,
     "head_dim": 8, "num_hidden_layers": 5,
@@ -57,6 +53,16 @@ def big() -> ModelSizes:
     return model_sizes(EIGHT_B)
 
 
+def run(sizes: ModelSizes, engine: str, workload: Workload, cluster: Cluster | int = 1) -> Run:
+    """Return a run on a cluster, or on so many GPUs of 80 GB."""
+    cluster = Cluster(cluster, 80e9) if isinstance(cluster, int) else cluster
+    return Run(sizes, ENGINES[engine], workload, cluster)
+
+
+def residents(sizes: ModelSizes, engine: str, workload: Workload, num_gpus: int) -> Parts:
+    return run(sizes, engine, workload, num_gpus).residents()
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
@@ -70,8 +76,7 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert found.layers == len(layers) == 5
     assert found.layer_parameters == sum(p.numel() for p in layers[0].parameters())
     assert found.head_parameters == found.embedding_parameters == 67 * 60
-    assert found.tied == (name in ("tied llama", "gpt2"))
-    assert found.untied_embedding == (0 if found.tied else 67 * 60)
+    assert found.untied_embedding == (0 if name in ("tied llama", "gpt2") else 67 * 60)
     assert found.gated == (name != "gpt2")
     width = {"gpt2": 240, "mixtral": 88}.get(name, 44)
     heads = (60, 60) if name == "gpt2" else (48, 24)
@@ -109,11 +114,11 @@ def test_optimizer_state_is_that_of_the_optimizer(optimizer: Any, sizes: ModelSi
     made.step()
     values = [value for state in made.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
     held = sum(value.numel() * value.element_size() for value in values if value.dim())
-    assert state_bytes(sizes, BY_NAME["ddp"], Workload(optimizer=optimizer)) == held
+    assert run(sizes, "ddp", Workload(optimizer=optimizer)).optimizer_state == held
 
 
 def test_eight_bit_state_is_two_bytes_and_scales(big: ModelSizes) -> None:
-    found = state_bytes(big, BY_NAME["ddp"], Workload(optimizer="adamw_8bit"))
+    found = run(big, "ddp", Workload(optimizer="adamw_8bit")).optimizer_state
     wide = big.embedding_parameters
     assert found == 8 * wide + (big.parameters - wide) * (2 + 1 / 32)
 
@@ -122,7 +127,7 @@ def test_residents_by_hand(big: ModelSizes) -> None:
     """Llama 3.1 8B on eight GPUs: masters and two moments are 12 bytes, shared where an engine shares them."""
     n = big.parameters
     assert n == 8_030_261_248
-    found = {name: residents(big, engine, Workload(), 8) for name, engine in BY_NAME.items()}
+    found = {name: residents(big, name, Workload(), 8) for name in ENGINES}
     assert found["ddp"]["parameters"] + found["ddp"]["optimizer"] == 12 * n
     assert found["fsdp2"]["parameters"] + found["fsdp2"]["optimizer"] == 12 * n / 8
     assert found["zero2"]["parameters"] + found["zero2"]["optimizer"] == 12 * n / 8 + 2 * n
@@ -131,33 +136,31 @@ def test_residents_by_hand(big: ModelSizes) -> None:
     assert found["fsdp2_offload"]["parameters"] == found["fsdp2_offload"]["optimizer"] == 0
     adapters = 16 * big.lora_width
     assert found["lora"]["parameters"] + found["lora"]["optimizer"] == 2 * n + 12 * adapters
-    assert found["ddp"]["buffers"] - residents(big, BY_NAME["ddp"], Workload(), 1)["buffers"] == 4 * n  # its buckets
+    assert found["ddp"]["buffers"] - residents(big, "ddp", Workload(), 1)["buffers"] == 4 * n  # its buckets
 
 
 def test_snapshot_and_teacher_lie_where_they_are_kept(big: ModelSizes) -> None:
     n, cluster = big.parameters, Cluster(16, 80e9)
-    ddp, fsdp2 = BY_NAME["ddp"], BY_NAME["fsdp2"]
     on_cpu, on_device = Workload(cric="cpu"), Workload(cric="device")
-    assert residents(big, fsdp2, on_device, 16)["snapshot"] == 12 * n / 16
-    assert "snapshot" not in residents(big, fsdp2, on_cpu, 16)
-    assert host_memory(big, ddp, on_cpu, cluster) - host_memory(big, ddp, on_device, cluster) == 8 * (12 - 4) * n
-    assert host_memory(big, fsdp2, on_cpu, cluster) == pytest.approx(
-        12 * n / 2 + 8 * 4e9
-    )  # of two nodes; loading is less
+    assert residents(big, "fsdp2", on_device, 16)["snapshot"] == 12 * n / 16
+    assert "snapshot" not in residents(big, "fsdp2", on_cpu, 16)
+    on_both = [host_memory(run(big, "ddp", workload, cluster)) for workload in (on_cpu, on_device)]
+    assert on_both[0] - on_both[1] == 8 * (12 - 4) * n
+    # of two nodes; loading is less
+    assert host_memory(run(big, "fsdp2", on_cpu, cluster)) == pytest.approx(12 * n / 2 + 8 * 4e9)
     taught = Workload(distillation=True)
-    assert residents(big, ddp, taught, 16)["teacher"] == 2 * n
-    assert residents(big, fsdp2, taught, 16)["teacher"] == 2 * n / 16
-    assert (
-        residents(big, BY_NAME["lora"], taught, 1)["teacher"] == 2 * n
-    )  # its base is pruned, so it can't be the teacher
-    assert phases(big, ddp, taught, 1)["forward"]["logits"] > phases(big, ddp, Workload(), 1)["forward"]["logits"]
+    assert residents(big, "ddp", taught, 16)["teacher"] == 2 * n
+    assert residents(big, "fsdp2", taught, 16)["teacher"] == 2 * n / 16
+    assert residents(big, "lora", taught, 1)["teacher"] == 2 * n  # its base is pruned, so it can't be the teacher
+    logits = [run(big, "ddp", workload).moments()["forward"]["logits"] for workload in (taught, Workload())]
+    assert logits[0] > logits[1]
 
 
 def test_offloading_moves_masters_state_and_gradients_to_the_host(big: ModelSizes) -> None:
-    cluster = Cluster(8, 80e9)
     for name in ("fsdp2_offload", "zero2_offload"):
-        assert host_memory(big, BY_NAME[name], Workload(), cluster) >= 16 * big.parameters
-        assert estimate(big, BY_NAME[name], Workload(), cluster).parts["optimizer"] == 0
+        offloaded = run(big, name, Workload(), 8)
+        assert host_memory(offloaded) >= 16 * big.parameters
+        assert estimate(offloaded).parts["optimizer"] == 0
 
 
 # -- what comes and goes -----------------------------------------------------------------------------------------------
@@ -197,30 +200,28 @@ def saved_by(config: PretrainedConfig, kind: str, dtype: torch.dtype) -> int:
 
 def test_the_estimate_adds_up_and_names_its_moment(sizes: ModelSizes) -> None:
     for engine in ENGINES:
-        work, cluster = Workload(batch_size=2, sequence_length=96), Cluster(4, 1e9)
-        found = estimate(sizes, engine, work, cluster)
-        moments = {name: sum(parts.values()) for name, parts in phases(sizes, engine, work, 4).items()}
-        assert found.peak == pytest.approx(max(moments.values()))
+        tried = run(sizes, engine, Workload(batch_size=2, sequence_length=96), Cluster(4, 1e9))
+        found = estimate(tried)
+        assert found.peak == pytest.approx(max(sum(parts.values()) for parts in tried.moments().values()))
         assert set(found.parts) == set(COMPONENTS)
         assert found.margin == pytest.approx(1e9 * (1 - HEADROOM) - found.peak)
         assert min(found.parts.values()) >= 0
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
-def test_the_largest_batch_fits_and_the_next_does_not(engine: Engine, big: ModelSizes) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_largest_batch_fits_and_the_next_does_not(engine: str, big: ModelSizes) -> None:
     cluster, work = Cluster(8, 200e9), Workload(gradient_checkpointing=True)
-    largest = largest_batch(big, engine, work, cluster)
+    largest = largest_batch(run(big, engine, work, cluster))
     assert largest > 0
-    assert estimate(big, engine, replace(work, batch_size=largest), cluster).fits
-    assert not estimate(big, engine, replace(work, batch_size=largest + 1), cluster).fits
+    assert estimate(run(big, engine, replace(work, batch_size=largest), cluster)).fits
+    assert not estimate(run(big, engine, replace(work, batch_size=largest + 1), cluster)).fits
 
 
 def test_what_makes_a_run_smaller_and_larger(big: ModelSizes) -> None:
     def peak(name: str, num_gpus: int = 8, **changes: Any) -> float:
-        work = replace(Workload(batch_size=4), **changes)
-        return estimate(big, BY_NAME[name], work, Cluster(num_gpus, 80e9)).peak
+        return estimate(run(big, name, replace(Workload(batch_size=4), **changes), num_gpus)).peak
 
-    for name in BY_NAME:
+    for name in ENGINES:
         assert peak(name, gradient_checkpointing=True) < peak(name), name
         assert peak(name, sequence_length=4096) > peak(name), name
         assert peak(name, dtype="float32") > peak(name), name
@@ -289,8 +290,8 @@ def test_committed_measurements_are_within_the_tolerance() -> None:
             assert math.isclose(run["ratio"]["peak above parameters and state"], 1, abs_tol=tolerance), run
 
 
-def test_every_engine_that_needs_several_gpus_is_left_out_on_one(sizes: ModelSizes) -> None:
-    assert list(estimates(sizes, Workload(), Cluster(1, 80e9))) == [
+def test_every_engine_that_needs_several_gpus_is_left_out_on_one() -> None:
+    assert list(plan_memory(CONFIGS["llama"], Workload(), Cluster(1, 80e9)).engines) == [
         "ddp",
         "fsdp2_offload",
         "zero2_offload",

@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import StoppedError
-from ..printing import print_report
-from ..recipe import Recipe, RunArguments, parse_recipe, recipe_parser
+from ..errors import StoppedError
+from .data import held_out_split, text_blocks
+from .printing import print_report
+from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
 HELP = "fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]"
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """What `hesso-hf prune` reports."""
-
-    output: Path
-    report: dict[str, Any]
-    held_out_loss: float | None
-
-
 def run(flags: list[str]) -> int:
-    """Prune and print the report; 128 + 15 where the run was told to stop."""
+    """Prune as the flags say; 128 + 15 where the run was told to stop."""
     if {"-h", "--help"} & set(flags):
         print("Flags override the recipe's keys.\n")
         recipe_parser().print_help()
         return 0
     file = flags[0] if flags and not flags[0].startswith("-") else None
     recipe = parse_recipe(file, flags[1:] if file else flags)
-    from ...distributed.collectives import is_main_process, leave
-    from ...trainer.callbacks import EXIT_CODE
+    from ..distributed.collectives import is_main_process, leave
+    from ..trainer.callbacks import EXIT_CODE
 
     code = 0
     try:
-        result = prune(recipe)
-        if result is not None:
-            print_report(result.report, str(result.output), result.held_out_loss)
+        prune(recipe)
     except StoppedError as stopped:
         code = EXIT_CODE
         if is_main_process():
@@ -47,18 +36,18 @@ def run(flags: list[str]) -> int:
     return code
 
 
-def prune(recipe: Recipe) -> PruneResult | None:
-    """Fine-tune and prune as a recipe says, and save the smaller model; None on all but the main process.
+def prune(recipe: Recipe) -> None:
+    """Fine-tune and prune as a recipe says, save the smaller model, and print its report on the main process.
 
     Raises:
         StoppedError: where the run was told to stop, and has saved a checkpoint to go on from.
     """
     import torch
 
-    from ...export.checkpoint_state import last_common_checkpoint
-    from ...hf_models.build import load_config
-    from ...hf_models.loading import load_model, load_tokenizer
-    from ...trainer import HessoTrainer
+    from ..export.checkpoint_state import last_common_checkpoint
+    from ..hf_models.build import load_config
+    from ..hf_models.loading import load_model, load_tokenizer
+    from ..trainer import HessoTrainer
 
     run = recipe.run
     tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
@@ -91,25 +80,22 @@ def prune(recipe: Recipe) -> PruneResult | None:
     trainer.save_model(str(output), _internal_call=True)
     if recipe.training.push_to_hub:
         trainer.push_to_hub()
-    if trainer.pruning_report is None:
-        return None
-    return PruneResult(output, trainer.pruning_report.to_dict(), loss)
+    if trainer.pruning_report is not None:
+        print_report(trainer.pruning_report.to_dict(), str(output), loss)
 
 
 def _datasets(run: RunArguments, tokenizer: Any) -> tuple[Any, Any]:
     """Return the blocks to train on and the held-out ones."""
-    from ..data import held_out_split, text_blocks
-
-    options: dict[str, Any] = {"text_column": run.text_column}
     named = run.eval_dataset is not None or run.eval_split is not None
     train, held_out = text_blocks(
         str(run.dataset), tokenizer, run.block_size, run.dataset_split, config_name=run.dataset_config,
-        max_examples=run.max_examples, held_out_ratio=None if named else run.eval_ratio, **options,
+        text_column=run.text_column, max_examples=run.max_examples, held_out_ratio=None if named else run.eval_ratio,
     )  # fmt: skip
     if named:
         source = run.eval_dataset or str(run.dataset)
         name = run.dataset_config if source == run.dataset else None
         held_out, _ = text_blocks(
-            source, tokenizer, run.block_size, run.eval_split or held_out_split(source), config_name=name, **options
+            source, tokenizer, run.block_size, run.eval_split or held_out_split(source), config_name=name,
+            text_column=run.text_column,
         )  # fmt: skip
     return train, held_out

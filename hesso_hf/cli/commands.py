@@ -1,0 +1,310 @@
+"""What each command takes and does, but for `prune`, which has a file of its own.
+
+Frameworks are imported inside the functions, after the flags and the files they name were checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import HessoConfig
+from ..errors import HessoError
+from .data import check_text_file, held_out_split, model_source, text_blocks
+from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
+from .printing import print_report, print_table
+
+REPORT_NAME = "pruning_report.json"  # export's, whose modules import torch; a test compares the two
+
+# -- inspect -----------------------------------------------------------------------------------------------------------
+
+
+def inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id, folder or config.json")
+    parser.add_argument("--ratio", type=float, nargs="+", default=[0.2, 0.3, 0.5], help="shares to find sizes for")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Inspect a model, and print a table or JSON."""
+    model = model_source(arguments.model)
+    for ratio in arguments.ratio:
+        HessoConfig(pruning_ratio=ratio)  # refuses what isn't a share
+    from ..budget import inspect_model
+
+    found = inspect_model(model, tuple(arguments.ratio), arguments.trust_remote_code)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    rows = []
+    for name, item in found.structures.items():
+        rows.append([
+            name, item.status.replace("_", " "), str(item.units or "-"), str(item.layers or "-"),
+            f"{item.parameters_per_unit:,}" if item.status == "proved" else "-",
+            f"{item.relative_error:.0e}" if item.relative_error is not None else "-",
+        ])  # fmt: skip
+    title = f"{found.model_class}, {found.parameters:,} parameters"
+    print_table(title, ["structure", "status", "units", "layers", "parameters\na unit", "error"], rows)
+    for name, item in found.structures.items():
+        if item.status != "proved":
+            print(f"{name}: {item.reason.removeprefix(f'{name}: ')}")
+    print("\nsizes for an even split between the structures (a training run measures the split on its data):")
+    for ratio, option in found.feasible.items():
+        print(f"ratio {ratio}: {option.get('reason') or _sizes_line(option)}")
+
+
+def _sizes_line(option: dict[str, Any]) -> str:
+    sizes = ", ".join(f"{name} {size}" for name, size in option["sizes"].items())
+    return f"{option['parameters']:,} parameters ({option['ratio']:.1%} removed): {sizes}"
+
+
+# -- plan --------------------------------------------------------------------------------------------------------------
+
+
+def plan_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id, folder or config.json")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB, 1e9 bytes)")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument(
+        "--host-memory", type=float, help="main memory of one node (GB); by default as much as is needed"
+    )
+    parser.add_argument("--batch-size", type=int, default=1, help="examples in one GPU's micro-batch")
+    parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in one example")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--gradient-accumulation", action="store_true", help="gradients stay between micro-batches")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the computation")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument(
+        "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
+    )
+    parser.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--trust-remote-code", action="store_true")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Estimate every engine, and print a table or JSON."""
+    workload = Workload(
+        arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
+        arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
+        arguments.lora_rank,
+    )  # fmt: skip
+    host = None if arguments.host_memory is None else arguments.host_memory * GB
+    cluster = Cluster(arguments.gpus, arguments.gpu_memory * GB, arguments.gpus_per_node, host)
+    model = model_source(arguments.model)
+    from .memory import plan_memory
+
+    found = plan_memory(model, workload, cluster, arguments.trust_remote_code, arguments.model)
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    print_table(found.title(), found.header(), found.rows())
+    print("\n".join(found.notes()))
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def export_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint-* folder of a run whose pruning has finished")
+    parser.add_argument("output", help="folder for the smaller model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="stored dtype")
+    parser.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write the smaller model of a checkpoint, and print its report."""
+    if not Path(arguments.checkpoint).is_dir():
+        raise HessoError(
+            f"`checkpoint` ({arguments.checkpoint!r}) is no folder; give a checkpoint-* folder that training wrote"
+        )
+    from ..export import export_pruned
+
+    report = export_pruned(
+        arguments.checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
+    )
+    print_report(report.to_dict(), arguments.output)
+
+
+# -- eval --------------------------------------------------------------------------------------------------------------
+
+
+def eval_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument("--dataset", help="python-docs, a text file or a Hub id")
+    parser.add_argument("--split", help="default: test, or all of a file")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--tasks", help="comma-separated lm-eval tasks")
+    parser.add_argument("--include-path", help="folder with further lm-eval task files")
+    parser.add_argument("--limit", type=int, help="examples at most")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Measure a model on text or lm-eval tasks, and print a table or JSON."""
+    if arguments.dataset is None and arguments.tasks is None:
+        raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
+    model, found = model_source(arguments.model), {}
+    if arguments.dataset is not None:
+        check_text_file(arguments.dataset)
+        found = _measure(model, arguments)
+    tasks = {} if arguments.tasks is None else _lm_eval(model, arguments)
+    if arguments.json:
+        print(json.dumps(found | ({} if arguments.tasks is None else {"tasks": tasks}), indent=1))
+        return
+    rows = [[name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"] for name, value in found.items()]
+    rows += [[f"{task} {name}", f"{value:.4g}"] for task, scores in tasks.items() for name, value in scores.items()]
+    print_table(arguments.model, ["measure", "value"], rows)
+
+
+def _measure(model: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return loss (nats a token), perplexity and the number of predicted tokens."""
+    import torch
+
+    from ..hf_models.loading import load_model, load_tokenizer
+    from .evaluate import held_out_loss, perplexity
+
+    dataset, block_size = arguments.dataset, arguments.block_size
+    blocks, _ = text_blocks(
+        dataset, load_tokenizer(model), block_size, arguments.split or held_out_split(dataset),
+        text_column=arguments.text_column, max_examples=arguments.limit,
+    )  # fmt: skip
+    loss = held_out_loss(load_model(model, torch.float32, arguments.trust_remote_code), blocks)
+    return {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
+
+
+def _lm_eval(model: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the numbers of each task."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise HessoError("`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'") from error
+    results = lm_eval.simple_evaluate(
+        model="hf", model_args=f"pretrained={model},trust_remote_code={arguments.trust_remote_code}",
+        tasks=arguments.tasks.split(","), limit=arguments.limit,
+        task_manager=TaskManager(include_path=arguments.include_path),
+    )  # fmt: skip
+    return {
+        task: {key: value for key, value in scores.items() if isinstance(value, float | int)}
+        for task, scores in results["results"].items()
+    }
+
+
+# -- report ------------------------------------------------------------------------------------------------------------
+
+
+def report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="folder of the smaller model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Show a smaller model's pruning report, and draw it where that is asked for."""
+    path = Path(arguments.model) / REPORT_NAME
+    if not path.is_file():
+        raise HessoError(
+            f"{arguments.model} has no {REPORT_NAME}: it isn't a model that was pruned and saved by hesso_hf"
+        )
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if arguments.plot:
+        _plot(found, arguments.plot)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_report(found, arguments.model)
+
+
+def _plot(report: dict[str, Any], path: str) -> None:
+    """Draw what CRIC did, from a pruning report."""
+    if not report.get("cric"):
+        raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
+    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise HessoError(f"`--plot` ({path!r}) must end in .png, .svg or .pdf")
+    if not Path(path).absolute().parent.is_dir():
+        raise HessoError(f"`--plot` ({path!r}): there is no folder {str(Path(path).parent)!r}; make it first")
+    from ..export.plots import draw_cric
+
+    if not draw_cric(report["cric"], Path(path)):
+        raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")
+
+
+# -- survey ------------------------------------------------------------------------------------------------------------
+
+
+def survey_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--types", nargs="+", help="model types; the others that the output has are kept")
+    parser.add_argument("--output", default="docs/architectures.json", help="JSON file; a page is written beside it")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--resume", action="store_true", help="leave out the types that the output has already")
+    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one type")
+
+
+def survey(arguments: argparse.Namespace) -> None:
+    """Survey model types, and write what is found after each.
+
+    Raises:
+        HessoError: for an unknown type, a count that isn't positive, or an output that can't be gone on with.
+    """
+    for name, value in (("jobs", arguments.jobs), ("time-limit", arguments.time_limit)):
+        if value <= 0:
+            raise HessoError(f"`--{name}` ({value}) must be above zero")
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .survey.page import summary
+    from .survey.survey import SurveyFile, survey_types
+
+    path = Path(arguments.output)
+    columns = (TextColumn("{task.description:<28}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("starting", total=None)
+        file = SurveyFile(path, arguments.types, arguments.resume)
+        found = survey_types(file.left, arguments.jobs, arguments.time_limit)
+        for done, (model_type, structures) in enumerate(found, 1):
+            file.add(model_type, structures)
+            progress.update(task, completed=done, total=len(file.left), description=model_type)
+    print(summary(file.content))
+    print(f"written: {path} and {path.with_suffix('.md')}")
+
+
+# -- quickstart --------------------------------------------------------------------------------------------------------
+
+
+def quickstart_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub id instead of the bundled model")
+    parser.add_argument("--dataset", default="python-docs", help="text to train on")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each of the two runs")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share of the parameters to remove")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--output", default="quickstart", help="folder for the smaller models and results.json")
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    """Train, compare and print."""
+    HessoConfig(pruning_ratio=arguments.ratio)  # refuses what isn't a share
+    check_text_file(arguments.dataset)
+    if arguments.model is not None:
+        model_source(arguments.model)
+    from .quickstart import run_quickstart
+
+    rows, samples = run_quickstart(arguments)
+    print_table("before and after", ["", *[row.name for row in rows]], [
+        ["parameters", *[f"{row.parameters:,}" for row in rows]],
+        ["size on disk", *[f"{row.bytes / 1e6:.2f} MB" for row in rows]],
+        ["held-out perplexity", *[f"{row.perplexity:.2f}" for row in rows]],
+        ["tokens/s (forward)", *[f"{row.tokens_per_second:,.0f}" for row in rows]],
+    ])  # fmt: skip
+    for name, sample in samples.items():
+        print(f"\n{name}:\n  " + sample.strip().replace("\n", "\n  "))
+    print(f"\nsmaller model: {arguments.output}/hesso, loads with plain AutoModelForCausalLM.from_pretrained")
