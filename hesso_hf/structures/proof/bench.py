@@ -6,6 +6,8 @@ Random units of the tiny model are zeroed, the same units are cut out, and the l
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...errors import UnsupportedStructureError
 from ...hf_models.tiny_model import forward_logits, logits_of, random_model, relative_error, token_ids
 from ..build import build_groups, coupled_units, num_units
-from ..cut import load_cut, zero_units_
+from ..cut import cuts_by_tensor, load_cut, zero_units_
 from ..groups import AxisName, PruningGroups, Scheme
 from ..layout import Layout, Segment
 from ..shape_probe import probe_axes
@@ -23,6 +25,8 @@ from .ownership import GradientProbe, layout_of
 from .residual_stream import Sides, StreamAxis, stream_axes, writing_modules
 from .result import TOLERANCE
 from .tiny_case import units_to_keep
+
+Fold = tuple[float, float]  # what is added to a stored value, and what the sum is multiplied by
 
 
 class Bench:
@@ -103,7 +107,11 @@ class Bench:
 
 
 class Trial:
-    """One set of units of the tiny model, zeroed under fixed layouts, and the model that is cut to the others."""
+    """One set of units of the tiny model, zeroed under fixed layouts, and the model that is cut to the others.
+
+    Schemes that differ in their powers of c alone are told apart by folding these into what was cut once; the one that
+    holds is then cut as an export cuts.
+    """
 
     def __init__(self, bench: Bench, schemes: dict[str, Scheme]) -> None:
         self.bench = bench
@@ -116,10 +124,45 @@ class Trial:
         if relative_error(self.logits, bench.logits) < 100 * TOLERANCE:
             raise UnsupportedStructureError("zeroing its units changes nothing, so no layout can be told from another")
         self.small = bench.model_class(small_config).float().eval()
+        plain = bench.groups({name: replace(scheme, powers={}) for name, scheme in schemes.items()})
+        load_cut(self.small, self.parameters, plain, self.kept)
+        cut = cuts_by_tensor(plain, self.kept)
+        self.cut = {name: p.detach().clone() for name, p in self.small.named_parameters() if name in cut}
+        owners = {axis: name for name, groups in plain.structures.items() for _, axis in groups.all_axes()}
+        self.roots = {
+            name: [(owners[axis], math.sqrt(len(units) / total)) for axis, units, total in cut[name]]
+            for name in self.cut
+        }
+        self.folded: dict[str, list[Fold]] = {}  # what the small model's parameters have in them
 
     def error_of(self, schemes: dict[str, Scheme]) -> float:
         """Cut with the schemes' powers of c and compare logits."""
+        self._fold(schemes)
+        error = self._error()
+        if error > TOLERANCE:
+            return error
+        self.folded = {}
         load_cut(self.small, self.parameters, self.bench.groups(schemes), self.kept)
+        return self._error()
+
+    @torch.no_grad()
+    def _fold(self, schemes: dict[str, Scheme]) -> None:
+        """Multiply what was cut by the schemes' powers of c."""
+        parameters = dict(self.small.named_parameters())
+        for name, values in self.cut.items():
+            pattern = self.bench.axis_map.parameters[name].pattern
+            folds = [
+                (schemes[owner].shifts.get(pattern, 0.0), root ** schemes[owner].powers.get(pattern, 0))
+                for owner, root in self.roots[name]
+            ]
+            if self.folded.get(name) == folds:
+                continue
+            for shift, factor in folds:
+                values = (values + shift) * factor - shift if factor != 1.0 else values
+            parameters[name].copy_(values)
+            self.folded[name] = folds
+
+    def _error(self) -> float:
         logits = logits_of(self.small, self.bench.input_ids)
         if logits.shape != self.logits.shape:
             raise UnsupportedStructureError(f"{type(self.small).__name__} gives these channels out, so all are needed")
