@@ -101,6 +101,13 @@ def test_choosing_nothing_is_refused(name: str, empty: Any) -> None:
         HessoConfig(**{"pruning_ratio": 0.5, name: empty})
 
 
+def test_the_papers_method_is_hesso_with_cric_and_nothing_beside() -> None:
+    config = HessoConfig.paper(0.5, structures="mlp_channels")
+    assert (config.pruning_ratio, config.cric, config.cric_mode) == (0.5, True, "path")
+    assert (config.stream_basis, config.healing, config.replay_share) == ("given", "off", 0.0)
+    assert (config.distillation_alpha, config.structures) == (0.0, "mlp_channels")
+
+
 def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(HessoError, match=r"unknown key `prunning_ratio`.*did you mean 'pruning_ratio'"):
         HessoConfig.from_dict({"prunning_ratio": 0.5})

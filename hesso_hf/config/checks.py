@@ -16,6 +16,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "budget_metric": ("parameters", "flops", "memory", "latency"),
     "layer_widths": ("uniform", "per_layer"),
     "stream_basis": ("given", "principal", "auto"),
+    "healing": ("off", "auto"),
     "export_dtype": (None, "float32", "bfloat16", "float16"),
     "lora_export": ("merged", "adapter"),
     "cric_mode": ("path", "probe"),
@@ -36,7 +37,8 @@ def check(config: HessoConfig) -> None:
         HessoError: with the argument, the value, what is allowed, and what to do.
     """
     for part in (
-        _check_types, _check_budget, _check_names, _check_schedule, _check_collapse, _check_distillation, _check_idle,
+        _check_types, _check_budget, _check_names, _check_schedule, _check_collapse, _check_distillation,
+        _check_replay, _check_idle,
     ):  # fmt: skip
         part(config)
 
@@ -47,7 +49,7 @@ def _check_types(config: HessoConfig) -> None:
         value, kinds = getattr(config, name), get_args(hint) or (hint,)
         if value is None and NoneType in kinds:
             continue
-        if float in kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if float in kinds and str not in kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
         if int in kinds:
             check_integer(name, value, _LEAST.get(name, 1), or_none=NoneType in kinds)
@@ -149,6 +151,18 @@ def _check_distillation(config: HessoConfig) -> None:
         )
 
 
+def _check_replay(config: HessoConfig) -> None:
+    share = config.replay_share
+    if share != "auto" and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1):
+        raise HessoError(
+            f"`replay_share` ({share!r}) must be 'auto' or lie in [0, 1): it is a share of the tokens trained on"
+        )
+    if config.replay_dataset is not None and not isinstance(config.replay_dataset, str):
+        raise HessoError(
+            f"`replay_dataset` ({type(config.replay_dataset).__name__}) must name a file, a folder or a Hub id"
+        )
+
+
 def _check_idle(config: HessoConfig) -> None:
     """Refuse choices that would have no effect."""
     cric, alpha = "without `cric` (False)", "with `distillation_alpha` (0); set that too, to 0.9 for example"
@@ -161,6 +175,8 @@ def _check_idle(config: HessoConfig) -> None:
             idle["cric_snapshot"] = f"{cric} or `on_collapse` 'pause'"
     if config.distillation_alpha == 0:
         idle |= dict.fromkeys(("distillation_temperature", "distill_from"), alpha)
+    if config.replay_share == 0:
+        idle["replay_dataset"] = "with `replay_share` (0); set that too, to 'auto' for example"
     for name, reason in idle.items():
         if getattr(config, name) != config.__dataclass_fields__[name].default:
             raise HessoError(f"`{name}` ({getattr(config, name)!r}) does nothing {reason}")

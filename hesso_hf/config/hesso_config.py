@@ -7,7 +7,16 @@ from typing import Any
 
 from ..errors import HessoError, nearest_name
 from .checks import check
-from .names import CRIC_SALIENCY, DEFAULT_SALIENCY, DEFAULT_STRUCTURES, SALIENCIES, STRUCTURES, parse, weights_by_name
+from .names import (
+    CRIC_SALIENCY,
+    DEFAULT_SALIENCY,
+    DEFAULT_STRUCTURES,
+    SALIENCIES,
+    STRUCTURES,
+    number,
+    parse,
+    weights_by_name,
+)
 
 
 def _option(default: Any, meaning: str) -> Any:
@@ -58,6 +67,11 @@ class HessoConfig:
     stream_basis_tolerance: float = _option(
         0.05, "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."
     )
+    healing: str = _option(
+        "off",
+        "auto: what marked units contribute is refitted into those that stay, where that lowers the error on held-out "
+        "tokens; off: training alone makes up for it.",
+    )
     warmup_steps: float = _option(0.05, "Ordinary steps before the first scoring (steps).")
     pruning_steps: float = _option(0.15, "Length of all pruning periods together (steps).")
     pruning_periods: int | None = _option(None, "Number of pruning periods (default 3, fewer in very short runs).")
@@ -97,6 +111,14 @@ class HessoConfig:
     distill_from: str | None = _option(
         None, "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."
     )
+    replay_share: float | str | None = _option(
+        0.0,
+        "Share of the tokens trained on that is text written by the base model before training, on which the student "
+        "stays near the base model; 0 is without, auto takes 0.25 where there can be some.",
+    )
+    replay_dataset: str | None = _option(
+        None, "Text for replay instead of what the model writes: a file, a folder or a Hub id."
+    )
     prune_vocabulary: bool = _option(
         False, "Remove tokens that train_dataset never uses from the saved model and its tokenizer."
     )
@@ -115,6 +137,7 @@ class HessoConfig:
         self.structures = "all" if self.structures is None else parse(self.structures)
         self.target_sizes = parse(self.target_sizes)
         self.saliency = parse(self.saliency)
+        self.replay_share = 0.0 if self.replay_share is None else number(self.replay_share)
         check(self)
 
     @property
@@ -152,12 +175,26 @@ class HessoConfig:
     def choices(self) -> dict[str, Any]:
         """Return what a run's sums and scales depend on."""
         names = ["saliency_batches", "layer_widths", "on_collapse"]
+        names += ["healing"] if self.healing != "off" else []  # which earlier checkpoints don't know
         names += [name for name in self.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
         return {"saliency": self.saliency_weights} | {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""
         return asdict(self)
+
+    @classmethod
+    def paper(cls, pruning_ratio: float, **changes: Any) -> HessoConfig:
+        """Return the paper's method alone, whatever the defaults are: HESSO with CRIC in path mode, and nothing beside.
+
+        Args:
+            changes: other fields.
+        """
+        alone: dict[str, Any] = {
+            "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "cric": True,
+            "cric_mode": "path",
+        }  # fmt: skip
+        return cls(pruning_ratio=pruning_ratio, **(alone | changes))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HessoConfig:

@@ -41,6 +41,14 @@ def parse(value: Any) -> Any:
     return value
 
 
+def number(value: Any) -> Any:
+    """Turn a number's text (from a command line) into it; leave everything else alone."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def weights_by_name(argument: str, value: Any, known: tuple[str, ...]) -> dict[str, float]:
     """Normalise a name, a list of names or a dict of weights to a dict; refuse unknown names."""
     if isinstance(value, str):

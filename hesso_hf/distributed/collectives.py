@@ -65,6 +65,20 @@ def broadcast_decisions_(decisions: list[torch.Tensor]) -> None:
         decision.copy_(part.view(decision.shape))
 
 
+def broadcast_(tensors: list[torch.Tensor]) -> None:
+    """Overwrite tensors with rank 0's."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.broadcast(tensor, src=0)
+
+
+def summed_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over all ranks."""
+    if world_size() > 1:
+        meet()
+        dist.all_reduce(values)
+    return values
+
+
 def meet() -> None:
     """Wait for all processes, however long one of them works: collectives give up after half an hour.
 

@@ -12,6 +12,7 @@ from .. import hand_on
 
 if TYPE_CHECKING:
     from .basis import turn_stream
+    from .healing import Healer
     from .optimizer import HessoOptimizer
     from .plan import PruningPlan, wrap_optimizer
     from .process import PruningProcess
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .state import PruningState
 
 __all__ = [
+    "Healer",
     "HessoOptimizer",
     "PruningPlan",
     "PruningProcess",
@@ -31,6 +33,7 @@ __getattr__ = hand_on(
     __name__,
     {
         "turn_stream": "basis",
+        "Healer": "healing",
         "HessoOptimizer": "optimizer",
         "PruningPlan": "plan",
         "PruningProcess": "process",

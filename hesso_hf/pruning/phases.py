@@ -22,6 +22,7 @@ from ..distributed.collectives import check_agreement, mean_over_ranks
 from ..errors import HessoError
 from .collapse import LEVEL_STEPS, RECENT_STEPS
 from .cric import CricTrial
+from .healing import Healer
 from .ranking import Ranking, agreed
 from .saliency import PerUnit, UnitSums
 from .schedule import PeriodStep, Schedule
@@ -37,6 +38,13 @@ class Run:
     bound: BoundGroups
     ranking: Ranking
     config: HessoConfig
+    healer: Healer | None = None
+
+    def heal(self) -> None:
+        """Have what the marked units say refitted into the others, which take it on as the period goes along."""
+        if self.healer is not None:
+            found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned())
+            self.state.healing = self.bound.from_main(found)
 
     def new_trial(self) -> CricTrial | None:
         """Return CRIC before its first cycle, with as many samples as the schedule says; None without CRIC."""
@@ -91,6 +99,7 @@ class Run:
         for redundant in self.state.redundant.values():
             redundant.zero_()
         self.state.period_start = None
+        self.state.healing = {}
         if self.state.trial is None:
             self.state.order = None
 
@@ -194,6 +203,7 @@ class PruningPeriod(Phase):
             state.order = order
             state.period_start = run.bound.snapshot(base, run.snapshots_on_cpu)
         state.sums.zero_()
+        run.heal()
 
     def after(self) -> None:
         """Shrink the redundant units; after the period's last step they are pruned."""
@@ -205,6 +215,7 @@ class PruningPeriod(Phase):
             factors[name] = torch.where(redundant, position.factor, (self.state.scales[name] > 0).float())
             self.state.scales[name].masked_fill_(redundant, scale)
         self.run.bound.route(self.state.scales)
+        self.run.bound.add_(self.state.healing, 1.0 / position.length)
         if position.last:
             self.run.end_period()
             self.run.mask()

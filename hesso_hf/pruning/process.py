@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
+from ..errors import HessoError
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.lora import NO_ADAPTERS, Adapters
 from ..structures.router_gates import RouterGates
 from . import phases
 from .collapse import CollapseWatch
 from .cric import CricTrial
+from .healing import Healer
 from .ranking import Ranking
 from .saliency import PerUnit, no_units
 from .schedule import Schedule
@@ -120,6 +122,16 @@ class PruningProcess:
         """Put weights that were loaded from elsewhere back under the pruned units' zeros."""
         self.run.mask()
         self.run.centre()
+
+    def heal_with(self, healer: Healer) -> None:
+        """Have marked units' contributions refitted into those that stay, from the next period on.
+
+        Raises:
+            HessoError: where parameters are divided among processes.
+        """
+        if self.bound.sharded:
+            raise HessoError("healing needs whole matrices, which FSDP and DeepSpeed don't have; leave it out")
+        self.run.healer = healer
 
     # -- CRIC -----------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,10 @@ Legend: L layers, U units a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from ..budget.solver import TargetSizes
@@ -40,6 +41,7 @@ class PruningState:
         watch: on the loss.
         trial: CRIC's sets, sums and snapshot; None without CRIC.
         period_start: snapshot of the period's start, while it may be paused.
+        healing: what is added to matrices in this period, by parameter, all its steps together.
     """
 
     target: TargetSizes
@@ -53,6 +55,7 @@ class PruningState:
     step: int = 0
     order: PerUnit | None = None
     period_start: Snapshot | None = None
+    healing: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"step {self.step} of {self.schedule.total_steps} ({self.schedule.phase(self.step)})"]
@@ -105,6 +108,7 @@ class PruningState:
             "watch": self.watch.state_dict(),
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self.period_start.state_dict() if self.period_start else None,
+            **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
             "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 
@@ -138,6 +142,7 @@ class PruningState:
         order = saved["order"]
         self.order = None if order is None else {name: score.to(bound.device) for name, score in order.items()}
         self.watch.load_state_dict(saved["watch"])
+        self.healing = {name: added.to(bound.device) for name, added in saved.get("healing", {}).items()}
 
     def load_snapshots(self, saved: Mapping[str, Any], bound: BoundGroups, base: Optimizer, on_cpu: bool) -> None:
         """Take over CRIC's trial and the snapshots, which belong to the parameters of `base`."""

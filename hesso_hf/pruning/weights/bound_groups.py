@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ...distributed.collectives import broadcast_, from_main
 from ...distributed.parts import Part, add_over_ranks, full_shape, local
 from ...errors import CheckpointMismatchError, UnsupportedStructureError
 from ...structures.experts import EXPERT_UNITS
@@ -134,6 +135,18 @@ class BoundGroups:
         """Multiply each unit's effective weights by its factor."""
         for axis, values, part, weights in self._each_piece(factors):
             axis.shrink_(weights, values, part)
+
+    def add_(self, added: Mapping[str, torch.Tensor], share: float) -> None:
+        """Add a share of matrices to parameters that this process holds whole."""
+        for name, values in added.items():
+            self.parameters[name].data.add_(values, alpha=share)
+
+    def from_main(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return rank 0's tensors of parameters' shapes on every rank."""
+        names = from_main(sorted(values))
+        shared = {name: values.get(name, torch.empty_like(self.parameters[name])) for name in names}
+        broadcast_(list(shared.values()))
+        return shared
 
     def route(self, scales: PerUnit) -> None:
         """Let the routers choose experts by their scales."""

@@ -1,0 +1,226 @@
+"""Healing: what marked units say is refitted into those that stay, without a trace where these can say it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hesso_hf import HessoConfig
+from hesso_hf.hf_models.tiny_model import logits_of
+from hesso_hf.pruning import healing
+from hesso_hf.pruning.healing import Healer, padded, readers_of
+from hesso_hf.pruning.optimizer import HessoOptimizer
+from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
+from hesso_hf.pruning.saliency import PerUnit
+from hesso_hf.pruning.weights.bound_groups import BoundGroups
+from hesso_hf.structures.lora import Adapters, base_of, parameters_of
+from tests.support.lora import tiny_lora
+from tests.support.tiny import HEAD_DIM, KV_HEADS, MLP, VOCAB, tiny_gpt2, tiny_llama
+
+REPEATED = 10
+HEADS, CHANNELS, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
+CONFIG = {"warmup_steps": 0, "pruning_steps": 4, "pruning_periods": 1, "saliency": "magnitude"}
+
+
+def tokens(rows: int = 16, length: int = 24, seed: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def bound_to(model: PreTrainedModel) -> BoundGroups:
+    groups = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.1)).groups
+    return BoundGroups(parameters_of(base_of(model)), groups, adapters=Adapters.of(base_of(model)))
+
+
+def none_of(bound: BoundGroups) -> PerUnit:
+    return {name: torch.zeros(shape, dtype=torch.bool) for name, shape in bound.shapes().items()}
+
+
+def leave_(bound: BoundGroups, marked: PerUnit, corrections: dict[str, torch.Tensor]) -> None:
+    """Do at once what a period does along its steps."""
+    bound.add_(corrections, 1.0)
+    bound.mask_weights_(marked)
+
+
+@torch.no_grad()
+def repeat_(model: PreTrainedModel) -> None:
+    """Have each layer's first channels repeat the next ones at half the size, and its first head group the second."""
+    for layer in model.model.layers:
+        size = HEAD_DIM * model.config.num_attention_heads // KV_HEADS
+        for matrix, units, factor in (
+            (layer.mlp.gate_proj, REPEATED, 1.0), (layer.mlp.up_proj, REPEATED, 0.5),
+            (layer.self_attn.q_proj, size, 1.0), (layer.self_attn.k_proj, HEAD_DIM, 1.0),
+            (layer.self_attn.v_proj, HEAD_DIM, 0.5),
+        ):  # fmt: skip
+            for parameter in (matrix.weight, matrix.bias) if matrix.bias is not None else (matrix.weight,):
+                parameter[:units] = factor * parameter[units : 2 * units]
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["plain", "lora"])
+def test_units_that_others_repeat_leave_without_a_trace(adapters: bool):
+    model: Any = tiny_llama(seed=3)
+    repeat_(model)
+    if adapters:
+        model = tiny_lora(model, target_modules=["down_proj", "o_proj"])
+    bound, held_out = bound_to(model), tokens(seed=9)["input_ids"]
+    before = logits_of(model, held_out)
+    marked = none_of(bound)
+    marked[CHANNELS][:, :REPEATED] = True
+    marked[HEADS][:, 0] = True
+    corrections = Healer(base_of(model), tokens()).corrections(bound, marked, none_of(bound))
+    assert len(corrections) == 2 * model.config.num_hidden_layers
+    leave_(bound, marked, corrections)
+    assert (logits_of(model, held_out) - before).abs().max() <= 2e-4 * before.abs().max()
+
+
+def test_without_healing_these_units_would_be_missed():
+    model = tiny_llama(seed=3)
+    repeat_(model)
+    bound, held_out = bound_to(model), tokens(seed=9)["input_ids"]
+    before, marked = logits_of(model, held_out), none_of(bound)
+    marked[CHANNELS][:, :REPEATED] = True
+    leave_(bound, marked, {})
+    assert (logits_of(model, held_out) - before).abs().max() > 1e-2 * before.abs().max()
+
+
+def activations(model: PreTrainedModel, module: torch.nn.Module, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    found: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        model.eval()(**batch)
+    handle.remove()
+    return found[0][batch["attention_mask"].bool()].double().numpy()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["linear", "conv1d"])
+def test_a_correction_is_the_ridge_regression_on_the_tokens_that_count(make: Any, monkeypatch: pytest.MonkeyPatch):
+    """The first layer's, whose activations don't depend on others' healing; the rest of a padded row counts nothing."""
+    monkeypatch.setattr(healing, "RIDGES", (0.1,))
+    model, batch = make(seed=5), tokens()
+    batch["attention_mask"][3:7, 15:] = 0
+    bound = bound_to(model)
+    reader = next(r for r in readers_of(model, bound) if any(name == CHANNELS for name, _, _ in r.axes))
+    marked, pruned = none_of(bound), none_of(bound)
+    marked[CHANNELS][0, [1, 4, 7]] = True
+    pruned[CHANNELS][0, [0, 2]] = True
+    found = Healer(model, batch).corrections(bound, marked, pruned)[reader.name]
+    read = activations(model, reader.module, batch)
+    stays = [unit for unit in range(MLP) if unit not in (0, 1, 2, 4, 7)]
+    others, gone = read[:, stays], read[:, [1, 4, 7]]
+    ridge = 0.1 * (read**2).sum(0).mean()
+    said = np.linalg.solve(others.T @ others + ridge * np.eye(len(stays)), others.T @ gone)
+    weight = reader.module.weight.detach().double().numpy()
+    weight = weight if reader.dim == 1 else weight.T
+    expected = np.zeros_like(weight)
+    expected[:, stays] = weight[:, [1, 4, 7]] @ said.T
+    result = found.double().numpy() if reader.dim == 1 else found.double().numpy().T
+    assert np.abs(result - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_later_matrices_are_fitted_to_what_healed_ones_make():
+    model, batch = tiny_llama(seed=5), tokens()
+    bound, marked = bound_to(model), none_of(bound_to(model))
+    marked[CHANNELS][:, :12] = True
+    together = Healer(model, batch).corrections(bound, marked, none_of(bound))
+    first = none_of(bound)
+    first[CHANNELS][0] = marked[CHANNELS][0]
+    leave_(bound, first, Healer(model, batch).corrections(bound, first, none_of(bound)))
+    second = none_of(bound)
+    second[CHANNELS][1] = marked[CHANNELS][1]
+    after = Healer(model, batch).corrections(bound, second, none_of(bound))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert (together[name] - after[name]).abs().max() <= 1e-4 * after[name].abs().max()
+
+
+def test_noise_is_left_alone():
+    """Where no unit says anything of another, the held-out tokens are not said better by any ridge."""
+    healer = Healer(tiny_llama(), tokens())
+    rows = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    gone = torch.zeros(48, dtype=torch.bool)
+    gone[:4] = True
+    assert healer._said_by_others(rows, torch.randn(6, 4), gone, ~gone) is None
+
+
+def run(model: PreTrainedModel, healed: bool, rate: float = 0.0, **changes: Any) -> HessoOptimizer:
+    """Go through one pruning period, by default without learning anything."""
+    sizes = {"target_sizes": {"intermediate_size": MLP - 12, "hidden_size": 48}, "structures": [CHANNELS, STREAM]}
+    base = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer = wrap_optimizer(base, model, HessoConfig(**(sizes | CONFIG | changes)), total_steps=6)
+    if healed:
+        optimizer.process.heal_with(Healer(model, tokens()))
+    return optimizer
+
+
+def step(model: PreTrainedModel, optimizer: HessoOptimizer, count: int) -> None:
+    ids = tokens(rows=2, seed=7)["input_ids"]
+    for _ in range(count):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_units_take_the_correction_on_as_the_marked_ones_shrink():
+    model = tiny_llama(seed=5)
+    name = "model.layers.1.mlp.down_proj.weight"
+    before = model.get_parameter(name).detach().clone()
+    optimizer = run(model, healed=True)
+    step(model, optimizer, 1)
+    process = optimizer.process
+    correction = process.state.healing[name].clone()
+    stays = ~process.redundant[CHANNELS][1]
+    rows = ~process.redundant[STREAM][0]
+    assert correction[:, ~stays].abs().max() == 0
+    assert correction[~rows].abs().max() == 0, "a channel of the stream that goes itself took something on"
+    for quarter in (0.25, 0.5, 0.75, 1.0):
+        weight = model.get_parameter(name).detach()
+        change = (weight - before)[rows][:, stays]
+        assert (change - quarter * correction[rows][:, stays]).abs().max() <= 1e-6
+        step(model, optimizer, 1)
+    assert not process.state.healing
+    assert model.get_parameter(name)[:, ~stays].abs().max() == 0
+
+
+def test_a_run_that_goes_on_within_a_period_is_the_same_bit_for_bit():
+    whole = tiny_llama(seed=5)
+    optimizer = run(whole, healed=True, rate=1e-2)
+    step(whole, optimizer, 2)
+    weights, state = copy.deepcopy(whole.state_dict()), copy.deepcopy(optimizer.state_dict())
+    step(whole, optimizer, 4)
+    again = tiny_llama(seed=5)
+    resumed = run(again, healed=True, rate=1e-2)
+    again.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    step(again, resumed, 4)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+
+
+def test_healing_keeps_the_loss_nearer_than_shrinking_alone():
+    losses = {}
+    for healed in (False, True):
+        model = tiny_llama(seed=3)
+        repeat_(model)
+        optimizer = run(model, healed, target_sizes={"intermediate_size": MLP - 5}, structures=[CHANNELS])
+        ids, before = tokens(seed=9)["input_ids"], None
+        before = logits_of(model, ids)
+        step(model, optimizer, 4)
+        losses[healed] = float((logits_of(model, ids) - before).square().mean())
+    assert losses[True] < 0.5 * losses[False]
+
+
+def test_examples_of_several_lengths_are_padded_on_the_right():
+    examples = [
+        {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1]])},
+        {
+            "input_ids": torch.tensor([[8, 9, 3, 4], [5, 5, 0, 0]]),
+            "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]]),
+        },
+    ]
+    batch = padded(examples, torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[6, 7, 0, 0], [8, 9, 3, 4], [5, 5, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
