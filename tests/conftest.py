@@ -15,9 +15,12 @@ proofs.keep()
 
 # Files that take long come first, so that no worker is left alone with one at the end (`--dist loadfile`).
 LONG = (
-    "engines/test_fsdp.py", "distributed/test_parts.py", "trainer/test_cric_training.py", "cli/survey/test_survey.py",
-    "project/test_notebooks.py", "project/test_readme.py", "trainer/test_trl.py", "trainer/test_trainer.py",
-    "engines/test_deepspeed.py", "cli/test_main.py", "vocabulary/test_keep.py", "structures/test_layers.py",
+    "engines/test_fsdp.py", "distributed/test_parts.py", "trainer/test_cric_training.py",
+    "structures/proof/test_prove.py", "cli/survey/test_survey.py", "trainer/test_trl.py", "cli/test_main.py",
+    "trainer/test_distributed.py", "export/test_publish.py", "export/test_families.py", "trainer/test_replay.py",
+    "pruning/test_cric.py", "trainer/test_trainer.py", "engines/test_deepspeed.py", "project/test_readme.py",
+    "trainer/test_other_tasks.py", "project/test_notebooks.py", "trainer/test_hub.py", "pruning/test_optimizer.py",
+    "structures/test_shape_probe.py", "structures/test_experts.py", "trainer/test_stream.py",
 )  # fmt: skip
 
 FRESH = "tests.structures.proof."  # whose tests prove anew

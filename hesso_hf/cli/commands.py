@@ -82,6 +82,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
         "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
     )
     parser.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
+    parser.add_argument("--replay-share", type=float, default=0.0, help="of all tokens, with that teacher")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust-remote-code", action="store_true")
@@ -92,7 +93,7 @@ def plan(arguments: argparse.Namespace) -> None:
     workload = Workload(
         arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
         arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
-        arguments.lora_rank,
+        arguments.lora_rank, arguments.replay_share,
     )  # fmt: skip
     host = None if arguments.host_memory is None else arguments.host_memory * GB
     cluster = Cluster(arguments.gpus, arguments.gpu_memory * GB, arguments.gpus_per_node, host)

@@ -121,7 +121,8 @@ class PruningReport:
         if self.vocabulary is not None:
             tokens = self.vocabulary["tokens"]
             rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
-        base, distillation = _repo_id(self.base_model), _shown(self.training).get("distillation")
+        base, shown = _repo_id(self.base_model), _shown(self.training)
+        distillation, replay = shown.get("distillation"), shown.get("replay")
         return _CARD.format(
             report=self,
             checked=self.verification,
@@ -132,6 +133,7 @@ class PruningReport:
             rows=rows,
             tokens="" if self.vocabulary is None else _FEWER_TOKENS,
             distilled=_DISTILLED.format(**distillation) if distillation else "",
+            replayed=_REPLAYED.format(**replay) if replay else "",
             file=REPORT_NAME,
             picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         )
@@ -183,14 +185,15 @@ def _public(model: str) -> str:
 
 
 def _shown(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's account with its teacher by the name that others may see."""
+    """Return a run's account with its teacher and replay by the names that others may see."""
     found = dict(training)
-    config, distillation = found.get("hesso_config") or {}, found.get("distillation")
-    if config.get("distill_from"):
-        teacher = _public(config["distill_from"])
-        found["hesso_config"] = {**config, "distill_from": teacher}
-        if distillation:
-            found["distillation"] = {**distillation, "teacher": teacher}
+    for name, part, entry in (("distill_from", "distillation", "teacher"), ("replay_dataset", "replay", "source")):
+        config = found.get("hesso_config") or {}
+        if config.get(name):
+            public = _public(config[name])
+            found["hesso_config"] = {**config, name: public}
+            if found.get(part):
+                found[part] = {**found[part], entry: public}
     return found
 
 
@@ -204,6 +207,9 @@ _FEWER_TOKENS = (
     "more tokens, and ids differ from those of the original tokenizer. "
 )
 _DISTILLED = "It learnt from {teacher} as the teacher (distillation weight {alpha}, temperature {temperature}). "
+_REPLAYED = (
+    "{share:.0%} of the tokens trained on were replay, written by {source}, on which it stays near the original model. "
+)
 _CARD = """---
 library_name: transformers
 tags:
@@ -214,7 +220,7 @@ tags:
 # {name}, pruned
 
 {report.pruning_ratio:.1%} of the parameters were removed by structured pruning with HESSO
-([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{kind}
+([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{replayed}{kind}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

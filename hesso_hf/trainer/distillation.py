@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import mean_over_ranks
-from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
-from .teacher import TARGETS, Teacher, fingerprint, frozen_copy, load_teacher
+from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
 
 IGNORED = -100
-ORIGINAL = "the model before pruning"
 
 
 class _DivergenceSum(torch.autograd.Function):
@@ -86,49 +84,27 @@ def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+def is_scaled(trainer: Trainer, num_items: torch.Tensor | int | None) -> bool:
+    """Return whether a trainer's loss of a micro-batch is its share of the accumulated batch already."""
+    if trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    return trainer.compute_loss_func is not None or (trainer.model_accepts_loss_kwargs and num_items is not None)
+
+
 class Distillation:
     """The teacher of a run, the loss that it adds to the trainer's own, and what that was lately.
-
-    The teacher is taken when this is made, before a step is taken or a checkpoint is loaded.
 
     Args:
         trainer: whose loss it is.
         config: of the run.
-        engine: which divides the teacher as it divides the student.
-        model: the student.
-        tokenizer: the student's.
+        teacher: in its place.
 
     Attributes:
-        source: what the teacher is.
-        fingerprint: of the teacher's weights before they were put in another dtype.
         own_forward: whether the trainer's loss computes no logits, so that they take a second forward.
-
-    Raises:
-        HessoError: where there can't be such a teacher.
     """
 
-    def __init__(
-        self, trainer: Trainer, config: HessoConfig, engine: Engine, model: PreTrainedModel, tokenizer: Any
-    ) -> None:
-        self._trainer, self._config = trainer, config
-        self.source, self.own_forward = config.distill_from or ORIGINAL, False
-        device = trainer.args.device
-        # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported() and model.dtype == torch.float32
-        dtype = torch.bfloat16 if half else model.dtype
-        if config.distill_from is not None:
-            teacher = source = load_teacher(config.distill_from, model, tokenizer, dtype)
-        elif any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-            raise HessoError(
-                f"`distillation_alpha` ({config.distillation_alpha}): the model was divided by ZeRO-3 while "
-                "it was loaded, so it can't be copied as its own teacher; name it in `distill_from`, or load the model "
-                "before the TrainingArguments are made"
-            )
-        else:
-            teacher, source = frozen_copy(model, dtype, values=engine.has_weights), model
-        self.fingerprint = fingerprint(source)
-        placed, divided = engine.place_frozen(teacher, type(model))
-        self.teacher = Teacher(placed, device, divided)
+    def __init__(self, trainer: Trainer, config: HessoConfig, teacher: Teacher) -> None:
+        self._trainer, self._config, self.teacher, self.own_forward = trainer, config, teacher, False
         self._plain: torch.Tensor | None = None  # the last micro-batch's loss without the teacher, and its divergence
         self._last: torch.Tensor | None = None
         self._scaled = True  # whether these are shares of an accumulated batch already
@@ -201,11 +177,7 @@ class Distillation:
         As the trainer does it with its own loss: by the tokens of all micro-batches and processes, or by this one's.
         """
         trainer = self._trainer
-        scaled = trainer.loss_is_scaled_for_ga
-        if scaled is None:
-            scaled = trainer.compute_loss_func is not None or (
-                trainer.model_accepts_loss_kwargs and num_items is not None
-            )
+        scaled = is_scaled(trainer, num_items)
         if num_items is None or not scaled:
             return scaled, max(1, count)
         args = trainer.args
@@ -238,11 +210,11 @@ class Distillation:
         Raises:
             CheckpointMismatchError: where it was another one.
         """
-        if saved is None or saved["fingerprint"] != self.fingerprint:
+        if saved is None or saved["fingerprint"] != self.teacher.fingerprint:
             raise CheckpointMismatchError(
-                f"{folder} was trained with another teacher than {self.source}, as it is now. Where `distill_from` is "
-                "None, the teacher is the model that the trainer is made with: make it with the original model, the "
-                "checkpoint's weights are loaded on resuming"
+                f"{folder} was trained with another teacher than {self.teacher.source}, as it is now. Where "
+                "`distill_from` is None, the teacher is the model that the trainer is made with: make it with the "
+                "original model, the checkpoint's weights are loaded on resuming"
             )
 
     def record(self) -> dict[str, Any]:
@@ -250,7 +222,7 @@ class Distillation:
         return {
             "alpha": self._config.distillation_alpha,
             "temperature": self._config.distillation_temperature,
-            "teacher": self.source,
+            "teacher": self.teacher.source,
             "dtype": str(self.teacher.model.dtype).removeprefix("torch."),
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.teacher.fingerprint,
         }

@@ -84,9 +84,12 @@ class Measurer:
 
     def tokens(self, count: int) -> list[Any]:
         """Take single examples with about so many tokens that the model reads, or all that there are."""
+        return self.examples(max(16, math.ceil(count / self.tokens_per_example())))
+
+    def tokens_per_example(self) -> float:
+        """Return how many tokens the model reads of an example, by a few of them, at least 1."""
         few = self.examples(16)
-        length = sum(int(example["input_ids"].numel()) for example in few) / max(1, len(few))
-        return self.examples(max(16, math.ceil(count / max(1.0, length))))
+        return max(1.0, sum(int(example["input_ids"].numel()) for example in few) / max(1, len(few)))
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""

@@ -19,18 +19,22 @@ from ..errors import HessoError
 from ..export.checkpoint_state import check_config, read_state
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
+from ..pruning.healing import Healer, padded
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule, resolve_schedule
+from ..pruning.weights.snapshot import kept_random_state
 from ..structures.lora import base_of
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
-from .distillation import Distillation
 from .measure import Measurer
 from .stream import settle_in_basis
+from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
+
+HEALING_TOKENS = 8192
 
 
 class PruningRun:
@@ -45,7 +49,7 @@ class PruningRun:
     Attributes:
         plan: groups, budget and target sizes.
         measurer: what measures with the trainer's loss.
-        distillation: the teacher, where there is one.
+        teaching: what is learnt beside the user's loss.
         basis: how the stream was turned, None in the given basis.
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
@@ -58,13 +62,11 @@ class PruningRun:
         self.resume_from: Path | None = None
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
-        self.distillation: Distillation | None = None
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.plan = PruningPlan.prepare(self.whole, config)
         self.measurer = Measurer(trainer, config, counted)
-        if config.distillation_alpha:
-            self.distillation = Distillation(trainer, config, engine(), self.model, self.tokenizer)
+        self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer)
 
     @property
     def whole(self) -> nn.Module:
@@ -95,17 +97,34 @@ class PruningRun:
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = PruningPlan.prepare(self.whole, self._config)
         process = self.plan.process(self._settle())
+        self._heal(process)
         if self._config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
                 self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
             )
         return process
 
+    def _heal(self, process: PruningProcess) -> None:
+        if self._config.healing == "off":
+            return
+        reason = ""
+        if self._engine().measures_shards:
+            reason = "it needs whole matrices, which FSDP and DeepSpeed don't have"
+        elif self._trainer.train_dataset is None:
+            reason = "there is no `train_dataset` to work on"
+        if reason:
+            logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
+            return
+        with kept_random_state(self._trainer.args.device):
+            examples = self.measurer.tokens(HEALING_TOKENS)
+        process.heal_with(Healer(self.model, padded(examples, self._trainer.args.device)))
+
     def _settle(self) -> Schedule:
         """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
         if self.resume_from is not None:
             return self._settle_from(self.resume_from)
         schedule = resolve_schedule(self._config, self._total_steps())
+        self.teaching.begin(schedule.total_steps, self.measurer.tokens_per_example)
         engine = self._engine()
         if engine.measures_shards:
             return schedule
@@ -119,8 +138,7 @@ class PruningRun:
     def _settle_from(self, folder: Path) -> Schedule:
         state = read_state(folder)
         check_config(state["config"], self._config.to_dict(), str(folder))
-        if self.distillation is not None:
-            self.distillation.check(state["training"].get("distillation"), str(folder))
+        self.teaching.go_on(state["training"], str(folder))
         turned = state["training"].get("stream_basis")
         self.basis = StreamBasis(**turned) if turned else None  # the checkpoint's weights are turned already
         self.plan.target = TargetSizes.from_dict(state["target"])
@@ -162,7 +180,7 @@ class PruningRun:
 
     def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Count a micro-batch's loss, and return the one to watch for a collapse."""
-        return loss if self.distillation is None else self.distillation.note(loss)
+        return self.teaching.noted(loss)
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of the run."""
@@ -177,6 +195,6 @@ class PruningRun:
             "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
             "cric": process.cric_report(),
-            "distillation": self.distillation.record() if self.distillation else None,
+            **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }

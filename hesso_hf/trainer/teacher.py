@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, N positions that are trained on, D embedding channels
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ from transformers.utils import ModelOutput, logging
 from ..distributed.collectives import from_main, is_main_process, max_over_ranks
 from ..distributed.parts import reshard
 from ..engines.deepspeed.holdings import gathered
+from ..engines.engine import Engine
 from ..errors import HessoError
 
 logger = logging.get_logger(__name__)
 
 CHUNK_LOGITS = 2**24  # logits of the teacher that live at a time: 64 MiB in fp32
+ORIGINAL = "the model before pruning"
 TARGETS = ("labels", "shift_labels", "num_items_in_batch")  # what a forward without a loss doesn't need
 
 _Part = TypeVar("_Part")
@@ -57,10 +60,19 @@ class Teacher:
         model: in its place already.
         device: of the inputs.
         sharded: whether the processes put its layers together in every forward, so that all must make as many.
+        source: what it is.
+        fingerprint: of its weights before they were put in another dtype.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, sharded: bool = False) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device | None = None,
+        sharded: bool = False,
+        source: str = ORIGINAL,
+        fingerprint: int = 0,
+    ) -> None:
+        self.model, self.source, self.fingerprint = model.eval().requires_grad_(False), source, fingerprint
         self._device, self._sharded = device or model.device, sharded
         self._trunk = _separate_(model, self._device)
 
@@ -74,6 +86,19 @@ class Teacher:
         rows = self._rows_by_example if self._trunk is None else self._rows_by_chunk
         yield from rows(inputs, positions)
         reshard(self.model)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """Give the model itself, which has all its logits meanwhile, to write with for example."""
+        name = self.model.base_model_prefix
+        if self._trunk is not None:
+            setattr(self.model, name, self._trunk.trunk)
+        try:
+            yield self.model
+        finally:
+            if self._trunk is not None:
+                setattr(self.model, name, self._trunk)
+            reshard(self.model)
 
     def _rows_by_chunk(
         self, inputs: Mapping[str, Any], positions: torch.Tensor
@@ -147,6 +172,34 @@ def _head(model: PreTrainedModel, trunk: _Trunk, hidden: torch.Tensor) -> torch.
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     finally:
         trunk.given = None
+
+
+def make_teacher(name: str | None, student: PreTrainedModel, tokenizer: Any, engine: Engine, wanted_by: str) -> Teacher:
+    """Load a teacher, or copy the student as it is now, and put it in its place.
+
+    Args:
+        name: a folder or Hub id, None for the student.
+        wanted_by: the argument that needs it, with its value.
+
+    Raises:
+        HessoError: where there can't be such a teacher.
+    """
+    device = engine.args.device
+    # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported() and student.dtype == torch.float32
+    dtype = torch.bfloat16 if half else student.dtype
+    if name is not None:
+        teacher = source = load_teacher(name, student, tokenizer, dtype)
+    elif any(hasattr(parameter, "ds_tensor") for parameter in student.parameters()):
+        raise HessoError(
+            f"{wanted_by}: the model was divided by ZeRO-3 while it was loaded, so it can't be copied as its own "
+            "teacher; name it in `distill_from`, or load the model before the TrainingArguments are made"
+        )
+    else:
+        teacher, source = frozen_copy(student, dtype, values=engine.has_weights), student
+    known_by = fingerprint(source)
+    placed, divided = engine.place_frozen(teacher, type(student))
+    return Teacher(placed, device, divided, name or ORIGINAL, known_by)
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:

@@ -58,7 +58,8 @@ class HessoMixin(_TrainerBase):
     hesso_engine: Engine
     hesso_plan = property(attrgetter("hesso_run.plan"))
     kept_tokens = property(attrgetter("hesso_run.kept_tokens"))
-    distillation = property(attrgetter("hesso_run.distillation"))
+    distillation = property(attrgetter("hesso_run.teaching.distillation"))
+    replay = property(attrgetter("hesso_run.teaching.replay"))
     _process = property(attrgetter("hesso_run.process"))
 
     def __init__(
@@ -147,7 +148,8 @@ class HessoMixin(_TrainerBase):
         if self._process.wants_probe:
             self.hesso_run.probe()
         self._process.prepare_gradients()
-        loss = super().training_step(*args, **kwargs)
+        with self.hesso_run.teaching.replaying():
+            loss = self.hesso_run.teaching.users(super().training_step(*args, **kwargs))
         self.hesso_engine.note_loss(loss, self.hesso_run)
         return loss
 
@@ -158,11 +160,8 @@ class HessoMixin(_TrainerBase):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Return the trainer's loss; with a teacher and in training mode mixed with the divergence from it."""
-        plain = super().compute_loss
-        if self.distillation is None or not model.training:
-            return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        return self.distillation.loss(plain, model, inputs, return_outputs, num_items_in_batch)
+        """Return the trainer's loss; in training mode mixed with what a teacher adds, and with that of replay."""
+        return self.hesso_run.teaching.loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         plain = super()._clip_grad_norm
@@ -178,8 +177,7 @@ class HessoMixin(_TrainerBase):
         """Log the trainer's metrics and, with the training loss, HESSO's."""
         if "loss" in logs and self.hesso_engine.steps is not None:
             logs.update(metrics(self.hesso_engine.steps, self.hesso_plan.parameters))
-            if self.distillation is not None:
-                logs["hesso/distillation_loss"] = self.distillation.mean()
+            logs.update(self.hesso_run.teaching.logs())
         super().log(logs, *args, **kwargs)
 
     # -- saving and loading ---------------------------------------------------------------------------------------

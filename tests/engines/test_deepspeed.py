@@ -25,7 +25,7 @@ from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.pruning.weights.holdings import Holdings
 from hesso_hf.structures.groups import KeptUnits
-from hesso_hf.trainer.distillation import Distillation
+from hesso_hf.trainer.teacher import make_teacher
 from tests.support.tiny import VOCAB, backward, process_for, tiny_llama, token_batches
 from tests.support.training import hesso_config, trainer
 
@@ -63,6 +63,7 @@ ROUTED: dict[str, Any] = {
 } | SAVED
 DEEP: dict[str, Any] = {"hesso": {"structures": ["layers"], "target_sizes": {"num_hidden_layers": 1}}} | SAVED
 UNEVEN: dict[str, Any] = {"hesso": RATIO | {"layer_widths": "per_layer"}} | SAVED
+REPLAYED: dict[str, Any] = {"hesso": {"replay_share": 0.5}, "window": 10}
 HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
 ADAMW = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
@@ -77,6 +78,7 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "plain-1": {"deepspeed": engine(1)} | SAVED,
         "plain-2": {"deepspeed": engine(2)} | HALFWAY,
         "plain-3": {"deepspeed": engine(3)} | HALFWAY,
+        "replayed-3": {"deepspeed": engine(3)} | HALFWAY | REPLAYED,
         "plain-loaded": {"deepspeed": engine(3), "pretrained": str(folder / "dense")},
         "ratio-2": {"hesso": RATIO, "deepspeed": engine(2, zero=OFFLOAD)} | ACCUMULATED,
         "ratio-3": {"hesso": RATIO, "deepspeed": engine(3, zero=OFFLOAD | {"sub_group_size": 3000})}
@@ -119,14 +121,14 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
 
 ALONE = {
     "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "stopped": STOPPED,
-    "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT,
+    "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT, "replayed": REPLAYED,
     "ragged": RAGGED, "long": LONG, "best": BEST, "tied": TIED, "centred": CENTRED,
     "experts": EXPERTS, "paused": PAUSED, "routed": ROUTED, "deep": DEEP, "uneven": UNEVEN,
 }  # fmt: skip
-NAMES = ["plain-1", "plain-2", "plain-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3", "frozen-2",
-         "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3", "taught-2", "taught-3", "taught-offloaded",
-         "taught-loaded", "ragged-2", "ragged-3", "long-2", "long-3", "best-2", "best-3", "tied-2", "tied-3",
-         "centred-2", "centred-3", "experts-2", "experts-3", "paused-2", "paused-3",
+NAMES = ["plain-1", "plain-2", "plain-3", "replayed-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3",
+         "frozen-2", "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3", "taught-2", "taught-3",
+         "taught-offloaded", "taught-loaded", "ragged-2", "ragged-3", "long-2", "long-3", "best-2", "best-3",
+         "tied-2", "tied-3", "centred-2", "centred-3", "experts-2", "experts-3", "paused-2", "paused-3",
          "routed-3", "deep-2", "uneven-3"]  # fmt: skip
 
 
@@ -203,14 +205,15 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     assert len(found["norms"]) == len(found["losses"])
 
 
-BASIC = ("plain-2", "plain-3")  # what the default tests run of all this
+BASIC = ("plain-2", "replayed-3")  # what the default tests run of all this
 
 
 @pytest.fixture(scope="module")
 def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ZeRO-2 and ZeRO-3 in two processes, whole and from a checkpoint of the second period, and one process."""
     folder = tmp_path_factory.mktemp("basic")
-    run_jobs(folder / "one", [("job", {"folder": str(folder / "plain"), "processes": 1})], 1)
+    alone = {name: ALONE[name] for name in (name.partition("-")[0] for name in BASIC)}
+    run_jobs(folder / "one", [("job", {"folder": str(folder / n), "processes": 1, **alone[n]}) for n in alone], 1)
     found = [("job", jobs(folder)[name] | {"folder": str(folder / name)}) for name in BASIC]
     for name in BASIC:
         source = str(folder / name / "out" / "checkpoint-6")
@@ -557,7 +560,7 @@ def test_a_model_that_was_divided_while_it_was_loaded_is_no_teacher_of_itself(tm
     run = trainer(tmp_path, config=hesso_config(distillation_alpha=0.5))
     next(run.model.parameters()).ds_tensor = torch.zeros(3)
     with pytest.raises(HessoError, match=r"`distillation_alpha` \(0.5\): .* name it in `distill_from`"):
-        Distillation(run, run.hesso_config, run.hesso_engine, run.model, None)
+        make_teacher(None, run.model, None, run.hesso_engine, "`distillation_alpha` (0.5)")
 
 
 def test_a_checkpoint_of_zero_needs_deepspeed_or_weights_beside_it(

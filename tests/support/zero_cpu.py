@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hesso_hf import HessoTrainer
-from hesso_hf.trainer import teacher
+from hesso_hf.trainer import replay, teacher
 from tests.support import ROOT, forks
 from tests.support.moe import moe_model
 from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi
@@ -121,6 +121,7 @@ def job(
     stop_at: int = -1,
     chunk: int = teacher.CHUNK_LOGITS,
     kind: str = "llama",
+    window: int = replay.LONGEST,
     **changes: Any,
 ) -> None:
     """Train, save the small model, and leave weights and decisions of every process."""
@@ -131,9 +132,10 @@ def job(
     if chunk != teacher.CHUNK_LOGITS:  # small, so that processes need different numbers of chunks
         run.train_dataset = ragged(run.train_dataset)
     plain_chunk, teacher.CHUNK_LOGITS = teacher.CHUNK_LOGITS, chunk
+    plain_window, replay.LONGEST = replay.LONGEST, window  # short ones divide evenly among processes
     run.add_callback(Stop(stop_at))
     run.train(resume_from_checkpoint=resume or None)
-    teacher.CHUNK_LOGITS = plain_chunk
+    teacher.CHUNK_LOGITS, replay.LONGEST = plain_chunk, plain_window
     evaluations = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
     evaluated = run.evaluate()["eval_loss"] if run.args.load_best_model_at_end else None
     if save:
@@ -147,10 +149,15 @@ def job(
         "step": process.step,
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "norms": [entry["hesso/redundant_norm"] for entry in run.state.log_history if "loss" in entry],
-        "divergences": [e["hesso/distillation_loss"] for e in run.state.log_history if "hesso/distillation_loss" in e],
+        "divergences": [
+            e[name]
+            for name in ("hesso/distillation_loss", "hesso/replay_loss")
+            for e in run.state.log_history
+            if name in e
+        ],
         "watch": process.state_dict()["watch"] if process.config.on_collapse == "pause" else None,  # of all processes
         "pauses": list(process.schedule.pauses),
-        "fingerprint": run.distillation.fingerprint if run.distillation else None,
+        "fingerprint": run.distillation.teacher.fingerprint if run.distillation else None,
         "evaluated": evaluated,
         "best": run.state.best_model_checkpoint,
         "evaluations": evaluations,

@@ -187,7 +187,7 @@ def test_the_loss_is_the_mixture_and_the_teacher_stays_the_original(tmp_path: Pa
     original = tiny_llama().eval()
     run.train()
     assert run.distillation is not None
-    assert run.distillation.fingerprint == fingerprint(original) == fingerprint(run.distillation.teacher.model)
+    assert run.distillation.teacher.fingerprint == fingerprint(original) == fingerprint(run.distillation.teacher.model)
     ids = torch.tensor(blocks()[:4]["input_ids"])
     batch = {"input_ids": ids, "labels": ids}
     with torch.no_grad():

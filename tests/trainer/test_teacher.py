@@ -45,7 +45,7 @@ def taught_job(folder: str, processes: int, by_example: bool = False, distill_fr
             "weights": {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in weights.items()},
             "kept": run.hesso_optimizer.process.kept_units().to_dict(),
             "divergence": logged(run, "hesso/distillation_loss"),
-            "fingerprint": run.distillation.fingerprint,
+            "fingerprint": run.distillation.teacher.fingerprint,
             "layers": isinstance(student.model.layers[0], FSDPModule),
             "held": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in teacher.parameters()),
         },

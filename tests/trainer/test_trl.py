@@ -16,7 +16,7 @@ from hesso_hf import HessoConfig, HessoMixin
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import HessoError
 from hesso_hf.hf_models.tiny_model import logits_of
-from hesso_hf.trainer.distillation import fingerprint
+from hesso_hf.trainer.teacher import fingerprint
 from tests.support import ROOT, fsdp_cpu
 from tests.support.tiny import tiny_llama
 from tests.support.training import logged
@@ -184,6 +184,18 @@ def test_sft_learns_from_the_unpruned_model(base: Path, tokenizer: PreTrainedTok
 def test_distillation_of_preferences_is_refused_by_name(base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(HessoError, match=r"`distillation_alpha` .* needs `labels`.*HessoDPO"):
         trl_trainer("dpo", base, tokenizer, hesso={"distillation_alpha": 0.5}).train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_and_healing_work_with_every_loss(
+    kind: str, base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    run = trl_trainer(kind, base, tokenizer, hesso={"replay_share": 0.5, "healing": "auto"})
+    run.train()
+    assert logged(run, "hesso/replay_loss")[-1] > 1e-3
+    assert run.hesso_run.process.run.healer is not None
+    run.save_model(str(tmp_path / "small"))
+    assert "50% of the tokens trained on were replay" in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_an_adapter_is_trained_by_sft_and_merged_into_the_smaller_model(

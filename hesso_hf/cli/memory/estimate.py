@@ -91,7 +91,7 @@ class Run:
             parts["buffers"] += 4 * self.trained
         if self.workload.cric == "device":
             parts["snapshot"] = (4 * self.trained + self.optimizer_state) / ranks
-        if self.workload.distillation:  # under LoRA too: its base is pruned as well
+        if self.workload.distillation or self.workload.replay_share:  # under LoRA too: its base is pruned as well
             parts["teacher"] = 2 * sizes.parameters / self.ranks("parameters")
         return parts
 
@@ -162,8 +162,8 @@ class Run:
     def _at_loss(self, logits: float, cast_parameters: int) -> Parts:
         """The end of the forward or the start of the backward pass, with so many bytes a logit."""
         final = {"autocast": 10, "bfloat16": 8, "float32": 12}[self.kind]
-        if self.workload.distillation:  # the teacher's logits, both log-softmaxes in fp32 and the divergence
-            logits += 14
+        # the teacher's logits, both log-softmaxes in fp32 and the divergence
+        logits += 14 if self.workload.distillation else 14 * self.workload.replay_share
         return {
             "activations": self._stored(self.sizes.layers) + self.workload.tokens * self.sizes.hidden * final,
             "logits": float(self.workload.tokens * self.sizes.vocabulary * logits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,7 @@ class Workload:
         accumulates: whether gradients of an earlier micro-batch lie in memory during the forward pass.
         cric: none, or where CRIC's snapshot of weights and optimizer state is kept.
         distillation: whether a teacher, the original model in bf16, runs beside it.
+        replay_share: of all tokens, on which the original model runs beside it; they come on top of the batch.
     """
 
     batch_size: int = 1
@@ -40,6 +42,7 @@ class Workload:
     cric: Literal["none", "cpu", "device"] = "none"
     distillation: bool = False
     lora_rank: int = 16
+    replay_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "lora_rank"):
@@ -49,9 +52,13 @@ class Workload:
             if getattr(self, name) not in allowed:
                 raise HessoError(f"`{name}` ({getattr(self, name)!r}) must be one of {', '.join(allowed)}")
 
+        if not 0 <= self.replay_share < 1:
+            raise HessoError(f"`replay_share` ({self.replay_share}) must lie in [0, 1)")
+
     @property
     def tokens(self) -> int:
-        return self.batch_size * self.sequence_length
+        """Tokens of a micro-batch whose activations wait for the backward pass."""
+        return math.ceil(self.batch_size * self.sequence_length / (1 - self.replay_share))
 
     @property
     def width(self) -> int:

@@ -1,0 +1,154 @@
+"""What a run learns beside the user's own loss: from a teacher on the user's data, from the base model on replay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
+
+from ..config import HessoConfig
+from ..distributed.collectives import world_size
+from ..engines.engine import Engine
+from ..errors import HessoError
+from .distillation import Distillation
+from .replay import Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
+from .teacher import Teacher, make_teacher
+
+logger = logging.get_logger(__name__)
+
+
+class Teaching:
+    """Distillation and replay of a run, as far as they are asked for.
+
+    Teachers are made with this, before a step is taken or a checkpoint is loaded.
+
+    Args:
+        trainer: whose loss is mixed with theirs.
+        config: of the run.
+        engine: which divides teachers as it divides the student.
+        model: the student.
+        tokenizer: the student's.
+
+    Attributes:
+        distillation: from a teacher, where there is one.
+        replay: of what the base model wrote, where there is some; `begin` or `go_on` makes it.
+
+    Raises:
+        HessoError: where there can't be such a teacher, or no replay for such a model.
+    """
+
+    def __init__(
+        self, trainer: Trainer, config: HessoConfig, engine: Engine, model: PreTrainedModel, tokenizer: Any
+    ) -> None:
+        self._trainer, self._config, self._model, self._tokenizer = trainer, config, model, tokenizer
+        self.distillation: Distillation | None = None
+        self.replay: Replay | None = None
+        self._replays = False
+        self._base: Teacher | None = None
+        if self._wants_replay():
+            self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share})")
+        if config.distillation_alpha:
+            teacher = self._base if config.distill_from is None else None
+            asked = f"`distillation_alpha` ({config.distillation_alpha})"
+            teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
+            self.distillation = Distillation(trainer, config, teacher)
+
+    def _wants_replay(self) -> bool:
+        share = self._config.replay_share
+        reason = why_not(self._model) if share else ""
+        if reason and share != "auto":
+            raise HessoError(f"`replay_share` ({share}): {reason}; leave it out")
+        return bool(share) and not reason
+
+    def begin(self, steps: int, tokens_per_example: Callable[[], float]) -> None:
+        """Have replay written for a run of so many optimizer steps; all processes call it."""
+        if self._base is None:
+            return
+        args = self._trainer.args
+        sizes = ReplaySizes.of(
+            share_of(self._config),
+            round(args.per_device_train_batch_size * tokens_per_example()),
+            steps * args.gradient_accumulation_steps * world_size(),
+            getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
+        )
+        if sizes.dear and self._config.replay_share == "auto":
+            logger.info("no replay in so short a run: writing it would take more than a twentieth of the time")
+            self._base = None
+        else:
+            self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
+
+    def go_on(self, saved: Mapping[str, Any], folder: str) -> None:
+        """Compare teachers with those that a checkpoint was trained with, and have the same replay.
+
+        Args:
+            saved: the record of the run in the checkpoint.
+
+        Raises:
+            CheckpointMismatchError: where they were others.
+        """
+        if self.distillation is not None:
+            self.distillation.check(saved.get("distillation"), folder)
+        replayed = saved.get("replay")
+        if self._base is not None and replayed is not None:
+            check_replay(replayed, self._base, folder)
+            sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
+            self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
+
+    # -- the loss -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Mix losses with those of replay meanwhile: while a step is made, not where a loss is only measured."""
+        self._replays = True
+        try:
+            yield
+        finally:
+            self._replays = False
+
+    def loss(
+        self,
+        plain: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items: torch.Tensor | int | None,
+    ) -> Any:
+        """Return the trainer's loss; in training mode mixed with what a teacher adds, and with that of replay.
+
+        Args:
+            plain: the trainer's own `compute_loss`.
+        """
+        if self.distillation is None or not model.training:
+            found: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
+        else:
+            found = self.distillation.loss(plain, model, inputs, return_outputs, num_items)
+        if self.replay is None or not self._replays:
+            return found
+        loss, *outputs = found if return_outputs else (found,)
+        loss = self.replay.mixed(loss, model, num_items)
+        return (loss, *outputs) if return_outputs else loss
+
+    def users(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return what a mixed loss of a micro-batch was on the user's data."""
+        return loss if self.replay is None else self.replay.without(loss)
+
+    def noted(self, loss: torch.Tensor) -> torch.Tensor:
+        """Count a micro-batch's loss on the user's data; return it without the teacher, as it is watched."""
+        return loss if self.distillation is None else self.distillation.note(loss)
+
+    def logs(self) -> dict[str, float]:
+        """Return the mean divergences a step since the last call; all processes call it."""
+        found: dict[str, Distillation | Replay | None] = {
+            "hesso/distillation_loss": self.distillation, "hesso/replay_loss": self.replay,
+        }  # fmt: skip
+        return {name: part.mean() for name, part in found.items() if part is not None}
+
+    def record(self) -> dict[str, Any]:
+        """Return what checkpoints and the report say of them."""
+        found: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
+        return {name: part.record() if part is not None else None for name, part in found.items()}
