@@ -328,6 +328,47 @@ def _plan_cell(engine: dict[str, Any] | None) -> str:
     return f"**{text}**" if engine["fits"] else text
 
 
+REPLAY_ARMS = {
+    "dense": "not pruned",
+    "none": "HESSO",
+    "healing": "healing",
+    "share 0.25": "a quarter replay",
+    "healing, share 0.25": "both",
+}
+DOMAINS = {"unknown": "Shakespeare, which the base model doesn't know", "known": "stories, which it knows"}
+
+
+def replay(result: dict[str, Any]) -> str:
+    """Held-out losses on text like that trained on and on text that the base model knew, one table a domain."""
+    tables = [_replay_table(domain, result) for domain in DOMAINS if domain in result["base"]]
+    steps, tokens = result["runs"][0]["steps"], result["tokens_a_step"]
+    note = (
+        f"Nats a token: on text like that trained on / on other text that the base model knew. {steps} steps of "
+        f"{tokens:,} tokens, replay among them, learning rate {result['learning_rate']}; medians over seeds."
+    )
+    return "\n\n".join([*tables, _wrap(note)])
+
+
+def _replay_table(domain: str, result: dict[str, Any]) -> str:
+    runs = [run for run in result["runs"] if run["domain"] == domain]
+    ratios = sorted({run["ratio"] for run in runs if run["ratio"]})
+    base = result["base"][domain]
+    rows = [["the base model", *[f"{base['in']:.3f} / {base['out']:.3f}", *["" for _ in ratios]]]]
+    for arm, name in REPLAY_ARMS.items():
+        cells = [_replay_cell(runs, arm, ratio) for ratio in (0.0, *ratios)]
+        if any(cells):
+            rows.append([name, *cells])
+    return _table([f"trained on {DOMAINS[domain]}", "dense", *[f"{ratio:.0%} removed" for ratio in ratios]], rows)
+
+
+def _replay_cell(runs: list[dict[str, Any]], arm: str, ratio: float) -> str:
+    found = [run for run in runs if (run["arm"], run["ratio"]) == (arm, ratio)]
+    if not found:
+        return ""
+    losses = [statistics.median(run[side] for run in found) for side in ("in", "out")]
+    return f"{losses[0]:.3f} / {losses[1]:.3f} ({_plural(len(found), 'seed')})"
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "stories": ("stories.json", "make bench", stories),
@@ -342,6 +383,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
     "sharding": ("sharding.json", "python benchmarks/sharding.py", sharding),
     "distillation": ("distillation.json", "python benchmarks/distillation.py", distillation),
+    "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
 }
