@@ -232,7 +232,9 @@ class _Solver:
     def solve(self, ratio: float, pinned: dict[str, int], loss: LossFunction) -> TargetSizes:
         """Take the expected best among the allowed sizes nearest to the ratio."""
         grid = self._grid(ratio, pinned)
-        off = np.abs(1 - self.price(grid) / float(self.price({})) - ratio)
+        removed = 1 - self.price(grid) / float(self.price({}))
+        off = np.where(removed > 1e-9, np.abs(removed - ratio), np.inf)  # whoever asks for a cut gets one
+        self._check_least(ratio, removed[np.isfinite(off)])
         nearest: dict[tuple[int, ...], int] = {}  # the first indices with sizes that differ
         for index in self._accepted(grid, np.argsort(off, kind="stable")):
             nearest.setdefault(tuple(self._row(grid, index).values()), index)
@@ -246,6 +248,15 @@ class _Solver:
         losses = np.broadcast_to(loss(grid), off.shape)
         ranked = near[np.lexsort((off[near], losses[near]))]
         return self.target(self._row(grid, next(self._accepted(grid, ranked))))
+
+    def _check_least(self, ratio: float, removed: np.ndarray) -> None:
+        """Refuse a ratio that is nearer to nothing than to the least that can go."""
+        least = float(removed.min()) if len(removed) else 1.0
+        if least >= 2 * ratio:
+            raise BudgetError(
+                f"`pruning_ratio` ({ratio}) is too small: the least that can go here is {least:.2%}; take "
+                f"{math.ceil(1000 * least) / 1000} or more, or a smaller `round_to`"
+            )
 
     def _row(self, grid: dict[str, np.ndarray], index: int) -> dict[str, int]:
         return {name: int(counts[index]) for name, counts in grid.items()}

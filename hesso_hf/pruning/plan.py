@@ -20,7 +20,7 @@ from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
-from ..hf_models.sizes import canonical_name
+from ..hf_models.sizes import canonical_name, get_size
 from ..structures.cut import build_cut, load_cut
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits, PruningGroups
@@ -35,6 +35,8 @@ from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
 
 logger = logging.get_logger(__name__)
+
+LITTLE = 0.2  # share of a structure's units: where less stays, a warning names it
 
 
 @dataclass
@@ -95,6 +97,14 @@ class PruningPlan:
         ratio = self.config.pruning_ratio is not None and self.config.structure_shares is None
         return ratio and len(free) > 1 and self.config.calibration_examples > 0
 
+    @property
+    def expected_rise(self) -> float | None:
+        """Rise of the loss that is expected of the target sizes (nats a token), None where it wasn't measured."""
+        if self.curves is None:
+            return None
+        kept = {name: self.target.kept_units[name] for name in self.curves.rises}
+        return float(self.curves.loss(self.target.num_units)(kept))
+
     def settle(self, measure: Callable[[], LossCurves]) -> None:
         """Measure the split between structures, where there is one to choose."""
         if self.wants_calibration and (curves := measure()).rises:  # else there was nothing to measure on
@@ -122,8 +132,35 @@ class PruningPlan:
                 f"{self.target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
             )
 
+    def preview(self, schedule: Schedule) -> str:
+        """Describe sizes and steps for people, and what the trial removals expect of the loss."""
+        target, config = self.target, self.model.config
+        lines = [
+            f"HESSO: {target.parameters_before:,} -> {target.parameters_after:,} parameters "
+            f"({target.parameter_ratio:.1%} removed) in {len(schedule.periods)} periods, steps "
+            f"{schedule.sampling_end + 1} to {schedule.end} of {schedule.total_steps}"
+        ]
+        lines += [f"  {name}: {get_size(config, name)} -> {size}" for name, size in target.sizes.items()]
+        for name, units in target.num_units.items():
+            gone = 1 - target.kept_units[name] / units
+            lines.append(f"  {name}: {gone:.0%} of the units of a layer go")
+        if self.expected_rise is not None:
+            lines.append(f"  expected before any recovery: +{self.expected_rise:.2f} nats a token")
+        return "\n".join(lines)
+
+    def warn_of_shape(self) -> None:
+        """Warn of structures of which so little stays that nobody serves such a model."""
+        for name, units in self.target.num_units.items():
+            kept = self.target.kept_units[name]
+            if kept < LITTLE * units:
+                logger.warning(
+                    f"{name}: {kept} of {units} units of a layer stay ({kept / units:.0%}); a model of such a shape "
+                    "learns little and serves badly: lower `pruning_ratio`, or pin sizes with `target_sizes`"
+                )
+
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""
+        self.warn_of_shape()
         experts, adapters = self.groups.structures.get(EXPERT_UNITS), Adapters.of(self.model)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
         parameters = parameters_of(self.model)

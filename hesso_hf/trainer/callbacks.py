@@ -66,16 +66,24 @@ class HessoProgressCallback(TrainerCallback):
         self._shown = ""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Update the line where the phase changed."""
-        text = phase_text(self._trainer.hesso_optimizer.process)
+        """Say before the first step what goes and when, above the progress bar; update it where the phase changes."""
+        process, bar = self._trainer.hesso_optimizer.process, self._bar()
+        if not self._shown:
+            preview = self._trainer.hesso_plan.preview(process.schedule)
+            logger.info(preview)
+            if bar is not None:
+                bar.write(preview)
+        text = phase_text(process)
         if text == self._shown:
             return
         self._shown = text
         logger.info(f"HESSO: {text}")
-        for callback in self._trainer.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None) if isinstance(callback, ProgressCallback) else None
-            if bar is not None:
-                bar.set_postfix_str(text)
+        if bar is not None:
+            bar.set_postfix_str(text)
+
+    def _bar(self) -> Any:
+        found = [c for c in self._trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+        return found[0].training_bar if found else None
 
 
 class StopTogether(TrainerCallback):

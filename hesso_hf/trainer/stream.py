@@ -12,7 +12,6 @@ from ..distributed.collectives import from_main
 from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_of, turn_stream
-from ..pruning.calibration import LossCurves
 from ..pruning.plan import PruningPlan
 from ..structures.lora import lora_layers
 from .measure import Measurer
@@ -47,7 +46,7 @@ def settle_in_basis(
     before, sizes = None, None
     if wanted == "auto":
         settle()
-        before, sizes = _expected(plan), (plan.target, plan.curves)
+        before, sizes = plan.expected_rise, (plan.target, plan.curves)
         copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     try:
         basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tied, loss=measurer.loss)
@@ -57,7 +56,7 @@ def settle_in_basis(
         logger.info(f"the stream stays in its given basis: {error}")
         return None
     settle()
-    after = _expected(plan)
+    after = plan.expected_rise
     if from_main(before is None or after is None or after + basis.rise < before):
         logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
         return basis
@@ -87,13 +86,3 @@ def _refused(plan: PruningPlan, model: PreTrainedModel, wanted: str) -> str:
     except HessoError as error:
         return str(error)
     return ""
-
-
-def _expected(plan: PruningPlan) -> float | None:
-    """Return the rise of the loss that is expected of a plan's sizes, None where it wasn't measured."""
-    curves: LossCurves | None = plan.curves
-    if curves is None:
-        return None
-    units = {name: structure.num_units for name, structure in plan.groups.structures.items()}
-    kept = {name: plan.target.kept_units[name] for name in curves.rises}
-    return float(curves.loss(units)(kept))

@@ -561,3 +561,18 @@ def test_a_latency_budget_prices_every_matrix_product_not_parameters(monkeypatch
 def test_target_sizes_survive_json():
     target = solve("llama-small", pruning_ratio=0.3)
     assert TargetSizes.from_dict(target.to_dict()) == target
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 0.001, 0.004])
+def test_a_ratio_at_which_nothing_would_go_is_refused_with_the_least_that_can(ratio: float) -> None:
+    message = rf"`pruning_ratio` \({ratio}\) is too small: the least that can go here is"
+    with pytest.raises(BudgetError, match=message) as error:
+        solve("llama-small", pruning_ratio=ratio, round_to=64)
+    least = float(str(error.value).partition("; take ")[2].split()[0])
+    assert solve("llama-small", pruning_ratio=least, round_to=64).ratio > 0
+
+
+def test_a_small_cut_is_made_though_none_would_cost_less() -> None:
+    """Among sizes that are near enough the loss decides, and nothing at all would always win."""
+    target = solve("llama-1b", pruning_ratio=0.003)
+    assert target.parameters_after < target.parameters_before

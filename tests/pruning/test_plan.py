@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
 from hesso_hf.errors import HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from hesso_hf.pruning.calibration import LossCurves
 from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.schedule import Schedule
+from tests.support.checks import propagated
 from tests.support.tiny import backward, tiny_gpt2, tiny_llama, token_batches
 
 
@@ -32,6 +35,30 @@ def test_a_training_loop_of_ones_own(tmp_path: Path) -> None:
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     ids = token_batches(1)[0]
     assert relative_error(logits_of(small, ids), logits_of(model.eval(), ids)) <= 1e-5
+
+
+def test_a_plan_says_what_goes_and_when() -> None:
+    model = tiny_llama()
+    plan = PruningPlan.prepare(model, HessoConfig(target_sizes={"intermediate_size": 28}, structures="mlp_channels"))
+    assert plan.preview(Schedule(4, 9, 3, 40)).splitlines() == [
+        f"HESSO: {model.num_parameters():,} -> {model.num_parameters() - 2 * 16 * (3 * 60 + 2):,} parameters "
+        f"({plan.target.parameter_ratio:.1%} removed) in 3 periods, steps 5 to 13 of 40",
+        "  intermediate_size: 44 -> 28",
+        "  mlp_channels: 36% of the units of a layer go",
+    ]
+    plan.curves = LossCurves({"mlp_channels": (0.5,)}, {"mlp_channels": (1.1,)})
+    assert plan.preview(Schedule(4, 9, 3, 40)).endswith("  expected before any recovery: +0.80 nats a token")
+
+
+def test_a_shape_of_which_little_stays_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for size, warned in ((9, False), (8, True)):
+        caplog.clear()
+        plan = PruningPlan.prepare(
+            tiny_llama(), HessoConfig(target_sizes={"intermediate_size": size}, structures="mlp_channels")
+        )
+        with propagated(caplog):
+            plan.process(Schedule(1, 2, 1, 4))
+        assert ("mlp_channels: 8 of 44 units of a layer stay (18%)" in caplog.text) == warned
 
 
 def test_weights_tied_or_replaced_by_hand_are_named() -> None:

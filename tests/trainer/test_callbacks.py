@@ -14,8 +14,12 @@ from tests.support.training import trainer
 def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     shown: list[str] = []
+    written: list[str] = []
 
     class Bar:
+        def write(self, text: str) -> None:
+            written.append(text)
+
         def set_postfix_str(self, text: str) -> None:
             shown.append(text)
 
@@ -37,4 +41,6 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
         "pruning period 2/2, ends at step 7",
         "recovery, pruned since step 7",
     ]
+    assert written == [run.hesso_plan.preview(run.hesso_optimizer.process.schedule)]
+    assert "steps 3 to 7 of 12" in written[0]
     assert phase_text(run.hesso_optimizer.process) == shown[-1]
