@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)  # times the mean square of an activation
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
-CHUNK = 8192  # tokens that are multiplied at a time
+CHUNK = 2048  # tokens that are multiplied at a time
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def _gram(rows: torch.Tensor) -> torch.Tensor:
     """Return X^T X, (C, C)."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=float_sums(rows.device), device=rows.device)
     for chunk in rows.split(CHUNK):
-        wide = chunk.to(total.dtype) if rows.device.type == "cpu" else chunk.float()
-        total += wide.T @ wide
+        chunk = chunk.float()
+        total += chunk.T @ chunk  # sums of so few tokens are exact enough in fp32
     return total
 
 

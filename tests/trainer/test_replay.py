@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForConditionalGeneration, Trainer
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.trainer import replay, replay_text
+from hesso_hf.trainer import hub, replay, replay_text
 from hesso_hf.trainer.replay import FEWEST, MOST_WRITTEN, Replay, ReplaySizes, why_not
 from hesso_hf.trainer.replay_text import MARK, Script, load_windows, order, read_windows, save_windows, write_windows
 from hesso_hf.trainer.teacher import Teacher, frozen_copy
@@ -121,6 +122,10 @@ def test_a_data_set_is_cut_into_windows(tmp_path: Path):
         read_windows(str(tmp_path / "other.jsonl"), tokenizer, 3, 10)
     with pytest.raises(HessoError, match=r"`replay_dataset` \('.*nowhere'\) can't be loaded"):
         read_windows(str(tmp_path / "nowhere"), tokenizer, 3, 10)
+
+
+def test_windows_are_never_uploaded():
+    assert not list(filter_repo_objects([f"{replay.FOLDER}/{replay_text.FILE}"], ignore_patterns=hub._NOT_PUBLISHED))
 
 
 def test_kept_windows_are_found_where_they_were_made_alike(tmp_path: Path):
