@@ -84,6 +84,11 @@ def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+def accumulated(trainer: Trainer) -> int:
+    """Return how many micro-batches the present step has; before training as many as are asked for."""
+    return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+
+
 def is_scaled(trainer: Trainer, num_items: torch.Tensor | int | None) -> bool:
     """Return whether a trainer's loss of a micro-batch is its share of the accumulated batch already."""
     if trainer.loss_is_scaled_for_ga is not None:
@@ -190,7 +195,7 @@ class Distillation:
         """Count a micro-batch's divergence for the log; return the loss to watch for a collapse, the plain one."""
         if self._plain is None or self._last is None:
             return loss
-        parts = 1 if self._scaled else self._trainer.current_gradient_accumulation_steps
+        parts = 1 if self._scaled else accumulated(self._trainer)
         if self._sum is None:
             self._sum, self._since = torch.zeros_like(self._last), self._trainer.state.global_step
         self._sum += self._last / parts

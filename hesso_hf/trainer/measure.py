@@ -21,6 +21,7 @@ from ..pruning.cric_state import PROBE_BATCH_SIZE, PROBE_BATCHES
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.weights.snapshot import kept_random_state
 from ..structures.groups import PruningGroups
+from .peeked import PeekedStream
 
 logger = logging.get_logger(__name__)
 
@@ -78,7 +79,9 @@ class Measurer:
         if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
             step = max(1, len(dataset) // count)
             examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
-        else:
+        elif isinstance(dataset, PeekedStream):
+            examples = dataset.peek(count)
+        else:  # of the package datasets, which begins anew each time
             examples = list(itertools.islice(iter(dataset), count))
         return [trainer._prepare_inputs(collate([example])) for example in examples]
 

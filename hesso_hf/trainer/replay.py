@@ -22,7 +22,7 @@ from transformers.utils import logging
 from ..config import HessoConfig
 from ..distributed.collectives import from_main, is_main_process, mean_over_ranks
 from ..errors import CheckpointMismatchError, HessoError
-from .distillation import divergence, is_scaled
+from .distillation import accumulated, divergence, is_scaled
 from .replay_text import Script, load_windows, order, read_windows, save_windows, write_windows
 from .teacher import Teacher
 
@@ -100,7 +100,7 @@ class Replay:
         logits = model(**inputs, use_cache=False).logits
         summed, count = divergence(self.teacher, inputs, logits, ids, temperature=1.0)
         term = summed / count
-        parts = self._trainer.current_gradient_accumulation_steps
+        parts = accumulated(self._trainer)
         self._scaled = is_scaled(self._trainer, num_items)
         self._note(loss.detach().mean(), term.detach(), parts)
         share = self.sizes.share

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from datasets import IterableDataset
+from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -24,6 +26,7 @@ from ..structures.lora import lora_layers, with_adapter
 from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import engine_of, refuse
 from .hub import add_to_card, upload
+from .peeked import PeekedStream
 from .run import PruningRun
 from .saving import end_training, resolve_checkpoint, save_dense
 
@@ -78,6 +81,8 @@ class HessoMixin(_TrainerBase):
         if peft_config is not None:
             args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
+        if isinstance(self.train_dataset, TorchIterableDataset) and not isinstance(self.train_dataset, IterableDataset):
+            self.train_dataset = PeekedStream(self.train_dataset)
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
         self.hesso_run = PruningRun(self, hesso_config, lambda: self.hesso_engine, self.hesso_counted)
         self.add_callback(HessoProgressCallback(self))
@@ -145,6 +150,8 @@ class HessoMixin(_TrainerBase):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one micro-batch as the trainer does, and keep its loss for the early warning."""
+        if self.hesso_engine.steps is None:  # called by hand, before there is an optimizer
+            return super().training_step(*args, **kwargs)
         if self._process.wants_probe:
             self.hesso_run.probe()
         self._process.prepare_gradients()

@@ -366,3 +366,13 @@ def test_batches_without_labels_are_refused_by_name(tmp_path: Path) -> None:
     run = trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA))
     with pytest.raises(HessoError, match="needs `labels` in the batches"):
         run.compute_loss(run.model.train(), {"input_ids": token_batches(1)[0]})
+
+
+def test_losses_and_steps_by_hand_need_no_training_loop(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA))
+    batch = {name: torch.tensor(blocks()[:2][name]) for name in ("input_ids", "labels")}
+    items = torch.tensor(2 * (LENGTH - 1))
+    loss = run.compute_loss(run.model.train(), dict(batch), num_items_in_batch=items)
+    step = run.training_step(run.model, dict(batch), items)
+    assert float(step) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert all(parameter.grad is not None for parameter in run.model.parameters())
