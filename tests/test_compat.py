@@ -54,6 +54,7 @@ TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     ),
     "create_accelerator_and_postprocess": (),
     "create_optimizer": ("model",),
+    "create_optimizer_and_scheduler": ("num_training_steps",),
     "log": ("logs", "start_time"),
     "push_to_hub": ("commit_message", "blocking", "token", "revision", "kwargs"),
     "save_model": ("output_dir", "_internal_call"),

@@ -53,6 +53,7 @@ class PruningRun:
         basis: how the stream was turned, None in the given basis.
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
+        total_steps: of the run, where they were given; else they are counted.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PruningRun:
     ) -> None:
         self._trainer, self._config, self._engine = trainer, config, engine
         self.resume_from: Path | None = None
+        self.total_steps: int | None = None
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
         if config.prune_vocabulary:
@@ -152,10 +154,17 @@ class PruningRun:
 
     def _total_steps(self) -> int:
         trainer = self._trainer
+        if self.total_steps is not None:
+            return self.total_steps
         if trainer.state.max_steps > 0:
             return trainer.state.max_steps
         if trainer.args.max_steps > 0:
             return trainer.args.max_steps
+        if trainer.train_dataset is None and type(trainer).get_train_dataloader is Trainer.get_train_dataloader:
+            raise HessoError(
+                "the optimizer needs to know how many steps the run has: set `max_steps`, give `train_dataset`, or "
+                "call `create_optimizer_and_scheduler(num_training_steps)`"
+            )
         *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
         return max_steps
 

@@ -125,6 +125,11 @@ class HessoMixin(_TrainerBase):
             end_training(self._process)
         return output
 
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Create both for so many steps, which needs no training data."""
+        self.hesso_run.total_steps = num_training_steps
+        super().create_optimizer_and_scheduler(num_training_steps)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the trainer's optimizer and put HESSO around it."""
         base = super().create_optimizer() if model is None else super().create_optimizer(model)

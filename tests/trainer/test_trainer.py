@@ -706,3 +706,25 @@ def test_an_optimizer_that_a_subclass_makes_itself_is_pruned_around(tmp_path: Pa
 def test_a_config_of_another_type_is_named(tmp_path: Path) -> None:
     with pytest.raises(HessoError, match=r"`hesso_config` \(dict\) must be a HessoConfig"):
         HessoTrainer(tiny_llama(), arguments(tmp_path), hesso_config={"pruning_ratio": 0.5})
+
+
+def test_an_optimizer_for_a_number_of_steps_needs_no_data(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=-1)
+    run.train_dataset = None
+    with pytest.raises(HessoError, match=r"how many steps the run has: set `max_steps`, give `train_dataset`, or call"):
+        run.create_optimizer()
+    run.create_optimizer_and_scheduler(30)
+    assert run.hesso_optimizer.process.schedule.total_steps == 30
+    assert run.lr_scheduler is not None
+
+
+def test_training_again_goes_on_with_the_pruned_model(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    kept, before = run.hesso_optimizer.process.kept_units(), run.model.lm_head.weight.detach().clone()
+    run.train()
+    assert run.state.global_step == 12
+    assert run.hesso_optimizer.process.kept_units() == kept
+    assert not torch.equal(run.model.lm_head.weight, before)
+    run.save_model(str(tmp_path / "small"))
+    check_small_model(run, tmp_path / "small", hesso_config().pinned_sizes)
