@@ -18,7 +18,7 @@ from hesso_hf.export import publish
 from hesso_hf.export.export import export_pruned
 from hesso_hf.export.publish import staged_folder
 from hesso_hf.structures.proof.prove import proved_groups
-from tests.support import ROOT
+from tests.support import ROOT, forks
 from tests.support.families import ALL, HEADS, MLP, STREAM, logits, random_model, random_units, token_ids, zero_pruned_
 
 
@@ -233,10 +233,7 @@ def which_is_loadable():
 def run_killed(body: str, folder: Path, **options: object) -> list[object]:
     """Run a script with the helpers above; it prints a JSON list."""
     code = KILLED.format(tests=str(ROOT)) + textwrap.dedent(body)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(folder), json.dumps(options)], env=env, capture_output=True, text=True
-    )
+    ran = forks.run(code, str(folder), json.dumps(options))
     assert ran.returncode == 0, ran.stderr[-2000:]
     return json.loads(ran.stdout.splitlines()[-1])
 

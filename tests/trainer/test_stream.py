@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from hesso_hf.pruning.plan import PruningPlan
 from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi, token_batches
 from tests.support.training import hesso_config, trainer
 
@@ -57,10 +59,10 @@ def test_the_default_is_the_given_basis(tmp_path: Path):
 
 @pytest.mark.parametrize("better", [True, False])
 def test_auto_takes_the_basis_that_is_expected_to_cost_less(better: bool, tmp_path: Path, monkeypatch):
-    model, expected = tiny_llama(), iter([2.0, 1.0 if better else 3.0])
+    model, expected = tiny_llama(), itertools.chain([2.0, 1.0 if better else 3.0], itertools.repeat(None))
     given, ids = whole(model), token_batches(1)[0]
     logits = logits_of(model, ids)
-    monkeypatch.setattr("hesso_hf.trainer.stream._expected", lambda plan: next(expected))
+    monkeypatch.setattr(PruningPlan, "expected_rise", property(lambda plan: next(expected)))
     run = trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="auto"))
     run.create_optimizer()
     same = [torch.equal(given[name], parameter) for name, parameter in model.named_parameters()]
@@ -73,10 +75,8 @@ def test_auto_takes_the_basis_that_is_expected_to_cost_less(better: bool, tmp_pa
 
 def test_auto_measures_both(tmp_path: Path, monkeypatch):
     found: list[float | None] = []
-    from hesso_hf.trainer import stream
-
-    plain = stream._expected
-    monkeypatch.setattr(stream, "_expected", lambda plan: found.append(plain(plan)) or found[-1])
+    plain = PruningPlan.expected_rise.fget
+    monkeypatch.setattr(PruningPlan, "expected_rise", property(lambda plan: found.append(plain(plan)) or found[-1]))
     trainer(tmp_path, tiny_llama(), HessoConfig(**RATIO, stream_basis="auto")).create_optimizer()
     assert len(found) == 2
     assert all(isinstance(value, float) for value in found)
