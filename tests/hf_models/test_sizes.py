@@ -28,6 +28,7 @@ from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits
 from hesso_hf.structures.proof.prove import proved_groups
 from hesso_hf.structures.shape_probe import probe_axes
+from tests.support.checks import needs
 from tests.support.tiny import tiny_gpt2
 
 MLP_UNITS = "mlp_channels"
@@ -97,6 +98,7 @@ def heads(config: Any) -> list[int]:
     return [layer.num_attention_heads for layer in config.per_layer_config]
 
 
+@needs("dots3_note_text")
 def test_a_part_is_as_many_heads_of_each_layer_as_go_with_one_of_the_fewest() -> None:
     _, config = default_config("dots3_note_text")
     assert set(heads(config)) == {128, 64}
@@ -105,6 +107,7 @@ def test_a_part_is_as_many_heads_of_each_layer_as_go_with_one_of_the_fewest() ->
     assert num_units("attention_heads", ConfigSizes.of(config)) == 64
 
 
+@needs("dots3_note_text")
 def test_all_layers_keep_their_ratio() -> None:
     _, config = default_config("dots3_note_text")
     before = heads(config)
@@ -116,6 +119,7 @@ def test_all_layers_keep_their_ratio() -> None:
     assert heads(config) == before
 
 
+@needs("dots3_note_text")
 def test_the_tiny_config_keeps_the_ratio_too() -> None:
     model_class, config = default_config("dots3_note_text")
     assert set(heads(tiny_config(model_class, config))) == {10, 5}
@@ -128,6 +132,7 @@ def test_a_size_that_no_layer_has_for_itself_is_no_part() -> None:
     assert config.num_attention_heads == 4
 
 
+@needs("dots3_note_text")
 def test_sizes_are_written_once_for_each_layer() -> None:
     _, config = default_config("dots3_note_text")
     set_common_size(config, HEADS, 3)

