@@ -369,6 +369,47 @@ def _replay_cell(runs: list[dict[str, Any]], arm: str, ratio: float) -> str:
     return f"{losses[0]:.3f} / {losses[1]:.3f} ({_plural(len(found), 'seed')})"
 
 
+QUALITY_METHODS = {
+    "dense": "not pruned",
+    "hesso": "HESSO",
+    "hesso, healing": "HESSO, healing",
+    "hesso, healing, replay": "HESSO, healing, a quarter replay",
+    "hesso, principal basis": "HESSO, principal basis",
+    "one-shot, magnitude": "one-shot, magnitude",
+    "one-shot, first-order Taylor": "one-shot, first-order Taylor",
+}
+QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+
+
+def quality(result: dict[str, Any]) -> str:
+    """Losses of a real language model on text like that trained on and on WikiText-2, one table a setting."""
+    settings = sorted({(run["model"], run["tokens"]) for run in result["runs"]})
+    return "\n\n".join(_quality_table(result, *setting) for setting in settings)
+
+
+def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
+    runs = [run for run in result["runs"] if (run["model"], run["tokens"]) == (model, tokens)]
+    ratios = sorted({run["ratio"] for run in runs if run["ratio"]})
+    base = result["base"][model]
+    rows = [["the model as it comes", f"{base['in']:.3f} / {base['out']:.3f}", *["" for _ in ratios]]]
+    for method, name in QUALITY_METHODS.items():
+        cells = []
+        for ratio in (0.0, *ratios):
+            found = [run for run in runs if (run["method"], run["ratio"]) == (method, ratio)]
+            losses = [statistics.median(run[side] for run in found) for side in ("in", "out")] if found else []
+            cells.append(f"{losses[0]:.3f} / {losses[1]:.3f}" if losses else "")
+        if any(cells):
+            rows.append([name, *cells])
+    seeds = len({run["seed"] for run in runs})
+    header = [QUALITY_MODELS.get(model, model), "dense", *[f"{ratio:.0%} removed" for ratio in ratios]]
+    note = (
+        f"Nats a token: on held-out Python documentation, which is what was trained on / on WikiText-2's test split. "
+        f"{tokens:,} training tokens each, replay among them, learning rate {result['learning_rate']}, "
+        f"{_plural(seeds, 'seed')}, on the {result['device'].upper()}."
+    )
+    return "\n".join([_table(header, rows), "", _wrap(note)])
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "stories": ("stories.json", "make bench", stories),
@@ -383,6 +424,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "collapse": ("collapse.json", "python benchmarks/collapse.py", collapse),
     "sharding": ("sharding.json", "python benchmarks/sharding.py", sharding),
     "distillation": ("distillation.json", "python benchmarks/distillation.py", distillation),
+    "quality": ("quality.json", "python benchmarks/quality.py", quality),
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),

@@ -74,7 +74,7 @@ def base_of_both(setting: Setting, plays: Dataset, folder: Path) -> Path:
     if not folder.exists():
         transformers.set_seed(0)
         model = AutoModelForCausalLM.from_pretrained(setting.model, dtype=torch.float32)
-        alike = setting.train.select(range(len(plays)))
+        alike = setting.train.select(range(min(len(plays), len(setting.train))))
         mixed = concatenate_datasets([alike, plays]).shuffle(seed=0)
         setting = replace(setting, steps=BOTH_STEPS, learning_rate=2e-3)
         with tempfile.TemporaryDirectory() as scratch:

@@ -200,3 +200,53 @@ def test_lora_compares_what_units_are_scored_by(tmp_path: Path, monkeypatch: pyt
     assert run["variants"]["weights taylor_second_order"]["mlp_channels"]["same"] == 1
     assert run["variants"]["adapter taylor_second_order"]["mlp_channels"]["same"] < 1
     assert run["peak_bytes"]["weights"] > run["peak_bytes"]["adapter"]
+
+
+def test_replay_runs_each_arm_on_a_known_and_an_unknown_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import replay
+
+    model, data = tmp_path / "models" / "stories260K", tmp_path / "data" / "tinystories"
+    AutoModelForCausalLM.from_pretrained(bundled_model_path()).save_pretrained(model)
+    AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(model)
+    data.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [json.dumps({"text": text[:4000]}) for text in python_docs_texts(split)[:4]]  # type: ignore[arg-type]
+        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    (data.parent / "tinyshakespeare.txt").write_text("".join(python_docs_texts("train")[4:9])[:20000])
+    output = tmp_path / "replay.json"
+    flags = ["--data", str(tmp_path), "--cache", str(tmp_path / "cache"), "--steps", "10", "--seeds", "0"]
+    flags += ["--arms", "none", "healing, share 0.25", "--held-out-blocks", "1", "--output", str(output)]
+    monkeypatch.setattr(replay, "BOTH_STEPS", 1)
+    monkeypatch.setattr(sys, "argv", ["replay.py", *flags])
+    assert replay.main() == 0
+    found = json.loads(output.read_text())
+    assert [(run["domain"], run["arm"]) for run in found["runs"]] == [
+        (domain, arm) for domain in ("unknown", "known") for arm in ("dense", "none", "healing, share 0.25")
+    ]
+    assert len({run["parameters"] for run in found["runs"] if run["ratio"]}) == 1
+    assert set(found["base"]) == {"known", "unknown"}
+
+
+def test_quality_goes_on_where_its_minutes_ended_and_cuts_all_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import quality
+
+    wiki = tmp_path / "wikitext2"
+    wiki.mkdir()
+    (wiki / "wiki.test.raw").write_text("".join(python_docs_texts("test"))[:9000], encoding="utf-8")
+    monkeypatch.setattr(quality, "BLOCK", 32)
+    monkeypatch.setattr(quality, "WINDOW", 64)
+    output = tmp_path / "quality.json"
+    flags = ["--model", str(bundled_model_path()), "--data", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    flags += ["--tokens", "1280", "--windows", "2", "--blocks", "2", "--ratios", "0.5", "--output", str(output)]
+    methods = ["--methods", "hesso", "hesso, healing, replay", "one-shot, magnitude", "dense"]
+    monkeypatch.setattr(sys, "argv", ["quality.py", *flags, *methods, "--minutes", "0"])
+    assert quality.main() == 0
+    assert "put off" in capsys.readouterr().out
+    assert json.loads(output.read_text())["runs"] == []
+    monkeypatch.setattr(sys, "argv", ["quality.py", *flags, *methods])
+    assert quality.main() == 0
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["method"] for run in runs] == methods[1:]
+    assert runs[0]["parameters"] == runs[2]["parameters"] < runs[3]["parameters"]
