@@ -202,8 +202,11 @@ def test_lora_compares_what_units_are_scored_by(tmp_path: Path, monkeypatch: pyt
     assert run["peak_bytes"]["weights"] > run["peak_bytes"]["adapter"]
 
 
-def test_replay_runs_each_arm_on_a_known_and_an_unknown_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replay_runs_each_arm_on_a_text_that_the_model_learnt_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import replay
+    import stories
 
     model, data = tmp_path / "models" / "stories260K", tmp_path / "data" / "tinystories"
     AutoModelForCausalLM.from_pretrained(bundled_model_path()).save_pretrained(model)
@@ -214,14 +217,26 @@ def test_replay_runs_each_arm_on_a_known_and_an_unknown_text(tmp_path: Path, mon
         (data / f"{split}.jsonl").write_text("\n".join(rows))
     (data.parent / "tinyshakespeare.txt").write_text("".join(python_docs_texts("train")[4:9])[:20000])
     output = tmp_path / "replay.json"
-    flags = ["--data", str(tmp_path), "--cache", str(tmp_path / "cache"), "--steps", "10", "--seeds", "0"]
-    flags += ["--arms", "none", "healing, share 0.25", "--held-out-blocks", "1", "--output", str(output)]
+    flags = ["--data", str(tmp_path), "--cache", str(tmp_path / "cache"), "--steps", "6", "--seeds", "0"]
+    flags += [
+        "--domains",
+        "known",
+        "--arms",
+        "none",
+        "healing, share 0.25",
+        "--held-out-blocks",
+        "1",
+        "--output",
+        str(output),
+    ]
     monkeypatch.setattr(replay, "BOTH_STEPS", 1)
+    monkeypatch.setattr(replay, "BATCH", 2)
+    monkeypatch.setattr(stories, "BATCH", 2)
     monkeypatch.setattr(sys, "argv", ["replay.py", *flags])
     assert replay.main() == 0
     found = json.loads(output.read_text())
     assert [(run["domain"], run["arm"]) for run in found["runs"]] == [
-        (domain, arm) for domain in ("unknown", "known") for arm in ("dense", "none", "healing, share 0.25")
+        ("known", arm) for arm in ("dense", "none", "healing, share 0.25")
     ]
     assert len({run["parameters"] for run in found["runs"] if run["ratio"]}) == 1
     assert set(found["base"]) == {"known", "unknown"}
