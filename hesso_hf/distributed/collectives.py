@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -118,6 +119,7 @@ def leave() -> None:
     errors: the others may be waiting for this process, and it for them.
     """
     if dist.is_available() and dist.is_initialized():
+        gc.collect()  # a trainer refers to itself, and DDP's reducer in it to the group, which would outlive this
         dist.destroy_process_group()
 
 
