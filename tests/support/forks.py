@@ -281,6 +281,7 @@ def _work(told: dict[str, Any], rank: int, reading: int) -> int:
     import numpy
     import torch
 
+    torch.set_num_threads(1)  # here makes the pool anew that a fork loses: threads that load a model would race for it
     torch.seed()  # random numbers of its own, as a fresh process has
     numpy.random.seed()
     sys.argv = told["argv"]
