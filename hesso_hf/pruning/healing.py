@@ -87,7 +87,9 @@ class Healer:
         """Return what is to be added to each reader's weight by the time its marked units are at zero."""
         found: dict[str, torch.Tensor] = {}
         handles = []
-        for reader in readers_of(self._model, bound):
+        readers = readers_of(self._model, bound)
+        self._name_unread(readers, marked)
+        for reader in readers:
             gone = reader.columns(marked)
             if bool(gone.any()):
                 handles.append(self._hook(reader, gone, ~gone & ~reader.columns(pruned), bound, found))
@@ -100,6 +102,14 @@ class Healer:
         for name, correction in found.items():
             _leave_out(bound, name, correction, marked, pruned)
         return found
+
+    def _name_unread(self, readers: list[Reader], marked: PerUnit) -> None:
+        """Warn of structures whose units no linear layer reads; channels of the stream are never healed."""
+        read = {structure for reader in readers for structure, _, _ in reader.axes} | {"embedding_channels"}
+        for structure in sorted(name for name, units in marked.items() if bool(units.any()) and name not in read):
+            logger.warning_once(
+                f"healing: {structure} of {type(self._model).__name__} aren't healed: no linear layer reads them"
+            )
 
     def _trunk(self) -> nn.Module:
         """Return the model without its head, whose logits nobody needs."""

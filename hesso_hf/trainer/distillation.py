@@ -84,6 +84,29 @@ def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+class StepMean:
+    """What micro-batches add up, by the optimizer steps since it was last asked for."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._sum: torch.Tensor | None = None
+        self._since = 0
+
+    def add(self, value: torch.Tensor) -> None:
+        """Count a micro-batch's share of its step."""
+        if self._sum is None:
+            self._sum, self._since = torch.zeros_like(value), self._trainer.state.global_step
+        self._sum += value
+
+    def mean(self) -> float:
+        """Return the mean over steps and processes, NaN where nothing was added; begin anew."""
+        if self._sum is None:
+            return float("nan")
+        value = self._sum / max(1, self._trainer.state.global_step - self._since)
+        self._sum = None
+        return mean_over_ranks(value, value.device)
+
+
 def accumulated(trainer: Trainer) -> int:
     """Return how many micro-batches the present step has; before training as many as are asked for."""
     return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
@@ -113,8 +136,7 @@ class Distillation:
         self._plain: torch.Tensor | None = None  # the last micro-batch's loss without the teacher, and its divergence
         self._last: torch.Tensor | None = None
         self._scaled = True  # whether these are shares of an accumulated batch already
-        self._sum: torch.Tensor | None = None
-        self._since = 0
+        self._noted = StepMean(trainer)
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -196,18 +218,12 @@ class Distillation:
         if self._plain is None or self._last is None:
             return loss
         parts = 1 if self._scaled else accumulated(self._trainer)
-        if self._sum is None:
-            self._sum, self._since = torch.zeros_like(self._last), self._trainer.state.global_step
-        self._sum += self._last / parts
+        self._noted.add(self._last / parts)
         return self._plain / parts
 
     def mean(self) -> float:
         """Return the mean divergence a step since the last call; NaN where there was none."""
-        if self._sum is None:
-            return float("nan")
-        value = self._sum / max(1, self._trainer.state.global_step - self._since)
-        self._sum = None
-        return mean_over_ranks(value, value.device)
+        return self._noted.mean()
 
     def check(self, saved: Mapping[str, Any] | None, folder: str) -> None:
         """Compare with the teacher that a checkpoint was trained with.

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..distributed.collectives import from_main, is_main_process, mean_over_ranks
+from ..distributed.collectives import from_main, is_main_process
 from ..errors import CheckpointMismatchError, HessoError
-from .distillation import accumulated, divergence, is_scaled
+from .distillation import StepMean, accumulated, divergence, is_scaled
 from .replay_text import Script, load_windows, order, read_windows, save_windows, write_windows
 from .teacher import Teacher
 
@@ -86,8 +86,7 @@ class Replay:
         self._step, self._taken = -1, 0  # the step that is being made, and its micro-batches so far
         self._scaled = True  # whether losses are shares of an accumulated batch already
         self._user: torch.Tensor | None = None
-        self._sum: torch.Tensor | None = None
-        self._since = 0
+        self._noted = StepMean(trainer)
 
     def mixed(self, loss: torch.Tensor, model: nn.Module, num_items: torch.Tensor | int | None) -> torch.Tensor:
         """Return the loss to train on: the trainer's own of a micro-batch, mixed with that of its replay.
@@ -120,9 +119,7 @@ class Replay:
     # -- what it was lately ---------------------------------------------------------------------------------------
 
     def _note(self, user: torch.Tensor, term: torch.Tensor, parts: int) -> None:
-        if self._sum is None:
-            self._sum, self._since = torch.zeros_like(term), self._trainer.state.global_step
-        self._sum += term / parts
+        self._noted.add(term / parts)
         self._user = user / (1 if self._scaled else parts)
 
     def without(self, loss: torch.Tensor) -> torch.Tensor:
@@ -131,11 +128,7 @@ class Replay:
 
     def mean(self) -> float:
         """Return the mean divergence a step since the last call; NaN where there was none."""
-        if self._sum is None:
-            return float("nan")
-        value = self._sum / max(1, self._trainer.state.global_step - self._since)
-        self._sum = None
-        return mean_over_ranks(value, value.device)
+        return self._noted.mean()
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint and the report say of it."""
@@ -179,16 +172,19 @@ def make_replay(trainer: Trainer, teacher: Teacher, config: HessoConfig, sizes: 
     kept = {name: str(value) for name, value in described.items()}
     windows: torch.Tensor | None = from_main(load_windows(folder, kept) if is_main_process() else None)
     if windows is None:
-        windows = _windows(teacher, config, sizes, tokenizer, seed)
+        shown = is_main_process() and not trainer.args.disable_tqdm
+        windows = _windows(teacher, config, sizes, tokenizer, seed, shown)
         save_windows(folder, windows, kept)
     return Replay(trainer, teacher, sizes, windows, source)
 
 
-def _windows(teacher: Teacher, config: HessoConfig, sizes: ReplaySizes, tokenizer: Any, seed: int) -> torch.Tensor:
+def _windows(
+    teacher: Teacher, config: HessoConfig, sizes: ReplaySizes, tokenizer: Any, seed: int, shown: bool
+) -> torch.Tensor:
     if config.replay_dataset is None:
         logger.info(f"the model writes {sizes.windows} windows of {sizes.length} tokens for replay")
         with teacher.whole() as model:
-            return write_windows(model, Script.of(model, tokenizer), sizes.windows, sizes.length, seed)
+            return write_windows(model, Script.of(model, tokenizer), sizes.windows, sizes.length, seed, shown)
     found = read_windows(config.replay_dataset, tokenizer, sizes.windows, sizes.length)
     if len(found) < FEWEST:
         raise HessoError(

@@ -100,7 +100,9 @@ class _Prompter(LogitsProcessor):
 
 
 @torch.no_grad()
-def write_windows(model: PreTrainedModel, script: Script, count: int, length: int, seed: int = 0) -> torch.Tensor:
+def write_windows(
+    model: PreTrainedModel, script: Script, count: int, length: int, seed: int = 0, progress: bool = False
+) -> torch.Tensor:
     """Let a model write text by itself, sampled from its own distribution (temperature 1).
 
     All processes write their part and get all of it. A text that ends is followed by another one in the same window.
@@ -117,7 +119,8 @@ def write_windows(model: PreTrainedModel, script: Script, count: int, length: in
     model.generation_config = GenerationConfig()  # a model's own would end rows, and sample otherwise
     try:
         with kept_random_state(model.device):
-            for turn in range(math.ceil(len(starts) / world_size())):
+            turns = range(math.ceil(len(starts) / world_size()))
+            for turn in logging.tqdm(turns, desc="Writing text for replay", disable=not progress):
                 place = turn * world_size() + rank()
                 start = starts[min(place, len(starts) - 1)]  # all write as often, as a divided model needs it
                 torch.manual_seed(seed * 1_000_003 + start)

@@ -20,18 +20,24 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def test_stories_runs_every_method_at_the_same_sizes_and_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import stories
-
-    model, data = tmp_path / "models" / "stories260K", tmp_path / "data" / "tinystories"
+def stand_in(folder: Path) -> Path:
+    """Put the bundled model and its text where stories260K and TinyStories are looked for; return the text's folder."""
+    model, data = folder / "models" / "stories260K", folder / "data" / "tinystories"
     AutoModelForCausalLM.from_pretrained(bundled_model_path()).save_pretrained(model)
     AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(model)
     data.mkdir(parents=True)
     for split in ("train", "test"):
         rows = [json.dumps({"text": text[:4000]}) for text in python_docs_texts(split)[:4]]  # type: ignore[arg-type]
         (data / f"{split}.jsonl").write_text("\n".join(rows))
+    return data
+
+
+def test_stories_runs_every_method_at_the_same_sizes_and_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stories
+
+    stand_in(tmp_path)
     output = tmp_path / "stories.json"
     flags = ["--data", str(tmp_path), "--steps", "10", "--seeds", "0", "--ratios", "0.5", "--held-out-blocks", "1"]
     monkeypatch.setattr(stories, "BATCH", 1)
@@ -208,13 +214,7 @@ def test_replay_runs_each_arm_on_a_text_that_the_model_learnt_first(
     import replay
     import stories
 
-    model, data = tmp_path / "models" / "stories260K", tmp_path / "data" / "tinystories"
-    AutoModelForCausalLM.from_pretrained(bundled_model_path()).save_pretrained(model)
-    AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(model)
-    data.mkdir(parents=True)
-    for split in ("train", "test"):
-        rows = [json.dumps({"text": text[:4000]}) for text in python_docs_texts(split)[:4]]  # type: ignore[arg-type]
-        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    data = stand_in(tmp_path)
     (data.parent / "tinyshakespeare.txt").write_text("".join(python_docs_texts("train")[4:9])[:20000])
     output = tmp_path / "replay.json"
     flags = ["--data", str(tmp_path), "--cache", str(tmp_path / "cache"), "--steps", "6", "--seeds", "0"]

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig
-from hesso_hf.hf_models.tiny_model import logits_of
+from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing
 from hesso_hf.pruning.healing import Healer, padded, readers_of
 from hesso_hf.pruning.optimizer import HessoOptimizer
@@ -19,6 +19,7 @@ from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
 from hesso_hf.pruning.saliency import PerUnit
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of
+from tests.support.checks import propagated
 from tests.support.lora import tiny_lora
 from tests.support.tiny import HEAD_DIM, KV_HEADS, MLP, VOCAB, tiny_gpt2, tiny_llama
 
@@ -224,3 +225,22 @@ def test_examples_of_several_lengths_are_padded_on_the_right():
     batch = padded(examples, torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[6, 7, 0, 0], [8, 9, 3, 4], [5, 5, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_structures_that_no_linear_layer_reads_are_named(caplog: pytest.LogCaptureFixture):
+    """Fused experts' down projections are one tensor of three dimensions."""
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=60, intermediate_size=MLP, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, num_local_experts=4, head_dim=8,
+    )  # fmt: skip
+    model = random_model(MixtralForCausalLM, config, 1)
+    groups = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.1)).groups
+    bound = BoundGroups(parameters_of(model), groups)
+    marked = none_of(bound)
+    marked[CHANNELS][:, :3] = True
+    marked[HEADS][:, 0] = True
+    with propagated(caplog):
+        found = Healer(model, tokens()).corrections(bound, marked, none_of(bound))
+    assert "healing: mlp_channels of MixtralForCausalLM aren't healed" in caplog.text
+    assert "attention_heads of" not in caplog.text
+    assert {name.split(".")[-2] for name in found} == {"o_proj"}
