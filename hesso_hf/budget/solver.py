@@ -20,9 +20,9 @@ from ..errors import BudgetError, HessoError, nearest_name
 from ..hf_models.build import model_class_of
 from ..hf_models.resize import buildable_config, resized_config
 from ..hf_models.sizes import ConfigSizes, canonical_name
-from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from .cost import Cost, Counts
+from .rounding import CHANNELS, MULTIPLES, allowed_counts
 
 logger = logging.get_logger(__name__)
 
@@ -31,7 +31,6 @@ MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
 MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
 _NAMED = 3  # of the nearest sizes, in messages
-_CHANNELS = ("mlp_channels", "expert_channels")  # whose number no config class refuses
 
 PriceFunction = Callable[[Counts], np.ndarray]
 LossFunction = Callable[[Counts], np.ndarray]
@@ -68,11 +67,6 @@ class TargetSizes:
     def from_dict(cls, values: Mapping[str, Any]) -> TargetSizes:
         """Read what `to_dict` wrote."""
         return cls(**values)
-
-
-def default_round_to(size: int) -> int:
-    """Return 8, or the largest power of two that leaves a small size at least 32 steps."""
-    return next((step for step in (8, 4, 2) if size >= 32 * step), 1)
 
 
 def solve_budget(
@@ -183,28 +177,6 @@ class _Solver:
     price: PriceFunction
     sizes: ConfigSizes
 
-    def choices(self, name: str) -> list[int]:
-        """List the numbers of units a layer that rounding and tensor parallelism allow, ascending."""
-        group, tp = self.groups.structures[name], self.config.tensor_parallel_size
-        if name == "layers":
-            return list(range(1, group.num_units + 1))
-        divisible = [1] if name in _CHANNELS else []  # so many indices a unit, times the kept units
-        if name in ("attention_heads", "query_heads"):
-            multiple, divisible = group.pools, list(group.increments.values())
-        elif name == EXPERT_UNITS:
-            multiple = math.lcm(group.pools, default_round_to(group.num_units))
-        else:
-            fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
-            multiple = self.config.round_to or (8 if fused_experts else default_round_to(group.num_units))
-        counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.least]
-        counts.append(group.num_units)
-        allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]
-        if not allowed:
-            raise HessoError(
-                f"`tensor_parallel_size` ({tp}) leaves no allowed number of {name} below {group.num_units}"
-            )
-        return allowed
-
     def target(self, kept: dict[str, int]) -> TargetSizes:
         """Check kept units against the config class and price them."""
         self._check(kept)
@@ -231,23 +203,31 @@ class _Solver:
 
     def solve(self, ratio: float, pinned: dict[str, int], loss: LossFunction) -> TargetSizes:
         """Take the expected best among the allowed sizes nearest to the ratio."""
-        grid = self._grid(ratio, pinned)
-        removed = 1 - self.price(grid) / float(self.price({}))
-        off = np.where(removed > 1e-9, np.abs(removed - ratio), np.inf)  # whoever asks for a cut gets one
-        self._check_least(ratio, removed[np.isfinite(off)])
-        nearest: dict[tuple[int, ...], int] = {}  # the first indices with sizes that differ
-        for index in self._accepted(grid, np.argsort(off, kind="stable")):
-            nearest.setdefault(tuple(self._row(grid, index).values()), index)
-            if len(nearest) == _NAMED:
+        for most in MULTIPLES:
+            grid = self._grid(ratio, pinned, most)
+            removed = 1 - self.price(grid) / float(self.price({}))
+            off = np.where(removed > 1e-9, np.abs(removed - ratio), np.inf)  # whoever asks for a cut gets one
+            nearest = self._nearest(grid, off)
+            least = off[nearest[0]] if nearest else np.inf
+            if least <= CLOSE_ENOUGH:
                 break
+        self._check_least(ratio, removed[np.isfinite(off)])
         if not nearest:
             raise BudgetError(f"{type(self.model_config).__name__} refuses every smaller size of {list(grid)}")
-        least = off[next(iter(nearest.values()))]
-        self._check_reach(ratio, least, [self._row(grid, index) for index in nearest.values()])
+        self._check_reach(ratio, least, [self._row(grid, index) for index in nearest])
         near = np.flatnonzero(off <= max(CLOSE_ENOUGH, least + 1e-12))
         losses = np.broadcast_to(loss(grid), off.shape)
         ranked = near[np.lexsort((off[near], losses[near]))]
         return self.target(self._row(grid, next(self._accepted(grid, ranked))))
+
+    def _nearest(self, grid: dict[str, np.ndarray], off: np.ndarray) -> list[int]:
+        """Return a few accepted indices whose sizes differ, the nearest first."""
+        found: dict[tuple[int, ...], int] = {}
+        for index in self._accepted(grid, np.argsort(off, kind="stable")):
+            found.setdefault(tuple(self._row(grid, index).values()), index)
+            if len(found) == _NAMED:
+                break
+        return list(found.values())
 
     def _check_least(self, ratio: float, removed: np.ndarray) -> None:
         """Refuse a ratio that is nearer to nothing than to the least that can go."""
@@ -266,7 +246,7 @@ class _Solver:
         judged: dict[tuple[tuple[str, int], ...], bool] = {}
         for index in order:
             kept = self._row(grid, index)
-            key = tuple(item for item in kept.items() if item[0] not in _CHANNELS)
+            key = tuple(item for item in kept.items() if item[0] not in CHANNELS)
             if key not in judged:
                 try:
                     self._check(kept)
@@ -295,11 +275,14 @@ class _Solver:
         else:
             resized_config(self.model_config, sizes, sizes=self.sizes)
 
-    def _grid(self, ratio: float, pinned: dict[str, int]) -> dict[str, np.ndarray]:
+    def _allowed(self, name: str, most: int) -> list[int]:
+        return allowed_counts(self.config, self.groups.structures[name], most)
+
+    def _grid(self, ratio: float, pinned: dict[str, int], most: int) -> dict[str, np.ndarray]:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""
         names = list(self.groups.independent)
-        options = {name: np.array([pinned[name]] if name in pinned else self.choices(name)) for name in names}
-        finest = next((name for name in _CHANNELS if name in names and name not in pinned), None)
+        options = {name: np.array([pinned[name]] if name in pinned else self._allowed(name, most)) for name in names}
+        finest = next((name for name in CHANNELS if name in names and name not in pinned), None)
         coarse = [name for name in names if name != finest]
         _thin_out(options, coarse)
         combinations = np.meshgrid(*(options[name] for name in coarse), indexing="ij")

@@ -57,7 +57,7 @@ class HessoConfig:
         "uniform", "uniform: every layer keeps as many units (a stock class); per_layer: ranked across layers."
     )
     round_to: int | None = _option(
-        None, "Multiple that MLP and embedding channels, and tokens, keep to (default 8 or less)."
+        None, "Multiple that MLP and embedding channels, and tokens, keep to (default 128 or less, by the size)."
     )
     stream_basis: str = _option(
         "given",

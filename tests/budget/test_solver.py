@@ -21,7 +21,8 @@ from transformers import (
 
 from hesso_hf.budget.cost import CONTEXT, Cost, build_cost
 from hesso_hf.budget.latency import LatencyTable
-from hesso_hf.budget.solver import TargetSizes, default_round_to, solve_budget
+from hesso_hf.budget.rounding import default_head_multiple, default_round_to
+from hesso_hf.budget.solver import TargetSizes, solve_budget
 from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.build import build_meta, model_class_of
@@ -211,8 +212,15 @@ def test_round_to_holds_for_channels(round_to: int, ratio: float):
     assert sizes["hidden_size"] % round_to == 0
 
 
-def test_the_default_multiple_is_8_and_less_for_small_models():
-    assert [default_round_to(size) for size in (8192, 256, 255, 128, 64, 52)] == [8, 8, 4, 4, 2, 1]
+def test_the_default_multiple_is_128_and_less_for_smaller_models():
+    sizes = (8192, 4096, 4095, 2048, 512, 511, 256, 255, 128, 64, 52)
+    assert [default_round_to(size) for size in sizes] == [128, 128, 64, 64, 16, 8, 8, 4, 4, 2, 1]
+
+
+def test_heads_stay_divisible_by_two_or_four_ranks_where_there_are_many():
+    assert [default_head_multiple(heads) for heads in (32, 16, 14, 12, 8, 9, 6, 4)] == [4, 4, 2, 2, 2, 1, 1, 1]
+    for ratio in (0.2, 0.3, 0.5, 0.6):
+        assert solve(ONE_B, pruning_ratio=ratio).sizes["num_key_value_heads"] % 2 == 0
     sizes = solve(ONE_B, pruning_ratio=0.37).sizes
     assert sizes["intermediate_size"] % 8 == sizes["hidden_size"] % 8 == 0
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
 from hesso_hf.errors import HessoError, UnsupportedStructureError
@@ -48,6 +55,22 @@ def test_a_plan_says_what_goes_and_when() -> None:
     ]
     plan.curves = LossCurves({"mlp_channels": (0.5,)}, {"mlp_channels": (1.1,)})
     assert plan.preview(Schedule(4, 9, 3, 40)).endswith("  expected before any recovery: +0.80 nats a token")
+
+
+def test_a_vision_tower_that_stays_whole_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=99, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=98))
+    with propagated(caplog):
+        PruningPlan.prepare(model, HessoConfig(0.3))
+    (message,) = {record.message for record in caplog.records if "stays whole: nothing" in record.message}
+    share = model.model.vision_tower.num_parameters() / model.num_parameters()
+    assert message.startswith(f"model.vision_tower (CLIPVisionModel, {share:.0%} of the parameters)")
 
 
 def test_a_shape_of_which_little_stays_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
