@@ -36,6 +36,29 @@ def random_model(model_class: type[PreTrainedModel], config: PretrainedConfig, s
     return model
 
 
+@contextlib.contextmanager
+def ieee_fp32() -> Iterator[None]:
+    """For a while, take fp32 products in fp32 indeed, whatever TF32 or bf16 a run allows for its speed.
+
+    TF32 moves logits by ten times what a comparison allows. The settings that name a kind of product overrule the
+    general ones and are changed only where they do, so that all are as before afterwards.
+    """
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    settings = [backends, cudnn]  # the general ones come first
+    settings += [backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    before: list[tuple[Any, str]] = []
+    try:
+        for setting in settings:
+            if setting.fp32_precision != "ieee":
+                before.append((setting, setting.fp32_precision))
+                setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in reversed(before):
+            setting.fp32_precision = value
+
+
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the fp32 logits of a forward pass without a cache, in the weights' own dtype."""
@@ -62,7 +85,7 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
         inputs["use_cache"] = False
     if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = input_ids
-    with attention_in_fp32(model):
+    with attention_in_fp32(model), ieee_fp32():
         # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
         output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
     found = output.get("logits")

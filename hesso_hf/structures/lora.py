@@ -22,6 +22,7 @@ from ..compat import set_buffer, set_parameter
 from ..distributed.parts import named_parameters, stock_class
 from ..errors import HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
+from ..hf_models.tiny_model import ieee_fp32
 from .groups import Axis, PruningGroups
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -179,6 +180,7 @@ def with_adapter(
     return ((wrapped, *args[1:]), kwargs) if args else (args, {**kwargs, "model": wrapped})
 
 
+@ieee_fp32()
 @torch.no_grad()
 def dense_model(
     model: PreTrainedModel, dtype: torch.dtype | None = None, adapters: Adapters | None = None

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from ..distributed.collectives import from_all, on_all
 from ..engines.engine import Engine
-from ..errors import HessoError
-from ..export.checkpoint_state import last_common_checkpoint
+from ..errors import HessoError, VerificationError
+from ..export.checkpoint_state import last_common_checkpoint, write_state
 from ..export.plots import PLOT_NAME
-from ..export.report import CARD_NAME, REPORT_NAME
+from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
 from ..pruning.process import PruningProcess
+from ..structures.lora import dense_model, lora_layers
 from ..structures.uneven_layers import MODULE_NAME
 from .run import PruningRun
 
@@ -47,6 +49,39 @@ def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[]
         _remove_export(target)
     with _before_trial(process):
         engine.save_dense(run, target, plain)
+
+
+def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[[str], None]) -> PruningReport | None:
+    """Save the smaller model; where it isn't what was trained, save that beside it, so that no run is lost.
+
+    Args:
+        plain: the trainer's own `save_model`.
+
+    Raises:
+        VerificationError: on all processes, naming the folder with what was trained.
+    """
+    try:
+        return engine.export(run, target)
+    except Exception as error:  # all processes have one, of whatever type
+        if not any(from_all(isinstance(error, VerificationError))):
+            raise
+        beside = target.absolute().with_name(f"{target.absolute().name}-dense")
+        _save_trained(engine, run, beside, plain)
+        raise VerificationError(
+            f"{error}. What was trained, a dense model with its pruned units at zero, is saved in {beside}: "
+            f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
+            "the trainer"
+        ) from error
+
+
+def _save_trained(engine: Engine, run: PruningRun, folder: Path, plain: Callable[[str], None]) -> None:
+    """Save the trained model with the decision beside it, adapters merged: the base on disk isn't what they fit."""
+    writes = engine.args.should_save
+    if not lora_layers(run.model):
+        engine.save_dense(run, folder, lambda: plain(str(folder)))
+    elif writes:
+        dense_model(run.model).save_pretrained(folder)
+    on_all(lambda: write_state(folder, run.process.decision(), engine.config, run.record()) if writes else None)
 
 
 def _remove_export(folder: Path) -> None:

@@ -21,6 +21,7 @@ from ..distributed.parts import reshard
 from ..engines.deepspeed.holdings import gathered
 from ..engines.engine import Engine
 from ..errors import HessoError
+from ..hf_models.tiny_model import ieee_fp32
 
 logger = logging.get_logger(__name__)
 
@@ -139,6 +140,7 @@ class Teacher:
         yield from itertools.repeat(None, most - len(parts))
 
 
+@ieee_fp32()
 @torch.no_grad()
 def _separate_(model: PreTrainedModel, device: torch.device) -> _Trunk | None:
     """Put a `_Trunk` in place of the model's trunk if the model then gives the same logits; else leave it as it is."""

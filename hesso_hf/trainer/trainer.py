@@ -28,7 +28,7 @@ from .engine import engine_of, refuse
 from .hub import add_to_card, upload
 from .peeked import PeekedStream
 from .run import PruningRun
-from .saving import end_training, resolve_checkpoint, save_dense
+from .saving import end_training, resolve_checkpoint, save_dense, save_smaller
 
 logger = logging.get_logger(__name__)
 
@@ -198,7 +198,7 @@ class HessoMixin(_TrainerBase):
         """Save the smaller model once pruning has finished; before that the dense one, with a warning.
 
         Raises:
-            VerificationError: where the smaller model doesn't reproduce the trained one; nothing is written then.
+            VerificationError: where the smaller model doesn't reproduce the trained one, which is saved beside it then.
         """
         plain = super().save_model
         if self._saving_checkpoint:
@@ -208,7 +208,8 @@ class HessoMixin(_TrainerBase):
         if steps is None or not steps.process.finished:
             dense = functools.partial(plain, output_dir, _internal_call=_internal_call)
             return save_dense(self.hesso_engine, self.hesso_run, target, dense)
-        self.pruning_report = self.hesso_engine.export(self.hesso_run, target)
+        trained = functools.partial(plain, _internal_call=True)
+        self.pruning_report = save_smaller(self.hesso_engine, self.hesso_run, target, trained)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None

@@ -18,10 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.distributed.parts import local, named_parameters, plain_name
+from hesso_hf.engines.fsdp import export as fsdp_export
+from hesso_hf.errors import VerificationError
 from hesso_hf.export.checkpoint_state import last_checkpoint
 from hesso_hf.hf_models.loading import load_model
 from tests.support import fsdp_cpu, killing
@@ -163,6 +166,20 @@ def best_job(folder: str, processes: int) -> None:
     torch.save(found, f"{folder}/rank{run.args.process_index}.pt")
 
 
+def spoilt_job(folder: str, processes: int) -> None:
+    """Save a small model that is cut wrongly, and leave what is said of it."""
+    run = build(folder, 16, processes, hesso=RATIO)
+    run.train()
+    plain = fsdp_export.cut_part
+    fsdp_export.cut_part = lambda tensor, part, cuts: plain(tensor, part, cuts) * (1.5 if cuts else 1.0)
+    try:
+        with pytest.raises(VerificationError) as caught:
+            run.save_model(f"{folder}/small")
+    finally:
+        fsdp_export.cut_part = plain
+    torch.save({"said": str(caught.value)}, f"{folder}/rank{run.args.process_index}.pt")
+
+
 def jobs(folder: Path) -> list[Job]:
     """Return what two processes do under FSDP2, one after the other."""
     short = {"steps": 16, "hesso": RATIO}
@@ -174,6 +191,7 @@ def jobs(folder: Path) -> list[Job]:
         Job(__name__, "job", folder / "offloaded", short, {"FSDP_OFFLOAD_PARAMS": "true"}),
         Job(__name__, "job", folder / "loaded", taught | {"stored": str(folder / "stored")}, LOADED_BY_ONE),
         Job(__name__, "best_job", folder / "best"),
+        Job(__name__, "spoilt_job", folder / "spoilt"),
         Job(__name__, "resumed_job", folder / "resumed", {"steps": [3, 10]}),  # in a CRIC cycle, in a period
         Job(__name__, "killed_job", folder / "not-killed", {"saves": False}),
         Job(__name__, "stopped_job", folder / "not-stopped", {"pause": 0.0}),
@@ -236,6 +254,16 @@ def test_bfloat16_with_fp32_masters_and_checkpointed_activations(two: Path) -> N
     report = json.loads((two / "bf16" / "small" / "pruning_report.json").read_text())
     assert report["verification"]["fold_error"] <= 1e-5
     AutoModelForCausalLM.from_pretrained(two / "bf16" / "small")
+
+
+def test_what_was_trained_is_kept_where_the_small_model_is_another(two: Path, tmp_path: Path) -> None:
+    dense = two / "spoilt" / "small-dense"
+    for rank in range(2):
+        assert f"is saved in {dense}" in torch.load(two / "spoilt" / f"rank{rank}.pt", weights_only=True)["said"]
+    assert not (two / "spoilt" / "small").exists()
+    export_pruned(dense, tmp_path / "again")
+    files = [load_file(folder / "model.safetensors") for folder in (tmp_path / "again", two / "compiled" / "small")]
+    assert max(float((files[0][name] - files[1][name]).abs().max()) for name in files[1]) < 1e-5
 
 
 def test_the_best_model_is_one_of_the_pruned_ones(two: Path) -> None:

@@ -29,7 +29,7 @@ from hesso_hf.hf_models.sizes import (
     size_places,
 )
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
-from hesso_hf.hf_models.tiny_model import logits_of, random_model, token_ids
+from hesso_hf.hf_models.tiny_model import ieee_fp32, logits_of, random_model, token_ids
 from hesso_hf.structures.proof.tiny_case import covering_config
 from tests.support.checks import known
 from tests.support.families import ALL
@@ -245,3 +245,76 @@ def test_a_default_config_that_leaves_head_dim_out_is_covered(model_type: str):
     model_class, config = default_config(model_type)
     assert config.head_dim is None
     assert covering_config(model_class, config).head_dim == tiny_config(model_class, config).head_dim
+
+
+def precisions() -> list[str]:
+    """Read every setting of how fp32 products are computed, through torch's old interface where that answers."""
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    settings = (
+        torch.backends,
+        cudnn,
+        mkldnn,
+        cuda.matmul,
+        cudnn.conv,
+        cudnn.rnn,
+        mkldnn.matmul,
+        mkldnn.conv,
+        mkldnn.rnn,
+    )
+    found = [setting.fp32_precision for setting in settings]
+    for read in (lambda: cuda.matmul.allow_tf32, lambda: cudnn.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(str(read()))
+        except RuntimeError:  # what it raises where the new interface says otherwise
+            found.append("mixed")
+    return found
+
+
+ALLOWED = {
+    "nothing": "pass",
+    "trainer": "torch.backends.fp32_precision = 'tf32'",
+    "trainer forbids": "torch.backends.fp32_precision = 'ieee'",
+    "bf16": "torch.backends.fp32_precision = 'bf16'",
+    "old": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True",
+    "old forbids": "torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "medium": "torch.set_float32_matmul_precision('medium')",
+    "one": "torch.backends.cudnn.rnn.fp32_precision = torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "both": "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.allow_tf32 = True",
+    "cudnn": "torch.backends.cudnn.fp32_precision = 'tf32'; torch.backends.fp32_precision = 'ieee'",
+    "mkldnn": "torch.backends.mkldnn.set_flags(_fp32_precision='bf16')",
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_fp32_is_fp32_for_a_while_and_all_settings_are_as_before(case: str):
+    """In a process of its own: what torch has been told once can't be unsaid."""
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        inside, (before, after), (then, expected) = pool.apply(_settings, (ALLOWED[case],))
+    assert inside[3:9] == ["ieee"] * 6
+    assert after == before
+    assert then == expected
+
+
+def _settings(code: str) -> tuple[list[str], tuple[list[str], list[str]], tuple[list[str], list[str]]]:
+    """Return what is set inside, before and after; and what follows from a later change, with and without it."""
+    later = ["tf32", "none", "ieee", "none"]
+
+    def changed() -> list[str]:
+        found = []
+        for value in later:
+            torch.backends.fp32_precision = value
+            found += precisions()
+        return found
+
+    exec(code)
+    before = precisions()
+    first = torch.backends.fp32_precision
+    expected = changed()
+    torch.backends.fp32_precision = first
+    with ieee_fp32():
+        inside = precisions()
+    after = precisions()
+    return inside, (before, after), (changed(), expected)

@@ -17,6 +17,7 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     EarlyStoppingCallback,
+    LlamaForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -26,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.optimization import Adafactor
 
-from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
+from hesso_hf import HessoConfig, HessoMixin, HessoTrainer, export_pruned
 from hesso_hf.engines.deepspeed import engine as zero_engine
 from hesso_hf.errors import (
     BudgetError,
@@ -40,6 +41,7 @@ from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning import calibration
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
+from tests.support.lora import lora_run
 from tests.support.tiny import QUERIES, tiny_llama
 from tests.support.training import arguments, blocks, hesso_config, logged, said_by_the_dense_model, trainer
 
@@ -359,10 +361,37 @@ def test_published_folder_has_no_pickle_and_keeps_other_files(tmp_path: Path) ->
 def test_a_failing_verification_publishes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path)
     run.train()
-    monkeypatch.setattr("hesso_hf.export.verify.FOLD_TOLERANCE", -1.0)
-    with pytest.raises(VerificationError, match="embedding_channels"):
-        run.save_model(str(tmp_path / "small"))
+    with monkeypatch.context() as patch:
+        patch.setattr("hesso_hf.export.verify.FOLD_TOLERANCE", -1.0)
+        with pytest.raises(VerificationError, match="embedding_channels") as caught:
+            run.save_model(str(tmp_path / "small"))
     assert not (tmp_path / "small").exists()
+    kept = tmp_path / "small-dense"
+    assert f"is saved in {kept}" in str(caught.value)
+    for found, trained in zip(LlamaForCausalLM.from_pretrained(kept).parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(found, trained)
+    assert_same_small(run, kept, tmp_path)
+
+
+def assert_same_small(run: HessoTrainer, dense: Path, folder: Path) -> None:
+    """Export what was saved in the smaller model's place, and compare with the smaller model that the run saves."""
+    export_pruned(dense, folder / "again")
+    run.save_model(str(folder / "small"))
+    files = [load_file(folder / name / "model.safetensors") for name in ("again", "small")]
+    assert files[0].keys() == files[1].keys()
+    assert max(float((files[0][name] - files[1][name]).abs().max()) for name in files[0]) < 1e-6
+
+
+def test_a_failing_verification_of_an_adapter_keeps_what_base_and_adapter_are_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = lora_run(tmp_path)
+    run.train()
+    with monkeypatch.context() as patch:
+        patch.setattr("hesso_hf.export.verify.FOLD_TOLERANCE", -1.0)
+        with pytest.raises(VerificationError, match="small-dense"):
+            run.save_model(str(tmp_path / "small"))
+    assert_same_small(run, tmp_path / "small-dense", tmp_path)
 
 
 def test_load_best_model_chooses_among_pruned_ones(tmp_path: Path) -> None:

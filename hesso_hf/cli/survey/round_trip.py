@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import HessoError, VerificationError
 from ...export.decision import kept_mask
-from ...hf_models.tiny_model import SEED, logits_of, random_model, relative_error, token_ids
+from ...hf_models.tiny_model import SEED, ieee_fp32, logits_of, random_model, relative_error, token_ids
 from ...structures.cut import cut_model, zero_units_
 from ...structures.experts import EXPERT_UNITS
 from ...structures.groups import PruningGroups
@@ -123,6 +123,7 @@ def _first_difference(expected: PreTrainedModel, found: PreTrainedModel) -> str:
     return ""
 
 
+@ieee_fp32()
 @torch.no_grad()
 def _generate(model: PreTrainedModel, input_ids: torch.Tensor) -> Generated:
     """Generate greedily with the cache, from the first tokens of the first row."""
