@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .saliency import PerUnit, float_sums, no_units
+from .saliency import PerUnit, float_sums, no_units, on_device
 
 PATH_PARTS = 4  # a unit's scores along its own path are kept as means of so many parts
 SHOWN_PATHS = 32  # units a structure whose path the report gives
@@ -111,6 +111,11 @@ class Cric:
         """Take the final decision, bool (L, U), for the report."""
         for name, units in lowest.items():
             self.decided[name].copy_(units)
+
+    def to_(self, device: torch.device) -> None:
+        """Move all sets and sums to another device."""
+        for key in _TENSORS:
+            setattr(self, key, on_device(getattr(self, key), device))
 
     # -- report and state -----------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from .collapse import CollapseWatch
 from .cric import CricTrial
 from .healing import Healer
 from .ranking import Ranking
-from .saliency import PerUnit, no_units
+from .saliency import PerUnit, no_units, on_device
 from .schedule import Schedule
 from .state import PruningState
 from .weights.bound_groups import BoundGroups
@@ -62,6 +62,7 @@ class PruningProcess:
         self.bound = BoundGroups(parameters, groups, gates, adapters)
         ranking = Ranking(groups, target, config, self.bound.elements_per_unit())
         shapes, device = self.bound.shapes(), self.bound.device
+        self._device = device  # of the state
         self.state = PruningState(
             target,
             config.choices(),
@@ -88,9 +89,17 @@ class PruningProcess:
         scored = phases.phase_of(self.run).is_scored
         self.bound.frozen.reveal(scored and self.run.ranking.needs_gradients)
 
+    def _follow_parameters(self) -> None:
+        """Keep the state where the parameters are: `accelerator.prepare` may move the model after the optimizer's."""
+        if self._device != self.bound.device:
+            self._device = self.bound.device
+            self.state.to_(self._device)
+            self._pending.sums = on_device(self._pending.sums, self._device)
+
     @torch.no_grad()
     def observe_gradients(self) -> None:
         """Mask the pruned units' gradients and, where a scoring is near, take the step's sums (not yet counted)."""
+        self._follow_parameters()
         self.bound.frozen.average_gradients_()
         if self.run.masking:
             self.bound.mask_gradients_(self.run.pruned())
@@ -155,6 +164,7 @@ class PruningProcess:
     def probe(self, losses: Sequence[Callable[[], torch.Tensor]], loss_scale: float = 1.0) -> None:
         """Let CRIC look along the way to zero by gradients of the given losses, the same batches at every point."""
         assert self.trial is not None
+        self._follow_parameters()
         self.run.check_agreement()
         with self.bound.frozen.revealed():
             self.trial.probe(losses, loss_scale)
@@ -248,6 +258,7 @@ class PruningProcess:
             CheckpointMismatchError: as `check_state_dict` does; nothing is changed then.
         """
         self.check_state_dict(state)
+        self._follow_parameters()
         self.state.load(state, self.bound)
         self._pending.zero_()
         self.state.trial = self.run.new_trial()  # the samples of a cycle are the schedule's

@@ -242,6 +242,15 @@ def float_sums(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return tensors, and mappings of them, on a device; what is kept in float64 in what `float_sums` says."""
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        return value.to(device, float_sums(device) if value.dtype == torch.float64 else value.dtype)
+
+    return {n: on_device(v, device) if isinstance(v, Mapping) else moved(v) for n, v in values.items()}
+
+
 def no_units(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> PerUnit:
     """Return masks that mark no unit, bool (L, U) per structure."""
     return {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}

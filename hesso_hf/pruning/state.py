@@ -17,7 +17,7 @@ from ..distributed.collectives import is_main_process
 from ..errors import CheckpointMismatchError, check_same
 from .collapse import CollapseWatch
 from .cric import CricTrial
-from .saliency import PerUnit, UnitSums
+from .saliency import PerUnit, UnitSums, on_device
 from .schedule import Schedule
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
@@ -86,6 +86,14 @@ class PruningState:
         if self.trial is not None and self.trial.snapshot is not None:
             return self.trial.cric.shrinking
         return {name: (scales > 0) & (scales < 1) for name, scales in self.scales.items()}
+
+    def to_(self, device: torch.device) -> None:
+        """Move all tensors to another device; snapshots stay where they are."""
+        self.scales, self.redundant = on_device(self.scales, device), on_device(self.redundant, device)
+        self.sums.sums, self.healing = on_device(self.sums.sums, device), on_device(self.healing, device)
+        self.order = None if self.order is None else on_device(self.order, device)
+        if self.trial is not None:
+            self.trial.cric.to_(device)
 
     def to_dict(self, bound: BoundGroups) -> dict[str, Any]:
         """Return tensors and plain containers only, as `torch.load(weights_only=True)` reads them.

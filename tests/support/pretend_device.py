@@ -1,0 +1,121 @@
+"""A device that isn't the CPU, on any machine: its tensors are the CPU's inside, and mixing them with others raises.
+
+It becomes its process' accelerator for good, so a test that uses it does so in a process of its own (`apart`).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+DEVICE = "pretend:0"
+aten = torch.ops.aten
+# what copies from one device to another, or takes indices from the CPU
+ACROSS = {
+    aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default,
+    aten._index_put_impl_.default,
+}  # fmt: skip
+
+
+class MixedDevicesError(RuntimeError):
+    """What a GPU raises for tensors on it and on the CPU in one operation."""
+
+
+class PretendTensor(torch.Tensor):
+    """A tensor on the device."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> PretendTensor:
+        found = torch.Tensor._make_wrapper_subclass(
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            device=torch.device(DEVICE), requires_grad=held.requires_grad,
+        )  # fmt: skip
+        found.held = held
+        return found
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PretendTensor({self.held!r})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Factories(TorchDispatchMode):
+    """Lets functions that make tensors make them on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, PretendTensor) else value
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    ours = [value for value in given if isinstance(value, PretendTensor)]
+    others = [value for value in given if not isinstance(value, PretendTensor) and value.dim()]
+    if ours and others and func not in ACROSS:
+        raise MixedDevicesError(f"{func}: tensors on {DEVICE} and on the CPU")
+    device = kwargs.get("device")
+    if device is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+    if func is aten.copy_.default:
+        return args[0]
+    here = bool(ours) if device is None else torch.device(device).type == "pretend"
+    same = {id(value.held): value for value in ours}  # what was changed in place is given back itself
+
+    def wrapped(value: Any) -> Any:
+        if not here or not isinstance(value, torch.Tensor) or isinstance(value, PretendTensor):
+            return value
+        return same[id(value)] if id(value) in same else PretendTensor(value)
+
+    return tree_map(wrapped, found)
+
+
+def _start() -> None:
+    """Make the device known to torch, before the first backward pass counts devices."""
+    _setup_privateuseone_for_python_backend("pretend")
+    _LIBRARY.impl("empty.memory_format", lambda size, *, dtype=None, **_: _empty(size, dtype), "PrivateUse1")
+    _LIBRARY.impl("empty_strided", lambda size, _, *, dtype=None, **__: _empty(size, dtype), "PrivateUse1")
+    for name in ("_copy_from", "_copy_from_and_resize"):
+        _LIBRARY.impl(name, _copy_from, "PrivateUse1")
+    _Factories().__enter__()
+
+
+_LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+def _empty(size: Any, dtype: torch.dtype | None) -> torch.Tensor:
+    return PretendTensor(torch.empty(size, dtype=dtype, device="cpu"))
+
+
+def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    _held(target).copy_(_held(source))
+    return target
+
+
+def move_(model: nn.Module) -> None:
+    """Move a model as `model.to("cuda")` does: an optimizer's parameters are the same ones afterwards."""
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(PretendTensor(parameter.detach()), parameter.requires_grad))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = PretendTensor(buffer)
+
+
+def apart(work: Callable[..., Any], *args: Any) -> Any:
+    """Do something in a process of its own that has the device, and return what it returns, without tensors on it."""
+    with multiprocessing.get_context("spawn").Pool(1, _start) as pool:
+        return pool.apply(work, args)
