@@ -819,3 +819,57 @@ def test_a_reported_gradient_norm_decides() -> None:
     assert optimizer.process.step == 0
     optimizer.step()  # the report held for one step
     assert optimizer.process.step == 1
+
+
+class InFewBits(torch.Tensor):
+    """A stand-in for torchao's 8-bit state: codes and a scale that pass for a float tensor, without `masked_fill_`."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> InFewBits:
+        found = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
+        found.scale = values.abs().max().clamp_min(1e-12) / 127
+        found.codes = (values / found.scale).round().to(torch.int8)
+        return found
+
+    def values(self) -> torch.Tensor:
+        return self.codes * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{cls.__name__} dispatch: attempting to run {func}")
+
+
+class FewBits(Optimizer):
+    """Momentum in few bits: as a tensor of torchao's kind or, as bitsandbytes has it, as bare codes."""
+
+    def __init__(self, parameters: Any, bare: bool) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+        self.bare = bare
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                old = state["kept"].values() if state else torch.zeros_like(parameter)
+                state["kept"] = InFewBits(0.9 * old + parameter.grad)
+                state["momentum"] = state["kept"].codes.view(torch.uint8) if self.bare else state["kept"]
+                parameter.sub_(state["kept"].values(), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_optimizer_state_in_few_bits_is_left_alone_and_pruned_units_stay_at_zero(bare: bool) -> None:
+    model = tiny_llama()
+    units = decoder_units(model)
+    schedule = Schedule(warmup_steps=2, pruning_steps=5, pruning_periods=2, total_steps=12)
+    optimizer = hesso(model, schedule, lambda model: FewBits(model.parameters(), bare))
+    for batch in token_batches(schedule.total_steps):
+        backward(model, batch)
+        optimizer.step()
+        for name, mask in pruned_masks(model, units, optimizer.process).items():
+            assert not model.get_parameter(name)[mask].any(), name
+    assert optimizer.process.finished
+    assert any(mask.any() for mask in pruned_masks(model, units, optimizer.process).values())

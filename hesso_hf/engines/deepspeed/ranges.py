@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...distributed.parts import flat_parts
-from ...pruning.weights.holdings import Held
+from ...pruning.weights.holdings import Held, is_plain
 from ...pruning.weights.snapshot import Snapshot
 
 
@@ -117,11 +117,10 @@ class Master(HeldRange):
         return self.pieces(self._range(self.master()))
 
     def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
-        """Yield the pieces of each value in the optimizer's state that has one entry an element."""
+        """Yield the pieces of each plain value in the optimizer's state that has one entry an element."""
         master = self.master()
         for value in state.get(master, {}).values():
-            fits = isinstance(value, torch.Tensor) and value.shape == master.shape
-            if fits and value.is_floating_point():
+            if isinstance(value, torch.Tensor) and value.shape == master.shape and is_plain(value):
                 yield self.pieces(self._range(value))
 
     def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:

@@ -195,7 +195,7 @@ class BoundGroups:
     def mask_state_(
         self, state: Mapping[torch.Tensor, Mapping[str, Any]], pruned: PerUnit, vectors_only: bool = False
     ) -> None:
-        """Zero pruned units' entries in optimizer state of the parameter's own shape and a floating dtype."""
+        """Zero pruned units' entries in plain optimizer state of the parameter's own shape and a floating dtype."""
         for axis, units in self._each(pruned):
             held = self.held[axis.parameter]
             if vectors_only and len(held.shape) > 1:

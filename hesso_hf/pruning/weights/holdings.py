@@ -54,10 +54,9 @@ class Held:
         return None if self.parameter.grad is None else [local(self.parameter.grad)]
 
     def states(self, state: Mapping[torch.Tensor, Mapping[str, Any]]) -> Iterator[list[torch.Tensor]]:
-        """Yield the pieces of each floating value in the optimizer's state that has one entry an element."""
+        """Yield the pieces of each plain floating value in the optimizer's state that has one entry an element."""
         for value in state.get(self.parameter, {}).values():
-            fits = isinstance(value, torch.Tensor) and value.shape == self.parameter.shape
-            if fits and value.is_floating_point():
+            if isinstance(value, torch.Tensor) and value.shape == self.parameter.shape and is_plain(local(value)):
                 yield [local(value)]
 
     def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
@@ -74,6 +73,11 @@ class Held:
 
     def gradients_changed(self) -> None:
         """Let the engine know of changed gradients."""
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Whether optimizer state can be masked: numbers themselves, not what stands for them in 8 or 4 bits."""
+    return type(value) is torch.Tensor and value.is_floating_point()
 
 
 class Holdings:
