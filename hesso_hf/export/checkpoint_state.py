@@ -22,6 +22,7 @@ from ..errors import CheckpointMismatchError
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "hesso_state.json"
+_NOT_VALID = "Can't find a valid checkpoint at"  # what `Trainer` says of a folder that it can't resume from
 SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded run's checkpoint
 
 
@@ -42,11 +43,13 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     if not folder.is_dir():
         there = sorted(path.name for path in folder.parent.glob("checkpoint-*"))
-        raise CheckpointMismatchError(f"`resume_from_checkpoint` ({str(folder)!r}) doesn't exist; there are: {there}")
+        raise CheckpointMismatchError(
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) doesn't exist; there are: {there}"
+        )
     if not path.exists():
         raise CheckpointMismatchError(
-            f"`resume_from_checkpoint` ({str(folder)!r}) holds no pruning state: it was not written by HessoTrainer; "
-            "load its weights as the model and start a new run"
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds no pruning state: it was not "
+            "written by HessoTrainer; load its weights as the model and start a new run"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -61,8 +64,8 @@ def check_resumable(folder: Path) -> None:
     sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
     if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
         raise CheckpointMismatchError(
-            f"`resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was saved with save_only_model; "
-            "export it, or start a new run from its weights"
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was "
+            "saved with save_only_model; export it, or start a new run from its weights"
         )
 
 

@@ -201,7 +201,7 @@ class HessoOptimizer(Optimizer):
             self.base.load_state_dict(state)
         except (ValueError, KeyError) as error:  # what torch raises for other parameter groups
             raise CheckpointMismatchError(
-                f"the checkpoint's optimizer state doesn't fit this model: {error}"
+                f"{error}: the checkpoint's optimizer state doesn't fit this model"
             ) from error
         self.process.load_state_dict(pruning, self.base)
 

@@ -40,7 +40,7 @@ def phase_text(process: PruningProcess) -> str:
 
 
 def metrics(steps: Steps, parameters: Any) -> dict[str, float]:
-    """Return what is logged: phase (0 warm-up, 1 sampling, 2 pruning, 3 recovery), units, ratios, norm, seconds."""
+    """Return what is logged: phase (0 warm-up, 1 sampling, 2 pruning, 3 recovery), units, ratios, norm."""
     process = steps.process
     found = {"hesso/phase": float(PHASES.index(process.schedule.phase(process.step)))}
     kept = {}
@@ -51,7 +51,6 @@ def metrics(steps: Steps, parameters: Any) -> dict[str, float]:
     found["hesso/pruned_ratio"] = 1 - float(parameters(kept)) / parameters.full
     found["hesso/target_ratio"] = process.target.parameter_ratio
     found["hesso/redundant_norm"] = process.redundant_norm()
-    found["hesso/seconds"] = steps.seconds
     if process.trial is not None:
         found["hesso/cric_cycle"] = float(process.trial.cric.cycles)
         found["hesso/cric_units_on_trial"] = float(process.trial.units_on_trial())

@@ -32,7 +32,10 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
         return str(resume) if resume else None
     last = last_common_checkpoint(Path(output_dir))
     if last is None:
-        raise HessoError(f"`resume_from_checkpoint` (True): no whole checkpoint in {output_dir!r}")
+        raise HessoError(  # the first words are the ones of `Trainer`
+            f"No valid checkpoint found in output directory ({output_dir}): `resume_from_checkpoint` (True) finds no "
+            "whole one; leave it out to start anew"
+        )
     return str(last)
 
 

@@ -198,5 +198,24 @@ def test_a_half_written_checkpoint_is_passed_over(undisturbed: HessoTrainer, tmp
     run.train(resume_from_checkpoint=True)
     assert run.hesso_run.resume_from == tmp_path / "checkpoint-5"
     check_equal(run, undisturbed)
-    with pytest.raises(HessoError, match="no whole checkpoint"):
+    with pytest.raises(HessoError, match="^No valid checkpoint found in output directory .* no whole one"):
         with_checkpoints(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kind", ["none in the folder", "no folder", "an empty folder"])
+def test_what_stops_a_resume_is_what_the_stock_trainer_raises_in_its_words(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    resume = {
+        "none in the folder": True,
+        "no folder": str(tmp_path / "none"),
+        "an empty folder": str(tmp_path / "empty"),
+    }
+    stock = Trainer(model=tiny_llama(), args=arguments(tmp_path), train_dataset=blocks())
+    found = []
+    for run in (stock, with_checkpoints(tmp_path)):
+        with pytest.raises(Exception, match=r"valid checkpoint") as caught:
+            run.train(resume_from_checkpoint=resume[kind])
+        found.append(caught.value)
+    assert isinstance(found[1], type(found[0]))
+    assert isinstance(found[1], HessoError)
+    assert str(found[1]).startswith(str(found[0]))
