@@ -60,8 +60,18 @@ class PruningPlan:
     curves: LossCurves | None = None
 
     @classmethod
-    def prepare(cls, model: nn.Module, config: HessoConfig) -> PruningPlan:
+    def prepare(
+        cls,
+        model: nn.Module,
+        config: HessoConfig,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PruningPlan:
         """Prove the model's structures and check that the budget can be met.
+
+        Args:
+            device: that a budget of latency is measured on, by default the model's.
+            dtype: that it is measured in: `config.export_dtype` where that is given, by default that of the weights.
 
         Raises:
             UnsupportedStructureError: for a model or structure that can't be pruned, with the reason.
@@ -78,7 +88,9 @@ class PruningPlan:
         parameters = build_cost("parameters", groups, axis_map, checked.config)
         price: PriceFunction | None = None
         if config.budget_metric == "latency":
-            price = build_latency(groups, axis_map, checked.device, checked.dtype)
+            exported = getattr(torch, config.export_dtype) if config.export_dtype else None
+            timed_in = exported or dtype or checked.dtype
+            price = build_latency(groups, axis_map, device or checked.device, timed_in)
         elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
         target = solve_budget(config, checked.config, groups, parameters, price)

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
+from hesso_hf.budget.latency import LatencyTable
 from hesso_hf.errors import HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning.calibration import LossCurves
@@ -27,6 +28,7 @@ from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
 from tests.support.checks import propagated
 from tests.support.tiny import backward, tiny_gpt2, tiny_llama, token_batches
+from tests.support.training import hesso_config, trainer
 
 
 def test_a_training_loop_of_ones_own(tmp_path: Path) -> None:
@@ -158,3 +160,24 @@ def test_layers_that_a_class_does_not_build_differently_are_refused_before_train
     sizes = {"num_attention_heads": model.config.n_head // 2}
     with pytest.raises(HessoError, match=r"`layer_widths` \('per_layer'\).*'uniform'"):
         PruningPlan.prepare(model, HessoConfig(target_sizes=sizes, layer_widths="per_layer"))
+
+
+@pytest.mark.parametrize(
+    ("export", "training", "timed"),
+    [(None, None, torch.float32), (None, torch.bfloat16, torch.bfloat16), ("float16", torch.bfloat16, torch.float16)],
+)
+def test_latency_is_timed_where_and_as_the_model_will_compute(
+    export: str | None, training: torch.dtype | None, timed: torch.dtype
+):
+    config = HessoConfig(target_sizes={"intermediate_size": 28}, budget_metric="latency", export_dtype=export)
+    plan = PruningPlan.prepare(tiny_llama(), config, torch.device("meta"), training)
+    assert isinstance(plan.price, LatencyTable)
+    assert plan.price.dtype == timed
+    assert plan.price.device.type == "meta"
+
+
+def test_a_trainer_times_latency_as_it_computes(tmp_path: Path):
+    config = hesso_config(budget_metric="latency")
+    run = trainer(tmp_path, config=config, bf16=True)
+    assert run.hesso_plan.price.dtype == torch.bfloat16
+    assert run.hesso_plan.price.device == run.args.device

@@ -198,7 +198,7 @@ def test_a_half_written_checkpoint_is_passed_over(undisturbed: HessoTrainer, tmp
     run.train(resume_from_checkpoint=True)
     assert run.hesso_run.resume_from == tmp_path / "checkpoint-5"
     check_equal(run, undisturbed)
-    with pytest.raises(HessoError, match="^No valid checkpoint found in output directory .* no whole one"):
+    with pytest.raises(HessoError, match=r"^No valid checkpoint found in output directory .* no whole one"):
         with_checkpoints(tmp_path / "empty").train(resume_from_checkpoint=True)
 
 

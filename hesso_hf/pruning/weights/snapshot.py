@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.optim import Optimizer
+from transformers.utils import logging
 
 from ...distributed.parts import like_parameter, local
+
+logger = logging.get_logger(__name__)
 
 _SCHEDULED = (
     "params", "lr", "initial_lr", "max_lr", "min_lr", "swa_lr", "momentum", "max_momentum", "base_momentum", "betas",
@@ -103,13 +106,23 @@ class Snapshot:
         if isinstance(value, torch.Tensor):
             value = local(value)
             if self._on_cpu and value.is_cuda and type(value) in (torch.Tensor, torch.nn.Parameter) and value.dim():
-                return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+                return host_memory(value).copy_(value)
             return value.detach().to("cpu" if self._on_cpu else value.device, copy=True)
         if isinstance(value, Mapping):
             return {key: self._copy(part) for key, part in value.items()}
         if isinstance(value, list | tuple):
             return _like(value, [self._copy(part) for part in value])
         return copy.deepcopy(value)
+
+
+def host_memory(like: torch.Tensor) -> torch.Tensor:
+    """Make room for a tensor in the host's memory, pinned where the system allows it: a GPU reads that by itself."""
+    try:
+        return torch.empty_like(like, device="cpu", pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning_once(f"snapshots lie in ordinary memory, which is slower to return to: no pinned one ({reason})")
+        return torch.empty_like(like, device="cpu")
 
 
 def snapshotted(optimizer: Optimizer, scaled: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -176,7 +189,10 @@ def kept_random_state(device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of Python's, NumPy's and torch's generators as tensors and plain containers."""
+    """Return the state of Python's, NumPy's and torch's generators as tensors and plain containers.
+
+    Of GPUs it is the one that `device` is or, where parameters wait on the CPU, the one that this process computes on.
+    """
     version, keys, gauss = random.getstate()
     kind, words, *rest = np.random.get_state(legacy=True)  # a tuple, which is plain data
     assert isinstance(words, np.ndarray)
@@ -185,9 +201,17 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(words.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
+    if _computes_on_gpu(device):
+        found["cuda"] = torch.cuda.get_rng_state(_gpu(device))
     return found
+
+
+def _computes_on_gpu(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.cuda.is_initialized()
+
+
+def _gpu(device: torch.device) -> torch.device:
+    return device if device.type == "cuda" else torch.device("cuda")
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
@@ -197,5 +221,5 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     kind, words, *rest = state["numpy"]
     np.random.set_state((kind, words.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if "cuda" in state and _computes_on_gpu(device):
+        torch.cuda.set_rng_state(state["cuda"].cpu(), _gpu(device))
