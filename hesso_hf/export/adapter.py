@@ -21,7 +21,7 @@ from ..structures.layers import full_names
 from ..structures.lora import NO_ADAPTERS, Adapters, base_of, dense_model, parameters_of
 from ..vocabulary.trim_embeddings import trim_embeddings
 from .decision import Decision
-from .parameters import WholeSource, check_stored
+from .parameters import WholeSource, check_stored, fp32_place
 
 ADAPTER_FOLDER = "adapter"
 _BY_LAYER = ("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
@@ -43,7 +43,8 @@ class AdapterSource(WholeSource):
 
     def _base(self, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
         """Cut the frozen weights alone, without what the adapter adds."""
-        base, vocabulary = dense_model(self._adapted, torch.float32, NO_ADAPTERS), self.decision.vocabulary
+        adapted, vocabulary = self._adapted, self.decision.vocabulary
+        base = dense_model(adapted, torch.float32, NO_ADAPTERS, fp32_place(adapted))
         return cut_model(trim_embeddings(base, vocabulary) if vocabulary else base, self.decision.groups, kept, dtype)
 
     @torch.no_grad()
@@ -82,7 +83,7 @@ class AdapterSource(WholeSource):
                     f"{tuple(own[factor].shape)}; with removed tokens an adapter can't be on what has one row a token: "
                     "use 'merged'"
                 )
-            own[factor].data = tensor.to(full[origin].dtype, copy=True)
+            own[factor].data = tensor.to(own[factor].device, full[origin].dtype, copy=True)
         return tuned.eval()
 
     def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
 from .decision import decide
-from .parameters import WholeSource
+from .parameters import WholeSource, fp32_place
 from .report import PruningReport
 from .source import read_source
 from .write import DTYPES, Output, write_pruned
@@ -65,7 +65,7 @@ def export_pruned(
             raise HessoError(f"`output_dir` ({str(output_dir)!r}) is a checkpoint of a run; choose another folder")
     found = read_source(source, kept_units, tokenizer, training, trust_pickles)
     adapted = found.lora_export(lora_export)
-    model = dense_model(found.model, torch.float32) if adapted else found.model
+    model = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
     vocabulary = vocabulary or found.vocabulary
     decision = decide(model, found.kept, groups, vocabulary)
     wanted = dtype or found.config.get("export_dtype")

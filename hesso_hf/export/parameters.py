@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..compat import attention_of
 from ..distributed.collectives import from_main, on_all
 from ..errors import VerificationError
 from ..hf_models.tiny_model import logits_of
-from ..structures.cut import cut_model, zero_units_
+from ..structures.cut import cut_model, device_with_room, zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import Adapters, parameters_of
 from ..structures.uneven_layers import uneven_sizes
@@ -107,9 +108,9 @@ class WholeSource(ParameterSource):
     """
 
     def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel | None = None) -> None:
-        super().__init__(model, decision, model.device)
         full = _in_fp32(model, decision)
-        self._trained = full if trained is None else _in_fp32(trained, decision)
+        super().__init__(model, decision, full.device)
+        self._trained = trained or full
         self._full = trim_embeddings(full, decision.vocabulary) if decision.vocabulary else full
 
     def together(self, work: Callable[[], _T]) -> _T:
@@ -120,13 +121,14 @@ class WholeSource(ParameterSource):
         return value
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return them; the model's mode stays as it is."""
-        was_training = self._trained.training
+        """Return them; the model's mode stays as it is, and a copy of it in fp32 is let go."""
+        model = _in_fp32(self._trained, self.decision)
+        was_training = model.training
         try:
-            with self.decision.routing(self._trained):  # a checkpoint's model has no gates
-                return logits_of(self._trained.eval(), input_ids)
+            with self.decision.routing(model):  # a checkpoint's model has no gates
+                return logits_of(model.eval(), input_ids.to(model.device)).to(self.device)
         finally:
-            self._trained.train(was_training)
+            model.train(was_training)
 
     def cut(self, kept: KeptUnits) -> PreTrainedModel:
         """Cut it on its device, or on the CPU where that has no room."""
@@ -153,10 +155,22 @@ def check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) ->
         raise VerificationError(f"{name} is {tuple(found)} after cutting, not {tuple(expected)}")
 
 
+def fp32_place(model: PreTrainedModel) -> torch.device:
+    """Return where a copy of a model in fp32 goes: to its device, or to the CPU where that has no room."""
+    return device_with_room(model.device, 4 * sum(parameter.numel() for parameter in model.parameters()))
+
+
 def _in_fp32(model: PreTrainedModel, decision: Decision) -> PreTrainedModel:
     """Return the model, or an fp32 copy of it in which what rounding left of the stream's mean is taken out."""
     if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
         return model
-    model = copy.deepcopy(model).float()
+    place = fp32_place(model)
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    memo: dict[int, torch.Tensor] = {
+        id(tensor): tensor.detach().to(place, torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        for tensor in tensors
+    }
+    memo |= {id(p): nn.Parameter(memo[id(p)], requires_grad=False) for p in model.parameters()}
+    model = copy.deepcopy(model, memo)
     zero_units_(parameters_of(model), Adapters.of(model).extend(decision.groups), decision.kept)
     return model

@@ -94,17 +94,18 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
 
 @contextlib.contextmanager
 def attention_in_fp32(model: nn.Module) -> Iterator[None]:
-    """For a while, let a model of fp32 weights compute attention in fp32 where its flash attention can't."""
+    """For a while, let a model compute attention where its flash attention can't: in fp32, and on the CPU."""
     configs: dict[int, PretrainedConfig] = {}  # a model in it comes after those that it is in
     for module in model.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig) and is_flash_attention_requested(config):
             configs[id(config)] = config
     before = {key: attention_of(config) for key, config in configs.items()}
-    whole = next(model.parameters()).dtype == torch.float32
+    first = next(model.parameters())
+    unfit = first.dtype == torch.float32 or first.device.type == "cpu"
     with_sdpa = all(supports_sdpa(m) for m in model.modules() if isinstance(m, PreTrainedModel))
     try:
-        for config in configs.values() if whole else ():
+        for config in configs.values() if unfit else ():
             set_attention(config, "sdpa" if with_sdpa else "eager")
         yield
     finally:

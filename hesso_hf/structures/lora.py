@@ -183,29 +183,34 @@ def with_adapter(
 @ieee_fp32()
 @torch.no_grad()
 def dense_model(
-    model: PreTrainedModel, dtype: torch.dtype | None = None, adapters: Adapters | None = None
+    model: PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    adapters: Adapters | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Return a stock model with the effective weights; what no adapter changes shares memory with `model`.
+    """Return a stock model with the effective weights; what stays as it is shares memory with `model`.
 
     Args:
         model: with adapters in place.
         dtype: of the weights; by default that of `model`.
         adapters: what is added to the frozen weights; by default all of the model's.
+        device: where the weights lie; by default where `model`'s do.
     """
     adapters = Adapters.of(model) if adapters is None else adapters
     parameters, dtype = parameters_of(model), dtype or model.dtype
+    device = device or model.device
     dense = build_meta(stock_class(model), copy.deepcopy(model.config))
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in list(dense.named_parameters(remove_duplicate=False)):
         if id(parameter) not in filled:
             value = adapters.effective(name, lambda key: parameters[key].data)
-            filled[id(parameter)] = nn.Parameter(value.to(dtype))
+            filled[id(parameter)] = nn.Parameter(value.to(device, dtype))
         owner, _, leaf = name.rpartition(".")
         set_parameter(dense.get_submodule(owner), leaf, filled[id(parameter)])
     buffers = {_plain_name(name, ""): buffer for name, buffer in model.named_buffers()}
     for name, _ in list(dense.named_buffers(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
-        set_buffer(dense.get_submodule(owner), leaf, buffers[name])
+        set_buffer(dense.get_submodule(owner), leaf, buffers[name].to(device))
     if model.can_generate():
         dense.generation_config = copy.deepcopy(model.generation_config)
     return dense.train(model.training)

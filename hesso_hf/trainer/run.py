@@ -66,7 +66,7 @@ class PruningRun:
         self.kept_tokens: KeptTokens | None = None
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
-        self.plan = self._prepared()
+        self.plan = _prepared(trainer, self.whole, config)
         self.measurer = Measurer(trainer, config, counted)
         self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer)
 
@@ -92,18 +92,12 @@ class PruningRun:
         assert steps is not None, "create_optimizer makes it"
         return steps.process
 
-    def _prepared(self) -> PruningPlan:
-        """Make a plan, with a budget of latency timed where and as the trainer computes."""
-        args = self._trainer.args
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        return PruningPlan.prepare(self.whole, self._config, args.device, dtype)
-
     # -- beginning ------------------------------------------------------------------------------------------------
 
     def new_process(self) -> PruningProcess:
         """Fix sizes and schedule, and make the pruning state."""
         if self.plan.model is not self.model:  # `model_init` made a new one
-            self.plan = self._prepared()
+            self.plan = _prepared(self._trainer, self.whole, self._config)
         process = self.plan.process(self._settle())
         self._heal(process)
         if self._config.prune_vocabulary:
@@ -213,3 +207,9 @@ class PruningRun:
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:
+    """Make a plan, with a budget of latency timed where and as a trainer computes."""
+    dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
+    return PruningPlan.prepare(model, config, trainer.args.device, dtype)
