@@ -24,7 +24,7 @@ NEWEST := .venv-newest
 FLOOR := .venv-floor
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format wheel-test bench survey clean
+.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format wheel-test bench picture survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
@@ -105,6 +105,9 @@ wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use
 
 bench: $(STAMP) ## benchmarks/stories.py, whose results are committed under benchmarks/results
 	$(BIN)/python benchmarks/stories.py $(ARGS)
+
+picture: $(STAMP) ## docs/quality.svg, of what benchmarks/quality.py measured
+	$(BIN)/python benchmarks/picture.py $(ARGS)
 
 survey: $(STAMP) ## docs/architectures.json and .md: what can be pruned in every model type, about 20 minutes
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/hesso-hf survey --jobs $(WORKERS) $(ARGS)

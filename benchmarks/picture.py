@@ -1,0 +1,267 @@
+"""Draw docs/quality.svg: the loss over the removed share, and over training tokens, by what quality.json holds.
+
+    make picture        or  python benchmarks/picture.py [--model smollm2] [--side in] [--output docs/quality.svg]
+
+The model is the largest one measured. Left: at the largest number of training tokens, the loss of each method over the
+share of the parameters that was really removed. Right: the loss over training tokens at the ratio that was measured at
+most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with its number.
+The colours are of one lightness, which stands out from a white page as from a dark one; the ground is left transparent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "quality.svg"
+MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+SIDES = {
+    ("docs", "in"): "held-out Python documentation", ("docs", "out"): "WikiText-2",
+    ("stories", "in"): "held-out TinyStories", ("stories", "out"): "Shakespeare's plays",
+}  # fmt: skip
+INK, HESSO, ABLATION = "#737d88", "#d4502f", "#b9644c"
+# name in the JSON: label, colour
+PEERS = {
+    "OBS": ("OBS", "#3f78d8"),
+    "FLAP": ("FLAP", "#0f86a8"),
+    "Wanda-sp": ("Wanda-sp", "#6f73c9"),
+    "one-shot, first-order Taylor": ("Taylor", "#9065c4"),
+    "one-shot, magnitude": ("magnitude", "#b0579e"),
+    "ShortGPT": ("ShortGPT", "#3b8a4d"),
+    "scratch": ("from scratch", "#8a7a2e"),
+}
+DENSE = "dense"
+REACH = 3.0  # times HESSO's largest gap to the dense model: what lies above is named at the edge
+LINE = 0.058  # height of a label, as a share of the panel's
+
+
+@dataclass(frozen=True)
+class Series:
+    """One method's points: x and the loss, ascending in x."""
+
+    method: str
+    points: tuple[tuple[float, float], ...]
+
+    @property
+    def label(self) -> str:
+        """Return what is written beside it."""
+        if self.method in PEERS:
+            return PEERS[self.method][0]
+        if self.method == "hesso":
+            return "HESSO"
+        return "· " + self.method.removeprefix("hesso, ").replace("without", "no")
+
+    @property
+    def colour(self) -> str:
+        """Return a peer's own colour, or HESSO's."""
+        if self.method in PEERS:
+            return PEERS[self.method][1]
+        return HESSO if self.method == "hesso" else ABLATION
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one panel shows; `dense` is the unpruned model trained alike, by x."""
+
+    title: str
+    x_label: str
+    ticks: tuple[float, ...]
+    series: tuple[Series, ...]
+    dense: tuple[tuple[float, float], ...]
+
+    @property
+    def ceiling(self) -> float:
+        """Return the loss at the upper edge: that of HESSO and of the best peer is always below."""
+        every = [loss for series in self.series for _, loss in series.points]
+        own = [loss for series in self.series if series.method not in PEERS for _, loss in series.points] or every
+        ends = [series.points[-1][1] for series in self.series if series.method in PEERS]
+        base = min([loss for _, loss in self.dense] or own)
+        reach = max([base + REACH * (max(own) - base), *([min(ends)] if ends else [])])
+        return min(reach, max(every)) + 0.05 * (reach - base)
+
+
+def largest(result: dict[str, Any]) -> str:
+    """Return the largest model that was measured."""
+    measured = {run["model"] for run in result["runs"]}
+    return max(measured, key=lambda name: result["base"][name]["parameters"])
+
+
+def panels(result: dict[str, Any], model: str, side: str) -> tuple[Panel, Panel]:
+    """Return both panels of a model.
+
+    Raises:
+        SystemExit: where nothing of it was pruned.
+    """
+    runs = [run for run in result["runs"] if run["model"] == model]
+    pruned = [run for run in runs if run["ratio"]]
+    if not pruned:
+        raise SystemExit(f"quality.json has no run of {model} with anything removed")
+    full = result["base"][model]["parameters"]
+    most = max(run["tokens"] for run in pruned)
+    ratio = max({run["ratio"] for run in pruned}, key=lambda ratio: (len(_tokens(pruned, ratio)), ratio))
+    by_share = Panel(
+        f"after {most:,} training tokens",
+        "parameters removed",
+        (0.0, *sorted({run["ratio"] for run in pruned if run["tokens"] == most})),
+        _series([run for run in pruned if run["tokens"] == most], side, lambda run: 1 - run["parameters"] / full),
+        _points([run for run in runs if run["method"] == DENSE and run["tokens"] == most], side, lambda run: 0.0),
+    )
+    by_tokens = Panel(
+        f"{ratio:.0%} of the parameters removed",
+        "training tokens",
+        tuple(sorted(_tokens(pruned, ratio))),
+        _series([run for run in pruned if run["ratio"] == ratio], side, lambda run: run["tokens"]),
+        _points([run for run in runs if run["method"] == DENSE], side, lambda run: run["tokens"]),
+    )
+    return by_share, by_tokens
+
+
+def _tokens(runs: Iterable[dict[str, Any]], ratio: float) -> set[int]:
+    return {run["tokens"] for run in runs if run["ratio"] == ratio}
+
+
+def _series(runs: list[dict[str, Any]], side: str, place: Callable[[dict[str, Any]], float]) -> tuple[Series, ...]:
+    methods = dict.fromkeys(run["method"] for run in runs)
+    return tuple(
+        Series(method, _points([run for run in runs if run["method"] == method], side, place)) for method in methods
+    )
+
+
+def _points(
+    runs: list[dict[str, Any]], side: str, place: Callable[[dict[str, Any]], float]
+) -> tuple[tuple[float, float], ...]:
+    """Return medians over seeds, of x too, since seeds may choose other sizes."""
+    alike: dict[tuple[float, int], list[dict[str, Any]]] = {}
+    for run in runs:
+        alike.setdefault((run["ratio"], run["tokens"]), []).append(run)
+    medians = [
+        (statistics.median(map(place, found)), statistics.median(run[side] for run in found))
+        for found in alike.values()
+    ]
+    return tuple(sorted(medians))
+
+
+def draw(result: dict[str, Any], model: str, side: str) -> Figure:
+    """Draw both panels."""
+    figure = Figure(figsize=(8.0, 4.3))
+    figure.patch.set_alpha(0)
+    left, right = panels(result, model, side)
+    text = SIDES[result["settings"][model]["text"], side]
+    for axis, panel, start in zip(figure.subplots(1, 2), (left, right), (0.055, 0.56), strict=True):
+        axis.set_position((start, 0.125, 0.25, 0.73))
+        _draw_panel(axis, panel, logarithmic=panel is right)
+    title = f"{MODELS.get(model, model)}: loss on {text} (nats a token)"
+    figure.text(0.012, 0.955, title, color=INK, fontsize=11, fontweight="bold", va="center")
+    return figure
+
+
+def _draw_panel(axis: Any, panel: Panel, logarithmic: bool) -> None:
+    axis.patch.set_alpha(0)
+    ceiling = panel.ceiling
+    losses = [loss for series in panel.series for _, loss in series.points] + [loss for _, loss in panel.dense]
+    floor = min(losses) - 0.06 * (ceiling - min(losses))
+    axis.set_ylim(floor, ceiling)
+    if panel.dense:
+        flat = panel.dense if logarithmic and len(panel.dense) > 1 else ((0, panel.dense[-1][1]),)
+        if len(flat) > 1:
+            axis.plot(*zip(*flat, strict=True), color=INK, linestyle=(0, (5, 3)), linewidth=1.4, label="dense")
+        else:
+            axis.axhline(flat[0][1], color=INK, linestyle=(0, (5, 3)), linewidth=1.4, label="dense")
+    for series in panel.series:
+        bold, peer = series.method == "hesso", series.method in PEERS
+        axis.plot(
+            *zip(*series.points, strict=True), color=series.colour, label=series.label, clip_on=True,
+            linewidth=2.8 if bold else 1.5, linestyle="-" if bold or peer else (0, (1.5, 1.5)),
+            marker="o", markersize=6.5 if bold else 4.5, zorder=4 if bold else 3,
+        )  # fmt: skip
+    _draw_frame(axis, panel, logarithmic)
+    _label(axis, panel)
+
+
+def _draw_frame(axis: Any, panel: Panel, logarithmic: bool) -> None:
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(INK)
+    axis.grid(axis="y", color=INK, alpha=0.2, linewidth=0.7)
+    axis.tick_params(colors=INK, labelsize=9.5)
+    axis.set_title(panel.title, color=INK, fontsize=10, loc="left")
+    axis.set_xlabel(panel.x_label, color=INK, fontsize=10)
+    if logarithmic:
+        axis.set_xscale("log")
+        axis.set_xlim(panel.ticks[0] / 1.6, panel.ticks[-1] * 1.3)
+    else:
+        axis.set_xlim(0, 1.04 * max(x for series in panel.series for x, _ in series.points))
+    axis.set_xticks(panel.ticks)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x) if logarithmic else f"{x:.0%}"))
+
+
+def _short(tokens: float) -> str:
+    """Return a number of tokens in a few letters."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{letter}"
+    return f"{tokens:.0f}"
+
+
+def _label(axis: Any, panel: Panel) -> None:
+    """Write each method beside its last point, apart from the others; above the edge with an arrow and its number."""
+    floor, ceiling = axis.get_ylim()
+    wanted = [(*series.points[-1], series.label, series.colour, series.method == "hesso") for series in panel.series]
+    wanted += [(axis.get_xlim()[1], panel.dense[-1][1], "dense", INK, False)] if panel.dense else []
+    wanted.sort(key=lambda entry: entry[1])  # by the loss
+    shares = [min(1.0, (entry[1] - floor) / (ceiling - floor)) for entry in wanted]
+    for height, (x, loss, label, colour, bold) in zip(spread(shares, LINE), wanted, strict=True):
+        above = loss > ceiling
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 3}
+        axis.annotate(
+            f"{label} {loss:.2f}" + (" ↑" if above else ""), (x, loss), (1.05, height), textcoords="axes fraction",
+            color=colour, fontsize=9.5 if bold else 8.6, fontweight="bold" if bold else "normal", va="center",
+            annotation_clip=False, arrowprops=None if above else leader,
+        )  # fmt: skip
+
+
+def spread(places: list[float], least: float) -> list[float]:
+    """Move ascending places in [0, 1] apart, by as little as may be, so that neighbours are `least` from each other."""
+    blocks: list[list[float]] = []  # runs of neighbours that touch: [sum of where each wants its run to start, number]
+    for index, place in enumerate(places):
+        blocks.append([place - index * least, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1] = [blocks[-1][0] + total, blocks[-1][1] + count]
+    last = 0.98 - (len(places) - 1) * least  # so that the uppermost stays below the edge
+    starts = [min(last, max(0.0, total / count)) for total, count in blocks for _ in range(int(count))]
+    return [start + index * least for index, start in enumerate(starts)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--model", help="by default the largest one measured")
+    parser.add_argument("--side", choices=("in", "out"), default="in", help="text like that trained on, or other text")
+    parser.add_argument("--output", type=Path, default=PICTURE, help="SVG or PNG")
+    options = parser.parse_args(argv)
+    result = json.loads(options.results.read_text(encoding="utf-8"))
+    figure = draw(result, options.model or largest(result), options.side)
+    # the same JSON gives the same file; text stays text
+    with matplotlib.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none"}):
+        dated = {"Date": None} if options.output.suffix == ".svg" else {}
+        figure.savefig(options.output, dpi=200, metadata=dated)
+    print(f"{options.output} written")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""The picture of `benchmarks/quality.py`: it draws what the JSON holds, and is legible on white and on dark."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from tests.support import ROOT
+
+GAPS = {
+    "dense": 0.0, "hesso": 0.35, "hesso, without healing": 0.55, "hesso, healing, replay": 0.36, "OBS": 0.5,
+    "FLAP": 0.9, "one-shot, magnitude": 6.0, "scratch": 4.0,
+}  # fmt: skip
+PAGES = ("#ffffff", "#0d1117")  # GitHub's, light and dark
+
+
+@pytest.fixture
+def picture(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import picture
+
+    return picture
+
+
+def loss(method: str, ratio: float, tokens: int) -> float:
+    return 3.0 + GAPS[method] * ratio - tokens / 1e6
+
+
+def measured() -> dict[str, Any]:
+    """Return results of two models: of the large one 20% at one number of tokens and 50% at two, with three seeds."""
+    runs = []
+    for method in GAPS:
+        for ratio, tokens in ((0.5, 10_000), (0.5, 40_000), (0.2, 40_000)):
+            if method == "dense" and ratio == 0.2:
+                continue
+            for seed, off in enumerate((0.0, -0.01, 5.0)):  # the median is that of seed 0
+                ratio_of_run = 0.0 if method == "dense" else ratio
+                found = {"in": loss(method, ratio_of_run, tokens) + off, "out": 9.0}
+                parameters = round(2000 * (1 - ratio_of_run)) + (40 if method == "FLAP" else 0)
+                run = {"model": "big", "method": method, "ratio": ratio_of_run, "tokens": tokens, "seed": seed}
+                runs.append(run | found | {"parameters": parameters})
+    small = {"model": "small", "method": "hesso", "ratio": 0.3, "tokens": 90_000, "seed": 0, "in": 1.0, "out": 1.0}
+    return {
+        "settings": {name: {"text": "docs"} for name in ("big", "small")},
+        "base": {"big": {"parameters": 2000}, "small": {"parameters": 100}},
+        "runs": [*runs, small | {"parameters": 70}],
+    }
+
+
+def test_the_panels_hold_the_medians_of_the_largest_model(picture: ModuleType) -> None:
+    result = measured()
+    assert picture.largest(result) == "big"
+    by_share, by_tokens = picture.panels(result, "big", "in")
+    assert "40,000" in by_share.title
+    assert by_tokens.title.startswith("50%")
+    assert {series.method for series in by_share.series} == set(GAPS) - {"dense"}
+    for series in by_share.series:
+        off = 40 / 2000 if series.method == "FLAP" else 0.0  # what was really removed
+        expected = [(ratio - off, loss(series.method, ratio, 40_000)) for ratio in (0.2, 0.5)]
+        assert list(itertools.chain(*series.points)) == pytest.approx(list(itertools.chain(*expected)))
+    for series in by_tokens.series:
+        expected = [(tokens, loss(series.method, 0.5, tokens)) for tokens in (10_000, 40_000)]
+        assert list(itertools.chain(*series.points)) == pytest.approx(list(itertools.chain(*expected)))
+    assert by_share.dense == ((0.0, loss("dense", 0.0, 40_000)),)
+    assert [x for x, _ in by_tokens.dense] == [10_000, 40_000]
+    assert picture.panels(result, "big", "out")[0].series[0].points[0][1] == 9.0
+    with pytest.raises(SystemExit, match="no run of small"):
+        picture.panels({**result, "runs": [run for run in result["runs"] if run["model"] == "big"]}, "small", "in")
+
+
+def test_every_line_is_drawn_and_named_and_what_is_far_off_has_its_number(picture: ModuleType) -> None:
+    result = measured()
+    figure = picture.draw(result, "big", "in")
+    for axis, panel in zip(figure.axes, picture.panels(result, "big", "in"), strict=True):
+        lines = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axis.lines}
+        texts = {text.get_text() for text in axis.texts}
+        for series in panel.series:
+            assert lines[series.label] == list(series.points)
+            last = series.points[-1][1]
+            assert f"{series.label} {last:.2f}" + (" ↑" if last > axis.get_ylim()[1] else "") in texts
+        assert f"dense {panel.dense[-1][1]:.2f}" in texts
+        above = {text.split()[0] for text in texts if "↑" in text}
+        assert above == {"magnitude", "from"}  # HESSO, its variants and the best peers are within
+        assert [round(tick, 9) for tick in axis.get_xticks()] == [round(tick, 9) for tick in panel.ticks]
+
+
+def test_no_two_labels_touch_and_none_leaves_the_picture(picture: ModuleType) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    result = measured()
+    for method in ("ShortGPT", "Wanda-sp", "one-shot, first-order Taylor", "hesso, principal basis"):
+        alike = [run for run in result["runs"] if run["method"] == "hesso" and run["model"] == "big"]
+        result["runs"] += [run | {"method": method} for run in alike]
+    figure = picture.draw(result, "big", "in")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    # of labels the text alone, without the lines that lead to them
+    boxes = [Text.get_window_extent(text, canvas.get_renderer()) for axis in figure.axes for text in axis.texts]
+    assert len(boxes) == 24
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.shrunk(1.0, 0.85).overlaps(other.shrunk(1.0, 0.85))
+
+
+@pytest.mark.parametrize("places", [[0.1, 0.5, 0.9], [0.5] * 5, [0.0, 0.01, 0.99, 1.0], [0.3]])
+def test_places_are_moved_apart_and_no_more_than_they_must(picture: ModuleType, places: list[float]) -> None:
+    moved = picture.spread(places, 0.1)
+    assert all(b - a >= 0.1 - 1e-12 for a, b in itertools.pairwise(moved))
+    assert all(-1e-12 <= place <= 1 for place in moved)
+    if all(b - a >= 0.1 for a, b in itertools.pairwise(places)) and max(places) < 0.98:
+        assert moved == pytest.approx(places)
+    elif len(set(places)) == 1:
+        assert sum(moved) == pytest.approx(sum(places))
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_method_has_a_colour_that_stands_out_from_both_pages(picture: ModuleType) -> None:
+    import quality
+
+    methods = [method for method in quality.METHODS if method != "dense"]
+    assert set(picture.PEERS) == {method for method in methods if method not in quality.HESSO}
+    colours = {picture.Series(method, ()).colour for method in methods} | {picture.INK}
+    for colour, page in itertools.product(colours, PAGES):
+        light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 4.1, (colour, page)
+
+
+def test_the_same_results_make_the_same_file(picture: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "quality.json").write_text(json.dumps(measured()))
+    made = []
+    for name in ("one.svg", "two.svg", "three.png"):
+        picture.main(["--results", str(tmp_path / "quality.json"), "--output", str(tmp_path / name)])
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
+    assert made[2].startswith(b"\x89PNG")
+    assert f"HESSO {loss('hesso', 0.5, 40_000):.2f}" in labels(tmp_path / "one.svg")
+
+
+def labels(path: Path) -> set[str]:
+    """Return all text of an SVG."""
+    return set(re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8")))
+
+
+def test_the_picture_in_the_docs_is_of_the_results(picture: ModuleType) -> None:
+    result = json.loads(picture.RESULTS.read_text(encoding="utf-8"))
+    figure = picture.draw(result, picture.largest(result), "in")
+    shown = labels(picture.PICTURE)
+    for axis in figure.axes:
+        assert {text.get_text() for text in axis.texts} <= shown, "run `make picture`"
