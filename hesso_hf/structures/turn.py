@@ -9,12 +9,13 @@ Legend: D channels of the stream.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..errors import UnsupportedStructureError
 from .groups import AxisName
+from .lora import Adapters
 from .shape_probe import AxisMap
 
 _LEAST_GAIN = 1e-3  # of the largest: an offset can't be divided by less
@@ -67,10 +68,11 @@ class StreamTurn(TurnScheme):
         Raises:
             UnsupportedStructureError: where a norm's reader is in another layer, or read through two norms.
         """
-        named: dict[str, dict[str, str]] = {}
+        named: dict[str, dict[str, list[str]]] = {}
         for info in axis_map.parameters.values():
-            named.setdefault(info.pattern, {})[info.layer] = info.name
-        axes = tuple((name, dim) for pattern, dim in scheme.axes for name in named.get(pattern, {}).values())
+            named.setdefault(info.pattern, {}).setdefault(info.layer, []).append(info.name)
+        layers = [(names, dim) for pattern, dim in scheme.axes for names in named.get(pattern, {}).values()]
+        axes = tuple((name, dim) for names, dim in layers for name in names)
         norms = tuple(_named(norm, named, layer) for norm in scheme.norms for layer in named.get(norm.scale, {}))
         read = [reader for norm in norms for reader in norm.readers]
         for reader in set(read):
@@ -78,6 +80,16 @@ class StreamTurn(TurnScheme):
                 raise UnsupportedStructureError(f"{reader[0]} reads several norms")
         tied = _named(scheme.tied_norm, named, "") if scheme.tied_norm else None
         return cls(axes, norms, tied, scheme.centred, width)
+
+    def with_adapters(self, adapters: Adapters) -> StreamTurn:
+        """Return the turn with the adapters' factors in it: A goes with what W reads, B with what it writes."""
+
+        def beside(axes: tuple[AxisName, ...]) -> tuple[AxisName, ...]:
+            factors = [adapters.low_rank[name].along(dim) for name, dim in axes if name in adapters.low_rank]
+            return (*axes, *factors)
+
+        norms = tuple(replace(norm, readers=beside(norm.readers)) for norm in self.norms)
+        return replace(self, axes=beside(self.axes), norms=norms)
 
     @torch.no_grad()
     def fold_gains_(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -130,19 +142,28 @@ class StreamTurn(TurnScheme):
         offsets = [norm.offset for norm in norms if norm.offset]
         for name, dim in (*self.axes, *((name, 0) for name in offsets)):
             parameter = parameters[name]
-            turned = parameter.double().movedim(dim, -1) @ rotation.to(parameter.device, torch.float64)
+            turned = _rotated(parameter.double().movedim(dim, -1), rotation.to(parameter.device, torch.float64))
             parameter.copy_(turned.movedim(-1, dim))
 
 
-def _named(norm: NormScheme, named: Mapping[str, Mapping[str, str]], layer: str) -> NormScheme:
-    """Name a norm's parameters in one layer; a layer that lacks one is refused."""
+def _rotated(values: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate along the last dimension: runs of the channels, of copies of the stream; behind them what isn't of it."""
+    runs = values.shape[-1] // len(rotation)
+    along, rest = values.tensor_split([runs * len(rotation)], dim=-1)
+    return torch.cat([(along.unflatten(-1, (runs, -1)) @ rotation).flatten(-2), rest], dim=-1)
+
+
+def _named(norm: NormScheme, named: Mapping[str, Mapping[str, list[str]]], layer: str) -> NormScheme:
+    """Name a norm's parameters in one layer; a layer that lacks one, or has several such norms, is refused."""
     patterns = (norm.scale, norm.offset, *(pattern for pattern, _ in norm.readers))
     for pattern in filter(None, patterns):
         if layer not in named.get(pattern, {}):
             raise UnsupportedStructureError(f"{pattern} isn't in {layer or 'the model'} beside {norm.scale}")
-    readers = tuple((named[pattern][layer], dim) for pattern, dim in norm.readers)
-    offset = named[norm.offset][layer] if norm.offset else ""
-    return NormScheme(named[norm.scale][layer], offset, norm.shift, readers)
+    scale, *others = named[norm.scale][layer]
+    if others:
+        raise UnsupportedStructureError(f"{scale} and {others[0]} are alike: their readers aren't told apart")
+    readers = tuple((name, dim) for pattern, dim in norm.readers for name in named[pattern][layer])
+    return NormScheme(scale, named[norm.offset][layer][0] if norm.offset else "", norm.shift, readers)
 
 
 def _closed(norm: NormScheme, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:

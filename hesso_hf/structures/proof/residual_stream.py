@@ -252,10 +252,10 @@ class Sides:
         vanished, trusted = self._vanished(known)
         writers = {axis.info.module for axis in unsettled if vanished.get(axis.first) is False}
         # a norm behind the whole block may hide what writes in it
-        doubtful = {_block(axis) for axis in known if axis.side == "out" and vanished.get(axis.first)}
+        doubtful = {block_of(axis) for axis in known if axis.side == "out" and vanished.get(axis.first)}
 
         def settled(axis: StreamAxis) -> StreamAxis:
-            is_clear = axis.info.kind in trusted and _block(axis) not in doubtful
+            is_clear = axis.info.kind in trusted and block_of(axis) not in doubtful
             if axis.side != "either" or axis.first not in vanished or not (is_clear or axis.info.module in writers):
                 return axis
             return replace(axis, side="in" if vanished[axis.first] else "out")
@@ -328,6 +328,6 @@ class Sides:
         return {axis: bool((owner >= 0).all()) for axis, owner in found.items() if bool((owner != UNKNOWN).any())}
 
 
-def _block(axis: StreamAxis) -> tuple[str, str]:
+def block_of(axis: StreamAxis) -> tuple[str, str]:
     """Return the kind of layer and the part of it that an axis' parameter belongs to, its attention or MLP."""
     return axis.info.kind, tail_of(axis).partition(".")[0]

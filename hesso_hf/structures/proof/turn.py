@@ -7,17 +7,21 @@ read a norm is told by gradients: where the norm lets nothing through, they have
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...distributed.parts import stock_class
 from ...errors import UnsupportedStructureError
 from ...hf_models.tiny_model import SEED, logits_of, relative_error
+from ..build import num_units
 from ..groups import AxisName, Scheme
+from ..shape_probe import probe_axes
 from ..turn import NormScheme, StreamTurn, TurnScheme, random_rotation
 from .bench import Bench
 from .prove import Prover
-from .residual_stream import StreamAxis
+from .residual_stream import StreamAxis, block_of
 from .result import TOLERANCE
 from .tiny_case import covering_config
 
@@ -37,13 +41,28 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
                 raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
             scheme = turn_scheme(bench, proof.scheme)
             error = turn_error(bench, scheme)
+            gates = _gates(bench, proof.scheme) if error > TOLERANCE else []
     except UnsupportedStructureError:
         raise
     except Exception as failure:  # model code may fail on a turned model with any exception type
         raise UnsupportedStructureError(f"{type(failure).__name__}: {failure}") from failure
     if error > TOLERANCE:
+        if gates:
+            raise UnsupportedStructureError(f"what {gates[0]} gives out scales the stream by channel")
         raise UnsupportedStructureError(f"turned logits differ: relative error {error:.1e} > {TOLERANCE:.0e}")
     return scheme, error
+
+
+def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
+    """Prove how the stream of a model's class is turned, and name the model's parameters; with the proof's error.
+
+    Raises:
+        UnsupportedStructureError: with the reason why it isn't.
+    """
+    model_class = stock_class(model)
+    scheme, error = prove_turn(model_class, model.config)
+    axis_map = probe_axes(model_class, model.config)
+    return StreamTurn.of(scheme, axis_map, num_units("embedding_channels", axis_map.sizes)), error
 
 
 def turn_scheme(bench: Bench, channels: Scheme) -> TurnScheme:
@@ -55,19 +74,16 @@ def turn_scheme(bench: Bench, channels: Scheme) -> TurnScheme:
     Raises:
         UnsupportedStructureError: naming what keeps the stream to its given basis.
     """
-    on_stream = {axis for branch in channels.branches for axis in branch.layouts}
-    names = [
-        (info.name, dim)
-        for info in bench.axis_map.parameters.values()
-        for dim in range(len(info.shape))
-        if (info.pattern, dim) in on_stream
-    ]
-    known, after = bench.stream(names)
+    known, after = bench.stream(_on_stream(bench, channels))
     offsets = {axis.info.module: axis.pattern for axis in known if axis.vector.kind == "offset"}
     scales = [axis for axis in known if axis.vector.kind == "scale"]
     for axis in known:
-        _refuse_by_channel(axis, offsets, after)
-    read = _readers(bench, known, channels, scales, offsets)
+        _refuse_by_channel(axis, channels.powers.get(axis.pattern, 0), axis.info.module in after)
+    ends = [axis for axis in scales if not axis.info.layer]
+    for axis in ends if len(ends) > 1 else ():  # the last norm and those of embeddings
+        if channels.powers.get(axis.pattern, 0) >= 0:
+            raise UnsupportedStructureError(f"{axis.info.name} scales channels of the stream itself")
+    read = _readers(bench, known, channels.powers, scales, offsets)
     norms: list[NormScheme] = []
     tied: NormScheme | None = None
     for axis in scales:
@@ -77,41 +93,90 @@ def turn_scheme(bench: Bench, channels: Scheme) -> TurnScheme:
         elif bench.tied and not axis.info.layer and tied is None:
             tied = norm
         else:
+            _refuse_by_channel(axis, channels.powers.get(axis.pattern, 0), after=True)
             raise UnsupportedStructureError(f"nothing that lies on the stream reads {axis.info.name} alone")
-    axes = tuple((axis.pattern, axis.dim) for axis in known if axis.vector.kind == "other")
+    gains = {axis.info.module for axis in scales}
+    of_norms = {axis.pattern for axis in known if axis.vector.kind != "other" and axis.info.module in gains}
+    axes = tuple((axis.pattern, axis.dim) for axis in known if axis.pattern not in of_norms)
     return TurnScheme(axes, tuple(norms), tied, any(a.vector.subtracts_mean for a in scales) or bool(channels.centred))
 
 
-def _refuse_by_channel(axis: StreamAxis, offsets: dict[str, str], after: set[str]) -> None:
-    """Refuse what scales or shifts the stream channel by channel, which no rotation commutes with."""
-    if axis.vector.kind == "scale" and axis.info.module in after:
-        raise UnsupportedStructureError(f"{axis.info.name} scales channels of what is yet to be added to the stream")
-    alone = axis.vector.kind == "other" and len(axis.info.shape) == 1 and axis.info.role != "bias"
-    if alone or (axis.info.role == "other" and len(axis.info.shape) > 1):
-        raise UnsupportedStructureError(f"{axis.info.name} scales the stream by channel")
+def _refuse_by_channel(axis: StreamAxis, power: int, after: bool) -> None:
+    """Refuse what scales the stream channel by channel, which no rotation commutes with.
+
+    Args:
+        power: of c, that the parameter takes where channels are removed; 1 is what is added to the stream.
+        after: whether what a block writes goes through its module.
+    """
+    name, role = axis.info.name, axis.info.role
+    if axis.vector.kind == "scale" and after and power >= 0:
+        raise UnsupportedStructureError(f"{name} scales channels of what is yet to be added to the stream")
+    vector = axis.vector.kind == "other" and role != "bias" and (len(axis.info.shape) == 1 or role == "other")
+    if vector and power <= 0:
+        raise UnsupportedStructureError(f"{name} scales the stream by channel")
+
+
+def _on_stream(bench: Bench, channels: Scheme) -> list[AxisName]:
+    """List the sides of parameters that lie along the stream."""
+    found = {axis for branch in channels.branches for axis, layout in branch.layouts.items() if layout.per_unit}
+    return [
+        (info.name, dim)
+        for info in bench.axis_map.parameters.values()
+        for dim in range(len(info.shape))
+        if (info.pattern, dim) in found
+    ]
+
+
+def _gates(bench: Bench, channels: Scheme) -> list[str]:
+    """Name the matrices with a row for each channel that don't write to the stream."""
+    known, _ = bench.stream(_on_stream(bench, channels))
+    rows = [axis for axis in known if axis.info.role == "matrix" and axis.side == "out"]
+    return [axis.info.name for axis in rows if channels.powers.get(axis.pattern, 0) == 0]
 
 
 def _readers(
-    bench: Bench, known: list[StreamAxis], channels: Scheme, scales: list[StreamAxis], offsets: dict[str, str]
+    bench: Bench, known: list[StreamAxis], powers: Mapping[str, int], scales: list[StreamAxis], offsets: dict[str, str]
 ) -> dict[str, tuple[AxisName, ...]]:
-    """Return, per gain's pattern, the matrices that have no gradient where its norms let nothing through."""
+    """Return, per gain's pattern, the matrices that have no gradient where its norms let nothing through.
+
+    Where that doesn't tell, as of routers and indexers that choose, they read what the rest of their block reads.
+
+    Raises:
+        UnsupportedStructureError: where it is several norms.
+    """
     readers = [
         axis for axis in known
-        if axis.info.role in ("matrix", "output") and axis.side != "out" and channels.powers.get(axis.pattern, 0) <= 0
+        if axis.info.role in ("matrix", "output") and axis.side != "out" and powers.get(axis.pattern, 0) <= 0
     ]  # fmt: skip
-    found: dict[str, tuple[AxisName, ...]] = {}
     dead = _without_gradients(bench, {})
+    names = {scale.pattern: scale.info.name for scale in scales}
+    found: dict[str, set[str]] = {axis.pattern: set() for axis in readers}
     for scale in scales:
+        if scale.pattern in dead:
+            raise UnsupportedStructureError(f"{scale.info.name} takes no part on text alone: what reads it isn't told")
         closed = {scale.pattern: -scale.vector.shift}
         if scale.info.module in offsets:
             closed[offsets[scale.info.module]] = 0.0
         read = _without_gradients(bench, closed) - dead
-        found[scale.pattern] = tuple(
-            (axis.pattern, axis.dim) for axis in readers
-            if axis.info.kind == scale.info.kind  # a last norm that lets nothing through closes everything before it
-            and axis.pattern in read
-        )  # fmt: skip
-    return found
+        for axis in readers:  # a last norm that lets nothing through closes everything before it
+            if axis.info.kind == scale.info.kind and axis.pattern in read and _may_read(axis, scale, powers):
+                found[axis.pattern].add(scale.pattern)
+    for axis in readers:
+        others = [found[other.pattern] for other in readers if block_of(other) == block_of(axis)]
+        clear = {pattern for norms in others if len(norms) == 1 for pattern in norms}
+        if (axis.pattern in dead or len(found[axis.pattern]) > 1) and len(clear) == 1:
+            found[axis.pattern] = clear
+        if len(norms := sorted(found[axis.pattern])) > 1:
+            raise UnsupportedStructureError(
+                f"{names[norms[0]]} or {names[norms[1]]} scales channels of the stream itself, or of what is yet to be "
+                f"added to it: {axis.info.name} reads both"
+            )
+    return {s.pattern: tuple((a.pattern, a.dim) for a in readers if s.pattern in found[a.pattern]) for s in scales}
+
+
+def _may_read(axis: StreamAxis, scale: StreamAxis, powers: Mapping[str, int]) -> bool:
+    """Tell by the powers of c whether a matrix reads what a norm gives out, or the stream as it is."""
+    return axis.info.role == "output" or powers.get(axis.pattern, 0) + powers.get(scale.pattern, 0) == -1
 
 
 def _without_gradients(bench: Bench, closed: dict[str, float]) -> set[str]:

@@ -14,6 +14,7 @@ from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.structures.proof.turn import prove_turn
 from hesso_hf.structures.shape_probe import probe_axes
 from hesso_hf.structures.turn import StreamTurn, keeping_ones, random_rotation
+from tests.support.checks import needs
 from tests.support.moe import moe_model
 from tests.support.tiny import HIDDEN, tiny_gpt2, tiny_llama, tiny_olmo, tiny_phi, tiny_phi3, token_batches
 
@@ -22,6 +23,11 @@ MODELS = {
     "phi": tiny_phi, "gpt2": tiny_gpt2, "olmo": tiny_olmo, "mixtral": lambda: moe_model("mixtral"),
 }  # fmt: skip
 ALL = [list(range(HIDDEN))]
+
+
+def known(model_type: str, *others: str):
+    """Return a type as a parameter of a test, skipped where the installed Transformers is too old to have it."""
+    return pytest.param(model_type, *others, marks=needs(model_type))
 
 
 def turned(kind: str, seed: int = 3):
@@ -129,11 +135,35 @@ def test_a_bias_beside_a_gain_of_zero_is_refused_where_readers_have_none_and_not
         ("gemma2", r"post_attention_layernorm.weight scales channels of what is yet to be added"),
         ("olmo2", r"post_attention_layernorm.weight scales channels of what is yet to be added"),
         ("bloom", r"embedding channels aren't proved"),
+        (
+            "minimax",
+            r"input_layernorm.weight or .*post_attention_layernorm.weight scales channels of the stream itself",
+        ),
+        known("axk1", r"post_mlp_layernorm.weight scales channels of what is yet to be added"),
+        known("axk2", r"what .*input_layernorm.mlp.fc2.weight gives out scales the stream by channel"),
+        known("inkling_text", r"embed_norm.weight scales channels of the stream itself"),
+        known("doge", r"input_residual scales the stream by channel"),
+        ("mllama", r"layers.1.input_layernorm.weight takes no part on text alone"),
+        known("longcat_flash", r"input_layernorm.0.weight and .*input_layernorm.1.weight are alike"),
     ],
 )
 def test_what_keeps_a_class_to_its_given_basis_is_named(model_type: str, reason: str):
     with pytest.raises(UnsupportedStructureError, match=reason):
         prove_turn(*default_config(model_type))
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "phimoe", "cpmant", "gpt_neox_japanese", "jetmoe", "olmoe", "minicpm3",
+        *map(known, ("deepseek_v32", "hy_v4", "dots3_note_text", "hrm_text")),
+    ],
+)  # fmt: skip
+def test_what_gradients_and_names_do_not_tell_is_found(model_type: str):
+    """Routers and indexers that choose, vectors that are added, copies of the stream, norms inside the attention."""
+    scheme, error = prove_turn(*default_config(model_type))
+    assert error <= 1e-5
+    assert scheme.norms or model_type == "hrm_text"  # whose norms have no gains
 
 
 def test_whatever_a_turned_model_fails_with_is_a_refusal(monkeypatch: pytest.MonkeyPatch):
