@@ -79,17 +79,21 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     pad = raw_value(model.config.get_text_config(), "pad_token_id")
     if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
         return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
-    accepted = inspect.signature(type(model).forward).parameters
-    inputs: dict[str, Any] = {"input_ids": input_ids}
-    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        inputs["use_cache"] = False
-    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+    inputs: dict[str, Any] = {"input_ids": input_ids, **without_cache(model)}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
         inputs["decoder_input_ids"] = input_ids
     with attention_in_fp32(model), ieee_fp32():
         # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
         output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
     found = output.get("logits")
     return (found if found is not None else output["last_hidden_state"]).float()
+
+
+def without_cache(model: PreTrainedModel) -> dict[str, bool]:
+    """Return what tells a model's forward not to fill a cache, nothing where it has none."""
+    accepted = inspect.signature(type(model).forward).parameters
+    takes = "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    return {"use_cache": False} if takes else {}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..distributed.collectives import from_main
-from ..distributed.parts import stock_class
 from ..errors import HessoError
-from ..structures.build import num_units
-from ..structures.proof.turn import prove_turn
-from ..structures.shape_probe import probe_axes
+from ..hf_models.tiny_model import without_cache
+from ..structures.lora import Adapters, parameters_of
+from ..structures.proof.turn import turn_of
 from ..structures.turn import StreamTurn, keeping_ones
+from ..structures.turned_base import check_trained, turn_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -44,8 +45,10 @@ class StreamBasis:
         error: relative error of the tiny model's logits, turned by a random rotation.
         tokens: number of tokens whose hidden states were taken.
         clusters: blocks of channels that Q turns within; 1 where the embedding isn't the output matrix.
-        rise: of the loss, nats a token, by making a tied model's last gain uniform within the clusters.
+        rise: of the loss, nats a token, by making a tied model's last gain uniform within the clusters, and by rounding
+            weights below fp32.
         energy: share of what the norms see that the first 1/8, 1/4, 1/2 and 3/4 of the new channels hold.
+        tensors: with adapters, what the frozen base is turned by anew; it isn't part of the record.
     """
 
     error: float
@@ -53,10 +56,11 @@ class StreamBasis:
     clusters: int
     rise: float
     energy: dict[str, float]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
+        """Return plain JSON types, without the tensors."""
+        return {name: value for name, value in asdict(replace(self, tensors={})).items() if name != "tensors"}
 
 
 def turn_stream(
@@ -74,9 +78,9 @@ def turn_stream(
 
     Args:
         batches: what the model's forward takes, with at least max(16,384, 8 D) tokens that aren't padding; with labels
-            where the embedding is the output matrix too.
+            where the embedding is the output matrix too, or weights are below fp32.
         clusters: into how many clusters of like values the last norm's gain is put where it is tied.
-        tolerance: nats a token that this may cost.
+        tolerance: nats a token that this, and rounding weights below fp32, may cost.
         loss: of a model and a batch, a scalar; by default what its forward returns for the batch.
 
     Raises:
@@ -84,34 +88,26 @@ def turn_stream(
         HessoError: where `tolerance` would be passed, or a weight lies on the meta device. The model is as before.
     """
     batches = list(batches)
-    turn, error = turn_of(model)
-    parameters = dict(model.named_parameters())
+    stream, error = turn_of(model)
+    parameters, adapters = parameters_of(model), Adapters.of(model)
+    if adapters:
+        check_trained(stream, parameters)
+    turn = stream.with_adapters(adapters)
     if any(parameter.is_meta for parameter in parameters.values()):
         raise HessoError("`model` has weights on the meta device; load them before the stream is turned")
     turn.check_gains(parameters)
-    total, tokens = stream_covariance(model, turn, batches)
+    total, tokens = stream_covariance(model, stream, batches)
     if not total.any():
         raise HessoError("`batches`: no norm of the stream was given hidden states, so there is no basis to turn into")
     if tokens < (wanted := max(LEAST_TOKENS, LEAST_PER_CHANNEL * turn.width)):
         logger.warning(
             f"`batches` have {tokens:,} tokens for a basis of {turn.width} channels; {wanted:,} or more tell more"
         )
-    blocks, rise = _uniform_gain_(model, turn, parameters, batches, clusters, tolerance, loss or _own_loss)
-    rotation = from_main(principal_rotation(total, turn.centred, blocks))  # sums may differ in the last bit
-    turn.turn_(parameters, rotation)
-    return StreamBasis(error, tokens, len(blocks), rise, _energy(total, rotation))
-
-
-def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
-    """Prove how the stream of a model's class is turned, and name the model's parameters; with the proof's error.
-
-    Raises:
-        UnsupportedStructureError: with the reason why it isn't.
-    """
-    model_class = stock_class(model)
-    scheme, error = prove_turn(model_class, model.config)
-    axis_map = probe_axes(model_class, model.config)
-    return StreamTurn.of(scheme, axis_map, num_units("embedding_channels", axis_map.sizes)), error
+    measured = partial(mean_loss, model, batches, loss or _own_loss)
+    blocks, rotation, rise = _turn_within_(turn, parameters, total, clusters, tolerance, measured)
+    last_gain = parameters[turn.tied_norm.scale] if turn.tied_norm else None
+    tensors = turn_tensors(rotation, last_gain) if adapters else {}
+    return StreamBasis(error, tokens, len(blocks), rise, _energy(total, rotation), tensors)
 
 
 @torch.no_grad()
@@ -149,7 +145,7 @@ def stream_covariance(
                 mask = batch.get("attention_mask")
                 current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
                 seen += int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel()
-                model(**{name: value.to(model.device) for name, value in batch.items()})
+                model(**{name: value.to(model.device) for name, value in batch.items()}, **without_cache(model))
         finally:
             model.train(was_training)
     return total, seen
@@ -223,35 +219,55 @@ def gain_clusters(gain: torch.Tensor, clusters: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _uniform_gain_(
-    model: PreTrainedModel,
+def make_gain_uniform_(turn: StreamTurn, parameters: Mapping[str, torch.Tensor], clusters: int) -> list[list[int]]:
+    """Make a tied model's last gain uniform within clusters, in place; return the blocks that Q may turn within."""
+    if turn.tied_norm is None:
+        return [list(range(turn.width))]
+    gain = parameters[turn.tied_norm.scale]
+    before = gain.double()
+    blocks = gain_clusters(before.cpu() + turn.tied_norm.shift, clusters)
+    for block in blocks:
+        gain[block] = before[block].mean().to(gain.dtype)
+    return blocks
+
+
+@torch.no_grad()
+def _turn_within_(
     turn: StreamTurn,
     parameters: Mapping[str, torch.Tensor],
-    batches: list[Mapping[str, torch.Tensor]],
+    total: torch.Tensor,
     clusters: int,
     tolerance: float,
-    loss: Loss,
-) -> tuple[list[list[int]], float]:
-    """Make a tied model's last gain uniform within clusters; return these and what it costs in loss.
+    measured: Callable[[], float],
+) -> tuple[list[list[int]], torch.Tensor, float]:
+    """Turn into the axes of `total`; return the blocks that Q turns within, Q, and what that costs in loss.
+
+    In fp32 only a tied model's uniform gain costs anything, below it rounding may as well.
 
     Raises:
-        HessoError: where it costs more than `tolerance`; the gain is as before.
+        HessoError: where it costs more than `tolerance`; the parameters are as before.
     """
-    if turn.tied_norm is None:
-        return [list(range(turn.width))], 0.0
-    gain = parameters[turn.tied_norm.scale]
-    before, lost = gain.detach().clone(), mean_loss(model, batches, loss)
-    blocks = gain_clusters(before.double().cpu() + turn.tied_norm.shift, clusters)
-    for block in blocks:
-        gain[block] = before[block].double().mean().to(gain.dtype)
-    rise = mean_loss(model, batches, loss) - lost
+    coarse = [parameter.dtype for parameter in parameters.values() if parameter.dtype.itemsize < 4]
+    changed = list(parameters) if coarse else [turn.tied_norm.scale] if turn.tied_norm else []
+    before = {name: parameters[name].detach().to("cpu", copy=True) for name in changed}
+    lost = measured() if changed else 0.0
+    blocks = make_gain_uniform_(turn, parameters, clusters)
+    rotation = from_main(principal_rotation(total, turn.centred, blocks))  # sums may differ in the last bit
+    if coarse:
+        turn.turn_(parameters, rotation)
+    rise = measured() - lost if changed else 0.0
     if not rise <= tolerance:
-        gain.copy_(before)
-        raise HessoError(
-            f"the last norm's gains differ too much to turn a model whose embedding is its output matrix too: loss "
-            f"+{rise:.3f} nats a token, {tolerance} allowed; raise `clusters` ({clusters}) or untie the embedding"
-        )
-    return blocks, rise
+        for name, values in before.items():
+            parameters[name].copy_(values)
+        if turn.tied_norm:
+            reason = "the last norm's gains differ too much to turn a model whose embedding is its output matrix too"
+            remedy = f"raise `clusters` ({clusters}) or untie the embedding"
+        else:
+            reason, remedy = f"turned weights rounded to {coarse[0]} cost too much", "load the model in float32"
+        raise HessoError(f"{reason}: loss +{rise:.3f} nats a token, {tolerance} allowed; {remedy}")
+    if not coarse:
+        turn.turn_(parameters, rotation)
+    return blocks, rotation, rise
 
 
 @torch.no_grad()
@@ -271,7 +287,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Any], loss: Loss) -> flo
 
 def _own_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "labels" not in batch:
-        raise HessoError("`batches` have no `labels`, which tell what a tied model's last gain costs; or give `loss`")
+        raise HessoError("`batches` have no `labels`, which tell what the turn costs this model; or give `loss`")
     return model(**{name: value.to(model.device) for name, value in batch.items()}).loss
 
 

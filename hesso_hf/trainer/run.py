@@ -25,11 +25,12 @@ from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule, resolve_schedule
 from ..pruning.weights.snapshot import kept_random_state
-from ..structures.lora import base_of
+from ..structures.lora import base_of, parameters_of
+from ..structures.turned_base import read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .measure import Measurer
-from .stream import settle_in_basis
+from .stream import GIVEN, settle_in_basis
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
@@ -128,6 +129,8 @@ class PruningRun:
         schedule = resolve_schedule(self._config, self._total_steps())
         self.teaching.begin(schedule.total_steps, self.measurer.tokens_per_example)
         engine = self._engine()
+        if self._config.stream_basis == "auto" and not engine.turns_stream:
+            logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
         if engine.measures_shards:
             return schedule
         self.basis = settle_in_basis(
@@ -142,7 +145,10 @@ class PruningRun:
         check_config(state["config"], self._config.to_dict(), str(folder))
         self.teaching.go_on(state["training"], str(folder))
         turned = state["training"].get("stream_basis")
-        self.basis = StreamBasis(**turned) if turned else None  # the checkpoint's weights are turned already
+        tensors = read_turn(folder)
+        self.basis = StreamBasis(**turned, tensors=tensors) if turned else None
+        trained = {name for name, parameter in parameters_of(self.model).items() if parameter.requires_grad}
+        turn_base_(self.model, tensors, trained)  # a checkpoint's own weights are turned already
         self.plan.target = TargetSizes.from_dict(state["target"])
         schedule = Schedule.from_dict(state["schedule"])
         if schedule.end > self._total_steps():

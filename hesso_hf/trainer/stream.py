@@ -13,12 +13,12 @@ from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_of, turn_stream
 from ..pruning.plan import PruningPlan
-from ..structures.lora import lora_layers
 from .measure import Measurer
 
 logger = logging.get_logger(__name__)
 
 CHANNELS = "embedding_channels"
+GIVEN = "`stream_basis` ('auto'): the stream stays in its given basis"
 
 
 def settle_in_basis(
@@ -40,7 +40,7 @@ def settle_in_basis(
     if reason := _refused(plan, model, wanted):
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {reason}; use 'auto' or 'given'")
-        logger.info(f"the stream stays in its given basis: {reason}")
+        logger.warning(f"{GIVEN}: {reason}")
         settle()
         return None
     before, sizes = None, None
@@ -53,7 +53,7 @@ def settle_in_basis(
     except HessoError as error:
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {error}; use 'auto' or 'given'") from error
-        logger.info(f"the stream stays in its given basis: {error}")
+        logger.warning(f"{GIVEN}: {error}")
         return None
     settle()
     after = plan.expected_rise
@@ -77,8 +77,6 @@ def _refused(plan: PruningPlan, model: PreTrainedModel, wanted: str) -> str:
     """Return why the stream isn't turned, "" where it can be."""
     if CHANNELS not in plan.groups.structures:
         return "no channel of the stream is pruned"
-    if lora_layers(model):
-        return "with LoRA the base model's weights are kept as they are on disk"
     if wanted == "auto" and not plan.wants_calibration:
         return "no trial removals are made (`calibration_examples`, or a split that is fixed)"
     try:

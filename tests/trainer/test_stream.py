@@ -100,19 +100,35 @@ def test_a_resumed_run_is_not_turned_again(tmp_path: Path):
         )
 
 
-def test_what_cannot_be_turned_is_refused_by_name_or_stays_as_it_is(tmp_path: Path):
+def test_what_cannot_be_turned_is_refused_by_name_or_stays_as_it_is(tmp_path: Path, monkeypatch):
     with pytest.raises(HessoError, match=r"`stream_basis` \('principal'\): .*post_attention_layernorm.* use 'auto'"):
         trainer(tmp_path, tiny_gemma2(), HessoConfig(**RATIO, stream_basis="principal")).create_optimizer()
     model = tiny_gemma2()
     given = whole(model)
+    said: list[str] = []
+    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
     trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="auto")).create_optimizer()
     assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
+    (warning,) = said
+    assert warning.startswith("`stream_basis` ('auto'): the stream stays in its given basis: model.layers.0.post_att")
     only_heads = HessoConfig(**RATIO, structures=["attention_heads"], stream_basis="principal")
     with pytest.raises(HessoError, match="no channel of the stream is pruned"):
         trainer(tmp_path, tiny_llama(), only_heads).create_optimizer()
 
 
-def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: Path):
+def test_an_engine_that_divides_the_model_says_that_it_stays_as_it_is(tmp_path: Path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("hesso_hf.trainer.run.logger.warning", said.append)
+    for wanted in ("auto", "given"):
+        run = trainer(tmp_path, tiny_llama(), HessoConfig(**RATIO, stream_basis=wanted))
+        run.hesso_engine.turns_stream = False
+        run.create_optimizer()
+        assert run.hesso_run.basis is None
+    (warning,) = said
+    assert "whole model on every process, which FSDP and DeepSpeed don't have" in warning
+
+
+def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: Path, monkeypatch):
     strict: dict[str, Any] = {**RATIO, "stream_basis_tolerance": -1.0}
     with pytest.raises(HessoError, match="gains differ too much"):
         trainer(
@@ -120,7 +136,10 @@ def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: 
         ).create_optimizer()
     model = tiny_llama(tie_word_embeddings=True)
     given = whole(model)
+    said: list[str] = []
+    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
     run: HessoTrainer = trainer(tmp_path, model, HessoConfig(**strict, stream_basis="auto"))
     run.create_optimizer()
+    assert "gains differ too much" in said[0]
     assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
     assert run.hesso_plan.curves is not None
