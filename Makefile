@@ -109,7 +109,7 @@ bench: $(STAMP) ## benchmarks/stories.py, whose results are committed under benc
 picture: $(STAMP) ## docs/quality.svg, of what benchmarks/quality.py measured
 	$(BIN)/python benchmarks/picture.py $(ARGS)
 
-survey: $(STAMP) ## docs/architectures.json and .md: what can be pruned in every model type, about 20 minutes
+survey: $(STAMP) ## docs/architectures.json and .md: what can be pruned in every model type, about 30 minutes
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/hesso-hf survey --jobs $(WORKERS) $(ARGS)
 
 clean: ## remove caches and build products (.venv stays)

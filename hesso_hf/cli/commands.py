@@ -246,7 +246,8 @@ def survey_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", default="docs/architectures.json", help="JSON file; a page is written beside it")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--resume", action="store_true", help="leave out the types that the output has already")
-    parser.add_argument("--time-limit", type=float, default=120.0, help="seconds for one type")
+    parser.add_argument("--only", choices=["stream_basis"], help="survey this column, keep the others of the output")
+    parser.add_argument("--time-limit", type=float, default=240.0, help="seconds for one type")
 
 
 def survey(arguments: argparse.Namespace) -> None:
@@ -261,14 +262,15 @@ def survey(arguments: argparse.Namespace) -> None:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .survey.page import summary
-    from .survey.survey import SurveyFile, survey_types
+    from .survey.survey import SurveyFile, survey_only_basis, survey_type, survey_types
 
     path = Path(arguments.output)
     columns = (TextColumn("{task.description:<28}"), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("starting", total=None)
-        file = SurveyFile(path, arguments.types, arguments.resume)
-        found = survey_types(file.left, arguments.jobs, arguments.time_limit)
+        file = SurveyFile(path, arguments.types, arguments.resume, arguments.only)
+        tried = survey_only_basis if arguments.only else survey_type
+        found = survey_types(file.left, arguments.jobs, arguments.time_limit, tried)
         for done, (model_type, structures) in enumerate(found, 1):
             file.add(model_type, structures)
             progress.update(task, completed=done, total=len(file.left), description=model_type)

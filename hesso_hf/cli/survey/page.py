@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 JOINT = "joint"  # the entry beside the structures: all proved ones of `structures="all"` cut at once
+BASIS = "stream_basis"  # another one: whether the hidden state can be turned into another basis
 UNTRIED = "generation not tried: "
 _LONGEST_REASON = 200
 _PAGE = """\
@@ -29,6 +30,14 @@ the cache, token by token. `joint` is the same with all proved structures at onc
 - refused: the reason is in the list below. HESSO leaves the structure alone.
 - –: the type, or its default config, has no such structure. Query heads are single ones of several that share a
   key-value head.
+
+`stream basis`: whether `stream_basis="principal"` can turn the hidden state into another basis, tried on the model with
+random gains and biases in all norms: turned by a random rotation, its fp32 logits are the same within an absolute 1e-5
+(with *fp64*: those of the model in fp64, where rounding in fp32 is more than that).
+
+- *exact*, or *exact, LayerNorm* where norms subtract the mean and the rotation keeps it.
+- *tied, N clusters*: as exact, once the last norm's gain is uniform within so many clusters of channels, since the
+  embedding is the output matrix too. Training measures and limits what that costs.
 """
 _HEADS, _INNER, _WIDTH = "attention_heads", frozenset({"mlp_channels", "expert_channels"}), "embedding_channels"
 
@@ -55,8 +64,36 @@ class StructureSurvey:
         return {name: value for name, value in asdict(self).items() if name != "coupled" or value}
 
 
+@dataclass(frozen=True)
+class BasisSurvey:
+    """Whether the stream of one model type can be turned.
+
+    Attributes:
+        status: `tied` where the embedding is the output matrix, and the last gain has to be uniform within clusters.
+        absolute_error: of the turned model's logits.
+        dtype: that the model computed in; fp64 where fp32 alone rounds to more than is allowed.
+        clusters: of the last gain of the tiny model, 1 where it isn't tied.
+        centred: whether norms subtract the mean, so that the rotation has to keep it.
+        reason: one line: why it is refused.
+    """
+
+    status: Literal["exact", "tied", "refused"]
+    absolute_error: float | None = None
+    dtype: Literal["fp32", "fp64"] = "fp32"
+    clusters: int = 1
+    centred: bool = False
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON types."""
+        return asdict(self)
+
+
+TypeSurvey = dict[str, StructureSurvey | BasisSurvey]
+
+
 def summary(survey: Mapping[str, Any]) -> str:
-    """Return in two sentences of how many model types what is proved; survey is the JSON."""
+    """Return in three sentences of how many model types what is proved; survey is the JSON."""
     types = [(_structures(found, "proved"), _structures(found, "refused")) for found in survey["model_types"].values()]
     heads = [_HEADS in proved for proved, _ in types]
     inner = [bool(_INNER & proved) for proved, _ in types]
@@ -64,11 +101,16 @@ def summary(survey: Mapping[str, Any]) -> str:
     some = sum(bool(proved) for proved, _ in types)
     all_three = sum(all(three) for three in zip(heads, inner, width, strict=True))
     unrefused = sum(bool(proved) and not refused for proved, refused in types)
+    bases = [found[BASIS] for found in survey["model_types"].values() if BASIS in found]
+    turned = [found for found in bases if found["status"] != "refused"]
     return (
         f"Of {len(types)} causal language model types of Transformers {survey['versions']['transformers']}, {some} "
         f"have at least one structure proved, {all_three} all three of attention heads, MLP or expert channels, and "
         f"embedding channels; of {unrefused} nothing that they have is refused. Attention heads are proved for "
-        f"{sum(heads)}, MLP or expert channels for {sum(inner)}, embedding channels for {sum(width)}."
+        f"{sum(heads)}, MLP or expert channels for {sum(inner)}, embedding channels for {sum(width)}. "
+        f"The hidden state of {len(turned)} can be turned into its principal axes, of "
+        f"{sum(found['centred'] for found in turned)} with LayerNorm and of "
+        f"{sum(found['status'] == 'tied' for found in turned)} with tied embeddings."
     )
 
 
@@ -91,7 +133,7 @@ def one_line(text: str) -> str:
 
 
 def _structures(found: Mapping[str, Any], status: Status) -> set[str]:
-    return {name for name, entry in found.items() if name != JOINT and entry["status"] == status}
+    return {name for name, entry in found.items() if name not in (JOINT, BASIS) and entry["status"] == status}
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:
@@ -99,6 +141,9 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
         return "–"
     if entry["status"] == "refused":
         return "refused"
+    if "clusters" in entry:
+        turned = f"tied, {entry['clusters']} clusters" if entry["status"] == "tied" else "exact"
+        return turned + ", LayerNorm" * entry["centred"] + ", fp64" * (entry["dtype"] == "fp64")
     return "coupled ✓" if entry.get("coupled") else "✓"
 
 

@@ -34,11 +34,12 @@ from ...structures.proof.experts import with_enough_experts
 from ...structures.proof.prove import proved_groups
 from ...structures.proof.result import Proof, groups_of
 from ...structures.proof.tiny_case import covering_config
-from .page import JOINT, StructureSurvey, one_line, render_architectures
+from .page import BASIS, JOINT, BasisSurvey, StructureSurvey, TypeSurvey, one_line, render_architectures
 from .round_trip import RoundTrips, describe
+from .stream_basis import survey_basis
 
-TypeSurvey = dict[str, StructureSurvey]
-TIME_LIMIT = 120.0
+COLUMNS = (*STRUCTURES, JOINT, BASIS)
+TIME_LIMIT = 240.0
 _NOTHING = StructureSurvey("not_applicable", reason="nothing is proved")
 
 
@@ -51,22 +52,28 @@ def model_types() -> list[str]:
 
 
 def survey_type(model_type: str) -> TypeSurvey:
-    """Prove every structure of a model type, and take the proved ones on a round trip. Nothing is raised."""
-    found: TypeSurvey = {JOINT: _NOTHING}
+    """Prove every structure of a model type, take the proved ones on a round trip, turn. Nothing is raised."""
+    found: TypeSurvey = {JOINT: _NOTHING, **survey_only_basis(model_type)}
     for names in (DEFAULT_STRUCTURES, *((name,) for name in STRUCTURES if name not in DEFAULT_STRUCTURES)):
         try:
             found |= _survey_structures(model_type, names)
         except Exception as error:  # model code may fail with any exception type
             found |= dict.fromkeys(names, StructureSurvey("refused", reason=one_line(describe(error))))
-    return {name: found[name] for name in (*STRUCTURES, JOINT)}
+    return {name: found[name] for name in COLUMNS}
+
+
+def survey_only_basis(model_type: str) -> TypeSurvey:
+    """Try only whether the stream of a model type can be turned. Nothing is raised."""
+    return {BASIS: survey_basis(model_type)}
 
 
 def refuse_all(reason: str) -> TypeSurvey:
-    """Return refusals of all structures, and that nothing is left to be cut at once."""
-    return {**dict.fromkeys(STRUCTURES, StructureSurvey("refused", reason=one_line(reason))), JOINT: _NOTHING}
+    """Return refusals of all structures and of turning, and that nothing is left to be cut at once."""
+    refused = dict.fromkeys(STRUCTURES, StructureSurvey("refused", reason=one_line(reason)))
+    return {**refused, JOINT: _NOTHING, BASIS: BasisSurvey("refused", reason=one_line(reason))}
 
 
-def _survey_structures(model_type: str, names: tuple[str, ...]) -> TypeSurvey:
+def _survey_structures(model_type: str, names: tuple[str, ...]) -> dict[str, StructureSurvey]:
     """Survey structures that don't exclude each other."""
     model_class, config = default_config(model_type)
     groups, proof, _ = proved_groups(model_class, config, names)
@@ -202,20 +209,29 @@ class SurveyFile:
         path: the JSON; the page lies beside it.
         types: what is to be surveyed, all types by default; others that the file has are kept then.
         resume: keep what the file has of these types, too.
+        only: the column to survey; the others that the file has are kept.
 
     Raises:
-        HessoError: for an unknown type, or where the file to go on with was made with other versions.
+        HessoError: for an unknown type or one that the file lacks where it is to have a column more, or where the file
+            to go on with was made with other versions.
     """
 
-    def __init__(self, path: Path, types: Sequence[str] | None = None, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, types: Sequence[str] | None = None, resume: bool = False, only: str | None = None
+    ) -> None:
         known = model_types()
         for name in types or ():
             if name not in known:
                 raise HessoError(f"`--types` ({name!r}) has no causal language model{nearest_name(name, known)}")
         self.path = path
+        self.columns = (only,) if only else COLUMNS
         wanted = known if types is None else list(dict.fromkeys(types))
-        self.found: dict[str, Any] = self._read() if resume or types is not None else {}
-        self.left = [name for name in wanted if not (resume and name in self.found)]
+        self.found: dict[str, Any] = self._read() if resume or only or types is not None else {}
+        if only and (missing := [name for name in wanted if name not in self.found]):
+            raise HessoError(
+                f"`--only` ({only!r}): {str(path)!r} has no {missing[0]!r}; survey it without --only first"
+            )
+        self.left = [name for name in wanted if not (resume and set(self.columns) <= self.found.get(name, {}).keys())]
 
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
@@ -238,8 +254,10 @@ class SurveyFile:
         return {"versions": versions(), "model_types": {name: self.found[name] for name in sorted(self.found)}}
 
     def add(self, model_type: str, found: TypeSurvey) -> None:
-        """Take up a type and write both files."""
-        self.found[model_type] = {name: entry.to_dict() for name, entry in found.items()}
+        """Take up a type's columns and write both files."""
+        new = {name: found[name].to_dict() for name in self.columns}
+        entries = self.found.get(model_type, {}) | new
+        self.found[model_type] = {name: entries[name] for name in COLUMNS if name in entries}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _write(self.path, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
         _write(self.path.with_suffix(".md"), render_architectures(self.content))

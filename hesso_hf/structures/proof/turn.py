@@ -149,7 +149,7 @@ def _readers(
         if axis.info.role in ("matrix", "output") and axis.side != "out" and powers.get(axis.pattern, 0) <= 0
     ]  # fmt: skip
     dead = _without_gradients(bench, {})
-    names = {scale.pattern: scale.info.name for scale in scales}
+    infos = {scale.pattern: scale.info for scale in scales}
     found: dict[str, set[str]] = {axis.pattern: set() for axis in readers}
     for scale in scales:
         if scale.pattern in dead:
@@ -168,8 +168,12 @@ def _readers(
             found[axis.pattern] = clear
         if len(norms := sorted(found[axis.pattern])) > 1:
             raise UnsupportedStructureError(
-                f"{names[norms[0]]} or {names[norms[1]]} scales channels of the stream itself, or of what is yet to be "
-                f"added to it: {axis.info.name} reads both"
+                f"{infos[norms[0]].name} or {infos[norms[1]].name} scales channels of the stream itself, or of what is "
+                f"yet to be added to it: {axis.info.name} reads both"
+            )
+        if norms and infos[norms[0]].shape[0] != axis.info.shape[axis.dim]:
+            raise UnsupportedStructureError(
+                f"{infos[norms[0]].name} scales copies of the stream by channel, {axis.info.name} reads their mixture"
             )
     return {s.pattern: tuple((a.pattern, a.dim) for a in readers if s.pattern in found[a.pattern]) for s in scales}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hesso_hf.cli.survey.page import StructureSurvey, one_line, render_architectures, summary
+from hesso_hf.cli.survey.page import BasisSurvey, StructureSurvey, one_line, render_architectures, summary
 from tests.support import ROOT
 
 DOCS = ROOT / "docs"
@@ -16,18 +16,24 @@ def entry(status: Any = "proved", reason: str = "", **values: Any) -> dict[str, 
 
 
 NONE = entry("not_applicable", "none")
+COLUMNS = ("attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "joint")
 SURVEY = {
     "versions": {"transformers": "5.0", "torch": "2"},
     "model_types": {
         "a": {
             "attention_heads": entry(coupled=True), "mlp_channels": NONE, "expert_channels": entry(),
             "embedding_channels": entry(coupled=True), "joint": entry("refused", "a|b <c>"),
+            "stream_basis": BasisSurvey("exact", 1e-6, "fp64", centred=True).to_dict(),
         },
         "b": {
             "attention_heads": entry("refused", "why"), "mlp_channels": entry(reason="generation not tried: *it*"),
             "expert_channels": NONE, "embedding_channels": entry("refused", "why"), "joint": entry(),
+            "stream_basis": BasisSurvey("tied", 1e-6, clusters=4).to_dict(),
         },
-        "c": dict.fromkeys(("attention_heads", "mlp_channels", "expert_channels", "embedding_channels", "joint"), NONE),
+        "c": {
+            **dict.fromkeys(COLUMNS, NONE),
+            "stream_basis": BasisSurvey("refused", reason="why not").to_dict(),
+        },
     },
 }  # fmt: skip
 
@@ -41,16 +47,19 @@ def test_counts() -> None:
     assert summary(SURVEY) == (
         "Of 3 causal language model types of Transformers 5.0, 2 have at least one structure proved, 1 all three of "
         "attention heads, MLP or expert channels, and embedding channels; of 1 nothing that they have is refused. "
-        "Attention heads are proved for 1, MLP or expert channels for 2, embedding channels for 1."
+        "Attention heads are proved for 1, MLP or expert channels for 2, embedding channels for 1. The hidden state of "
+        "2 can be turned into its principal axes, of 1 with LayerNorm and of 1 with tied embeddings."
     )
 
 
 def test_the_page_has_a_row_for_each_type_and_each_reason_once() -> None:
     lines = render_architectures(SURVEY).splitlines()
-    assert "| model type | attention heads | mlp channels | expert channels | embedding channels | joint |" in lines
-    assert "| `a` | coupled ✓ | – | ✓ | coupled ✓ | refused |" in lines
-    assert "| `b` | refused | ✓ | – | refused | ✓ |" in lines
-    assert "| `c` | – | – | – | – | – |" in lines
+    names = " | ".join(name.replace("_", " ") for name in (*COLUMNS, "stream_basis"))
+    assert f"| model type | {names} |" in lines
+    assert "| `a` | coupled ✓ | – | ✓ | coupled ✓ | refused | exact, LayerNorm, fp64 |" in lines
+    assert "| `b` | refused | ✓ | – | refused | ✓ | tied, 4 clusters |" in lines
+    assert "| `c` | – | – | – | – | – | refused |" in lines
+    assert "| `c` | stream basis | why not |" in lines
     assert r"| `a` | joint | a\|b \<c> |" in lines
     assert "| `b` | attention heads, embedding channels | why |" in lines
     assert r"| `b` | \*it\* |" in lines
@@ -59,7 +68,8 @@ def test_the_page_has_a_row_for_each_type_and_each_reason_once() -> None:
         "## Refused",
         "## Generation not tried",
     ]
-    fine = render_architectures({**SURVEY, "model_types": {"c": SURVEY["model_types"]["c"]}})  # type: ignore[index]
+    nothing = {"c": {"attention_heads": NONE}}
+    fine = render_architectures({**SURVEY, "model_types": nothing})
     assert "##" not in fine
 
 

@@ -16,10 +16,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hesso_hf.cli.main import main
+from hesso_hf.cli.survey import stream_basis
 from hesso_hf.cli.survey import survey as survey_module
-from hesso_hf.cli.survey.page import JOINT, UNTRIED, StructureSurvey
+from hesso_hf.cli.survey.page import BASIS, JOINT, UNTRIED, BasisSurvey, StructureSurvey, TypeSurvey
 from hesso_hf.cli.survey.round_trip import Generated, RoundTrips, _compare
-from hesso_hf.cli.survey.survey import SurveyFile, TypeSurvey, model_types, survey_type, survey_types, versions
+from hesso_hf.cli.survey.survey import SurveyFile, model_types, survey_type, survey_types, versions
 from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
@@ -37,7 +38,21 @@ ALIKE = (
     "mistral", "qwen2", "gemma3_text", "phi3", "olmo2", "cohere2", "starcoder2", "stablelm", "nemotron", "granite",
     "gpt_neox", "gptj", "gpt_neo", "qwen3_moe", "gpt_oss",
 )  # fmt: skip
-FINE = {**dict.fromkeys(STRUCTURES, StructureSurvey("proved", 1e-7)), JOINT: StructureSurvey("proved", 1e-7)}
+FINE: TypeSurvey = {
+    **dict.fromkeys((*STRUCTURES, JOINT), StructureSurvey("proved", 1e-7)), BASIS: BasisSurvey("exact", 1e-7)
+}  # fmt: skip
+
+
+def check_basis(found: BasisSurvey, recorded: dict[str, Any]) -> None:
+    """Assert that a stream is turned as recorded, within the same bound, or refused for the same reason."""
+    kind = (found.status, found.clusters, found.centred)
+    assert kind == tuple(recorded[name] for name in ("status", "clusters", "centred"))
+    if found.status == "refused":
+        assert found.reason
+        assert len(found.reason) <= 200
+    else:
+        assert found.absolute_error is not None
+        assert 0 < found.absolute_error <= 1e-5
 
 
 def check(model_type: str, found: TypeSurvey) -> None:
@@ -46,10 +61,11 @@ def check(model_type: str, found: TypeSurvey) -> None:
     assert {name: entry.status for name, entry in found.items()} == {
         name: entry["status"] for name, entry in recorded.items()
     }
-    assert {name for name, entry in found.items() if entry.coupled} == {
+    assert {name for name in (*STRUCTURES, JOINT) if found[name].coupled} == {
         name for name, entry in recorded.items() if entry.get("coupled")
     }
-    for entry in found.values():
+    check_basis(found[BASIS], recorded[BASIS])
+    for entry in (found[name] for name in (*STRUCTURES, JOINT)):
         assert len(entry.reason) <= 200
         assert "\n" not in entry.reason
         if entry.status == "proved":
@@ -85,7 +101,7 @@ def test_the_record_is_of_the_tested_versions_and_has_every_type_and_structure()
     if installed == recorded:
         assert list(RECORDED["model_types"]) == model_types()
     for found in RECORDED["model_types"].values():
-        assert list(found) == [*STRUCTURES, JOINT]
+        assert list(found) == [*STRUCTURES, JOINT, BASIS]
 
 
 # -- round trips -------------------------------------------------------------------------------------------------------
@@ -163,11 +179,13 @@ def test_a_type_without_a_tiny_model_is_refused_as_a_whole(monkeypatch: pytest.M
     def fails(model_type: str) -> Any:
         raise OSError("/a/folder/of/mine/config.json is gone")
 
-    monkeypatch.setattr(survey_module, "default_config", fails)
+    for module in (survey_module, stream_basis):
+        monkeypatch.setattr(module, "default_config", fails)
     found = survey_type("llama")
-    assert list(found) == [*STRUCTURES, JOINT]
+    assert list(found) == [*STRUCTURES, JOINT, BASIS]
     assert {found[name] for name in STRUCTURES} == {StructureSurvey("refused", reason="OSError: config.json is gone")}
     assert found[JOINT].status == "not_applicable"
+    assert found[BASIS] == BasisSurvey("refused", reason="OSError: config.json is gone")
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
@@ -189,9 +207,9 @@ def fake(model_type: str) -> TypeSurvey:
 
 def refusal(found: TypeSurvey) -> str:
     """Return the reason that all structures are refused for."""
-    assert {found[name].status for name in STRUCTURES} == {"refused"}
+    assert {found[name].status for name in (*STRUCTURES, BASIS)} == {"refused"}
     assert found[JOINT].status == "not_applicable"
-    (reason,) = {found[name].reason for name in STRUCTURES}
+    (reason,) = {found[name].reason for name in (*STRUCTURES, BASIS)}
     return reason
 
 
@@ -242,6 +260,25 @@ def test_resuming_leaves_out_what_is_there(tmp_path: Path) -> None:
     assert sorted(file.name for file in path.parent.iterdir()) == ["survey.json", "survey.md"]
 
 
+def test_one_column_is_made_anew_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "survey.json"
+    with pytest.raises(HessoError, match=r"`--only` \('stream_basis'\): .* has no 'gpt2'"):
+        SurveyFile(path, ["gpt2"], only=BASIS)
+    SurveyFile(path, ["gpt2"]).add("gpt2", FINE)
+    SurveyFile(path, ["llama"]).add("llama", FINE)
+    file = SurveyFile(path, ["llama", "gpt2"], only=BASIS)
+    assert file.left == ["llama", "gpt2"]
+    file.add("llama", survey_module.refuse_all("it hung"))
+    found = json.loads(path.read_text())["model_types"]
+    assert list(found["llama"]) == [*STRUCTURES, JOINT, BASIS]
+    assert found["llama"][BASIS]["reason"] == "it hung"
+    assert {found["llama"][name]["status"] for name in (*STRUCTURES, JOINT)} == {"proved"}
+    assert found["gpt2"] == {name: FINE[name].to_dict() for name in found["gpt2"]}
+    del found["gpt2"][BASIS]
+    path.write_text(json.dumps({"versions": versions(), "model_types": found}))
+    assert SurveyFile(path, ["llama", "gpt2"], resume=True, only=BASIS).left == ["gpt2"]
+
+
 def test_only_a_survey_of_the_same_versions_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "survey.json"
     path.write_text(json.dumps({"versions": {"transformers": "4.0"}, "model_types": {}}))
@@ -267,6 +304,14 @@ def test_the_command_writes_both_files_and_resumes(tmp_path: Path, capsys: pytes
     assert {name: entry["status"] for name, entry in found.items()} == {
         name: entry["status"] for name, entry in recorded.items()
     }
+    assert found[BASIS]["status"] == "tied"
+    found[BASIS] = {}
+    path.write_text(json.dumps({"versions": versions(), "model_types": {"gpt2": found}}))
+    assert main(["survey", "--types", "gpt2", "--output", str(path), "--only", "stream_basis"]) == 0
+    again = json.loads(path.read_text())["model_types"]["gpt2"]
+    check_basis(BasisSurvey(**again.pop(BASIS)), recorded[BASIS])
+    del found[BASIS]
+    assert again == found
     before = path.stat().st_mtime_ns
     assert main(["survey", "--types", "gpt2", "--output", str(path), "--resume"]) == 0
     assert path.stat().st_mtime_ns == before

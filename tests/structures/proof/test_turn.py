@@ -141,6 +141,7 @@ def test_a_bias_beside_a_gain_of_zero_is_refused_where_readers_have_none_and_not
         ),
         known("axk1", r"post_mlp_layernorm.weight scales channels of what is yet to be added"),
         known("axk2", r"what .*input_layernorm.mlp.fc2.weight gives out scales the stream by channel"),
+        known("qwen4_exp_text", r"hc_norm.weight scales copies of the stream by channel, .* reads their mixture"),
         known("inkling_text", r"embed_norm.weight scales channels of the stream itself"),
         known("doge", r"input_residual scales the stream by channel"),
         ("mllama", r"layers.1.input_layernorm.weight takes no part on text alone"),
