@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hesso_hf import HessoConfig
 from hesso_hf.bundled import bundled_model_path, python_docs_dataset
 from hesso_hf.export.report import versions
+from hesso_hf.pruning.criteria import saliency_scores
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.ranking import lowest_units
-from hesso_hf.pruning.saliency import UnitSums, accumulate_, saliency_scores
+from hesso_hf.pruning.saliency import UnitSums, accumulate_
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.groups import PruningGroups
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of

@@ -114,7 +114,8 @@ def test_unknown_keys_are_refused_with_the_nearest_name() -> None:
 
 
 def test_saliency_weights_of_a_name_a_list_and_a_dict() -> None:
-    assert HessoConfig(0.5).saliency_weights == {"taylor_second_order": 1.0}
+    assert HessoConfig(0.5).saliency_weights == {"reconstruction": 1.0}
+    assert HessoConfig(0.5, healing="off").saliency_weights == {"taylor_second_order": 1.0}
     assert HessoConfig(0.5, saliency="magnitude").saliency_weights == {"magnitude": 1.0}
     both = {"magnitude": 1.0, "cosine_similarity": 1.0}
     assert HessoConfig(0.5, saliency=list(both)).saliency_weights == both

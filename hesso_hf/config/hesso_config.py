@@ -11,6 +11,7 @@ from .names import (
     CRIC_SALIENCY,
     DEFAULT_SALIENCY,
     DEFAULT_STRUCTURES,
+    RECONSTRUCTION,
     SALIENCIES,
     STRUCTURES,
     number,
@@ -68,7 +69,7 @@ class HessoConfig:
         0.05, "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."
     )
     healing: str = _option(
-        "off",
+        "auto",
         "auto: what marked units contribute is refitted into those that stay, where that lowers the error on held-out "
         "tokens; off: training alone makes up for it.",
     )
@@ -78,7 +79,8 @@ class HessoConfig:
     saliency: dict | str | None = _option(
         None,
         "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
-        "taylor_first_order, taylor_second_order (default taylor_second_order; with cric, both Taylor terms).",
+        "taylor_first_order, taylor_second_order, reconstruction (default reconstruction, and taylor_second_order "
+        "where nothing is healed; with cric, both Taylor terms).",
     )
     saliency_batches: int = _option(8, "Steps before a scoring over which gradients are averaged (steps).")
     cric: bool = _option(
@@ -112,7 +114,7 @@ class HessoConfig:
         None, "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."
     )
     replay_share: float | str | None = _option(
-        0.0,
+        "auto",
         "Share of the tokens trained on that is text written by the base model before training, on which the student "
         "stays near the base model; 0 is without, auto takes 0.25 where there can be some.",
     )
@@ -137,7 +139,7 @@ class HessoConfig:
         self.structures = "all" if self.structures is None else parse(self.structures)
         self.target_sizes = parse(self.target_sizes)
         self.saliency = parse(self.saliency)
-        self.replay_share = 0.0 if self.replay_share is None else number(self.replay_share)
+        self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
         check(self)
 
     @property
@@ -145,7 +147,8 @@ class HessoConfig:
         """Weight of each saliency criterion in use."""
         if self.saliency is None and self.cric:
             return dict(CRIC_SALIENCY)
-        return self.calibration_weights
+        default = DEFAULT_SALIENCY if self.healing == "off" else RECONSTRUCTION
+        return weights_by_name("saliency", self.saliency or default, SALIENCIES)
 
     @property
     def calibration_weights(self) -> dict[str, float]:

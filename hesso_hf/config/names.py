@@ -16,7 +16,10 @@ STRUCTURES: tuple[str, ...] = (
 INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the other's
 OPT_IN = (*INSTEAD_OF, "experts", "layers")  # pruned only where they are named
 DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
-SALIENCIES = ("magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order")
+RECONSTRUCTION = "reconstruction"  # the default where marked units are healed
+SALIENCIES = (
+    "magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order", RECONSTRUCTION,
+)  # fmt: skip
 DEFAULT_SALIENCY = "taylor_second_order"
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
 

@@ -121,7 +121,19 @@ def _step_of(checkpoint: Path) -> int:
 
 
 # what checkpoints from before a key of HessoConfig did
-_BEFORE = {"stream_basis": "given", "stream_basis_tolerance": 0.05}
+_BEFORE = {
+    "stream_basis": "given", "stream_basis_tolerance": 0.05, "healing": "off", "replay_share": 0.0,
+}  # fmt: skip
+_MOVED = ("healing", "replay_share")  # keys whose default was another one
+
+
+def keep_defaults(saved: Mapping[str, Any], config: HessoConfig, folder: str) -> None:
+    """Have a run go on with the defaults of its checkpoint's time, where it asks for nothing but today's."""
+    for key in _MOVED:
+        before = saved.get(key, _BEFORE[key])
+        if getattr(config, key) == HessoConfig.__dataclass_fields__[key].default != before:
+            logger.warning(f"{folder} was made with `{key}` = {before!r}, and the run goes on so")
+            setattr(config, key, before)
 
 
 def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) -> None:

@@ -25,7 +25,7 @@ from ..hf_models.build import load_config, model_class_of
 from ..structures.cut import zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
-from ..structures.turned_base import read_turn, turn_base_
+from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.tokens import KeptTokens
 from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
 from .decision import groups_for
@@ -142,6 +142,7 @@ def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> 
         raise HessoError(f"`source` ({str(folder)!r}) names {missing}; pass the PeftModel itself")
     plain = model_class_of(load_config(base)).from_pretrained(base)
     turn_base_(plain, read_turn(folder))
+    heal_base_(dict(plain.named_parameters()), folder)
     model: PreTrainedModel = base_of(PeftModel.from_pretrained(plain, folder))
     structures = groups_for(model, kept)
     zero_units_(parameters_of(model), Adapters.of(model).extend(structures), kept)

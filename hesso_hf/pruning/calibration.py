@@ -20,28 +20,31 @@ from transformers.utils import logging
 from ..budget.cost import Counts
 from ..budget.solver import LossFunction
 from ..config import HessoConfig
+from ..config.names import RECONSTRUCTION
 from ..distributed.parts import local, reshard
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
 from ..structures.router_gates import routed_by
+from .criteria import needed_sums, saliency_scores
+from .healing import Healer
 from .ranking import lowest_units
-from .saliency import UnitSums, needed_sums, saliency_scores
+from .saliency import UnitSums, no_units
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
 
-REMOVED_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75)
+REMOVED_SHARES = (0.125, 0.25, 0.5, 0.75, 0.875)
 
 BatchLoss = Callable[[PreTrainedModel, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Rise of the loss (nats a token) when the lowest units of one structure are zeroed in every layer.
+    """Rise of the loss (nats a token) when the lowest units of one structure go in every layer.
 
     Attributes:
-        removed: per structure, shares of its units that were zeroed, ascending.
+        removed: per structure, shares of its units that went, ascending.
         rises: per structure, the rise at each of these.
     """
 
@@ -49,13 +52,11 @@ class LossCurves:
     rises: dict[str, tuple[float, ...]]
 
     def loss(self, units: Mapping[str, int]) -> LossFunction:
-        """Return the expected rise of kept units: the structures' curves added up."""
+        """Return the expected rise of kept units: the structures' curves added up, each going on as it ends."""
+        points = {name: _to_the_end((0.0, *self.removed[name]), (0.0, *rises)) for name, rises in self.rises.items()}
 
         def loss(kept: Counts) -> np.ndarray:
-            terms = []
-            for name, count in kept.items():
-                share = 1 - np.asarray(count) / units[name]
-                terms.append(np.interp(share, (0.0, *self.removed[name]), (0.0, *self.rises[name])))
+            terms = [np.interp(1 - np.asarray(count) / units[name], *points[name]) for name, count in kept.items()]
             return np.sum(np.broadcast_arrays(*terms), axis=0)
 
         return loss
@@ -65,19 +66,27 @@ class LossCurves:
         return asdict(self)
 
 
+def _to_the_end(shares: tuple[float, ...], rises: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Draw a curve on to where all units are removed, as steep as at its end."""
+    slope = (rises[-1] - rises[-2]) / (shares[-1] - shares[-2])
+    return (*shares, 1.0), (*rises, rises[-1] + slope * (1.0 - shares[-1]))
+
+
 def measure_curves(
     model: PreTrainedModel,
     groups: PruningGroups,
     batches: list[Any],
     batch_loss: BatchLoss,
     config: HessoConfig,
+    healer: Healer | None = None,
     progress: bool = False,
 ) -> LossCurves:
-    """Score all units on `batches` and measure the loss with the lowest ones zeroed, one structure at a time.
+    """Score all units on `batches` and measure the loss without the lowest ones, one structure at a time.
 
     Weights, mode and random state are as before afterwards; meanwhile a copy of the weights stays on the CPU.
 
     Args:
+        healer: refits what stays, where the run will, and tells what the others can say of a unit.
         progress: show a bar of the forward passes: three an example, and one for each share that is removed.
     """
     counts = {name: _counts(structure) for name, structure in groups.structures.items()}
@@ -101,10 +110,13 @@ def measure_curves(
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
             with bound.frozen.revealed():
-                scores = _scores(model, bound, batches, counted_loss, config)
+                scores = _scores(model, bound, batches, counted_loss, config, healer)
             mean_loss = partial(_mean_loss, model, batches, counted_loss)
-            before = mean_loss()
-            rises = {name: _rises(model, bound, name, scores[name], counts[name], mean_loss, before) for name in counts}
+            before, heals = mean_loss(), healer if config.healing != "off" else None
+            rises = {
+                name: _rises(model, bound, name, scores[name], counts[name], mean_loss, before, heals)
+                for name in counts
+            }
         finally:
             model.train(was_training)
             model.zero_grad(set_to_none=True)
@@ -129,7 +141,12 @@ def _counts(structure: StructureGroups) -> list[int]:
 
 
 def _scores(
-    model: PreTrainedModel, bound: BoundGroups, batches: list[Any], batch_loss: BatchLoss, config: HessoConfig
+    model: PreTrainedModel,
+    bound: BoundGroups,
+    batches: list[Any],
+    batch_loss: BatchLoss,
+    config: HessoConfig,
+    healer: Healer | None,
 ) -> dict[str, torch.Tensor]:
     sums = UnitSums.zeros(bound.groups, needed_sums(config.calibration_weights), bound.device)
     for batch in batches:
@@ -141,7 +158,10 @@ def _scores(
     model.zero_grad(set_to_none=True)
     pools = {name: structure.pools for name, structure in bound.groups.structures.items()}
     sums, elements = bound.over_ranks(sums), bound.elements_per_unit()
-    return saliency_scores(sums, config.calibration_weights, elements, across_layers=False, pools=pools)
+    criteria, costs = config.calibration_weights, None
+    if healer is not None and RECONSTRUCTION in criteria:
+        costs = healer.costs(bound, no_units(bound.shapes(), bound.device))
+    return saliency_scores(sums, criteria, elements, across_layers=False, pools=pools, costs=costs)
 
 
 @torch.no_grad()
@@ -153,8 +173,9 @@ def _rises(
     counts: list[int],
     mean_loss: Callable[[], float],
     before: float,
+    healer: Healer | None,
 ) -> tuple[float, ...]:
-    """Return by how much the loss rises where so many of a structure's lowest units are zeroed; weights return."""
+    """Return by how much the loss rises where so many of a structure's lowest units go; weights return."""
     structure = bound.groups.structures[name]
     touched = [key for key, axes in bound.axes.items() if any(owner == name for owner, _, _ in axes)]
     copies = {key: local(bound.parameters[key]).detach().to("cpu", copy=True) for key in touched}
@@ -162,15 +183,23 @@ def _rises(
     try:
         for count in counts:
             pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
+            if healer is not None:
+                none = no_units(bound.shapes(), bound.device)
+                bound.add_(healer.corrections(bound, {**none, name: pruned}, none), 1.0)
             bound.mask_weights_({name: pruned})
             bound.centre_({name: (~pruned).float()})
             with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):
                 rise = mean_loss() - before
             rises.append(max(rise, rises[-1] if rises else 0.0))
+            _restore(bound, copies)
     finally:
-        for key, copy in copies.items():
-            local(bound.parameters[key].data).copy_(copy)
+        _restore(bound, copies)
     return tuple(rises)
+
+
+def _restore(bound: BoundGroups, copies: Mapping[str, torch.Tensor]) -> None:
+    for key, copy in copies.items():
+        local(bound.parameters[key].data).copy_(copy)
 
 
 @torch.no_grad()

@@ -8,19 +8,21 @@ Shapes: N examples, T tokens, C columns of a matrix, O outputs; S and R index co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ..hf_models.tiny_model import attention_in_fp32
 from ..structures.groups import Axis
+from .reconstruction import removal_costs
 from .saliency import PerUnit, float_sums
 from .weights.bound_groups import BoundGroups
 
@@ -44,6 +46,11 @@ class Reader:
         """Return the columns of units that are chosen, bool (C,)."""
         chosen = [axis.layout.expand(units[structure][layer], False) for structure, layer, axis in self.axes]
         return torch.stack(chosen).any(0)
+
+    def weight(self, bound: BoundGroups) -> torch.Tensor:
+        """Return its weight, adapters included, as (O, C)."""
+        weight = bound.effective(self.name)
+        return weight if self.dim == 1 else weight.T
 
 
 def readers_of(model: nn.Module, bound: BoundGroups) -> list[Reader]:
@@ -82,52 +89,26 @@ class Healer:
         self._model, self._batch = model, dict(batch)
         self._tokens = self._batch["attention_mask"].flatten().bool()
 
+    def fewer(self, tokens: int) -> Healer:
+        """Return one that works on so many tokens about, of examples spread over the batch."""
+        rows = len(self._batch["attention_mask"])
+        step = max(1, int(self._tokens.sum()) // tokens)
+        return Healer(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
+
+    def readers(self, bound: BoundGroups) -> list[Reader]:
+        """Return the matrices that are refitted where the units go that they read."""
+        return readers_of(self._model, bound)
+
     @torch.no_grad()
     def corrections(self, bound: BoundGroups, marked: PerUnit, pruned: PerUnit) -> dict[str, torch.Tensor]:
         """Return what is to be added to each reader's weight by the time its marked units are at zero."""
         found: dict[str, torch.Tensor] = {}
-        handles = []
-        readers = readers_of(self._model, bound)
+        readers = self.readers(bound)
         self._name_unread(readers, marked)
-        for reader in readers:
-            gone = reader.columns(marked)
-            if bool(gone.any()):
-                handles.append(self._hook(reader, gone, ~gone & ~reader.columns(pruned), bound, found))
-        try:
-            with _in_eval(self._model):
-                self._trunk()(**self._batch, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name, correction in found.items():
-            _leave_out(bound, name, correction, marked, pruned)
-        return found
 
-    def _name_unread(self, readers: list[Reader], marked: PerUnit) -> None:
-        """Warn of structures whose units no linear layer reads; channels of the stream are never healed."""
-        read = {structure for reader in readers for structure, _, _ in reader.axes} | {"embedding_channels"}
-        for structure in sorted(name for name, units in marked.items() if bool(units.any()) and name not in read):
-            logger.warning_once(
-                f"healing: {structure} of {type(self._model).__name__} aren't healed: no linear layer reads them"
-            )
-
-    def _trunk(self) -> nn.Module:
-        """Return the model without its head, whose logits nobody needs."""
-        return self._model.base_model
-
-    def _hook(
-        self, reader: Reader, gone: torch.Tensor, stays: torch.Tensor, bound: BoundGroups, found: dict[str, Any]
-    ) -> RemovableHandle:
-        def refit(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            inputs = args[0]
-            rows = inputs.flatten(0, -2)
-            if len(rows) != len(self._tokens):
-                logger.warning_once(
-                    f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens"
-                )
-                return args
-            weight = bound.effective(reader.name)
-            weight = weight if reader.dim == 1 else weight.T
+        def refit(reader: Reader, rows: torch.Tensor) -> torch.Tensor:
+            gone, weight = reader.columns(marked), reader.weight(bound)
+            stays = ~gone & ~reader.columns(pruned)
             said = self._said_by_others(rows[self._tokens], weight[:, gone], gone, stays)
             healed = rows.clone()
             if said is None:
@@ -138,9 +119,70 @@ class Healer:
                 found[reader.name] = correction if reader.dim == 1 else correction.T.contiguous()
                 # what the healed matrix makes of the units that stay, the old one makes of this
                 healed[:, gone] = (rows[:, stays].to(said.dtype) @ said.T).to(rows.dtype)
-            return healed.view_as(inputs), *args[1:]
+            return healed
 
-        return reader.module.register_forward_pre_hook(refit)
+        self._read([reader for reader in readers if bool(reader.columns(marked).any())], refit)
+        for name, correction in found.items():
+            _leave_out(bound, name, correction, marked, pruned)
+        return found
+
+    @torch.no_grad()
+    def costs(self, bound: BoundGroups, pruned: PerUnit) -> PerUnit:
+        """Return what is lost with each unit though the others are refitted, (L, U), of structures that are healed.
+
+        See `reconstruction.removal_costs`: a unit's cost is what it adds where cheaper ones of its layer went before.
+        """
+        shapes = bound.shapes()
+        found = {name: torch.zeros(shape, dtype=float_sums(bound.device)) for name, shape in shapes.items()}
+        seen: set[tuple[str, int]] = set()
+
+        def add(reader: Reader, rows: torch.Tensor) -> None:
+            gram = _gram(rows[self._tokens])
+            for structure, layer, axis in reader.axes:
+                units = axis.layout.expand(torch.arange(shapes[structure][1], device=rows.device), -1)
+                costs = removal_costs(gram, reader.weight(bound).to(gram.dtype), units, pruned[structure][layer])
+                found[structure][layer] += costs.to(found[structure].device)
+                seen.add((structure, layer))
+
+        self._read(self.readers(bound), add)
+        return {
+            name: costs.to(bound.device)
+            for name, costs in found.items()
+            if all((name, layer) in seen for layer in range(len(costs)))
+        }
+
+    def _name_unread(self, readers: list[Reader], marked: PerUnit) -> None:
+        """Warn of structures whose units no linear layer reads; channels of the stream are never healed."""
+        read = {structure for reader in readers for structure, _, _ in reader.axes} | {"embedding_channels"}
+        for structure in sorted(name for name, units in marked.items() if bool(units.any()) and name not in read):
+            logger.warning_once(
+                f"healing: {structure} of {type(self._model).__name__} aren't healed: no linear layer reads them"
+            )
+
+    def _read(self, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]) -> None:
+        """Run the model, without its head, on the batch, and show what each reader is given.
+
+        Args:
+            look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
+        """
+
+        def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            rows = args[0].flatten(0, -2)
+            if len(rows) != len(self._tokens):
+                logger.warning_once(
+                    f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens"
+                )
+                return args
+            instead = look(reader, rows)
+            return args if instead is None else (instead.view_as(args[0]), *args[1:])
+
+        handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
+        try:
+            with _in_eval(self._model), attention_in_fp32(self._model):
+                self._model.base_model(**self._batch, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _said_by_others(
         self, rows: torch.Tensor, weight: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor
@@ -211,6 +253,21 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def unreadable(examples: list[Mapping[str, Any]]) -> str:
+    """Return why a healer can't work on single examples, "" where it can."""
+    for example in examples:
+        if "input_ids" not in example:
+            return f"the examples hold {sorted(example)}, no `input_ids`"
+        other = [key for key, value in example.items() if torch.is_tensor(value) and _is_signal(value)]
+        if other:
+            return f"the examples hold `{other[0]}`, and it gives the model tokens alone"
+    return ""
+
+
+def _is_signal(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.dim() > 2
 
 
 def padded(examples: list[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -42,7 +42,7 @@ class Run:
 
     def heal(self) -> None:
         """Have what the marked units say refitted into the others, which take it on as the period goes along."""
-        if self.healer is not None:
+        if self.healer is not None and self.config.healing != "off":
             found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned())
             self.state.healing = self.bound.from_main(found)
 
@@ -78,9 +78,11 @@ class Run:
         check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
 
     def scores(self) -> PerUnit:
-        """Return the saliency of every unit from the gradients counted so far: shape (L, U) per structure."""
-        sums = self.bound.over_ranks(self.state.sums)
-        return self.ranking.scores(sums, {name: scales > 0 for name, scales in self.state.scales.items()})
+        """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure."""
+        sums, costs = self.bound.over_ranks(self.state.sums), None
+        if self.healer is not None and self.ranking.reconstructs:
+            costs = self.healer.costs(self.bound, self.state.pruned())
+        return self.ranking.scores(sums, {name: scales > 0 for name, scales in self.state.scales.items()}, costs)
 
     def pruned(self) -> PerUnit:
         """Return the pruned units of the structures that lose any, bool (L, U)."""

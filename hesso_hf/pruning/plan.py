@@ -29,9 +29,9 @@ from ..structures.proof.prove import proved_groups
 from ..structures.router_gates import RouterGates
 from ..structures.shape_probe import AxisMap
 from .calibration import LossCurves
+from .criteria import needed_sums
 from .optimizer import HessoOptimizer
 from .process import PruningProcess
-from .saliency import needed_sums
 from .schedule import Schedule, resolve_schedule
 
 logger = logging.get_logger(__name__)

@@ -142,6 +142,14 @@ class PruningProcess:
             raise HessoError("healing needs whole matrices, which FSDP and DeepSpeed don't have; leave it out")
         self.run.healer = healer
 
+    def healed_base(self) -> dict[str, torch.Tensor]:
+        """Return the frozen matrices that healing has changed, which a checkpoint of adapters doesn't hold."""
+        healer, begun = self.run.healer, self.step > self.schedule.periods[0].start
+        if healer is None or self.config.healing == "off" or not begun:
+            return {}
+        names = [reader.name for reader in healer.readers(self.bound)]
+        return {name: self.bound.parameters[name] for name in names if not self.bound.parameters[name].requires_grad}
+
     # -- CRIC -----------------------------------------------------------------------------------------------------
 
     @property

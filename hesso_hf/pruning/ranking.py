@@ -12,9 +12,11 @@ import torch
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
+from ..config.names import RECONSTRUCTION
 from ..distributed.collectives import broadcast_decisions_
 from ..structures.groups import PruningGroups
-from .saliency import PerUnit, UnitSums, combine_criteria, criteria_of, needed_sums
+from .criteria import combine_criteria, criteria_of, needed_sums, with_costs
+from .saliency import PerUnit, UnitSums
 
 
 class Ranking:
@@ -52,13 +54,19 @@ class Ranking:
         """Names of the C criteria in use."""
         return tuple(self._weights)
 
-    def scores(self, sums: UnitSums, kept: PerUnit | None = None) -> PerUnit:
+    @property
+    def reconstructs(self) -> bool:
+        """Whether units are judged by what the others can say for them."""
+        return RECONSTRUCTION in self._weights
+
+    def scores(self, sums: UnitSums, kept: PerUnit | None = None, costs: PerUnit | None = None) -> PerUnit:
         """Return the score of every unit, shape (L, U) per structure.
 
         Args:
             kept: the units that still compete, bool; all by default.
+            costs: of reconstruction, for the structures that have such.
         """
-        return self.combine(criteria_of(sums, self._weights, self._elements), kept)
+        return self.combine(with_costs(criteria_of(sums, self._weights, self._elements), self._weights, costs), kept)
 
     def signed_values(self, sums: UnitSums) -> PerUnit:
         """Return the criteria's values along a path to zero, shape (C, L, U) per structure."""

@@ -1,4 +1,4 @@
-"""Saliency: how much a unit matters, from sums over its weights x and gradients g (section 3.3 of arXiv 2409.09085).
+"""Sums over the weights x and gradients g of units, from which saliencies follow (`criteria`).
 
 Sums are accumulated over batches first and formulas applied once, so that shards and batches can simply be added.
 Legend: L layers, U units a layer.
@@ -18,18 +18,6 @@ from ..structures.groups import Axis, PruningGroups
 PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
 ParameterAxes = list[tuple[str, int, Axis]]  # (structure, layer index, axis) of every axis of a parameter
 _CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
-_NEEDS = {
-    "magnitude": ("x2",),
-    "avg_magnitude": ("x2",),
-    "cosine_similarity": ("xg", "x2", "g2"),
-    "taylor_first_order": ("xg",),
-    "taylor_second_order": ("xg2",),
-}
-
-
-def needed_sums(weights: Iterable[str]) -> tuple[str, ...]:
-    """Return which of the sums x*g, (x*g)^2, g^2 and x^2 the criteria in use need."""
-    return tuple(sorted({term for name in weights for term in _NEEDS[name]}))
 
 
 @dataclass
@@ -264,84 +252,3 @@ def chunk_size(elements: int) -> int:
 def chunk_rows(parameter: torch.Tensor, chunk: int) -> int:
     """Return how many rows of a parameter hold about `chunk` elements, one at least."""
     return max(1, chunk * parameter.shape[0] // max(1, parameter.numel()))
-
-
-def saliency_scores(
-    sums: UnitSums,
-    weights: Mapping[str, float],
-    elements: Mapping[str, int],
-    across_layers: bool,
-    competing: Mapping[str, torch.Tensor] | None = None,
-    pools: Mapping[str, int] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Combine the criteria to one score per unit, (L, U) per structure; the lowest are redundant.
-
-    Args:
-        weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
-        elements: number of elements n of one unit, per structure.
-        across_layers: whether units compete across layers or within each.
-        competing: per structure the units (L, U) that still compete, bool; all by default.
-        pools: runs of a layer's units that compete each for itself, per structure; one by default.
-    """
-    return combine_criteria(criteria_of(sums, weights, elements), weights, across_layers, competing, pools)
-
-
-def criteria_of(
-    sums: UnitSums, names: Iterable[str], elements: Mapping[str, int], signed: bool = False
-) -> dict[str, torch.Tensor]:
-    """Return each criterion's values, shape (C, L, U) per structure, C criteria in the order of `names`.
-
-    Args:
-        signed: whether the first-order term keeps its sign, as it does along a path to zero.
-    """
-    return {
-        structure: torch.stack([criterion(name, terms, sums.batches, elements[structure], signed) for name in names])
-        for structure, terms in sums.sums.items()
-    }
-
-
-def combine_criteria(
-    values: Mapping[str, torch.Tensor],
-    weights: Mapping[str, float],
-    across_layers: bool,
-    competing: Mapping[str, torch.Tensor] | None = None,
-    pools: Mapping[str, int] | None = None,
-) -> dict[str, torch.Tensor]:
-    """Divide each criterion's values (C, L, U) by their norm over the units that compete, and add them weighted."""
-    scores = {}
-    for structure, stacked in values.items():
-        total = torch.zeros_like(stacked[0])
-        for score, weight in zip(stacked, weights.values(), strict=True):
-            rivals = score if competing is None else score.masked_fill(~competing[structure], 0.0)
-            norm = rivals.norm() if across_layers else _norms(rivals, pools[structure] if pools else 1)
-            total += weight * score / norm.clamp_min(torch.finfo(score.dtype).tiny)
-        scores[structure] = total
-    return scores
-
-
-def criterion(
-    name: str, terms: Mapping[str, torch.Tensor], batches: int, elements: int, signed: bool = False
-) -> torch.Tensor:
-    """Apply one criterion's formula to sums over `batches` batches, elementwise over units."""
-    batches = max(1, batches)
-    if name == "magnitude":
-        return (terms["x2"] / batches).sqrt()
-    if name == "avg_magnitude":
-        return (terms["x2"] / batches / elements).sqrt()
-    if name == "taylor_first_order":
-        slope = terms["xg"] / batches
-        return -slope if signed else slope.abs()  # -x*g is the rise of the loss when x goes
-    if name == "taylor_second_order":
-        return 0.5 * terms["xg2"] / batches
-    assert name == "cosine_similarity"
-    # a gradient along x means that shrinking x lowers the loss: such a unit is redundant
-    norms = (terms["x2"] * terms["g2"]).sqrt()
-    return 1.0 - terms["xg"] / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-def _norms(scores: torch.Tensor, pools: int) -> torch.Tensor:
-    """Return the norm over each pool, for each of its units: shape (L, U), or (L, 1) where a layer is one pool."""
-    if pools == 1:
-        return scores.norm(dim=1, keepdim=True)
-    norms = scores.reshape(len(scores), pools, -1).norm(dim=2)
-    return norms.repeat_interleave(scores.shape[1] // pools, dim=1)

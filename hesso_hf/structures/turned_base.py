@@ -1,7 +1,7 @@
-"""A frozen base in another basis: what a checkpoint that holds adapters only has to hold of the turn as well.
+"""A frozen base that isn't as it is on disk: what a checkpoint that holds adapters only has to hold as well.
 
-The base as it is on disk is turned anew when training goes on and for an export; the adapters of the checkpoint lie in
-the new basis already.
+The base as it is on disk is turned anew when training goes on and for an export, and gets its healed matrices; the
+adapters of the checkpoint lie in the new basis already.
 Legend: D channels of the stream.
 """
 
@@ -20,6 +20,7 @@ from .proof.turn import turn_of
 from .turn import StreamTurn
 
 BASIS_NAME = "stream_basis.safetensors"
+HEALED_NAME = "healed_base.safetensors"
 _ROTATION, _GAIN = "rotation", "last_gain"
 
 
@@ -57,6 +58,19 @@ def turn_base_(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor], trai
     if turn.tied_norm is not None:
         parameters[turn.tied_norm.scale].copy_(tensors[_GAIN])
     turn.turn_(parameters, tensors[_ROTATION])
+
+
+def write_healed(folder: Path, matrices: Mapping[str, torch.Tensor]) -> None:
+    """Write the frozen matrices that were refitted into a checkpoint."""
+    save_file({name: matrix.detach().cpu().contiguous() for name, matrix in matrices.items()}, folder / HEALED_NAME)
+
+
+@torch.no_grad()
+def heal_base_(parameters: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Put what `write_healed` wrote, if anything, into a model's parameters, by name."""
+    path = folder / HEALED_NAME
+    for name, matrix in load_file(path).items() if path.exists() else ():
+        parameters[name].copy_(matrix)
 
 
 def check_trained(turn: StreamTurn, parameters: Mapping[str, torch.Tensor]) -> None:

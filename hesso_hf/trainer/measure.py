@@ -18,12 +18,17 @@ from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.calibration import LossCurves, measure_curves, usable
 from ..pruning.cric_state import PROBE_BATCH_SIZE, PROBE_BATCHES
+from ..pruning.healing import Healer
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.weights.snapshot import kept_random_state
 from ..structures.groups import PruningGroups
 from .peeked import PeekedStream
 
 logger = logging.get_logger(__name__)
+
+
+def _tokens_of(example: Any) -> int:
+    return int(example["input_ids"].numel()) if "input_ids" in example else 0
 
 
 class Measurer:
@@ -38,8 +43,8 @@ class Measurer:
     def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str]) -> None:
         self._trainer, self._config, self._counted = trainer, config, tuple(counted)
 
-    def curves(self, model: PreTrainedModel, groups: PruningGroups) -> LossCurves:
-        """Measure what each structure costs."""
+    def curves(self, model: PreTrainedModel, groups: PruningGroups, healer: Healer | None = None) -> LossCurves:
+        """Measure what each structure costs, healed where the run heals."""
         trainer, config = self._trainer, self._config
         if trainer.train_dataset is None:
             logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
@@ -49,7 +54,7 @@ class Measurer:
                 examples = self.examples(config.calibration_examples)
         shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
-            return measure_curves(model, groups, examples, self._loss, config, progress=shown)
+            return measure_curves(model, groups, examples, self._loss, config, healer, progress=shown)
 
     def probe(self, model: PreTrainedModel, optimizer: HessoOptimizer) -> None:
         """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
@@ -68,31 +73,34 @@ class Measurer:
             scale = 1024.0 if trainer.accelerator.mixed_precision == "fp16" else 1.0
             optimizer.probe([self._loss_of(model, batch, scale) for batch in batches if batch], scale)
 
-    def examples(self, count: int) -> list[Any]:
+    def examples(self, count: int, between: bool = False) -> list[Any]:
         """Take examples spread over the training data (a stream's first ones), one a batch, on the device.
 
         So the batch size and the number of processes don't matter to what is measured on them.
+
+        Args:
+            between: take those that lie between, as far as there are others.
         """
         trainer = self._trainer
         dataset: Any = trainer.train_dataset
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
         if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
             step = max(1, len(dataset) // count)
-            examples = [dataset[index] for index in range(0, len(dataset), step)][:count]
+            examples = [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
         elif isinstance(dataset, PeekedStream):
             examples = dataset.peek(count)
         else:  # of the package datasets, which begins anew each time
             examples = list(itertools.islice(iter(dataset), count))
         return [trainer._prepare_inputs(collate([example])) for example in examples]
 
-    def tokens(self, count: int) -> list[Any]:
+    def tokens(self, count: int, between: bool = False) -> list[Any]:
         """Take single examples with about so many tokens that the model reads, or all that there are."""
-        return self.examples(max(16, math.ceil(count / self.tokens_per_example())))
+        return self.examples(max(16, math.ceil(count / self.tokens_per_example())), between)
 
     def tokens_per_example(self) -> float:
         """Return how many tokens the model reads of an example, by a few of them, at least 1."""
         few = self.examples(16)
-        return max(1.0, sum(int(example["input_ids"].numel()) for example in few) / max(1, len(few)))
+        return max(1.0, sum(_tokens_of(example) for example in few) / max(1, len(few)))
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""

@@ -13,20 +13,21 @@ from transformers.utils import logging
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
+from ..config.names import RECONSTRUCTION
 from ..distributed.collectives import from_main
 from ..engines.engine import Engine
 from ..errors import HessoError
-from ..export.checkpoint_state import check_config, read_state
+from ..export.checkpoint_state import check_config, keep_defaults, read_state
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
-from ..pruning.healing import Healer, padded
+from ..pruning.healing import Healer, padded, unreadable
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule, resolve_schedule
 from ..pruning.weights.snapshot import kept_random_state
 from ..structures.lora import base_of, parameters_of
-from ..structures.turned_base import read_turn, turn_base_
+from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .measure import Measurer
@@ -36,6 +37,7 @@ from .teaching import Teaching
 logger = logging.get_logger(__name__)
 
 HEALING_TOKENS = 8192
+TRIAL_TOKENS = 2048  # on which trial removals are healed: there are many, and only their order matters
 
 
 class PruningRun:
@@ -65,6 +67,7 @@ class PruningRun:
         self.total_steps: int | None = None
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
+        self._healer: Healer | None = None
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.plan = _prepared(trainer, self.whole, config)
@@ -99,28 +102,25 @@ class PruningRun:
         """Fix sizes and schedule, and make the pruning state."""
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
+        self._healer = self._make_healer()
         process = self.plan.process(self._settle())
-        self._heal(process)
+        if self._healer is not None:
+            process.heal_with(self._healer)
         if self._config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
                 self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
             )
         return process
 
-    def _heal(self, process: PruningProcess) -> None:
-        if self._config.healing == "off":
-            return
-        reason = ""
-        if self._engine().measures_shards:
-            reason = "it needs whole matrices, which FSDP and DeepSpeed don't have"
-        elif self._trainer.train_dataset is None:
-            reason = "there is no `train_dataset` to work on"
-        if reason:
-            logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
-            return
-        with kept_random_state(self._trainer.args.device):
-            examples = self.measurer.tokens(HEALING_TOKENS)
-        process.heal_with(Healer(self.model, padded(examples, self._trainer.args.device)))
+    def _make_healer(self) -> Healer | None:
+        if self._config.healing == "off" and RECONSTRUCTION not in self._config.saliency_weights:
+            return None
+        device = self._trainer.args.device
+        with kept_random_state(device):
+            if reason := _why_not_healed(self._trainer, self.model, self._engine(), self.measurer):
+                logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
+                return None
+            return Healer(self.model, padded(self.measurer.tokens(HEALING_TOKENS, between=True), device))
 
     def _settle(self) -> Schedule:
         """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
@@ -142,6 +142,7 @@ class PruningRun:
 
     def _settle_from(self, folder: Path) -> Schedule:
         state = read_state(folder)
+        keep_defaults(state["config"], self._config, str(folder))
         check_config(state["config"], self._config.to_dict(), str(folder))
         self.teaching.go_on(state["training"], str(folder))
         turned = state["training"].get("stream_basis")
@@ -149,6 +150,7 @@ class PruningRun:
         self.basis = StreamBasis(**turned, tensors=tensors) if turned else None
         trained = {name for name, parameter in parameters_of(self.model).items() if parameter.requires_grad}
         turn_base_(self.model, tensors, trained)  # a checkpoint's own weights are turned already
+        heal_base_(parameters_of(self.model), folder)
         self.plan.target = TargetSizes.from_dict(state["target"])
         schedule = Schedule.from_dict(state["schedule"])
         if schedule.end > self._total_steps():
@@ -183,7 +185,8 @@ class PruningRun:
 
     def curves(self) -> LossCurves:
         """Measure what each structure costs."""
-        return self.measurer.curves(self.model, self.plan.groups)
+        healer = self._healer.fewer(TRIAL_TOKENS) if self._healer is not None else None
+        return self.measurer.curves(self.model, self.plan.groups, healer)
 
     # -- on the way -----------------------------------------------------------------------------------------------
 
@@ -219,3 +222,14 @@ def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> Prunin
     """Make a plan, with a budget of latency timed where and as a trainer computes."""
     dtype = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
     return PruningPlan.prepare(model, config, trainer.args.device, dtype)
+
+
+def _why_not_healed(trainer: Trainer, model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
+    """Return why nothing can be healed, "" where it can."""
+    if engine.measures_shards:
+        return "it needs whole matrices, which FSDP and DeepSpeed don't have"
+    if trainer.train_dataset is None:
+        return "there is no `train_dataset` to work on"
+    if model.config.is_encoder_decoder:
+        return "it knows one stack of layers, not an encoder with a decoder"
+    return unreadable(measurer.examples(4))

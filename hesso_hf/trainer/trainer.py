@@ -23,7 +23,7 @@ from ..errors import HessoError, TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_, write_state
 from ..export.report import REPORT_NAME, PruningReport
 from ..structures.lora import lora_layers, with_adapter
-from ..structures.turned_base import write_turn
+from ..structures.turned_base import write_healed, write_turn
 from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import engine_of, refuse
 from .hub import add_to_card, upload
@@ -225,6 +225,8 @@ class HessoMixin(_TrainerBase):
                 write_state(folder, self._process.decision(), self.hesso_config, self.hesso_run.record())
                 if self.hesso_run.basis is not None and self.hesso_run.basis.tensors:
                     write_turn(folder, self.hesso_run.basis.tensors)
+                if healed := self._process.healed_base():
+                    write_healed(folder, healed)
             barrier()  # nobody writes before what was there is gone
             self.hesso_engine.save(self.hesso_run, folder)
             super()._save_checkpoint(model, trial)

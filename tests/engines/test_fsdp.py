@@ -31,11 +31,18 @@ from tests.support import fsdp_cpu, killing
 from tests.support.forks import Forked
 from tests.support.fsdp_cpu import Job
 from tests.support.tiny import tiny_llama
-from tests.support.training import hesso_config, said_by_the_dense_model, trainer
+from tests.support.training import ALONE, hesso_config, said_by_the_dense_model, trainer
 
 LONG = 40  # steps: 27 of them after the last period
 LOADED_BY_ONE = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-RATIO = {"pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 9, "pruning_periods": 3, "calibration_examples": 4}
+RATIO = {
+    "pruning_ratio": 0.3,
+    "warmup_steps": 4,
+    "pruning_steps": 9,
+    "pruning_periods": 3,
+    "calibration_examples": 4,
+    **ALONE,
+}
 
 
 def build(folder: str, steps: int, processes: int, hesso: dict[str, Any] | None = None, **changes: Any) -> HessoTrainer:
@@ -76,7 +83,7 @@ def job(
 CRIC = {
     "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28, "hidden_size": 48},
     "warmup_steps": 2, "pruning_steps": 5, "pruning_periods": 2, "saliency_batches": 2,
-    "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2,
+    "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, **ALONE,
 }  # fmt: skip
 STEPS = 20
 

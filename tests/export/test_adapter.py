@@ -177,6 +177,23 @@ def test_a_checkpoint_with_an_adapter_exports_later(tmp_path: Path) -> None:
             export_pruned(folder / "checkpoint-2", folder / "early")
 
 
+def test_a_healed_base_goes_on_from_a_checkpoint_that_holds_the_adapter_alone(tmp_path: Path) -> None:
+    saved = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    runs = []
+    for name, checkpoint in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-3")):
+        base = tiny_llama(seed=2)
+        lora = {"target_modules": ["q_proj", "down_proj"]}
+        run = lora_run(tmp_path / name, base, lora, config=HessoConfig(**RATIO), **saved)
+        before = base.model.layers[0].mlp.down_proj.base_layer.weight.detach().clone()
+        run.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        kept = list(run.hesso_optimizer.process.kept_units().kept["mlp_channels"][0])
+        after = base.model.layers[0].mlp.down_proj.base_layer.weight.detach()
+        assert not torch.equal(after[:, kept], before[:, kept]), "nothing was healed"
+        runs.append(parameters_of(base))
+    for name, parameter in runs[0].items():
+        assert torch.equal(parameter, runs[1][name]), name
+
+
 def test_a_checkpoint_whose_base_has_no_name_is_refused(tmp_path: Path) -> None:
     run = lora_run(tmp_path, config=HessoConfig(**RATIO), max_steps=4, save_strategy="steps", save_steps=4)
     run.train()

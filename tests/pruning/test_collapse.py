@@ -24,7 +24,7 @@ from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.schedule import Schedule
 from tests.support.checks import assert_same, check_equal, propagated
 from tests.support.tiny import MLP, UNITS, backward, process_for, tiny_gemma2, tiny_llama, token_batches
-from tests.support.training import hesso_config, logged, trainer
+from tests.support.training import ALONE, hesso_config, logged, trainer
 
 KEPT = {"attention_heads": 1, "mlp_channels": 33, "embedding_channels": 52}  # 2, 11 and 8 of 3, 44 and 60 go
 SCHEDULE = Schedule(warmup_steps=2, pruning_steps=6, pruning_periods=2, total_steps=30)
@@ -386,7 +386,7 @@ def test_the_trainer_names_structure_and_layer_of_the_mlp_that_dominates(
 ) -> None:
     config = HessoConfig(
         target_sizes={"intermediate_size": 4}, structures=["mlp_channels"], warmup_steps=10, pruning_steps=5,
-        pruning_periods=1, collapse_threshold=0.02,
+        pruning_periods=1, collapse_threshold=0.02, **ALONE,
     )  # fmt: skip
     # a model that knows the data has something to lose
     run = trainer(tmp_path, model=dominated(), config=config, data=easy(), max_steps=20, learning_rate=5e-3)

@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing
+from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.healing import Healer, padded, readers_of
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
@@ -145,6 +146,68 @@ def test_noise_is_left_alone():
     gone = torch.zeros(48, dtype=torch.bool)
     gone[:4] = True
     assert healer._said_by_others(rows, torch.randn(6, 4), gone, ~gone) is None
+
+
+def test_of_units_that_repeat_each_other_one_costs_little() -> None:
+    model = tiny_llama(seed=3)
+    repeat_(model)
+    bound = bound_to(model)
+    costs = Healer(model, tokens()).costs(bound, none_of(bound))
+    assert costs.keys() == {CHANNELS, HEADS}
+    pairs = torch.stack([costs[CHANNELS][:, :REPEATED], costs[CHANNELS][:, REPEATED : 2 * REPEATED]])
+    assert float(pairs.min(0).values.max()) < 0.1 * float(costs[CHANNELS][:, 2 * REPEATED :].median())
+    assert (costs[HEADS].argmin(1) < 2).all(), "heads 0 and 1 say the same"
+
+
+def test_a_period_marks_the_units_whose_going_costs_least() -> None:
+    model = tiny_llama(seed=5)
+    sizes = {"target_sizes": {"intermediate_size": MLP - 9}, "structures": [CHANNELS]}
+    optimizer = run(model, healed=True, saliency="reconstruction", **sizes)
+    healer = Healer(model, tokens())
+    process = optimizer.process
+    costs = healer.costs(process.bound, none_of(process.bound))[CHANNELS]
+    step(model, optimizer, 1)
+    for layer, marked in enumerate(process.redundant[CHANNELS]):
+        assert sorted(marked.nonzero().flatten().tolist()) == sorted(costs[layer].argsort()[:9].tolist())
+
+
+def test_reconstruction_judges_units_without_healing_them() -> None:
+    model = tiny_llama(seed=5)
+    optimizer = run(model, healed=True, saliency="reconstruction", healing="off")
+    step(model, optimizer, 1)
+    assert not optimizer.process.state.healing
+    assert bool(optimizer.process.redundant[CHANNELS].any())
+
+
+@pytest.mark.parametrize("healing", ["auto", "off"])
+def test_what_structures_cost_is_measured_as_the_run_will_treat_them(healing: str) -> None:
+    model = tiny_llama(seed=3)
+    repeat_(model)
+    weights = copy.deepcopy(model.state_dict())
+    config = HessoConfig(0.3, structures=[CHANNELS, HEADS], saliency="reconstruction", healing=healing)
+    groups = PruningPlan.prepare(model, config).groups
+    ids = tokens(rows=4, seed=9)["input_ids"]
+
+    def loss(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=batch, labels=batch).loss
+
+    found = measure_curves(model, groups, list(ids.split(1)), loss, config, Healer(model, tokens()))
+    plain = measure_curves(model, groups, list(ids.split(1)), loss, config)
+    first, gone = found.rises[CHANNELS][0], found.removed[CHANNELS][0]
+    assert gone * MLP <= REPEATED
+    if healing == "auto":
+        assert first < 1e-3 < plain.rises[CHANNELS][0]
+    else:
+        assert first > 1e-3, "units that go unhealed are missed"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_few_tokens_are_of_examples_spread_over_the_batch() -> None:
+    batch = tokens(rows=16, length=24)
+    fewer = Healer(tiny_llama(), batch).fewer(100)
+    assert torch.equal(fewer._batch["input_ids"], batch["input_ids"][::3])
+    assert len(Healer(tiny_llama(), batch).fewer(1)._batch["input_ids"]) == 1
 
 
 def run(model: PreTrainedModel, healed: bool, rate: float = 0.0, **changes: Any) -> HessoOptimizer:

@@ -11,8 +11,9 @@ import torch
 from hesso_hf.config import SALIENCIES, HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.pruning import saliency
+from hesso_hf.pruning.criteria import criterion, needed_sums, saliency_scores
 from hesso_hf.pruning.ranking import lowest_units
-from hesso_hf.pruning.saliency import UnitSums, accumulate_, criterion, needed_sums, saliency_scores
+from hesso_hf.pruning.saliency import UnitSums, accumulate_
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.structures.groups import Axis, PruningGroups, StructureGroups
 from hesso_hf.structures.layout import block_layout

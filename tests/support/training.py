@@ -50,9 +50,14 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(**(options | changes))
 
 
+# The paper's method without what comes on top of it by default, as what is compared step by step needs it.
+ALONE: dict[str, Any] = {"healing": "off", "replay_share": 0.0}
+
+
 def hesso_config(**changes: Any) -> HessoConfig:
-    """Prune all three structures in two periods, steps 2 to 6 of 12."""
+    """Prune all three structures in two periods, steps 2 to 6 of 12, by HESSO alone."""
     options: dict[str, Any] = {
+        **ALONE,
         "target_sizes": {"num_key_value_heads": 2, "intermediate_size": 28, "hidden_size": 48},
         "warmup_steps": 2,
         "pruning_steps": 5,

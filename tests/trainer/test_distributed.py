@@ -17,7 +17,7 @@ from tests.support.loopback_hub import LoopbackHub
 from tests.support.training import trainer
 
 STEPS = 40
-RATIO = {"pruning_ratio": 0.3, "warmup_steps": 6, "pruning_steps": 24, "pruning_periods": 3}
+RATIO = {"pruning_ratio": 0.3, "warmup_steps": 6, "pruning_steps": 24, "pruning_periods": 3, "replay_share": 0.0}
 
 _WORKER = """
 import sys

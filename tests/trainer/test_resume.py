@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.export.checkpoint_state import last_checkpoint
+from hesso_hf.export.checkpoint_state import STATE_NAME, last_checkpoint
 from tests.support import ROOT, forks
+from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
 from tests.support.training import arguments, blocks, trainer
 
@@ -71,6 +73,22 @@ def test_the_schedule_of_the_checkpoint_stays(undisturbed: HessoTrainer, tmp_pat
     assert run.hesso_optimizer.process.schedule.end == 9
 
 
+def test_a_checkpoint_from_before_healing_goes_on_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = HessoConfig(**RATIO, healing="off")
+    whole = trainer(tmp_path / "whole", config=old, save_strategy="steps", save_steps=5)
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    state = json.loads((checkpoint / STATE_NAME).read_text())
+    for key in ("healing", "replay_share", "replay_dataset"):
+        del state["config"][key]
+    (checkpoint / STATE_NAME).write_text(json.dumps(state))
+    run = trainer(tmp_path / "resumed", config=HessoConfig(**RATIO))
+    with propagated(caplog):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert "made with `healing` = 'off', and the run goes on so" in caplog.text
+    check_equal(run, whole)
+
+
 def test_checkpoints_are_dense_and_export_later(undisturbed: HessoTrainer, tmp_path: Path) -> None:
     folder = Path(undisturbed.args.output_dir)
     dense = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-12")
@@ -125,7 +143,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.trainer.test_resume import with_checkpoints
-from hesso_hf.export.checkpoint_state import last_checkpoint
+from hesso_hf.export.checkpoint_state import STATE_NAME, last_checkpoint
 folder = Path(sys.argv[1])
 run = with_checkpoints(folder)
 print("START", flush=True)

@@ -20,7 +20,7 @@ from hesso_hf.hf_models.tiny_model import logits_of
 from hesso_hf.trainer.teacher import fingerprint
 from tests.support import ROOT, fsdp_cpu
 from tests.support.tiny import tiny_llama
-from tests.support.training import logged
+from tests.support.training import ALONE, logged
 
 trl = pytest.importorskip("trl", reason="TRL isn't installed: pip install 'hesso_hf[trl]'")
 
@@ -69,13 +69,20 @@ def trl_trainer(kind: str, base: Path, tokenizer: Any, model: Any = None, config
         "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False,
         "dataloader_pin_memory": False,
     }  # fmt: skip
-    hesso = {"target_sizes": SIZES, "warmup_steps": 2, "pruning_steps": 5, "pruning_periods": 2, "saliency_batches": 2}
+    hesso = {
+        **ALONE,
+        "target_sizes": SIZES,
+        "warmup_steps": 2,
+        "pruning_steps": 5,
+        "pruning_periods": 2,
+        "saliency_batches": 2,
+    }
     return trainer_class(
         model=model if model is not None else AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         args=args_class(str(base.parent / "out"), **(args | options.pop("args", {}))),
         train_dataset=examples(kind),
         processing_class=tokenizer,
-        hesso_config=config or HessoConfig(**hesso, **options.pop("hesso", {})),
+        hesso_config=config or HessoConfig(**(hesso | options.pop("hesso", {}))),
         **options,
     )
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from hesso_hf import HessoConfig
 from hesso_hf.distributed.parts import flat_parts
 from hesso_hf.engines.deepspeed.ranges import HeldRange
+from hesso_hf.pruning.criteria import needed_sums
 from hesso_hf.pruning.plan import PruningPlan
-from hesso_hf.pruning.saliency import PathDisplacements, UnitSums, needed_sums
+from hesso_hf.pruning.saliency import PathDisplacements, UnitSums
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.pruning.weights.holdings import Holdings
 from hesso_hf.pruning.weights.snapshot import Snapshot
