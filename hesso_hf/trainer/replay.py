@@ -22,6 +22,7 @@ from transformers.utils import logging
 from ..config import HessoConfig
 from ..distributed.collectives import from_main, is_main_process
 from ..errors import CheckpointMismatchError, HessoError
+from ..hf_models.tiny_model import attention_in_fp32
 from .distillation import StepMean, accumulated, divergence, is_scaled
 from .replay_text import Script, load_windows, order, read_windows, save_windows, write_windows
 from .teacher import Teacher
@@ -183,7 +184,7 @@ def _windows(
 ) -> torch.Tensor:
     if config.replay_dataset is None:
         logger.info(f"the model writes {sizes.windows} windows of {sizes.length} tokens for replay")
-        with teacher.whole() as model:
+        with teacher.whole() as model, attention_in_fp32(model):
             return write_windows(model, Script.of(model, tokenizer), sizes.windows, sizes.length, seed, shown)
     found = read_windows(config.replay_dataset, tokenizer, sizes.windows, sizes.length)
     if len(found) < FEWEST:

@@ -50,10 +50,11 @@ class Script:
         settings = model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         known = {token for token in (*ends, getattr(tokenizer, "eos_token_id", None)) if token is not None}
+        size = model.config.get_text_config().vocab_size
         if getattr(tokenizer, "chat_template", None):
             return cls(_turns(tokenizer), frozenset(known))
         starts = (getattr(tokenizer, "bos_token_id", None), settings.bos_token_id, *sorted(known))
-        start = next((token for token in starts if token is not None), None)
+        start = next((token for token in starts if token is not None and token < size), None)
         if start is None:
             raise HessoError(
                 "neither tokenizer nor generation config name a token that a text starts or ends with; give the "

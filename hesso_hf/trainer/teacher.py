@@ -21,7 +21,7 @@ from ..distributed.parts import reshard
 from ..engines.deepspeed.holdings import gathered
 from ..engines.engine import Engine
 from ..errors import HessoError
-from ..hf_models.tiny_model import ieee_fp32
+from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +75,8 @@ class Teacher:
     ) -> None:
         self.model, self.source, self.fingerprint = model.eval().requires_grad_(False), source, fingerprint
         self._device, self._sharded = device or model.device, sharded
-        self._trunk = _separate_(model, self._device)
+        with attention_in_fp32(model):
+            self._trunk = _separate_(model, self._device)
 
     @torch.no_grad()
     def rows(self, inputs: Mapping[str, Any], positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -186,10 +187,7 @@ def make_teacher(name: str | None, student: PreTrainedModel, tokenizer: Any, eng
     Raises:
         HessoError: where there can't be such a teacher.
     """
-    device = engine.args.device
-    # Half the memory, and rounding that is small against what pruning does. A CPU gains nothing from bf16.
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported() and student.dtype == torch.float32
-    dtype = torch.bfloat16 if half else student.dtype
+    device, dtype = engine.args.device, _dtype(student, engine.args.device)
     if name is not None:
         teacher = source = load_teacher(name, student, tokenizer, dtype)
     elif any(hasattr(parameter, "ds_tensor") for parameter in student.parameters()):
@@ -202,6 +200,20 @@ def make_teacher(name: str | None, student: PreTrainedModel, tokenizer: Any, eng
     known_by = fingerprint(source)
     placed, divided = engine.place_frozen(teacher, type(student))
     return Teacher(placed, device, divided, name or ORIGINAL, known_by)
+
+
+def _dtype(student: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """Return bf16 on a GPU: half the memory, and rounding that is small against what pruning does.
+
+    A CPU gains nothing from it.
+    """
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported() and student.dtype == torch.float32
+    return torch.bfloat16 if half else student.dtype
+
+
+def teacher_size(student: PreTrainedModel, device: torch.device) -> int:
+    """Return the bytes of a copy of the student as its own teacher."""
+    return student.num_parameters() * _dtype(student, device).itemsize
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, values: bool = True) -> PreTrainedModel:

@@ -15,9 +15,11 @@ from ..config import HessoConfig
 from ..distributed.collectives import world_size
 from ..engines.engine import Engine
 from ..errors import HessoError
+from ..structures.cut import device_with_room
 from .distillation import Distillation
 from .replay import Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
-from .teacher import Teacher, make_teacher
+from .replay_text import Script
+from .teacher import Teacher, make_teacher, teacher_size
 
 logger = logging.get_logger(__name__)
 
@@ -50,35 +52,66 @@ class Teaching:
         self.replay: Replay | None = None
         self._replays = False
         self._base: Teacher | None = None
-        if self._wants_replay():
-            self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share})")
+        if self._wants_replay(engine):
+            self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share!r})")
         if config.distillation_alpha:
             teacher = self._base if config.distill_from is None else None
             asked = f"`distillation_alpha` ({config.distillation_alpha})"
             teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
             self.distillation = Distillation(trainer, config, teacher)
 
-    def _wants_replay(self) -> bool:
+    def _wants_replay(self, engine: Engine) -> bool:
         share = self._config.replay_share
-        reason = why_not(self._model) if share else ""
+        if not share:
+            return False
+        reason = why_not(self._model)
         if reason and share != "auto":
-            raise HessoError(f"`replay_share` ({share}): {reason}; leave it out")
-        return bool(share) and not reason
+            raise HessoError(f"`replay_share` ({share}): {reason}; set it to 0")
+        if share == "auto":
+            reason = reason or self._hindrance(engine)
+        if reason:
+            self._go_without(reason)
+        return not reason
+
+    def _go_without(self, reason: str) -> None:
+        logger.warning(
+            f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
+            "that this is meant"
+        )
+        self._base = None
+
+    def _hindrance(self, engine: Engine) -> str:
+        """Return what stands against replay that nobody asked for, "" where nothing does."""
+        if any(hasattr(parameter, "ds_tensor") for parameter in self._model.parameters()):
+            return "the model was divided by ZeRO-3 while it was loaded, so it can't be copied"
+        if self._config.replay_dataset is None:
+            try:
+                Script.of(self._model, self._tokenizer)
+            except HessoError as error:
+                return str(error)
+        # beside the copy, training takes gradients and two states of Adam
+        size = sum((p.itemsize + 8) * p.numel() for p in self._model.parameters() if p.requires_grad)
+        size += teacher_size(self._model, engine.args.device)
+        if not engine.measures_shards and device_with_room(engine.args.device, size) != engine.args.device:
+            return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
+        return ""
 
     def begin(self, steps: int, tokens_per_example: Callable[[], float]) -> None:
         """Have replay written for a run of so many optimizer steps; all processes call it."""
         if self._base is None:
             return
-        args = self._trainer.args
+        args, auto = self._trainer.args, self._config.replay_share == "auto"
+        if self._trainer.train_dataset is None and auto:
+            self._go_without("there is no `train_dataset` whose tokens it could be a share of")
+            return
         sizes = ReplaySizes.of(
             share_of(self._config),
             round(args.per_device_train_batch_size * tokens_per_example()),
             steps * args.gradient_accumulation_steps * world_size(),
             getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
         )
-        if sizes.dear and self._config.replay_share == "auto":
-            logger.info("no replay in so short a run: writing it would take more than a twentieth of the time")
-            self._base = None
+        if sizes.dear and auto:
+            self._go_without("the run is so short that writing it would take more than a twentieth of the time")
         else:
             self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
 
@@ -94,7 +127,9 @@ class Teaching:
         if self.distillation is not None:
             self.distillation.check(saved.get("distillation"), folder)
         replayed = saved.get("replay")
-        if self._base is not None and replayed is not None:
+        if replayed is None:
+            self._base = None
+        elif self._base is not None:
             check_replay(replayed, self._base, folder)
             sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
             self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)

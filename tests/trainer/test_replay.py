@@ -16,15 +16,16 @@ from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForConditio
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.trainer import hub, replay, replay_text
+from hesso_hf.trainer import hub, replay, replay_text, teaching
 from hesso_hf.trainer.replay import FEWEST, MOST_WRITTEN, Replay, ReplaySizes, why_not
 from hesso_hf.trainer.replay_text import MARK, Script, load_windows, order, read_windows, save_windows, write_windows
 from hesso_hf.trainer.teacher import Teacher, frozen_copy
 from tests.engines.test_fsdp import RATIO, build
 from tests.support import fsdp_cpu
+from tests.support.checks import propagated
 from tests.support.lora import tiny_lora
 from tests.support.tiny import VOCAB, tiny_gpt2, tiny_llama
-from tests.support.training import LENGTH, hesso_config, logged, trainer
+from tests.support.training import LENGTH, arguments, blocks, hesso_config, logged, trainer
 
 START, END = 1, 2
 SHARE = 0.5
@@ -341,6 +342,25 @@ def test_auto_is_off_where_it_costs_too_much_or_the_model_writes_nothing(tmp_pat
         trainer(tmp_path / "t5", model, config=HessoConfig(pruning_ratio=0.2, replay_share=0.25))
 
 
+@pytest.mark.parametrize("reason", ["don't fit the device", "no `train_dataset`", "a token that a text starts or ends"])
+def test_by_default_there_is_replay_but_for_a_reason_that_is_named(
+    reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    model, data = base(), blocks()
+    if reason == "don't fit the device":
+        monkeypatch.setattr(teaching, "device_with_room", lambda device, size: torch.device("meta"))
+    elif reason == "no `train_dataset`":
+        data = None
+    else:
+        model.generation_config.bos_token_id = model.generation_config.eos_token_id = None
+    with propagated(caplog):
+        run = HessoTrainer(model, arguments(tmp_path), train_dataset=data, hesso_config=HessoConfig(pruning_ratio=0.3))
+        run.create_optimizer()
+    assert run.replay is None
+    (message,) = {record.message for record in caplog.records if record.message.startswith("no replay: ")}
+    assert reason in message
+
+
 @pytest.mark.parametrize("share", [1.0, -0.1, "much", True])
 def test_a_share_out_of_range_is_refused(share: Any):
     with pytest.raises(HessoError, match=r"`replay_share` \(.*\) must be 'auto' or lie in \[0, 1\)"):
@@ -351,4 +371,4 @@ def test_a_share_may_be_text_and_a_data_set_needs_one():
     assert HessoConfig(pruning_ratio=0.5, replay_share="0.25").replay_share == 0.25
     assert HessoConfig(pruning_ratio=0.5, replay_share="auto").replay_share == "auto"
     with pytest.raises(HessoError, match=r"`replay_dataset` \('x'\) does nothing with `replay_share` \(0\)"):
-        HessoConfig(pruning_ratio=0.5, replay_dataset="x")
+        HessoConfig(pruning_ratio=0.5, replay_dataset="x", replay_share=0.0)
