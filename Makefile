@@ -103,8 +103,8 @@ wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use
 	"$$tmp/venv/bin/python" script.py > /dev/null; "$$tmp/venv/bin/python" -c 'from hesso_hf import HessoConfig'; \
 	echo "wheel-test passed: $$(wc -l < "$$tmp/packed") files in $$(basename "$$tmp"/dist/*.whl)"
 
-bench: $(STAMP) ## benchmarks/stories.py, whose results are committed under benchmarks/results
-	$(BIN)/python benchmarks/stories.py $(ARGS)
+bench: $(STAMP) ## benchmarks/quality.py, whose results are committed under benchmarks/results
+	$(BIN)/python benchmarks/quality.py --model stories260K --ratios 0.3 0.5 --seeds 0 1 2 $(ARGS)
 
 picture: $(STAMP) ## docs/quality.svg, of what benchmarks/quality.py measured
 	$(BIN)/python benchmarks/picture.py $(ARGS)

@@ -210,6 +210,8 @@ class Benchmark:
         options: dict[str, Any] = {
             "pruning_ratio": self.options.ratio,
             "calibration_examples": 0,
+            "healing": "off",
+            "replay_share": 0.0,
         }
         if not trained:
             options |= {"warmup_steps": 8, "pruning_steps": 3, "pruning_periods": 3}

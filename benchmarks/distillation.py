@@ -50,7 +50,7 @@ def run(method: str, setting: Setting, seed: int) -> dict[str, Any]:
             model=model,
             args=arguments(setting, seed, folder),
             train_dataset=setting.train,
-            hesso_config=HessoConfig(pruning_ratio=RATIO, **METHODS[method]),  # type: ignore[arg-type]
+            hesso_config=HessoConfig(pruning_ratio=RATIO, replay_share=0.0, **METHODS[method]),  # type: ignore[arg-type]
         )
         trainer.train()
         trainer.save_model(f"{folder}/small")

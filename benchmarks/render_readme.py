@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +25,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 _TABLE = re.compile(r"(<!-- begin:(\w+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- (?:begin|end):(\w+) -->")
 
-METHODS = {
-    "hesso": "HESSO",
-    "one_shot_magnitude": "one-shot, magnitude",
-    "one_shot_taylor": "one-shot, first-order Taylor",
-    "scratch": "the small shape from scratch",
-}
 NOT_RUN = "not run yet"
-
-
-def stories(result: dict[str, Any]) -> str:
-    """Held-out losses by method and ratio; one table for each setting (learning rate, training tokens)."""
-    settings = sorted({(run["learning_rate"], run["tokens"]) for run in result["runs"]})
-    return "\n\n".join(_stories_table(result, *setting) for setting in settings)
-
-
-def _stories_table(result: dict[str, Any], learning_rate: float, tokens: int) -> str:
-    losses: dict[tuple[str, float | None], list[float]] = {}
-    parameters: dict[float | None, set[int]] = {}
-    for run in result["runs"]:
-        if (run["learning_rate"], run["tokens"]) == (learning_rate, tokens):
-            losses.setdefault((run["method"], run["ratio"]), []).append(run["loss"])
-            parameters.setdefault(run["ratio"], set()).add(run["parameters"])
-    ratios = sorted({0.2, 0.3, 0.5} | {ratio for ratio in parameters if ratio is not None})
-    seeds = max(len(found) for found in losses.values())
-    rows = [["parameters", *[_range(parameters.get(ratio, ())) for ratio in ratios]]]
-    for method, name in METHODS.items():
-        rows.append([name, *[_loss_cell(losses, method, ratio, seeds) for ratio in ratios]])
-    spread = max(max(found) - min(found) for found in losses.values())
-    dense = _loss_cell(losses, "dense", None, seeds)
-    return "\n".join(
-        [
-            _table(["removed", *[f"{ratio:.0%}" for ratio in ratios]], rows),
-            "",
-            f"Median of {_plural(seeds, 'seed')}"
-            + (f"; cells with fewer say so; largest difference between seeds {spread:.3f}" if seeds > 1 else "")
-            + f". The dense model as it comes: {result['original_loss']:.3f}; after the same training: {dense}. "
-            f"{tokens:,} training tokens, learning rate {learning_rate:g}, "
-            f"{result['device'].upper()}, torch {result['versions']['torch']}.",
-        ]
-    )
-
-
-def _loss_cell(losses: dict[tuple[str, float | None], list[float]], method: str, ratio: float, seeds: int) -> str:
-    found = losses.get((method, ratio))
-    if not found:
-        return NOT_RUN
-    column = [f"{statistics.median(losses[key]):.3f}" for key in ((name, ratio) for name in METHODS) if key in losses]
-    text = f"{statistics.median(found):.3f}"
-    if len(column) == len(METHODS) and text == min(column, key=float):  # a tie in what is shown is shown as one
-        text = f"**{text}**"
-    return text if len(found) == seeds else f"{text} ({_plural(len(found), 'seed')})"
-
-
-def _range(parameters: Iterable[int]) -> str:
-    found = sorted(parameters)
-    if not found:
-        return NOT_RUN
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
 
 
 def quickstart(result: dict[str, Any]) -> str:
@@ -172,7 +115,7 @@ def _distillation_table(name: str, entry: dict[str, Any]) -> str:
         gains = [losses[seed] - plain[seed] for seed in sorted(losses.keys() & plain.keys())]
         gain = f"{min(gains):+.3f} to {max(gains):+.3f}" if gains and method != "none" else "-"
         rows.append([method, f"{median['loss']:.3f}", f"{median['spread']:.3f}", gain, str(median["seeds"])])
-    parameters = _range({run["parameters"] for run in alike})
+    parameters = " to ".join(f"{count:,}" for count in sorted({run["parameters"] for run in alike}))
     return "\n".join(
         [
             _table([f"`distillation_alpha`, {name}", "held-out loss", "spread", "change by seed", "seeds"], rows),
@@ -375,7 +318,8 @@ QUALITY_METHODS = {
     "hesso, given basis": "HESSO, given basis",
     "hesso, without healing": "HESSO without healing",
     "hesso, without replay": "HESSO without replay",
-    "hesso, without CRIC": "HESSO without CRIC",
+    "hesso, without reconstruction": "HESSO, by second-order Taylor",
+    "hesso, with CRIC": "HESSO, with CRIC (probe)",
     "hesso, alone": "HESSO, nothing beside",
     "hesso, healing": "HESSO, healing",
     "hesso, healing, replay": "HESSO, healing, a quarter replay",
@@ -425,9 +369,55 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
     return "\n".join([_table(header, rows), "", _wrap(note)])
 
 
+PEER_METHODS = (
+    "dense", "hesso", "hesso, without replay", "OBS", "FLAP", "Wanda-sp", "one-shot, magnitude",
+    "one-shot, first-order Taylor", "ShortGPT", "scratch",
+)  # fmt: skip
+
+
+def peers(result: dict[str, Any]) -> str:
+    """Held-out losses of HESSO and its peers on text like that trained on, a column for each model and ratio."""
+    runs, columns = result["runs"], []
+    for model in sorted(result["base"]):
+        tokens = max(run["tokens"] for run in runs if run["model"] == model)
+        ratios = {run["ratio"] for run in runs if (run["model"], run["tokens"]) == (model, tokens) and run["ratio"]}
+        columns += [(model, tokens, ratio) for ratio in sorted(ratios)]
+    cells = {(method, column): _peer_losses(runs, method, *column) for method in PEER_METHODS for column in columns}
+    best = {
+        column: min((median for method in PEER_METHODS[1:] if (median := cells[method, column][0])), default=0.0)
+        for column in columns
+    }
+    rows = []
+    for method in PEER_METHODS:
+        shown = []
+        for column in columns:
+            median, count = cells[method, column]
+            text = f"{median:.3f}" if count else NOT_RUN
+            shown.append(f"**{text}**" if method != "dense" and count and median == best[column] else text)
+        rows.append([QUALITY_METHODS[method], *shown])
+    header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
+    notes = []
+    for model in sorted(result["base"]):
+        tokens = max(tokens for name, tokens, _ in columns if name == model)
+        seeds = {run["seed"] for run in runs if run["model"] == model}
+        notes.append(
+            f"{QUALITY_MODELS.get(model, model)}: {tokens:,} training tokens each, {_plural(len(seeds), 'seed')}, "
+            f"before training {result['base'][model]['in']:.3f}"
+        )
+    note = f"Nats a token on held-out text like that trained on, medians over seeds. {'; '.join(notes)}."
+    return "\n".join([_table(["", *header], rows), "", _wrap(note)])
+
+
+def _peer_losses(runs: list[dict[str, Any]], method: str, model: str, tokens: int, ratio: float) -> tuple[float, int]:
+    """Return the median loss and the number of runs; the dense model has no ratio."""
+    setting = (model, method, 0.0 if method == "dense" else ratio, tokens)
+    found = [run["in"] for run in runs if (run["model"], run["method"], run["ratio"], run["tokens"]) == setting]
+    return (statistics.median(found), len(found)) if found else (0.0, 0)
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
-    "stories": ("stories.json", "make bench", stories),
+    "peers": ("quality.json", "make bench", peers),
     "quickstart": (
         "quickstart.json",
         "make quickstart && cp quickstart/results.json benchmarks/results/quickstart.json",

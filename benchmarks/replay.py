@@ -35,16 +35,18 @@ RESULTS = Path(__file__).parent / "results" / "replay.json"
 KEY = ("domain", "arm", "ratio", "seed", "steps")
 ARMS: dict[str, dict[str, Any]] = {
     "none": {},
-    "share 0.125": {"replay_share": 0.125},
-    "share 0.25": {"replay_share": 0.25},
-    "share 0.5": {"replay_share": 0.5},
     "magnitude": {"saliency": "magnitude"},
-    "magnitude, share 0.25": {"saliency": "magnitude", "replay_share": 0.25},
     "distillation 0.9": {"distillation_alpha": 0.9},
     "healing": {"healing": "auto"},
-    "healing, share 0.25": {"healing": "auto", "replay_share": 0.25},
-    "principal, share 0.25": {"stream_basis": "principal", "replay_share": 0.25},
+    "healing, taylor": {"healing": "auto", "saliency": "taylor_second_order"},
+    "share 0.25": {"replay_share": 0.25},
+    "healing, share 0.125": {"healing": "auto", "replay_share": 0.125},
+    "healing, share 0.25": {"healing": "auto", "replay_share": 0.25},  # the default
+    "healing, share 0.5": {"healing": "auto", "replay_share": 0.5},
+    "healing, share 0.25, distillation 0.9": {"healing": "auto", "replay_share": 0.25, "distillation_alpha": 0.9},
+    "healing, share 0.25, principal": {"healing": "auto", "replay_share": 0.25, "stream_basis": "principal"},
 }
+ALONE = {"healing": "off", "replay_share": 0.0}
 BOTH_STEPS = 1200
 
 
@@ -99,7 +101,7 @@ def run(domain: Domain, arm: str, ratio: float, seed: int, steps: int, learning_
             tokenizer = AutoTokenizer.from_pretrained(domain.model)
             trainer = HessoTrainer(
                 model=model, args=args, train_dataset=domain.train, processing_class=tokenizer,
-                hesso_config=HessoConfig(pruning_ratio=ratio, **ARMS[arm]),
+                hesso_config=HessoConfig(pruning_ratio=ratio, **(ALONE | ARMS[arm])),
             )  # fmt: skip
             trainer.train()
             trainer.save_model(f"{folder}/small")

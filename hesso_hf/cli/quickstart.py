@@ -62,7 +62,8 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
     Returns:
         A row per model (original, HESSO, one-shot), and a generated sample of each; both also in `results.json`.
     """
-    config = HessoConfig(pruning_ratio=options.ratio)  # a mistake shows before anything is written
+    # a mistake shows before anything is written; without replay all see equally many tokens
+    config = HessoConfig(pruning_ratio=options.ratio, replay_share=0.0)
     source = resolve_model(options.model or BUNDLED)
     config.export_dtype = str(load_config(source).dtype or "float32").removeprefix("torch.")  # all stored alike
     tokenizer = load_tokenizer(source)
@@ -77,7 +78,7 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
 
     sizes = _train(options, source, tokenizer, train, config, folders["HESSO"])
     one_shot = replace(
-        config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude",
+        config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude", healing="off",
         warmup_steps=0, pruning_steps=1, pruning_periods=1,
     )  # fmt: skip
     _train(options, source, tokenizer, train, one_shot, folders["one-shot magnitude"])

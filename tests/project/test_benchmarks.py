@@ -33,37 +33,6 @@ def stand_in(folder: Path) -> Path:
     return data
 
 
-def test_stories_runs_every_method_at_the_same_sizes_and_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import stories
-
-    stand_in(tmp_path)
-    output = tmp_path / "stories.json"
-    flags = ["--data", str(tmp_path), "--steps", "10", "--seeds", "0", "--ratios", "0.5", "--held-out-blocks", "1"]
-    monkeypatch.setattr(stories, "BATCH", 1)
-    monkeypatch.setattr(sys, "argv", ["stories.py", *flags, "--output", str(output)])
-    assert stories.main() == 0
-    found = json.loads(output.read_text())
-    medians = found["medians"]["0.5"]
-    assert set(medians) == {"hesso", "one_shot_magnitude", "one_shot_taylor", "scratch"}
-    assert len({tuple(entry["parameters"]) for entry in medians.values()}) == 1
-    assert len({run["tokens"] for run in found["runs"]}) == 1
-    before = output.read_text()
-    assert stories.main() == 0  # nothing is run again
-    assert json.loads(output.read_text())["runs"] == json.loads(before)["runs"]
-
-
-def test_stories_says_so_where_the_model_is_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import stories
-
-    monkeypatch.setattr(sys, "argv", ["stories.py", "--data", str(tmp_path)])
-    assert stories.main() == 0
-    assert "SKIPPED" in capsys.readouterr().out
-
-
 def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import overhead
 

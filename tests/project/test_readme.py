@@ -212,45 +212,32 @@ def test_a_missing_result_names_its_command(renderer: ModuleType, tmp_path: Path
             assert (ROOT / command.split()[1]).is_file()
 
 
-def run(method: str, ratio: float | None, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
-    values = {"method": method, "ratio": ratio, "seed": seed, "loss": loss, "learning_rate": 0.003, "tokens": 1000}
-    return values | {"parameters": 77 if ratio else 100} | changes
-
-
-def stories(folder: Path, runs: list[dict[str, Any]]) -> None:
-    result = {"original_loss": 1.25, "device": "cpu", "versions": {"torch": "2.13"}, "runs": runs}
-    (folder / "stories.json").write_text(json.dumps(result))
-
-
-def test_an_incomplete_benchmark_says_so(renderer: ModuleType, tmp_path: Path) -> None:
-    stories(tmp_path, [])
-    assert "make bench" in renderer.render_table("stories", tmp_path)
-    stories(tmp_path, [run("hesso", 0.5, 0, 2.0), run("hesso", 0.5, 1, 2.5), run("scratch", 0.5, 0, 3.0)])
-    text = renderer.render_table("stories", tmp_path)
-    assert "| HESSO | not run yet | not run yet | 2.250 |" in text
-    assert "3.000 (1 seed)" in text
-    assert "Median of 2 seeds" in text
-    assert "same training: not run yet" in text.replace("\n", " ")
-    assert "**" not in text  # nothing is called the best before all have run
-
-
-def test_a_whole_benchmark_marks_the_lowest_loss(renderer: ModuleType, tmp_path: Path) -> None:
-    losses = {"hesso": 2.0, "one_shot_magnitude": 2.0001, "one_shot_taylor": 2.5, "scratch": 3.0}
-    runs = [run(method, 0.5, seed, loss) for method, loss in losses.items() for seed in range(3)]
-    stories(tmp_path, [*runs, run("dense", None, 0, 1.5)])
-    text = renderer.render_table("stories", tmp_path)
-    assert text.count("**2.000**") == 2  # a tie in what is shown
-    assert "(3 seeds)" not in text
-    assert "same training: 1.500 (1 seed)" in text.replace("\n", " ")
-    assert "| parameters | not run yet | not run yet | 77 |" in text
-
-
-def test_runs_of_different_settings_are_not_mixed(renderer: ModuleType, tmp_path: Path) -> None:
-    stories(tmp_path, [run("hesso", 0.5, 0, 2.0), run("hesso", 0.5, 0, 4.0, tokens=500)])
-    text = renderer.render_table("stories", tmp_path)
-    assert "2.000" in text
-    assert "4.000" in text
-    assert text.count("| removed |") == 2
+def test_the_table_of_peers_reads_what_the_benchmark_writes(renderer: ModuleType, tmp_path: Path) -> None:
+    losses = {"dense": (1.2, 1.3), "hesso": (2.0, 2.2), "OBS": (2.1, 2.5), "scratch": (4.0, 4.0)}
+    runs = [
+        {
+            "model": "m",
+            "method": method,
+            "ratio": 0.0 if method == "dense" else 0.5,
+            "tokens": 500,
+            "seed": seed,
+            "in": x,
+        }
+        for method, found in losses.items()
+        for seed, x in enumerate(found)
+    ]
+    runs.append({**runs[-1], "method": "hesso", "tokens": 100, "in": 9.0})  # fewer tokens are another comparison
+    result = {"base": {"m": {"in": 1.25, "out": 3.0}}, "runs": runs}
+    (tmp_path / "quality.json").write_text(json.dumps(result))
+    text = renderer.render_table("peers", tmp_path)
+    for row in (
+        "| not pruned | 1.250 |",
+        "| HESSO | **2.100** |",
+        "| structured OBS | 2.300 |",
+        "| FLAP | not run yet |",
+    ):
+        assert row in text
+    assert "m: 500 training tokens each, 2 seeds, before training 1.250" in text.replace("\n", " ")
 
 
 def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleType, tmp_path: Path) -> None:
@@ -279,9 +266,9 @@ def test_the_overhead_table_reads_what_the_benchmark_writes(renderer: ModuleType
 
 def test_markers_without_a_pair_and_unknown_tables_are_errors(renderer: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pairs"):
-        renderer.render("<!-- begin:stories -->\n", tmp_path)
-    with pytest.raises(ValueError, match="unknown table 'storys'"):
-        renderer.render("<!-- begin:storys -->\n<!-- end:storys -->\n", tmp_path)
+        renderer.render("<!-- begin:peers -->\n", tmp_path)
+    with pytest.raises(ValueError, match="unknown table 'pears'"):
+        renderer.render("<!-- begin:pears -->\n<!-- end:pears -->\n", tmp_path)
     text = "a\n<!-- begin:overhead -->\nold\n<!-- end:overhead -->\nb\n"
     once = renderer.render(text, tmp_path)
     assert "old" not in once
