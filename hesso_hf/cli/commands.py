@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import HessoConfig
+from ..config.names import AUTO_REPLAY_SHARE
 from ..errors import HessoError
 from .data import check_text_file, held_out_split, model_source, text_blocks
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
@@ -82,7 +83,9 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
         "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
     )
     parser.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
-    parser.add_argument("--replay-share", type=float, default=0.0, help="of all tokens, with that teacher")
+    parser.add_argument(
+        "--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens, with that teacher; 0 for none"
+    )
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust-remote-code", action="store_true")

@@ -21,6 +21,7 @@ SALIENCIES = (
     "magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order", RECONSTRUCTION,
 )  # fmt: skip
 DEFAULT_SALIENCY = "taylor_second_order"
+AUTO_REPLAY_SHARE = 0.25
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
 
 

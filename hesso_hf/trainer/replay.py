@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..config.names import AUTO_REPLAY_SHARE
 from ..distributed.collectives import from_main, is_main_process
 from ..errors import CheckpointMismatchError, HessoError
 from ..hf_models.tiny_model import attention_in_fp32
@@ -29,7 +30,6 @@ from .teacher import Teacher
 
 logger = logging.get_logger(__name__)
 
-AUTO_SHARE = 0.25
 LONGEST = 512  # tokens of a window
 # What writing may cost where nobody asks for it, in tokens written a token of the run: writing one takes a forward
 # pass, training on one three times that, so this is 5% of the run.
@@ -151,7 +151,7 @@ def check_replay(saved: Mapping[str, Any], teacher: Teacher, folder: str) -> Non
 
 def share_of(config: HessoConfig) -> float:
     """Return the share of replay that is asked for."""
-    return AUTO_SHARE if config.replay_share == "auto" else float(config.replay_share or 0.0)
+    return AUTO_REPLAY_SHARE if config.replay_share == "auto" else float(config.replay_share or 0.0)
 
 
 def why_not(model: PreTrainedModel) -> str:

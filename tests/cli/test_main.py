@@ -216,6 +216,9 @@ def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"ddp", "fsdp2", "zero2", "zero3", "lora"} <= found["engines"].keys()
     for engine in found["engines"].values():
         assert abs(sum(engine["parts"].values()) - engine["peak_bytes"]) < 10
+        assert engine["parts"]["teacher"] > 0, "a run has replay by default"
+    assert main(["plan", str(bundled_model_path()), *flags, "--replay-share", "0", "--json"]) == 0
+    assert all(engine["parts"]["teacher"] == 0 for engine in json.loads(capsys.readouterr().out)["engines"].values())
     assert main(["plan", "bundled", "--gpus", "2"]) == 0
     out = capsys.readouterr().out
     assert "869,504 parameters" in out
