@@ -212,6 +212,27 @@ def test_replay_runs_each_arm_on_a_text_that_the_model_learnt_first(
     assert set(found["base"]) == {"known", "unknown"}
 
 
+def test_split_measures_each_before_and_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import split
+    import stories
+
+    stand_in(tmp_path)
+    output = tmp_path / "split.json"
+    monkeypatch.setattr(split, "SPLITS", ((2, 96, 128),))
+    monkeypatch.setattr(stories, "BATCH", 2)
+    flags = ["--data", str(tmp_path), "--steps", "6", "--held-out-blocks", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["split.py", *flags])
+    assert split.main() == 0
+    chosen, given = json.loads(output.read_text())["runs"]
+    assert (chosen["split"], given["split"]) == ("chosen", "2/96/128")
+    assert list(given["sizes"].values()) == [2, 96, 128]
+    assert given["healed"] < given["unhealed"]
+    assert given["trained"] != given["healed"]
+    before = output.read_text()
+    assert split.main() == 0  # nothing is run again
+    assert output.read_text() == before
+
+
 def quality_flags(folder: Path, output: Path, text: str) -> list[str]:
     """Return the options of a small run on the bundled model."""
     flags = ["--model", "bundled", "--text", text, "--data", str(folder), "--cache", str(folder / "cache")]
