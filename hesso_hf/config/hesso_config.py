@@ -73,8 +73,8 @@ class HessoConfig:
         "auto: what marked units contribute is refitted into those that stay, where that lowers the error on held-out "
         "tokens; off: training alone makes up for it.",
     )
-    warmup_steps: float = _option(0.05, "Ordinary steps before the first scoring (steps).")
-    pruning_steps: float = _option(0.15, "Length of all pruning periods together (steps).")
+    warmup_steps: float = _option(0.02, "Ordinary steps before the first scoring (steps).")
+    pruning_steps: float = _option(0.08, "Length of all pruning periods together (steps).")
     pruning_periods: int | None = _option(None, "Number of pruning periods (default 3, fewer in very short runs).")
     saliency: dict | str | None = _option(
         None,
