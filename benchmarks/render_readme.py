@@ -397,8 +397,7 @@ def peers(result: dict[str, Any]) -> str:
         rows.append([QUALITY_METHODS[method], *shown])
     header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
     notes = []
-    for model in sorted(result["base"]):
-        tokens = max(tokens for name, tokens, _ in columns if name == model)
+    for model, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in columns):
         seeds = {run["seed"] for run in runs if run["model"] == model}
         notes.append(
             f"{QUALITY_MODELS.get(model, model)}: {tokens:,} training tokens each, {_plural(len(seeds), 'seed')}, "

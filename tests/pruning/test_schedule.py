@@ -65,14 +65,15 @@ def test_scoring_windows_end_with_the_scoring_step_and_do_not_overlap(schedule: 
 
 
 def test_shares_and_counts() -> None:
-    assert resolved(1000) == Schedule(50, 150, 3, 1000)  # the defaults: 5% and 15%
+    assert resolved(1000) == Schedule(20, 80, 3, 1000)  # the defaults: 2% and 8%
     assert resolved(1000, warmup_steps=7, pruning_steps=21, pruning_periods=5) == Schedule(7, 21, 5, 1000)
     assert resolved(200, warmup_steps=0.1, pruning_steps=31) == Schedule(20, 31, 3, 200)
     assert resolved(200, warmup_steps=0, pruning_steps=0.5, pruning_periods=7) == Schedule(0, 100, 7, 200)
 
 
 def test_very_short_runs_get_fewer_periods_by_default() -> None:
-    assert resolved(10) == Schedule(0, 2, 2, 10)
+    assert resolved(25) == Schedule(0, 2, 2, 25)
+    assert resolved(10) == Schedule(0, 1, 1, 10)
     assert resolved(1) == Schedule(0, 1, 1, 1)
 
 
@@ -157,7 +158,7 @@ def test_periods_begin_where_the_cycles_ended() -> None:
 def test_without_cric_or_with_probing_there_is_no_sampling() -> None:
     for schedule in (resolved(1000), sampling(1000, cric_mode="probe")):
         assert (schedule.cycle_steps, schedule.cycles) == (0, 0)
-        assert schedule == Schedule(50, 150, 3, 1000)
+        assert schedule == Schedule(20, 80, 3, 1000)
         assert "sampling" not in {schedule.phase(step) for step in range(1000)}
         assert schedule.sampling_step(50) is None
 
