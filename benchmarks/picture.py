@@ -59,7 +59,7 @@ class Series:
             return PEERS[self.method][0]
         if self.method == "hesso":
             return "HESSO"
-        return "· " + self.method.removeprefix("hesso, ").replace("without", "no")
+        return "· " + self.method.removeprefix("hesso, ").replace("without", "no").replace("reconstruction", "recon.")
 
     @property
     def colour(self) -> str:

@@ -370,8 +370,7 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
 
 
 PEER_METHODS = (
-    "dense", "hesso", "hesso, without replay", "OBS", "FLAP", "Wanda-sp", "one-shot, magnitude",
-    "one-shot, first-order Taylor", "ShortGPT", "scratch",
+    "dense", "hesso", "hesso, without replay", "OBS", "FLAP", "Wanda-sp", "one-shot, magnitude", "ShortGPT", "scratch",
 )  # fmt: skip
 
 

@@ -288,7 +288,7 @@ def quickstart_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub id instead of the bundled model")
     parser.add_argument("--dataset", default="python-docs", help="text to train on")
     parser.add_argument("--text-column", default="text")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each of the two runs")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each of the two runs")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the parameters to remove")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--block-size", type=int, default=256)

@@ -250,7 +250,7 @@ def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleT
     result = {"options": options, "rows": [dataclasses.asdict(row) for row in rows]}
     (tmp_path / "quickstart.json").write_text(json.dumps(result))
     text = renderer.render_table("quickstart", tmp_path)
-    for shown in ("1,234", "2.00 MB", "12.35", "98,765", "one-shot magnitude", "200 steps"):
+    for shown in ("1,234", "2.00 MB", "12.35", "98,765", "one-shot magnitude", "40 steps"):
         assert shown in text
 
 
