@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..distributed.collectives import world_size
+from ..distributed.collectives import from_all, world_size
 from ..engines.engine import Engine
-from ..errors import HessoError
+from ..errors import CheckpointMismatchError, HessoError
 from ..structures.cut import device_with_room
 from .distillation import Distillation
 from .replay import Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
@@ -67,8 +67,9 @@ class Teaching:
         reason = why_not(self._model)
         if reason and share != "auto":
             raise HessoError(f"`replay_share` ({share}): {reason}; set it to 0")
-        if share == "auto":
-            reason = reason or self._hindrance(engine)
+        if share == "auto" and not reason:
+            found = from_all(self._hindrance(engine))  # on one process a GPU may be fuller than on the others
+            reason = next(filter(None, found), "")
         if reason:
             self._go_without(reason)
         return not reason
@@ -129,7 +130,12 @@ class Teaching:
         replayed = saved.get("replay")
         if replayed is None:
             self._base = None
-        elif self._base is not None:
+        elif self._base is None:
+            raise CheckpointMismatchError(
+                f"{folder} was trained with replay, and here there is none (a warning says why); go on where there can "
+                "be, or start anew with `replay_share=0`"
+            )
+        else:
             check_replay(replayed, self._base, folder)
             sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
             self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +271,27 @@ def test_another_base_model_is_refused_on_going_on(tmp_path: Path):
     replayed(tmp_path, save_strategy="steps", save_steps=5, max_steps=10).train()
     with pytest.raises(CheckpointMismatchError, match="replay of another base model"):
         replayed(tmp_path, base(seed=9), max_steps=10).train(resume_from_checkpoint=True)
+
+
+def test_a_run_with_replay_isnt_gone_on_with_where_there_can_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replayed(tmp_path, share="auto", save_strategy="steps", save_steps=20, max_steps=40).train()
+    monkeypatch.setattr(teaching, "device_with_room", lambda device, size: torch.device("meta"))
+    with pytest.raises(CheckpointMismatchError, match="checkpoint-20 was trained with replay, and here there is none"):
+        replayed(tmp_path, share="auto", max_steps=40).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+
+
+def crowded_job(folder: str, processes: int) -> None:
+    """Make a trainer where the second process' device is full; leave whether there is to be replay."""
+    rank = int(os.environ["RANK"])
+    teaching.device_with_room = lambda device, size: torch.device("meta") if rank else device
+    run = trainer(Path(folder), base(), config=hesso_config(replay_share="auto"))
+    Path(f"{folder}/rank{rank}").write_text(str(run.hesso_run.teaching._base is not None))
+
+
+def test_all_processes_go_without_replay_where_one_has_no_room(tmp_path: Path):
+    done = fsdp_cpu.run(tmp_path, __name__, "crowded_job", sharded=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["False", "False"]
 
 
 def divided_job(folder: str, processes: int, **hesso: Any) -> None:
