@@ -66,7 +66,7 @@ class HessoConfig:
         "its function unchanged, into the principal axes of its hidden states; auto: the one that costs less.",
     )
     stream_basis_tolerance: float = _option(
-        0.05, "Rise of the loss that turning may cost a model with tied embeddings (nats a token)."
+        0.05, "Rise of the loss that turning may cost, with tied embeddings or weights below fp32 (nats a token)."
     )
     healing: str = _option(
         "auto",

@@ -46,32 +46,31 @@ def saliency_scores(
         pools: runs of a layer's units that compete each for itself, per structure; one by default.
         costs: of reconstruction, for the structures that have such.
     """
-    return combine_criteria(
-        with_costs(criteria_of(sums, weights, elements), weights, costs), weights, across_layers, competing, pools
-    )
-
-
-def with_costs(values: PerUnit, names: Iterable[str], costs: PerUnit | None) -> PerUnit:
-    """Put the costs of reconstruction, where a structure has such, in the place of its stand-in, in place.
-
-    Args:
-        values: shape (C, L, U) per structure, of the C criteria `names`.
-    """
-    for structure, found in (costs or {}).items():
-        values[structure][list(names).index(RECONSTRUCTION)] = found
-    return values
+    values = criteria_of(sums, weights, elements, costs=costs)
+    return combine_criteria(values, weights, across_layers, competing, pools)
 
 
 def criteria_of(
-    sums: UnitSums, names: Iterable[str], elements: Mapping[str, int], signed: bool = False
+    sums: UnitSums,
+    names: Iterable[str],
+    elements: Mapping[str, int],
+    signed: bool = False,
+    costs: PerUnit | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return each criterion's values, shape (C, L, U) per structure, C criteria in the order of `names`.
 
     Args:
         signed: whether the first-order term keeps its sign, as it does along a path to zero.
+        costs: of reconstruction, for the structures that have such; for others its stand-in counts.
     """
+
+    def value(name: str, structure: str, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if name == RECONSTRUCTION and costs and structure in costs:
+            return costs[structure]
+        return criterion(name, terms, sums.batches, elements[structure], signed)
+
     return {
-        structure: torch.stack([criterion(name, terms, sums.batches, elements[structure], signed) for name in names])
+        structure: torch.stack([value(name, structure, terms) for name in names])
         for structure, terms in sums.sums.items()
     }
 

@@ -147,10 +147,10 @@ class PruningPlan:
 
     def preview(self, schedule: Schedule) -> str:
         """Describe sizes and steps for people, and what the trial removals expect of the loss."""
-        target, config = self.target, self.model.config
+        target, config, periods = self.target, self.model.config, len(schedule.periods)
         lines = [
             f"HESSO: {target.parameters_before:,} -> {target.parameters_after:,} parameters "
-            f"({target.parameter_ratio:.1%} removed) in {len(schedule.periods)} periods, steps "
+            f"({target.parameter_ratio:.1%} removed) in {periods} period{'s' * (periods > 1)}, steps "
             f"{schedule.sampling_end + 1} to {schedule.end} of {schedule.total_steps}"
         ]
         lines += [f"  {name}: {get_size(config, name)} -> {size}" for name, size in target.sizes.items()]

@@ -15,7 +15,7 @@ from ..config import HessoConfig
 from ..config.names import RECONSTRUCTION
 from ..distributed.collectives import broadcast_decisions_
 from ..structures.groups import PruningGroups
-from .criteria import combine_criteria, criteria_of, needed_sums, with_costs
+from .criteria import combine_criteria, criteria_of, needed_sums
 from .saliency import PerUnit, UnitSums
 
 
@@ -66,7 +66,7 @@ class Ranking:
             kept: the units that still compete, bool; all by default.
             costs: of reconstruction, for the structures that have such.
         """
-        return self.combine(with_costs(criteria_of(sums, self._weights, self._elements), self._weights, costs), kept)
+        return self.combine(criteria_of(sums, self._weights, self._elements, costs=costs), kept)
 
     def signed_values(self, sums: UnitSums) -> PerUnit:
         """Return the criteria's values along a path to zero, shape (C, L, U) per structure."""

@@ -14,7 +14,7 @@ from hesso_hf import HessoConfig
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing
 from hesso_hf.pruning.calibration import measure_curves
-from hesso_hf.pruning.healing import Healer, padded, readers_of
+from hesso_hf.pruning.healing import Healer, padded, readers_of, unreadable
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
 from hesso_hf.pruning.saliency import PerUnit
@@ -201,6 +201,13 @@ def test_what_structures_cost_is_measured_as_the_run_will_treat_them(healing: st
         assert first > 1e-3, "units that go unhealed are missed"
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name]), name
+
+
+def test_examples_that_hold_more_than_tokens_are_named() -> None:
+    ids, image = torch.ones(1, 4, dtype=torch.long), torch.ones(1, 3, 4)
+    assert unreadable([{"input_ids": ids, "labels": ids, "advantages": torch.ones(1, 4)}]) == ""
+    assert "hold `pixel_values`" in unreadable([{"input_ids": ids}, {"input_ids": ids, "pixel_values": image}])
+    assert "no `input_ids`" in unreadable([{"pixel_values": image}])
 
 
 def test_few_tokens_are_of_examples_spread_over_the_batch() -> None:

@@ -59,6 +59,12 @@ def test_a_plan_says_what_goes_and_when() -> None:
     assert plan.preview(Schedule(4, 9, 3, 40)).endswith("  expected before any recovery: +0.80 nats a token")
 
 
+def test_a_curve_goes_on_beyond_the_last_share_that_was_tried() -> None:
+    curves = LossCurves({"mlp_channels": (0.5, 0.75)}, {"mlp_channels": (1.0, 2.0)})
+    expected = curves.loss({"mlp_channels": 80})
+    assert [float(expected({"mlp_channels": kept})) for kept in (80, 40, 20, 10)] == [0.0, 1.0, 2.0, 2.5]
+
+
 def test_a_vision_tower_that_stays_whole_is_named(caplog: pytest.LogCaptureFixture) -> None:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8

@@ -15,6 +15,7 @@ from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.hf_models.tiny_config import tiny_config
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.structures.proof.prove import prove
+from tests.support.checks import propagated
 
 TASKS = {  # class, config fields, ratio, structures that hold
     "classifier": (
@@ -40,7 +41,12 @@ def tiny(name: str, fields: dict[str, Any]) -> PreTrainedModel:
 
 @pytest.mark.parametrize(("name", "fields", "ratio", "structures"), TASKS.values(), ids=TASKS)
 def test_a_trained_model_of_another_task_is_saved_smaller_and_loads_in_its_stock_class(
-    name: str, fields: dict[str, Any], ratio: float, structures: set[str], tmp_path: Path
+    name: str,
+    fields: dict[str, Any],
+    ratio: float,
+    structures: set[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ):
     model = tiny(name, fields)
     generator = torch.Generator().manual_seed(0)
@@ -53,9 +59,12 @@ def test_a_trained_model_of_another_task_is_saved_smaller_and_loads_in_its_stock
     )  # fmt: skip
     config = HessoConfig(pruning_ratio=ratio, warmup_steps=1, pruning_steps=2, pruning_periods=1)
     data = Dataset.from_dict({"input_ids": ids, "labels": labels})
-    trainer = HessoTrainer(model=model, args=args, train_dataset=data, hesso_config=config)
-    assert set(trainer.hesso_plan.groups.structures) == structures
-    trainer.train()
+    with propagated(caplog):
+        trainer = HessoTrainer(model=model, args=args, train_dataset=data, hesso_config=config)
+        assert set(trainer.hesso_plan.groups.structures) == structures
+        trainer.train()
+    assert f"no replay: {name} writes no text" in caplog.text
+    assert ("nothing is healed: it knows one stack" in caplog.text) == (name == "T5ForConditionalGeneration")
     trainer.save_model(str(tmp_path / "small"))
     small = type(model).from_pretrained(tmp_path / "small").eval()
     after = sum(parameter.numel() for parameter in small.parameters())

@@ -742,6 +742,17 @@ def test_an_optimizer_that_a_subclass_makes_itself_is_pruned_around(tmp_path: Pa
         assert torch.equal(a, b)
 
 
+def test_healing_takes_examples_that_lie_between_those_that_are_measured_on(tmp_path: Path) -> None:
+    measurer = trainer(tmp_path).hesso_run.measurer
+    for count in (4, 16, 32):
+        first, others = (
+            {tuple(example["input_ids"].flatten().tolist()) for example in measurer.examples(count, between)}
+            for between in (False, True)
+        )
+        assert len(first) == len(others) == count
+        assert not first & others
+
+
 def test_a_config_of_another_type_is_named(tmp_path: Path) -> None:
     with pytest.raises(HessoError, match=r"`hesso_config` \(dict\) must be a HessoConfig"):
         HessoTrainer(tiny_llama(), arguments(tmp_path), hesso_config={"pruning_ratio": 0.5})
