@@ -54,7 +54,7 @@ def run(kind: str, basis: str, ratio: float, setting: Setting, seed: int, other:
             model=load(setting.model, kind),
             args=arguments(setting, seed, folder),
             train_dataset=setting.train,
-            hesso_config=HessoConfig(pruning_ratio=ratio, stream_basis=basis, healing="off", replay_share=0.0),
+            hesso_config=HessoConfig(pruning_ratio=ratio, stream_basis=basis, replay_share=0.0),
         )
         trainer.train()
         trainer.save_model(f"{folder}/small")

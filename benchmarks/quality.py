@@ -46,6 +46,7 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, given basis": {"stream_basis": "given"},
     "hesso, without healing": {"healing": "off"},
     "hesso, without replay": {"replay_share": 0.0},
+    "hesso, without distillation": {"distillation_alpha": 0.0},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     "hesso, with CRIC": {"cric": True, "cric_mode": "probe"},
     "hesso, alone": ALONE,

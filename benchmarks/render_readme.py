@@ -318,6 +318,7 @@ QUALITY_METHODS = {
     "hesso, given basis": "HESSO, given basis",
     "hesso, without healing": "HESSO without healing",
     "hesso, without replay": "HESSO without replay",
+    "hesso, without distillation": "HESSO without distillation",
     "hesso, without reconstruction": "HESSO, by second-order Taylor",
     "hesso, with CRIC": "HESSO, with CRIC (probe)",
     "hesso, alone": "HESSO, nothing beside",

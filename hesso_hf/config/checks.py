@@ -137,10 +137,11 @@ def _check_collapse(config: HessoConfig) -> None:
 
 
 def _check_distillation(config: HessoConfig) -> None:
-    if not 0 <= config.distillation_alpha <= 1:
+    alpha = config.distillation_alpha
+    if alpha != "auto" and (isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha <= 1):
         raise HessoError(
-            f"`distillation_alpha` ({config.distillation_alpha}) must lie in [0, 1]: it is the teacher's weight in "
-            "the loss, 0 trains without one"
+            f"`distillation_alpha` ({alpha!r}) must be 'auto' or lie in [0, 1]: it is the teacher's weight in the "
+            "loss, 0 trains without one"
         )
     if not 0 < config.distillation_temperature < math.inf:
         raise HessoError(f"`distillation_temperature` ({config.distillation_temperature}) must be a positive number")
@@ -175,6 +176,8 @@ def _check_idle(config: HessoConfig) -> None:
             idle["cric_snapshot"] = f"{cric} or `on_collapse` 'pause'"
     if config.distillation_alpha == 0:
         idle |= dict.fromkeys(("distillation_temperature", "distill_from"), alpha)
+    if config.distillation_alpha == "auto" and config.replay_share == 0 and config.distill_from is None:
+        idle["distillation_temperature"] = "with `distillation_alpha` ('auto') where no teacher is at hand"
     if config.replay_share == 0:
         idle["replay_dataset"] = "with `replay_share` (0); set that too, to 'auto' for example"
     for name, reason in idle.items():

@@ -104,8 +104,10 @@ class HessoConfig:
     calibration_examples: int = _option(
         16, "Examples on which the split between structures is measured; 0 splits evenly."
     )
-    distillation_alpha: float = _option(
-        0.0, "Weight of the divergence from a teacher in the loss, in [0, 1]; 0 is without a teacher."
+    distillation_alpha: float | str | None = _option(
+        "auto",
+        "Weight of the divergence from a teacher in the loss on the user's data, in [0, 1]; 0 is without, auto takes "
+        "0.9 while the base model, which replay keeps, or `distill_from` predicts the data better than the student.",
     )
     distillation_temperature: float = _option(
         1.0, "What teacher's and student's logits are divided by before they are compared."
@@ -140,6 +142,7 @@ class HessoConfig:
         self.target_sizes = parse(self.target_sizes)
         self.saliency = parse(self.saliency)
         self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
+        self.distillation_alpha = "auto" if self.distillation_alpha is None else number(self.distillation_alpha)
         check(self)
 
     @property

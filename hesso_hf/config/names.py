@@ -22,6 +22,7 @@ SALIENCIES = (
 )  # fmt: skip
 DEFAULT_SALIENCY = "taylor_second_order"
 AUTO_REPLAY_SHARE = 0.25
+AUTO_DISTILLATION_ALPHA = 0.9
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
 
 

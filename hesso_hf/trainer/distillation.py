@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..config.names import AUTO_DISTILLATION_ALPHA
 from ..distributed.collectives import mean_over_ranks
 from ..errors import CheckpointMismatchError, HessoError
 from .teacher import TARGETS, Teacher
@@ -23,6 +24,7 @@ from .teacher import TARGETS, Teacher
 logger = logging.get_logger(__name__)
 
 IGNORED = -100
+STEPS_A_COMPARISON = 10  # for which it holds, with `distillation_alpha="auto"`
 
 
 class _DivergenceSum(torch.autograd.Function):
@@ -65,6 +67,24 @@ def divergence(
     positions = (targets.flatten() != IGNORED).nonzero().flatten()
     total = _DivergenceSum.apply(logits, teacher.rows(inputs, positions), temperature)
     return total * temperature**2, len(positions)
+
+
+@torch.no_grad()
+def lead(teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Return by how many nats a token the teacher predicts a batch better than the student, the mean over processes.
+
+    Args:
+        logits: the student's, (B, T, V).
+        targets: (B, T), -100 where nothing is to be learnt.
+    """
+    flat, wanted = logits.flatten(0, 1), targets.flatten()
+    places, behind = (wanted != IGNORED).nonzero().flatten(), torch.zeros((), device=logits.device)
+    for chunk, known in teacher.rows(inputs, places):
+        student, its = (
+            nn.functional.cross_entropy(each.float(), wanted[chunk], reduction="sum") for each in (flat[chunk], known)
+        )
+        behind += student - its
+    return mean_over_ranks(behind / max(1, len(places)), behind.device)
 
 
 @contextlib.contextmanager
@@ -122,17 +142,25 @@ def is_scaled(trainer: Trainer, num_items: torch.Tensor | int | None) -> bool:
 class Distillation:
     """The teacher of a run, the loss that it adds to the trainer's own, and what that was lately.
 
+    With `distillation_alpha="auto"` the teacher is compared with the student on the first micro-batch of every tenth
+    step, and learnt from until the next comparison where it was ahead: one that doesn't know the user's data would hold
+    the student back.
+
     Args:
         trainer: whose loss it is.
         config: of the run.
         teacher: in its place.
 
     Attributes:
+        auto: whether it is learnt from only while it is ahead.
         own_forward: whether the trainer's loss computes no logits, so that they take a second forward.
     """
 
     def __init__(self, trainer: Trainer, config: HessoConfig, teacher: Teacher) -> None:
         self._trainer, self._config, self.teacher, self.own_forward = trainer, config, teacher, False
+        self.auto = config.distillation_alpha == "auto"
+        self._alpha = AUTO_DISTILLATION_ALPHA if self.auto else float(config.distillation_alpha or 0.0)
+        self._ahead, self._compared, self._impossible = not self.auto, -1, False
         self._plain: torch.Tensor | None = None  # the last micro-batch's loss without the teacher, and its divergence
         self._last: torch.Tensor | None = None
         self._scaled = True  # whether these are shares of an accumulated batch already
@@ -153,20 +181,50 @@ class Distillation:
         Args:
             plain: the trainer's own `compute_loss`.
         """
+        self._plain = None
+        compares = self._compares()
+        if not (self._ahead or compares):
+            return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         batch = dict(inputs)  # the trainer may take labels out
-        targets = self._targets(batch)
         with _recorded_logits(model) as recorded:
             result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         loss, outputs = result if return_outputs else (result, None)
+        if self.auto and (reason := self._hindrance(batch, recorded)):
+            logger.warning(f"no distillation: {reason}; `distillation_alpha=0` says that this is meant")
+            self._ahead, self._impossible = False, True
+            return result
+        targets = self._targets(batch)
         logits = recorded[-1] if recorded else self._second_forward(model, batch)
         self._check_shapes(logits, targets)
+        if compares:
+            self._ahead = lead(self.teacher, batch, logits, targets) > 0
+            if not self._ahead:
+                return result
         summed, count = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)
         self._scaled, divisor = self._normalisation(count, num_items)
         term = summed / divisor
         self._plain, self._last = loss.detach().mean(), term.detach()
-        alpha = self._config.distillation_alpha
-        loss = (1 - alpha) * loss + alpha * term
+        loss = (1 - self._alpha) * loss + self._alpha * term
         return (loss, outputs) if return_outputs else loss
+
+    def _compares(self) -> bool:
+        """Return whether teacher and student are to be compared now; count that as done."""
+        step = self._trainer.state.global_step
+        if not self.auto or self._impossible or step == self._compared or step % STEPS_A_COMPARISON:
+            return False
+        self._compared = step
+        return True
+
+    def _hindrance(self, batch: Mapping[str, Any], recorded: list[torch.Tensor]) -> str:
+        """Return what stands against learning from a teacher that nobody asked for, "" where nothing does."""
+        name = type(self._trainer).__name__
+        if not recorded:
+            return f"{name}'s loss computes no logits, and a second forward and backward in every step is dear"
+        try:
+            self._check_shapes(recorded[-1], self._targets(batch))
+        except HessoError:
+            return f"{name}'s batches have no label for every token"
+        return ""
 
     def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return for each position (B, T) the token to be predicted there, or -100."""
@@ -225,8 +283,8 @@ class Distillation:
         """Return the mean divergence a step since the last call; NaN where there was none."""
         return self._noted.mean()
 
-    def check(self, saved: Mapping[str, Any] | None, folder: str) -> None:
-        """Compare with the teacher that a checkpoint was trained with.
+    def go_on(self, saved: Mapping[str, Any] | None, folder: str) -> None:
+        """Compare with the teacher that a checkpoint was trained with, and learn from it as there.
 
         Raises:
             CheckpointMismatchError: where it was another one.
@@ -237,11 +295,14 @@ class Distillation:
                 "`distill_from` is None, the teacher is the model that the trainer is made with: make it with the "
                 "original model, the checkpoint's weights are loaded on resuming"
             )
+        self._ahead = saved.get("ahead", True)
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint and the report say about the teacher."""
         return {
-            "alpha": self._config.distillation_alpha,
+            "alpha": self._alpha,
+            "auto": self.auto,
+            "ahead": self._ahead,
             "temperature": self._config.distillation_temperature,
             "teacher": self.teacher.source,
             "dtype": str(self.teacher.model.dtype).removeprefix("torch."),

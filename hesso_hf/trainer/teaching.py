@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -54,9 +55,10 @@ class Teaching:
         self._base: Teacher | None = None
         if self._wants_replay(engine):
             self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share!r})")
-        if config.distillation_alpha:
+        alpha = config.distillation_alpha
+        if config.distill_from is not None or alpha not in (0, "auto"):  # else the base model's, where replay has it
             teacher = self._base if config.distill_from is None else None
-            asked = f"`distillation_alpha` ({config.distillation_alpha})"
+            asked = f"`distillation_alpha` ({alpha!r})"
             teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
             self.distillation = Distillation(trainer, config, teacher)
 
@@ -114,7 +116,12 @@ class Teaching:
         if sizes.dear and auto:
             self._go_without("the run is so short that writing it would take more than a twentieth of the time")
         else:
-            self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
+            self._start_replay(self._base, sizes)
+
+    def _start_replay(self, base: Teacher, sizes: ReplaySizes) -> None:
+        self.replay = make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
+        if self.distillation is None and self._config.distillation_alpha == "auto":
+            self.distillation = Distillation(self._trainer, self._config, base)
 
     def go_on(self, saved: Mapping[str, Any], folder: str) -> None:
         """Compare teachers with those that a checkpoint was trained with, and have the same replay.
@@ -125,8 +132,6 @@ class Teaching:
         Raises:
             CheckpointMismatchError: where they were others.
         """
-        if self.distillation is not None:
-            self.distillation.check(saved.get("distillation"), folder)
         replayed = saved.get("replay")
         if replayed is None:
             self._base = None
@@ -138,7 +143,9 @@ class Teaching:
         else:
             check_replay(replayed, self._base, folder)
             sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
-            self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
+            self._start_replay(self._base, sizes)
+        if self.distillation is not None:
+            self.distillation.go_on(saved.get("distillation"), folder)
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -164,10 +171,11 @@ class Teaching:
         Args:
             plain: the trainer's own `compute_loss`.
         """
-        if self.distillation is None or not model.training:
+        teacher = self.distillation
+        if teacher is None or not model.training or (teacher.auto and not self._replays):
             found: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         else:
-            found = self.distillation.loss(plain, model, inputs, return_outputs, num_items)
+            found = teacher.loss(plain, model, inputs, return_outputs, num_items)
         if self.replay is None or not self._replays:
             return found
         loss, *outputs = found if return_outputs else (found,)
@@ -187,7 +195,8 @@ class Teaching:
         found: dict[str, Distillation | Replay | None] = {
             "hesso/distillation_loss": self.distillation, "hesso/replay_loss": self.replay,
         }  # fmt: skip
-        return {name: part.mean() for name, part in found.items() if part is not None}
+        means = {name: part.mean() for name, part in found.items() if part is not None}
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}  # nothing was learnt from it
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of them."""

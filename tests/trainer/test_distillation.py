@@ -19,9 +19,11 @@ from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.optimizer import HessoOptimizer
+from hesso_hf.trainer import distillation
 from hesso_hf.trainer import teacher as teachers
-from hesso_hf.trainer.distillation import divergence
+from hesso_hf.trainer.distillation import divergence, lead
 from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher
+from tests.support.checks import propagated
 from tests.support.tiny import MLP, VOCAB, tiny_gemma2, tiny_gpt2, tiny_llama, token_batches
 from tests.support.training import LENGTH, blocks, hesso_config, logged, trainer
 
@@ -303,6 +305,96 @@ def test_without_a_weight_nothing_changes(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+def test_the_lead_is_the_difference_of_the_losses_on_what_is_learnt() -> None:
+    (ids,) = token_batches(1, shape=(3, 7))
+    targets, student, original = masked_targets(ids), tiny_llama(1), tiny_llama(2).eval()
+    logits = student(input_ids=ids).logits
+
+    def loss(found: torch.Tensor) -> float:
+        return float(torch.nn.functional.cross_entropy(found.flatten(0, 1).double(), targets.flatten()))
+
+    expected = loss(logits) - loss(original(input_ids=ids).logits)
+    found = lead(Teacher(frozen_copy(original, torch.float32)), {"input_ids": ids}, logits, targets)
+    assert abs(expected) > 1e-3
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def automatic(folder: Path, teacher: Path, **changes: Any) -> HessoTrainer:
+    """A run that learns from another model while that is ahead."""
+    return trainer(folder, config=hesso_config(distillation_alpha="auto", distill_from=str(teacher)), **changes)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, leads: list[float]) -> list[float]:
+    """Have the teacher lead by so much at every comparison; return those that are left."""
+    left = list(leads)
+    monkeypatch.setattr(distillation, "lead", lambda *args: left.pop(0))
+    monkeypatch.setattr(distillation, "STEPS_A_COMPARISON", 4)
+    return left
+
+
+def test_auto_learns_from_the_teacher_while_it_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(5).save_pretrained(tmp_path / "teacher")
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    left = scripted(monkeypatch, [1.0, 0.0, 2.0])  # one comparison at steps 0, 4 and 8 each
+    run = automatic(tmp_path / "auto", tmp_path / "teacher", **options)
+    run.train()
+    assert left == []
+    learnt = [entry["step"] for entry in run.state.log_history if "hesso/distillation_loss" in entry]
+    assert learnt == [1, 2, 3, 4, 9, 10, 11, 12]
+    runs = {}
+    for alpha in (0.9, 0.0):
+        config = hesso_config(
+            distillation_alpha=alpha, **({"distill_from": str(tmp_path / "teacher")} if alpha else {})
+        )
+        runs[alpha] = trainer(tmp_path / str(alpha), config=config, **options)
+        runs[alpha].train()
+    assert logged(run, "grad_norm")[:4] == logged(runs[0.9], "grad_norm")[:4]
+    assert logged(run, "loss")[4] == logged(runs[0.9], "loss")[4], "weights are the same so far"
+    scripted(monkeypatch, [-1.0, 0.0, 0.0])
+    behind = automatic(tmp_path / "behind", tmp_path / "teacher", **options)
+    behind.train()
+    assert not logged(behind, "hesso/distillation_loss")
+    for one, other in zip(behind.model.parameters(), runs[0.0].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_auto_goes_on_as_it_was_between_two_comparisons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(5).save_pretrained(tmp_path / "teacher")
+    options = {"save_strategy": "steps", "save_steps": 6}
+    scripted(monkeypatch, [-1.0, 1.0, -1.0])
+    whole = automatic(tmp_path / "out", tmp_path / "teacher", **options)
+    whole.train()
+    left = scripted(monkeypatch, [-1.0])  # at step 8; that of step 4 is in the checkpoint
+    again = automatic(tmp_path / "out", tmp_path / "teacher", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert left == []
+    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_have_no_labels(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(HessoMixin, _OwnLoss):
+        pass
+
+    tiny_llama(5).save_pretrained(tmp_path / "teacher")
+    with propagated("hesso_hf"):
+        run = automatic(tmp_path / "own", tmp_path / "teacher", trainer_class=Own)
+        run.train()
+    assert caplog.text.count("no distillation: Own's loss computes no logits") == 1
+    assert not logged(run, "hesso/distillation_loss")
+    batch = {name: torch.tensor(blocks()[:4][name]) for name in ("input_ids", "labels")}
+    del batch["labels"]
+    assert "no label for every token" in run.distillation._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
+
+
+def test_auto_has_no_teacher_where_none_is_at_hand(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config=hesso_config(distillation_alpha="auto"))
+    run.train()
+    assert run.distillation is None
+
+
 def test_another_teacher_and_what_the_report_says(tmp_path: Path) -> None:
     folder = tmp_path / "private" / "large"
     tiny_gpt2(5).save_pretrained(folder)
@@ -346,13 +438,17 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Pat
         ({"distillation_alpha": 1.5}, r"`distillation_alpha` \(1.5\) must lie in \[0, 1\]"),
         ({"distillation_alpha": -0.1}, "distillation_alpha"),
         ({"distillation_alpha": math.nan}, "distillation_alpha"),
-        ({"distillation_alpha": "9e-1"}, r"`distillation_alpha` \('9e-1'\) must be a number"),
+        ({"distillation_alpha": "much"}, r"`distillation_alpha` \('much'\) must be 'auto' or lie in"),
+        ({"distillation_temperature": 2.0, "replay_share": 0}, "where no teacher is at hand"),
         (
             {"distillation_alpha": 0.5, "distillation_temperature": 0},
             "`distillation_temperature` .0. must be a positive",
         ),
         ({"distillation_alpha": 0.5, "distillation_temperature": math.inf}, "distillation_temperature"),
-        ({"distill_from": "a/teacher"}, "`distill_from` .'a/teacher'. does nothing with `distillation_alpha`"),
+        (
+            {"distillation_alpha": 0, "distill_from": "a/teacher"},
+            "`distill_from` .'a/teacher'. does nothing with `distillation_alpha`",
+        ),
         ({"distillation_temperature": 2.0}, "`distillation_temperature` .2.0. does nothing"),
         ({"distillation_alpha": 0.5, "distill_from": 3}, "`distill_from` .int. must name a folder or a Hub id"),
     ],

@@ -26,7 +26,7 @@ from tests.support import fsdp_cpu
 from tests.support.checks import propagated
 from tests.support.lora import tiny_lora
 from tests.support.tiny import VOCAB, tiny_gpt2, tiny_llama
-from tests.support.training import LENGTH, arguments, blocks, hesso_config, logged, trainer
+from tests.support.training import LENGTH, arguments, blocks, hesso_config, logged, said_by_the_dense_model, trainer
 
 START, END = 1, 2
 SHARE = 0.5
@@ -306,7 +306,11 @@ def divided_job(folder: str, processes: int, **hesso: Any) -> None:
     torch.save(found, f"{folder}/rank{run.args.process_index}.pt")
 
 
-@pytest.mark.parametrize(("sharded", "options"), [(True, {}), (False, {"healing": "auto"})], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize(
+    ("sharded", "options"),
+    [(True, {}), (False, {"healing": "auto", "distillation_alpha": "auto"})],
+    ids=["fsdp", "ddp"],
+)
 def test_two_processes_equal_one(sharded: bool, options: dict[str, Any], tmp_path: Path):
     done = fsdp_cpu.run(tmp_path / "two", __name__, "divided_job", sharded=sharded, **options)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -348,6 +352,18 @@ def test_the_teacher_of_distillation_is_the_one_of_replay(tmp_path: Path):
     run.train()
     assert run.replay.teacher is run.distillation.teacher
     assert {"hesso/replay_loss", "hesso/distillation_loss"} <= run.state.log_history[-2].keys()
+
+
+def test_the_base_model_teaches_the_users_data_too_while_it_knows_them(tmp_path: Path):
+    config = hesso_config(replay_share=SHARE, distillation_alpha="auto")
+    data = said_by_the_dense_model(base())
+    run = trainer(tmp_path / "known", base(), config=config, data=data, max_steps=14, learning_rate=1e-4)
+    run.train()
+    assert run.distillation.teacher is run.replay.teacher
+    assert len(logged(run, "hesso/distillation_loss")) == 4, "pruned by step 10, the student is behind"
+    run.save_model(str(tmp_path / "small"))
+    report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
+    assert (report["distillation"]["alpha"], report["distillation"]["ahead"]) == (0.9, True)
 
 
 def test_auto_is_off_where_it_costs_too_much_or_the_model_writes_nothing(tmp_path: Path):
