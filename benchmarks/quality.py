@@ -46,13 +46,13 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, given basis": {"stream_basis": "given"},
     "hesso, without healing": {"healing": "off"},
     "hesso, without replay": {"replay_share": 0.0},
-    "hesso, without distillation": {"distillation_alpha": 0.0},
+    "hesso, distillation": {"distillation_alpha": "auto"},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     "hesso, with CRIC": {"cric": True, "cric_mode": "probe"},
     "hesso, alone": ALONE,
     "hesso, healing": ALONE | {"healing": "auto"},
     "hesso, healing, replay": ALONE | {"healing": "auto", "replay_share": 0.25},
-    "hesso, principal basis": ALONE | {"stream_basis": "principal"},
+    "hesso, principal basis": ALONE | {"stream_basis": "auto"},
 }
 ONE_SHOT = ALONE | {"warmup_steps": 2, "pruning_steps": 1, "pruning_periods": 1, "saliency_batches": 2}
 ONE_SHOTS: dict[str, dict[str, Any]] = {

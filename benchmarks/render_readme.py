@@ -271,6 +271,26 @@ def _plan_cell(engine: dict[str, Any] | None) -> str:
     return f"**{text}**" if engine["fits"] else text
 
 
+BASES = {"given": "given basis", "principal": "principal basis"}
+
+
+def basis(result: dict[str, Any]) -> str:
+    """Held-out losses in both bases of the stream."""
+    medians, rows = result["medians"], []
+    settings = sorted({name.rpartition(", ")[0] for name in medians})
+    for setting in settings:
+        kind, removed, _ = setting.split(", ")
+        found = [medians[f"{setting}, {name}"] for name in BASES]
+        rows.append([f"{kind}, {removed}", *[f"{each['in']:.3f}" for each in found]])
+    seeds = min(median["seeds"] for median in medians.values())
+    steps = settings[0].rpartition(", ")[2]
+    note = (
+        f"Nats a token on held-out TinyStories, medians of {_plural(seeds, 'seed')}: {steps} of "
+        f"{result['tokens_a_step']:,} tokens, learning rate {result['learning_rate']}, the defaults but for replay."
+    )
+    return _table(["stories260K, embeddings", *BASES.values()], rows) + "\n\n" + _wrap(note)
+
+
 REPLAY_ARMS = {
     "dense": "not pruned",
     "none": "HESSO",
@@ -318,7 +338,7 @@ QUALITY_METHODS = {
     "hesso, given basis": "HESSO, given basis",
     "hesso, without healing": "HESSO without healing",
     "hesso, without replay": "HESSO without replay",
-    "hesso, without distillation": "HESSO without distillation",
+    "hesso, distillation": "HESSO, distillation (auto)",
     "hesso, without reconstruction": "HESSO, by second-order Taylor",
     "hesso, with CRIC": "HESSO, with CRIC (probe)",
     "hesso, alone": "HESSO, nothing beside",
@@ -430,6 +450,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "distillation": ("distillation.json", "python benchmarks/distillation.py", distillation),
     "quality": ("quality.json", "python benchmarks/quality.py", quality),
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
+    "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
 }

@@ -200,5 +200,5 @@ def test_every_field_has_a_help_text() -> None:
 
 def test_a_tolerance_of_a_basis_that_is_not_turned_is_refused():
     with pytest.raises(HessoError, match=r"`stream_basis_tolerance` \(0.2\) does nothing with `stream_basis`"):
-        HessoConfig(pruning_ratio=0.5, stream_basis_tolerance=0.2)
-    assert HessoConfig(pruning_ratio=0.5, stream_basis="auto", stream_basis_tolerance=0.2).stream_basis == "auto"
+        HessoConfig(pruning_ratio=0.5, stream_basis="given", stream_basis_tolerance=0.2)
+    assert HessoConfig(pruning_ratio=0.5, stream_basis_tolerance=0.2).stream_basis == "auto"

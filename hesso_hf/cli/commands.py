@@ -82,10 +82,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
     )
-    parser.add_argument(
-        "--distillation", action=argparse.BooleanOptionalAction,
-        help="with the original model in bf16 as teacher of all data; by default where there is replay",
-    )  # fmt: skip
+    parser.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
     parser.add_argument(
         "--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens, with that teacher; 0 for none"
     )
@@ -96,10 +93,9 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Estimate every engine, and print a table or JSON."""
-    taught = arguments.replay_share > 0 if arguments.distillation is None else arguments.distillation
     workload = Workload(
         arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
-        arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", taught,
+        arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
         arguments.lora_rank, arguments.replay_share,
     )  # fmt: skip
     host = None if arguments.host_memory is None else arguments.host_memory * GB

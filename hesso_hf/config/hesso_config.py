@@ -61,9 +61,9 @@ class HessoConfig:
         None, "Multiple that MLP and embedding channels, and tokens, keep to (default 128 or less, by the size)."
     )
     stream_basis: str = _option(
-        "given",
-        "given: channels of the stream as the checkpoint has them; principal: the model is first turned, "
-        "its function unchanged, into the principal axes of its hidden states; auto: the one that costs less.",
+        "auto",
+        "given: channels of the stream as the checkpoint has them; principal: the model is first turned, its function "
+        "unchanged, into the principal axes of its hidden states; auto: principal where that is exact and channels go.",
     )
     stream_basis_tolerance: float = _option(
         0.05, "Rise of the loss that turning may cost, with tied embeddings or weights below fp32 (nats a token)."
@@ -105,7 +105,7 @@ class HessoConfig:
         16, "Examples on which the split between structures is measured; 0 splits evenly."
     )
     distillation_alpha: float | str | None = _option(
-        "auto",
+        0.0,
         "Weight of the divergence from a teacher in the loss on the user's data, in [0, 1]; 0 is without, auto takes "
         "0.9 while the base model, which replay keeps, or `distill_from` predicts the data better than the student.",
     )
@@ -142,7 +142,7 @@ class HessoConfig:
         self.target_sizes = parse(self.target_sizes)
         self.saliency = parse(self.saliency)
         self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
-        self.distillation_alpha = "auto" if self.distillation_alpha is None else number(self.distillation_alpha)
+        self.distillation_alpha = 0.0 if self.distillation_alpha is None else number(self.distillation_alpha)
         check(self)
 
     @property

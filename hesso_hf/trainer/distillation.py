@@ -275,9 +275,14 @@ class Distillation:
         """Count a micro-batch's divergence for the log; return the loss to watch for a collapse, the plain one."""
         if self._plain is None or self._last is None:
             return loss
-        parts = 1 if self._scaled else accumulated(self._trainer)
-        self._noted.add(self._last / parts)
-        return self._plain / parts
+        self._noted.add(self._last / (1 if self._scaled else accumulated(self._trainer)))
+        return self.without(loss)
+
+    def without(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the last micro-batch's loss without the teacher, as the trainer would have counted it."""
+        if self._plain is None:
+            return loss
+        return self._plain / (1 if self._scaled else accumulated(self._trainer))
 
     def mean(self) -> float:
         """Return the mean divergence a step since the last call; NaN where there was none."""

@@ -1,4 +1,4 @@
-"""Which basis of the stream a run prunes in: the given one, or the principal one, by trial removals where asked."""
+"""Which basis of the stream a run prunes in: the given one, or the principal one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..distributed.collectives import from_main
 from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
-from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_of, turn_stream
+from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_stream
 from ..pruning.plan import PruningPlan
 from .measure import Measurer
 
@@ -22,65 +21,46 @@ GIVEN = "`stream_basis` ('auto'): the stream stays in its given basis"
 
 
 def settle_in_basis(
-    plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, settle: Callable[[], None], wanted: str, tied: float
-) -> StreamBasis | None:
+    plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, settle: Callable[[], None], wanted: str,
+    tolerance: float,
+) -> StreamBasis | None:  # fmt: skip
     """Fix a run's sizes in the basis that is wanted; return how the stream was turned, None in the given basis.
 
     Args:
         settle: measures the split between structures and takes the sizes that cost least.
-        wanted: `given`, `principal`, or `auto`: the one in which the sizes are expected to cost less.
-        tied: nats a token that turning a tied model may cost.
+        wanted: `given`, `principal`, or `auto`: principal where that can be had and channels go.
+        tolerance: nats a token that turning may cost, with tied embeddings or weights below fp32.
 
     Raises:
         HessoError: where `principal` is asked for and can't be had.
     """
-    if wanted == "given":
+    pruned = CHANNELS in plan.groups.structures
+    if wanted == "given" or (wanted == "auto" and not pruned):
         settle()
         return None
-    if reason := _refused(plan, model, wanted):
-        if wanted == "principal":
-            raise HessoError(f"`stream_basis` ('principal'): {reason}; use 'auto' or 'given'")
-        logger.warning(f"{GIVEN}: {reason}")
-        settle()
-        return None
-    before, sizes = None, None
-    if wanted == "auto":
-        settle()
-        before, sizes = plan.expected_rise, (plan.target, plan.curves)
-        copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    kept = model.named_parameters() if wanted == "auto" else ()
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in kept}
     try:
-        basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tied, loss=measurer.loss)
+        if not pruned:
+            raise HessoError("no channel of the stream is pruned")
+        basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tolerance, loss=measurer.loss)
     except HessoError as error:
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {error}; use 'auto' or 'given'") from error
         logger.warning(f"{GIVEN}: {error}")
+        settle()
         return None
     settle()
-    after = plan.expected_rise
-    if from_main(before is None or after is None or after + basis.rise < before):
+    assert plan.target is not None
+    if wanted == "principal" or plan.target.kept_units[CHANNELS] < plan.target.num_units[CHANNELS]:
         logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
         return basis
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(copies[name])
-    assert sizes is not None, "another process has measured both bases, so this one has too"
-    plan.target, plan.curves = sizes
-    logger.info(f"the stream stays in its given basis: a loss of +{before:.3f} is expected there, +{after:.3f} turned")
+            parameter.copy_(before[name])
+    logger.info(f"{GIVEN}: none of its channels goes")
     return None
 
 
 def _tokens_wanted(model: PreTrainedModel) -> int:
     return max(LEAST_TOKENS, LEAST_PER_CHANNEL * (get_size(model.config, HIDDEN) or 0))
-
-
-def _refused(plan: PruningPlan, model: PreTrainedModel, wanted: str) -> str:
-    """Return why the stream isn't turned, "" where it can be."""
-    if CHANNELS not in plan.groups.structures:
-        return "no channel of the stream is pruned"
-    if wanted == "auto" and not plan.wants_calibration:
-        return "no trial removals are made (`calibration_examples`, or a split that is fixed)"
-    try:
-        turn_of(model)
-    except HessoError as error:
-        return str(error)
-    return ""

@@ -73,15 +73,8 @@ class Teaching:
             found = from_all(self._hindrance(engine))  # on one process a GPU may be fuller than on the others
             reason = next(filter(None, found), "")
         if reason:
-            self._go_without(reason)
+            _say_without(reason)
         return not reason
-
-    def _go_without(self, reason: str) -> None:
-        logger.warning(
-            f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
-            "that this is meant"
-        )
-        self._base = None
 
     def _hindrance(self, engine: Engine) -> str:
         """Return what stands against replay that nobody asked for, "" where nothing does."""
@@ -103,10 +96,16 @@ class Teaching:
         """Have replay written for a run of so many optimizer steps; all processes call it."""
         if self._base is None:
             return
+        self._learn_from(self._base)  # however short the run is
+        self.replay = self._written(self._base, steps, tokens_per_example)
+        if self.replay is None and self.distillation is None:
+            self._base = None
+
+    def _written(self, base: Teacher, steps: int, tokens_per_example: Callable[[], float]) -> Replay | None:
         args, auto = self._trainer.args, self._config.replay_share == "auto"
         if self._trainer.train_dataset is None and auto:
-            self._go_without("there is no `train_dataset` whose tokens it could be a share of")
-            return
+            _say_without("there is no `train_dataset` whose tokens it could be a share of")
+            return None
         sizes = ReplaySizes.of(
             share_of(self._config),
             round(args.per_device_train_batch_size * tokens_per_example()),
@@ -114,12 +113,11 @@ class Teaching:
             getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
         )
         if sizes.dear and auto:
-            self._go_without("the run is so short that writing it would take more than a twentieth of the time")
-        else:
-            self._start_replay(self._base, sizes)
+            _say_without("the run is so short that writing it would take more than a twentieth of the time")
+            return None
+        return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
-    def _start_replay(self, base: Teacher, sizes: ReplaySizes) -> None:
-        self.replay = make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
+    def _learn_from(self, base: Teacher) -> None:
         if self.distillation is None and self._config.distillation_alpha == "auto":
             self.distillation = Distillation(self._trainer, self._config, base)
 
@@ -132,20 +130,21 @@ class Teaching:
         Raises:
             CheckpointMismatchError: where they were others.
         """
-        replayed = saved.get("replay")
-        if replayed is None:
-            self._base = None
-        elif self._base is None:
-            raise CheckpointMismatchError(
-                f"{folder} was trained with replay, and here there is none (a warning says why); go on where there can "
-                "be, or start anew with `replay_share=0`"
-            )
-        else:
-            check_replay(replayed, self._base, folder)
-            sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
-            self._start_replay(self._base, sizes)
+        taught, replayed = saved.get("distillation"), saved.get("replay")
+        if self._base is not None and taught is not None:
+            self._learn_from(self._base)
         if self.distillation is not None:
-            self.distillation.go_on(saved.get("distillation"), folder)
+            self.distillation.go_on(taught, folder)
+        if self._base is None and (replayed is not None or (taught is not None and self.distillation is None)):
+            raise CheckpointMismatchError(
+                f"{folder} was trained with {'a teacher' if replayed is None else 'replay'}, and here there is none (a "
+                "warning says why); go on where there can be, or start anew with `replay_share=0`"
+            )
+        if replayed is None or self._base is None:
+            return
+        check_replay(replayed, self._base, folder)
+        sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
+        self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -183,8 +182,9 @@ class Teaching:
         return (loss, *outputs) if return_outputs else loss
 
     def users(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return what a mixed loss of a micro-batch was on the user's data."""
-        return loss if self.replay is None else self.replay.without(loss)
+        """Return what a mixed loss of a micro-batch was on the user's data, without any teacher."""
+        loss = loss if self.replay is None else self.replay.without(loss)
+        return loss if self.distillation is None else self.distillation.without(loss)
 
     def noted(self, loss: torch.Tensor) -> torch.Tensor:
         """Count a micro-batch's loss on the user's data; return it without the teacher, as it is watched."""
@@ -202,3 +202,10 @@ class Teaching:
         """Return what checkpoints and the report say of them."""
         found: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
         return {name: part.record() if part is not None else None for name, part in found.items()}
+
+
+def _say_without(reason: str) -> None:
+    logger.warning(
+        f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
+        "that this is meant"
+    )

@@ -366,6 +366,21 @@ def test_the_base_model_teaches_the_users_data_too_while_it_knows_them(tmp_path:
     assert (report["distillation"]["alpha"], report["distillation"]["ahead"]) == (0.9, True)
 
 
+def test_the_base_model_teaches_where_a_run_is_too_short_for_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config, options = hesso_config(replay_share="auto", distillation_alpha="auto"), {"save_strategy": "steps"}
+    runs = [trainer(tmp_path, base(), config=config, save_steps=5, **options) for _ in range(2)]
+    runs[0].train()
+    assert (runs[0].replay, runs[0].distillation.auto) == (None, True)
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    for (name, found), expected in zip(runs[1].model.named_parameters(), runs[0].model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    monkeypatch.setattr(teaching, "device_with_room", lambda device, size: torch.device("meta"))
+    with pytest.raises(
+        CheckpointMismatchError, match="checkpoint-5 was trained with a teacher, and here there is none"
+    ):
+        trainer(tmp_path, base(), config=config).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
 def test_auto_is_off_where_it_costs_too_much_or_the_model_writes_nothing(tmp_path: Path):
     run = replayed(tmp_path, share="auto", max_steps=7)
     run.train()

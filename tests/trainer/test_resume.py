@@ -79,7 +79,7 @@ def test_a_checkpoint_from_before_healing_goes_on_without_it(tmp_path: Path, cap
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-5"
     state = json.loads((checkpoint / STATE_NAME).read_text())
-    for key in ("healing", "replay_share", "replay_dataset", "distillation_alpha"):
+    for key in ("healing", "replay_share", "replay_dataset"):
         del state["config"][key]
     (checkpoint / STATE_NAME).write_text(json.dumps(state))
     run = trainer(tmp_path / "resumed", config=HessoConfig(**RATIO))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
-from hesso_hf.pruning.plan import PruningPlan
 from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi, token_batches
-from tests.support.training import hesso_config, trainer
+from tests.support.training import trainer
 
 RATIO: dict[str, Any] = {
     "pruning_ratio": 0.3, "warmup_steps": 2, "pruning_steps": 5, "pruning_periods": 2, "saliency_batches": 2,
@@ -48,39 +46,31 @@ def test_a_run_in_the_principal_basis_starts_with_the_same_function_and_exports_
     assert report["stream_basis"]["error"] <= 1e-5
 
 
-def test_the_default_is_the_given_basis(tmp_path: Path):
+def test_the_default_is_the_principal_basis_where_channels_go(tmp_path: Path):
     model = tiny_llama()
-    given = whole(model)
-    run = trainer(tmp_path, model, hesso_config())
-    run.create_optimizer()
-    assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
-    assert run.hesso_run.record()["stream_basis"] is None
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_auto_takes_the_basis_that_is_expected_to_cost_less(better: bool, tmp_path: Path, monkeypatch):
-    model, expected = tiny_llama(), itertools.chain([2.0, 1.0 if better else 3.0], itertools.repeat(None))
     given, ids = whole(model), token_batches(1)[0]
     logits = logits_of(model, ids)
-    monkeypatch.setattr(PruningPlan, "expected_rise", property(lambda plan: next(expected)))
-    run = trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="auto"))
+    run = trainer(tmp_path, model, HessoConfig(**RATIO, target_sizes={"hidden_size": 48}))
     run.create_optimizer()
-    same = [torch.equal(given[name], parameter) for name, parameter in model.named_parameters()]
-    assert all(same) is not better
-    assert (run.hesso_run.basis is not None) is better
+    assert not torch.equal(given["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert run.hesso_run.record()["stream_basis"]["clusters"] == 1
     assert relative_error(logits_of(model, ids), logits) <= 2e-6
     run.train()
     run.save_model(str(tmp_path / "small"))
 
 
-def test_auto_measures_both(tmp_path: Path, monkeypatch):
-    found: list[float | None] = []
-    plain = PruningPlan.expected_rise.fget
-    monkeypatch.setattr(PruningPlan, "expected_rise", property(lambda plan: found.append(plain(plan)) or found[-1]))
-    trainer(tmp_path, tiny_llama(), HessoConfig(**RATIO, stream_basis="auto")).create_optimizer()
-    assert len(found) == 2
-    assert all(isinstance(value, float) for value in found)
-    assert found[0] != found[1]
+@pytest.mark.parametrize(
+    "given_up", [{"target_sizes": {"hidden_size": 60}}, {"structures": ["mlp_channels"]}], ids=["stays", "not pruned"]
+)
+def test_a_stream_that_keeps_its_channels_keeps_its_basis(given_up: dict[str, Any], tmp_path: Path, monkeypatch):
+    model = tiny_llama()
+    given, said = whole(model), []
+    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
+    run = trainer(tmp_path, model, HessoConfig(**RATIO, **given_up))
+    run.create_optimizer()
+    assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
+    assert run.hesso_run.record()["stream_basis"] is None
+    assert said == []
 
 
 def test_a_resumed_run_is_not_turned_again(tmp_path: Path):
@@ -95,7 +85,7 @@ def test_a_resumed_run_is_not_turned_again(tmp_path: Path):
     for (name, found), parameter in zip(second.model.named_parameters(), once.model.parameters(), strict=True):
         assert torch.equal(found, parameter), name
     with pytest.raises(CheckpointMismatchError, match="stream_basis"):
-        trainer(tmp_path / "other", tiny_llama(), HessoConfig(**RATIO)).train(
+        trainer(tmp_path / "other", tiny_llama(), HessoConfig(**RATIO, stream_basis="given")).train(
             resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-4")
         )
 
