@@ -4,7 +4,8 @@
 
 stories260K (tied embeddings; `untied` gives its output matrix a tensor of its own first) is pruned by HESSO's defaults
 with each `stream_basis`, without replay. Held-out loss in nats a token: `in` on stories like those trained on, `out` on
-Shakespeare, which neither saw. Every run is kept in the result file, so that an interrupted benchmark goes on where it stopped.
+Shakespeare, which neither saw. Every run is kept in the result file, so that an interrupted benchmark goes on where it
+stopped.
 """
 
 from __future__ import annotations
