@@ -99,7 +99,13 @@ def prune(recipe: Recipe) -> None:
         if trainer.is_world_process_zero():
             print(f"held-out loss: {loss:.4f} nats a token")
     if recipe.training.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except Exception as error:  # no connection, no right any more: the client has no type for all
+            raise HessoError(
+                f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed "
+                f"({type(error).__name__}: {error}); push it again: `hf upload {trainer.hub_model_id} {output}`"
+            ) from error
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:

@@ -26,7 +26,7 @@ from ..structures.lora import lora_layers, with_adapter
 from ..structures.turned_base import write_healed, write_turn
 from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import checked_config, engine_of, refuse
-from .hub import add_to_card, upload
+from .hub import add_to_card, upload, upload_on_the_way
 from .peeked import PeekedStream
 from .run import PruningRun
 from .saving import (
@@ -325,8 +325,7 @@ class HessoMixin(_TrainerBase):
         self._saving_checkpoint = False
         self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
         if self.is_world_process_zero():
-            message = f"Training in progress, step {self.state.global_step}"
-            upload(self, message, self.args.hub_token, self.args.hub_revision)
+            upload_on_the_way(self)
 
 
 class HessoTrainer(HessoMixin, Trainer):

@@ -178,3 +178,21 @@ def test_the_hub_is_asked_before_anything_is_loaded(
     monkeypatch.setattr(preflight, "check_hub", refusing)
     assert main([*inputs, "--output_dir", str(tmp_path), "--push_to_hub", "true"]) == 2
     assert "no right to write" in capsys.readouterr().err
+
+
+def test_a_push_that_fails_names_the_folder_that_the_model_is_in(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def push_to_hub(self: HessoTrainer) -> None:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(preflight, "check_hub", lambda training: None)
+    monkeypatch.setattr(HessoTrainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HessoTrainer, "push_to_hub", push_to_hub)
+    flags = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "no", "--push_to_hub", "true"]
+    assert main([*inputs, *flags]) == 2
+    expected = (
+        f"the smaller model is saved in {tmp_path}/run/small, and pushing it failed (ConnectionError: the line is d"
+    )
+    assert expected in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small").config.intermediate_size == 28
