@@ -19,7 +19,6 @@ from ..errors import HessoError
 from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
 from ..export.decision import Decision
-from ..export.export import cut_pruned
 from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
@@ -164,17 +163,6 @@ class Engine(ABC, Generic[_Steps]):
             VerificationError: where the smaller model's logits differ.
         """
 
-    def pruned_model(self, run: Run) -> PreTrainedModel:
-        """Return the smaller model in memory.
-
-        Raises:
-            HessoError: where no process has the model whole.
-        """
-        raise HessoError(
-            "`pruned_model`: under FSDP and DeepSpeed no process has the model whole; `save_model(folder)` on all of "
-            "them, and load the folder"
-        )
-
     # -- teachers -------------------------------------------------------------------------------------------------
 
     @property
@@ -264,13 +252,6 @@ class PlainEngine(Engine[HessoOptimizer]):
         plain()
         if world_size() > 1:  # all that the others share is process 0's
             load_random_states(self.made_steps, folder)
-
-    def pruned_model(self, run: Run) -> PreTrainedModel:
-        """Return it; every process that asks has one of its own."""
-        return cut_pruned(
-            run.whole, kept_units=self.made_steps.process.kept_units(), groups=run.plan.groups,
-            dtype=self.config.export_dtype, training=run.record(),
-        )  # fmt: skip
 
     def export(self, run: Run, target: Path) -> PruningReport | None:
         """Write it from one process of each folder; the others have no report."""

@@ -30,7 +30,8 @@ tags:
 
 # A dense model, not the smaller one
 
-This is a checkpoint of a run that prunes. What it holds is as large as the base model. {done}
+This is a checkpoint of a run that prunes. What it holds, or what its adapter belongs to, is as
+large as the base model. {done}
 
 Once pruning has finished, this writes the smaller model, which plain `from_pretrained` loads:
 

@@ -17,6 +17,7 @@ from ..distributed.collectives import from_all, from_main, on_all
 from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
+from ..export.export import cut_pruned
 from ..export.plots import PLOT_NAME
 from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
 from ..export.storage import check_writable, room, writing
@@ -128,6 +129,28 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
             f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
             "the trainer"
         ) from error
+
+
+def pruned_model(engine: Engine, run: PruningRun) -> PreTrainedModel:
+    """Return the smaller model in memory; every process that asks has one of its own.
+
+    Raises:
+        HessoError: while pruning isn't over, and where no process has the model whole.
+    """
+    process = engine.steps.process if engine.steps else None
+    if process is None or not process.finished:
+        raise HessoError(
+            f"`pruned_model`: pruning {how_far(process)}, so the model is dense: train until it has finished"
+        )
+    if not engine.turns_stream:
+        raise HessoError(
+            "`pruned_model`: under FSDP and DeepSpeed no process has the model whole; `save_model(folder)` on all of "
+            "them, and load the folder"
+        )
+    return cut_pruned(
+        run.whole, kept_units=process.kept_units(), groups=run.plan.groups, dtype=engine.config.export_dtype,
+        training=run.record(),
+    )  # fmt: skip
 
 
 def _save_elsewhere(engine: Engine, run: PruningRun, target: Path) -> str:

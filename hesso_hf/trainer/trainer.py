@@ -19,7 +19,7 @@ from ..config import HessoConfig
 from ..distributed.collectives import barrier
 from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine, Steps
-from ..errors import HessoError, TrainingDivergedError
+from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_, write_state
 from ..export.report import REPORT_NAME, PruningReport
 from ..structures.lora import lora_layers, with_adapter
@@ -32,7 +32,7 @@ from .run import PruningRun
 from .saving import (
     check_not_base,
     end_training,
-    how_far,
+    pruned_model,
     resolve_checkpoint,
     save_dense,
     save_smaller,
@@ -228,11 +228,7 @@ class HessoMixin(_TrainerBase):
             HessoError: while pruning isn't over, and where no process has the model whole.
             VerificationError: where the smaller model doesn't reproduce the trained one.
         """
-        steps = self.hesso_engine.steps
-        if steps is None or not steps.process.finished:
-            done = how_far(steps.process if steps else None)
-            raise HessoError(f"`pruned_model`: pruning {done}, so the model is dense: train until it has finished")
-        return self.hesso_engine.pruned_model(self.hesso_run)
+        return pruned_model(self.hesso_engine, self.hesso_run)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a dense, resumable checkpoint with the pruning state beside it."""

@@ -13,8 +13,6 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -185,13 +183,6 @@ def vision() -> Any:
     return ViTForImageClassification(config)
 
 
-def encoder() -> Any:
-    """A model of which the MLP alone can be pruned."""
-    return BertForMaskedLM(
-        BertConfig(vocab_size=67, hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=2)
-    )
-
-
 TRAINERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a model's name": (lambda: {"model": "org/name"}, r"`model` \('org/name'\) is a name.*`AutoModelForCausalLM.from_"),
     "a quantised model": (lambda: {"model": quantised()}, r"`model` \(LlamaForCausalLM\) is quantised.*dequantize"),
@@ -199,14 +190,6 @@ TRAINERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a model that reads no tokens": (
         lambda: {"model": vision()},
         r"attention heads, mlp channels.* of ViTForImageClassification stay whole.*ViTConfig has no `vocab_size`.*take",
-    ),
-    "a structure that can't be cut exactly": (
-        lambda: {"model": encoder()} | ids(pruning_ratio=0.3, structures=["attention_heads"]),
-        r"attention heads of BertForMaskedLM stay whole.*can be pruned instead: \['mlp_channels'\]",
-    ),
-    "more than the one structure has": (
-        lambda: {"model": encoder()} | ids(pruning_ratio=0.5),
-        r"by \['mlp_channels'\], the \['attention_heads', 'embedding_channels'\] of BertForMaskedLM can't go; nearest",
     ),
     "experts of a dense model": (lambda: ids(pruning_ratio=0.3, structures=["experts"]), r"LlamaForCausalLM has no ex"),
     "half of what only goes together": (

@@ -74,6 +74,16 @@ def test_a_model_that_is_not_what_was_trained_is_not_given_out(
         run.pruned_model()
 
 
+def test_where_no_process_has_the_model_whole_there_is_none_in_memory(
+    run: HessoTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.hesso_engine, "turns_stream", False)
+    with pytest.raises(
+        HessoError, match=r"`pruned_model`: under FSDP and DeepSpeed .*`save_model\(folder\)` on all of"
+    ):
+        run.pruned_model()
+
+
 def test_a_checkpoint_says_that_it_is_dense_and_how_it_is_exported(run: HessoTrainer) -> None:
     early, late = (Path(str(run.args.output_dir)) / f"checkpoint-{step}" for step in (4, 8))
     for folder in (early, late):
