@@ -30,6 +30,10 @@ class VerificationError(HessoError):
     """The exported model doesn't reproduce the trained one; nothing was published."""
 
 
+class StorageError(HessoError, OSError):
+    """A folder can't be written; the message names it, what was to be written there, and the room that there is."""
+
+
 class TrainingDivergedError(HessoError):
     """Several steps in a row had a non-finite gradient."""
 

@@ -312,9 +312,11 @@ class _Solver:
             return
         full = float(self.price({}))
         named = "; ".join(f"{1 - float(self.price(kept)) / full:.3f} with {self._sizes(kept)}" for kept in options)
+        refused, owner = list(self.groups.refused), self.groups.model_class
+        whole = f", the {refused} of {owner} can't go" if refused else ""
         message = (
             f"`pruning_ratio` ({ratio}) of {self.config.budget_metric} can't be met within {MEETS:.0%} by "
-            f"{list(self.groups.structures)}; nearest feasible: {named}"
+            f"{list(self.groups.structures)}{whole}; nearest feasible: {named}"
         )
         if nearest > UNREACHABLE:
             raise BudgetError(f"{message}. Choose one of these ratios, more structures or a smaller `round_to`")

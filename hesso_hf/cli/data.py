@@ -75,18 +75,34 @@ def text_blocks(
         rows = python_docs_dataset(tokenizer, "test" if split == "test" else "train", block_size)
     else:
         rows = _load(dataset, config_name, split)
-        if text_column not in rows.column_names:
-            hint = nearest_name(text_column, rows.column_names)
-            raise HessoError(f"`text_column` ({text_column!r}) isn't in {dataset}{hint}; columns: {rows.column_names}")
+        _check_text(rows, dataset, text_column)
     if max_examples is not None:
         rows = rows.select(range(min(max_examples, len(rows))))
     if embedded:
         return rows, (python_docs_dataset(tokenizer, "test", block_size) if held_out_ratio else None)
     if not held_out_ratio:
         return _blocks(rows, tokenizer, block_size, text_column), None
+    if len(rows) < 2:
+        raise HessoError(f"`dataset` ({dataset!r}) has one example, of which none can be held out: give `eval_dataset`")
     parts = rows.train_test_split(test_size=held_out_ratio, seed=0)
     train, held_out = (_blocks(parts[name], tokenizer, block_size, text_column) for name in ("train", "test"))
     return train, held_out
+
+
+def _check_text(rows: Any, dataset: str, text_column: str) -> None:
+    """Refuse data without rows or without text.
+
+    Raises:
+        HessoError: naming the data or the column.
+    """
+    if len(rows) == 0:
+        raise HessoError(f"`dataset` ({dataset!r}) is empty: there is nothing to train on")
+    if text_column not in rows.column_names:
+        hint = nearest_name(text_column, rows.column_names)
+        raise HessoError(f"`text_column` ({text_column!r}) isn't in {dataset}{hint}; columns: {rows.column_names}")
+    if not isinstance(rows[0][text_column], str):
+        kind = type(rows[0][text_column]).__name__
+        raise HessoError(f"`text_column` ({text_column!r}) of {dataset} holds {kind}, not text; name another column")
 
 
 def held_out_split(dataset: str) -> str:
@@ -99,14 +115,17 @@ def _load(dataset: str, config_name: str | None, split: str) -> Any:
 
     path = Path(dataset)
     check_text_file(dataset)
-    if path.is_file():
-        if path.suffix not in TEXT_LOADERS:
-            raise HessoError(f"`dataset` ({dataset!r}): unknown file type; known: {sorted(TEXT_LOADERS)}")
-        return load_dataset(TEXT_LOADERS[path.suffix], data_files=str(path), split="train")
+    if path.is_file() and path.suffix not in TEXT_LOADERS:
+        raise HessoError(f"`dataset` ({dataset!r}): unknown file type; known: {sorted(TEXT_LOADERS)}")
+    if path.is_file() and not path.stat().st_size:
+        raise HessoError(f"`dataset` ({dataset!r}) is empty: there is nothing to train on")
     try:
+        if path.is_file():
+            return load_dataset(TEXT_LOADERS[path.suffix], data_files=str(path), split="train")
         return load_dataset(dataset, config_name, split=split)
-    except (OSError, ValueError) as error:  # not found, no connection, unknown configuration or split
-        raise HessoError(f"`dataset` ({dataset!r}, split {split!r}) can't be loaded: {error}") from error
+    except Exception as error:  # not found, no connection, unknown split, broken lines: of many types
+        cause = error.__cause__ or error
+        raise HessoError(f"`dataset` ({dataset!r}, split {split!r}) can't be loaded: {cause}") from error
 
 
 def _blocks(rows: Any, tokenizer: PreTrainedTokenizerBase, block_size: int, text_column: str) -> Dataset:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .. import __version__
-from ..errors import HessoError
+from ..errors import HessoError, nearest_name
 from . import commands, prune
 
 # Name to what the help says, what adds the flags, and what does the work.
@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["prune"]:
             return prune.run(argv[1:])
-        arguments = _parser().parse_args(argv)
+        arguments, unknown = _parser().parse_known_args(argv)
+        if unknown:
+            known = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("command", "run")]
+            hint = nearest_name(unknown[0].partition("=")[0], known)
+            raise HessoError(f"unknown argument {unknown[0]!r}{hint}; see `hesso-hf {arguments.command} --help`")
         arguments.run(arguments)
         return 0
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own

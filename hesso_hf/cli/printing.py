@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 
-def print_report(report: dict[str, Any], folder: str, loss: float | None = None) -> None:
-    """Print a pruning report, and the held-out loss (nats a token) where there is one."""
+def print_report(report: dict[str, Any], folder: str) -> None:
+    """Print a pruning report."""
     before, after = report["sizes"]["before"], report["sizes"]["after"]
     rows = [["parameters", f"{report['parameters']['before']:,}", f"{report['parameters']['after']:,}"]]
     rows += [[name, str(before[name]), str(after[name])] for name in after]
@@ -20,8 +20,6 @@ def print_report(report: dict[str, Any], folder: str, loss: float | None = None)
     if cric:
         corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in cric["structures"].items())
         print(f"CRIC: {cric['cycles']} cycles, {cric['samples']} samples; corrected: {corrected}")
-    if loss is not None:
-        print(f"held-out loss: {loss:.4f} nats a token")
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

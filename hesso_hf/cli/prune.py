@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoppedError
+from ..errors import HessoError, StoppedError
 from .data import held_out_split, text_blocks
 from .printing import print_report
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
+BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
+INTERRUPTED = 128 + 2  # what a shell says of a process that Ctrl-C ended
 HELP = "fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]"
 
 
 def run(flags: list[str]) -> int:
-    """Prune as the flags say; 128 + 15 where the run was told to stop."""
+    """Prune as the flags say; 128 + 15 where the run was told to stop, 128 + 2 at Ctrl-C."""
     if {"-h", "--help"} & set(flags):
         print("Flags override the recipe's keys.\n")
         recipe_parser().print_help()
@@ -32,12 +35,30 @@ def run(flags: list[str]) -> int:
         code = EXIT_CODE
         if is_main_process():
             print(f"hesso-hf: {stopped}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(f"\nhesso-hf: {_interrupted(recipe, flags)}", file=sys.stderr)
+        return INTERRUPTED
     leave()
     return code
 
 
+def _interrupted(recipe: Recipe, flags: list[str]) -> str:
+    """Say what there is to go on from, and how."""
+    from ..export.checkpoint_state import last_checkpoint
+
+    output_dir = Path(str(recipe.training.output_dir))
+    last = last_checkpoint(output_dir)
+    found = f"goes on from {last}" if last else f"starts anew, since there is no checkpoint in {output_dir} yet"
+    command = shlex.join(["hesso-hf", "prune", *flags, "--resume_from_checkpoint", "auto"])
+    return f"interrupted; this {found}:\n  {command}"
+
+
 def prune(recipe: Recipe) -> None:
     """Fine-tune and prune as a recipe says, save the smaller model, and print its report on the main process.
+
+    Everything that will be written to is looked at before training, and the smaller model is saved before anything that
+    could fail after it.
 
     Raises:
         StoppedError: where the run was told to stop, and has saved a checkpoint to go on from.
@@ -47,25 +68,20 @@ def prune(recipe: Recipe) -> None:
     from ..export.checkpoint_state import last_common_checkpoint
     from ..hf_models.build import load_config
     from ..hf_models.loading import load_model, load_tokenizer
-    from ..trainer import HessoTrainer
+    from .preflight import check_disk, check_places, output_of
 
-    run = recipe.run
+    run, output = recipe.run, output_of(recipe)
+    check_places(recipe)
     tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
-    stored = load_config(run.model, run.trust_remote_code).dtype
+    config = load_config(run.model, run.trust_remote_code)
+    stored, block_size = config.dtype, _block_size(run, config)
     if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
         recipe.hesso.export_dtype = str(stored).removeprefix("torch.")
     model = load_model(str(run.model), getattr(torch, run.dtype), run.trust_remote_code)
     with recipe.training.main_process_first(desc="cutting the text into blocks"):  # the others read its cache
-        train, held_out = _datasets(run, tokenizer)
-    trainer = HessoTrainer(
-        model=model,
-        args=recipe.training,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        hesso_config=recipe.hesso,
-        peft_config=run.adapter(),
-    )
+        train, held_out = _datasets(run, tokenizer, block_size)
+    trainer = _trainer(recipe, model, tokenizer, train, held_out)
+    check_disk(recipe, trainer)
     resume: Any = recipe.training.resume_from_checkpoint
     if resume == "auto":
         resume = last_common_checkpoint(Path(str(recipe.training.output_dir)))
@@ -75,27 +91,72 @@ def prune(recipe: Recipe) -> None:
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as it was told to; go on "
             "with `--resume_from_checkpoint auto`"
         )
-    loss = trainer.evaluate()["eval_loss"] if held_out is not None else None
-    output = Path(run.output) if run.output else Path(str(recipe.training.output_dir)) / "small"
     trainer.save_model(str(output), _internal_call=True)
-    if recipe.training.push_to_hub:
-        trainer.push_to_hub()
     if trainer.pruning_report is not None:
-        print_report(trainer.pruning_report.to_dict(), str(output), loss)
+        print_report(trainer.pruning_report.to_dict(), str(output))
+    if held_out is not None:
+        loss = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
+            print(f"held-out loss: {loss:.4f} nats a token")
+    if recipe.training.push_to_hub:
+        try:
+            trainer.push_to_hub()
+        except Exception as error:  # no connection, no right any more: the client has no type for all
+            raise HessoError(
+                f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed "
+                f"({type(error).__name__}: {error}); push it again: `hf upload {trainer.hub_model_id} {output}`"
+            ) from error
 
 
-def _datasets(run: RunArguments, tokenizer: Any) -> tuple[Any, Any]:
+def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:
+    """Make the trainer, and say what `Trainer` itself refuses of the arguments."""
+    from ..trainer import HessoTrainer
+    from .preflight import ShowPlan
+
+    try:
+        trainer = HessoTrainer(
+            model=model,
+            args=recipe.training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            hesso_config=recipe.hesso,
+            peft_config=recipe.run.adapter(),
+        )
+    except HessoError:
+        raise
+    except ValueError as error:
+        raise HessoError(f"`training`: {error}") from error
+    if recipe.training.disable_tqdm:
+        trainer.add_callback(ShowPlan(trainer))
+    return trainer
+
+
+def _block_size(run: RunArguments, config: Any) -> int:
+    """Return the tokens of an example, which the model's context must hold."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if run.block_size is None:
+        return min(BLOCK_SIZE, context or BLOCK_SIZE)
+    if context is not None and run.block_size > context:
+        raise HessoError(
+            f"`block_size` ({run.block_size}) is longer than the context of `model` ({context} tokens, its config's "
+            "`max_position_embeddings`); lower it"
+        )
+    return run.block_size
+
+
+def _datasets(run: RunArguments, tokenizer: Any, block_size: int) -> tuple[Any, Any]:
     """Return the blocks to train on and the held-out ones."""
     named = run.eval_dataset is not None or run.eval_split is not None
     train, held_out = text_blocks(
-        str(run.dataset), tokenizer, run.block_size, run.dataset_split, config_name=run.dataset_config,
+        str(run.dataset), tokenizer, block_size, run.dataset_split, config_name=run.dataset_config,
         text_column=run.text_column, max_examples=run.max_examples, held_out_ratio=None if named else run.eval_ratio,
     )  # fmt: skip
     if named:
         source = run.eval_dataset or str(run.dataset)
         name = run.dataset_config if source == run.dataset else None
         held_out, _ = text_blocks(
-            source, tokenizer, run.block_size, run.eval_split or held_out_split(source), config_name=name,
+            source, tokenizer, block_size, run.eval_split or held_out_split(source), config_name=name,
             text_column=run.text_column,
         )  # fmt: skip
     return train, held_out

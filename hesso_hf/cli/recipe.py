@@ -46,7 +46,9 @@ class RunArguments:
     eval_ratio: float = _flag(0.05, "Share of dataset held out where no split is named.")
     text_column: str = _flag("text", "Column that holds the text.")
     max_examples: int | None = _flag(None, "Use only the first so many examples.")
-    block_size: int = _flag(1024, "Tokens in one training example.")
+    block_size: int | None = _flag(
+        None, "Tokens in one training example; by default 1024, or the model's context where that is shorter."
+    )
     dtype: str = _flag("float32", "dtype of the trained weights; fp32 masters with bf16: true by default.")
     output: str | None = _flag(None, "Folder for the smaller model (default: `small` in training's output_dir).")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the model.")
@@ -62,7 +64,7 @@ class RunArguments:
                 check_text_file(dataset)
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
-        if self.block_size < 2:
+        if self.block_size is not None and self.block_size < 2:
             raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")
         if self.max_examples is not None and self.max_examples < 1:
             raise HessoError(f"`max_examples` ({self.max_examples}) must be at least 1; leave it out to use all")
@@ -115,7 +117,8 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**values)
     try:
-        parsed = parser.parse_args_into_dataclasses(list(flags), return_remaining_strings=True)
+        given = [_own_flag(flag, known) for flag in flags]
+        parsed = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
     except HessoError:
         raise
     except ValueError as error:  # TrainingArguments' own checks
@@ -123,7 +126,8 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
     run, training, prefixed, rest = parsed
     for flag in rest:
         name = flag.removeprefix("--").partition("=")[0]
-        raise HessoError(f"unknown flag {flag!r}{nearest_name(name, sorted(known))}; see `hesso-hf prune --help`")
+        names = sorted(known | set(HessoConfig.__dataclass_fields__))
+        raise HessoError(f"unknown flag {flag!r}{nearest_name(name, names)}; see `hesso-hf prune --help`")
     for name in ("model", "dataset"):
         if getattr(run, name) is None:
             raise HessoError(f"`{name}` is missing: name it in the recipe or give `--{name}`")
@@ -137,6 +141,14 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
         raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
     hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
     return Recipe(run, training, hesso)
+
+
+def _own_flag(flag: str, known: set[str]) -> str:
+    """Give a flag that only HessoConfig has its prefix; `--warmup_steps` is TrainingArguments' own."""
+    name, equals, value = flag.removeprefix("--").partition("=")
+    name = name.replace("-", "_")
+    own = flag.startswith("--") and name not in known and PREFIX + name in known
+    return f"--{PREFIX}{name}{equals}{value}" if own else flag
 
 
 def recipe_parser() -> HfArgumentParser:
@@ -188,4 +200,7 @@ def _check_keys(values: Mapping[str, Any], owner: type, where: str, *sections: s
     known = [*(item.name for item in dataclasses.fields(owner)), *sections]
     for key in values:
         if key not in known:
-            raise HessoError(f"unknown key `{key}` in {where}{nearest_name(str(key), known)}")
+            hint = nearest_name(str(key), known)
+            if "hesso" in sections and key in HessoConfig.__dataclass_fields__:
+                hint = "; it belongs under `hesso:`"
+            raise HessoError(f"unknown key `{key}` in {where}{hint}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..errors import HessoError, nearest_name
 from .checks import check
 from .names import (
     CRIC_SALIENCY,
@@ -14,6 +13,7 @@ from .names import (
     RECONSTRUCTION,
     SALIENCIES,
     STRUCTURES,
+    names_checked,
     number,
     parse,
     weights_by_name,
@@ -25,6 +25,7 @@ def _option(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
+@names_checked
 @dataclass
 class HessoConfig:
     """Configuration of pruning with HESSO (arXiv 2409.09085).
@@ -134,6 +135,9 @@ class HessoConfig:
         "What is saved after training with LoRA: merged, one smaller model; adapter, the smaller base "
         "model, and the adapter cut to it in the folder `adapter` there.",
     )
+    overwrite_base: bool = _option(
+        False, "Let a save replace the files of the folder that the base model was read from; else it is refused."
+    )
     tensor_parallel_size: int = _option(1, "Heads and channels stay divisible by this many tensor-parallel ranks.")
 
     def __post_init__(self) -> None:
@@ -209,8 +213,4 @@ class HessoConfig:
         Raises:
             HessoError: for a key that no field has, naming the nearest known one.
         """
-        known = list(cls.__dataclass_fields__)
-        for key in values:
-            if key not in known:
-                raise HessoError(f"unknown key `{key}` for HessoConfig{nearest_name(key, known)}; known: {known}")
         return cls(**values)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar
 
 from ..errors import HessoError, nearest_name
+
+_T = TypeVar("_T")
 
 STRUCTURES: tuple[str, ...] = (
     "attention_heads", "mlp_channels", "expert_channels", "mixer_channels", "embedding_channels", "query_heads",
@@ -54,10 +58,28 @@ def number(value: Any) -> Any:
         return value
 
 
+def names_checked(owner: type[_T]) -> type[_T]:
+    """Have a dataclass say of an unknown keyword which known one is nearest."""
+    plain = owner.__init__
+
+    @functools.wraps(plain)
+    def init(self: _T, *args: Any, **values: Any) -> None:
+        known = list(owner.__dataclass_fields__)  # type: ignore[attr-defined]
+        for key in values:
+            if key not in known:
+                raise HessoError(f"unknown key `{key}` for {owner.__name__}{nearest_name(key, known)}; known: {known}")
+        plain(self, *args, **values)
+
+    owner.__init__ = init  # type: ignore[assignment, method-assign]
+    return owner
+
+
 def weights_by_name(argument: str, value: Any, known: tuple[str, ...]) -> dict[str, float]:
     """Normalise a name, a list of names or a dict of weights to a dict; refuse unknown names."""
     if isinstance(value, str):
         value = [value]
+    if not isinstance(value, dict | list | tuple | set | NoneType):
+        raise HessoError(f"`{argument}` ({value!r}) must be a name, a list of names or a dict of weights")
     weights = dict(value) if isinstance(value, dict) else dict.fromkeys(value or (), 1.0)
     if not weights:
         raise HessoError(f"`{argument}` ({value!r}) must name at least one of {list(known)}")

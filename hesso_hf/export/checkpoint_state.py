@@ -17,21 +17,50 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import common, world_size
+from ..distributed.parts import full_shape, named_parameters
 from ..errors import CheckpointMismatchError
 
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "hesso_state.json"
+_CARD = """---
+tags:
+- hesso
+---
+
+# A dense model, not the smaller one
+
+This is a checkpoint of a run that prunes. What it holds, or what its adapter belongs to, is as
+large as the base model. {done}
+
+Once pruning has finished, this writes the smaller model, which plain `from_pretrained` loads:
+
+```bash
+hesso-hf export {folder} small
+```
+"""
 _NOT_VALID = "Can't find a valid checkpoint at"  # what `Trainer` says of a folder that it can't resume from
 SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded run's checkpoint
 
 
 def write_state(folder: Path, decision: Mapping[str, Any], config: HessoConfig, training: Mapping[str, Any]) -> None:
-    """Write what `PruningProcess.decision` says, the config and the training record, atomically."""
+    """Write what `PruningProcess.decision` says, the config and the training record, atomically.
+
+    A card beside it tells whoever finds the folder that the model in it isn't the smaller one.
+    """
+    (folder / "README.md").write_text(_card(folder, decision), encoding="utf-8")
     staged = folder / f"{STATE_NAME}.tmp"
-    state = {**decision, "config": config.to_dict(), "training": training}
+    state = {**decision, "holds": "dense", "config": config.to_dict(), "training": training}
     staged.write_text(json.dumps(state), encoding="utf-8")
     os.replace(staged, folder / STATE_NAME)
+
+
+def _card(folder: Path, decision: Mapping[str, Any]) -> str:
+    done = "Its pruned units are at zero, and still there." if decision["finished"] else (
+        f"Pruning hasn't finished: it is at step {decision['step']} of {decision['schedule_end']}. Train on from here "
+        "(`resume_from_checkpoint`), and export a later checkpoint."
+    )  # fmt: skip
+    return _CARD.format(done=done, folder=folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -54,13 +83,23 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def check_resumable(folder: Path) -> None:
-    """Refuse a checkpoint whose optimizer and pruning state weren't saved.
+def check_resumable(folder: Path, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint whose optimizer and pruning state weren't saved, or that another model's run wrote.
 
     Raises:
-        CheckpointMismatchError: where there is no pruning state, or no optimizer's.
+        CheckpointMismatchError: where there is no pruning state, or no optimizer's, or weights have other shapes.
     """
     read_state(folder)
+    shapes = {name: tuple(full_shape(parameter)) for name, parameter in named_parameters(model).items()}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as stored:
+            for name in sorted(set(stored.keys()) & shapes.keys()):
+                found = tuple(stored.get_slice(name).get_shape())
+                if found != shapes[name]:
+                    raise CheckpointMismatchError(
+                        f"{folder} holds {name} of shape {found}, that of `model` is {shapes[name]}: go on with the "
+                        "model that the run began with"
+                    )
     sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
     if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
         raise CheckpointMismatchError(
@@ -146,7 +185,7 @@ def check_config(saved: dict[str, Any], current: dict[str, Any], folder: str) ->
     """
     for key, value in current.items():
         before = saved.get(key, _BEFORE.get(key))
-        if key not in ("export_dtype", "lora_export") and before != json.loads(json.dumps(value)):
+        if key not in ("export_dtype", "lora_export", "overwrite_base") and before != json.loads(json.dumps(value)):
             raise CheckpointMismatchError(
                 f"{folder} was made with `{key}` = {before!r}, this run has {value!r}; "
                 "resume with the same HessoConfig or start a new run"

@@ -86,7 +86,7 @@ def _check_found(kept: KeptUnits, groups: PruningGroups) -> None:
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
         )
-    if all(len(layer) == kept.num_units[name] for name in kept.kept for layer in kept.kept[name]):
+    if kept.all_stay:
         logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import HessoError
 from ..structures.groups import KeptUnits, PruningGroups
-from ..structures.lora import dense_model
+from ..structures.lora import dense_model, lora_layers
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
@@ -21,6 +21,7 @@ from .decision import decide
 from .parameters import WholeSource, fp32_place
 from .report import PruningReport
 from .source import read_source
+from .verify import Verifier
 from .write import DTYPES, Output, write_pruned
 
 
@@ -68,6 +69,10 @@ def export_pruned(
     model = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
     vocabulary = vocabulary or found.vocabulary
     decision = decide(model, found.kept, groups, vocabulary)
+    if found.kept is None and decision.kept.all_stay and not isinstance(source, nn.Module):
+        raise HessoError(
+            f"`source` ({str(source)!r}): nothing in it is pruned; give a checkpoint-* folder that training wrote"
+        )
     wanted = dtype or found.config.get("export_dtype")
     output = Output(
         Path(output_dir),
@@ -78,6 +83,33 @@ def export_pruned(
     if adapted == "adapter":
         return write_pruned(AdapterSource(model, decision, found.model, output.folder), output, found.training)
     return write_pruned(WholeSource(model, decision, found.model if adapted else None), output, found.training)
+
+
+def cut_pruned(
+    model: nn.Module,
+    *,
+    kept_units: KeptUnits,
+    groups: PruningGroups,
+    dtype: str | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Return the smaller model of one in memory, compared with it as an export is; adapters are merged.
+
+    Args:
+        kept_units, groups, dtype, training: as for `export_pruned`.
+
+    Raises:
+        VerificationError: where the smaller model's logits differ.
+    """
+    found = read_source(model, kept_units, None, training, trust_pickles=False)
+    adapted = bool(lora_layers(found.model))
+    full = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
+    decision = decide(full, kept_units, groups, found.vocabulary)
+    small, _ = Verifier(WholeSource(full, decision, found.model if adapted else None)).checked_cut()
+    stored = DTYPES[dtype] if dtype else found.dtype
+    for parameter in small.parameters():
+        parameter.data = parameter.data.to(stored)
+    return small
 
 
 def _trimmed(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, vocabulary: KeptTokens) -> Any:

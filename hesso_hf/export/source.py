@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..errors import CheckpointMismatchError, HessoError
-from ..hf_models.build import load_config, model_class_of
+from ..hf_models.build import first_line, load_config, model_class_of
 from ..structures.cut import zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
@@ -132,8 +132,15 @@ def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> 
         model_class = model_class_of(config)
         if holds_masters(folder):
             return load_masters(model_class, config, folder, trust_pickles)
-        sharded = (folder / SHARDS_NAME).is_dir()
-        return load_shards(model_class, config, folder) if sharded else model_class.from_pretrained(folder)
+        if (folder / SHARDS_NAME).is_dir():
+            return load_shards(model_class, config, folder)
+        try:
+            return model_class.from_pretrained(folder)
+        except OSError as error:
+            raise HessoError(
+                f"`source` ({str(folder)!r}) holds no weights ({first_line(error)}); give a checkpoint-* folder that "
+                "training wrote"
+            ) from error
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path

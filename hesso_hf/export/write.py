@@ -23,6 +23,7 @@ from .parameters import ParameterSource
 from .plots import PLOT_NAME
 from .publish import staged_folder
 from .report import PruningReport
+from .storage import writing
 from .verify import Verification, Verifier
 
 logger = logging.get_logger(__name__)
@@ -55,6 +56,7 @@ def write_pruned(source: ParameterSource, output: Output, training: Mapping[str,
 
     Raises:
         HessoError: on all processes, where one fails; the folder is untouched then.
+        StorageError: on the one that can't write, naming the folder, the need and the room.
         VerificationError: where the smaller model's logits, or what lies on disk, differ.
     """
     report = source.shared(_publish(source, output, training))
@@ -73,7 +75,7 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
     """Do each step of an export; return the report, where one is to be written, on the main process."""
     verifier = source.together(lambda: Verifier(source))
     small, fold_error = verifier.checked_cut()
-    with ExitStack() as stack:
+    with writing("the smaller model", output.folder, _size(small, output.dtype)), ExitStack() as stack:
         made = source.together(lambda: stack.enter_context(staged_folder(output.folder)) if source.main else None)
         folder = source.together(lambda: source.common_folder(made))
         written = source.together(lambda: source.save(small, folder, output.dtype, output.max_shard_size))
@@ -95,6 +97,11 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
     if source.main:
         _remove_leftovers(output.folder, new)
     return report
+
+
+def _size(small: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of the smaller model's weights, 0 on a process that has none of it."""
+    return sum(parameter.numel() for parameter in small.parameters()) * dtype.itemsize if small is not None else 0
 
 
 def _add_files(source: ParameterSource, output: Output, folder: Path, written: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import CONFIG_NAME
 
 from ..errors import HessoError, UnsupportedStructureError
 
@@ -53,7 +55,7 @@ def load_config(source: Any, trust_remote_code: bool = False) -> PretrainedConfi
     """Return the config of a config, a model, a local folder, a config.json or a Hub id.
 
     Raises:
-        HessoError: where nothing of that kind is found.
+        HessoError: where nothing of that kind is found, or what is found can't be used.
     """
     if isinstance(source, PretrainedConfig):
         return source
@@ -62,10 +64,23 @@ def load_config(source: Any, trust_remote_code: bool = False) -> PretrainedConfi
     try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise HessoError(
-            f"no model config found at {str(source)!r}: neither a folder with a config.json, nor a Hub id that can be "
-            f"reached ({last_line(error)})"
-        ) from error
+        reason = first_line(error)
+        if not os.path.exists(source):
+            raise HessoError(
+                f"no model config found at {str(source)!r}: no such folder exists, and no model of that name could be "
+                f"had from the Hub ({reason}); check the path"
+            ) from error
+        if os.path.isdir(source) and not os.path.exists(os.path.join(source, CONFIG_NAME)):
+            raise HessoError(
+                f"no model config found at {str(source)!r}: that folder has no {CONFIG_NAME}; give the one that "
+                "`save_pretrained` wrote"
+            ) from error
+        raise HessoError(f"no model config found at {str(source)!r} that can be used: {reason}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def last_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from ..compat import build_model
 from ..errors import HessoError
-from .build import load_config, model_class_of
+from .build import first_line, load_config, model_class_of
 
 
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -36,7 +36,7 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
             return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
         return model_class_of(config).from_pretrained(source, dtype=dtype)
     except OSError as error:
-        raise HessoError(f"`model` ({source!r}) can't be loaded: {error}") from error
+        raise HessoError(f"`model` ({source!r}) can't be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
@@ -48,7 +48,11 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise HessoError(f"`model` ({source!r}): no tokenizer found there: {error}") from error
+        load_config(source, trust_remote_code)  # where there is no model either, that is what there is to say
+        raise HessoError(
+            f"`model` ({source!r}) has no tokenizer that can be loaded: save it there, "
+            f"`tokenizer.save_pretrained({source!r})` ({first_line(error)})"
+        ) from error
 
 
 def _weights_come_from_another() -> bool:

@@ -25,6 +25,7 @@ from .sizes import (
     HEADS,
     KV_HEADS,
     MLP,
+    VOCAB,
     ConfigSizes,
     get_size,
     head_dim_of,
@@ -73,6 +74,11 @@ def tiny_config(
         UnsupportedStructureError: where no candidate builds and runs; with each different reason.
     """
     config = config_for(model_class, config)
+    if get_size(config, VOCAB) is None:
+        raise UnsupportedStructureError(
+            f"{model_class.__name__} reads no tokens ({type(config).__name__} has no `{VOCAB}`), and what is cut is "
+            "proved by the logits of tokens: take a language model"
+        )
     if refused := _architectures().get(config.model_type, {}).get("refused"):
         raise UnsupportedStructureError(f"no tiny {model_class.__name__} could be built: {refused}")
     reasons: dict[str, None] = {}

@@ -147,19 +147,31 @@ class PruningPlan:
 
     def preview(self, schedule: Schedule) -> str:
         """Describe sizes and steps for people, and what the trial removals expect of the loss."""
-        target, config, periods = self.target, self.model.config, len(schedule.periods)
+        target, periods = self.target, len(schedule.periods)
+        tried = schedule.sampling_end - schedule.warmup_steps
         lines = [
             f"HESSO: {target.parameters_before:,} -> {target.parameters_after:,} parameters "
             f"({target.parameter_ratio:.1%} removed) in {periods} period{'s' * (periods > 1)}, steps "
-            f"{schedule.sampling_end + 1} to {schedule.end} of {schedule.total_steps}"
+            f"{schedule.sampling_end + 1} to {schedule.end} of {schedule.total_steps}; before that "
+            f"{schedule.warmup_steps} of warm-up{f' and {tried} of CRIC' if tried else ''}, after it "
+            f"{schedule.total_steps - schedule.end} of recovery"
         ]
-        lines += [f"  {name}: {get_size(config, name)} -> {size}" for name, size in target.sizes.items()]
+        full, kept_units = self.parameters.full, target.kept_units
+        saved = {name: full - float(self.parameters({name: kept})) for name, kept in kept_units.items()}
         for name, units in target.num_units.items():
-            gone = 1 - target.kept_units[name] / units
-            lines.append(f"  {name}: {gone:.0%} of the units of a layer go")
+            kept, share = kept_units[name], saved[name] / (sum(saved.values()) or 1)
+            lines.append(
+                f"  {name}: {units} -> {kept} units a layer ({1 - kept / units:.0%} go, {share:.0%} of what is "
+                f"removed); {self._sizes_of(name)}"
+            )
         if self.expected_rise is not None:
             lines.append(f"  expected before any recovery: +{self.expected_rise:.2f} nats a token")
         return "\n".join(lines)
+
+    def _sizes_of(self, name: str) -> str:
+        """Return the config sizes of a structure, before and after."""
+        sizes = self.groups.structures[name].config_sizes(self.target.kept_units[name])
+        return ", ".join(f"{size} {get_size(self.model.config, size)} -> {after}" for size, after in sizes.items())
 
     def warn_of_shape(self) -> None:
         """Warn of structures of which so little stays that nobody serves such a model."""
@@ -167,8 +179,9 @@ class PruningPlan:
             kept = self.target.kept_units[name]
             if kept < LITTLE * units:
                 logger.warning(
-                    f"{name}: {kept} of {units} units of a layer stay ({kept / units:.0%}); a model of such a shape "
-                    "learns little and serves badly: lower `pruning_ratio`, or pin sizes with `target_sizes`"
+                    f"{name}: {kept} of {units} units of a layer stay ({kept / units:.0%}; {self._sizes_of(name)}); a "
+                    "model of such a shape learns little and serves badly: lower `pruning_ratio`, or pin sizes with "
+                    "`target_sizes`"
                 )
 
     def process(self, schedule: Schedule) -> PruningProcess:
@@ -288,6 +301,19 @@ def check_parameters(model: PreTrainedModel, axis_map: AxisMap) -> None:
             )
 
 
+def check_unquantised(model: nn.Module) -> None:
+    """Refuse packed weights.
+
+    Raises:
+        UnsupportedStructureError: with what to do instead.
+    """
+    if getattr(base_of(model), "hf_quantizer", None) is not None:
+        raise UnsupportedStructureError(
+            f"`model` ({type(base_of(model)).__name__}) is quantised: packed weights can't be cut. "
+            "Load it in float32, or call `model.dequantize()` (before `get_peft_model`, where an adapter is trained)"
+        )
+
+
 def check_model(model: nn.Module) -> PreTrainedModel:
     """Return the model where it can be pruned as it is.
 
@@ -296,11 +322,7 @@ def check_model(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedStructureError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel")
-    if getattr(base_of(model), "hf_quantizer", None) is not None:
-        raise UnsupportedStructureError(
-            f"`model` ({type(base_of(model)).__name__}) is quantised: packed weights can't be cut. "
-            "Load it in float32, or call `model.dequantize()` (before `get_peft_model`, where an adapter is trained)"
-        )
+    check_unquantised(model)
     model = check_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedStructureError(f"`model` ({type(model).__name__}) must be a transformers PreTrainedModel")

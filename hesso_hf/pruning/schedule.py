@@ -3,6 +3,7 @@ arXiv 2409.09085)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -18,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 Phase = Literal["warmup", "sampling", "pruning", "recovery"]
 PHASES: tuple[str, ...] = get_args(Phase)
+PERIODS = 3  # where nothing is said, and the run has the steps for them
 # What CRIC takes where nothing is said. Samples cost steps of the run; but with few cycles, units that went the way to
 # zero can't be compared with those that didn't, and with few samples the comparison is noise.
 MOST_SAMPLES, LEAST_SAMPLES, CYCLES, LEAST_CYCLES, SAMPLING_SHARE = 8, 3, 4, 2, 0.05
@@ -183,7 +185,7 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
     pruning = _count(config.pruning_steps, total_steps, least=1)
     if config.warmup_steps < 1 and config.pruning_steps < 1 and config.warmup_steps + config.pruning_steps <= 1:
         pruning = max(1, min(pruning, total_steps - warmup))  # both rounded up can be a step too many
-    periods = config.pruning_periods or min(3, pruning)
+    periods = config.pruning_periods or min(PERIODS, pruning)
     if warmup + pruning > total_steps:
         raise HessoError(
             f"`warmup_steps` ({warmup}) + `pruning_steps` ({pruning}) = {warmup + pruning} exceed the run's "
@@ -194,10 +196,31 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
             f"`pruning_steps` ({pruning}) must be at least `pruning_periods` ({periods}); "
             "raise pruning_steps or lower pruning_periods"
         )
+    _warn_of_few_steps(config, total_steps, warmup, pruning, periods)
     steps, cycles = 0, 0
     if config.cric and config.cric_mode == "path":
         steps, cycles = _sampling(config, (total_steps - warmup - pruning) // 2, total_steps)
     return Schedule(warmup, pruning, periods, total_steps, steps, cycles)
+
+
+def _warn_of_few_steps(config: HessoConfig, total_steps: int, warmup: int, pruning: int, periods: int) -> None:
+    """Say so where the run has too few steps for the usual periods, or none to recover in."""
+    given, recovery = config.pruning_steps, total_steps - warmup - pruning
+    if config.pruning_periods is None and periods < PERIODS:
+        remedy = f"set `pruning_steps` to {PERIODS} or more"
+        if given < 1:
+            enough = math.ceil((PERIODS - 0.5) / given)
+            enough += _count(given, enough, least=1) < PERIODS  # a half is rounded to the even side
+            remedy = f"train for {enough} steps or more, or {remedy}"
+        logger.warning(
+            f"the run is short: `pruning_steps` ({given:g}) is {pruning} of its {total_steps} steps, so units go in "
+            f"{periods} period{'s' * (periods > 1)} instead of {PERIODS}, and {recovery} steps recover; {remedy}"
+        )
+    elif not recovery:
+        logger.warning(
+            f"pruning ends with the run's last step ({total_steps}): nothing is trained without the pruned units; "
+            "lower `pruning_steps` or `warmup_steps`, or train longer"
+        )
 
 
 def _sampling(config: HessoConfig, room: int, total_steps: int) -> tuple[int, int]:

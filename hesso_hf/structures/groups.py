@@ -201,7 +201,10 @@ class PruningGroups:
         missing = [name for name in names if name not in self.structures]
         chosen = {name: groups for name, groups in self.structures.items() if name in names}
         if (missing and explicit) or not chosen:
-            reasons = "; ".join(self.why_whole(name) for name in missing)
+            alike: dict[str, list[str]] = {}
+            for name in missing:
+                alike.setdefault(self.absent.get(name, "") or self.refused.get(name, ""), []).append(name)
+            reasons = "; ".join(self.why_whole(*names) for names in alike.values())
             instead = f"can be pruned instead: {list(self.structures)}" if self.structures else "nothing else can be"
             raise UnsupportedStructureError(f"`structures` ({names}): {reasons}; {instead}")
         apart = [name for name in self.coupled if name not in chosen]
@@ -212,13 +215,13 @@ class PruningGroups:
             )
         return replace(self, structures=chosen, coupled={} if apart else self.coupled)
 
-    def why_whole(self, name: str) -> str:
-        """Say of a structure which class' it is and that nothing of it is pruned, and then, in short, why."""
-        reason = " ".join((self.absent | self.refused).get(name, "it wasn't tried").split())
+    def why_whole(self, *names: str) -> str:
+        """Say whose structures these are, that nothing of them is pruned and, in short, their common reason."""
+        reason = " ".join((self.absent | self.refused).get(names[0], "it wasn't tried").split())
         if len(reason) > MOST_OF_A_REASON:
             reason = f"{reason[:MOST_OF_A_REASON]}..."
-        units, owner = name.replace("_", " "), self.model_class or "this model"
-        if name in self.absent:
+        units, owner = ", ".join(names).replace("_", " "), self.model_class or "this model"
+        if names[0] in self.absent:
             return f"{owner} has no {units} that could be pruned (reason: {reason})"
         return f"{units} of {owner} stay whole, since taking some out wouldn't be exact (reason: {reason})"
 
@@ -293,6 +296,11 @@ class KeptUnits:
             name: tuple(tuple(layer.nonzero().flatten().tolist()) for layer in m.cpu()) for name, m in masks.items()
         }
         return cls({name: mask.shape[1] for name, mask in masks.items()}, kept)
+
+    @property
+    def all_stay(self) -> bool:
+        """Whether nothing is cut."""
+        return all(len(layer) == self.num_units[name] for name, layers in self.kept.items() for layer in layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -164,8 +164,14 @@ def with_adapter(
         make: the trainer's `__init__`, whose first argument is the model.
 
     Raises:
-        HessoError: where there is no transformers model to wrap.
+        HessoError: where there is no transformers model to wrap, or what is given is no config of PEFT's.
     """
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise HessoError(
+            f"`peft_config` ({type(peft_config).__name__}) must be a LoraConfig: `peft.LoraConfig(r=8, ...)`"
+        )
     if "peft_config" in inspect.signature(make).parameters:
         return args, {**kwargs, "peft_config": peft_config}
     model = args[0] if args else kwargs.get("model")
@@ -174,8 +180,6 @@ def with_adapter(
             f"`peft_config` is given with `model` ({type(model).__name__}): it wraps a transformers model; where "
             "`model_init` makes it, or it has an adapter already, leave `peft_config` out"
         )
-    from peft import get_peft_model
-
     wrapped = get_peft_model(model, peft_config)
     return ((wrapped, *args[1:]), kwargs) if args else (args, {**kwargs, "model": wrapped})
 

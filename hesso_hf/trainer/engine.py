@@ -1,7 +1,12 @@
-"""Which engine trains, and what is refused under any."""
+"""Which engine trains, and what is refused: of a trainer's arguments, and under any engine."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sized
+from typing import Any
+
+from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -10,6 +15,7 @@ from ..engines.deepspeed.engine import DeepSpeedEngine
 from ..engines.engine import Engine, PlainEngine
 from ..engines.fsdp.engine import Fsdp2Engine
 from ..errors import HessoError
+from ..pruning.plan import check_unquantised
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +28,36 @@ def engine_of(trainer: Trainer, config: HessoConfig) -> Engine:
     elif trainer.is_fsdp_enabled:
         chosen = Fsdp2Engine
     return chosen(trainer.args, trainer.accelerator, config)
+
+
+def checked_config(
+    make: Callable[..., Any], config: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> HessoConfig:
+    """Return the HessoConfig where a trainer's arguments are of the types that they have to be.
+
+    Args:
+        make: the trainer's `__init__`, whose first arguments are the model and its own arguments.
+
+    Raises:
+        HessoError: naming the argument, its type and what to give.
+    """
+    if not isinstance(config, HessoConfig):
+        raise HessoError(
+            f"`hesso_config` ({'None' if config is None else type(config).__name__}) must be a HessoConfig: "
+            "`hesso_config=HessoConfig(pruning_ratio=...)`"
+        )
+    given = dict(zip(("model", "args"), args, strict=False)) | dict(kwargs)
+    if isinstance(given.get("args"), dict):
+        raise HessoError("`args` (dict) must be a TrainingArguments: `TrainingArguments(**args)`")
+    loads_by_name = "peft_config" in inspect.signature(make).parameters  # as TRL's trainers do
+    if isinstance(model := given.get("model"), str) and not loads_by_name:
+        raise HessoError(
+            f"`model` ({model!r}) is a name, not a model: load it, "
+            f"`AutoModelForCausalLM.from_pretrained({model!r}, dtype=torch.float32)`"
+        )
+    if isinstance(model, nn.Module):
+        check_unquantised(model)  # `Trainer` would ask for an adapter, which is no way out here
+    return config
 
 
 def refuse(trainer: Trainer, engine: Engine, adapters: bool) -> None:
@@ -39,7 +75,16 @@ def refuse(trainer: Trainer, engine: Engine, adapters: bool) -> None:
             "support; load it whole and choose FSDP2 in Accelerate's config"
         )
     engine.refuse(adapters)
-    args = trainer.args
+    args, tokenizer, data = trainer.args, trainer.processing_class, trainer.train_dataset
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise HessoError(
+            f"`processing_class` ({type(tokenizer).__name__}) can't be saved with the model: give the tokenizer "
+            "itself, `AutoTokenizer.from_pretrained(...)`"
+        )
+    if isinstance(data, Sized) and not len(data):
+        raise HessoError("`train_dataset` (0 examples) is empty: there is nothing to train on")
+    if args.learning_rate == 0:
+        logger.warning("`learning_rate` (0.0): units go and nothing is learnt to make up for them; set one above 0")
     if args.auto_find_batch_size:
         raise HessoError("`auto_find_batch_size` (True) starts training over midway; set a batch size that fits")
     if args.push_to_hub and args.hub_strategy in ("checkpoint", "all_checkpoints"):

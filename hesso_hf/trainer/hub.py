@@ -7,8 +7,11 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..export.report import CARD_NAME
+
+logger = logging.get_logger(__name__)
 
 _NOT_PUBLISHED = ["_*", "*/*", "training_args.bin", "optimizer.*", "scheduler.pt", ".*"]
 
@@ -39,3 +42,12 @@ def upload(
         delete_patterns=["*.safetensors", "*.safetensors.index.json"],  # shards of an earlier push
         revision=revision,
     )
+
+
+def upload_on_the_way(trainer: Trainer) -> None:
+    """Upload during training, which goes on where that fails: what was to be uploaded is saved, and comes again."""
+    step = trainer.state.global_step
+    try:
+        upload(trainer, f"Training in progress, step {step}", trainer.args.hub_token, trainer.args.hub_revision)
+    except Exception as error:  # no connection, no right any more: the client has no type for all
+        logger.warning(f"nothing is pushed to the Hub after step {step}: {type(error).__name__}: {error}")

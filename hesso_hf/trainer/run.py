@@ -57,6 +57,7 @@ class PruningRun:
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
         total_steps: of the run, where they were given; else they are counted.
+        base_folder: that the model was read from, None where it was no folder.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class PruningRun:
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.plan = _prepared(trainer, self.whole, config)
+        name = self.model.config.name_or_path
+        self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
         self.measurer = Measurer(trainer, config, counted)
         self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer)
 
@@ -126,7 +129,7 @@ class PruningRun:
         """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
         if self.resume_from is not None:
             return self._settle_from(self.resume_from)
-        schedule = resolve_schedule(self._config, self._total_steps())
+        schedule = resolve_schedule(self._config, self.count_steps())
         self.teaching.begin(schedule.total_steps, self.measurer.tokens_per_example)
         engine = self._engine()
         if self._config.stream_basis == "auto" and not engine.turns_stream:
@@ -153,14 +156,15 @@ class PruningRun:
         heal_base_(parameters_of(self.model), folder)
         self.plan.target = TargetSizes.from_dict(state["target"])
         schedule = Schedule.from_dict(state["schedule"])
-        if schedule.end > self._total_steps():
+        if schedule.end > self.count_steps():
             raise HessoError(
-                f"`max_steps` ({self._total_steps()}) ends before pruning does (step {schedule.end} in "
+                f"`max_steps` ({self.count_steps()}) ends before pruning does (step {schedule.end} in "
                 f"{folder}); train for at least {schedule.end} steps"
             )
         return schedule
 
-    def _total_steps(self) -> int:
+    def count_steps(self) -> int:
+        """Return how many optimizer steps the run has."""
         trainer = self._trainer
         if self.total_steps is not None:
             return self.total_steps

@@ -1,19 +1,26 @@
-"""What a trainer's folders hold: the checkpoint to go on from, and a dense model in a smaller one's place."""
+"""What a trainer's folders hold: the checkpoint to go on from, a dense model in a smaller one's place, and where else a
+model goes that can't be written where it should."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..distributed.collectives import from_all, on_all
+from ..config import HessoConfig
+from ..distributed.collectives import from_all, from_main, on_all
 from ..engines.engine import Engine
-from ..errors import HessoError, VerificationError
-from ..export.checkpoint_state import last_common_checkpoint, write_state
+from ..errors import HessoError, StorageError, VerificationError
+from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
+from ..export.export import cut_pruned
 from ..export.plots import PLOT_NAME
 from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
+from ..export.storage import check_writable, room, writing
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
 from ..structures.uneven_layers import MODULE_NAME
@@ -39,6 +46,51 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
     return str(last)
 
 
+def check_not_base(target: Path, base: Path | None, config: HessoConfig) -> None:
+    """Refuse to replace the model that training began from, which may be the only copy, unless that is asked for.
+
+    Args:
+        base: the folder that it was read from, None where that is no folder.
+
+    Raises:
+        HessoError: naming the folder.
+    """
+    if base is not None and not config.overwrite_base and target.exists() and base.exists() and target.samefile(base):
+        raise HessoError(
+            f"{str(target)!r} is the folder that the base model was read from, and would hold another model then: name "
+            "another folder, or say that this is meant by `HessoConfig(overwrite_base=True)`"
+        )
+
+
+def how_far(process: PruningProcess | None) -> str:
+    """Say how far pruning is."""
+    return "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"
+
+
+def checkpoint_bytes(model: PreTrainedModel) -> int:
+    """Estimate a checkpoint: the weights, with adapters those that are trained, and two moments of what is trained."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    written = trained if lora_layers(model) else parameters
+    return sum(p.numel() * p.element_size() for p in [*written, *trained, *trained])
+
+
+@contextlib.contextmanager
+def writing_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[None]:
+    """Say where a checkpoint can't be written, and which one there is to go on from.
+
+    Raises:
+        StorageError: naming the folder, the need, the room and the last whole checkpoint.
+    """
+    try:
+        with writing("the checkpoint", folder, checkpoint_bytes(model)):
+            yield
+    except StorageError as error:
+        last = last_checkpoint(folder.parent)
+        going_on = f"`resume_from_checkpoint={str(last)!r}`" if last else "there is no earlier checkpoint to go on from"
+        raise StorageError(f"{error}. Make room, then: {going_on}") from error
+
+
 def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[], None]) -> None:
     """Save the model as it is, with a warning, in place of a smaller one that may lie there.
 
@@ -46,8 +98,7 @@ def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[]
         plain: the trainer's own `save_model`.
     """
     process = engine.steps.process if engine.steps else None
-    done = "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"
-    logger.warning(f"pruning {done}: the dense model is saved in {target}, not a smaller one")
+    logger.warning(f"pruning {how_far(process)}: the dense model is saved in {target}, not a smaller one")
     if engine.args.should_save:
         _remove_export(target)
     with _before_trial(process):
@@ -61,11 +112,14 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
         plain: the trainer's own `save_model`.
 
     Raises:
+        StorageError: on all processes, naming the folder that holds the smaller model instead.
         VerificationError: on all processes, naming the folder with what was trained.
     """
     try:
         return engine.export(run, target)
     except Exception as error:  # all processes have one, of whatever type
+        if any(from_all(isinstance(error, StorageError))):
+            raise StorageError(f"{error}. {_save_elsewhere(engine, run, target)}") from error
         if not any(from_all(isinstance(error, VerificationError))):
             raise
         beside = target.absolute().with_name(f"{target.absolute().name}-dense")
@@ -75,6 +129,55 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
             f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
             "the trainer"
         ) from error
+
+
+def pruned_model(engine: Engine, run: PruningRun) -> PreTrainedModel:
+    """Return the smaller model in memory; every process that asks has one of its own.
+
+    Raises:
+        HessoError: while pruning isn't over, and where no process has the model whole.
+    """
+    process = engine.steps.process if engine.steps else None
+    if process is None or not process.finished:
+        raise HessoError(
+            f"`pruned_model`: pruning {how_far(process)}, so the model is dense: train until it has finished"
+        )
+    if not engine.turns_stream:
+        raise HessoError(
+            "`pruned_model`: under FSDP and DeepSpeed no process has the model whole; `save_model(folder)` on all of "
+            "them, and load the folder"
+        )
+    return cut_pruned(
+        run.whole, kept_units=process.kept_units(), groups=run.plan.groups, dtype=engine.config.export_dtype,
+        training=run.record(),
+    )  # fmt: skip
+
+
+def _save_elsewhere(engine: Engine, run: PruningRun, target: Path) -> str:
+    """Save the smaller model in the first other place that takes it; return what to say of that."""
+    output_dir, size = Path(engine.args.output_dir or ""), 4 * run.plan.target.parameters_after
+    for place in from_main(_other_places(target, output_dir, size)):
+        try:
+            engine.export(run, place)
+        except Exception as error:
+            if not any(from_all(isinstance(error, StorageError))):
+                raise
+        else:
+            return f"Nothing is lost: the smaller model is saved in {str(place)!r} instead"
+    last = last_checkpoint(output_dir)
+    later = f", or `hesso-hf export {last} FOLDER`" if last else ""
+    return f"No other place takes it; the trained model is still in memory: make room, then `save_model` again{later}"
+
+
+def _other_places(target: Path, output_dir: Path, size: int) -> list[Path]:
+    """List where a model that can't be written to `target` may go: where there is room, and nothing of that name."""
+    name, places = f"{target.name}-rescued-{os.getpid()}", []
+    for folder in (target.absolute().parent, output_dir.absolute(), Path.cwd(), Path(tempfile.gettempdir())):
+        with contextlib.suppress(StorageError):
+            check_writable("output_dir", folder)
+            if room(folder) > size and folder / name not in places:
+                places.append(folder / name)
+    return places
 
 
 def _save_trained(engine: Engine, run: PruningRun, folder: Path, plain: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from datasets import IterableDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -19,17 +19,25 @@ from ..config import HessoConfig
 from ..distributed.collectives import barrier
 from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine, Steps
-from ..errors import HessoError, TrainingDivergedError
+from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_, write_state
 from ..export.report import REPORT_NAME, PruningReport
 from ..structures.lora import lora_layers, with_adapter
 from ..structures.turned_base import write_healed, write_turn
 from .callbacks import HessoProgressCallback, StopTogether, metrics
-from .engine import engine_of, refuse
-from .hub import add_to_card, upload
+from .engine import checked_config, engine_of, refuse
+from .hub import add_to_card, upload, upload_on_the_way
 from .peeked import PeekedStream
 from .run import PruningRun
-from .saving import end_training, resolve_checkpoint, save_dense, save_smaller
+from .saving import (
+    check_not_base,
+    end_training,
+    pruned_model,
+    resolve_checkpoint,
+    save_dense,
+    save_smaller,
+    writing_checkpoint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -69,12 +77,7 @@ class HessoMixin(_TrainerBase):
     def __init__(
         self, *args: Any, hesso_config: HessoConfig | None = None, peft_config: Any = None, **kwargs: Any
     ) -> None:
-        if hesso_config is None:
-            raise HessoError(f"{type(self).__name__} needs `hesso_config=HessoConfig(pruning_ratio=...)`; got None")
-        if not isinstance(hesso_config, HessoConfig):
-            raise HessoError(
-                f"`hesso_config` ({type(hesso_config).__name__}) must be a HessoConfig: HessoConfig(pruning_ratio=...)"
-            )
+        hesso_config = checked_config(super().__init__, hesso_config, args, kwargs)
         self.hesso_config = hesso_config
         self.pruning_report: PruningReport | None = None
         self.told_to_stop = False
@@ -113,7 +116,7 @@ class HessoMixin(_TrainerBase):
         folder = resolve_checkpoint(resume_from_checkpoint, output_dir)
         self.hesso_run.resume_from = Path(folder) if folder is not None else None
         if self.hesso_run.resume_from is not None:
-            check_resumable(self.hesso_run.resume_from)
+            check_resumable(self.hesso_run.resume_from, self.hesso_run.model)
         try:
             output = super().train(folder, *args, **kwargs)
         except TrainingDivergedError as error:
@@ -199,12 +202,15 @@ class HessoMixin(_TrainerBase):
         """Save the smaller model once pruning has finished; before that the dense one, with a warning.
 
         Raises:
+            HessoError: where it would replace the base model, unless `overwrite_base` is set.
+            StorageError: where it can't be written; it is saved elsewhere then, if that can be.
             VerificationError: where the smaller model doesn't reproduce the trained one, which is saved beside it then.
         """
         plain = super().save_model
         if self._saving_checkpoint:
             return plain(output_dir, _internal_call=_internal_call)
         target = Path(output_dir or self.args.output_dir or "")
+        check_not_base(target, self.hesso_run.base_folder, self.hesso_config)
         steps = self.hesso_engine.steps
         if steps is None or not steps.process.finished:
             dense = functools.partial(plain, output_dir, _internal_call=_internal_call)
@@ -215,21 +221,31 @@ class HessoMixin(_TrainerBase):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
 
+    def pruned_model(self) -> PreTrainedModel:
+        """Return the smaller model in memory, adapters merged, compared with the trained one as `save_model` does it.
+
+        Raises:
+            HessoError: while pruning isn't over, and where no process has the model whole.
+            VerificationError: where the smaller model doesn't reproduce the trained one.
+        """
+        return pruned_model(self.hesso_engine, self.hesso_run)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a dense, resumable checkpoint with the pruning state beside it."""
         self._saving_checkpoint = True
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            if self.args.should_save:
-                begin_checkpoint(folder)
-                write_state(folder, self._process.decision(), self.hesso_config, self.hesso_run.record())
-                if self.hesso_run.basis is not None and self.hesso_run.basis.tensors:
-                    write_turn(folder, self.hesso_run.basis.tensors)
-                if healed := self._process.healed_base():
-                    write_healed(folder, healed)
-            barrier()  # nobody writes before what was there is gone
-            self.hesso_engine.save(self.hesso_run, folder)
-            super()._save_checkpoint(model, trial)
+            with writing_checkpoint(folder, self.hesso_run.model):
+                if self.args.should_save:
+                    begin_checkpoint(folder)
+                    write_state(folder, self._process.decision(), self.hesso_config, self.hesso_run.record())
+                    if self.hesso_run.basis is not None and self.hesso_run.basis.tensors:
+                        write_turn(folder, self.hesso_run.basis.tensors)
+                    if healed := self._process.healed_base():
+                        write_healed(folder, healed)
+                barrier()  # nobody writes before what was there is gone
+                self.hesso_engine.save(self.hesso_run, folder)
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
 
@@ -305,8 +321,7 @@ class HessoMixin(_TrainerBase):
         self._saving_checkpoint = False
         self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
         if self.is_world_process_zero():
-            message = f"Training in progress, step {self.state.global_step}"
-            upload(self, message, self.args.hub_token, self.args.hub_revision)
+            upload_on_the_way(self)
 
 
 class HessoTrainer(HessoMixin, Trainer):

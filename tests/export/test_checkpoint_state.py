@@ -8,6 +8,7 @@ import pytest
 
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.export.checkpoint_state import check_resumable
+from tests.support.tiny import tiny_llama
 
 
 def test_a_checkpoint_that_is_not_there_is_told_from_one_of_another_trainer(tmp_path: Path) -> None:
@@ -16,6 +17,6 @@ def test_a_checkpoint_that_is_not_there_is_told_from_one_of_another_trainer(tmp_
         CheckpointMismatchError,
         match=r"^Can't find a valid checkpoint at .*checkpoint-8'\) doesn't exist; there are: \['checkpoint-4'\]",
     ):
-        check_resumable(tmp_path / "checkpoint-8")
+        check_resumable(tmp_path / "checkpoint-8", tiny_llama())
     with pytest.raises(CheckpointMismatchError, match="not written by HessoTrainer"):
-        check_resumable(tmp_path / "checkpoint-4")
+        check_resumable(tmp_path / "checkpoint-4", tiny_llama())

@@ -51,9 +51,9 @@ def test_a_plan_says_what_goes_and_when() -> None:
     plan = PruningPlan.prepare(model, HessoConfig(target_sizes={"intermediate_size": 28}, structures="mlp_channels"))
     assert plan.preview(Schedule(4, 9, 3, 40)).splitlines() == [
         f"HESSO: {model.num_parameters():,} -> {model.num_parameters() - 2 * 16 * (3 * 60 + 2):,} parameters "
-        f"({plan.target.parameter_ratio:.1%} removed) in 3 periods, steps 5 to 13 of 40",
-        "  intermediate_size: 44 -> 28",
-        "  mlp_channels: 36% of the units of a layer go",
+        f"({plan.target.parameter_ratio:.1%} removed) in 3 periods, steps 5 to 13 of 40; before that 4 of warm-up, "
+        "after it 27 of recovery",
+        "  mlp_channels: 44 -> 28 units a layer (36% go, 100% of what is removed); intermediate_size 44 -> 28",
     ]
     plan.curves = LossCurves({"mlp_channels": (0.5,)}, {"mlp_channels": (1.1,)})
     assert plan.preview(Schedule(4, 9, 3, 40)).endswith("  expected before any recovery: +0.80 nats a token")
@@ -89,7 +89,7 @@ def test_a_shape_of_which_little_stays_is_warned_of(caplog: pytest.LogCaptureFix
         )
         with propagated(caplog):
             plan.process(Schedule(1, 2, 1, 4))
-        assert ("mlp_channels: 8 of 44 units of a layer stay (18%)" in caplog.text) == warned
+        assert ("mlp_channels: 8 of 44 units of a layer stay (18%; intermediate_size 44 -> 8)" in caplog.text) == warned
 
 
 def test_weights_tied_or_replaced_by_hand_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from operator import mul
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hesso_hf.config import HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.pruning.schedule import PHASES, PeriodStep, Schedule, resolve_schedule
+from tests.support.checks import propagated
 
 
 def resolved(total_steps: int, **steps: float) -> Schedule:
@@ -357,3 +359,28 @@ def test_scales_of_any_schedule_fall_to_exactly_zero_in_every_period_and_shares_
     shares = [period.share for period in schedule.periods]
     assert shares == sorted(shares)
     assert shares[-1] == 1
+
+
+@pytest.mark.parametrize("share", [0.08, 0.1, 0.3])
+def test_a_run_that_is_too_short_for_the_periods_names_the_steps_that_are_enough(
+    share: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    with propagated(caplog):
+        resolved(4, pruning_steps=share)
+        named = re.search(r"train for (\d+) steps or more, or set `pruning_steps` to 3 or more", caplog.text)
+        assert named is not None
+        enough = int(named.group(1))
+        for steps, few in ((enough - 1, True), (enough, False)):
+            caplog.clear()
+            schedule = resolved(steps, pruning_steps=share)
+            assert (schedule.pruning_periods < 3) == few
+            assert ("the run is short" in caplog.text) == few
+
+
+def test_a_run_that_ends_with_pruning_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with propagated(caplog):
+        resolved(10, warmup_steps=2, pruning_steps=8)
+        assert "pruning ends with the run's last step (10): nothing is trained without the pruned units" in caplog.text
+        caplog.clear()
+        resolved(11, warmup_steps=2, pruning_steps=8)
+        assert caplog.text == ""

@@ -8,7 +8,7 @@ import pytest
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hesso_hf.config import HessoConfig
-from hesso_hf.errors import UnsupportedStructureError
+from hesso_hf.errors import BudgetError, UnsupportedStructureError
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.structures.groups import MOST_OF_A_REASON, PruningGroups
 
@@ -34,10 +34,16 @@ def test_a_refusal_says_which_structure_of_which_class_stays_whole_and_what_to_p
     with pytest.raises(UnsupportedStructureError) as caught:
         PruningPlan.prepare(bert(), HessoConfig(0.1, structures=["attention_heads", "embedding_channels"]))
     message = str(caught.value)
-    assert message.startswith("`structures` (['attention_heads', 'embedding_channels']): attention heads of Bert")
-    assert "embedding channels of BertLMHeadModel stay whole" in message
+    asked = "`structures` (['attention_heads', 'embedding_channels']): "
+    assert message.startswith(f"{asked}attention heads, embedding channels of BertLMHeadModel stay whole")
     assert "(reason: no layout reproduces the logits" in message
     assert message.endswith("; can be pruned instead: ['mlp_channels']")
+
+
+def test_a_ratio_beyond_what_can_go_names_what_cannot() -> None:
+    whole = r"\['attention_heads', 'embedding_channels'\] of BertLMHeadModel can't go; nearest feasible: "
+    with pytest.raises(BudgetError, match=rf"met within 1% by \['mlp_channels'\], the {whole}"):
+        PruningPlan.prepare(bert(), HessoConfig(0.9))
 
 
 def test_what_a_class_does_not_have_is_said_so() -> None:

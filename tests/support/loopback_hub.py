@@ -167,9 +167,11 @@ class Repo:
 class LoopbackHub:
     """The server, as a context manager; it listens from `__enter__` to `__exit__`."""
 
-    def __init__(self, token: str = "hf_test", user: str = "user") -> None:
+    def __init__(self, token: str = "hf_test", user: str = "user", role: str = "write") -> None:
         self.token = token
         self.user = user
+        self.role = role
+        """What the token may do: "write" or "read"."""
         self.requests: list[tuple[str, str]] = []
         """Method and percent-encoded path, without the query, of every request so far, in order of arrival."""
         self._repos: dict[str, Repo] = {}
@@ -276,6 +278,13 @@ class LoopbackHub:
             raise HubError(401, "Repository not found", "RepoNotFound")
         return repo
 
+    def _auth_check(self, request: Request, repo: str) -> Response:
+        """Whether the caller may write to a repo."""
+        self._repo(request, repo)
+        if self.role != "write":
+            raise HubError(403, "Forbidden: this token can't write to the repository")
+        return _json({})
+
     def _create_repo(self, request: Request) -> Response:
         payload = request.json()
         if payload.get("type", "model") != "model":
@@ -285,11 +294,13 @@ class LoopbackHub:
         if repo_id in self._repos:
             # The client reads the url of this refusal too, under exist_ok.
             return _json({**answer, "error": "You already created this model repo"}, 409)
+        if self.role != "write":
+            raise HubError(403, "Forbidden: this token can't make a repository")
         self._repos[repo_id] = Repo(repo_id, private=payload.get("visibility") == "private")
         return _json(answer)
 
     def _whoami(self, request: Request) -> Response:
-        access = {"displayName": "loopback", "role": "write"}
+        access = {"displayName": "loopback", "role": self.role}
         auth = {"type": "access_token", "accessToken": access}
         return _json({"type": "user", "id": "0", "name": self.user, "fullname": self.user, "orgs": [], "auth": auth})
 
@@ -430,6 +441,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Response], bool]] = [
     ("POST", "/api/validate-yaml", LoopbackHub._validate_yaml, False),
     ("GET", _API, LoopbackHub._info, False),
     ("GET", f"{_API}/revision/{_REVISION}", LoopbackHub._info, False),
+    ("GET", f"{_API}/auth-check/write", LoopbackHub._auth_check, True),
     ("GET", f"{_API}/tree/{_REVISION}(?:/(?P<path>.+))?", LoopbackHub._tree, False),
     ("POST", f"{_API}/paths-info/{_REVISION}", LoopbackHub._paths_info, False),
     ("POST", f"{_API}/preupload/{_REVISION}", LoopbackHub._preupload, True),

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 
 from tests.support import ROOT
+from tests.support.checks import propagated
 from tests.support.loopback_hub import LoopbackHub
 from tests.support.training import trainer
 
@@ -70,6 +71,22 @@ def test_a_dense_model_is_neither_saved_nor_pushed(steps: int, tmp_path: Path, m
         run.train()
     assert run.push_to_hub() is None
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_push_on_the_way_that_fails_is_warned_of_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", offline)
+    run = trainer(tmp_path, push_to_hub=True, hub_strategy="every_save", save_strategy="steps", save_steps=8)
+    with propagated(caplog):
+        run.train()
+    assert run.state.global_step == 12
+    assert "nothing is pushed to the Hub after step 8: ConnectionError: the line is dead" in caplog.text
+    assert (tmp_path / "pruning_report.json").exists()
 
 
 class StopAt(TrainerCallback):

@@ -57,6 +57,8 @@ def prove(
 def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proof:
     try:
         bench = Bench(model_class, covering_config(model_class, config))
+    except UnsupportedStructureError as error:
+        return Proof({name: StructureProof(name, None, None, str(error)) for name in names})
     except Exception as error:  # model code may refuse the tiny sizes with any exception type
         reason = f"no tiny {model_class.__name__} could be built: {type(error).__name__}: {error}"
         return Proof({name: StructureProof(name, None, None, reason) for name in names})

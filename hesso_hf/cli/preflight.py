@@ -1,0 +1,104 @@
+"""What `hesso-hf prune` looks at before it trains: all that it will write to."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from ..config import HessoConfig
+from ..errors import HessoError
+from ..export.storage import check_room, check_writable
+from ..hf_models.build import first_line
+from ..trainer.saving import check_not_base, checkpoint_bytes
+from .recipe import Recipe
+
+
+class ShowPlan(TrainerCallback):
+    """Prints before the first step what goes and when, where no progress bar does."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._shown = trainer, False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print it, once."""
+        if not self._shown and state.is_world_process_zero:
+            print(self._trainer.hesso_plan.preview(self._trainer.hesso_optimizer.process.schedule))
+        self._shown = True
+
+
+def output_of(recipe: Recipe) -> Path:
+    """Return the folder for the smaller model."""
+    return Path(recipe.run.output) if recipe.run.output else Path(str(recipe.training.output_dir)) / "small"
+
+
+def check_places(recipe: Recipe) -> None:
+    """Check what can be told before anything is loaded: folders, and the Hub's repository where it is pushed to.
+
+    Raises:
+        HessoError: naming the argument, the place and the remedy.
+    """
+    output, output_dir, base = output_of(recipe), Path(str(recipe.training.output_dir)), Path(str(recipe.run.model))
+    written = {"output_dir": output_dir, "output": output}
+    for argument, folder in written.items():
+        check_writable(argument, folder)
+        if argument == "output" or recipe.training.push_to_hub:  # which saves in `output_dir` what it pushes
+            check_not_base(folder, base if base.is_dir() else None, recipe.hesso)
+    check_writable("output", output.absolute().parent)  # where it is put together
+    if recipe.training.push_to_hub and recipe.training.process_index == 0:
+        check_hub(recipe.training)
+
+
+def check_hub(training: TrainingArguments) -> None:
+    """Make the repository that is pushed to, or check that it can be written.
+
+    Raises:
+        HessoError: where there is no token, it has no right to write, or the Hub can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    name = training.hub_model_id or Path(str(training.output_dir)).absolute().name
+    api = HfApi(token=training.hub_token)
+    try:
+        repo = api.create_repo(name, private=training.hub_private_repo, exist_ok=True).repo_id
+        api.auth_check(repo, write=True)
+    except Exception as error:  # a bad name, no token, no right, no connection: the client has no type for all
+        raise HessoError(
+            f"`push_to_hub` (True): {name!r} can't be written on the Hub ({first_line(error)}); log in with a token "
+            "that may write (`hf auth login`, `hub_token`), name another `hub_model_id`, or leave `push_to_hub` out"
+        ) from error
+
+
+def check_disk(recipe: Recipe, trainer: Any) -> None:
+    """Estimate what the run will write, now that its sizes are known.
+
+    Raises:
+        StorageError: where the disk has no room for it.
+    """
+    run, output_dir = trainer.hesso_run, Path(str(recipe.training.output_dir))
+    model = run.plan.target.parameters_after * _bytes_a_parameter(recipe.hesso, run.model)
+    parts = [("the smaller model", output_of(recipe), model)]
+    if recipe.training.push_to_hub:
+        parts.append(("the one that is pushed", output_dir, model))
+    if count := num_checkpoints(recipe.training, run.count_steps()):
+        what = f"{count} checkpoint{'s' * (count > 1)}"
+        parts.append((what, output_dir, count * checkpoint_bytes(run.model)))
+    check_room(parts)
+
+
+def _bytes_a_parameter(config: HessoConfig, model: Any) -> int:
+    return {"float32": 4, None: model.dtype.itemsize}.get(config.export_dtype, 2)
+
+
+def num_checkpoints(training: TrainingArguments, total_steps: int) -> int:
+    """Return how many checkpoints lie on the disk at once: the oldest is removed after the newest is written."""
+    if training.save_strategy == SaveStrategy.NO:
+        return 1 if training.enable_jit_checkpoint else 0
+    every = training.save_steps if training.save_steps >= 1 else max(1, math.ceil(total_steps * training.save_steps))
+    saved = math.ceil(total_steps / every)
+    if training.save_strategy == SaveStrategy.EPOCH:
+        saved = math.ceil(training.num_train_epochs)
+    return min(saved, training.save_total_limit + 1) if training.save_total_limit else saved

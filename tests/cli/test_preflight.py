@@ -1,0 +1,198 @@
+"""`hesso-hf prune` looks before it trains, saves before it measures, and says how to go on after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from hesso_hf import HessoTrainer
+from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli import preflight
+from hesso_hf.cli.main import main
+from hesso_hf.cli.preflight import check_hub, num_checkpoints
+from hesso_hf.errors import HessoError
+from hesso_hf.hf_models import loading
+from tests.support.loopback_hub import LoopbackHub
+from tests.support.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of a short run on a tiny model, but for where it writes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_llama(vocab_size=1024).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(folder / "model")
+    rows = [json.dumps({"text": f"Sentence number {i} isn't number {i + 1}. " * 4}) for i in range(40)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    return [
+        "prune", "--model", str(folder / "model"), "--dataset", str(folder / "text.jsonl"), "--block_size", "16",
+        "--max_steps", "6", "--per_device_train_batch_size", "2", "--report_to", "none", "--disable_tqdm", "true",
+        "--use_cpu", "true", "--target_sizes", '{"intermediate_size": 28}', "--healing", "off", "--replay_share", "0",
+        "--calibration_examples", "0", "--hesso_warmup_steps", "1", "--pruning_steps", "3", "--save_steps", "2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a step is made."""
+    monkeypatch.setattr(HessoTrainer, "training_step", lambda *_, **__: pytest.fail("a step was made"))
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where weights are loaded."""
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize("argument", ["output", "output_dir"])
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
+    argument: str, inputs: list[str], tmp_path: Path, unloaded: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    flags = {"output_dir": str(tmp_path / "run")} | {argument: str(tmp_path / "file" / "x")}
+    assert main([*inputs, *(text for name, folder in flags.items() for text in (f"--{name}", folder))]) == 2
+    assert f"`{argument}` ('{tmp_path}/file/x') can't be written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(
+    inputs: list[str], tmp_path: Path, untrained: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=500_000))
+    assert main([*inputs, "--output_dir", str(tmp_path / "run")]) == 2
+    text = capsys.readouterr().err
+    # 156,908 parameters of 4 bytes, with two moments; 151,084 stay
+    assert "the disk has room for 500 kB, and the run writes about 6.25 MB (the smaller model in " in text
+    assert f"{tmp_path}/run/small about 604 kB; 3 checkpoints in {tmp_path}/run about 5.65 MB)" in text
+    assert "make room, name folders on another disk, or write fewer checkpoints (`save_total_limit`)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"save_strategy": "no"}, 0),
+        ({"save_strategy": "no", "enable_jit_checkpoint": True}, 1),
+        ({"save_steps": 40}, 3),
+        ({"save_steps": 0.25}, 4),
+        ({"save_steps": 10, "save_total_limit": 2}, 3),
+        ({"save_strategy": "epoch", "num_train_epochs": 2}, 2),
+    ],
+)
+def test_so_many_checkpoints_lie_on_the_disk_at_once(options: dict[str, Any], count: int, tmp_path: Path) -> None:
+    assert num_checkpoints(TrainingArguments(str(tmp_path), use_cpu=True, **options), 100) == count
+
+
+def test_the_plan_is_printed_and_the_small_model_saved_before_it_is_measured(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(self: HessoTrainer) -> None:
+        raise HessoError("out of luck")
+
+    monkeypatch.setattr(HessoTrainer, "evaluate", evaluate)
+    assert main([*inputs, "--output_dir", str(tmp_path / "run"), "--save_strategy", "no"]) == 2
+    shown = capsys.readouterr()
+    assert "out of luck" in shown.err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small").config.intermediate_size == 28
+    plan, report = shown.out.index("HESSO: 156,908 -> 151,084 parameters"), shown.out.index("of the parameters removed")
+    assert plan < report
+    assert "mlp_channels: 44 -> 28 units a layer" in shown.out
+    assert "steps 2 to 4 of 6; before that 1 of warm-up, after it 2 of recovery" in shown.out
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps, plain = [], HessoTrainer.training_step
+
+    def training_step(self: HessoTrainer, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        if len(steps) in (2, 5):
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(HessoTrainer, "training_step", training_step)
+    flags = [*inputs, "--output_dir", str(tmp_path / "a run")]
+    for there in (f"starts anew, since there is no checkpoint in {tmp_path}/a run yet", "goes on from"):
+        assert main(flags) == 130
+        text = capsys.readouterr().err
+        assert there in text
+    assert f"goes on from {tmp_path}/a run/checkpoint-2" in text
+    name, *argv = shlex.split(text.strip().splitlines()[-1])
+    assert name == "hesso-hf"
+    assert argv == [*flags, "--resume_from_checkpoint", "auto"]
+    assert main(argv) == 0
+    assert steps == [0, 1, 0, 1, 2, *range(2, 6)]
+    assert (tmp_path / "a run" / "small" / "config.json").exists()
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what sets the Hub that this process' client asks, and its token."""
+
+    def asks(hub: LoopbackHub, token: str) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", token)
+
+    return asks
+
+
+@pytest.mark.parametrize(
+    ("role", "token", "exists", "refused"),
+    [
+        ("write", "hf_test", False, False),
+        ("write", "hf_test", True, False),
+        ("write", "hf_other", False, True),
+        ("read", "hf_test", False, True),
+        ("read", "hf_test", True, True),
+    ],
+)
+def test_the_hub_is_asked_whether_it_can_be_written(
+    role: str, token: str, exists: bool, refused: bool, online: Any, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(str(tmp_path / "mine"), push_to_hub=True, use_cpu=True)
+    with LoopbackHub() as hub:
+        online(hub, "hf_test")
+        if exists:
+            check_hub(arguments)
+        hub.role = role
+        online(hub, token)
+        if not refused:
+            return check_hub(arguments)
+        with pytest.raises(HessoError, match=r"`push_to_hub` \(True\): '(user/)?mine' can't be written on the Hub \("):
+            check_hub(arguments)
+
+
+def test_the_hub_is_asked_before_anything_is_loaded(
+    inputs: list[str], tmp_path: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refusing(training: TrainingArguments) -> None:
+        raise HessoError("no right to write")
+
+    monkeypatch.setattr(preflight, "check_hub", refusing)
+    assert main([*inputs, "--output_dir", str(tmp_path), "--push_to_hub", "true"]) == 2
+    assert "no right to write" in capsys.readouterr().err
+
+
+def test_a_push_that_fails_names_the_folder_that_the_model_is_in(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def push_to_hub(self: HessoTrainer) -> None:
+        raise ConnectionError("the line is dead")
+
+    monkeypatch.setattr(preflight, "check_hub", lambda training: None)
+    monkeypatch.setattr(HessoTrainer, "init_hf_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HessoTrainer, "push_to_hub", push_to_hub)
+    flags = ["--output_dir", str(tmp_path / "run"), "--save_strategy", "no", "--push_to_hub", "true"]
+    assert main([*inputs, *flags]) == 2
+    expected = (
+        f"the smaller model is saved in {tmp_path}/run/small, and pushing it failed (ConnectionError: the line is d"
+    )
+    assert expected in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small").config.intermediate_size == 28

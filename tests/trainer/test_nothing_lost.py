@@ -1,0 +1,178 @@
+"""No finished training is lost, and no dense model taken for a small one: disks, folders, the base, checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
+
+from hesso_hf import HessoTrainer
+from hesso_hf.errors import HessoError, StorageError
+from hesso_hf.hf_models.tiny_model import logits_of
+from tests.support.disk import full_disk
+from tests.support.lora import lora_run
+from tests.support.tiny import token_batches
+from tests.support.training import hesso_config, trainer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a base model is read from."""
+    folder = tmp_path_factory.mktemp("read") / "base"
+    trainer(folder.parent / "x").model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> HessoTrainer:
+    """A run that has finished, with a checkpoint on the way and one at the end."""
+    output_dir = tmp_path_factory.mktemp("run")
+    made = trainer(
+        output_dir, LlamaForCausalLM.from_pretrained(base), hesso_config(warmup_steps=1), max_steps=8,
+        save_strategy="steps", save_steps=4, save_total_limit=None,
+    )  # fmt: skip
+    with pytest.raises(HessoError, match="`pruned_model`: pruning has not begun, so the model is dense: train until"):
+        made.pruned_model()
+    made.train()
+    return made
+
+
+def test_the_pruned_model_in_memory_is_the_one_that_is_saved(run: HessoTrainer, tmp_path: Path) -> None:
+    small = run.pruned_model()
+    run.save_model(str(tmp_path / "small"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert type(small) is type(saved) is LlamaForCausalLM
+    assert small.config.intermediate_size == 28
+    for (name, ours), theirs in zip(small.named_parameters(), saved.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    (ids,) = token_batches(1)
+    assert (logits_of(small, ids) - logits_of(run.model.eval(), ids)).abs().max() <= 1e-4
+    kept = {parameter.data_ptr() for parameter in run.model.parameters()}
+    assert not kept & {parameter.data_ptr() for parameter in small.parameters()}  # to be trained on, say
+
+
+def test_adapters_are_merged_into_the_pruned_model_and_the_dtype_is_the_exports(tmp_path: Path) -> None:
+    tuned = lora_run(tmp_path, config=hesso_config(export_dtype="bfloat16"))
+    tuned.train()
+    small = tuned.pruned_model()
+    assert type(small) is LlamaForCausalLM
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    (ids,) = token_batches(1)
+    expected = logits_of(tuned.model.eval().base_model.model, ids)
+    assert (logits_of(small.float(), ids) - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_a_model_that_is_not_what_was_trained_is_not_given_out(
+    run: HessoTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hesso_hf.export.verify.FOLD_TOLERANCE", -1.0)
+    with pytest.raises(HessoError, match="differ from the trained model's"):
+        run.pruned_model()
+
+
+def test_where_no_process_has_the_model_whole_there_is_none_in_memory(
+    run: HessoTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.hesso_engine, "turns_stream", False)
+    with pytest.raises(
+        HessoError, match=r"`pruned_model`: under FSDP and DeepSpeed .*`save_model\(folder\)` on all of"
+    ):
+        run.pruned_model()
+
+
+def test_a_checkpoint_says_that_it_is_dense_and_how_it_is_exported(run: HessoTrainer) -> None:
+    early, late = (Path(str(run.args.output_dir)) / f"checkpoint-{step}" for step in (4, 8))
+    for folder in (early, late):
+        card = (folder / "README.md").read_text()
+        assert "A dense model, not the smaller one" in card
+        assert f"hesso-hf export {folder} small" in card
+        assert json.loads((folder / "hesso_state.json").read_text())["holds"] == "dense"
+        assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == 44
+    assert "at step 4 of 6" in (early / "README.md").read_text()
+    assert "Its pruned units are at zero" in (late / "README.md").read_text()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_base_is_not_replaced_unless_that_is_asked_for(
+    trained: bool, run: HessoTrainer, base: Path, tmp_path: Path
+) -> None:
+    before = (base / "model.safetensors").read_bytes()
+    other = run if trained else trainer(tmp_path, LlamaForCausalLM.from_pretrained(base))
+    (tmp_path / "link").symlink_to(base)
+    for name in (base, tmp_path / "link"):
+        with pytest.raises(HessoError, match=r"is the folder that the base model was read from.*overwrite_base=True"):
+            other.save_model(str(name))
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_s_base_is_not_replaced_either_and_is_where_that_is_meant(tmp_path: Path) -> None:
+    model = trainer(tmp_path / "x").model
+    model.save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with pytest.raises(HessoError, match="is the folder that the base model was read from"):
+        lora_run(tmp_path / "x", model).save_model(str(tmp_path / "base"))
+    meant = trainer(
+        tmp_path / "x", LlamaForCausalLM.from_pretrained(tmp_path / "base"), hesso_config(overwrite_base=True)
+    )
+    meant.train()
+    meant.save_model(str(tmp_path / "base"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").config.intermediate_size == 28
+
+
+def test_where_a_folder_cannot_be_written_the_small_model_is_saved_elsewhere(run: HessoTrainer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="Nothing is lost: the smaller model is saved in") as caught:
+        run.save_model(str(tmp_path / "file" / "small"))
+    assert f"can't be written in '{tmp_path / 'file' / 'small'}'" in str(caught.value)
+    (rescued,) = Path(str(run.args.output_dir)).glob("small-rescued-*")
+    assert f"saved in '{rescued}' instead" in str(caught.value)
+    assert AutoModelForCausalLM.from_pretrained(rescued).config.intermediate_size == 28
+
+
+def test_on_a_full_disk_need_and_room_are_named_and_the_run_can_be_saved_later(
+    run: HessoTrainer, tmp_path: Path
+) -> None:
+    size = 4 * sum(parameter.numel() for parameter in run.pruned_model().parameters())
+    with full_disk(), pytest.raises(StorageError) as caught:
+        run.save_model(str(tmp_path / "small"))
+    text = str(caught.value)
+    assert (
+        f"the smaller model can't be written in '{tmp_path / 'small'}', which takes about {size / 1000:.3g} kB" in text
+    )
+    assert "there is room for" in text
+    assert "File too large" in text
+    assert "still in memory: make room, then `save_model` again" in text
+    assert f"`hesso-hf export {run.args.output_dir}/checkpoint-8 FOLDER`" in text
+    assert list(tmp_path.iterdir()) == []
+    run.save_model(str(tmp_path / "small"))
+    assert (tmp_path / "small" / "config.json").exists()
+
+
+class FullAfter(TrainerCallback):
+    """Fills the disk after a checkpoint."""
+
+    def __init__(self, disk: Any) -> None:
+        self._disk = disk
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._disk.__enter__()
+
+
+def test_on_a_full_disk_a_checkpoint_names_the_one_to_go_on_from(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    disk, run = full_disk(), trainer(tmp_path, **options)
+    run.add_callback(FullAfter(disk))
+    try:
+        with pytest.raises(StorageError) as caught:
+            run.train()
+    finally:
+        disk.__exit__(None, None, None)
+    assert f"the checkpoint can't be written in '{tmp_path / 'checkpoint-4'}', which takes about" in str(caught.value)
+    assert f"Make room, then: `resume_from_checkpoint='{tmp_path / 'checkpoint-2'}'`" in str(caught.value)
+    again = trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 8
