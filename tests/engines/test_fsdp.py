@@ -33,7 +33,7 @@ from tests.support.fsdp_cpu import Job
 from tests.support.tiny import tiny_llama
 from tests.support.training import ALONE, hesso_config, said_by_the_dense_model, trainer
 
-LONG = 24  # steps: 11 of them after the last period
+LONG = 40  # steps: 27 of them after the last period
 LOADED_BY_ONE = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 RATIO = {
     "pruning_ratio": 0.3,
