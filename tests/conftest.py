@@ -15,15 +15,16 @@ proofs.keep()
 
 # Files that take long come first, so that no worker is left alone with one at the end (`--dist loadfile`).
 LONG = (
-    "engines/test_fsdp.py", "distributed/test_parts.py", "trainer/test_cric_training.py",
-    "structures/proof/test_prove.py", "cli/survey/test_survey.py", "trainer/test_trl.py", "cli/test_main.py",
-    "trainer/test_distributed.py", "export/test_publish.py", "export/test_families.py", "trainer/test_replay.py",
-    "pruning/test_cric.py", "trainer/test_trainer.py", "engines/test_deepspeed.py", "project/test_readme.py",
-    "trainer/test_other_tasks.py", "project/test_notebooks.py", "trainer/test_hub.py", "pruning/test_optimizer.py",
-    "structures/test_shape_probe.py", "structures/test_experts.py", "trainer/test_stream.py",
+    "engines/test_fsdp.py", "distributed/test_parts.py", "trainer/test_cric_training.py", "export/test_families.py",
+    "project/test_benchmarks.py", "structures/proof/test_turn.py", "structures/proof/test_prove.py",
+    "cli/survey/test_survey.py", "trainer/test_distributed.py", "pruning/test_cric.py", "project/test_readme.py",
+    "pruning/test_optimizer.py", "trainer/test_trl.py", "cli/test_main.py", "pruning/test_devices.py",
+    "engines/test_deepspeed.py", "project/test_notebooks.py", "trainer/test_trainer.py", "trainer/test_replay.py",
+    "trainer/test_stream.py", "trainer/test_stream_lora.py", "structures/test_experts.py", "trainer/test_resume.py",
 )  # fmt: skip
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
+APART = "tests.project."  # whose tests replace nothing that a proof depends on
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +50,7 @@ def _what_is_imported_is_no_garbage() -> None:
 @pytest.fixture(autouse=True)
 def _proofs_are_made_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Take a config's proof from an earlier test, but where proofs are tested or something is replaced."""
-    fresh = "monkeypatch" in request.fixturenames or request.module.__name__.startswith(FRESH)
+    name = request.module.__name__
+    fresh = name.startswith(FRESH) or ("monkeypatch" in request.fixturenames and not name.startswith(APART))
     with proofs.made_again(fresh):
         yield

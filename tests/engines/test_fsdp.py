@@ -360,13 +360,9 @@ def test_kill_9_at_many_random_events(two: Path, tmp_path: Path) -> None:
 
 
 def test_one_process_that_dies_ends_the_others_with_a_message(tmp_path: Path) -> None:
-    command = fsdp_cpu.command(tmp_path, [Job(__name__, "dying_job", tmp_path / "run")])
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **fsdp_cpu.ENVIRONMENT}, timeout=300
-    )
-    assert done.returncode != 0
-    assert "rank      : 1" in done.stderr
-    assert "SIGKILL" in done.stderr
+    done = fsdp_cpu.run(tmp_path / "run", __name__, "dying_job")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "process 1 ended with -9" in done.stderr
 
 
 def dying_job(folder: str, processes: int) -> None:

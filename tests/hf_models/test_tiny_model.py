@@ -31,6 +31,7 @@ from hesso_hf.hf_models.sizes import (
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.hf_models.tiny_model import ieee_fp32, logits_of, random_model, token_ids
 from hesso_hf.structures.proof.tiny_case import covering_config
+from tests.support import forks
 from tests.support.checks import known
 from tests.support.families import ALL
 
@@ -289,10 +290,7 @@ ALLOWED = {
 @pytest.mark.parametrize("case", ALLOWED)
 def test_fp32_is_fp32_for_a_while_and_all_settings_are_as_before(case: str):
     """In a process of its own: what torch has been told once can't be unsaid."""
-    import multiprocessing
-
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        inside, (before, after), (then, expected) = pool.apply(_settings, (ALLOWED[case],))
+    inside, (before, after), (then, expected) = forks.call(_settings, ALLOWED[case])
     assert inside[3:9] == ["ieee"] * 6
     assert after == before
     assert then == expected

@@ -161,6 +161,7 @@ def test_wrong_token_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
     assert "PUT" not in {method for method, _ in hub.requests}
 
 
+@pytest.mark.slow  # tests/trainer/test_hub.py does the same with HessoTrainer
 def test_trainer_push_to_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     """`Trainer` creates the repo, pushes while it trains and at the end."""
     run_client(hub, _TINY_MODEL + _TRAINER, tmp_path / "cache", str(tmp_path / "out"))

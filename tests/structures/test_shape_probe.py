@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -16,7 +14,7 @@ from hesso_hf.hf_models.build import build_meta, model_class_of
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.proof.prove import prove
 from hesso_hf.structures.shape_probe import AxisMap, Coupling, ParameterInfo, describe_parameters, probe_axes
-from tests.support import ROOT
+from tests.support import forks
 from tests.support.families import ALL, OTHERS
 
 HEADS, KV, MLP, HIDDEN = "num_attention_heads", "num_key_value_heads", "intermediate_size", "hidden_size"
@@ -282,7 +280,7 @@ def test_inspecting_llama_405b_takes_less_than_two_gigabytes():
         "assert list(found_all.values()) == ['proved'] * len(found_all), found.structures\n"
         "print(found.parameters, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    ran = forks.run(code)
     assert ran.returncode == 0, ran.stderr[-2000:]
     parameters, peak_kib = map(int, ran.stdout.split())
     assert parameters == 405_853_388_800

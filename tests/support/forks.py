@@ -14,6 +14,7 @@ import functools
 import gc
 import json
 import os
+import pickle
 import selectors
 import signal
 import socket
@@ -116,6 +117,26 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Do `start`'s job to its end."""
     return start(code, *arguments, processes=processes, env=env, path=path).completed()
+
+
+_CALL = """
+import importlib, pickle, sys
+module, name, given, found = sys.argv[1:]
+with open(given, "rb") as file:
+    result = getattr(importlib.import_module(module), name)(*pickle.load(file))
+with open(found, "wb") as file:
+    pickle.dump(result, file)
+"""
+
+
+def call(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a module's function in a worker, and return what it returns."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder) / "given", Path(folder) / "found"
+        given.write_bytes(pickle.dumps(arguments))
+        done = run(_CALL, work.__module__, work.__name__, str(given), str(found))
+        assert done.returncode == 0, done.stderr
+        return pickle.loads(found.read_bytes())
 
 
 @functools.cache

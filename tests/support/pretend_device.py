@@ -5,7 +5,6 @@ It becomes its process' accelerator for good, so a test that uses it does so in 
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from tests.support import forks
 
 DEVICE = "pretend:0"
 aten = torch.ops.aten
@@ -117,5 +118,9 @@ def move_(model: nn.Module) -> None:
 
 def apart(work: Callable[..., Any], *args: Any) -> Any:
     """Do something in a process of its own that has the device, and return what it returns, without tensors on it."""
-    with multiprocessing.get_context("spawn").Pool(1, _start) as pool:
-        return pool.apply(work, args)
+    return forks.call(_work, work, args)
+
+
+def _work(work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    _start()
+    return work(*args)

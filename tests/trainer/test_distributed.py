@@ -142,24 +142,24 @@ import sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from hesso_hf.distributed import collectives as agreement
-dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
 rank = dist.get_rank()
 
 def work():
-    time.sleep(5 * rank)
+    time.sleep(3 * rank)
     return rank
 
 assert agreement.on_all(work) == rank
 if not rank:
-    time.sleep(4)
+    time.sleep(3)
 assert agreement.from_main("told" if not rank else None) == "told"
-time.sleep(4 * rank)
+time.sleep(3 * rank)
 agreement.barrier()
 assert agreement.common({1, 2 + rank}) == {1}
 agreement.LONGEST_WORK, agreement.PATIENCE = 1.0, 0.3
 if rank:
     print("TOGETHER", flush=True)
-    time.sleep(4)
+    time.sleep(2)
 else:
     try:
         agreement.meet()

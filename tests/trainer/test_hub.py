@@ -25,29 +25,42 @@ from pathlib import Path
 import torch
 from tests.support.training import blocks, trainer
 torch.set_num_threads(1)
-run = trainer(Path(sys.argv[1]), push_to_hub=True, hub_model_id="user/small", hub_strategy=sys.argv[3],
-              save_strategy="steps", save_steps=4)
-run.train()
-run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
 from transformers import AutoModelForCausalLM
-small = AutoModelForCausalLM.from_pretrained("user/small")
-ids = torch.randint(3, 60, (2, 9))
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
-error = relative_error(logits_of(small, ids), logits_of(run.model.eval(), ids))
-print("RESULT", small.config.intermediate_size, small.config.hidden_size, error)
+for strategy in sys.argv[3:]:
+    run = trainer(Path(sys.argv[1]) / strategy, push_to_hub=True, hub_model_id=f"user/{strategy}",
+                  hub_strategy=strategy, save_strategy="steps", save_steps=4)
+    run.train()
+    run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
+    small = AutoModelForCausalLM.from_pretrained(f"user/{strategy}")
+    ids = torch.randint(3, 60, (2, 9))
+    error = relative_error(logits_of(small, ids), logits_of(run.model.eval(), ids))
+    print(f"RESULT {strategy}", small.config.intermediate_size, small.config.hidden_size, error)
 """
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_push_to_hub_and_load_back(tmp_path: Path, strategy: str) -> None:
+STRATEGIES = ("end", "every_save")
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoopbackHub, str]:
+    """Push with every strategy from one process; return the Hub, and what the process printed."""
+    folder = tmp_path_factory.mktemp("pushed")
     with LoopbackHub() as hub:
-        env = {**os.environ, **hub.env(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _PUSH, str(tmp_path / "out"), str(ROOT), strategy]
+        env = {**os.environ, **hub.env(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _PUSH, str(folder / "out"), str(ROOT), *STRATEGIES]
         done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
-        files = hub.files("user/small")
-        commits = hub.commits("user/small")
-    _, mlp, hidden, error = next(line for line in done.stdout.splitlines() if line.startswith("RESULT")).split()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return hub, done.stdout
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_push_to_hub_and_load_back(strategy: str, pushed: tuple[LoopbackHub, str]) -> None:
+    hub, printed = pushed
+    files, commits = hub.files(f"user/{strategy}"), hub.commits(f"user/{strategy}")
+    mlp, hidden, error = next(
+        line.split()[2:] for line in printed.splitlines() if line.startswith(f"RESULT {strategy} ")
+    )
     assert (int(mlp), int(hidden)) == (28, 48)
     assert float(error) <= 1e-5
     assert {"config.json", "model.safetensors", "README.md", "pruning_report.json"} <= files.keys()

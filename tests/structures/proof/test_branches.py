@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MambaConfig
+import torch
+from transformers import GPT2Config, LlamaConfig, MambaConfig, T5Config, T5ForConditionalGeneration
 
 from hesso_hf.hf_models.sizes import ConfigSizes
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.experts import EXPERT_UNITS
 from hesso_hf.structures.groups import Scheme
 from hesso_hf.structures.proof.branches import Division, divisions
+from hesso_hf.structures.proof.ownership import GradientProbe
 from hesso_hf.structures.proof.prove import prove
 from hesso_hf.structures.proof.result import Proof, groups_of
 from tests.support.families import HEADS, MLP, STREAM
@@ -91,3 +93,21 @@ def test_more_experts_are_more_runs_and_experts_exclude_their_channels():
     assert "along one dimension" in groups.refused[EXPERT_UNITS]
     alone = groups_of(model_class, tiny, Proof({EXPERT_UNITS: proof.structures[EXPERT_UNITS]}))[0]
     assert EXPERT_UNITS in alone.structures
+
+
+def test_the_same_readers_are_zeroed_once_however_many_branches_there_are(monkeypatch: pytest.MonkeyPatch):
+    plain, zeroed = GradientProbe.owners, []
+
+    def owners(probe: GradientProbe, units: int, zero, axes):
+        with probe.undone():
+            for parameter in probe.parameters.values():
+                parameter.fill_(1.0)
+            zero(torch.arange(units) == 0)
+            zeroed.append(tuple((p == 0).numpy().tobytes() for p in probe.parameters.values()))
+        return plain(probe, units, zero, axes)
+
+    monkeypatch.setattr(GradientProbe, "owners", owners)
+    sizes = {"d_model": 60, "d_kv": 8, "d_ff": 44, "num_heads": 6, "num_layers": 1, "vocab_size": 67}
+    assert prove(T5ForConditionalGeneration, T5Config(**sizes), (HEADS,)).structures[HEADS].scheme is not None
+    assert len(zeroed) > 10
+    assert len(set(zeroed)) == len(zeroed)

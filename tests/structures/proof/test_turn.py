@@ -162,7 +162,10 @@ def test_what_keeps_a_class_to_its_given_basis_is_named(model_type: str, reason:
 )  # fmt: skip
 def test_what_gradients_and_names_do_not_tell_is_found(model_type: str):
     """Routers and indexers that choose, vectors that are added, copies of the stream, norms inside the attention."""
-    scheme, error = prove_turn(*default_config(model_type))
+    model_class, config = default_config(model_type)
+    if model_type == "hrm_text":
+        config.num_layers_per_stack = 2  # of 16, each of which is run eight times
+    scheme, error = prove_turn(model_class, config)
     assert error <= 1e-5
     assert scheme.norms or model_type == "hrm_text"  # whose norms have no gains
 
