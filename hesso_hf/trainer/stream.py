@@ -13,7 +13,7 @@ from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_of, turn_stream
 from ..pruning.plan import PruningPlan
-from .measure import Measurer
+from .measure import NO_EXAMPLES, Measurer
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +37,7 @@ def settle_in_basis(
     if wanted == "given":
         settle()
         return None
-    if reason := _refused(plan, model, wanted):
+    if reason := _refused(plan, model, measurer, wanted):
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {reason}; use 'auto' or 'given'")
         logger.warning(f"{GIVEN}: {reason}")
@@ -73,10 +73,12 @@ def _tokens_wanted(model: PreTrainedModel) -> int:
     return max(LEAST_TOKENS, LEAST_PER_CHANNEL * (get_size(model.config, HIDDEN) or 0))
 
 
-def _refused(plan: PruningPlan, model: PreTrainedModel, wanted: str) -> str:
+def _refused(plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, wanted: str) -> str:
     """Return why the stream isn't turned, "" where it can be."""
     if CHANNELS not in plan.groups.structures:
         return "no channel of the stream is pruned"
+    if not measurer.has_examples:
+        return NO_EXAMPLES
     if wanted == "auto" and not plan.wants_calibration:
         return "no trial removals are made (`calibration_examples`, or a split that is fixed)"
     try:
