@@ -22,6 +22,7 @@ from ..errors import CheckpointMismatchError
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "hesso_state.json"
+PRUNING_NAME = "hesso_pruning.pt"  # the pruning state, where no optimizer is saved that would hold it
 _NOT_VALID = "Can't find a valid checkpoint at"  # what `Trainer` says of a folder that it can't resume from
 SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded run's checkpoint
 
@@ -55,17 +56,19 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_resumable(folder: Path) -> None:
-    """Refuse a checkpoint whose optimizer and pruning state weren't saved.
+    """Refuse a checkpoint whose pruning state wasn't saved, with the optimizer's or alone.
 
     Raises:
-        CheckpointMismatchError: where there is no pruning state, or no optimizer's.
+        CheckpointMismatchError: where there is none.
     """
     read_state(folder)
     sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
-    if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
+    alone = (OPTIMIZER_NAME, "optimizer.bin", PRUNING_NAME)
+    if not sharded and not any((folder / name).exists() for name in alone):
         raise CheckpointMismatchError(
-            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was "
-            "saved with save_only_model; export it, or start a new run from its weights"
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds neither {OPTIMIZER_NAME} nor "
+            f"{PRUNING_NAME}: save_only_model under FSDP or DeepSpeed leaves both out; export it, or start a new run "
+            "from its weights"
         )
 
 

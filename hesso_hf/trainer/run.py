@@ -56,6 +56,7 @@ class PruningRun:
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
         total_steps: of the run, where they were given; else they are counted.
+        first_state: the pruning state that the run began with, where it begins again from that.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PruningRun:
         self._trainer, self._config, self._engine = trainer, config, engine
         self.resume_from: Path | None = None
         self.total_steps: int | None = None
+        self.first_state: dict[str, Any] | None = None
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
         self._healer: Healer | None = None
@@ -102,8 +104,11 @@ class PruningRun:
         self.measurer.check_examples()
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
-        self._healer = self._make_healer()
-        process = self.plan.process(self._settle())
+        if self.first_state is None:
+            self._healer = self._make_healer()
+            process = self.plan.process(self._settle())
+        else:  # sizes and basis are settled
+            process = self.plan.process(self._schedule_of(self.first_state))
         if self._healer is not None:
             process.heal_with(self._healer)
         if self._config.prune_vocabulary:
@@ -125,8 +130,7 @@ class PruningRun:
         """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
         if self.resume_from is not None:
             return self._settle_from(self.resume_from)
-        schedule = resolve_schedule(self._config, self._total_steps())
-        self.teaching.begin(schedule.total_steps, self.measurer)
+        schedule = self._new_schedule()
         engine = self._engine()
         if self._config.stream_basis == "auto" and not engine.turns_stream:
             logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
@@ -138,6 +142,15 @@ class PruningRun:
             self._config.stream_basis_tolerance,
         )  # fmt: skip
         return schedule
+
+    def _new_schedule(self) -> Schedule:
+        schedule = resolve_schedule(self._config, self._total_steps())
+        self.teaching.begin(schedule.total_steps, self.measurer)
+        return schedule
+
+    def _schedule_of(self, state: dict[str, Any]) -> Schedule:
+        """Return the schedule of a state; for the steps that there are now where none was made."""
+        return Schedule.from_dict(state["schedule"]) if state["step"] else self._new_schedule()
 
     def _settle_from(self, folder: Path) -> Schedule:
         state = read_state(folder)
