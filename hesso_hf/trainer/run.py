@@ -106,9 +106,7 @@ class PruningRun:
             self.plan = _prepared(self._trainer, self.whole, self._config)
         if self.first_state is None:
             self._healer = self._make_healer()
-            process = self.plan.process(self._settle())
-        else:  # sizes and basis are settled
-            process = self.plan.process(self._schedule_of(self.first_state))
+        process = self.plan.process(self._settle())
         if self._healer is not None:
             process.heal_with(self._healer)
         if self._config.prune_vocabulary:
@@ -127,10 +125,16 @@ class PruningRun:
         return Healer(self.model, padded(tokens, self._trainer.args.device))
 
     def _settle(self) -> Schedule:
-        """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
-        if self.resume_from is not None:
+        """Fix sizes and schedule: a checkpoint's, or those of the first state, else by measuring and counting."""
+        first = self.first_state
+        if first is not None and first["step"]:
+            return Schedule.from_dict(first["schedule"])
+        if first is None and self.resume_from is not None:
             return self._settle_from(self.resume_from)
-        schedule = self._new_schedule()
+        schedule = resolve_schedule(self._config, self._total_steps())
+        self.teaching.begin(schedule.total_steps, self.measurer)
+        if first is not None:  # sizes and basis are settled
+            return schedule
         engine = self._engine()
         if self._config.stream_basis == "auto" and not engine.turns_stream:
             logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
@@ -142,15 +146,6 @@ class PruningRun:
             self._config.stream_basis_tolerance,
         )  # fmt: skip
         return schedule
-
-    def _new_schedule(self) -> Schedule:
-        schedule = resolve_schedule(self._config, self._total_steps())
-        self.teaching.begin(schedule.total_steps, self.measurer)
-        return schedule
-
-    def _schedule_of(self, state: dict[str, Any]) -> Schedule:
-        """Return the schedule of a state; for the steps that there are now where none was made."""
-        return Schedule.from_dict(state["schedule"]) if state["step"] else self._new_schedule()
 
     def _settle_from(self, folder: Path) -> Schedule:
         state = read_state(folder)

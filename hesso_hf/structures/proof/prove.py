@@ -16,6 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ...compat import attention_of, experts_of
 from ...config import DEFAULT_STRUCTURES
 from ...errors import UnsupportedStructureError
 from ...hf_models.sizes import HIDDEN, MLP
@@ -108,7 +109,7 @@ class _Case:
 
     @classmethod
     def of(cls, model_class: type[PreTrainedModel], config: PretrainedConfig) -> _Case:
-        kinds = config._attn_implementation, config._experts_implementation  # which its dict leaves out
+        kinds = attention_of(config), experts_of(config)  # which its dict leaves out
         return cls(model_class, config, (type(config), *kinds, repr(config.to_dict())))
 
 
