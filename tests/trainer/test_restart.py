@@ -82,9 +82,12 @@ def test_a_run_that_ran_out_of_memory_is_that_with_the_smaller_batch(
 
     run = made(tmp_path / "found", 4)
     run.fails_at = fails_at
+    plain, settled = run.hesso_run.settle_sizes, []
+    run.hesso_run.settle_sizes = lambda: settled.append(plain())  # type: ignore[method-assign]
     with propagated(caplog):
         run.train()
     assert run._train_batch_size == FITS
+    assert len(settled) == 1, "sizes are measured again"
     again = [text for text in caplog.messages if text.startswith(f"out of memory after step {fails_at}")]
     assert again
     expected = made(tmp_path / "expected", FITS)
