@@ -51,6 +51,11 @@ def attention_of(config: PretrainedConfig) -> str | None:
     return config._attn_implementation
 
 
+def experts_of(config: PretrainedConfig) -> str | None:
+    """Return the way to compute experts that a config chose (PretrainedConfig; not saved)."""
+    return config._experts_implementation
+
+
 def set_attention(config: PretrainedConfig, name: str | None) -> None:
     """Choose the attention of a model that has been built already (PretrainedConfig)."""
     config._attn_implementation = name

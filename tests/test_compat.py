@@ -34,6 +34,7 @@ TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "_clip_grad_norm": ("model",),
     "_determine_best_metric": ("metrics", "trial"),
     "_get_grad_norm": ("model", "grad_norm"),
+    "_inner_training_loop": ("batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
@@ -100,6 +101,7 @@ ZERO_FIELDS: Mapping[str, tuple[str, ...]] = {
 # Private names that are used where they belong, and whose they are.
 PRIVATE_NAMES: Mapping[str, str] = {
     "_attn_implementation": "transformers.configuration_utils",
+    "_created_lr_scheduler": "transformers.trainer",
     "_buffers": "torch.nn.modules.module",
     "_enable_checkpoint": "transformers.trainer_jit_checkpoint.CheckpointManager",
     "_hf_deepspeed_config_weak_ref": "transformers.integrations.deepspeed",
@@ -109,6 +111,7 @@ PRIVATE_NAMES: Mapping[str, str] = {
     "_model_mapping": "transformers.models.auto.auto_factory",
     "_no_split_modules": "transformers.modeling_utils",
     "_save_checkpoint": "transformers.trainer",
+    "_train_batch_size": "transformers.trainer",
 }
 
 

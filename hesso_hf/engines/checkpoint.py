@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..distributed.collectives import rank
+from ..export.checkpoint_state import PRUNING_NAME
 from ..pruning.optimizer import HessoOptimizer
 
 logger = logging.get_logger(__name__)
@@ -27,10 +28,27 @@ def begin_checkpoint(folder: Path) -> None:
     processes: what they write mustn't be mixed with what more processes left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, PRUNING_NAME):
+        (folder / name).unlink(missing_ok=True)
     for parts in (folder / FOLDER, *folder.glob("global_step*")):  # the second are DeepSpeed's
         if parts.is_dir():
             shutil.rmtree(parts)
+
+
+def save_pruning_alone(optimizer: HessoOptimizer, folder: Path) -> None:
+    """Write the pruning state where the optimizer's isn't saved (`save_only_model`)."""
+    torch.save(optimizer.process.state_dict(), folder / PRUNING_NAME)
+
+
+def load_pruning_alone(optimizer: HessoOptimizer, folder: Path) -> None:
+    """Load what `save_pruning_alone` wrote, if it did."""
+    if (folder / PRUNING_NAME).exists():
+        logger.warning(
+            f"{folder} was saved with `save_only_model`: pruning goes on where it was, the optimizer's own state and "
+            "the learning rate's schedule begin anew"
+        )
+        state = torch.load(folder / PRUNING_NAME, map_location="cpu", weights_only=True)
+        optimizer.load_pruning_state(state)
 
 
 def save_random_states(optimizer: HessoOptimizer, folder: Path) -> None:

@@ -26,7 +26,7 @@ from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
-from .checkpoint import load_random_states, save_random_states
+from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
 
 class Run(Protocol):
@@ -219,7 +219,7 @@ class PlainEngine(Engine[HessoOptimizer]):
         """Put HESSO around an optimizer, once; Accelerate may have put something around both since."""
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
             return base
-        self.steps = HessoOptimizer(base, run.new_process())
+        self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
         return self.steps
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
@@ -243,13 +243,16 @@ class PlainEngine(Engine[HessoOptimizer]):
         return norm
 
     def save(self, run: Run, folder: Path) -> None:
-        """Write the random states that a snapshot returns to: all else that processes hold is in the optimizer's."""
+        """Write the random states that a snapshot returns to and, without an optimizer, the pruning state."""
         if world_size() > 1:
             save_random_states(self.made_steps, folder)
+        if self.args.save_only_model and self.args.should_save:
+            save_pruning_alone(self.made_steps, folder)
 
     def load(self, run: Run, folder: Path, plain: Callable[[], None]) -> None:
-        """Load the optimizer, whose state holds pruning's."""
+        """Load the optimizer, whose state holds pruning's; where it wasn't saved, that alone."""
         plain()
+        load_pruning_alone(self.made_steps, folder)
         if world_size() > 1:  # all that the others share is process 0's
             load_random_states(self.made_steps, folder)
 

@@ -23,6 +23,7 @@ from ..errors import CheckpointMismatchError
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "hesso_state.json"
+PRUNING_NAME = "hesso_pruning.pt"  # the pruning state, where no optimizer is saved that would hold it
 _CARD = """---
 tags:
 - hesso
@@ -84,10 +85,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def check_resumable(folder: Path, model: PreTrainedModel) -> None:
-    """Refuse a checkpoint whose optimizer and pruning state weren't saved, or that another model's run wrote.
+    """Refuse a checkpoint whose pruning state wasn't saved, with the optimizer's or alone, or of another model's run.
 
     Raises:
-        CheckpointMismatchError: where there is no pruning state, or no optimizer's, or weights have other shapes.
+        CheckpointMismatchError: where there is no pruning state, or weights have other shapes.
     """
     read_state(folder)
     shapes = {name: tuple(full_shape(parameter)) for name, parameter in named_parameters(model).items()}
@@ -101,10 +102,12 @@ def check_resumable(folder: Path, model: PreTrainedModel) -> None:
                         "model that the run began with"
                     )
     sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
-    if not (folder / OPTIMIZER_NAME).exists() and not (folder / "optimizer.bin").exists() and not sharded:
+    alone = (OPTIMIZER_NAME, "optimizer.bin", PRUNING_NAME)
+    if not sharded and not any((folder / name).exists() for name in alone):
         raise CheckpointMismatchError(
-            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds no {OPTIMIZER_NAME}: it was "
-            "saved with save_only_model; export it, or start a new run from its weights"
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds neither {OPTIMIZER_NAME} nor "
+            f"{PRUNING_NAME}: save_only_model under FSDP or DeepSpeed leaves both out; export it, or start a new run "
+            "from its weights"
         )
 
 

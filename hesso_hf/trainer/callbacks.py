@@ -64,6 +64,10 @@ class HessoProgressCallback(TrainerCallback):
         self._trainer = trainer
         self._shown = ""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the plan again: with a smaller batch it has more steps."""
+        self._shown = ""
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say before the first step what goes and when, above the progress bar; update it where the phase changes."""
         process, bar = self._trainer.hesso_optimizer.process, self._bar()

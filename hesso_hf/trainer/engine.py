@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..distributed.collectives import world_size
 from ..engines.deepspeed.engine import DeepSpeedEngine
 from ..engines.engine import Engine, PlainEngine
 from ..engines.fsdp.engine import Fsdp2Engine
@@ -85,7 +86,10 @@ def refuse(trainer: Trainer, engine: Engine, adapters: bool) -> None:
         raise HessoError("`train_dataset` (0 examples) is empty: there is nothing to train on")
     if args.learning_rate == 0:
         logger.warning("`learning_rate` (0.0): units go and nothing is learnt to make up for them; set one above 0")
-    if args.auto_find_batch_size:
-        raise HessoError("`auto_find_batch_size` (True) starts training over midway; set a batch size that fits")
+    if args.auto_find_batch_size and (world_size() > 1 or type(engine) is not PlainEngine):
+        raise HessoError(
+            "`auto_find_batch_size` (True) works on one process without FSDP and DeepSpeed: one of several that runs "
+            "out of memory can't have the others begin again; set a batch size that fits"
+        )
     if args.push_to_hub and args.hub_strategy in ("checkpoint", "all_checkpoints"):
         logger.warning(f"`hub_strategy` ({args.hub_strategy}): only the smaller model is pushed, no checkpoints")

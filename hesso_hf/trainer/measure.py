@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..distributed.collectives import from_main
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.calibration import LossCurves, measure_curves, usable
@@ -22,9 +23,20 @@ from ..pruning.healing import Healer
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.weights.snapshot import kept_random_state
 from ..structures.groups import PruningGroups
-from .peeked import PeekedStream
+from .peeked import PeekedStream, single_examples
 
 logger = logging.get_logger(__name__)
+
+NO_EXAMPLES = "there is neither a `train_dataset` nor a `get_train_dataloader` of the trainer's own"
+
+
+def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
+    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+        step = max(1, len(dataset) // count)
+        return [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
+    if isinstance(dataset, PeekedStream):
+        return dataset.peek(count)
+    return list(itertools.islice(iter(dataset), count))  # of the package datasets, which begins anew each time
 
 
 def _tokens_of(example: Any) -> int:
@@ -46,12 +58,9 @@ class Measurer:
     def curves(self, model: PreTrainedModel, groups: PruningGroups, healer: Healer | None = None) -> LossCurves:
         """Measure what each structure costs, healed where the run heals."""
         trainer, config = self._trainer, self._config
-        if trainer.train_dataset is None:
-            logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
-            examples = []
-        else:
-            with kept_random_state(trainer.args.device):  # collators may draw random numbers
-                examples = self.examples(config.calibration_examples)
+        if not self.has_examples:
+            logger.warning(f"{NO_EXAMPLES} to measure on: the structures share the cut evenly")
+        examples = self.examples(config.calibration_examples) if self.has_examples else []
         shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
             return measure_curves(model, groups, examples, self._loss, config, healer, progress=shown)
@@ -59,8 +68,6 @@ class Measurer:
     def probe(self, model: PreTrainedModel, optimizer: HessoOptimizer) -> None:
         """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
         trainer = self._trainer
-        if trainer.train_dataset is None:
-            raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
         model.train()  # as the trainer does before each step, the optimizer's mode with it
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()  # type: ignore[attr-defined]
@@ -73,25 +80,52 @@ class Measurer:
             scale = 1024.0 if trainer.accelerator.mixed_precision == "fp16" else 1.0
             optimizer.probe([self._loss_of(model, batch, scale) for batch in batches if batch], scale)
 
-    def examples(self, count: int, between: bool = False) -> list[Any]:
-        """Take examples spread over the training data (a stream's first ones), one a batch, on the device.
+    @property
+    def _own_loader(self) -> bool:
+        """Whether the batches are those of a loader that the user makes in the trainer's place."""
+        made_by = getattr(self._trainer.get_train_dataloader, "__func__", None)
+        return self._trainer.train_dataset is None and made_by is not Trainer.get_train_dataloader
 
-        So the batch size and the number of processes don't matter to what is measured on them.
+    @property
+    def has_examples(self) -> bool:
+        """Whether the trainer has training data."""
+        return self._trainer.train_dataset is not None or self._own_loader
+
+    def check_examples(self) -> None:
+        """Refuse, where there is no training data, what was asked for by name and can't be had without.
+
+        Raises:
+            HessoError: naming the option and the remedy.
+        """
+        config = self._config
+        needing = {
+            "cric_mode": config.cric and config.cric_mode == "probe",
+            "stream_basis": config.stream_basis == "principal",
+            "replay_share": config.replay_share and config.replay_share != "auto",
+        }
+        for name in (name for name, asked in needing.items() if asked and not self.has_examples):
+            raise HessoError(
+                f"`{name}` ({getattr(config, name)!r}): {NO_EXAMPLES}; give the trainer one, or leave `{name}` out"
+            )
+
+    def examples(self, count: int, between: bool = False) -> list[Any]:
+        """Take examples spread over the training data (a stream's, or a loader's, first ones), one a batch.
+
+        So the batch size and the number of processes don't matter to what is measured on them. They are on the device,
+        the same on all processes, which all call this.
 
         Args:
             between: take those that lie between, as far as there are others.
         """
         trainer = self._trainer
-        dataset: Any = trainer.train_dataset
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
-        if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
-            step = max(1, len(dataset) // count)
-            examples = [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
-        elif isinstance(dataset, PeekedStream):
-            examples = dataset.peek(count)
-        else:  # of the package datasets, which begins anew each time
-            examples = list(itertools.islice(iter(dataset), count))
-        return [trainer._prepare_inputs(collate([example])) for example in examples]
+        with kept_random_state(trainer.args.device):  # collators and samplers may draw random numbers
+            if self._own_loader:
+                batches = map(single_examples, trainer.get_train_dataloader())
+                taken = from_main(list(itertools.islice(itertools.chain.from_iterable(batches), count)))
+            else:
+                collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
+                taken = [collate([row]) for row in _rows_of(trainer.train_dataset, count, between)]
+            return [trainer._prepare_inputs(example) for example in taken]
 
     def tokens(self, count: int, between: bool = False) -> list[Any]:
         """Take single examples with about so many tokens that the model reads, or all that there are."""
@@ -101,6 +135,14 @@ class Measurer:
         """Return how many tokens the model reads of an example, by a few of them, at least 1."""
         few = self.examples(16)
         return max(1.0, sum(_tokens_of(example) for example in few) / max(1, len(few)))
+
+    def tokens_per_micro_batch(self) -> int:
+        """Return about how many tokens a process reads in one forward pass of training."""
+        if not self._own_loader:
+            return round(self._trainer._train_batch_size * self.tokens_per_example())
+        with kept_random_state(self._trainer.args.device):
+            first: Any = next(iter(self._trainer.get_train_dataloader()), {})
+        return from_main(max(1, _tokens_of(first)))
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""

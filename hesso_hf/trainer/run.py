@@ -25,12 +25,11 @@ from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule, resolve_schedule
-from ..pruning.weights.snapshot import kept_random_state
 from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
-from .measure import Measurer
+from .measure import NO_EXAMPLES, Measurer
 from .stream import GIVEN, settle_in_basis
 from .teaching import Teaching
 
@@ -58,6 +57,7 @@ class PruningRun:
         resume_from: the checkpoint that training goes on from.
         total_steps: of the run, where they were given; else they are counted.
         base_folder: that the model was read from, None where it was no folder.
+        first_state: the pruning state that the run began with, where it begins again from that.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class PruningRun:
         self._trainer, self._config, self._engine = trainer, config, engine
         self.resume_from: Path | None = None
         self.total_steps: int | None = None
+        self.first_state: dict[str, Any] | None = None
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
         self._healer: Healer | None = None
@@ -103,9 +104,11 @@ class PruningRun:
 
     def new_process(self) -> PruningProcess:
         """Fix sizes and schedule, and make the pruning state."""
+        self.measurer.check_examples()
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
-        self._healer = self._make_healer()
+        if self.first_state is None:
+            self._healer = self._make_healer()
         process = self.plan.process(self._settle())
         if self._healer is not None:
             process.heal_with(self._healer)
@@ -118,19 +121,23 @@ class PruningRun:
     def _make_healer(self) -> Healer | None:
         if self._config.healing == "off" and RECONSTRUCTION not in self._config.saliency_weights:
             return None
-        device = self._trainer.args.device
-        with kept_random_state(device):
-            if reason := _why_not_healed(self._trainer, self.model, self._engine(), self.measurer):
-                logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
-                return None
-            return Healer(self.model, padded(self.measurer.tokens(HEALING_TOKENS, between=True), device))
+        if reason := _why_not_healed(self.model, self._engine(), self.measurer):
+            logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
+            return None
+        tokens = self.measurer.tokens(HEALING_TOKENS, between=True)
+        return Healer(self.model, padded(tokens, self._trainer.args.device))
 
     def _settle(self) -> Schedule:
-        """Fix target sizes and schedule: from the checkpoint that is resumed, else by measuring and counting."""
-        if self.resume_from is not None:
+        """Fix sizes and schedule: a checkpoint's, or those of the first state, else by measuring and counting."""
+        first = self.first_state
+        if first is not None and first["step"]:
+            return Schedule.from_dict(first["schedule"])
+        if first is None and self.resume_from is not None:
             return self._settle_from(self.resume_from)
         schedule = resolve_schedule(self._config, self.count_steps())
-        self.teaching.begin(schedule.total_steps, self.measurer.tokens_per_example)
+        self.teaching.begin(schedule.total_steps, self.measurer)
+        if first is not None:  # sizes and basis are settled
+            return schedule
         engine = self._engine()
         if self._config.stream_basis == "auto" and not engine.turns_stream:
             logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
@@ -172,7 +179,7 @@ class PruningRun:
             return trainer.state.max_steps
         if trainer.args.max_steps > 0:
             return trainer.args.max_steps
-        if trainer.train_dataset is None and type(trainer).get_train_dataloader is Trainer.get_train_dataloader:
+        if not self.measurer.has_examples:
             raise HessoError(
                 "the optimizer needs to know how many steps the run has: set `max_steps`, give `train_dataset`, or "
                 "call `create_optimizer_and_scheduler(num_training_steps)`"
@@ -228,12 +235,12 @@ def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> Prunin
     return PruningPlan.prepare(model, config, trainer.args.device, dtype)
 
 
-def _why_not_healed(trainer: Trainer, model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
+def _why_not_healed(model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
     """Return why nothing can be healed, "" where it can."""
     if engine.measures_shards:
         return "it needs whole matrices, which FSDP and DeepSpeed don't have"
-    if trainer.train_dataset is None:
-        return "there is no `train_dataset` to work on"
+    if not measurer.has_examples:
+        return f"{NO_EXAMPLES} to work on"
     if model.config.is_encoder_decoder:
         return "it knows one stack of layers, not an encoder with a decoder"
     return unreadable(measurer.examples(4))

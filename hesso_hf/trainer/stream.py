@@ -12,7 +12,7 @@ from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_stream
 from ..pruning.plan import PruningPlan
-from .measure import Measurer
+from .measure import NO_EXAMPLES, Measurer
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +43,8 @@ def settle_in_basis(
     try:
         if not pruned:
             raise HessoError("no channel of the stream is pruned")
+        if not measurer.has_examples:
+            raise HessoError(NO_EXAMPLES)
         basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tolerance, loss=measurer.loss)
     except HessoError as error:
         if wanted == "principal":

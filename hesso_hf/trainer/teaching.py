@@ -18,6 +18,7 @@ from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
 from ..structures.cut import device_with_room
 from .distillation import Distillation
+from .measure import NO_EXAMPLES, Measurer
 from .replay import Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
 from .replay_text import Script
 from .teacher import Teacher, make_teacher, teacher_size
@@ -92,23 +93,23 @@ class Teaching:
             return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
         return ""
 
-    def begin(self, steps: int, tokens_per_example: Callable[[], float]) -> None:
+    def begin(self, steps: int, measurer: Measurer) -> None:
         """Have replay written for a run of so many optimizer steps; all processes call it."""
         if self._base is None:
             return
         self._learn_from(self._base)  # however short the run is
-        self.replay = self._written(self._base, steps, tokens_per_example)
+        self.replay = self._written(self._base, steps, measurer)
         if self.replay is None and self.distillation is None:
             self._base = None
 
-    def _written(self, base: Teacher, steps: int, tokens_per_example: Callable[[], float]) -> Replay | None:
+    def _written(self, base: Teacher, steps: int, measurer: Measurer) -> Replay | None:
         args, auto = self._trainer.args, self._config.replay_share == "auto"
-        if self._trainer.train_dataset is None and auto:
-            _say_without("there is no `train_dataset` whose tokens it could be a share of")
+        if not measurer.has_examples:
+            _say_without(f"{NO_EXAMPLES}, of whose tokens it could be a share")
             return None
         sizes = ReplaySizes.of(
             share_of(self._config),
-            round(args.per_device_train_batch_size * tokens_per_example()),
+            measurer.tokens_per_micro_batch(),
             steps * args.gradient_accumulation_steps * world_size(),
             getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
         )

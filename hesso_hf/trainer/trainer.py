@@ -28,6 +28,7 @@ from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import checked_config, engine_of, refuse
 from .hub import add_to_card, upload, upload_on_the_way
 from .peeked import PeekedStream
+from .restart import Restarts
 from .run import PruningRun
 from .saving import (
     check_not_base,
@@ -89,6 +90,7 @@ class HessoMixin(_TrainerBase):
             self.train_dataset = PeekedStream(self.train_dataset)
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
         self.hesso_run = PruningRun(self, hesso_config, lambda: self.hesso_engine, self.hesso_counted)
+        self._restarts = Restarts(self, lambda: self.hesso_engine, self.hesso_run)  # type: ignore[arg-type]
         self.add_callback(HessoProgressCallback(self))
         self.add_callback(StopTogether(self))
 
@@ -123,6 +125,7 @@ class HessoMixin(_TrainerBase):
             last = last_checkpoint(Path(output_dir))
             raise TrainingDivergedError(f"{error}. Last checkpoint: {last or 'none was written'}") from error
         finally:
+            self._restarts.reset()
             if self.hesso_engine.steps is not None:
                 self._process.bound.frozen.reveal(False)
         if self.hesso_engine.steps is not None:
@@ -148,7 +151,14 @@ class HessoMixin(_TrainerBase):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         plain = super()._prepare_for_training
-        return self.hesso_engine.prepare(self.hesso_run, lambda: plain(*args, **kwargs))
+        prepared = self.hesso_engine.prepare(self.hesso_run, lambda: plain(*args, **kwargs))
+        self._restarts.prepared()
+        return prepared
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; where memory ran out before (`auto_find_batch_size`), from the first state."""
+        self._restarts.enter()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, but none where the run that is resumed was over: `Trainer` would take one step more."""

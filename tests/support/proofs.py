@@ -1,9 +1,8 @@
-"""Proofs by config: the tests' many runs of few tiny models prove each of them once in a session."""
+"""Proofs that processes share: those that a test session starts prove each config once among them."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import pickle
@@ -11,52 +10,35 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hesso_hf.structures.proof import prove
 
-FOLDER = "HESSO_TESTS_PROOFS"  # environment variable: where they lie, for processes that a session starts
+FOLDER = "HESSO_TESTS_PROOFS"  # environment variable: where they lie
 
-_plain = prove.proved_groups
-_found: dict[str, Any] = {}
-_again = False
+_plain, _remembered = prove.prove_anew, prove._remembered
 
 
-@functools.wraps(_plain)
-def _kept(model_class: type[PreTrainedModel], config: PretrainedConfig, *names: Any, **options: Any) -> Any:
-    if _again or options:
-        return _plain(model_class, config, *names, **options)
-    told = (f"{model_class.__module__}.{model_class.__qualname__}", type(config).__qualname__, names)
-    key = repr((*told, config.to_json_string(use_diff=False), config._attn_implementation))
-    if key not in _found:
-        _found[key] = _shared(key) or _share(key, _plain(model_class, config, *names))
-    return _found[key]
-
-
-def _path(key: str) -> Path | None:
-    folder = os.environ.get(FOLDER)
-    return Path(folder) / hashlib.sha256(key.encode()).hexdigest() if folder else None
-
-
-def _shared(key: str) -> Any:
-    path = _path(key)
-    return pickle.loads(path.read_bytes()) if path is not None and path.exists() else None
-
-
-def _share(key: str, proof: Any) -> Any:
-    path = _path(key)
-    if path is not None and path.parent.exists():
-        written = path.with_suffix(f".{os.getpid()}")
-        written.write_bytes(pickle.dumps(proof))
-        written.replace(path)
+def _shared(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> prove.Proved:
+    folder = Path(os.environ.get(FOLDER, ""))
+    if FOLDER not in os.environ or not folder.exists():
+        return _plain(model_class, config, names)
+    told = (model_class.__module__, model_class.__qualname__, prove._Case.of(model_class, config).says, names)
+    path = folder / hashlib.sha256(repr(told).encode()).hexdigest()
+    if path.exists():
+        return pickle.loads(path.read_bytes())
+    proof = _plain(model_class, config, names)
+    written = path.with_suffix(f".{os.getpid()}")
+    written.write_bytes(pickle.dumps(proof))
+    written.replace(path)
     return proof
 
 
 def keep() -> None:
-    """Have proofs kept from now on, by all that import the function later."""
-    prove.proved_groups = _kept
+    """Have proofs shared from now on."""
+    prove.prove_anew = _shared
 
 
 @contextlib.contextmanager
@@ -74,10 +56,9 @@ def shared() -> Iterator[None]:
 
 @contextlib.contextmanager
 def made_again(whether: bool = True) -> Iterator[None]:
-    """Have proofs made anew meanwhile, and not kept."""
-    global _again
-    before, _again = _again, _again or whether
-    try:
+    """Have proofs made anew meanwhile, each time, and not kept."""
+    if not whether:
         yield
-    finally:
-        _again = before
+        return
+    with mock.patch.multiple(prove, prove_anew=_plain, _remembered=_remembered.__wrapped__):
+        yield

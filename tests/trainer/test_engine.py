@@ -54,7 +54,8 @@ def test_accelerates_settings_choose_the_engine(options: dict[str, Any], chosen:
         ({"deepspeed": True}, {"prune_vocabulary": True}, False, r"`prune_vocabulary` \(True\).* DeepSpeed; leave it"),
         ({"fp16": True}, {}, True, r"`fp16` \(True\) with LoRA.* use bf16"),
         ({"divided": True}, {}, False, r"`tp_plan` or `distributed_config`.* choose FSDP2"),
-        ({"auto_find_batch_size": True}, {}, False, "set a batch size that fits"),
+        ({"auto_find_batch_size": True, "fsdp": 2}, {}, False, "can't have the others begin again; set a batch size"),
+        ({"auto_find_batch_size": True, "deepspeed": True}, {}, False, "`auto_find_batch_size` .* set a batch size"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_by_name(

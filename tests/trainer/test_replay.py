@@ -395,14 +395,16 @@ def test_auto_is_off_where_it_costs_too_much_or_the_model_writes_nothing(tmp_pat
         trainer(tmp_path / "t5", model, config=HessoConfig(pruning_ratio=0.2, replay_share=0.25))
 
 
-@pytest.mark.parametrize("reason", ["don't fit the device", "no `train_dataset`", "a token that a text starts or ends"])
+@pytest.mark.parametrize(
+    "reason", ["don't fit the device", "nor a `get_train_dataloader`", "a token that a text starts or ends"]
+)
 def test_by_default_there_is_replay_but_for_a_reason_that_is_named(
     reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     model, data = base(), blocks()
     if reason == "don't fit the device":
         monkeypatch.setattr(teaching, "device_with_room", lambda device, size: torch.device("meta"))
-    elif reason == "no `train_dataset`":
+    elif reason == "nor a `get_train_dataloader`":
         data = None
     else:
         model.generation_config.bos_token_id = model.generation_config.eos_token_id = None

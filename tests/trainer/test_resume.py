@@ -18,7 +18,7 @@ from hesso_hf.export.checkpoint_state import STATE_NAME, last_checkpoint
 from tests.support import ROOT, forks
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
-from tests.support.training import arguments, blocks, trainer
+from tests.support.training import arguments, blocks, hesso_config, trainer
 
 RATIO = {"pruning_ratio": 0.3, "warmup_steps": 3, "pruning_steps": 6, "pruning_periods": 2, "saliency_batches": 3}
 
@@ -123,10 +123,47 @@ def test_checkpoints_that_cannot_be_resumed_are_refused(undisturbed: HessoTraine
     early = str(Path(undisturbed.args.output_dir) / "checkpoint-3")
     with pytest.raises(HessoError, match=r"`max_steps` \(5\) ends before pruning does \(step 9"):
         with_checkpoints(tmp_path, max_steps=5).train(resume_from_checkpoint=early)
-    run = with_checkpoints(tmp_path / "weights", save_only_model=True)
+    shutil.copytree(Path(undisturbed.args.output_dir) / "checkpoint-10", tmp_path / "weights")
+    (tmp_path / "weights" / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointMismatchError, match=r"neither optimizer.pt nor hesso_pruning.pt: save_only_model"):
+        with_checkpoints(tmp_path).train(resume_from_checkpoint=str(tmp_path / "weights"))
+
+
+class WithoutMemory(HessoTrainer):
+    """Its optimizer keeps nothing from step to step, so that without its state a run goes on as it would with it."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
+        return super().create_optimizer(model)
+
+
+@pytest.fixture(scope="module")
+def weights_only(tmp_path_factory: pytest.TempPathFactory) -> HessoTrainer:
+    run = of_weights_only(tmp_path_factory.mktemp("weights"), save_strategy="steps", save_steps=1)
     run.train()
-    with pytest.raises(CheckpointMismatchError, match="save_only_model"):
-        with_checkpoints(tmp_path).train(resume_from_checkpoint=str(tmp_path / "weights" / "checkpoint-10"))
+    return run
+
+
+def of_weights_only(folder: Path, **changes: Any) -> HessoTrainer:
+    config = hesso_config(cric=True, cric_sampling_steps=2, cric_max_cycles=1, warmup_steps=1, healing="auto")
+    options = {"save_only_model": True, "lr_scheduler_type": "constant"}
+    return trainer(folder, config=config, trainer_class=WithoutMemory, **(options | changes))
+
+
+# within CRIC's cycle, within a period, recovery
+@pytest.mark.parametrize("step", [2, 5, 10])
+def test_a_checkpoint_of_weights_only_goes_on_pruning_where_it_was(
+    weights_only: HessoTrainer, tmp_path: Path, step: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(weights_only.args.output_dir) / f"checkpoint-{step}"
+    assert not (folder / "optimizer.pt").exists()
+    run = of_weights_only(tmp_path)
+    with propagated(caplog):
+        run.train(resume_from_checkpoint=str(folder))
+    assert "pruning goes on where it was, the optimizer's own state and the learning rate" in caplog.text
+    assert run._process.finished
+    check_equal(run, weights_only)
 
 
 def test_a_checkpoint_is_never_overwritten_by_an_export(undisturbed: HessoTrainer) -> None:

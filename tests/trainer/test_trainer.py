@@ -639,7 +639,7 @@ def test_optimizers_with_a_train_mode(tmp_path: Path) -> None:
     assert run._process.finished
 
 
-def test_frozen_layers_and_restarting_batch_sizes_are_refused_by_name(tmp_path: Path) -> None:
+def test_frozen_layers_are_refused_by_name(tmp_path: Path) -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.requires_grad_(False)
     with pytest.raises(UnsupportedStructureError, match=r"mlp_channels of model.layers.1: all weights are frozen"):
@@ -648,8 +648,6 @@ def test_frozen_layers_and_restarting_batch_sizes_are_refused_by_name(tmp_path: 
             model=model,
             config=hesso_config(structures=["mlp_channels"], target_sizes={"intermediate_size": 28}),
         )
-    with pytest.raises(HessoError, match="auto_find_batch_size"):
-        trainer(tmp_path, auto_find_batch_size=True)
 
 
 def test_uneven_heads_are_exported_too(tmp_path: Path) -> None:
