@@ -36,8 +36,8 @@ class _Offsets:
     def __init__(self) -> None:
         self.values: torch.Tensor | None = None
 
-    def set(self, scales: torch.Tensor) -> None:
-        self.values = None if bool((scales == 1).all()) else scales.detach().float().log()
+    def set(self, scales: torch.Tensor, whole: bool) -> None:
+        self.values = None if whole else scales.detach().float().log()
 
     def over(self, layout: Layout, like: torch.Tensor) -> torch.Tensor:
         """Spread over an axis; -inf becomes a quarter of the lowest number, so that sums of it stay finite."""
@@ -162,10 +162,15 @@ class RouterGates:
             gates._handles += _attach_layer(model, *parts)
         return gates
 
-    def set_scales(self, scales: torch.Tensor) -> None:
-        """Take the experts' scales, shape (L, U): 1 kept, between 0 and 1 shrinking, 0 pruned."""
-        for layer, values in zip(self._offsets, scales, strict=True):
-            layer.set(values)
+    def set_scales(self, scales: torch.Tensor, whole: bool | None = None) -> None:
+        """Take the experts' scales, shape (L, U): 1 kept, between 0 and 1 shrinking, 0 pruned.
+
+        Args:
+            whole: whether all are 1, so that no layer's gate has to change anything; asked of the device if not said.
+        """
+        layers = (scales == 1).all(1).cpu().tolist() if whole is None else [whole] * len(scales)
+        for layer, values, is_whole in zip(self._offsets, scales, layers, strict=True):
+            layer.set(values, is_whole)
 
     def detach(self) -> None:
         """Take the hooks off."""

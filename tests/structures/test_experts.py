@@ -168,7 +168,7 @@ def test_the_choice_fades_on_the_way_to_zero_and_is_never_that_of_a_pruned_exper
 def test_two_pruned_experts_have_a_finite_sum(dtype: torch.dtype):
     """Group-limited routing adds the best two scores of a group, and infinities that meet give NaN."""
     offsets = _Offsets()
-    offsets.set(torch.tensor([1.0, 0.0, 0.0]))
+    offsets.set(torch.tensor([1.0, 0.0, 0.0]), whole=False)
     spread = offsets.over(block_layout(1), torch.zeros(3, dtype=dtype))
     assert (2 * spread - spread.sum()).isfinite().all()
     assert spread.float().softmax(0).tolist() == [1.0, 0.0, 0.0]
@@ -403,9 +403,10 @@ def test_cric_looks_with_the_gates_and_takes_them_back(mode: str, tmp_path: Path
     levels: set[float] = set()
     route = BoundGroups.route
 
-    def watched(bound: BoundGroups, scales: Any) -> None:
+    def watched(bound: BoundGroups, scales: Any, whole: bool | None = None) -> None:
         levels.update(scales[EXPERT_UNITS].unique().tolist())
-        route(bound, scales)
+        assert whole is None or whole == bool((scales[EXPERT_UNITS] == 1).all())
+        route(bound, scales, whole)
 
     before_step, between = PruningProcess.before_step, []
 
