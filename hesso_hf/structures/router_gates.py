@@ -81,10 +81,10 @@ class _Hooks:
 
     def before(self, module: nn.Module, args: Any) -> None:
         put = self._put(module) if self.offsets.values is not None else None
-        self._entered.setdefault(threading.get_ident(), []).append(put)
+        self._entered.setdefault(_thread(), []).append(put)
 
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        put = self._entered[threading.get_ident()].pop()
+        put = self._entered[_thread()].pop()
         if put is not None:
             self._take(module, put, result)
 
@@ -93,6 +93,11 @@ class _Hooks:
 
     def _take(self, module: nn.Module, put: Any, result: Any) -> None:
         raise NotImplementedError
+
+
+def _thread() -> int:
+    """Return the thread's number, for which torch.compile would break its graph; it traces in one thread at a time."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class _LogitHooks(_Hooks):

@@ -70,6 +70,23 @@ def pruned_model(name: str) -> tuple[PreTrainedModel, PreTrainedModel, PruningGr
     return original, model, groups, kept
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])  # the second with a bias of the choice
+def test_a_compiled_block_routes_as_the_plain_one_in_one_graph(name: str):
+    model = moe_model(name, experts_implementation="batched_mm")
+    structure = expert_groups(type(model), model.config)
+    gates, block = RouterGates.attach(model, structure), model.get_submodule(f"{structure.layers[0]}.mlp")
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    hidden = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    found = []
+    for scales in (torch.ones(structure.num_units), torch.arange(structure.num_units).div(structure.num_units)):
+        gates.set_scales(scales.expand(len(structure.layers), -1))
+        with torch.no_grad():
+            expected = block(hidden)
+            assert torch.equal(compiled(hidden), expected)
+        found.append(expected)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_saved_model_routes_as_the_gated_one(name: str, tmp_path: Path):
     original, model, groups, kept = pruned_model(name)
