@@ -82,7 +82,7 @@ class CricTrial:
             self._next_cycle()
         else:
             self._bound.multiply_(self._factors(position.factor))
-            self.route(position.t + 1)
+            self.route(position.t + 1, ask=position.t == 0)
 
     def scores(self) -> PerUnit:
         """Return the final scores, shape (L, U) per structure."""
@@ -158,9 +158,9 @@ class CricTrial:
         violating = {name: units & entering[name] for name, units in lowest.items()}
         self.cric.begin_cycle(violating, agreed(self._ranking.lowest(scores, pruned=violating)))
 
-    def route(self, t: int) -> None:
+    def route(self, t: int, ask: bool = True) -> None:
         """Let routers choose experts as they are scaled at sample t."""
-        self._bound.route(self._factors(self._scale(t)), whole=not t)
+        self._bound.route(self._factors(self._scale(t)), ask)
 
     def _scale(self, t: int) -> float:
         """What is left of the units on trial at sample t."""

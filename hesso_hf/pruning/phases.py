@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from ..config import HessoConfig
 from ..distributed.collectives import check_agreement, mean_over_ranks
 from ..errors import HessoError
-from ..structures.experts import EXPERT_UNITS
 from .collapse import LEVEL_STEPS, RECENT_STEPS
 from .cric import CricTrial
 from .healing import Healer
@@ -93,10 +92,6 @@ class Run:
     def mask(self, shifted_only: bool = False) -> None:
         """Put the pruned units' weights at zero, or only those for which a number stands that isn't zero."""
         self.bound.mask_weights_(self.pruned(), shifted_only)
-
-    def route(self) -> None:
-        """Let the routers choose experts by the scales, of which some are below 1 by now."""
-        self.bound.route(self.state.scales, whole=not self.ranking.removed.get(EXPERT_UNITS))
 
     def centre(self, share: float = 1.0) -> None:
         """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
@@ -222,7 +217,7 @@ class PruningPeriod(Phase):
             # pruned units are kept at zero by the same multiply
             factors[name] = (self.state.scales[name] > 0).float().masked_fill_(redundant, position.factor)
             self.state.scales[name].masked_fill_(redundant, scale)
-        self.run.route()
+        self.run.bound.route(self.state.scales, ask=position.t == 0)
         self.run.bound.add_(self.state.healing, 1.0 / position.length)
         if position.last:
             self.run.end_period()

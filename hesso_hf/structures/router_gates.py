@@ -167,13 +167,14 @@ class RouterGates:
             gates._handles += _attach_layer(model, *parts)
         return gates
 
-    def set_scales(self, scales: torch.Tensor, whole: bool | None = None) -> None:
+    def set_scales(self, scales: torch.Tensor, ask: bool = True) -> None:
         """Take the experts' scales, shape (L, U): 1 kept, between 0 and 1 shrinking, 0 pruned.
 
         Args:
-            whole: whether all are 1, so that no layer's gate has to change anything; asked of the device if not said.
+            ask: the device which layers keep all experts whole, and wait for it; else they are those that did so far.
         """
-        layers = (scales == 1).all(1).cpu().tolist() if whole is None else [whole] * len(scales)
+        before = [layer.values is None for layer in self._offsets]
+        layers = (scales == 1).all(1).cpu().tolist() if ask else before
         for layer, values, is_whole in zip(self._offsets, scales, layers, strict=True):
             layer.set(values, is_whole)
 

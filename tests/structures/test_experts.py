@@ -420,10 +420,13 @@ def test_cric_looks_with_the_gates_and_takes_them_back(mode: str, tmp_path: Path
     levels: set[float] = set()
     route = BoundGroups.route
 
-    def watched(bound: BoundGroups, scales: Any, whole: bool | None = None) -> None:
+    def watched(bound: BoundGroups, scales: Any, ask: bool = True) -> None:
         levels.update(scales[EXPERT_UNITS].unique().tolist())
-        assert whole is None or whole == bool((scales[EXPERT_UNITS] == 1).all())
-        route(bound, scales, whole)
+        acted = is_gated(run.model)
+        route(bound, scales, ask)
+        whole = bool((scales[EXPERT_UNITS] == 1).all())
+        assert is_gated(run.model) is not whole
+        assert ask or acted is not whole
 
     before_step, between = PruningProcess.before_step, []
 

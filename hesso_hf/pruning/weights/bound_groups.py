@@ -144,14 +144,14 @@ class BoundGroups(HeldAxes):
         broadcast_(list(shared.values()))
         return shared
 
-    def route(self, scales: PerUnit, whole: bool | None = None) -> None:
+    def route(self, scales: PerUnit, ask: bool = True) -> None:
         """Let the routers choose experts by their scales.
 
         Args:
-            whole: whether all experts are; the device is asked where it isn't said.
+            ask: which layers keep all experts whole (`RouterGates.set_scales`).
         """
         if self._gates is not None:
-            self._gates.set_scales(scales[EXPERT_UNITS], whole)
+            self._gates.set_scales(scales[EXPERT_UNITS], ask)
 
     def norm_of(self, marked: PerUnit) -> float:
         """Return the L2 norm of the marked units' effective weights, each element counted once."""
