@@ -50,16 +50,18 @@ def counted(names: list[str]) -> dict[str, Any]:
         config = HessoConfig(**(options | {"saliency_batches": 1} | changes))
         optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, config, STEPS)
         steps: dict[str, dict[str, int]] = {}
-        for batch in token_batches(9 + optimizer.process.schedule.sampling_end):
-            for kind, counts in (counted_step(model, optimizer, batch.to(pretend_device.DEVICE)), logging(optimizer)):
-                cost = {"operators": counts.operators, "kernels": counts.kernels, "syncs": counts.syncs}
+        for batch in token_batches(8 + optimizer.process.schedule.sampling_end):
+            kind, count = counted_step(model, optimizer, batch.to(pretend_device.DEVICE))
+            counts = {kind: count} | ({"logging": logging(optimizer)} if kind == "shrinking" else {})
+            for kind, count in counts.items():
+                cost = {"operators": count.operators, "kernels": count.kernels, "syncs": count.syncs}
                 dearest = steps.setdefault(kind, dict.fromkeys(cost, 0))
                 steps[kind] = {what: max(dearest[what], number.total()) for what, number in cost.items()}
         found[name] = {"tensors": len(list(model.parameters())), "steps": steps}
     return found
 
 
-def logging(optimizer: HessoOptimizer) -> tuple[str, Launches]:
+def logging(optimizer: HessoOptimizer) -> Launches:
     """Count what it takes to tell where the run is."""
 
     class Parameters:
@@ -70,7 +72,7 @@ def logging(optimizer: HessoOptimizer) -> tuple[str, Launches]:
 
     with Launches() as counts:
         metrics(optimizer, Parameters())
-    return "logging", counts
+    return counts
 
 
 def per_tensor(costs: dict[str, Any], kind: str, what: str) -> float:
