@@ -24,7 +24,7 @@ NEWEST := .venv-newest
 FLOOR := .venv-floor
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format wheel-test bench picture survey clean
+.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format wheel-test bench gpu picture survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
@@ -105,6 +105,9 @@ wheel-test: $(STAMP) ## build the wheel, install it in an empty environment, use
 
 bench: $(STAMP) ## benchmarks/quality.py, whose results are committed under benchmarks/results
 	$(BIN)/python benchmarks/quality.py --model stories260K --ratios 0.3 0.5 --seeds 0 1 2 $(ARGS)
+
+gpu: $(STAMP) ## all that needs a GPU, in parts of at most 9 minutes; a second call goes on (benchmarks/gpu.py)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 picture: $(STAMP) ## docs/quality.svg, of what benchmarks/quality.py measured
 	$(BIN)/python benchmarks/picture.py $(ARGS)

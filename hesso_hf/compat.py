@@ -43,6 +43,18 @@ def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     return module._forward_pre_hooks, module._forward_hooks  # type: ignore[return-value]
 
 
+def multiply_all_(tensors: list[torch.Tensor], factors: list[torch.Tensor], shift: float = 0.0) -> None:
+    """Make each tensor (t + shift) * f - shift without rounding where f is 1; f broadcasts (torch._foreach_mul_).
+
+    It is one call for all, and where tensor and factor have equal shapes one launch.
+    """
+    import torch
+
+    torch._foreach_mul_(tensors, factors)
+    if shift:
+        torch._foreach_add_(tensors, torch._foreach_sub(factors, 1.0), alpha=shift)
+
+
 # -- transformers ------------------------------------------------------------------------------------------------------
 
 

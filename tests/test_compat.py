@@ -226,6 +226,17 @@ def test_attention_is_what_the_model_computes_with() -> None:
     assert model(torch.zeros(1, 3, dtype=torch.long), output_attentions=True).attentions[0] is not None
 
 
+def test_tensors_are_multiplied_in_one_call_around_what_is_added_to_them() -> None:
+    tensors = [torch.tensor([[1.5, -3.0], [0.1, 7.0]]), torch.tensor([0.7, 0.3])]
+    factors = [torch.tensor([[0.5], [1.0]]), torch.tensor([1.0, 0.0])]
+    expected = [tensors[0] * 0.5, tensors[0].clone(), torch.tensor([0.7, -1.0])]
+    compat.multiply_all_(tensors[:1], factors[:1])
+    compat.multiply_all_(tensors[1:], factors[1:], shift=1.0)
+    assert torch.equal(tensors[0][0], expected[0][0])
+    assert torch.equal(tensors[0][1], expected[1][1])
+    assert torch.equal(tensors[1], expected[2])
+
+
 def test_a_model_is_built_in_a_dtype() -> None:
     config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
     assert compat.build_model(LlamaForCausalLM, config, torch.bfloat16).dtype == torch.bfloat16

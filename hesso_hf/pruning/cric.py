@@ -17,7 +17,7 @@ from ..distributed.parts import Part
 from ..errors import HessoError
 from .cric_state import PROBE_CYCLES, PROBE_SAMPLES, Cric
 from .ranking import Ranking, agreed
-from .saliency import ParameterAxes, PathDisplacements, PerUnit, UnitSums
+from .saliency import OnTrial, ParameterAxes, PathDisplacements, PerUnit, UnitSums, marked
 from .schedule import PeriodStep, Schedule
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
@@ -43,7 +43,9 @@ class CricTrial:
 
     def units_on_trial(self) -> int:
         """Return how many units are on their way to zero, 0 between the trials and after them."""
-        return sum(int(units.sum()) for units in self.cric.shrinking.values()) if self.snapshot is not None else 0
+        if self.snapshot is None:
+            return 0
+        return int(torch.stack([units.sum() for units in self.cric.shrinking.values()]).sum())
 
     def begin(self, scores: PerUnit, base: Optimizer) -> None:
         """Take the snapshot, and choose the first violating set: the lowest units by the scores at this point."""
@@ -56,14 +58,15 @@ class CricTrial:
 
     def accumulate_(self, sums: UnitSums, t: int) -> None:
         """Add the gradient at sample t of a cycle to the sums, for displacements by the whole way to zero."""
-        snapshot, shrinking, scale = self.snapshot, self.cric.shrinking, self._scale(t)
+        snapshot, trial = self.snapshot, OnTrial(self.cric.shrinking, self._scale(t)) if t else None
 
         def whole_way(name: str, axes: ParameterAxes, part: Part, n: int) -> PathDisplacements:
             assert snapshot is not None
-            return PathDisplacements(self._bound.copied(name, snapshot)[n], axes, shrinking, scale, part)
+            assert trial is not None
+            return PathDisplacements(self._bound.copied(name, snapshot)[n], axes, trial, part)
 
-        self._bound.accumulate_(sums, whole_way if t else None)
         sums.batches += 1
+        self._bound.accumulate_(sums, whole_way if t else None)
 
     def record(self, t: int, sums: UnitSums) -> None:
         """Score all units by what all processes accumulated at sample t, and note which look redundant from there."""
@@ -79,7 +82,7 @@ class CricTrial:
             self._next_cycle()
         else:
             self._bound.multiply_(self._factors(position.factor))
-            self.route(position.t + 1)
+            self.route(position.t + 1, ask=position.t == 0)
 
     def scores(self) -> PerUnit:
         """Return the final scores, shape (L, U) per structure."""
@@ -155,16 +158,16 @@ class CricTrial:
         violating = {name: units & entering[name] for name, units in lowest.items()}
         self.cric.begin_cycle(violating, agreed(self._ranking.lowest(scores, pruned=violating)))
 
-    def route(self, t: int) -> None:
+    def route(self, t: int, ask: bool = True) -> None:
         """Let routers choose experts as they are scaled at sample t."""
-        self._bound.route(self._factors(self._scale(t)))
+        self._bound.route(self._factors(self._scale(t)), ask)
 
     def _scale(self, t: int) -> float:
         """What is left of the units on trial at sample t."""
         return (self.cric.samples - t) / self.cric.samples
 
     def _factors(self, factor: float) -> PerUnit:
-        return {name: torch.where(units, factor, 1.0) for name, units in self.cric.shrinking.items()}
+        return marked(self.cric.shrinking, factor)
 
     # -- report and state -----------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class HessoOptimizer(Optimizer):
         base.state = state
         self.seconds = 0.0  # spent in HESSO, all steps together; on a GPU the time to enqueue
         self._observed = False
-        self._gradient_norm: float | None = None
+        self._gradient_norm: float | torch.Tensor | None = None
         self._skips = Skips()
         self._awaits_state = False
         for mode in ("train", "eval"):  # schedule-free optimizers keep other weights for evaluation
@@ -80,7 +80,7 @@ class HessoOptimizer(Optimizer):
 
     def report_gradient_norm(self, norm: float | torch.Tensor) -> None:
         """Tell the norm of this step's gradient over all processes, so that `step` needn't compute it."""
-        self._gradient_norm = _as_float(norm)
+        self._gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def report_loss(self, loss: float | torch.Tensor) -> None:
         """Tell the loss of the coming step, so that a collapse is noticed (`collapse_threshold`)."""
@@ -146,15 +146,18 @@ class HessoOptimizer(Optimizer):
             return False
         if any(float(group.get("lr", 1.0)) for group in self.param_groups):
             return False
-        return self._norm_of_gradients() == 0.0
+        return float(self._norm_of_gradients()) == 0.0
 
-    def _norm_of_gradients(self) -> float:
+    def _norm_of_gradients(self) -> float | torch.Tensor:
         """Return the L2 norm of all gradients together, over all processes where they are sharded."""
         found = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return _as_float(nn.utils.get_total_norm(found)) if found else 0.0
+        norm = nn.utils.get_total_norm(found) if found else 0.0
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _gradient_is_finite(self) -> bool:
-        norm = self._norm_of_gradients() if self._gradient_norm is None else self._gradient_norm
+        norm = self.process.fetch_loss_with(
+            self._norm_of_gradients() if self._gradient_norm is None else self._gradient_norm
+        )
         self._gradient_norm = None
         if math.isfinite(norm):
             self._skips.reset()
@@ -247,10 +250,6 @@ class Skips:
                 f"{self._in_a_row} steps in a row had a gradient norm of {norm} at step {step}; lower the learning "
                 "rate, clip the gradients or check the data"
             )
-
-
-def _as_float(norm: float | torch.Tensor) -> float:
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _refuse(base: Optimizer) -> None:

@@ -39,6 +39,7 @@ class Run:
     ranking: Ranking
     config: HessoConfig
     healer: Healer | None = None
+    keeps_zeros: bool = False  # the base optimizer does, where weight, gradient and state are zero
 
     def heal(self) -> None:
         """Have what the marked units say refitted into the others, which take it on as the period goes along."""
@@ -88,9 +89,9 @@ class Run:
         """Return the pruned units of the structures that lose any, bool (L, U)."""
         return {name: units for name, units in self.state.pruned().items() if self.ranking.removed[name]}
 
-    def mask(self) -> None:
-        """Put the pruned units' weights at zero."""
-        self.bound.mask_weights_(self.pruned())
+    def mask(self, shifted_only: bool = False) -> None:
+        """Put the pruned units' weights at zero, or only those for which a number stands that isn't zero."""
+        self.bound.mask_weights_(self.pruned(), shifted_only)
 
     def centre(self, share: float = 1.0) -> None:
         """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
@@ -124,8 +125,8 @@ class Phase:
     def accumulate_(self, pending: UnitSums) -> None:
         """Take the sums of the gradient that stands in `.grad`, if it is scored."""
         if self.is_scored:
-            self.run.bound.accumulate_(pending)
             pending.batches = 1
+            self.run.bound.accumulate_(pending)
 
     def before(self, pending: UnitSums, base: Optimizer) -> None:
         """Count the gradient's sums, before the base optimizer's step."""
@@ -214,9 +215,9 @@ class PruningPeriod(Phase):
         factors = {}
         for name, redundant in self.state.redundant.items():
             # pruned units are kept at zero by the same multiply
-            factors[name] = torch.where(redundant, position.factor, (self.state.scales[name] > 0).float())
+            factors[name] = (self.state.scales[name] > 0).float().masked_fill_(redundant, position.factor)
             self.state.scales[name].masked_fill_(redundant, scale)
-        self.run.bound.route(self.state.scales)
+        self.run.bound.route(self.state.scales, ask=position.t == 0)
         self.run.bound.add_(self.state.healing, 1.0 / position.length)
         if position.last:
             self.run.end_period()
@@ -249,8 +250,8 @@ class Recovery(Phase):
     """After the last period."""
 
     def after(self) -> None:
-        """Keep the pruned units at zero."""
-        self.run.mask()
+        """Keep the pruned units at zero, as far as the base optimizer doesn't: their gradients were masked."""
+        self.run.mask(shifted_only=self.run.keeps_zeros)
         self.run.centre()
 
 

@@ -25,11 +25,14 @@ from .collapse import CollapseWatch
 from .cric import CricTrial
 from .healing import Healer
 from .ranking import Ranking
-from .saliency import PerUnit, no_units, on_device
+from .saliency import PerUnit, float_sums, no_units, on_device
 from .schedule import Schedule
 from .state import PruningState
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
+
+# Each element of a weight by itself: one at zero, with gradient and state at zero, stays there.
+ZERO_KEEPERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 class PruningProcess:
@@ -84,6 +87,15 @@ class PruningProcess:
         """Tell the loss of the step that comes, so that a collapse is noticed."""
         self._loss = loss
 
+    def fetch_loss_with(self, norm: float | torch.Tensor) -> float:
+        """Return the gradient's norm; where it and the loss still lie on the device, they come in one copy."""
+        loss = self._loss
+        if isinstance(norm, torch.Tensor) and isinstance(loss, torch.Tensor) and norm.device == loss.device:
+            both = torch.stack([value.detach().reshape(()).to(float_sums(norm.device)) for value in (norm, loss)])
+            fetched, self._loss = both.cpu().tolist()
+            return fetched
+        return float(norm)
+
     def prepare_gradients(self) -> None:
         """Before a forward pass: let frozen weights have gradients if this step is scored by them, and only then."""
         scored = phases.phase_of(self.run).is_scored
@@ -111,6 +123,7 @@ class PruningProcess:
     def before_step(self, base: Optimizer) -> None:
         """Count the observed gradient; sample, or at the first step of a period mark the lowest units."""
         loss, self._loss = self._loss, None
+        self.run.keeps_zeros = keeps_zeros(base)
         self._phase = phases.phase_by_loss(self.run, loss)
         self._phase.before(self._pending, base)
         self._pending.zero_()
@@ -123,7 +136,8 @@ class PruningProcess:
         if self.run.masking:
             # Matrices only when a period ends: with zero weights and masked gradients their entries stay zero. A
             # norm's vector, stored as -1 for zero or kept above zero by the optimizer's epsilon, is masked every step.
-            self.bound.mask_state_(base.state, self.run.pruned(), vectors_only=not self.period_ended)
+            ended, shifted_only = self.period_ended, self.run.keeps_zeros and not self.period_ended
+            self.bound.mask_state_(base.state, self.run.pruned(), vectors_only=not ended, shifted_only=shifted_only)
         self.prepare_gradients()
 
     @torch.no_grad()
@@ -277,3 +291,14 @@ class PruningProcess:
             phase.trial.route(phase.position.t)
         self.bound.frozen.load_state_dict(state.get("frozen", {}), self.scales, self.state.on_the_way)
         self.prepare_gradients()
+
+
+def keeps_zeros(base: Optimizer) -> bool:
+    """Whether a base optimizer is known to leave a weight at zero whose gradient and state are zero.
+
+    Where its epsilon may round to zero in the weights' dtype it divides zero by zero.
+    """
+    if type(base) not in ZERO_KEEPERS:
+        return False
+    weights = ((group, weight) for group in base.param_groups for weight in group["params"])
+    return all(group.get("eps", 1.0) >= torch.finfo(weight.dtype).tiny for group, weight in weights)

@@ -14,15 +14,19 @@ import torch
 
 from ..distributed.parts import Part, add_over_ranks, whole
 from ..structures.groups import Axis, PruningGroups
+from ..structures.layout import Spread
 
 PerUnit = dict[str, torch.Tensor]  # structure -> (L, U)
 ParameterAxes = list[tuple[str, int, Axis]]  # (structure, layer index, axis) of every axis of a parameter
-_CHUNK = 1 << 22  # elements of a temporary at most, whatever the size of the parameter
+_CHUNK, _CHUNK_OF_GPU = 1 << 22, 1 << 26  # elements of a temporary at most, whatever the size of the parameter
 
 
 @dataclass
 class UnitSums:
-    """Running sums per unit: `sums[structure][term]` has shape (L, U); `batches` gradients went into them."""
+    """Running sums per unit: `sums[structure][term]` has shape (L, U); `batches` gradients went into them.
+
+    Who adds to the sums counts the batch first: without one they are zero.
+    """
 
     sums: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     batches: int = 0
@@ -40,6 +44,8 @@ class UnitSums:
 
     def add_(self, other: UnitSums) -> None:
         """Add another set of sums, in place."""
+        if not other.batches:
+            return
         for name, terms in other.sums.items():
             for term, value in terms.items():
                 self.sums[name][term] += value
@@ -54,14 +60,34 @@ class UnitSums:
 
     def are_finite(self) -> bool:
         """Whether no sum is NaN or infinite."""
-        return all(bool(value.isfinite().all()) for terms in self.sums.values() for value in terms.values())
+        found = [value.isfinite().all() for terms in self.sums.values() for value in terms.values()]
+        return bool(torch.stack(found).all())
 
     def zero_(self) -> None:
-        """Forget all batches, in place."""
+        """Forget all batches, in place; without any, all is zero already."""
+        if not self.batches:
+            return
         for terms in self.sums.values():
             for value in terms.values():
                 value.zero_()
         self.batches = 0
+
+
+class OnTrial:
+    """The units on CRIC's way to zero, spread over their axes.
+
+    Attributes:
+        units: the masks, bool.
+        left: what is left of each unit, 1 of the others, to the powers of x in a term.
+
+    Args:
+        units: bool (L, U) per structure.
+        scale: what is left of them.
+    """
+
+    def __init__(self, units: Mapping[str, torch.Tensor], scale: float) -> None:
+        self.units = Spread(units, False)
+        self.left = {power: Spread(marked(units, scale**power), 1.0) for power in (1, 2)}
 
 
 class PathDisplacements:
@@ -73,29 +99,27 @@ class PathDisplacements:
 
     Args:
         origin: the parameter at the snapshot, or this process' part of it, on any device.
-        shrinking: the units on trial, bool (L, U) per structure.
-        scale: what is left of them.
+        axes: of the parameter.
+        trial: the units on trial, and what is left of them.
         part: which part of the parameter it is.
     """
 
-    def __init__(
-        self,
-        origin: torch.Tensor,
-        axes: ParameterAxes,
-        shrinking: Mapping[str, torch.Tensor],
-        scale: float,
-        part: Part,
-    ) -> None:
-        self._origin, self._shift, self._scale = origin, axes[0][2].shift, scale
+    def __init__(self, origin: torch.Tensor, axes: ParameterAxes, trial: OnTrial, part: Part) -> None:
+        self._origin, self._shift = origin, axes[0][2].shift
         self._dims = [axis.dim for _, _, axis in axes]
-        self._masks = [
-            part.along(axis.layout.expand(shrinking[name][layer], fixed_value=False), axis.dim)
-            for name, layer, axis in axes
-        ]
+
+        def all_along(spread: Spread) -> list[torch.Tensor]:
+            return [
+                part.along(spread.along(structure, layer, axis.layout), axis.dim) for structure, layer, axis in axes
+            ]
+
+        self._masks = all_along(trial.units)
+        self._factors = {power: all_along(left) for power, left in trial.left.items()}
 
     def rows(self, start: int, weights: torch.Tensor) -> torch.Tensor:
         """Return the rows `start` and on at the snapshot."""
-        origin = self._origin[start : start + weights.shape[0]].to(weights.device, torch.float32)
+        # pinned memory is copied while the GPU works; converted on the host it would be another memory
+        origin = self._origin[start : start + weights.shape[0]].to(weights.device, non_blocking=True).float()
         return origin + self._shift if self._shift else origin
 
     def left(self, index: int, power: int) -> dict[int, torch.Tensor]:
@@ -105,9 +129,8 @@ class PathDisplacements:
             index: position in the parameter's list of axes.
         """
         found: dict[int, torch.Tensor] = {}
-        for other, (dim, mask) in enumerate(zip(self._dims, self._masks, strict=True)):
+        for other, (dim, factor) in enumerate(zip(self._dims, self._factors[power], strict=True)):
             if other != index:
-                factor = torch.where(mask, self._scale**power, 1.0)
                 found[dim] = found[dim] * factor if dim in found else factor
         return found
 
@@ -124,6 +147,7 @@ class PathDisplacements:
 
 
 Displaced = Callable[[str, ParameterAxes, Part, int], PathDisplacements]  # of a parameter's n-th part
+_Sums = dict[tuple[int, str], list[torch.Tensor]]  # per axis' position and term, of some rows after the others
 _POWERS = {"x2": 2, "xg": 1, "xg2": 2, "g2": 0}  # of x in a term
 
 
@@ -155,7 +179,10 @@ def accumulate_(
     for (index, term), along in found.items():
         structure, layer, axis = axes[index]
         into = sums.sums[structure][term][layer]
-        into += axis.layout.collect(part.spread_out(along, axis.dim), into.shape[0])
+        along = part.spread_out(along, axis.dim)
+        if axis.layout.per_unit > 1 or axis.layout.owned:
+            along = along.to(into.dtype)
+        into += axis.layout.collect(along, into.shape[0])
 
 
 def _sums_along(
@@ -167,8 +194,7 @@ def _sums_along(
     displacements: PathDisplacements | None,
 ) -> dict[tuple[int, str], torch.Tensor]:
     """Return each term per index of each axis, by the axis' position and the term."""
-    present: dict[tuple[int, str], torch.Tensor] = {}
-    displaced: dict[tuple[int, str], torch.Tensor] = {}
+    present, displaced = _Sums(), _Sums()
     left = {(n, p): displacements.left(n, p) for n in range(len(axes)) for p in (1, 2)} if displacements else {}
     rows = chunk_rows(parameter, chunk)
     for start in range(0, parameter.shape[0], rows):
@@ -178,7 +204,7 @@ def _sums_along(
         slope = None if gradient is None else gradient[start : start + rows].float()
         for term, values in _elementwise(terms, weights, slope).items():
             for index, (_, _, axis) in enumerate(axes):
-                _add(present, (index, term), sum_but(values, axis.dim), axis.dim)
+                present.setdefault((index, term), []).append(sum_but(values, axis.dim))
         if displacements is None:
             continue
         moving = [term for term in terms if _POWERS[term]]
@@ -187,20 +213,22 @@ def _sums_along(
                 factors = left[index, _POWERS[term]]
                 if 0 in factors:
                     factors = {**factors, 0: factors[0][start : start + rows]}
-                _add(displaced, (index, term), sum_but(values, axis.dim, factors), axis.dim)
-    for (index, term), values in displaced.items():
+                displaced.setdefault((index, term), []).append(sum_but(values, axis.dim, factors))
+    found = {(index, term): _joined(sums, axes[index][2].dim) for (index, term), sums in present.items()}
+    for (index, term), sums in displaced.items():
         assert displacements is not None
-        present[index, term] = displacements.replace(present[index, term], values, index, _POWERS[term])
-    return present
+        joined = _joined(sums, axes[index][2].dim)
+        found[index, term] = displacements.replace(found[index, term], joined, index, _POWERS[term])
+    return found
 
 
-def _add(found: dict[tuple[int, str], torch.Tensor], key: tuple[int, str], sums: torch.Tensor, dim: int) -> None:
-    """Join the sums of further rows to those of the rows before."""
-    sums = sums.to(float_sums(sums.device))
-    if key not in found:
-        found[key] = sums
-    else:
-        found[key] = torch.cat([found[key], sums]) if dim == 0 else found[key] + sums
+def _joined(sums: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Join the sums of some rows after the others."""
+    if len(sums) == 1:
+        return sums[0]
+    if dim == 0:
+        return torch.cat(sums)
+    return torch.stack(sums).to(float_sums(sums[0].device)).sum(0)
 
 
 def _elementwise(terms: Iterable[str], weights: torch.Tensor, gradient: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -239,13 +267,24 @@ def on_device(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]
     return {n: on_device(v, device) if isinstance(v, Mapping) else moved(v) for n, v in values.items()}
 
 
+def marked(units: Mapping[str, torch.Tensor], value: float) -> PerUnit:
+    """Return a value for marked units and 1 for the others, (L, U) per structure."""
+    return {name: torch.ones_like(m, dtype=torch.float32).masked_fill_(m, value) for name, m in units.items()}
+
+
 def no_units(shapes: Mapping[str, tuple[int, int]], device: torch.device) -> PerUnit:
     """Return masks that mark no unit, bool (L, U) per structure."""
     return {name: torch.zeros(shape, dtype=torch.bool, device=device) for name, shape in shapes.items()}
 
 
-def chunk_size(elements: int) -> int:
-    """Return how many elements to work on at a time: temporaries stay below a thousandth of the model's."""
+def chunk_size(elements: int, device: torch.device) -> int:
+    """Return how many elements of a model's so many to work on at a time.
+
+    Temporaries stay below a thousandth of the model's; on a GPU, where every launch costs, below a 32nd, so that most
+    matrices are taken whole.
+    """
+    if device.type == "cuda":
+        return min(_CHUNK_OF_GPU, max(_CHUNK, elements >> 5))
     return max(1 << 14, min(_CHUNK, elements >> 10))
 
 

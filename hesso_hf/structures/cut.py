@@ -16,7 +16,7 @@ from ..distributed.parts import Part, plain_name, stock_class, whole
 from ..errors import UnsupportedStructureError
 from ..hf_models.resize import resized_config
 from ..hf_models.sizes import head_dim_of
-from .groups import Axis, KeptUnits, PruningGroups
+from .groups import Axis, KeptUnits, PruningGroups, portions_of
 from .layers import full_names, is_dropped, kept_layers, without_dropped_layers
 from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
@@ -34,7 +34,8 @@ def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, k
             pruned[list(layers[layer])] = False
             axis.mask_(parameter, pruned)
             if axis.centred and pruned.any():
-                axis.centre_(parameter, (~pruned).float())
+                portions = portions_of((~pruned).float()).to(parameter.dtype)
+                axis.centre_(parameter, axis.layout.expand(portions, fixed_value=0.0))
 
 
 @torch.no_grad()

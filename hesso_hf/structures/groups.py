@@ -38,27 +38,15 @@ class Axis:
     power: int = 0
     centred: bool = False
 
-    def spread(
-        self, values: torch.Tensor, ndim: int, fixed_value: float = 1.0, part: Part | None = None
-    ) -> torch.Tensor:
-        """Turn one value per unit, shape (U,), into a factor that broadcasts over the parameter or a part of it."""
+    def lay(self, along: torch.Tensor, ndim: int, part: Part | None = None) -> torch.Tensor:
+        """Turn one value per index of the whole axis into what broadcasts over the parameter or a part of it."""
         shape = [1] * ndim
         shape[self.dim] = -1
-        along = self.layout.expand(values, fixed_value)
         return (part.along(along, self.dim) if part is not None else along).view(shape)
 
-    @torch.no_grad()
-    def shrink_(self, tensor: torch.Tensor, factors: torch.Tensor, part: Part | None = None) -> None:
-        """Multiply each unit's slice by its factor, shape (U,), in place; 1 leaves it as it is, bit for bit.
-
-        Args:
-            tensor: the parameter's data, or what this process holds of it.
-            part: which part that is; all of it by default.
-        """
-        spread = self.spread(factors.to(tensor.device, tensor.dtype), tensor.dim(), part=part)
-        tensor.mul_(spread)
-        if self.shift:  # (w + shift) * f - shift, without rounding where f is 1
-            tensor.add_((spread - 1) * self.shift)
+    def spread(self, values: torch.Tensor, ndim: int, fixed_value: float = 1.0) -> torch.Tensor:
+        """Turn one value per unit, shape (U,), into a factor that broadcasts over the parameter."""
+        return self.lay(self.layout.expand(values, fixed_value), ndim)
 
     @torch.no_grad()
     def mask_(
@@ -67,37 +55,43 @@ class Axis:
         """Set pruned units' slices to what stands for zero, in place, even where they hold NaN.
 
         Args:
-            tensor, part: as for `shrink_`.
+            tensor: the parameter's data, or what this process holds of it.
             pruned: shape (U,), bool.
             fill: the value; by default -shift, so that the effective weight is zero.
+            part: which part `tensor` is; all of it by default.
         """
-        spread = self.spread(pruned.to(tensor.device), tensor.dim(), fixed_value=False, part=part)
-        tensor.masked_fill_(spread, -self.shift if fill is None else fill)
+        along = self.layout.expand(pruned.to(tensor.device), fixed_value=False)
+        tensor.masked_fill_(self.lay(along, tensor.dim(), part), -self.shift if fill is None else fill)
 
     @torch.no_grad()
     def centre_(
         self,
         tensor: torch.Tensor,
-        scales: torch.Tensor,
-        share: float = 1.0,
+        portions: torch.Tensor,
         part: Part | None = None,
         total: torch.Tensor | None = None,
     ) -> None:
-        """Take the mean out of what is written to the residual stream, in place, each channel by its scale.
+        """Take the mean out of what is written to the residual stream, in place, each channel its portion of it.
 
         A norm that subtracts the mean over all channels doesn't see it while all scales are 1; when pruned channels are
         at zero the kept ones have mean zero among themselves.
 
         Args:
-            tensor, part: as for `shrink_`.
-            scales: shape (U,), 1 kept to 0 pruned.
-            share: of the mean, how much is taken out.
+            tensor, part: as for `mask_`.
+            portions: per index of the whole axis, in the tensor's dtype (`portions_of`).
             total: sum over the channels of all parts, where `tensor` holds some of them.
         """
-        scales = scales.to(tensor.device, tensor.dtype)
-        spread = self.spread(scales, tensor.dim(), part=part)
         total = tensor.sum(self.dim, keepdim=True) if total is None else total.to(tensor.device, tensor.dtype)
-        tensor.sub_(spread * (total * (share / scales.sum())))
+        tensor.addcmul_(self.lay(portions, tensor.dim(), part), total, value=-1)
+
+
+def portions_of(scales: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+    """Return what share of the sum over all channels each gives when `share` of the mean is taken out of a stream.
+
+    Args:
+        scales: shape (..., U), 1 kept to 0 pruned.
+    """
+    return scales * (share / scales.sum(-1, keepdim=True))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ Where a unit is a whole layer, an axis of that layer is one `owned` segment: all
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +36,13 @@ class Segment:
         return self.fixed or self.repeat * units * self.block
 
     def expand(self, values: torch.Tensor, fixed_value: float) -> torch.Tensor:
-        """Spread one value per unit, shape (U,), over the stretch's indices."""
+        """Spread one value per unit, shape (..., U), over the stretch's indices."""
+        *layers, units = values.shape
         if self.unit is not None:
-            return values[self.unit].expand(self.fixed)
+            return values[..., self.unit, None].expand(*layers, self.fixed)
         if self.fixed:
-            return values.new_full((self.fixed,), fixed_value)
-        return values.view(1, -1, 1).expand(self.repeat, -1, self.block).reshape(-1)
+            return values.new_full((*layers, self.fixed), fixed_value)
+        return values[..., None, :, None].expand(*layers, self.repeat, units, self.block).reshape(*layers, -1)
 
     def collect(self, sums: torch.Tensor, units: int) -> torch.Tensor:
         """Add the stretch's per-index sums up per unit: shape (U,)."""
@@ -49,6 +51,8 @@ class Segment:
             if self.unit is not None:
                 collected[self.unit] = sums.sum()
             return collected
+        if self.repeat * self.block == 1:
+            return sums
         return sums.view(self.repeat, units, self.block).sum((0, 2))
 
 
@@ -118,12 +122,12 @@ class Layout:
         return Layout(tuple(segments))
 
     def expand(self, values: torch.Tensor, fixed_value: float = 1.0) -> torch.Tensor:
-        """Spread one value per unit, shape (U,), over the axis; indices of no unit get `fixed_value`."""
+        """Spread one value per unit, shape (..., U), over the axis; indices of no unit get `fixed_value`."""
         if len(self.segments) == 1:
             segment = self.segments[0]
             plain = segment.repeat * segment.block == 1 and not segment.fixed
             return values if plain else segment.expand(values, fixed_value)
-        return torch.cat([segment.expand(values, fixed_value) for segment in self.segments])
+        return torch.cat([segment.expand(values, fixed_value) for segment in self.segments], dim=-1)
 
     def collect(self, sums: torch.Tensor, units: int) -> torch.Tensor:
         """Add per-index sums, shape (axis length,), up per unit: shape (U,)."""
@@ -154,3 +158,24 @@ def layout_with_rest(repeat: int, block: int, rest: int) -> Layout:
     """Return the layout of so many runs of blocks, and behind them `rest` indices that belong to no unit."""
     runs = (Segment(repeat, block),) if repeat * block else ()
     return Layout((*runs, Segment(fixed=rest)) if rest else runs)
+
+
+class Spread:
+    """Values per unit, (L, U) a structure, spread over the indices of axes: of each layout for all layers at once.
+
+    Args:
+        fixed_value: of indices that belong to no unit.
+    """
+
+    def __init__(self, units: Mapping[str, torch.Tensor], fixed_value: float) -> None:
+        self.units, self._fixed_value = units, fixed_value
+        self._rows: dict[tuple[str, Layout, torch.device, torch.dtype], torch.Tensor] = {}
+
+    def along(self, structure: str, layer: int, layout: Layout, like: torch.Tensor | None = None) -> torch.Tensor:
+        """Return one value per index of a layer's axis, on the device and in the dtype of a tensor (masks: bool)."""
+        values = self.units[structure]
+        device, dtype = (like.device, like.dtype) if like is not None else (values.device, values.dtype)
+        key = (structure, layout, device, torch.bool if values.dtype == torch.bool else dtype)
+        if key not in self._rows:
+            self._rows[key] = layout.expand(values.to(*key[2:]), self._fixed_value)
+        return self._rows[key][layer]

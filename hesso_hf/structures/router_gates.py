@@ -36,8 +36,8 @@ class _Offsets:
     def __init__(self) -> None:
         self.values: torch.Tensor | None = None
 
-    def set(self, scales: torch.Tensor) -> None:
-        self.values = None if bool((scales == 1).all()) else scales.detach().float().log()
+    def set(self, scales: torch.Tensor, whole: bool) -> None:
+        self.values = None if whole else scales.detach().float().log()
 
     def over(self, layout: Layout, like: torch.Tensor) -> torch.Tensor:
         """Spread over an axis; -inf becomes a quarter of the lowest number, so that sums of it stay finite."""
@@ -81,10 +81,10 @@ class _Hooks:
 
     def before(self, module: nn.Module, args: Any) -> None:
         put = self._put(module) if self.offsets.values is not None else None
-        self._entered.setdefault(threading.get_ident(), []).append(put)
+        self._entered.setdefault(_thread(), []).append(put)
 
     def after(self, module: nn.Module, args: Any, result: Any) -> None:
-        put = self._entered[threading.get_ident()].pop()
+        put = self._entered[_thread()].pop()
         if put is not None:
             self._take(module, put, result)
 
@@ -93,6 +93,11 @@ class _Hooks:
 
     def _take(self, module: nn.Module, put: Any, result: Any) -> None:
         raise NotImplementedError
+
+
+def _thread() -> int:
+    """Return the thread's number, for which torch.compile would break its graph; it traces in one thread at a time."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 class _LogitHooks(_Hooks):
@@ -162,10 +167,16 @@ class RouterGates:
             gates._handles += _attach_layer(model, *parts)
         return gates
 
-    def set_scales(self, scales: torch.Tensor) -> None:
-        """Take the experts' scales, shape (L, U): 1 kept, between 0 and 1 shrinking, 0 pruned."""
-        for layer, values in zip(self._offsets, scales, strict=True):
-            layer.set(values)
+    def set_scales(self, scales: torch.Tensor, ask: bool = True) -> None:
+        """Take the experts' scales, shape (L, U): 1 kept, between 0 and 1 shrinking, 0 pruned.
+
+        Args:
+            ask: the device which layers keep all experts whole, and wait for it; else they are those that did so far.
+        """
+        before = [layer.values is None for layer in self._offsets]
+        layers = (scales == 1).all(1).cpu().tolist() if ask else before
+        for layer, values, is_whole in zip(self._offsets, scales, layers, strict=True):
+            layer.set(values, is_whole)
 
     def detach(self) -> None:
         """Take the hooks off."""

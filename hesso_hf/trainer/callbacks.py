@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.distributed import Store
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
@@ -44,8 +45,8 @@ def metrics(steps: Steps, parameters: Any) -> dict[str, float]:
     process = steps.process
     found = {"hesso/phase": float(PHASES.index(process.schedule.phase(process.step)))}
     kept = {}
-    for name, scales in process.scales.items():
-        pruned = int((scales == 0).sum())
+    counts = torch.stack([(scales == 0).sum() for scales in process.scales.values()]).cpu().tolist()
+    for (name, scales), pruned in zip(process.scales.items(), counts, strict=True):
         found[f"hesso/pruned_{name}"] = float(pruned)
         kept[name] = process.groups.structures[name].num_units - pruned / max(1, scales.shape[0])
     found["hesso/pruned_ratio"] = 1 - float(parameters(kept)) / parameters.full

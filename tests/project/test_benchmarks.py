@@ -309,3 +309,68 @@ def test_quality_trains_on_stories_and_measures_both_texts(tmp_path: Path, monke
     (run,) = json.loads(output.read_text())["runs"]
     assert run["in"] != run["out"]
     assert "TinyStories" in render_readme.render_table("quality", tmp_path)
+
+
+def test_gpu_goes_on_with_parts_that_are_missing_and_names_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu
+
+    output = tmp_path / "gpu.json"
+    asked: list[str] = []
+
+    def run_part(name: str, dry: bool, minutes: float) -> dict[str, Any]:
+        asked.append(name)
+        return {"failed": "took longer"} if name == "fp16" and len(asked) < 3 else {"loss": 1.5}
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+
+    def call(*more: str) -> tuple[int, Any]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(output), *more])
+        code = gpu.main()
+        return code, json.loads(output.read_text())[gpu.DRY_DEVICE]["parts"] if output.exists() else None
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert call() == (2, None)  # nothing is measured on a CPU in a GPU's name
+    assert call("--dry-run", "--parts", "tf32", "fp16") == (
+        1,
+        {"tf32": {"loss": 1.5}, "fp16": {"failed": "took longer"}},
+    )
+    assert "failed: ['fp16']" in capsys.readouterr().out
+    assert call("--dry-run", "--parts", "tf32", "fp16") == (0, {"tf32": {"loss": 1.5}, "fp16": {"loss": 1.5}})
+    assert asked == ["tf32", "fp16", "fp16"]
+    call("--dry-run", "--parts", "tf32", "--again")
+    assert asked[3:] == ["tf32"]
+
+
+def test_a_part_that_fails_or_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    monkeypatch.setattr(gpu, "__file__", "/no/such/file.py")
+    assert "No such file" in gpu.run_part("fp16", True, 1.0)["failed"]
+    assert gpu.run_part("fp16", True, 0.0)["failed"] == "took longer than 0 minutes"
+
+
+def test_gpu_measures_the_share_of_a_step_by_phase(tmp_path: Path) -> None:
+    import gpu_parts
+
+    found = gpu_parts.PARTS["overhead_8k"](True, tmp_path)
+    assert {"warmup", "first of a period, period 1", "shrinking, period 2", "recovery"} <= found["steps"].keys()
+    assert all(0 < kind["hesso_seconds"] < kind["step_seconds"] for kind in found["steps"].values())
+
+
+@pytest.mark.slow
+def test_every_part_of_gpu_works_in_a_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    output = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry-run", "--output", str(output)])
+    code = gpu.main()
+    parts = json.loads(output.read_text())[gpu.DRY_DEVICE]["parts"]
+    assert code == 0, {name: found["failed"] for name, found in parts.items() if "failed" in found}
+    assert parts.keys() == gpu.PARTS.keys()
+    for name in ("tf32", "fp16", "lora", "fsdp2"):
+        assert parts[name]["fold_error"] < 1e-4
+    assert parts["fsdp2"]["backend"] == "gloo"
+    for name in ("full_determinism", "plain_determinism"):  # on a CPU both are
+        assert (parts[name]["two runs differ by"], parts[name]["resumed differs by"]) == (0.0, 0.0)

@@ -17,7 +17,7 @@ from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.process import PruningProcess
 from hesso_hf.pruning.schedule import Schedule
-from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups
+from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups, portions_of
 from hesso_hf.structures.layout import block_layout
 from hesso_hf.structures.proof.prove import proved_groups
 from tests.pruning.test_optimizer import adamw, still
@@ -67,20 +67,20 @@ def test_the_mean_goes_to_the_channels_by_their_scales(dim: int):
     scales = torch.tensor([1.0, 1.0, 0.5, 0.0])
     expected = values - torch.tensor([[12.0], [5.0]]) / 2.5 * scales
     tensor = values.clone() if dim else values.T.clone()
-    Axis("x", dim, block_layout(1), centred=True).centre_(tensor, scales)
+    Axis("x", dim, block_layout(1), centred=True).centre_(tensor, portions_of(scales))
     torch.testing.assert_close(tensor if dim else tensor.T, expected)
     assert tensor.sum(dim).abs().max() < 1e-6
 
 
 def test_a_share_of_the_mean_is_taken_out():
     bias = torch.tensor([3.0, 5.0, 7.0, 1.0])
-    Axis("x", 0, block_layout(1), centred=True).centre_(bias, torch.ones(4), share=0.25)
+    Axis("x", 0, block_layout(1), centred=True).centre_(bias, portions_of(torch.ones(4), 0.25))
     assert bias.tolist() == [2.0, 4.0, 6.0, 0.0]
 
 
 def test_the_channels_of_an_embedding_that_lie_several_times_are_all_centred():
     bias = torch.randn(6)
-    Axis("x", 0, block_layout(1)).centre_(bias, torch.tensor([1.0, 0, 1, 0, 1, 1]))
+    Axis("x", 0, block_layout(1)).centre_(bias, portions_of(torch.tensor([1.0, 0, 1, 0, 1, 1])))
     assert abs(float(bias.sum())) < 1e-5
 
 

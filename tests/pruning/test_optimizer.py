@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from transformers import Adafactor, PreTrainedModel
 
 from hesso_hf.config import SALIENCIES
 from hesso_hf.errors import CheckpointMismatchError, HessoError, TrainingDivergedError
+from hesso_hf.pruning import process as process_module
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.phases import PruningPeriod
-from hesso_hf.pruning.process import PruningProcess
+from hesso_hf.pruning.process import PruningProcess, keeps_zeros
 from hesso_hf.pruning.schedule import Schedule
 from tests.support.reference import GEMMA2_NORMS, ReferenceHesso, Structures, decoder_units, flat_weights, phi_units
 from tests.support.tiny import (
@@ -316,7 +318,8 @@ def test_pruned_groups_stay_exactly_zero(make: OptimizerFactory) -> None:
 def test_nan_in_a_pruned_unit_does_not_survive() -> None:
     model = tiny_llama()
     units = decoder_units(model)
-    optimizer = hesso(model, Schedule(1, 2, 1, 8))
+    # of one that isn't known to leave zeros alone; what is known to isn't masked after it
+    optimizer = hesso(model, Schedule(1, 2, 1, 8), lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3))
     batches = token_batches(8)
     for batch in batches[:3]:
         backward(model, batch)
@@ -336,6 +339,61 @@ def test_nan_in_a_pruned_unit_does_not_survive() -> None:
         for name, parameter in model.named_parameters():
             assert parameter.isfinite().all()
             assert not parameter[pruned[name]].any()
+
+
+def test_zero_divided_by_zero_in_a_pruned_unit_does_not_survive() -> None:
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)  # tokens that don't occur have no gradient either
+    optimizer = hesso(model, Schedule(1, 2, 1, 8), lambda model: torch.optim.AdamW(model.parameters(), eps=0.0))
+    for batch in token_batches(6):
+        backward(model, batch)
+        optimizer.step()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert optimizer.process.finished
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "expected"),
+    [
+        (torch.optim.AdamW, torch.float32, True),
+        (torch.optim.AdamW, torch.bfloat16, True),
+        (torch.optim.AdamW, torch.float16, False),  # its epsilon is zero there
+        (functools.partial(torch.optim.Adam, eps=0.0), torch.float32, False),
+        (torch.optim.SGD, torch.float16, True),
+        (torch.optim.RMSprop, torch.float32, False),
+        (type("AdamW", (torch.optim.AdamW,), {}), torch.float32, False),
+    ],
+)
+def test_it_is_known_of_an_optimizer_whether_it_leaves_zeros_alone(make: Any, dtype: torch.dtype, expected: bool):
+    weight = torch.nn.Parameter(torch.tensor([0.0, 1.0], dtype=dtype))
+    base = make([weight], lr=0.25)
+    assert keeps_zeros(base) is expected
+    for _ in range(2):
+        weight.grad = torch.tensor([0.0, 1.0], dtype=dtype)
+        base.step()
+    assert float(weight.detach()[0]) == 0 or not expected
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma2, tiny_phi])
+def test_what_is_not_masked_again_in_recovery_is_as_if_it_were(
+    build: Callable[[], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for keepers in (process_module.ZERO_KEEPERS, ()):
+        monkeypatch.setattr(process_module, "ZERO_KEEPERS", keepers)
+        model = build()
+        optimizer = hesso(model, Schedule(1, 2, 1, 8))
+        for batch in token_batches(8):
+            backward(model, batch)
+            optimizer.observe_gradients()
+            optimizer.report_gradient_norm(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+            optimizer.step()
+        found.append((model, optimizer))
+    assert [optimizer.process.run.keeps_zeros for _, optimizer in found] == [True, False]
+    for (name, one), other in zip(found[0][0].named_parameters(), found[1][0].parameters(), strict=True):
+        assert torch.equal(one, other), name
+        for key, value in found[0][1].state[one].items():
+            assert torch.equal(value, found[1][1].state[other][key]), (name, key)
 
 
 def test_nan_in_a_redundant_unit_ends_as_zero_in_weights_and_state() -> None:

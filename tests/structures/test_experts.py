@@ -70,6 +70,23 @@ def pruned_model(name: str) -> tuple[PreTrainedModel, PreTrainedModel, PruningGr
     return original, model, groups, kept
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])  # the second with a bias of the choice
+def test_a_compiled_block_routes_as_the_plain_one_in_one_graph(name: str):
+    model = moe_model(name, experts_implementation="batched_mm")
+    structure = expert_groups(type(model), model.config)
+    gates, block = RouterGates.attach(model, structure), model.get_submodule(f"{structure.layers[0]}.mlp")
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    hidden = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    found = []
+    for scales in (torch.ones(structure.num_units), torch.arange(structure.num_units).div(structure.num_units)):
+        gates.set_scales(scales.expand(len(structure.layers), -1))
+        with torch.no_grad():
+            expected = block(hidden)
+            assert torch.equal(compiled(hidden), expected)
+        found.append(expected)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_saved_model_routes_as_the_gated_one(name: str, tmp_path: Path):
     original, model, groups, kept = pruned_model(name)
@@ -168,7 +185,7 @@ def test_the_choice_fades_on_the_way_to_zero_and_is_never_that_of_a_pruned_exper
 def test_two_pruned_experts_have_a_finite_sum(dtype: torch.dtype):
     """Group-limited routing adds the best two scores of a group, and infinities that meet give NaN."""
     offsets = _Offsets()
-    offsets.set(torch.tensor([1.0, 0.0, 0.0]))
+    offsets.set(torch.tensor([1.0, 0.0, 0.0]), whole=False)
     spread = offsets.over(block_layout(1), torch.zeros(3, dtype=dtype))
     assert (2 * spread - spread.sum()).isfinite().all()
     assert spread.float().softmax(0).tolist() == [1.0, 0.0, 0.0]
@@ -403,9 +420,13 @@ def test_cric_looks_with_the_gates_and_takes_them_back(mode: str, tmp_path: Path
     levels: set[float] = set()
     route = BoundGroups.route
 
-    def watched(bound: BoundGroups, scales: Any) -> None:
+    def watched(bound: BoundGroups, scales: Any, ask: bool = True) -> None:
         levels.update(scales[EXPERT_UNITS].unique().tolist())
-        route(bound, scales)
+        acted = is_gated(run.model)
+        route(bound, scales, ask)
+        whole = bool((scales[EXPERT_UNITS] == 1).all())
+        assert is_gated(run.model) is not whole
+        assert ask or acted is not whole
 
     before_step, between = PruningProcess.before_step, []
 

@@ -107,11 +107,11 @@ def test_the_split_is_measured_with_as_many_query_heads_of_every_key_value_head(
     removed: set[int] = set()
 
     class Spy(BoundGroups):
-        def mask_weights_(self, pruned: Mapping[str, torch.Tensor]) -> None:
+        def mask_weights_(self, pruned: Mapping[str, torch.Tensor], shifted_only: bool = False) -> None:
             for layer in pruned.get("query_heads", ()):
                 (count,) = set(layer.view(3, 4).sum(1).tolist())
                 removed.add(count)
-            super().mask_weights_(pruned)
+            super().mask_weights_(pruned, shifted_only)
 
     monkeypatch.setattr(calibration, "BoundGroups", Spy)
     config = HessoConfig(pruning_ratio=0.25, structures=["query_heads", "mlp_channels"], round_to=1)

@@ -1,6 +1,5 @@
-"""Groups bound to a model's parameters: what per-unit values do to weights, gradients and optimizer state.
+"""Groups bound to a model's parameters: their sums over weights and gradients, snapshots, routing.
 
-Applying one value a unit is one broadcast operation per axis, without index lists or copies of weights.
 Legend: L layers, U units a layer.
 """
 
@@ -8,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,16 +16,18 @@ from ...distributed.collectives import broadcast_, from_main
 from ...distributed.parts import Part, add_over_ranks, full_shape, local
 from ...errors import CheckpointMismatchError, UnsupportedStructureError
 from ...structures.experts import EXPERT_UNITS
-from ...structures.groups import Axis, AxisName, PruningGroups
+from ...structures.groups import PruningGroups
+from ...structures.layout import Spread
 from ...structures.lora import NO_ADAPTERS, Adapters
 from ...structures.router_gates import RouterGates
 from ..saliency import Displaced, ParameterAxes, PerUnit, UnitSums, accumulate_, chunk_rows, chunk_size, float_sums
 from .frozen import FrozenWeights
+from .held_axes import HeldAxes
 from .holdings import Holdings, MakeHoldings
 from .snapshot import Snapshot
 
 
-class BoundGroups:
+class BoundGroups(HeldAxes):
     """The axes of all groups with the parameters that they lie on.
 
     Args:
@@ -50,7 +50,7 @@ class BoundGroups:
         for name in adapters.factors(self._scored):
             self.axes.setdefault(name, [])
         self.bind(parameters)
-        self._chunk = chunk_size(sum(math.prod(full_shape(parameter)) for parameter in parameters.values()))
+        self._elements = sum(math.prod(full_shape(parameter)) for parameter in parameters.values())
 
     def bind(self, parameters: Mapping[str, nn.Parameter], make_holdings: MakeHoldings = Holdings) -> None:
         """Take (new) parameter objects by name: sharding replaces them, or where they are held, after the start."""
@@ -114,6 +114,7 @@ class BoundGroups:
             displacements: makes what stands for x, from a parameter's name, its axes, the part and the part's position
                 among those that this process holds; by default the weights.
         """
+        chunk = chunk_size(self._elements, self.device)
         for name, axes in self._scored.items():
             held = self.held[name]
             if not held.counted:
@@ -125,16 +126,11 @@ class BoundGroups:
                 if gradient is not None and held.gradient_scale != 1.0:
                     gradient = gradient.float() / held.gradient_scale
                 displaced = displacements(name, axes, part, n) if displacements else None
-                accumulate_(sums, weights, gradient, axes, self._chunk, displaced, part)
+                accumulate_(sums, weights, gradient, axes, chunk, displaced, part)
 
     def over_ranks(self, sums: UnitSums) -> UnitSums:
         """Return the sums of all processes' parts; the same where each holds all of the model."""
         return sums.over_ranks() if self.sharded else sums
-
-    def multiply_(self, factors: PerUnit) -> None:
-        """Multiply each unit's effective weights by its factor."""
-        for axis, values, part, weights in self._each_piece(factors):
-            axis.shrink_(weights, values, part)
 
     def add_(self, added: Mapping[str, torch.Tensor], share: float) -> None:
         """Add a share of matrices to parameters that this process holds whole."""
@@ -148,100 +144,40 @@ class BoundGroups:
         broadcast_(list(shared.values()))
         return shared
 
-    def route(self, scales: PerUnit) -> None:
-        """Let the routers choose experts by their scales."""
-        if self._gates is not None:
-            self._gates.set_scales(scales[EXPERT_UNITS])
+    def route(self, scales: PerUnit, ask: bool = True) -> None:
+        """Let the routers choose experts by their scales.
 
-    def mask_weights_(self, pruned: PerUnit) -> None:
-        """Set pruned units' effective weights to exactly zero."""
-        for axis, units, part, weights in self._each_piece(pruned):
-            axis.mask_(weights, units, part=part)
-
-    def centre_(self, scales: PerUnit, share: float = 1.0) -> None:
-        """Take `share` of the mean out of what writes to a stream that norms subtract the mean of.
-
-        Where processes hold some of the channels each, the sums over them take one all-reduce.
+        Args:
+            ask: which layers keep all experts whole (`RouterGates.set_scales`).
         """
-        split = [axis for axis, _ in self._each(scales, centred=True) if self.held[axis.parameter].splits(axis.dim)]
-        totals: dict[AxisName, torch.Tensor] = {}
-        if split:
-            sums = add_over_ranks([self._channel_sum(axis) for axis in split])
-            totals = {(axis.parameter, axis.dim): total for axis, total in zip(split, sums, strict=True)}
-        for axis, units, part, weights in self._each_piece(scales, centred=True):
-            total = totals.get((axis.parameter, axis.dim))
-            axis.centre_(weights, units, share, part, None if total is None else total[part.window(but=axis.dim)])
-
-    def _channel_sum(self, axis: Axis) -> torch.Tensor:
-        """Return the sum over the channels that this process counts, as wide as the whole parameter."""
-        held = self.held[axis.parameter]
-        shape = [1 if dim == axis.dim else size for dim, size in enumerate(held.shape)]
-        total = torch.zeros(shape, device=self.device)
-        for part, weights in zip(held.parts, held.weights(), strict=True) if held.counted else ():
-            total[part.window(but=axis.dim)] += weights.float().sum(axis.dim, keepdim=True).to(total.device)
-        return total
-
-    def mask_gradients_(self, pruned: PerUnit) -> None:
-        """Set pruned units' gradients to zero."""
-        for axis, units in self._each(pruned):
-            held = self.held[axis.parameter]
-            gradients = held.gradients()
-            if gradients is None:
-                continue
-            for part, gradient in zip(held.parts, gradients, strict=True):
-                axis.mask_(gradient, units, 0.0, part)
-            held.gradients_changed()
-
-    def mask_state_(
-        self, state: Mapping[torch.Tensor, Mapping[str, Any]], pruned: PerUnit, vectors_only: bool = False
-    ) -> None:
-        """Zero pruned units' entries in plain optimizer state of the parameter's own shape and a floating dtype."""
-        for axis, units in self._each(pruned):
-            held = self.held[axis.parameter]
-            if vectors_only and len(held.shape) > 1:
-                continue
-            for pieces in held.states(state):
-                for part, values in zip(held.parts, pieces, strict=True):
-                    axis.mask_(values, units, 0.0, part)
+        if self._gates is not None:
+            self._gates.set_scales(scales[EXPERT_UNITS], ask)
 
     def norm_of(self, marked: PerUnit) -> float:
         """Return the L2 norm of the marked units' effective weights, each element counted once."""
-        total = 0.0
+        spread = Spread(marked, False)
+        total = torch.zeros(1, dtype=float_sums(self.device), device=self.device)
         for name, axes in self._scored.items():
             held = self.held[name]
             for part, weights in zip(held.parts, self._scored_weights(name), strict=True) if held.counted else ():
-                total += self._marked_square_sum(weights, axes, marked, part)
+                for block in self._marked_blocks(weights, axes, spread, part):
+                    total += block.square().sum().to(self.device)
         if self.sharded:
-            total = float(add_over_ranks([torch.tensor([total], dtype=float_sums(self.device), device=self.device)])[0])
-        return total**0.5
+            (total,) = add_over_ranks([total])
+        return float(total) ** 0.5
 
-    def _marked_square_sum(self, values: torch.Tensor, axes: ParameterAxes, marked: PerUnit, part: Part) -> float:
+    def _marked_blocks(
+        self, values: torch.Tensor, axes: ParameterAxes, spread: Spread, part: Part
+    ) -> Iterator[torch.Tensor]:
+        """Yield some rows after the other of a piece, in fp32, with zero for what isn't marked."""
         masks = [
-            (axis.dim, axis.spread(marked[structure][layer], values.dim(), False, part).to(values.device))
+            (axis.dim, axis.lay(spread.along(structure, layer, axis.layout, values), values.dim(), part))
             for structure, layer, axis in axes
         ]
-        total, rows = 0.0, chunk_rows(values, self._chunk)
+        rows = chunk_rows(values, chunk_size(self._elements, self.device))
         for start in range(0, values.shape[0], rows):
             block = values[start : start + rows].float()
             chosen = torch.zeros_like(block, dtype=torch.bool)
             for dim, mask in masks:
                 chosen |= mask[start : start + rows] if dim == 0 else mask
-            total += float((block + axes[0][2].shift).masked_select(chosen).square().sum())
-        return total
-
-    def _each_piece(
-        self, units: PerUnit, centred: bool = False
-    ) -> Iterator[tuple[Axis, torch.Tensor, Part, torch.Tensor]]:
-        """Yield (axis, one value per unit, part, weights to be changed in place) of each piece that lies here."""
-        for axis, values in self._each(units, centred):
-            held = self.held[axis.parameter]
-            for part, weights in zip(held.parts, held.weights(), strict=True):
-                yield axis, values, part, weights
-            held.weights_changed()
-
-    def _each(self, units: PerUnit, centred: bool = False) -> Iterator[tuple[Axis, torch.Tensor]]:
-        """Yield (axis, one value per unit) of the given structures, or only of what is kept at mean zero."""
-        for axes in self.axes.values():
-            for structure, layer, axis in axes:
-                if structure in units and (axis.centred or not centred):
-                    yield axis, units[structure][layer]
+            yield (block + axes[0][2].shift).masked_fill_(~chosen, 0.0)

@@ -17,7 +17,7 @@ from hesso_hf.distributed.parts import flat_parts
 from hesso_hf.engines.deepspeed.ranges import HeldRange
 from hesso_hf.pruning.criteria import needed_sums
 from hesso_hf.pruning.plan import PruningPlan
-from hesso_hf.pruning.saliency import PathDisplacements, UnitSums
+from hesso_hf.pruning.saliency import OnTrial, PathDisplacements, UnitSums
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.pruning.weights.holdings import Holdings
 from hesso_hf.pruning.weights.snapshot import Snapshot
@@ -25,6 +25,7 @@ from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi
 
 TERMS = needed_sums(["cosine_similarity", "taylor_second_order"])
 KINDS = {"llama": tiny_llama, "one-plus-w": tiny_gemma2, "layer-norm": tiny_phi}
+MODULES = ("bound_groups", "held_axes")  # what adds up over processes
 
 
 class Range(HeldRange):
@@ -160,7 +161,7 @@ def test_sums_of_all_pieces_are_those_of_whole_parameters(bound: Any, groups: An
                 snapshot.weights_of(parameter).mul_(2.0)
 
         def displaced(name: str, axes: Any, part: Any, n: int) -> PathDisplacements:
-            return PathDisplacements(each.held[name].copied(snapshot)[n], axes, shrinking, 0.5, part)
+            return PathDisplacements(each.held[name].copied(snapshot)[n], axes, OnTrial(shrinking, 0.5), part)
 
         each.accumulate_(sums, displaced if on_trial else None)
         return sums
@@ -184,12 +185,14 @@ def test_norms_and_means_are_added_over_processes(bound: Any, groups: Any, monke
     def exchange(act: Any) -> list[Any]:
         """Let both processes say their part, and then hear the sum."""
         told.clear()
-        monkeypatch.setattr("hesso_hf.pruning.weights.bound_groups.add_over_ranks", first_ask)
+        for module in MODULES:
+            monkeypatch.setattr(f"hesso_hf.pruning.weights.{module}.add_over_ranks", first_ask)
         for half in halves:
             with pytest.raises(InterruptedError):
                 act(half)
         sums = [sum(parts) for parts in zip(*told, strict=True)]
-        monkeypatch.setattr("hesso_hf.pruning.weights.bound_groups.add_over_ranks", lambda _: sums)
+        for module in MODULES:
+            monkeypatch.setattr(f"hesso_hf.pruning.weights.{module}.add_over_ranks", lambda _: sums)
         return [act(half) for half in halves]
 
     expected = whole.norm_of(marked)
