@@ -30,7 +30,7 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .measure import NO_EXAMPLES, Measurer
-from .stream import GIVEN, settle_in_basis
+from .stream import GIVEN, turned_where_wanted
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
@@ -143,11 +143,10 @@ class PruningRun:
             logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
         if engine.measures_shards:
             return schedule
-        self.basis = settle_in_basis(
-            self.plan, self.model, self.measurer, self.settle_sizes,
-            self._config.stream_basis if engine.turns_stream else "given",
-            self._config.stream_basis_tolerance,
-        )  # fmt: skip
+        wanted = self._config.stream_basis if engine.turns_stream else "given"
+        tolerance = self._config.stream_basis_tolerance
+        self.basis = turned_where_wanted(self.plan, self.model, self.measurer, wanted, tolerance)
+        self.settle_sizes()
         return schedule
 
     def _settle_from(self, folder: Path) -> Schedule:
