@@ -64,7 +64,8 @@ class HessoConfig:
     stream_basis: str = _option(
         "auto",
         "given: channels of the stream as the checkpoint has them; principal: the model is first turned, its function "
-        "unchanged, into the principal axes of its hidden states; auto: principal where that is exact and channels may go.",
+        "unchanged, into the principal axes of its hidden states; auto: principal where that is exact and channels may "
+        "go.",
     )
     stream_basis_tolerance: float = _option(
         0.05, "Rise of the loss that turning may cost, with tied embeddings or weights below fp32 (nats a token)."
