@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..distributed.collectives import from_main
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.calibration import LossCurves, measure_curves, usable
@@ -31,27 +33,49 @@ def _tokens_of(example: Any) -> int:
     return int(example["input_ids"].numel()) if "input_ids" in example else 0
 
 
+def _made(loader: DataLoader, count: int, between: bool) -> list[Any]:
+    """Return the main process' first batches, or those between them, on all processes; no worker is started for it."""
+    assert loader.batch_sampler is not None
+    indices = itertools.islice(loader.batch_sampler, int(between), 2 * count, 2)
+    return from_main([loader.collate_fn([loader.dataset[index] for index in batch]) for batch in indices])
+
+
+def _is_indexed(dataset: Any) -> bool:
+    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+
+
 class Measurer:
-    """Measures a model with a trainer's loss on single examples, and leaves the trainer as it was.
+    """Measures a model with a trainer's loss on examples, and leaves the trainer as it was.
 
     Args:
         trainer: whose data and loss are used.
         config: of the run.
         counted: names of the trainer's attributes in which its loss counts; those that it hasn't don't matter.
+        generated: names of attributes in which a trainer keeps what it generates to learn from.
+
+    Attributes:
+        generates: says so of a trainer that has one of these, "" of others.
     """
 
-    def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str]) -> None:
+    def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str], generated: Iterable[str]) -> None:
         self._trainer, self._config, self._counted = trainer, config, tuple(counted)
+        self.generates = ""
+        if not vars(trainer).keys().isdisjoint(generated):
+            self.generates = f"what {type(trainer).__name__} learns from it generates while it trains"
+
+    def why_none(self) -> str:
+        """Return why there are no examples before training, "" where there are."""
+        if self._trainer.train_dataset is None and self._loader() is None:
+            return "there is no `train_dataset`"
+        return self.generates
 
     def curves(self, model: PreTrainedModel, groups: PruningGroups, healer: Healer | None = None) -> LossCurves:
         """Measure what each structure costs, healed where the run heals."""
         trainer, config = self._trainer, self._config
-        if trainer.train_dataset is None:
-            logger.warning("there is no `train_dataset` to measure on: the structures share the cut evenly")
-            examples = []
-        else:
-            with kept_random_state(trainer.args.device):  # collators may draw random numbers
-                examples = self.examples(config.calibration_examples)
+        if reason := self.why_none():
+            logger.warning(f"nothing is measured before training, the structures share the cut evenly: {reason}")
+            return LossCurves({}, {})
+        examples = self.examples(config.calibration_examples)
         shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
             return measure_curves(model, groups, examples, self._loss, config, healer, progress=shown)
@@ -59,8 +83,8 @@ class Measurer:
     def probe(self, model: PreTrainedModel, optimizer: HessoOptimizer) -> None:
         """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
         trainer = self._trainer
-        if trainer.train_dataset is None:
-            raise HessoError("`cric_mode` ('probe') takes batches from `train_dataset` (None); give one, or use 'path'")
+        if reason := self.why_none():
+            raise HessoError(f"`cric_mode` ('probe') takes examples of the training data: {reason}; use 'path'")
         model.train()  # as the trainer does before each step, the optimizer's mode with it
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()  # type: ignore[attr-defined]
@@ -76,31 +100,53 @@ class Measurer:
     def examples(self, count: int, between: bool = False) -> list[Any]:
         """Take examples spread over the training data (a stream's first ones), one a batch, on the device.
 
-        So the batch size and the number of processes don't matter to what is measured on them.
+        So the batch size and the number of processes don't matter to what is measured on them. Where a trainer has a
+        `get_train_dataloader` of its own, they are batches as it makes them, the first ones of the main process.
 
         Args:
             between: take those that lie between, as far as there are others.
         """
         trainer = self._trainer
+        with kept_random_state(trainer.args.device):  # samplers and collators may draw random numbers
+            loader = self._loader()
+            batches = self._singles(count, between) if loader is None else _made(loader, count, between)
+            return [trainer._prepare_inputs(batch) for batch in batches]
+
+    def _singles(self, count: int, between: bool) -> list[Any]:
+        trainer = self._trainer
         dataset: Any = trainer.train_dataset
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
-        if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+        if _is_indexed(dataset):
             step = max(1, len(dataset) // count)
             examples = [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
         elif isinstance(dataset, PeekedStream):
             examples = dataset.peek(count)
         else:  # of the package datasets, which begins anew each time
             examples = list(itertools.islice(iter(dataset), count))
-        return [trainer._prepare_inputs(collate([example])) for example in examples]
+        return [collate([example]) for example in examples]
+
+    def _loader(self) -> DataLoader | None:
+        """Return the data loader of a trainer that makes its own; None where it reads a stream, perhaps but once."""
+        trainer = self._trainer
+        if type(trainer).get_train_dataloader is Trainer.get_train_dataloader:
+            return None
+        loader = trainer.get_train_dataloader()
+        indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_indexed(loader.dataset)
+        return loader if indexed else None
 
     def tokens(self, count: int, between: bool = False) -> list[Any]:
-        """Take single examples with about so many tokens that the model reads, or all that there are."""
+        """Take examples with about so many tokens that the model reads, or all that there are."""
         return self.examples(max(16, math.ceil(count / self.tokens_per_example())), between)
 
     def tokens_per_example(self) -> float:
-        """Return how many tokens the model reads of an example, by a few of them, at least 1."""
+        """Return how many tokens the model reads of what `examples` gives, by a few of them, at least 1."""
         few = self.examples(16)
         return max(1.0, sum(_tokens_of(example) for example in few) / max(1, len(few)))
+
+    def tokens_per_batch(self) -> int:
+        """Return how many tokens the model reads of a micro-batch of one process, by a few examples."""
+        singles = self._loader() is None
+        return round(self.tokens_per_example() * (self._trainer.args.per_device_train_batch_size if singles else 1))
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""
@@ -129,9 +175,11 @@ class Measurer:
 
     @contextlib.contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """Put back what the trainer counted where it computed a loss."""
+        """Put back what the trainer counted where it computed a loss; one batch is all that is accumulated here."""
         held = vars(self._trainer)
-        before = {name: copy.deepcopy(held[name]) for name in self._counted if name in held}
+        names = ("current_gradient_accumulation_steps", *self._counted)
+        before = {name: copy.deepcopy(held[name]) for name in names if name in held}
+        held["current_gradient_accumulation_steps"] = 1
         try:
             yield
         finally:

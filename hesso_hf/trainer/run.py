@@ -47,7 +47,7 @@ class PruningRun:
         trainer: whose model is pruned.
         config: what to prune and when.
         engine: returns the trainer's engine of now.
-        counted: as `Measurer` takes it.
+        counted, generated: as `Measurer` takes them.
 
     Attributes:
         plan: groups, budget and target sizes.
@@ -60,7 +60,12 @@ class PruningRun:
     """
 
     def __init__(
-        self, trainer: Trainer, config: HessoConfig, engine: Callable[[], Engine], counted: Iterable[str]
+        self,
+        trainer: Trainer,
+        config: HessoConfig,
+        engine: Callable[[], Engine],
+        counted: Iterable[str],
+        generated: Iterable[str],
     ) -> None:
         self._trainer, self._config, self._engine = trainer, config, engine
         self.resume_from: Path | None = None
@@ -70,9 +75,10 @@ class PruningRun:
         self._healer: Healer | None = None
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
+        self.measurer = Measurer(trainer, config, counted, generated)
+        _check_asked(config, self.measurer.generates)
         self.plan = _prepared(trainer, self.whole, config)
-        self.measurer = Measurer(trainer, config, counted)
-        self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer)
+        self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer, self.measurer)
 
     @property
     def whole(self) -> nn.Module:
@@ -117,7 +123,7 @@ class PruningRun:
             return None
         device = self._trainer.args.device
         with kept_random_state(device):
-            if reason := _why_not_healed(self._trainer, self.model, self._engine(), self.measurer):
+            if reason := _why_not_healed(self.model, self._engine(), self.measurer):
                 logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
                 return None
             return Healer(self.model, padded(self.measurer.tokens(HEALING_TOKENS, between=True), device))
@@ -127,7 +133,7 @@ class PruningRun:
         if self.resume_from is not None:
             return self._settle_from(self.resume_from)
         schedule = resolve_schedule(self._config, self._total_steps())
-        self.teaching.begin(schedule.total_steps, self.measurer.tokens_per_example)
+        self.teaching.begin(schedule.total_steps)
         engine = self._engine()
         if self._config.stream_basis == "auto" and not engine.turns_stream:
             logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
@@ -224,12 +230,17 @@ def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> Prunin
     return PruningPlan.prepare(model, config, trainer.args.device, dtype)
 
 
-def _why_not_healed(trainer: Trainer, model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
+def _why_not_healed(model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
     """Return why nothing can be healed, "" where it can."""
     if engine.measures_shards:
         return "it needs whole matrices, which FSDP and DeepSpeed don't have"
-    if trainer.train_dataset is None:
-        return "there is no `train_dataset` to work on"
     if model.config.is_encoder_decoder:
         return "it knows one stack of layers, not an encoder with a decoder"
-    return unreadable(measurer.examples(4))
+    return measurer.why_none() or unreadable(measurer.examples(4))
+
+
+def _check_asked(config: HessoConfig, generates: str) -> None:
+    """Refuse what is asked for and takes examples, of a trainer that has none before it generates them."""
+    for name, value, instead in (("stream_basis", "principal", "auto"), ("cric_mode", "probe", "path")):
+        if generates and getattr(config, name) == value:
+            raise HessoError(f"`{name}` ({value!r}) takes examples of the training data: {generates}; use {instead!r}")

@@ -43,6 +43,8 @@ def settle_in_basis(
     try:
         if not pruned:
             raise HessoError("no channel of the stream is pruned")
+        if reason := measurer.why_none():
+            raise HessoError(reason)
         basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tolerance, loss=measurer.loss)
     except HessoError as error:
         if wanted == "principal":

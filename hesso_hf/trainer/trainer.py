@@ -49,6 +49,8 @@ class HessoMixin(_TrainerBase):
     Attributes:
         hesso_counted: names of attributes in which the trainer's loss counts tokens or collects metrics: a loss that is
             only measured leaves them as they were. A subclass adds its own.
+        hesso_generated: names of attributes in which a trainer keeps what it generates to learn from: with one that has
+            such an attribute nothing is measured before training. A subclass adds its own.
         hesso_engine: what trains the model: one process or DDP, FSDP2, DeepSpeed.
         hesso_run: what is pruned, and when.
         pruning_report: of the last smaller model that was saved.
@@ -59,6 +61,7 @@ class HessoMixin(_TrainerBase):
     """
 
     hesso_counted: ClassVar[tuple[str, ...]] = ("_metrics", "_total_train_tokens")  # TRL's trainers
+    hesso_generated: ClassVar[tuple[str, ...]] = ("_buffered_inputs",)  # TRL's online trainers
     hesso_engine: Engine
     hesso_plan = property(attrgetter("hesso_run.plan"))
     kept_tokens = property(attrgetter("hesso_run.kept_tokens"))
@@ -82,10 +85,13 @@ class HessoMixin(_TrainerBase):
         if peft_config is not None:
             args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # for losses before training
         if isinstance(self.train_dataset, TorchIterableDataset) and not isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = PeekedStream(self.train_dataset)
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
-        self.hesso_run = PruningRun(self, hesso_config, lambda: self.hesso_engine, self.hesso_counted)
+        self.hesso_run = PruningRun(
+            self, hesso_config, lambda: self.hesso_engine, self.hesso_counted, self.hesso_generated
+        )
         self.add_callback(HessoProgressCallback(self))
         self.add_callback(StopTogether(self))
 
