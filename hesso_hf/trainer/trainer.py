@@ -28,6 +28,7 @@ from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import engine_of, refuse
 from .hub import add_to_card, upload
 from .peeked import PeekedStream
+from .reference import settle_reference
 from .run import PruningRun
 from .saving import end_training, resolve_checkpoint, save_dense, save_smaller
 
@@ -86,6 +87,7 @@ class HessoMixin(_TrainerBase):
             args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # for losses before training
+        settle_reference(self)
         if isinstance(self.train_dataset, TorchIterableDataset) and not isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = PeekedStream(self.train_dataset)
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
