@@ -145,7 +145,7 @@ def stream_covariance(
                 mask = batch.get("attention_mask")
                 current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
                 seen += int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel()
-                model(**{name: value.to(model.device) for name, value in batch.items()}, **without_cache(model))
+                model(**_on(model.device, batch), **without_cache(model))
         finally:
             model.train(was_training)
     return total, seen
@@ -288,7 +288,7 @@ def mean_loss(model: PreTrainedModel, batches: Iterable[Any], loss: Loss) -> flo
 def _own_loss(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if "labels" not in batch:
         raise HessoError("`batches` have no `labels`, which tell what the turn costs this model; or give `loss`")
-    return model(**{name: value.to(model.device) for name, value in batch.items()}).loss
+    return model(**_on(model.device, batch)).loss
 
 
 def _energy(total: torch.Tensor, rotation: torch.Tensor) -> dict[str, float]:
@@ -297,3 +297,8 @@ def _energy(total: torch.Tensor, rotation: torch.Tensor) -> dict[str, float]:
         f"{share:g}": round(float(along[: max(1, round(share * len(along)))].sum() / along.sum()), 4)
         for share in (0.125, 0.25, 0.5, 0.75)
     }
+
+
+def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch on a device; packed ones hold numbers too (the longest sequence)."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

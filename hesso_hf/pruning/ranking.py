@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 import torch
+from transformers.utils import logging
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..config.names import RECONSTRUCTION
-from ..distributed.collectives import broadcast_decisions_
+from ..distributed.collectives import broadcast_decisions_, is_main_process
 from ..structures.groups import PruningGroups
 from .criteria import combine_criteria, criteria_of, needed_sums
 from .saliency import PerUnit, UnitSums
+
+logger = logging.get_logger(__name__)
 
 
 class Ranking:
@@ -66,7 +69,21 @@ class Ranking:
             kept: the units that still compete, bool; all by default.
             costs: of reconstruction, for the structures that have such.
         """
+        self._warn_of_zeros(sums, costs or {})
         return self.combine(criteria_of(sums, self._weights, self._elements, costs=costs), kept)
+
+    def _warn_of_zeros(self, sums: UnitSums, costs: PerUnit) -> None:
+        """Warn of structures whose gradients were all zero, such as those of rewards that are all equal."""
+        for name, terms in sums.sums.items():
+            gradients = [value for term, value in terms.items() if term != "x2"]
+            if not self.removed[name] or name in costs or not gradients or any(value.any() for value in gradients):
+                continue
+            if is_main_process():
+                logger.warning(
+                    f"{name}: all gradients of the steps that were looked at are zero, so {', '.join(self._weights)} "
+                    "can't tell its units apart and the first ones go; score later (`warmup_steps`) or over more steps "
+                    "(`saliency_batches`)"
+                )
 
     def signed_values(self, sums: UnitSums) -> PerUnit:
         """Return the criteria's values along a path to zero, shape (C, L, U) per structure."""

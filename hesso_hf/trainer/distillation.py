@@ -19,6 +19,7 @@ from ..config import HessoConfig
 from ..config.names import AUTO_DISTILLATION_ALPHA
 from ..distributed.collectives import mean_over_ranks
 from ..errors import CheckpointMismatchError, HessoError
+from .measure import Measurer
 from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
@@ -129,7 +130,7 @@ class StepMean:
 
 def accumulated(trainer: Trainer) -> int:
     """Return how many micro-batches the present step has; before training as many as are asked for."""
-    return getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+    return trainer.current_gradient_accumulation_steps
 
 
 def is_scaled(trainer: Trainer, num_items: torch.Tensor | int | None) -> bool:
@@ -137,6 +138,29 @@ def is_scaled(trainer: Trainer, num_items: torch.Tensor | int | None) -> bool:
     if trainer.loss_is_scaled_for_ga is not None:
         return trainer.loss_is_scaled_for_ga
     return trainer.compute_loss_func is not None or (trainer.model_accepts_loss_kwargs and num_items is not None)
+
+
+def check_labels(trainer: Trainer, config: HessoConfig, measurer: Measurer) -> None:
+    """Refuse distillation where batches have no labels, as far as that can be seen before training.
+
+    Raises:
+        HessoError: naming the trainer and what its batches have.
+    """
+    if measurer.generates:
+        raise HessoError(
+            f"`distillation_alpha` ({config.distillation_alpha}) needs `labels`: {measurer.generates}; set it to 0"
+        )
+    if trainer.train_dataset is not None and type(trainer).get_train_dataloader is Trainer.get_train_dataloader:
+        for batch in measurer.examples(1):
+            _check_batch(trainer, config, batch)
+
+
+def _check_batch(trainer: Trainer, config: HessoConfig, batch: Mapping[str, Any]) -> None:
+    if not any(isinstance(batch.get(name), torch.Tensor) for name in ("labels", "shift_labels")):
+        raise HessoError(
+            f"`distillation_alpha` ({config.distillation_alpha}) needs `labels` in the batches to know which tokens "
+            f"are learnt; {type(trainer).__name__}'s have {sorted(batch)}; leave distillation out"
+        )
 
 
 class Distillation:
@@ -228,13 +252,9 @@ class Distillation:
 
     def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return for each position (B, T) the token to be predicted there, or -100."""
+        _check_batch(self._trainer, self._config, batch)
         if isinstance(batch.get("shift_labels"), torch.Tensor):
             return batch["shift_labels"]
-        if not isinstance(batch.get("labels"), torch.Tensor):
-            raise HessoError(
-                f"`distillation_alpha` ({self._config.distillation_alpha}) needs `labels` in the batches to know which "
-                f"tokens are learnt; {type(self._trainer).__name__}'s have {sorted(batch)}; leave distillation out"
-            )
         labels = batch["labels"]
         if not self._trainer._loss_shifts_labels:
             return labels

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -31,7 +32,7 @@ NO_EXAMPLES = "there is neither a `train_dataset` nor a `get_train_dataloader` o
 
 
 def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
-    if isinstance(dataset, Sized) and hasattr(dataset, "__getitem__"):
+    if _is_indexed(dataset):
         step = max(1, len(dataset) // count)
         return [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
     if isinstance(dataset, PeekedStream):
@@ -43,24 +44,52 @@ def _tokens_of(example: Any) -> int:
     return int(example["input_ids"].numel()) if "input_ids" in example else 0
 
 
+def _made(loader: DataLoader, count: int, between: bool) -> list[Any]:
+    """Return the main process' first batches, or those between them, on all processes; no worker is started for it."""
+    assert loader.batch_sampler is not None
+    indices = itertools.islice(loader.batch_sampler, int(between), 2 * count, 2)
+    return from_main([loader.collate_fn([loader.dataset[index] for index in batch]) for batch in indices])
+
+
+def _is_indexed(dataset: Any) -> bool:
+    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
+
+
 class Measurer:
-    """Measures a model with a trainer's loss on single examples, and leaves the trainer as it was.
+    """Measures a model with a trainer's loss on examples, and leaves the trainer as it was.
 
     Args:
         trainer: whose data and loss are used.
         config: of the run.
         counted: names of the trainer's attributes in which its loss counts; those that it hasn't don't matter.
+        generated: names of attributes in which a trainer keeps what it generates to learn from.
+
+    Attributes:
+        generates: says so of a trainer that has one of these, "" of others.
     """
 
-    def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str]) -> None:
+    def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str], generated: Iterable[str]) -> None:
         self._trainer, self._config, self._counted = trainer, config, tuple(counted)
+        self.generates = ""
+        if not vars(trainer).keys().isdisjoint(generated):
+            self.generates = f"what {type(trainer).__name__} learns from it generates while it trains"
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the trainer has training data, in a data set or by a loader of its own."""
+        return self._trainer.train_dataset is not None or self._own_loader
+
+    def why_none(self) -> str:
+        """Return why there are no examples before training, "" where there are."""
+        return self.generates if self.has_data else NO_EXAMPLES
 
     def curves(self, model: PreTrainedModel, groups: PruningGroups, healer: Healer | None = None) -> LossCurves:
         """Measure what each structure costs, healed where the run heals."""
         trainer, config = self._trainer, self._config
-        if not self.has_examples:
-            logger.warning(f"{NO_EXAMPLES} to measure on: the structures share the cut evenly")
-        examples = self.examples(config.calibration_examples) if self.has_examples else []
+        if reason := self.why_none():
+            logger.warning(f"nothing is measured before training, the structures share the cut evenly: {reason}")
+            return LossCurves({}, {})
+        examples = self.examples(config.calibration_examples)
         shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
         with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
             return measure_curves(model, groups, examples, self._loss, config, healer, progress=shown)
@@ -68,6 +97,8 @@ class Measurer:
     def probe(self, model: PreTrainedModel, optimizer: HessoOptimizer) -> None:
         """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
         trainer = self._trainer
+        if reason := self.why_none():
+            raise HessoError(f"`cric_mode` ('probe') takes examples of the training data: {reason}; use 'path'")
         model.train()  # as the trainer does before each step, the optimizer's mode with it
         if callable(getattr(optimizer, "train", None)):
             optimizer.train()  # type: ignore[attr-defined]
@@ -80,66 +111,73 @@ class Measurer:
             scale = 1024.0 if trainer.accelerator.mixed_precision == "fp16" else 1.0
             optimizer.probe([self._loss_of(model, batch, scale) for batch in batches if batch], scale)
 
-    @property
-    def _own_loader(self) -> bool:
-        """Whether the batches are those of a loader that the user makes in the trainer's place."""
-        made_by = getattr(self._trainer.get_train_dataloader, "__func__", None)
-        return self._trainer.train_dataset is None and made_by is not Trainer.get_train_dataloader
-
-    @property
-    def has_examples(self) -> bool:
-        """Whether the trainer has training data."""
-        return self._trainer.train_dataset is not None or self._own_loader
-
     def check_examples(self) -> None:
-        """Refuse, where there is no training data, what was asked for by name and can't be had without.
+        """Refuse, where there are no examples, what was asked for by name and can't be had without.
 
         Raises:
             HessoError: naming the option and the remedy.
         """
-        config = self._config
+        config, reason = self._config, self.why_none()
         needing = {
             "cric_mode": config.cric and config.cric_mode == "probe",
             "stream_basis": config.stream_basis == "principal",
             "replay_share": config.replay_share and config.replay_share != "auto",
         }
-        for name in (name for name, asked in needing.items() if asked and not self.has_examples):
+        for name in (name for name, asked in needing.items() if asked and reason):
             raise HessoError(
-                f"`{name}` ({getattr(config, name)!r}): {NO_EXAMPLES}; give the trainer one, or leave `{name}` out"
+                f"`{name}` ({getattr(config, name)!r}): {reason}; give the trainer one, or leave `{name}` out"
             )
 
     def examples(self, count: int, between: bool = False) -> list[Any]:
         """Take examples spread over the training data (a stream's, or a loader's, first ones), one a batch.
 
         So the batch size and the number of processes don't matter to what is measured on them. They are on the device,
-        the same on all processes, which all call this.
+        the same on all processes, which all call this. Where a trainer makes batches of its data set by itself, they
+        are such batches, the first ones of the main process.
 
         Args:
             between: take those that lie between, as far as there are others.
         """
         trainer = self._trainer
         with kept_random_state(trainer.args.device):  # collators and samplers may draw random numbers
-            if self._own_loader:
+            if trainer.train_dataset is None:
                 batches = map(single_examples, trainer.get_train_dataloader())
                 taken = from_main(list(itertools.islice(itertools.chain.from_iterable(batches), count)))
+            elif (loader := self._loader()) is not None:
+                taken = _made(loader, count, between)
             else:
                 collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
                 taken = [collate([row]) for row in _rows_of(trainer.train_dataset, count, between)]
             return [trainer._prepare_inputs(example) for example in taken]
 
+    @property
+    def _own_loader(self) -> bool:
+        """Whether the batches come of another loader than Trainer makes, the class' own or one put in its place."""
+        made_by = getattr(self._trainer.get_train_dataloader, "__func__", None)
+        return made_by is not Trainer.get_train_dataloader
+
+    def _loader(self) -> DataLoader | None:
+        """Return the data loader of a trainer that makes its own; None where it reads a stream, perhaps but once."""
+        if not self._own_loader:
+            return None
+        loader = self._trainer.get_train_dataloader()
+        indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_indexed(loader.dataset)
+        return loader if indexed else None
+
     def tokens(self, count: int, between: bool = False) -> list[Any]:
-        """Take single examples with about so many tokens that the model reads, or all that there are."""
+        """Take examples with about so many tokens that the model reads, or all that there are."""
         return self.examples(max(16, math.ceil(count / self.tokens_per_example())), between)
 
     def tokens_per_example(self) -> float:
-        """Return how many tokens the model reads of an example, by a few of them, at least 1."""
+        """Return how many tokens the model reads of what `examples` gives, by a few of them, at least 1."""
         few = self.examples(16)
         return max(1.0, sum(_tokens_of(example) for example in few) / max(1, len(few)))
 
     def tokens_per_micro_batch(self) -> int:
         """Return about how many tokens a process reads in one forward pass of training."""
-        if not self._own_loader:
-            return round(self._trainer._train_batch_size * self.tokens_per_example())
+        if self._trainer.train_dataset is not None:
+            singles = self._loader() is None
+            return round(self.tokens_per_example() * (self._trainer._train_batch_size if singles else 1))
         with kept_random_state(self._trainer.args.device):
             first: Any = next(iter(self._trainer.get_train_dataloader()), {})
         return from_main(max(1, _tokens_of(first)))
@@ -171,9 +209,11 @@ class Measurer:
 
     @contextlib.contextmanager
     def _uncounted(self) -> Iterator[None]:
-        """Put back what the trainer counted where it computed a loss."""
+        """Put back what the trainer counted where it computed a loss; one batch is all that is accumulated here."""
         held = vars(self._trainer)
-        before = {name: copy.deepcopy(held[name]) for name in self._counted if name in held}
+        names = ("current_gradient_accumulation_steps", *self._counted)
+        before = {name: copy.deepcopy(held[name]) for name in names if name in held}
+        held["current_gradient_accumulation_steps"] = 1
         try:
             yield
         finally:

@@ -29,7 +29,7 @@ from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
-from .measure import NO_EXAMPLES, Measurer
+from .measure import Measurer
 from .stream import GIVEN, turned_where_wanted
 from .teaching import Teaching
 
@@ -46,7 +46,7 @@ class PruningRun:
         trainer: whose model is pruned.
         config: what to prune and when.
         engine: returns the trainer's engine of now.
-        counted: as `Measurer` takes it.
+        counted, generated: as `Measurer` takes them.
 
     Attributes:
         plan: groups, budget and target sizes.
@@ -61,7 +61,12 @@ class PruningRun:
     """
 
     def __init__(
-        self, trainer: Trainer, config: HessoConfig, engine: Callable[[], Engine], counted: Iterable[str]
+        self,
+        trainer: Trainer,
+        config: HessoConfig,
+        engine: Callable[[], Engine],
+        counted: Iterable[str],
+        generated: Iterable[str],
     ) -> None:
         self._trainer, self._config, self._engine = trainer, config, engine
         self.resume_from: Path | None = None
@@ -72,11 +77,12 @@ class PruningRun:
         self._healer: Healer | None = None
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
+        self.measurer = Measurer(trainer, config, counted, generated)
+        _check_asked(config, self.measurer.generates)
         self.plan = _prepared(trainer, self.whole, config)
         name = self.model.config.name_or_path
         self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
-        self.measurer = Measurer(trainer, config, counted)
-        self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer)
+        self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer, self.measurer)
 
     @property
     def whole(self) -> nn.Module:
@@ -135,7 +141,7 @@ class PruningRun:
         if first is None and self.resume_from is not None:
             return self._settle_from(self.resume_from)
         schedule = resolve_schedule(self._config, self.count_steps())
-        self.teaching.begin(schedule.total_steps, self.measurer)
+        self.teaching.begin(schedule.total_steps)
         if first is not None:  # sizes and basis are settled
             return schedule
         engine = self._engine()
@@ -178,7 +184,7 @@ class PruningRun:
             return trainer.state.max_steps
         if trainer.args.max_steps > 0:
             return trainer.args.max_steps
-        if not self.measurer.has_examples:
+        if not self.measurer.has_data:
             raise HessoError(
                 "the optimizer needs to know how many steps the run has: set `max_steps`, give `train_dataset`, or "
                 "call `create_optimizer_and_scheduler(num_training_steps)`"
@@ -238,8 +244,13 @@ def _why_not_healed(model: PreTrainedModel, engine: Engine, measurer: Measurer) 
     """Return why nothing can be healed, "" where it can."""
     if engine.measures_shards:
         return "it needs whole matrices, which FSDP and DeepSpeed don't have"
-    if not measurer.has_examples:
-        return f"{NO_EXAMPLES} to work on"
     if model.config.is_encoder_decoder:
         return "it knows one stack of layers, not an encoder with a decoder"
-    return unreadable(measurer.examples(4))
+    return measurer.why_none() or unreadable(measurer.examples(4))
+
+
+def _check_asked(config: HessoConfig, generates: str) -> None:
+    """Refuse what is asked for and takes examples, of a trainer that has none before it generates them."""
+    for name, value, instead in (("stream_basis", "principal", "auto"), ("cric_mode", "probe", "path")):
+        if generates and getattr(config, name) == value:
+            raise HessoError(f"`{name}` ({value!r}) takes examples of the training data: {generates}; use {instead!r}")

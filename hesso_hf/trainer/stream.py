@@ -9,7 +9,7 @@ from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_stream
 from ..pruning.plan import PruningPlan
-from .measure import NO_EXAMPLES, Measurer
+from .measure import Measurer
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +35,8 @@ def turned_where_wanted(
     try:
         if not pruned:
             raise HessoError("no channel of the stream is pruned")
-        if not measurer.has_examples:
-            raise HessoError(NO_EXAMPLES)
+        if reason := measurer.why_none():
+            raise HessoError(reason)
         basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tolerance, loss=measurer.loss)
     except HessoError as error:
         if wanted == "principal":

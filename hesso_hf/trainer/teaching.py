@@ -17,8 +17,8 @@ from ..distributed.collectives import from_all, world_size
 from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
 from ..structures.cut import device_with_room
-from .distillation import Distillation
-from .measure import NO_EXAMPLES, Measurer
+from .distillation import Distillation, check_labels
+from .measure import Measurer
 from .replay import Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
 from .replay_text import Script
 from .teacher import Teacher, make_teacher, teacher_size
@@ -37,6 +37,7 @@ class Teaching:
         engine: which divides teachers as it divides the student.
         model: the student.
         tokenizer: the student's.
+        measurer: which has the run's examples.
 
     Attributes:
         distillation: from a teacher, where there is one.
@@ -47,17 +48,27 @@ class Teaching:
     """
 
     def __init__(
-        self, trainer: Trainer, config: HessoConfig, engine: Engine, model: PreTrainedModel, tokenizer: Any
+        self,
+        trainer: Trainer,
+        config: HessoConfig,
+        engine: Engine,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        measurer: Measurer,
     ) -> None:
         self._trainer, self._config, self._model, self._tokenizer = trainer, config, model, tokenizer
+        self._measurer = measurer
         self.distillation: Distillation | None = None
         self.replay: Replay | None = None
         self._replays = False
         self._base: Teacher | None = None
+        alpha = config.distillation_alpha
+        asks = config.distill_from is not None or alpha not in (0, "auto")  # else the base model, where replay has it
+        if asks:
+            check_labels(trainer, config, measurer)
         if self._wants_replay(engine):
             self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share!r})")
-        alpha = config.distillation_alpha
-        if config.distill_from is not None or alpha not in (0, "auto"):  # else the base model's, where replay has it
+        if asks:
             teacher = self._base if config.distill_from is None else None
             asked = f"`distillation_alpha` ({alpha!r})"
             teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
@@ -67,15 +78,21 @@ class Teaching:
         share = self._config.replay_share
         if not share:
             return False
-        reason = why_not(self._model)
-        if reason and share != "auto":
-            raise HessoError(f"`replay_share` ({share}): {reason}; set it to 0")
+        reason = why_not(self._model) or self._measurer.generates
         if share == "auto" and not reason:
             found = from_all(self._hindrance(engine))  # on one process a GPU may be fuller than on the others
             reason = next(filter(None, found), "")
         if reason:
-            _say_without(reason)
+            self._say_without(reason)
         return not reason
+
+    def _say_without(self, reason: str) -> None:
+        if self._config.replay_share != "auto":
+            raise HessoError(f"`replay_share` ({self._config.replay_share}): {reason}; set it to 0")
+        logger.warning(
+            f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
+            "that this is meant"
+        )
 
     def _hindrance(self, engine: Engine) -> str:
         """Return what stands against replay that nobody asked for, "" where nothing does."""
@@ -93,28 +110,28 @@ class Teaching:
             return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
         return ""
 
-    def begin(self, steps: int, measurer: Measurer) -> None:
+    def begin(self, steps: int) -> None:
         """Have replay written for a run of so many optimizer steps; all processes call it."""
         if self._base is None:
             return
         self._learn_from(self._base)  # however short the run is
-        self.replay = self._written(self._base, steps, measurer)
+        self.replay = self._written(self._base, steps)
         if self.replay is None and self.distillation is None:
             self._base = None
 
-    def _written(self, base: Teacher, steps: int, measurer: Measurer) -> Replay | None:
-        args, auto = self._trainer.args, self._config.replay_share == "auto"
-        if not measurer.has_examples:
-            _say_without(f"{NO_EXAMPLES}, of whose tokens it could be a share")
+    def _written(self, base: Teacher, steps: int) -> Replay | None:
+        if reason := self._measurer.why_none():
+            self._say_without(reason)
             return None
+        args = self._trainer.args
         sizes = ReplaySizes.of(
             share_of(self._config),
-            measurer.tokens_per_micro_batch(),
+            self._measurer.tokens_per_micro_batch(),
             steps * args.gradient_accumulation_steps * world_size(),
             getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
         )
-        if sizes.dear and auto:
-            _say_without("the run is so short that writing it would take more than a twentieth of the time")
+        if sizes.dear and self._config.replay_share == "auto":
+            self._say_without("the run is so short that writing it would take more than a twentieth of the time")
             return None
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
@@ -203,10 +220,3 @@ class Teaching:
         """Return what checkpoints and the report say of them."""
         found: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
         return {name: part.record() if part is not None else None for name, part in found.items()}
-
-
-def _say_without(reason: str) -> None:
-    logger.warning(
-        f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
-        "that this is meant"
-    )

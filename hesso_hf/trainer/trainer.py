@@ -28,17 +28,12 @@ from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import checked_config, engine_of, refuse
 from .hub import add_to_card, upload, upload_on_the_way
 from .peeked import PeekedStream
+from .reference import settle_reference
 from .restart import Restarts
 from .run import PruningRun
 from .saving import (
-    check_not_base,
-    end_training,
-    pruned_model,
-    resolve_checkpoint,
-    save_dense,
-    save_smaller,
-    writing_checkpoint,
-)
+    check_not_base, end_training, pruned_model, resolve_checkpoint, save_dense, save_smaller, writing_checkpoint,
+)  # fmt: skip
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +53,8 @@ class HessoMixin(_TrainerBase):
     Attributes:
         hesso_counted: names of attributes in which the trainer's loss counts tokens or collects metrics: a loss that is
             only measured leaves them as they were. A subclass adds its own.
+        hesso_generated: names of attributes in which a trainer keeps what it generates to learn from: with one that has
+            such an attribute nothing is measured before training. A subclass adds its own.
         hesso_engine: what trains the model: one process or DDP, FSDP2, DeepSpeed.
         hesso_run: what is pruned, and when.
         pruning_report: of the last smaller model that was saved.
@@ -68,6 +65,7 @@ class HessoMixin(_TrainerBase):
     """
 
     hesso_counted: ClassVar[tuple[str, ...]] = ("_metrics", "_total_train_tokens")  # TRL's trainers
+    hesso_generated: ClassVar[tuple[str, ...]] = ("_buffered_inputs",)  # TRL's online trainers
     hesso_engine: Engine
     hesso_plan = property(attrgetter("hesso_run.plan"))
     kept_tokens = property(attrgetter("hesso_run.kept_tokens"))
@@ -78,18 +76,20 @@ class HessoMixin(_TrainerBase):
     def __init__(
         self, *args: Any, hesso_config: HessoConfig | None = None, peft_config: Any = None, **kwargs: Any
     ) -> None:
-        hesso_config = checked_config(super().__init__, hesso_config, args, kwargs)
-        self.hesso_config = hesso_config
+        self.hesso_config = checked_config(super().__init__, hesso_config, args, kwargs)
         self.pruning_report: PruningReport | None = None
         self.told_to_stop = False
         self._saving_checkpoint = False
         if peft_config is not None:
             args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # for losses before training
+        settle_reference(self)
         if isinstance(self.train_dataset, TorchIterableDataset) and not isinstance(self.train_dataset, IterableDataset):
             self.train_dataset = PeekedStream(self.train_dataset)
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
-        self.hesso_run = PruningRun(self, hesso_config, lambda: self.hesso_engine, self.hesso_counted)
+        attributes = self.hesso_counted, self.hesso_generated
+        self.hesso_run = PruningRun(self, self.hesso_config, lambda: self.hesso_engine, *attributes)
         self._restarts = Restarts(self, lambda: self.hesso_engine, self.hesso_run)  # type: ignore[arg-type]
         self.add_callback(HessoProgressCallback(self))
         self.add_callback(StopTogether(self))

@@ -1,0 +1,126 @@
+"""Examples that are measured on: single ones, or batches of a trainer that makes them in its own way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import default_data_collator
+
+from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.errors import HessoError
+from tests.support import fsdp_cpu
+from tests.support.checks import propagated
+from tests.support.tiny import tiny_llama
+from tests.support.training import arguments, blocks, trainer
+from tests.trainer.test_peeked import Once
+
+CONFIG = HessoConfig(
+    pruning_ratio=0.3, warmup_steps=1, pruning_steps=1, pruning_periods=1, calibration_examples=4, replay_share=0.0
+)
+
+
+class Pairs(HessoTrainer):
+    """Learns of pairs, which its own data loader makes; it has no loss of a single example."""
+
+    source: Any = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        data = self.source.with_format("torch")
+        sampler = RandomSampler(data)
+        return DataLoader(data, batch_size=2, sampler=sampler, drop_last=True, collate_fn=default_data_collator)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        first, second = model(input_ids=inputs["input_ids"]).logits.mean((1, 2)).unbind()
+        return (first - second).square() + super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def pairs(folder: Path, data: Any, **options: Any) -> Pairs:
+    run = Pairs(tiny_llama(), arguments(folder, max_steps=3), hesso_config=CONFIG, **options)
+    run.source = data
+    return run
+
+
+def test_a_loader_of_its_own_makes_what_is_measured_on(tmp_path: Path) -> None:
+    run = pairs(tmp_path, blocks(24))
+    before = torch.get_rng_state()
+    first, others = (run.hesso_run.measurer.examples(4, between) for between in (False, True))
+    assert torch.equal(torch.get_rng_state(), before), "the sampler has drawn from the run's own numbers"
+    assert {tuple(batch["input_ids"].shape) for batch in (*first, *others)} == {(2, 10)}
+    seen = [{tuple(row) for batch in batches for row in batch["input_ids"].tolist()} for batches in (first, others)]
+    assert [len(rows) for rows in seen] == [8, 8]
+    assert not seen[0] & seen[1]
+    assert run.hesso_run.measurer.tokens_per_batch() == 20
+    run.train()
+    assert run.hesso_plan.curves is not None
+    assert run.hesso_run.process.run.healer is not None
+
+
+def test_of_a_loader_that_may_be_read_once_nothing_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Known(Once):
+        """A stream whose length is known, which still can't be indexed."""
+
+        def __len__(self) -> int:
+            return 6
+
+    class Streaming(Pairs):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.source, batch_size=2)
+
+    stream = Known(6)
+    run = Streaming(tiny_llama(), arguments(tmp_path, max_steps=3), hesso_config=CONFIG)
+    run.source = stream
+    with propagated(caplog):
+        run.train()
+    assert stream.given == [0, 1, 2, 3, 4, 5]
+    assert "nothing is measured before training, the structures share the cut evenly: there is no" in caplog.text
+    assert "`healing` ('auto'): nothing is healed: there is no `train_dataset`" in caplog.text
+
+
+def test_a_trainer_that_generates_says_by_which_attribute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Writes(HessoTrainer):
+        hesso_generated = (*HessoTrainer.hesso_generated, "rollouts")
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.rollouts: list[Any] = []
+            super().__init__(*args, **kwargs)
+
+    with propagated(caplog):
+        run = trainer(tmp_path, trainer_class=Writes, config=CONFIG, max_steps=3)
+        run.train()
+    assert run.hesso_plan.curves is None
+    assert "the structures share the cut evenly: what Writes learns from it generates while it trains" in caplog.text
+
+
+def test_replay_of_a_share_of_no_data_is_refused(tmp_path: Path) -> None:
+    config = HessoConfig(pruning_ratio=0.3, replay_share=0.5)
+    run = trainer(tmp_path, config=config)
+    run.train_dataset = None
+    with pytest.raises(HessoError, match=r"`replay_share` \(0.5\): there is no `train_dataset`; set it to 0"):
+        run.create_optimizer()
+
+
+def loader_job(folder: str, processes: int) -> None:
+    """Leave the rows that are measured on where each process has batches of its own."""
+
+    class Shards(Pairs):
+        def get_train_dataloader(self) -> DataLoader:
+            rank = self.args.process_index
+            return DataLoader(self.source.select(range(12 * rank, 12 * rank + 12)).with_format("torch"), batch_size=2)
+
+    run = Shards(tiny_llama(), arguments(Path(folder), max_steps=3), hesso_config=CONFIG)
+    run.source = blocks(24)
+    rows = [batch["input_ids"] for batch in run.hesso_run.measurer.examples(3)]
+    torch.save(rows, f"{folder}/rank{run.args.process_index}.pt")
+
+
+@pytest.mark.slow
+def test_all_processes_measure_on_the_same_batches(tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path, __name__, "loader_job", sharded=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first) == len(second) == 3
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
