@@ -210,6 +210,8 @@ class Distillation:
         if not (self._ahead or compares):
             return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         batch = dict(inputs)  # the trainer may take labels out
+        if not self.auto:
+            _check_batch(self._trainer, self._config, batch)
         with _recorded_logits(model) as recorded:
             result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         loss, outputs = result if return_outputs else (result, None)

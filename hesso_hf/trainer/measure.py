@@ -24,11 +24,11 @@ from ..pruning.healing import Healer
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.weights.snapshot import kept_random_state
 from ..structures.groups import PruningGroups
-from .peeked import PeekedStream, single_examples
+from .peeked import PeekedStream
 
 logger = logging.get_logger(__name__)
 
-NO_EXAMPLES = "there is neither a `train_dataset` nor a `get_train_dataloader` of the trainer's own"
+NO_EXAMPLES = "there is neither a `train_dataset` nor a loader of the trainer's own over rows with indices"
 
 
 def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
@@ -81,7 +81,9 @@ class Measurer:
 
     def why_none(self) -> str:
         """Return why there are no examples before training, "" where there are."""
-        return self.generates if self.has_data else NO_EXAMPLES
+        if self._trainer.train_dataset is None and self._loader() is None:
+            return NO_EXAMPLES
+        return self.generates
 
     def curves(self, model: PreTrainedModel, groups: PruningGroups, healer: Healer | None = None) -> LossCurves:
         """Measure what each structure costs, healed where the run heals."""
@@ -129,21 +131,18 @@ class Measurer:
             )
 
     def examples(self, count: int, between: bool = False) -> list[Any]:
-        """Take examples spread over the training data (a stream's, or a loader's, first ones), one a batch.
+        """Take examples spread over the training data (a stream's first ones), one a batch.
 
         So the batch size and the number of processes don't matter to what is measured on them. They are on the device,
-        the same on all processes, which all call this. Where a trainer makes batches of its data set by itself, they
-        are such batches, the first ones of the main process.
+        the same on all processes, which all call this. Where a trainer has a loader of its own, they are batches as
+        that makes them, the first ones of the main process.
 
         Args:
             between: take those that lie between, as far as there are others.
         """
         trainer = self._trainer
         with kept_random_state(trainer.args.device):  # collators and samplers may draw random numbers
-            if trainer.train_dataset is None:
-                batches = map(single_examples, trainer.get_train_dataloader())
-                taken = from_main(list(itertools.islice(itertools.chain.from_iterable(batches), count)))
-            elif (loader := self._loader()) is not None:
+            if (loader := self._loader()) is not None:
                 taken = _made(loader, count, between)
             else:
                 collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
@@ -175,12 +174,8 @@ class Measurer:
 
     def tokens_per_micro_batch(self) -> int:
         """Return about how many tokens a process reads in one forward pass of training."""
-        if self._trainer.train_dataset is not None:
-            singles = self._loader() is None
-            return round(self.tokens_per_example() * (self._trainer._train_batch_size if singles else 1))
-        with kept_random_state(self._trainer.args.device):
-            first: Any = next(iter(self._trainer.get_train_dataloader()), {})
-        return from_main(max(1, _tokens_of(first)))
+        singles = self._loader() is None
+        return round(self.tokens_per_example() * (self._trainer._train_batch_size if singles else 1))
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
-
-from ..errors import HessoError
 
 
 class PeekedStream(IterableDataset):
@@ -42,27 +39,3 @@ class PeekedStream(IterableDataset):
         if name == "stream":  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.stream, name)
-
-
-def single_examples(batch: Any) -> Iterator[dict[str, Any]]:
-    """Divide a batch of a user's own loader into its examples, each a batch of one on the CPU.
-
-    Raises:
-        HessoError: for anything but named values, of which one at least is a tensor with a row an example.
-    """
-    named = batch if isinstance(batch, Mapping) else {}
-    rows = next((len(value) for value in named.values() if torch.is_tensor(value) and value.dim()), None)
-    if rows is None:
-        raise HessoError(
-            f"`get_train_dataloader` gives batches ({type(batch).__name__}) that aren't dicts of tensors with a row an "
-            "example, so nothing can be measured on single ones; give `train_dataset` too"
-        )
-    for row in range(rows):
-        yield {name: _row(value, row, rows) for name, value in named.items()}
-
-
-def _row(value: Any, row: int, rows: int) -> Any:
-    """Return what belongs to an example: its row, or all of what isn't one a row."""
-    one_each = (torch.is_tensor(value) and value.dim() > 0) or isinstance(value, list)
-    part = value[row : row + 1] if one_each and len(value) == rows else value
-    return part.cpu() if torch.is_tensor(part) else part

@@ -32,8 +32,14 @@ from .reference import settle_reference
 from .restart import Restarts
 from .run import PruningRun
 from .saving import (
-    check_not_base, end_training, pruned_model, resolve_checkpoint, save_dense, save_smaller, writing_checkpoint,
-)  # fmt: skip
+    check_not_base,
+    end_training,
+    pruned_model,
+    resolve_checkpoint,
+    save_dense,
+    save_smaller,
+    writing_checkpoint,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -338,8 +344,7 @@ class HessoTrainer(HessoMixin, Trainer):
     """`transformers.Trainer` that prunes while it trains: `HessoTrainer(..., hesso_config=HessoConfig(...))`.
 
     Example:
-        trainer = HessoTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer,
-                               hesso_config=HessoConfig(pruning_ratio=0.5))
+        trainer = HessoTrainer(model, args, train_dataset=data, hesso_config=HessoConfig(pruning_ratio=0.5))
         trainer.train()
         trainer.save_model("small")
     """

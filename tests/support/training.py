@@ -51,7 +51,9 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 # The paper's method without what comes on top of it by default, as what is compared step by step needs it.
-ALONE: dict[str, Any] = {"healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0}
+ALONE: dict[str, Any] = {
+    "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0,
+}  # fmt: skip
 
 
 def hesso_config(**changes: Any) -> HessoConfig:

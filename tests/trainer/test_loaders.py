@@ -12,7 +12,6 @@ from transformers import default_data_collator
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.errors import HessoError
-from hesso_hf.trainer.peeked import single_examples
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
 from tests.support.training import ALONE, LENGTH, arguments, blocks
@@ -25,7 +24,7 @@ class OwnLoader(HessoTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         rows = blocks(24).with_format("torch")
-        return DataLoader(rows, batch_size=5, shuffle=True, collate_fn=default_data_collator)
+        return DataLoader(rows, batch_size=5, shuffle=True, drop_last=True, collate_fn=default_data_collator)
 
 
 def without_data(folder: Path, kind: type = HessoTrainer, **config: Any) -> HessoTrainer:
@@ -41,7 +40,7 @@ def test_a_loader_of_ones_own_gives_the_examples_that_are_measured_and_healed_on
     assert torch.equal(torch.get_rng_state(), before), "the run's random numbers are drawn"
     rows = [tuple(row) for row in blocks(24)["input_ids"]]
     assert {tuple(example["input_ids"][0].tolist()) for example in examples} < set(rows)
-    assert all(example["labels"].shape == (1, LENGTH) for example in examples)
+    assert all(example["labels"].shape == (5, LENGTH) for example in examples)
     run.train()
     assert run._process.finished
     assert run.hesso_plan.curves is not None
@@ -49,18 +48,6 @@ def test_a_loader_of_ones_own_gives_the_examples_that_are_measured_and_healed_on
     assert run.hesso_run.basis is not None
     assert run.replay.sizes.rows * run.replay.sizes.length == pytest.approx(5 * LENGTH / 3, abs=1)
     assert run._process.cric_report() is not None
-
-
-def test_batches_are_divided_into_their_examples() -> None:
-    batch = {"ids": torch.arange(6).view(2, 3), "names": ["a", "b"], "scale": torch.tensor(0.5), "odd": ["x"], "n": 7}
-    first, second = single_examples(batch)
-    assert torch.equal(second["ids"], torch.tensor([[3, 4, 5]]))
-    assert first["names"] == ["a"]
-    assert second["names"] == ["b"]
-    assert (second["scale"], second["odd"], second["n"]) == (torch.tensor(0.5), ["x"], 7)
-    for batch in ((torch.ones(2, 3),), {"n": 7}):
-        with pytest.raises(HessoError, match=r"`get_train_dataloader` gives batches \((tuple|dict)\).*`train_dataset`"):
-            list(single_examples(batch))
 
 
 def test_without_any_data_what_needs_none_works_by_hand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

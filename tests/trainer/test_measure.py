@@ -53,7 +53,7 @@ def test_a_loader_of_its_own_makes_what_is_measured_on(tmp_path: Path) -> None:
     seen = [{tuple(row) for batch in batches for row in batch["input_ids"].tolist()} for batches in (first, others)]
     assert [len(rows) for rows in seen] == [8, 8]
     assert not seen[0] & seen[1]
-    assert run.hesso_run.measurer.tokens_per_batch() == 20
+    assert run.hesso_run.measurer.tokens_per_micro_batch() == 20
     run.train()
     assert run.hesso_plan.curves is not None
     assert run.hesso_run.process.run.healer is not None
@@ -76,8 +76,8 @@ def test_of_a_loader_that_may_be_read_once_nothing_is_taken(tmp_path: Path, capl
     with propagated(caplog):
         run.train()
     assert stream.given == [0, 1, 2, 3, 4, 5]
-    assert "nothing is measured before training, the structures share the cut evenly: there is no" in caplog.text
-    assert "`healing` ('auto'): nothing is healed: there is no `train_dataset`" in caplog.text
+    assert "nothing is measured before training, the structures share the cut evenly: there is neither" in caplog.text
+    assert "`healing` ('auto'): nothing is healed: there is neither a `train_dataset`" in caplog.text
 
 
 def test_a_trainer_that_generates_says_by_which_attribute(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -99,7 +99,7 @@ def test_replay_of_a_share_of_no_data_is_refused(tmp_path: Path) -> None:
     config = HessoConfig(pruning_ratio=0.3, replay_share=0.5)
     run = trainer(tmp_path, config=config)
     run.train_dataset = None
-    with pytest.raises(HessoError, match=r"`replay_share` \(0.5\): there is no `train_dataset`; set it to 0"):
+    with pytest.raises(HessoError, match=r"`replay_share` \(0.5\): there is neither a `train_dataset`"):
         run.create_optimizer()
 
 
