@@ -302,8 +302,11 @@ def quickstart(arguments: argparse.Namespace) -> None:
     check_text_file(arguments.dataset)
     if arguments.model is not None:
         model_source(arguments.model)
+    from transformers.utils.logging import disable_progress_bar
+
     from .quickstart import run_quickstart
 
+    disable_progress_bar()  # of loading and writing so small a model
     rows, samples = run_quickstart(arguments)
     print_table("before and after", ["", *[row.name for row in rows]], [
         ["parameters", *[f"{row.parameters:,}" for row in rows]],

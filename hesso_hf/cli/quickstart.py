@@ -78,7 +78,7 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
 
     sizes = _train(options, source, tokenizer, train, config, folders["HESSO"])
     one_shot = replace(
-        config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude", healing="off",
+        config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude", healing="off", stream_basis="given",
         warmup_steps=0, pruning_steps=1, pruning_periods=1,
     )  # fmt: skip
     _train(options, source, tokenizer, train, one_shot, folders["one-shot magnitude"])
@@ -105,7 +105,7 @@ def _train(
         output_dir=str(folder.parent / "runs" / folder.name), max_steps=options.steps, seed=0,
         per_device_train_batch_size=options.batch_size, learning_rate=options.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, options.steps // 20),
-        logging_strategy="no", save_strategy="no", report_to=[],
+        logging_strategy="no", save_strategy="no", report_to=[], dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = HessoTrainer(
         model=load_model(source, torch.float32),  # fp32 masters, whatever the stored dtype
