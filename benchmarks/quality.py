@@ -43,7 +43,7 @@ ALONE: dict[str, Any] = {
 }  # fmt: skip
 HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults
-    "hesso, given basis": {"stream_basis": "given"},
+    "hesso, principal basis": {"stream_basis": "principal"},
     "hesso, without healing": {"healing": "off"},
     "hesso, without replay": {"replay_share": 0.0},
     "hesso, distillation": {"distillation_alpha": "auto"},
@@ -52,7 +52,6 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, alone": ALONE,
     "hesso, healing": ALONE | {"healing": "auto"},
     "hesso, healing, replay": ALONE | {"healing": "auto", "replay_share": 0.25},
-    "hesso, principal basis": ALONE | {"stream_basis": "auto"},
 }
 ONE_SHOT = ALONE | {"warmup_steps": 2, "pruning_steps": 1, "pruning_periods": 1, "saliency_batches": 2}
 ONE_SHOTS: dict[str, dict[str, Any]] = {

@@ -64,7 +64,7 @@ class HessoConfig:
     stream_basis: str = _option(
         "auto",
         "given: channels of the stream as the checkpoint has them; principal: the model is first turned, its function "
-        "unchanged, into the principal axes of its hidden states; auto: principal where that is exact and channels may "
+        "unchanged, into the principal axes of its hidden states; auto: principal where that is exact and channels "
         "go.",
     )
     stream_basis_tolerance: float = _option(

@@ -30,7 +30,7 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .measure import Measurer
-from .stream import GIVEN, turned_where_wanted
+from .stream import GIVEN, settle_in_basis
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
@@ -151,8 +151,7 @@ class PruningRun:
             return schedule
         wanted = self._config.stream_basis if engine.turns_stream else "given"
         tolerance = self._config.stream_basis_tolerance
-        self.basis = turned_where_wanted(self.plan, self.model, self.measurer, wanted, tolerance)
-        self.settle_sizes()
+        self.basis = settle_in_basis(self.plan, self.model, self.measurer, self.settle_sizes, wanted, tolerance)
         return schedule
 
     def _settle_from(self, folder: Path) -> Schedule:

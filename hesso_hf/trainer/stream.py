@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -17,13 +20,15 @@ CHANNELS = "embedding_channels"
 GIVEN = "`stream_basis` ('auto'): the stream stays in its given basis"
 
 
-def turned_where_wanted(
-    plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, wanted: str, tolerance: float
-) -> StreamBasis | None:
-    """Turn a model's stream into its principal axes; return how, None where it stays in its given basis.
+def settle_in_basis(
+    plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, settle: Callable[[], None], wanted: str,
+    tolerance: float,
+) -> StreamBasis | None:  # fmt: skip
+    """Fix a run's sizes in the basis that is wanted; return how the stream was turned, None in the given basis.
 
     Args:
-        wanted: `given`, `principal`, or `auto`: principal where that can be had and channels may go.
+        settle: measures the split between structures and takes the sizes that cost least.
+        wanted: `given`, `principal`, or `auto`: principal where that can be had and channels go.
         tolerance: nats a token that turning may cost, with tied embeddings or weights below fp32.
 
     Raises:
@@ -31,7 +36,10 @@ def turned_where_wanted(
     """
     pruned = CHANNELS in plan.groups.structures
     if wanted == "given" or (wanted == "auto" and not pruned):
+        settle()
         return None
+    kept = model.named_parameters() if wanted == "auto" else ()
+    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in kept}
     try:
         if not pruned:
             raise HessoError("no channel of the stream is pruned")
@@ -42,9 +50,18 @@ def turned_where_wanted(
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {error}; use 'auto' or 'given'") from error
         logger.warning(f"{GIVEN}: {error}")
+        settle()
         return None
-    logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
-    return basis
+    settle()
+    assert plan.target is not None
+    if wanted == "principal" or plan.target.kept_units[CHANNELS] < plan.target.num_units[CHANNELS]:
+        logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
+        return basis
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
+    logger.info(f"{GIVEN}: none of its channels goes")
+    return None
 
 
 def _tokens_wanted(model: PreTrainedModel) -> int:

@@ -138,6 +138,6 @@ def test_memory_that_runs_out_before_the_first_step_is_no_matter_of_the_batch(
     def fails(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(run_module, "turned_where_wanted", fails)
+    monkeypatch.setattr(run_module, "settle_in_basis", fails)
     with pytest.raises(HessoError, match=r"`auto_find_batch_size` \(True\): memory ran out before the first step"):
         begun(tmp_path, 4).train()

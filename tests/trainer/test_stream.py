@@ -46,7 +46,7 @@ def test_a_run_in_the_principal_basis_starts_with_the_same_function_and_exports_
     assert report["stream_basis"]["error"] <= 1e-5
 
 
-def test_the_default_is_the_principal_basis_where_channels_may_go(tmp_path: Path):
+def test_the_default_is_the_principal_basis_where_channels_go(tmp_path: Path):
     model = tiny_llama()
     given, ids = whole(model), token_batches(1)[0]
     logits = logits_of(model, ids)
@@ -59,11 +59,14 @@ def test_the_default_is_the_principal_basis_where_channels_may_go(tmp_path: Path
     run.save_model(str(tmp_path / "small"))
 
 
-def test_a_stream_whose_channels_stay_by_choice_keeps_its_basis(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(
+    "given_up", [{"target_sizes": {"hidden_size": 60}}, {"structures": ["mlp_channels"]}], ids=["stays", "not pruned"]
+)
+def test_a_stream_that_keeps_its_channels_keeps_its_basis(given_up: dict[str, Any], tmp_path: Path, monkeypatch):
     model = tiny_llama()
     given, said = whole(model), []
     monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
-    run = trainer(tmp_path, model, HessoConfig(**RATIO, structures=["mlp_channels"]))
+    run = trainer(tmp_path, model, HessoConfig(**RATIO, **given_up))
     run.create_optimizer()
     assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
     assert run.hesso_run.record()["stream_basis"] is None
