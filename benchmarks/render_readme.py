@@ -335,7 +335,6 @@ def _replay_cell(runs: list[dict[str, Any]], arm: str, ratio: float) -> str:
 QUALITY_METHODS = {
     "dense": "not pruned",
     "hesso": "HESSO",
-    "hesso, given basis": "HESSO, given basis",
     "hesso, without healing": "HESSO without healing",
     "hesso, without replay": "HESSO without replay",
     "hesso, distillation": "HESSO, distillation (auto)",
@@ -371,23 +370,29 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
     ratios = sorted({run["ratio"] for run in runs if run["ratio"]})
     base = result["base"][model]
     rows = [["the model as it comes", f"{base['in']:.3f} / {base['out']:.3f}", *["" for _ in ratios]]]
+    counts = set()
     for method, name in QUALITY_METHODS.items():
         cells = []
         for ratio in (0.0, *ratios):
             found = [run for run in runs if (run["method"], run["ratio"]) == (method, ratio)]
             losses = [statistics.median(run[side] for run in found) for side in ("in", "out")] if found else []
+            counts |= {len(found)} if found else set()
             cells.append(f"{losses[0]:.3f} / {losses[1]:.3f}" if losses else "")
         if any(cells):
             rows.append([name, *cells])
-    seeds = len({run["seed"] for run in runs})
     header = [QUALITY_MODELS.get(model, model), "dense", *[f"{ratio:.0%} removed" for ratio in ratios]]
     setting = result["settings"][model]
     note = (
         f"Nats a token: {QUALITY_TEXTS[setting['text']]}. "
         f"{tokens:,} training tokens each, replay among them, learning rate {setting['learning_rate']}, "
-        f"{_plural(seeds, 'seed')}, on the {result['device'].upper()}."
+        f"medians of {_seeds(counts)}, on the {result['device'].upper()}."
     )
     return "\n".join([_table(header, rows), "", _wrap(note)])
+
+
+def _seeds(counts: set[int]) -> str:
+    *fewer, most = sorted(counts)
+    return "".join(f"{count} or " for count in fewer) + _plural(most, "seed")
 
 
 PEER_METHODS = (
@@ -418,9 +423,9 @@ def peers(result: dict[str, Any]) -> str:
     header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
     notes = []
     for model, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in columns):
-        seeds = {run["seed"] for run in runs if run["model"] == model}
+        counts = {count for (_, column), (_, count) in cells.items() if column[0] == model and count}
         notes.append(
-            f"{QUALITY_MODELS.get(model, model)}: {tokens:,} training tokens each, {_plural(len(seeds), 'seed')}, "
+            f"{QUALITY_MODELS.get(model, model)}: {tokens:,} training tokens each, {_seeds(counts)}, "
             f"before training {result['base'][model]['in']:.3f}"
         )
     note = f"Nats a token on held-out text like that trained on, medians over seeds. {'; '.join(notes)}."
