@@ -153,7 +153,7 @@ def cut_once(options: argparse.Namespace, folder: Path, train_set: Dataset, run:
         model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)
         args = arguments(folder / "out", options.setting, run["tokens"], run["seed"], 0.0)
         config = hesso_config("hesso", run["ratio"], options.setting)
-        measurer = Measurer(Trainer(model=model, args=args, train_dataset=train_set), config, ())
+        measurer = Measurer(Trainer(model=model, args=args, train_dataset=train_set), config, (), ())
         ids = torch.cat([example["input_ids"] for example in measurer.tokens(HEALING_TOKENS)])
         small = cut(run["method"], model, sizes, ids, measurer.curves)
         small.save_pretrained(folder / "cutting")

@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "healing, share 0.25, distillation 0.9": {"healing": "auto", "replay_share": 0.25, "distillation_alpha": 0.9},
     "healing, share 0.25, principal": {"healing": "auto", "replay_share": 0.25, "stream_basis": "principal"},
 }
-ALONE = {"healing": "off", "replay_share": 0.0}
+ALONE = {"stream_basis": "given", "healing": "off", "replay_share": 0.0}
 BOTH_STEPS = 1200
 
 

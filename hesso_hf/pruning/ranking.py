@@ -74,10 +74,13 @@ class Ranking:
 
     def _warn_of_zeros(self, sums: UnitSums, costs: PerUnit) -> None:
         """Warn of structures whose gradients were all zero, such as those of rewards that are all equal."""
+        some = {}
         for name, terms in sums.sums.items():
-            gradients = [value for term, value in terms.items() if term != "x2"]
-            if not self.removed[name] or name in costs or not gradients or any(value.any() for value in gradients):
-                continue
+            gradients = [value.any() for term, value in terms.items() if term != "x2"]
+            if self.removed[name] and name not in costs and gradients:
+                some[name] = torch.stack(gradients).any()
+        told = torch.stack(list(some.values())).cpu().tolist() if some else []  # fetched at once
+        for name in (name for name, found in zip(some, told, strict=True) if not found):
             if is_main_process():
                 logger.warning(
                     f"{name}: all gradients of the steps that were looked at are zero, so {', '.join(self._weights)} "

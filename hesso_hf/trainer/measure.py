@@ -28,7 +28,7 @@ from .peeked import PeekedStream
 
 logger = logging.get_logger(__name__)
 
-NO_EXAMPLES = "there is neither a `train_dataset` nor a loader of the trainer's own over rows with indices"
+NO_EXAMPLES = "there is neither a `train_dataset` nor a `get_train_dataloader` of the trainer's own over rows by index"
 
 
 def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
@@ -55,6 +55,12 @@ def _is_indexed(dataset: Any) -> bool:
     return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
+def _makes_its_loader(trainer: Trainer) -> bool:
+    """Whether the batches come of another loader than Trainer makes, the class' own or one put in its place."""
+    made_by = getattr(trainer.get_train_dataloader, "__func__", None)
+    return made_by is not Trainer.get_train_dataloader
+
+
 class Measurer:
     """Measures a model with a trainer's loss on examples, and leaves the trainer as it was.
 
@@ -77,7 +83,7 @@ class Measurer:
     @property
     def has_data(self) -> bool:
         """Whether the trainer has training data, in a data set or by a loader of its own."""
-        return self._trainer.train_dataset is not None or self._own_loader
+        return self._trainer.train_dataset is not None or _makes_its_loader(self._trainer)
 
     def why_none(self) -> str:
         """Return why there are no examples before training, "" where there are."""
@@ -149,15 +155,9 @@ class Measurer:
                 taken = [collate([row]) for row in _rows_of(trainer.train_dataset, count, between)]
             return [trainer._prepare_inputs(example) for example in taken]
 
-    @property
-    def _own_loader(self) -> bool:
-        """Whether the batches come of another loader than Trainer makes, the class' own or one put in its place."""
-        made_by = getattr(self._trainer.get_train_dataloader, "__func__", None)
-        return made_by is not Trainer.get_train_dataloader
-
     def _loader(self) -> DataLoader | None:
         """Return the data loader of a trainer that makes its own; None where it reads a stream, perhaps but once."""
-        if not self._own_loader:
+        if not _makes_its_loader(self._trainer):
             return None
         loader = self._trainer.get_train_dataloader()
         indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_indexed(loader.dataset)

@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
+from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.basis import LEAST_PER_CHANNEL, LEAST_TOKENS, StreamBasis, turn_stream
 from ..pruning.plan import PruningPlan
 from .measure import Measurer
@@ -45,7 +46,9 @@ def settle_in_basis(
             raise HessoError("no channel of the stream is pruned")
         if reason := measurer.why_none():
             raise HessoError(reason)
-        basis = turn_stream(model, measurer.tokens(_tokens_wanted(model)), tolerance=tolerance, loss=measurer.loss)
+        tokens = measurer.tokens(_tokens_wanted(model))
+        with attention_in_fp32(model):  # autocast comes with Accelerate, later
+            basis = turn_stream(model, tokens, tolerance=tolerance, loss=measurer.loss)
     except HessoError as error:
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {error}; use 'auto' or 'given'") from error

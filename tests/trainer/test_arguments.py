@@ -140,7 +140,11 @@ def seen(run: Any) -> dict[str, Any]:
         "weights": {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()},
         "log": [{key: value for key, value in entry.items() if not TIMES.search(key)} for entry in state.log_history],
         "state": (state.global_step, state.epoch, state.num_input_tokens_seen, state.best_metric, state.max_steps),
-        "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "hesso" not in p.name and p.is_file()),
+        "files": sorted(
+            str(p.relative_to(folder))
+            for p in folder.rglob("*")
+            if "hesso" not in p.name and p.name != "README.md" and p.is_file()
+        ),
     }
 
 

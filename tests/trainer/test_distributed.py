@@ -17,7 +17,10 @@ from tests.support.loopback_hub import LoopbackHub
 from tests.support.training import trainer
 
 STEPS = 40
-RATIO = {"pruning_ratio": 0.3, "warmup_steps": 6, "pruning_steps": 24, "pruning_periods": 3, "replay_share": 0.0}
+RATIO = {
+    "pruning_ratio": 0.3, "warmup_steps": 6, "pruning_steps": 24, "pruning_periods": 3, "replay_share": 0.0,
+    "stream_basis": "given",
+}  # fmt: skip
 
 _WORKER = """
 import sys
@@ -33,7 +36,7 @@ run_job(Path(sys.argv[1]), per_device=2, **dict(zip(sys.argv[3::2], sys.argv[4::
 def run_job(folder: Path, per_device: int, **changes: str) -> None:
     """Train on a global batch of 4, save the small model, and leave weights and decisions of every rank."""
     run = trainer(
-        folder, config=HessoConfig(**RATIO, **changes), max_steps=STEPS, per_device_train_batch_size=per_device,
+        folder, config=HessoConfig(**(RATIO | changes)), max_steps=STEPS, per_device_train_batch_size=per_device,
         learning_rate=1e-3, logging_steps=STEPS,
     )  # fmt: skip
     run.train()

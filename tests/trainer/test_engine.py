@@ -14,7 +14,7 @@ from hesso_hf.engines.fsdp.engine import Fsdp2Engine
 from hesso_hf.errors import HessoError
 from hesso_hf.trainer.engine import engine_of, refuse
 
-ARGS: dict[str, Any] = {"fp16": False, "auto_find_batch_size": False, "push_to_hub": False}
+ARGS: dict[str, Any] = {"learning_rate": 1e-4, "fp16": False, "auto_find_batch_size": False, "push_to_hub": False}
 
 
 def fake_trainer(deepspeed: bool = False, fsdp: int | None = None, **changes: Any) -> Any:
@@ -26,6 +26,7 @@ def fake_trainer(deepspeed: bool = False, fsdp: int | None = None, **changes: An
     return SimpleNamespace(
         is_deepspeed_enabled=deepspeed, is_fsdp_enabled=fsdp is not None, accelerator=SimpleNamespace(state=state),
         is_distributed_loading_by_transformers=changes.pop("divided", False), args=SimpleNamespace(**(ARGS | changes)),
+        processing_class=None, train_dataset=None,
     )  # fmt: skip
 
 
