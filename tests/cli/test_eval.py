@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli import evaluate
+from hesso_hf.cli.commands import eval_flags
 from hesso_hf.cli.data import text_blocks
 from hesso_hf.cli.main import main
+from tests.support import ROOT
 from tests.support.tiny import tiny_llama
 
 TEXT, CONTEXT = ["--dataset", "text.jsonl"], 128  # tokens that `small` reads at once; `bundled` reads 512
@@ -141,6 +144,7 @@ def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the
         "| lambada em (strict) | 0.5000 | 0.5000 |",
     }
     assert lines <= set(page.splitlines())
+    assert "stderr" not in page
     for line in lines:
         for cell in line.strip("| ").split(" | "):
             assert cell in printed
@@ -165,6 +169,26 @@ def test_tasks_are_asked_of_every_model_as_the_flags_say(
         assert asked["model"].batch_size == 3
         assert asked["model"].pretrained.config.name_or_path == name
         assert asked["model"].tokenizer.name_or_path == name
+
+
+def test_a_size_on_disk_that_is_not_known_compares_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "weights_bytes", lambda folder: 0 if folder.name == "small" else 700)
+    output = tmp_path / "found.md"
+    assert main(["eval", "small", "bundled", *SHORT, "--output", str(output)]) == 0
+    assert "| bytes on disk | - | 700 |" in output.read_text().splitlines()
+    capsys.readouterr()
+    assert result(["small", *SHORT], capsys)["bytes"] is None
+
+
+def test_every_flag_is_in_the_documentation() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    eval_flags(parser)
+    page = (ROOT / "docs" / "cli.md").read_text().partition("| flag of `eval` |")[2]
+    flags = [option for action in parser._actions for option in action.option_strings]
+    assert len(flags) >= 13
+    assert [flag for flag in flags if f"`{flag}`" not in page] == []
 
 
 def test_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
