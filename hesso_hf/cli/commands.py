@@ -13,7 +13,8 @@ from typing import Any
 from ..config import HessoConfig
 from ..config.names import AUTO_REPLAY_SHARE
 from ..errors import HessoError
-from .data import check_text_file, held_out_split, model_source, text_blocks
+from .comparison import check_comparison, comparison_table, markdown_table
+from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
 from .printing import print_report, print_table
 
@@ -139,67 +140,42 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def eval_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or Hub id")
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="folder or Hub id; the others compare with the first"
+    )
     parser.add_argument("--dataset", help="python-docs, a text file or a Hub id")
     parser.add_argument("--split", help="default: test, or all of a file")
     parser.add_argument("--text-column", default="text")
-    parser.add_argument("--block-size", type=int, default=256)
-    parser.add_argument("--tasks", help="comma-separated lm-eval tasks")
+    parser.add_argument("--block-size", type=int, help="tokens; default: 256, or the shortest context of the models")
+    parser.add_argument("--tasks", help="comma-separated lm-eval tasks; paper: the seven that the paper reports")
+    parser.add_argument("--num-fewshot", type=int, help="examples in a task's prompt; default: the task's own number")
     parser.add_argument("--include-path", help="folder with further lm-eval task files")
-    parser.add_argument("--limit", type=int, help="examples at most")
+    parser.add_argument("--limit", type=int, help="examples at most, of the data and of each task")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    parser.add_argument("--output", help="write the results there too, as JSON or Markdown (.json, .md)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure a model on text or lm-eval tasks, and print a table or JSON."""
-    if arguments.dataset is None and arguments.tasks is None:
-        raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
-    model, found = model_source(arguments.model), {}
-    if arguments.dataset is not None:
-        check_text_file(arguments.dataset)
-        found = _measure(model, arguments)
-    tasks = {} if arguments.tasks is None else _lm_eval(model, arguments)
+    """Measure models on text or lm-eval tasks, and print a table or JSON."""
+    check_comparison(arguments)
+    arguments.models = {name: model_source(name) for name in arguments.models}
+    from .evaluate import measure_models
+
+    found = measure_models(arguments)
+    content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
+    title, header, rows = comparison_table(found)
+    if arguments.output is not None:
+        markdown = Path(arguments.output).suffix.lower() == ".md"
+        text = markdown_table(title, header, rows) if markdown else content
+        Path(arguments.output).write_text(text + "\n", encoding="utf-8")
     if arguments.json:
-        print(json.dumps(found | ({} if arguments.tasks is None else {"tasks": tasks}), indent=1))
-        return
-    rows = [[name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"] for name, value in found.items()]
-    rows += [[f"{task} {name}", f"{value:.4g}"] for task, scores in tasks.items() for name, value in scores.items()]
-    print_table(arguments.model, ["measure", "value"], rows)
-
-
-def _measure(model: str, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return loss (nats a token), perplexity and the number of predicted tokens."""
-    import torch
-
-    from ..hf_models.loading import load_model, load_tokenizer
-    from .evaluate import held_out_loss, perplexity
-
-    dataset, block_size = arguments.dataset, arguments.block_size
-    blocks, _ = text_blocks(
-        dataset, load_tokenizer(model), block_size, arguments.split or held_out_split(dataset),
-        text_column=arguments.text_column, max_examples=arguments.limit,
-    )  # fmt: skip
-    loss = held_out_loss(load_model(model, torch.float32, arguments.trust_remote_code), blocks)
-    return {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
-
-
-def _lm_eval(model: str, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return the numbers of each task."""
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise HessoError("`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'") from error
-    results = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={model},trust_remote_code={arguments.trust_remote_code}",
-        tasks=arguments.tasks.split(","), limit=arguments.limit,
-        task_manager=TaskManager(include_path=arguments.include_path),
-    )  # fmt: skip
-    return {
-        task: {key: value for key, value in scores.items() if isinstance(value, float | int)}
-        for task, scores in results["results"].items()
-    }
+        print(content)
+    else:
+        print_table(title, header, rows)
 
 
 # -- report ------------------------------------------------------------------------------------------------------------

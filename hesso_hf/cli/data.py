@@ -5,6 +5,7 @@ Names are checked without a framework, so that a mistake is answered at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,28 @@ def check_text_file(dataset: str) -> None:
     """
     if Path(dataset).suffix in TEXT_LOADERS and not Path(dataset).exists():
         raise HessoError(f"`dataset` ({dataset!r}): no such file")
+
+
+def block_size_within(wanted: int | None, default: int, configs: Mapping[str, Any]) -> int:
+    """Return the tokens of a block, which every model's context must hold.
+
+    Args:
+        wanted: as many; by default those of the shortest context, and at most `default`.
+        configs: of each model, by what a message calls it.
+
+    Raises:
+        HessoError: naming the model whose context is shorter than what is wanted.
+    """
+    contexts = {
+        name: getattr(config.get_text_config(), "max_position_embeddings", None) for name, config in configs.items()
+    }
+    for name, context in contexts.items():
+        if wanted is not None and context is not None and wanted > context:
+            raise HessoError(
+                f"`block_size` ({wanted}) is longer than the context of {name} ({context} tokens, its config's "
+                "`max_position_embeddings`); lower it"
+            )
+    return wanted or min(default, *[context or default for context in contexts.values()])
 
 
 def text_blocks(

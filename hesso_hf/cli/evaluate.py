@@ -1,8 +1,10 @@
-"""Measuring a model: held-out loss, speed and size on disk."""
+"""Measuring models: held-out loss, lm-eval tasks, speed and size on disk."""
 
 from __future__ import annotations
 
 import math
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -10,9 +12,59 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.benchmark import timer
+from transformers.utils import CONFIG_NAME, cached_file
+
+from ..errors import HessoError, nearest_name
+from ..hf_models.build import first_line, load_config
+from ..hf_models.loading import load_model, load_tokenizer
+from .data import block_size_within, held_out_split, text_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+BLOCK_SIZE = 256  # tokens, where nothing is said and every context has as many
+PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # its seven tasks
+
+
+def measure_models(flags: Namespace) -> list[dict[str, Any]]:
+    """Load every model before any is measured, so that what one lacks is told at once.
+
+    Args:
+        flags: those of `hesso-hf eval`; `models` has the sources by the names that they were given.
+
+    Returns:
+        For each model what was measured, and how: `bytes` is None without safetensors; `loss` (nats a token),
+        `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
+
+    Raises:
+        HessoError: naming the model or the flag.
+    """
+    device, trust = device_of(flags.device), flags.trust_remote_code
+    tasks = None if flags.tasks is None else _Tasks(flags)
+    configs = {name: load_config(source, trust) for name, source in flags.models.items()}
+    named = {f"`model` ({name!r})": config for name, config in configs.items()}
+    block_size = block_size_within(flags.block_size, BLOCK_SIZE, named)
+    tokenizers = {name: load_tokenizer(source, trust) for name, source in flags.models.items()}
+    blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size)
+    models = {}
+    for name, source in flags.models.items():
+        dtype = flags.dtype or str(configs[name].dtype or "float32").removeprefix("torch.")
+        models[name] = _load(name, source, getattr(torch, dtype), device, trust)
+    speeds = tokens_per_second(list(models.values()), flags.batch_size, block_size)
+    found = []
+    for (name, model), speed in zip(models.items(), speeds, strict=True):
+        row = {
+            "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_size": flags.batch_size, "block_size": block_size, "parameters": model.num_parameters(),
+            "bytes": _bytes_on_disk(flags.models[name]), "tokens_per_second": speed,
+        }  # fmt: skip
+        if blocks is not None:
+            loss = held_out_loss(model, blocks, flags.batch_size)
+            row |= {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
+        if tasks is not None:
+            row["tasks"] = tasks.scores(model, tokenizers[name])
+        found.append(row)
+    return found
 
 
 @torch.no_grad()
@@ -60,3 +112,97 @@ def tokens_per_second(
 def weights_bytes(folder: str | Path) -> int:
     """Return the size of a folder's safetensors files (bytes)."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+class _Tasks:
+    """lm-eval's tasks, found before anything is measured."""
+
+    def __init__(self, flags: Namespace) -> None:
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise HessoError("`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'") from error
+        self._flags = flags
+        self._manager = TaskManager(include_path=flags.include_path)
+        names = flags.tasks.replace(" ", "").split(",")
+        self._names = [task for name in names for task in (PAPER if name == "paper" else (name,))]
+        for name in self._names:
+            if not self._manager.match_tasks([name]):
+                hint = nearest_name(name, self._manager.all_tasks)
+                raise HessoError(f"`--tasks` ({name!r}): lm-eval has no such task{hint}; `lm-eval ls tasks` lists them")
+
+    def scores(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, dict[str, float | int]]:
+        """Return the numbers of each task: values, and standard errors where lm-eval has some."""
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        wanted = self._flags.num_fewshot
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._flags.batch_size),
+            tasks=self._manager.match_tasks(self._names), num_fewshot=wanted, limit=self._flags.limit,
+            task_manager=self._manager,
+        )  # fmt: skip
+        for task, shots in results["n-shot"].items():
+            if wanted is not None and shots != wanted:
+                print(f"hesso-hf: {task} sets its own number of examples, {shots}: not {wanted}", file=sys.stderr)
+        return {
+            task: {key: value for key, value in scores.items() if isinstance(value, float | int)}
+            for task, scores in results["results"].items()
+        }
+
+
+def device_of(name: str | None) -> torch.device:
+    """Return the device to measure on.
+
+    Raises:
+        HessoError: where there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:  # no such name, no such number, or torch without CUDA
+        raise HessoError(
+            f"`--device` ({name!r}) can't be used: {first_line(error)}; leave it out to have what there is"
+        ) from error
+
+
+def _common_blocks(flags: Namespace, tokenizers: dict[str, Any], block_size: int) -> Any:
+    """Return the blocks of the data, the same with every model's tokenizer.
+
+    Raises:
+        HessoError: naming the model that has another.
+    """
+    first, blocks = next(iter(tokenizers)), None
+    for name, tokenizer in tokenizers.items():
+        own, _ = text_blocks(
+            flags.dataset, tokenizer, block_size, flags.split or held_out_split(flags.dataset),
+            text_column=flags.text_column, max_examples=flags.limit,
+        )  # fmt: skip
+        if blocks is not None and own["input_ids"][:] != blocks["input_ids"][:]:
+            raise HessoError(
+                f"`model` ({name!r}) reads `dataset` ({flags.dataset!r}) as other tokens than {first!r}: losses a "
+                "token don't compare; compare them by `--tasks` alone"
+            )
+        blocks = own
+    return blocks
+
+
+def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    """Load a model onto the device.
+
+    Raises:
+        HessoError: naming it.
+    """
+    try:
+        return load_model(source, dtype, trust_remote_code).to(device)
+    except HessoError:
+        raise
+    except Exception as error:  # damaged weights, too little memory, code of the model's own: of many types
+        raise HessoError(f"`model` ({name!r}) can't be loaded: {first_line(error)}") from error
+
+
+def _bytes_on_disk(source: str) -> int | None:
+    """Return the size of a folder's or a Hub model's safetensors files, None where there are none."""
+    return weights_bytes(Path(str(cached_file(source, CONFIG_NAME))).parent) or None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HessoError, StoppedError
-from .data import held_out_split, text_blocks
+from .data import block_size_within, held_out_split, text_blocks
 from .printing import print_report
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
@@ -74,7 +74,7 @@ def prune(recipe: Recipe) -> None:
     check_places(recipe)
     tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
     config = load_config(run.model, run.trust_remote_code)
-    stored, block_size = config.dtype, _block_size(run, config)
+    stored, block_size = config.dtype, block_size_within(run.block_size, BLOCK_SIZE, {"`model`": config})
     if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
         recipe.hesso.export_dtype = str(stored).removeprefix("torch.")
     model = load_model(str(run.model), getattr(torch, run.dtype), run.trust_remote_code)
@@ -130,19 +130,6 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: A
     if recipe.training.disable_tqdm:
         trainer.add_callback(ShowPlan(trainer))
     return trainer
-
-
-def _block_size(run: RunArguments, config: Any) -> int:
-    """Return the tokens of an example, which the model's context must hold."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if run.block_size is None:
-        return min(BLOCK_SIZE, context or BLOCK_SIZE)
-    if context is not None and run.block_size > context:
-        raise HessoError(
-            f"`block_size` ({run.block_size}) is longer than the context of `model` ({context} tokens, its config's "
-            "`max_position_embeddings`); lower it"
-        )
-    return run.block_size
 
 
 def _datasets(run: RunArguments, tokenizer: Any, block_size: int) -> tuple[Any, Any]:

@@ -47,6 +47,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["export", "nowhere", "out"], 2, "is no folder"),
         (["eval", "bundled"], 2, "needs `--dataset`"),
         (["eval", "bundled", "--dataset", "no.txt"], 2, "no such file"),
+        (["eval", "bundled", "x", "--dataset", "python-docs", "--output", "x.csv"], 2, "must end in .json or .md"),
         (["survey", "--jobs", "0"], 2, "must be above zero"),
         (["quickstart", "--dataset", "no.txt"], 2, "no such file"),
     ],

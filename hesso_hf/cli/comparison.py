@@ -1,0 +1,93 @@
+"""Models side by side: what `eval` is asked, checked without a framework, and the table of what it finds."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..errors import HessoError
+from .data import check_text_file
+
+# What is measured: its key, what the table calls it, how it is written, and whether it compares by a ratio.
+MEASURES = (
+    ("parameters", "parameters", ",", True),
+    ("bytes", "bytes on disk", ",", True),
+    ("tokens", "tokens predicted", ",", True),
+    ("loss", "loss (nats a token)", ".4f", False),
+    ("perplexity", "perplexity", ".4f", True),
+    ("tokens_per_second", "tokens/s (forward)", ",.0f", True),
+)
+
+
+def check_comparison(flags: Namespace) -> None:
+    """Refuse flags of `eval` that can't be followed.
+
+    Raises:
+        HessoError: naming the flag.
+    """
+    if flags.dataset is None and flags.tasks is None:
+        raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
+    for name in flags.models:
+        if flags.models.count(name) > 1:
+            raise HessoError(f"`model` ({name!r}) is named more than once; name each once")
+    for name, needed in (("num_fewshot", "tasks"), ("include_path", "tasks"), ("split", "dataset")):
+        value = getattr(flags, name)
+        if value is not None and getattr(flags, needed) is None:
+            raise HessoError(
+                f"`--{name.replace('_', '-')}` ({value!r}) does nothing without `--{needed}`: give that too"
+            )
+    for name, least in (("block_size", 2), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise HessoError(f"`--{name.replace('_', '-')}` ({value}) must be at least {least}")
+    if flags.dataset is not None:
+        check_text_file(flags.dataset)
+    if flags.include_path is not None and not Path(flags.include_path).is_dir():
+        raise HessoError(f"`--include-path` ({flags.include_path!r}) is no folder; give the one with the task files")
+    if flags.output is not None:
+        if Path(flags.output).suffix.lower() not in (".json", ".md"):
+            raise HessoError(f"`--output` ({flags.output!r}) must end in .json or .md")
+        if not Path(flags.output).absolute().parent.is_dir():
+            folder = str(Path(flags.output).parent)
+            raise HessoError(f"`--output` ({flags.output!r}): there is no folder {folder!r}; make it first")
+
+
+def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
+    """Return title, header and rows: a column for each model, in those after the first the change against it.
+
+    Args:
+        models: what `measure_models` returned.
+    """
+    base = models[0]
+    title = f"on {base['device']}, batches of {base['batch_size']} x {base['block_size']} tokens"
+    rows = [["dtype", *[model["dtype"] for model in models]]]
+    for key, label, form, ratio in MEASURES:
+        if key in base:
+            rows.append([label, *[_cell(model[key], base[key], form, ratio) for model in models]])
+    for task, scores in base.get("tasks", {}).items():
+        for key in scores:
+            metric, filtered, filter_name = key.partition(",")
+            if not filtered or metric.endswith("_stderr"):  # no metric, or the error of one
+                continue
+            label = f"{task} {metric}" if filter_name == "none" else f"{task} {metric} ({filter_name})"
+            error = f"{metric}_stderr,{filter_name}"
+            found = [model["tasks"][task] for model in models]
+            rows.append([label, *[_cell(one[key], scores[key], ".4f", False, one.get(error)) for one in found]])
+    return title, ["measure", *[model["model"] for model in models]], rows
+
+
+def markdown_table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    """Return the table in Markdown, below its title."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join([f"Measured {title}.", "", *[f"| {' | '.join(line)} |" for line in lines]])
+
+
+def _cell(value: Any, base: Any, form: str, ratio: bool, error: float | None = None) -> str:
+    """Write a value, its standard error where there is one, and how it differs from the first model's."""
+    if value is None:
+        return "-"
+    text = format(value, form) if error is None else f"{value:{form}} ± {error:{form}}"
+    if base is None or value == base:
+        return text
+    return f"{text} ({value / base - 1:+.1%})" if ratio else f"{text} ({value - base:+{form}})"

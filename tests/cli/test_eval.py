@@ -1,0 +1,242 @@
+"""`hesso-hf eval`: models side by side, what is measured of each, and what is refused before anything is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli import evaluate
+from hesso_hf.cli.commands import eval_flags
+from hesso_hf.cli.data import text_blocks
+from hesso_hf.cli.main import main
+from tests.support import ROOT
+from tests.support.tiny import tiny_llama
+
+TEXT, CONTEXT = ["--dataset", "text.jsonl"], 128  # tokens that `small` reads at once; `bundled` reads 512
+SHORT = [*TEXT, "--block-size", "16", "--batch-size", "3", "--limit", "4"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a smaller model of the bundled one's tokenizer, what doesn't compare, and text."""
+    made = tmp_path_factory.mktemp("eval")
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    for name in ("small", "damaged"):
+        tiny_llama(vocab_size=1024).save_pretrained(made / name)
+        tokenizer.save_pretrained(made / name)
+    (made / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tiny_llama(vocab_size=1024).save_pretrained(made / "lower")
+    tokenizer.save_pretrained(made / "lower")
+    (made / "tasks").mkdir()
+    (made / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Sentence number {i}. " * 40}) for i in range(9)))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what is computed anew here is on the CPU
+
+
+@pytest.fixture
+def lm_eval(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stand in for lm-eval, which knows two tasks and those of the paper; return what it is asked."""
+    asked: list[dict[str, Any]] = []
+    known = ["lambada", "fixed", *evaluate.PAPER]
+
+    def task_manager(include_path: str | None) -> SimpleNamespace:
+        def match_tasks(names: list[str]) -> list[str]:
+            return [name for name in known if name in names]
+
+        return SimpleNamespace(include_path=include_path, all_tasks=known, match_tasks=match_tasks)
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        asked.append(given)
+        value = 0.25 * len(asked)
+        scores = {
+            "alias": "x",
+            "acc,none": value,
+            "acc_stderr,none": 0.0123,
+            "em,strict": 0.5,
+            "em_stderr,strict": "N/A",
+        }
+        return {
+            "results": {task: scores for task in given["tasks"]},
+            "n-shot": {task: 0 if task == "fixed" else given["num_fewshot"] for task in given["tasks"]},
+        }
+
+    parts = {
+        "lm_eval": {"simple_evaluate": simple_evaluate}, "lm_eval.tasks": {"TaskManager": task_manager},
+        "lm_eval.models": {}, "lm_eval.models.huggingface": {"HFLM": SimpleNamespace},
+    }  # fmt: skip
+    for name, attributes in parts.items():
+        module = ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+    return asked
+
+
+def result(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    assert main(["eval", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_two_models_are_measured_on_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(["bundled", "small", *SHORT], capsys)["models"]
+    blocks, _ = text_blocks("text.jsonl", AutoTokenizer.from_pretrained("small"), 16, "train", max_examples=4)
+    ids = torch.tensor(blocks["input_ids"][:])
+    for row, name, source in zip(found, ("bundled", "small"), (bundled_model_path(), Path("small")), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        assert row["model"] == name
+        assert row["dtype"] == str(model.dtype).removeprefix("torch.")
+        assert row["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        assert row["bytes"] == (source / "model.safetensors").stat().st_size
+        assert row["tokens"] == len(ids) * 15
+        with torch.no_grad():
+            loss = float(model.float()(input_ids=ids, labels=ids).loss)
+        assert abs(row["loss"] - loss) < (1e-5 if name == "small" else 2e-2)  # bf16 rounds the bundled one's
+        assert row["tokens_per_second"] > 0
+    assert [row["dtype"] for row in found] == ["bfloat16", "float32"]
+
+
+def test_one_model_has_its_measures_at_the_top(capsys: pytest.CaptureFixture[str]) -> None:
+    found = result(["bundled", *SHORT, "--dtype", "float32", "--device", "cpu"], capsys)
+    assert found["tokens"] > 0
+    assert abs(found["perplexity"] - evaluate.perplexity(found["loss"])) < 1e-9
+    assert (found["dtype"], found["device"], found["batch_size"]) == ("float32", "cpu", 3)
+    assert "tasks" not in found
+
+
+def test_blocks_are_by_default_as_long_as_every_model_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert result(["bundled", *TEXT, "--batch-size", "1", "--limit", "1"], capsys)["block_size"] == 256
+    assert (
+        result(["bundled", "small", *TEXT, "--batch-size", "1", "--limit", "1"], capsys)["models"][0]["block_size"]
+        == CONTEXT
+    )
+
+
+def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_eval: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda model, *_: 2.0 if model.num_parameters() > 500_000 else 2.5)
+    flags = ["bundled", "small", *SHORT, "--tasks", "lambada"]
+    assert main(["eval", *flags, "--output", str(tmp_path / "found.md")]) == 0
+    printed = capsys.readouterr().out
+    page = (tmp_path / "found.md").read_text()
+    lines = {
+        "| measure | bundled | small |",
+        "| dtype | bfloat16 | float32 |",
+        "| parameters | 869,504 | 156,908 (-82.0%) |",
+        "| loss (nats a token) | 2.0000 | 2.5000 (+0.5000) |",
+        "| perplexity | 7.3891 | 12.1825 (+64.9%) |",
+        "| lambada acc | 0.2500 ± 0.0123 | 0.5000 ± 0.0123 (+0.2500) |",
+        "| lambada em (strict) | 0.5000 | 0.5000 |",
+    }
+    assert lines <= set(page.splitlines())
+    assert "stderr" not in page
+    for line in lines:
+        for cell in line.strip("| ").split(" | "):
+            assert cell in printed
+    lm_eval.clear()
+    found = result([*flags, "--output", str(tmp_path / "found.json")], capsys)
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    scores = {"acc,none": 0.25, "acc_stderr,none": 0.0123, "em,strict": 0.5}
+    assert found["models"][0]["tasks"] == {"lambada": scores}
+
+
+def test_tasks_are_asked_of_every_model_as_the_flags_say(
+    lm_eval: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models that read text as other tokens compare by tasks."""
+    flags = ["--num-fewshot", "2", "--limit", "5", "--batch-size", "3", "--block-size", "16", "--include-path", "tasks"]
+    assert main(["eval", "small", "lower", "--tasks", "fixed, paper", *flags]) == 0
+    assert "hesso-hf: fixed sets its own number of examples, 0: not 2" in capsys.readouterr().err
+    for asked, name in zip(lm_eval, ("small", "lower"), strict=True):
+        assert asked["tasks"] == ["fixed", *evaluate.PAPER]
+        assert (asked["num_fewshot"], asked["limit"]) == (2, 5)
+        assert asked["task_manager"].include_path == "tasks"
+        assert asked["model"].batch_size == 3
+        assert asked["model"].pretrained.config.name_or_path == name
+        assert asked["model"].tokenizer.name_or_path == name
+
+
+def test_a_size_on_disk_that_is_not_known_compares_with_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "weights_bytes", lambda folder: 0 if folder.name == "small" else 700)
+    output = tmp_path / "found.md"
+    assert main(["eval", "small", "bundled", *SHORT, "--output", str(output)]) == 0
+    assert "| bytes on disk | - | 700 |" in output.read_text().splitlines()
+    capsys.readouterr()
+    assert result(["small", *SHORT], capsys)["bytes"] is None
+
+
+def test_every_flag_is_in_the_documentation() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    eval_flags(parser)
+    page = (ROOT / "docs" / "cli.md").read_text().partition("| flag of `eval` |")[2]
+    flags = [option for action in parser._actions for option in action.option_strings]
+    assert len(flags) >= 13
+    assert [flag for flag in flags if f"`{flag}`" not in page] == []
+
+
+def test_the_device_is_a_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluate.device_of(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert evaluate.device_of(None) == torch.device("cuda")
+    assert evaluate.device_of("cpu") == torch.device("cpu")
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "a model that can't be loaded": (["small", "damaged", *SHORT], "`model` ('damaged') can't be loaded: "),
+    "a model that isn't there": (["small", "./nowhere", *SHORT], "no model config found at './nowhere'"),
+    "a model named twice": (["small", "bundled", "small", *SHORT], "`model` ('small') is named more than once"),
+    "other tokens": (["small", "lower", *SHORT], "`model` ('lower') reads `dataset` ('text.jsonl') as other tok"),
+    "blocks beyond one context": (
+        ["bundled", "small", *TEXT, "--block-size", "129"],
+        "`block_size` (129) is longer than the context of `model` ('small') (128 tokens",
+    ),
+    "a block of one token": (["small", *TEXT, "--block-size", "1"], "`--block-size` (1) must be at least 2"),
+    "no batch": (["small", *TEXT, "--batch-size", "0"], "`--batch-size` (0) must be at least 1"),
+    "no examples": (["small", *TEXT, "--limit", "0"], "`--limit` (0) must be at least 1"),
+    "few-shot below zero": (["small", "--tasks", "x", "--num-fewshot", "-1"], "`--num-fewshot` (-1) must be at"),
+    "few-shot of no task": (["small", *TEXT, "--num-fewshot", "2"], "`--num-fewshot` (2) does nothing without"),
+    "a split of no data": (["small", "--tasks", "x", "--split", "test"], "`--split` ('test') does nothing without"),
+    "no such folder of tasks": (["small", "--tasks", "x", "--include-path", "no"], "`--include-path` ('no') is no f"),
+    "an unknown task": (["small", "--tasks", "lambada,arc_esy"], "('arc_esy'): lm-eval has no such task (did you mean"),
+    "an unknown ending": (["small", *TEXT, "--output", "found.csv"], "`--output` ('found.csv') must end in .json or"),
+    "no folder for the output": (["small", *TEXT, "--output", "no/found.md"], "there is no folder 'no'; make it first"),
+    "an unknown device": (["small", *SHORT, "--device", "gpu"], "`--device` ('gpu') can't be used: "),
+    "a device that isn't there": (["small", *SHORT, "--device", "cuda:99"], "`--device` ('cuda:99') can't be used: "),
+    "a device that holds nothing": (["small", *SHORT, "--device", "meta"], "`--device` ('meta') can't be used: "),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("lm_eval")
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_refused_before_anything_is_measured(
+    mistake: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv, expected = REFUSED[mistake]
+    monkeypatch.setattr(evaluate, "tokens_per_second", lambda *_: pytest.fail("a model was measured"))
+    assert main(["eval", *argv]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_tasks_without_lm_eval_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert main(["eval", "small", "--tasks", "paper"]) == 2
+    assert "`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'" in capsys.readouterr().err
