@@ -46,7 +46,7 @@ def chart(lines: Mapping[str, Points], end: Callable[[float], str], label: str, 
 
     floor = _HEIGHT - _BOTTOM
     drawn = [_shaded(index, place(span.start, low)[0], place(span.end, low)[0]) for index, span in enumerate(spans)]
-    drawn.append(element("path", class_="axis", d=f"M{_LEFT} {_TOP}V{floor}H{_WIDTH - _RIGHT}"))
+    drawn.append(element("path", class_="axis", fill="none", d=f"M{_LEFT} {_TOP}V{floor}H{_WIDTH - _RIGHT}"))
     for index, points in enumerate(lines.values()):
         drawn.append(_line([place(x, y) for x, y in points], index))
     drawn += [
@@ -57,7 +57,10 @@ def chart(lines: Mapping[str, Points], end: Callable[[float], str], label: str, 
     ]
     picture = element("svg", *drawn, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", class_="chart", role="img", aria_label=label)
     legend = [_key(name, class_=f"key {colour(index)}") for index, name in enumerate(lines)]
-    legend += [_key(span.name, class_="key", style=f"opacity: {_opacity(index)}") for index, span in enumerate(spans)]
+    legend += [
+        _key(span.name, class_="key", style=f"background: rgb(128 128 128 / {_opacity(index)})")
+        for index, span in enumerate(spans)
+    ]
     return element("figure", picture, element("div", *legend, class_="legend soft"), element("figcaption", label))
 
 
@@ -98,13 +101,13 @@ def _line(points: Points, index: int) -> Markup:
 
 
 def _shaded(index: int, start: float, end: float) -> Markup:
-    """Draw a span: all in one colour, each fuller than the one before."""
+    """Draw a span: all in a grey that light and dark pages let through, each fuller than the one before."""
     return element("rect", x=start, y=_TOP, width=round(end - start, 1), height=_HEIGHT - _TOP - _BOTTOM,
-                   fill="currentColor", fill_opacity=_opacity(index))  # fmt: skip
+                   fill="gray", fill_opacity=_opacity(index))  # fmt: skip
 
 
 def _opacity(index: int) -> float:
-    return round(0.04 + 0.08 * (index % 4), 2)
+    return round(0.08 + 0.12 * (index % 4), 2)
 
 
 def _key(name: str, **look: str) -> Markup:

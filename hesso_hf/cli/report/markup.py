@@ -62,6 +62,7 @@ _STYLE = """
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 1rem; }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
+h3::first-letter { text-transform: uppercase; }
 h2 { margin-top: 2.2rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 p, dd, li { max-width: 44rem; overflow-wrap: anywhere; }
 .soft, figcaption, thead th { color: var(--soft); font-size: .9rem; }
@@ -71,22 +72,31 @@ th, td { padding: .25rem .8rem .25rem 0; text-align: right; vertical-align: top;
 th:first-child { text-align: left; font-weight: 500; }
 thead th { font-weight: 500; }
 table.units { width: 100%; }
-table.units th, table.units td { padding: 1px .6rem 1px 0; border: 0; white-space: nowrap; line-height: 1.2; }
+table.units th, table.units td { padding: 1px .6rem 1px 0; border: 0; line-height: 1.2; vertical-align: middle; }
+table.units tbody td { white-space: nowrap; }
+table.units th:nth-child(2) { text-align: left; }
 table.units td:nth-child(2) { width: 100%; }
 figure { margin: 1rem 0; }
 svg { display: block; width: 100%; }
 svg.chart { max-width: 34rem; }
 svg.strip { height: 12px; background: var(--panel); }
 svg text { fill: var(--soft); font-size: 11px; }
-.axis { stroke: var(--line); fill: none; }
+.axis { stroke: var(--soft); }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
-.key { display: inline-block; width: .8em; height: .8em; margin: 0 .4em 0 0; background: currentColor; }
+.key { display: inline-block; width: .8em; height: .8em; margin: 0 .4em 0 0; border: 1px solid;
+  background: currentColor; }
 .legend span { margin-right: 1.2em; white-space: nowrap; }
 dt { margin-top: .8rem; font-weight: 600; }
 dd { margin: 0; }
 pre { overflow-x: auto; padding: .8rem; background: var(--panel); border-radius: 6px; font-size: .85rem; }
 details { margin: .8rem 0; }
+@media (max-width: 40rem) {
+  table, pre { font-size: .85rem; }
+  th, td { padding-right: .5rem; }
+  tbody th { overflow-wrap: anywhere; min-width: 6rem; }
+  table.units tbody th { min-width: 0; }
+}
 summary { cursor: pointer; color: var(--soft); }
 details.model > summary { font-size: 1.3rem; color: var(--text); overflow-wrap: anywhere; }
 """

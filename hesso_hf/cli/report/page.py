@@ -95,7 +95,7 @@ def _kept_units(report: Report) -> Markup:
         found += [
             element("h3", named(name)),
             element("p", STRUCTURES.get(name, ""), class_="soft"),
-            element("div", table(["layer", "which ones stayed, in their order before", ""], rows, class_="units"),
+            element("div", table(["layer", "which ones stayed, in their order before the cut", ""], rows, class_="units"),
                     class_=colour(index)),
         ]  # fmt: skip
     return joined(found)
@@ -163,7 +163,7 @@ def _to_repeat(report: Report) -> Markup:
     found = []
     if report.get("hesso_config"):
         recipe = yaml.safe_dump({"hesso": dict(report["hesso_config"])}, sort_keys=False, allow_unicode=True)
-        found += [element("p", "The part of a recipe for `hesso-hf prune` that says what was asked for:"),
+        found += [element("p", "What was asked for, as a recipe of ", element("code", "hesso-hf prune"), " has it:"),
                   element("pre", element("code", recipe))]  # fmt: skip
     facts = {"model": report.get("base_model"), "class": report.get("model_class")}
     facts |= {f"{named(name)} (resolved)": value for name, value in (report.get("schedule") or {}).items()}

@@ -70,7 +70,7 @@ def amount(cost: float) -> str:
 
 def scientific(error: float) -> str:
     """Return an error that may be very small."""
-    return f"{error:.1e}"
+    return f"{error:.1e}" if error else "0"
 
 
 def stored_bytes(dtype: str) -> int:
