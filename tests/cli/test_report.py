@@ -17,6 +17,7 @@ from hesso_hf import HessoConfig
 from hesso_hf.cli.main import main
 from hesso_hf.cli.report import words
 from hesso_hf.cli.report.figures import strip
+from hesso_hf.cli.report.markup import element
 from hesso_hf.cli.report.page import Model, report_page
 from hesso_hf.cli.report.training_log import log_in
 from hesso_hf.config.names import SALIENCIES, STRUCTURES
@@ -175,6 +176,7 @@ def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
     for expected in ("54,321", "56.8%", "108,642", "46,912", "3.2e-07", "1.2e-02", "0.0987", "8.765", "25.1%", "78.9%"):
         assert expected in shown
     assert ["attention heads", "3", "1", "3 → 1"] in found.rows
+    assert ["attention heads", "57.1%", "0.7650"] in found.rows
     assert ["tokens", "777", "555", "28.6%"] in found.rows
 
 
@@ -206,6 +208,7 @@ def test_what_a_report_says_is_text_whatever_it_says() -> None:
     found = Parsed(report_page([Model(HOSTILE, report), Model("other", plain)]))
     assert "script" not in {tag for tag, _ in found.tags}
     assert found.text.count(HOSTILE) > 20
+    assert Parsed(element("p", aria_label=HOSTILE)).tags == [("p", {"aria-label": HOSTILE})]
 
 
 def test_without_a_run_it_says_what_was_removed_and_how_exactly() -> None:
@@ -259,6 +262,7 @@ def test_a_strip_is_as_dark_as_many_stayed() -> None:
     halves = strip([*range(0, 192, 2), 1], 192)  # two units a place, of which one or, in the first, both stayed
     assert 'd="M0 0h1v1h-1z" fill="currentColor" fill-opacity="1.0"' in halves
     assert halves.count('fill-opacity="0.5"') == 1
+    assert 'd="M0 0h1v1h-1z" fill="currentColor" fill-opacity="0.25"' in strip([0], 960)  # one of ten is seen
 
 
 def test_every_name_of_the_method_has_words() -> None:

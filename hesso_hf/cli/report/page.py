@@ -95,7 +95,7 @@ def _kept_units(report: Report) -> Markup:
         found += [
             element("h3", named(name)),
             element("p", STRUCTURES.get(name, ""), class_="soft"),
-            element("div", table(["layer", "which ones stayed, in their order before the cut", ""], rows, class_="units"),
+            element("div", table(["layer", "which ones stayed, in their old order", ""], rows, class_="units"),
                     class_=colour(index)),
         ]  # fmt: skip
     return joined(found)
