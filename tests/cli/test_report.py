@@ -141,9 +141,6 @@ def shown_as(token: str, values: set[float]) -> bool:
     return any(abs(value * share - float(digits)) <= 0.5001 * last for value in values)
 
 
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reports", [[small_report()], [BARE], [small_report(), BARE]], ids=["one", "bare", "two"])
 def test_it_is_well_formed_and_loads_nothing(reports: list[dict[str, Any]]) -> None:
     page = report_page([Model(f"small-{i}", report) for i, report in enumerate(reports)])
@@ -272,9 +269,6 @@ def test_every_name_of_the_method_has_words() -> None:
     assert words.VERIFIED.keys() <= Verification.__annotations__.keys()
 
 
-# -- the training log --------------------------------------------------------------------------------------------------
-
-
 def test_the_log_beside_it_is_drawn_with_the_phases(tmp_path: Path) -> None:
     losses = [*LOSSES, {"step": 20, "eval_loss": 4.25}, {"step": 30, "loss": float("nan")}]
     small = saved(tmp_path / "run" / "small", small_report(calibration=None), losses)
@@ -298,9 +292,6 @@ def test_another_run_s_log_is_left_out_by_name_unless_it_is_asked_for(
     assert "is left out: it is of a run of 41 steps, and the report says 40" in capsys.readouterr().err
     assert main([*flags, "--run", str(tmp_path / "run")]) == 0
     assert "How it went" in (tmp_path / "page.html").read_text()
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def test_several_are_printed_and_folders_of_one_name_told_apart(
