@@ -1,4 +1,4 @@
-"""What each command takes and does, but for `prune`, which has a file of its own.
+"""What each command takes and does, but for `prune` and `report`, which have files of their own.
 
 Frameworks are imported inside the functions, after the flags and the files they name were checked.
 """
@@ -17,8 +17,6 @@ from .comparison import check_comparison, comparison_table, markdown_table
 from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
 from .printing import print_report, print_table
-
-REPORT_NAME = "pruning_report.json"  # export's, whose modules import torch; a test compares the two
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
@@ -176,45 +174,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(content)
     else:
         print_table(title, header, rows)
-
-
-# -- report ------------------------------------------------------------------------------------------------------------
-
-
-def report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder of the smaller model")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """Show a smaller model's pruning report, and draw it where that is asked for."""
-    path = Path(arguments.model) / REPORT_NAME
-    if not path.is_file():
-        raise HessoError(
-            f"{arguments.model} has no {REPORT_NAME}: it isn't a model that was pruned and saved by hesso_hf"
-        )
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if arguments.plot:
-        _plot(found, arguments.plot)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-    else:
-        print_report(found, arguments.model)
-
-
-def _plot(report: dict[str, Any], path: str) -> None:
-    """Draw what CRIC did, from a pruning report."""
-    if not report.get("cric"):
-        raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
-    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise HessoError(f"`--plot` ({path!r}) must end in .png, .svg or .pdf")
-    if not Path(path).absolute().parent.is_dir():
-        raise HessoError(f"`--plot` ({path!r}): there is no folder {str(Path(path).parent)!r}; make it first")
-    from ..export.plots import draw_cric
-
-    if not draw_cric(report["cric"], Path(path)):
-        raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")
 
 
 # -- survey ------------------------------------------------------------------------------------------------------------

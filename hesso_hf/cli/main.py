@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import HessoError, nearest_name
 from . import commands, prune
+from .report.command import report, report_flags
 
 # Name to what the help says, what adds the flags, and what does the work.
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]
@@ -17,7 +18,7 @@ COMMANDS: dict[str, Command] = {
     "plan": ("which engine a training run fits in memory, from the config alone", commands.plan_flags, commands.plan),
     "export": ("write the smaller model of a checkpoint", commands.export_flags, commands.export),
     "eval": ("held-out perplexity and lm-eval tasks", commands.eval_flags, commands.evaluate),
-    "report": ("show a smaller model's pruning report", commands.report_flags, commands.report),
+    "report": ("show smaller models' pruning reports, or write a page about them", report_flags, report),
     "survey": (
         "what can be pruned in every model type of the installed transformers", commands.survey_flags, commands.survey,
     ),
@@ -35,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return prune.run(argv[1:])
         arguments, unknown = _parser().parse_known_args(argv)
         if unknown:
-            known = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("command", "run")]
+            known = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("command", "work")]
             hint = nearest_name(unknown[0].partition("=")[0], known)
             raise HessoError(f"unknown argument {unknown[0]!r}{hint}; see `hesso-hf {arguments.command} --help`")
-        arguments.run(arguments)
+        arguments.work(arguments)
         return 0
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
         print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
@@ -50,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hesso-hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("prune", help=prune.HELP)  # its flags, those of a recipe's dataclasses, have their own parser
-    for name, (text, add_flags, run) in COMMANDS.items():
+    for name, (text, add_flags, work) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text)
         add_flags(subparser)
-        subparser.set_defaults(run=run)
+        subparser.set_defaults(work=work)
     return parser

@@ -91,7 +91,7 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
         rows.append(QuickstartRow(name, model.num_parameters(), weights_bytes(folders[name]), perplexity(loss), speed))
     prompt = held_out[0]["input_ids"][:PROMPT_TOKENS]
     samples = _fresh_process(prompt, folders, rows)
-    flags = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    flags = {name: value for name, value in vars(options).items() if name not in ("command", "work")}
     results = {"options": flags, "rows": [asdict(row) for row in rows], "samples": samples}
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return rows, samples

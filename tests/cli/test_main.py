@@ -262,7 +262,7 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
         "--save_steps", "6", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--disable_tqdm", "true",
-        "--hesso_pruning_ratio", "0.3", "--use_cpu", "true",
+        "--hesso_pruning_ratio", "0.3", "--use_cpu", "true", "--logging_steps", "3",
     ]  # fmt: skip
     assert main(["prune", *flags]) == 0
     assert (
@@ -275,6 +275,12 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
     assert "intermediate_size" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "later"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["verification"]["dtype"] == "bfloat16"
+    page = tmp_path / "later.html"
+    assert main(["report", str(tmp_path / "later"), "--html", str(page), "--run", str(tmp_path / "run")]) == 0
+    assert all(
+        f">{title}</h2>" in page.read_text() for title in ("How it went", "How it was decided", "How exact it is")
+    )
+    capsys.readouterr()
     assert main(["eval", str(tmp_path / "later"), "--dataset", str(text_file), "--block-size", "16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] > 0

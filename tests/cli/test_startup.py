@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hesso_hf.cli import commands
+from hesso_hf.cli.report import command
 from hesso_hf.export.report import REPORT_NAME
 
 FRAMEWORKS = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy")
@@ -37,6 +37,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["plan", "--help"], 0, ""),
         (["report", "small"], 0, ""),
         (["report", "small", "--json"], 0, ""),
+        (["report", "small", "--html", "small.html"], 0, ""),
         (["report", "nowhere"], 2, "nowhere has no pruning_report.json"),
         (["prune", "nowhere.yaml"], 2, "no such file"),
         (["prune", "bad.yaml"], 2, "did you mean 'pruning_ratio'"),
@@ -68,4 +69,4 @@ def test_no_framework_is_imported(argv: list[str], code: int, message: str, tmp_
 
 
 def test_the_report_is_looked_for_under_the_name_that_the_export_gives_it() -> None:
-    assert commands.REPORT_NAME == REPORT_NAME
+    assert command.REPORT_NAME == REPORT_NAME

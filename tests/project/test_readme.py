@@ -246,7 +246,7 @@ def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleT
     rows = [
         QuickstartRow(name, 1234, 2_000_000, 12.345, 98765.4) for name in ("original", "HESSO", "one-shot magnitude")
     ]
-    options = {name: value for name, value in vars(_parser().parse_args(["quickstart"])).items() if name != "run"}
+    options = {name: value for name, value in vars(_parser().parse_args(["quickstart"])).items() if name != "work"}
     result = {"options": options, "rows": [dataclasses.asdict(row) for row in rows]}
     (tmp_path / "quickstart.json").write_text(json.dumps(result))
     text = renderer.render_table("quickstart", tmp_path)

@@ -1,0 +1,206 @@
+"""A page about one smaller model, or about several: nothing in it that isn't in their reports and training logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .decided import how_it_was_decided
+from .figures import Span, chart, colour, strip
+from .markup import Markup, element, joined, page, table, terms
+from .training_log import TrainingLog
+from .words import PHASES, STRUCTURES, VERIFIED, named, percent, scientific, sized, stored_bytes
+
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the page is about: a smaller model's name, its report, and its training log where there is one."""
+
+    name: str
+    report: Report
+    log: TrainingLog | None = None
+
+
+def report_page(models: Sequence[Model]) -> str:
+    """Return the page as HTML: all of one model, or a table of several with each one's account below."""
+    if len(models) == 1:
+        report = models[0].report
+        title = f"{_title(report)}, made smaller"
+        return page(title, element("h1", title), _summary(report), *_sections(models[0]))
+    accounts = (
+        element("details", element("summary", model.name), _summary(model.report), *_sections(model), class_="model")
+        for model in models
+    )
+    title = "Smaller models compared"
+    return page(title, element("h1", title), _compared(models), *accounts)
+
+
+def _title(report: Report) -> str:
+    return report.get("base_model") or report.get("model_class") or "A model"
+
+
+def _summary(report: Report) -> Markup:
+    counts = report["parameters"]
+    return element(
+        "p",
+        f"{percent(report['pruning_ratio'])} of the parameters were removed: {counts['before']:,} before, "
+        f"{counts['after']:,} after.",
+    )
+
+
+def _sections(model: Model) -> list[Markup]:
+    """Return the parts that the report has something for."""
+    report = model.report
+    parts = {
+        "What was removed": joined([_removed(report), _kept_units(report)]),
+        "How it went": _how_it_went(report, model.log) if model.log else Markup(),
+        "How it was decided": how_it_was_decided(report),
+        "How exact it is": _exact(report),
+        "How to load it": _to_load(report),
+        "To repeat it": _to_repeat(report),
+    }
+    return [element("section", element("h2", title), part) for title, part in parts.items() if part]
+
+
+# -- what was removed --------------------------------------------------------------------------------------------------
+
+
+def _removed(report: Report) -> Markup:
+    """Return the sizes before and after, and the share that is gone."""
+    counts, stored = report["parameters"], report["verification"]["dtype"]
+    pairs = [("parameters", counts["before"], counts["after"])]
+    width = stored_bytes(stored)
+    if width:
+        pairs.append((f"bytes of the weights, stored as {stored}", counts["before"] * width, counts["after"] * width))
+    if report.get("vocabulary"):
+        pairs.append(("tokens", *(report["vocabulary"]["tokens"][when] for when in ("before", "after"))))
+    before, after = report["sizes"]["before"], report["sizes"]["after"]
+    pairs += [(sized(name), before[name], after[name]) for name in after]
+    rows = ((name, f"{old:,}", f"{new:,}", percent(1 - new / old) if old else "") for name, old, new in pairs)
+    return table(["", "before", "after", "removed"], rows)
+
+
+def _kept_units(report: Report) -> Markup:
+    """Return a heat map for each structure: a row a layer, darker where more units stayed."""
+    found = []
+    for index, (name, units) in enumerate((report.get("kept_units") or {}).items()):
+        total, layers = units["num_units"], units["kept"]
+        rows = (
+            ("all" if len(layers) == 1 else layer, strip(kept, total), f"{len(kept):,} of {total:,}")
+            for layer, kept in enumerate(layers)
+        )
+        found += [
+            element("h3", named(name)),
+            element("p", STRUCTURES.get(name, ""), class_="soft"),
+            element("div", table(["layer", "which ones stayed, in their old order", ""], rows, class_="units"),
+                    class_=colour(index)),
+        ]  # fmt: skip
+    return joined(found)
+
+
+# -- how it went -------------------------------------------------------------------------------------------------------
+
+
+def _how_it_went(report: Report, log: TrainingLog) -> Markup:
+    """Return the loss over the steps, with the phases of the run shaded."""
+    spans = _phases(report.get("schedule"))
+    losses = chart(log.losses, lambda step: f"step {step:,}", "Loss over the steps of the training", spans)
+    said = terms((span.name, f"steps {span.start + 1:,} to {span.end:,}: {PHASES[span.name]}") for span in spans)
+    skipped = f"Left out, as they aren't finite numbers: {log.skipped:,} logged losses." if log.skipped else ""
+    return joined([losses, said, element("p", skipped)])
+
+
+def _phases(planned: Mapping[str, Any] | None) -> list[Span]:
+    """Return the phases that the run had, by its schedule."""
+    if not planned:
+        return []
+    from ...pruning.schedule import Schedule
+
+    schedule = Schedule.from_dict(planned)
+    ends = (schedule.warmup_steps, schedule.sampling_end, schedule.end, schedule.total_steps)
+    starts = (0, *ends)
+    return [Span(name, start, end) for name, start, end in zip(PHASES, starts, ends, strict=False) if end > start]
+
+
+# -- exactness, loading, repeating -------------------------------------------------------------------------------------
+
+
+def _exact(report: Report) -> Markup:
+    """Return the errors that were measured before the model was published, and what each means."""
+    checked = report["verification"]
+    pairs = [(f"{scientific(checked[name])}: {title}", said) for name, (title, said) in VERIFIED.items()]
+    compared = f" Compared on {checked['tokens']:,} random tokens." if "tokens" in checked else ""
+    return joined([
+        terms(pairs),
+        element("p", f"Both are the largest difference of a logit, over the largest logit.{compared} They say whether "
+                     "the file is the model that was trained, not how good that model is."),
+    ])  # fmt: skip
+
+
+def _to_load(report: Report) -> Markup:
+    """Return the lines of Python that load the model and its tokenizer."""
+    layers = [units["kept"] for units in (report.get("kept_units") or {}).values()]
+    uneven = any(len({len(kept) for kept in found}) > 1 for found in layers)
+    name = report.get("model_class") or "AutoModelForCausalLM"
+    loader = "AutoModelForCausalLM" if uneven or name.endswith("ForCausalLM") else name
+    options = ", trust_remote_code=True" if uneven else ""
+    code = (
+        f"from transformers import {loader}, AutoTokenizer\n"
+        f'model = {loader}.from_pretrained("path/to/this/model"{options})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")\n'
+    )
+    why = "Its layers differ in width, so it comes with a short modelling file of its own." if uneven else ""
+    return joined([element("pre", element("code", code)), element("p", why)])
+
+
+def _to_repeat(report: Report) -> Markup:
+    """Return the run's config as a recipe has it, its steps, and the versions that it ran on."""
+    import yaml
+
+    found = []
+    if report.get("hesso_config"):
+        recipe = yaml.safe_dump({"hesso": dict(report["hesso_config"])}, sort_keys=False, allow_unicode=True)
+        found += [element("p", "What was asked for, as a recipe of ", element("code", "hesso-hf prune"), " has it:"),
+                  element("pre", element("code", recipe))]  # fmt: skip
+    facts = {"model": report.get("base_model"), "class": report.get("model_class")}
+    facts |= {f"{named(name)} (resolved)": value for name, value in (report.get("schedule") or {}).items()}
+    facts |= report.get("versions") or {}
+    shown = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in facts.items())
+    return joined([*found, table(["", ""], ((name, value) for name, value in shown if value not in (None, "")))])
+
+
+# -- several -----------------------------------------------------------------------------------------------------------
+
+
+def _compared(models: Sequence[Model]) -> Markup:
+    """Return a table with a column for each model."""
+    columns = [_facts(model.report) for model in models]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = ((name, *(column.get(name, "–") for column in columns)) for name in names)
+    return table(["", *(model.name for model in models)], rows)
+
+
+def _facts(report: Report) -> dict[str, str]:
+    """Return what models are compared by."""
+    counts, checked, config = report["parameters"], report["verification"], report.get("hesso_config") or {}
+    width = stored_bytes(checked["dtype"])
+    facts = {
+        "made from": report.get("base_model"),
+        "parameters before": f"{counts['before']:,}",
+        "parameters after": f"{counts['after']:,}",
+        "removed": percent(report["pruning_ratio"]),
+        "bytes of the weights": f"{counts['after'] * width:,}" if width else None,
+        **{sized(name): f"{size:,}" for name, size in report["sizes"]["after"].items()},
+        "steps": f"{report['steps']:,}" if report.get("steps") else None,
+        "saliency": ", ".join(map(named, report.get("saliency") or {})),
+        **{named(name): config.get(name) for name in ("stream_basis", "healing", "layer_widths")},
+        "CRIC": f"{report['cric']['cycles']:,} cycles" if report.get("cric") else None,
+        "teacher": (report.get("distillation") or {}).get("teacher"),
+        "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
+        "stored as": checked["dtype"],
+        **{title: scientific(checked[name]) for name, (title, _) in VERIFIED.items()},
+    }
+    return {name: str(value) for name, value in facts.items() if value}

@@ -1,0 +1,344 @@
+"""The page of `hesso-hf report --html`: well-formed, loads nothing, and says what the reports say and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hesso_hf import HessoConfig
+from hesso_hf.cli.main import main
+from hesso_hf.cli.report import words
+from hesso_hf.cli.report.figures import strip
+from hesso_hf.cli.report.markup import element
+from hesso_hf.cli.report.page import Model, report_page
+from hesso_hf.cli.report.training_log import log_in
+from hesso_hf.config.names import SALIENCIES, STRUCTURES
+from hesso_hf.export.verify import Verification
+from hesso_hf.pruning.schedule import PHASES
+
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?(?![\w])")
+HOSTILE = "</td><script>alert('x')</script><img src=x>\""
+
+
+def small_report(**changes: Any) -> dict[str, Any]:
+    """A report of two layers with every part that a run can leave in one."""
+    heads = {"first": 3, "violating": [3, 1], "num_corrected": 1, "corrected": {}, "replaced_by": {}, "paths": []}
+    return {
+        "model_class": "LlamaForCausalLM",
+        "base_model": "made/of-words",
+        "parameters": {"before": 54321, "after": 23456},
+        "pruning_ratio": 1 - 23456 / 54321,
+        "sizes": {"before": {"num_key_value_heads": 7, "hidden_size": 66}, "after": {"num_key_value_heads": 4.5,
+                                                                                   "hidden_size": 44}},
+        "verification": {"fold_error": 3.21e-7, "rounding_error": 0.0123, "dtype": "bfloat16", "tokens": 64},
+        "hesso_config": HessoConfig(pruning_ratio=0.57, cric=True).to_dict(),
+        "target": {"kept_units": {"attention_heads": 5}, "num_units": {"attention_heads": 7}, "metric": "latency",
+                   "cost_before": 8.7654, "cost_after": 6.5432},
+        "schedule": {"warmup_steps": 3, "pruning_steps": 8, "pruning_periods": 2, "total_steps": 40, "cycle_steps": 4,
+                     "cycles": 2, "pauses": [14]},
+        "saliency": {"taylor_first_order": 1.0, "taylor_second_order": 3.0},
+        "calibration": {"removed": {"attention_heads": [0.286, 0.571]}, "rises": {"attention_heads": [0.0987, 0.765]}},
+        "stream_basis": {"error": 8.76e-7, "tokens": 16385, "clusters": 1, "rise": 0.0345, "energy": {"0.5": 0.789}},
+        "steps": 40,
+        "cric": {"mode": "path", "cycles": 2, "samples_per_cycle": 4, "samples": 8,
+                 "structures": {"attention_heads": heads}},
+        "distillation": {"teacher": "someone/large", "alpha": 0.9, "temperature": 2.5},
+        "replay": {"share": 0.251, "source": "the model itself"},
+        "vocabulary": {"tokens": {"before": 777, "after": 555}, "parameters_removed": 1, "kept": [0, 1]},
+        "kept_units": {"attention_heads": {"num_units": 7, "kept": [[0, 1, 2, 5, 6], [1, 2, 3, 4]]},
+                       "embedding_channels": {"num_units": 66, "kept": [list(range(44))]}},
+        "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"},
+    } | changes  # fmt: skip
+
+
+BARE = {name: small_report()[name] for name in ("parameters", "pruning_ratio", "sizes", "verification")}
+LOSSES = [{"step": step, "loss": 5.0 - step / 17} for step in (4, 12, 20, 40)]
+
+
+def saved(folder: Path, report: dict[str, Any], losses: Any = None, max_steps: int = 40) -> Path:
+    """Write a smaller model's folder as far as the command reads it, with a run's checkpoints beside it."""
+    folder.mkdir(parents=True)
+    (folder / "pruning_report.json").write_text(json.dumps(report))
+    for step in (9, 10) if losses is not None else ():
+        checkpoint = folder.parent / f"checkpoint-{step}"
+        checkpoint.mkdir(exist_ok=True)
+        state = {"max_steps": max_steps, "log_history": losses if step == 10 else [{"step": 1, "loss": 99.0}]}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    return folder
+
+
+class Parsed(HTMLParser):
+    """What a page holds: its tags and their attributes, its text, and its tables; it refuses what isn't closed."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open += [] if tag == "meta" else [tag]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self.text += "\n"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def count(self, tag: str) -> int:
+        return sum(found == tag for found, _ in self.tags)
+
+
+def parsed(*reports: dict[str, Any], **given: Any) -> Parsed:
+    return Parsed(report_page([Model(f"small-{'ab'[i]}", report, **given) for i, report in enumerate(reports)]))
+
+
+def numbers_in(value: Any, key: str = "") -> Iterator[float]:
+    """Yield the numbers of a report, also in names and texts; of units kept by index, how many they are."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from numbers_in(name)
+            yield from numbers_in(inner, name)
+    elif isinstance(value, list):
+        if key == "kept":
+            yield from (len(layer) for layer in value if isinstance(layer, list))
+            return
+        for inner in value:
+            yield from numbers_in(inner)
+    elif isinstance(value, str):
+        yield from map(float, re.findall(r"\d+(?:\.\d+)?", value))
+    elif isinstance(value, int | float):
+        yield float(value)
+
+
+def shown_as(token: str, values: set[float]) -> bool:
+    """Whether a number on the page is one of the values, as far as its digits go."""
+    digits, share = token.replace(",", "").removesuffix("%"), 100 if token.endswith("%") else 1
+    mantissa, _, exponent = digits.partition("e")
+    last = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    return any(abs(value * share - float(digits)) <= 0.5001 * last for value in values)
+
+
+@pytest.mark.parametrize("reports", [[small_report()], [BARE], [small_report(), BARE]], ids=["one", "bare", "two"])
+def test_it_is_well_formed_and_loads_nothing(reports: list[dict[str, Any]]) -> None:
+    page = report_page([Model(f"small-{i}", report) for i, report in enumerate(reports)])
+    found = Parsed(page)
+    assert not {"script", "link", "img", "iframe", "object", "base", "a"} & {tag for tag, _ in found.tags}
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|\bsrc=|href=", page)
+    assert not [name for _, given in found.tags for name in given if name.startswith("on")]
+    policy = next(given for _, given in found.tags if given.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
+    assert "prefers-color-scheme: dark" in page
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table") == page.count('<div class="scroll"><table')
+
+
+def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
+    report = small_report()
+    log = log_in(str(saved(tmp_path / "small", report, LOSSES).parent))
+    found = parsed(report, log=log)
+    values = set(numbers_in({**report, "vocabulary": report["vocabulary"]["tokens"], "log": LOSSES}))
+    pairs = [report["parameters"], report["vocabulary"]["tokens"], {"before": 7, "after": 5}]
+    pairs += [{when: report["sizes"][when][name] for when in ("before", "after")} for name in report["sizes"]["after"]]
+    values |= {1 - pair["after"] / pair["before"] for pair in pairs}
+    values |= {2 * count for count in report["parameters"].values()}  # bytes in bfloat16
+    values |= {0, 1}  # layers
+    ends = (3, 3 + 4 * 2, 3 + 4 * 2 + 8 + 2 * 4, 40)  # of the phases; the period given up with its last step adds two
+    values |= {0, *ends, *(end + 1 for end in ends[:-1])}
+    shown = NUMBER.findall(re.sub(r"\d+(\.\d+){2}\S*", "", found.text))  # versions are no numbers
+    assert len(shown) > 60
+    assert [token for token in shown if not shown_as(token, values)] == []
+    for expected in ("54,321", "56.8%", "108,642", "46,912", "3.2e-07", "1.2e-02", "0.0987", "8.765", "25.1%", "78.9%"):
+        assert expected in shown
+    assert ["attention heads", "3", "1", "3 → 1"] in found.rows
+    assert ["attention heads", "57.1%", "0.7650"] in found.rows
+    assert ["tokens", "777", "555", "28.6%"] in found.rows
+
+
+def test_what_a_report_says_is_text_whatever_it_says() -> None:
+    def spoilt(value: Any) -> Any:
+        if isinstance(value, dict):
+            names = {
+                "removed",
+                "rises",
+                "structures",
+                "kept_units",
+                "num_units",
+                "saliency",
+                "versions",
+                "before",
+                "after",
+            }
+            return {name: {HOSTILE + k: spoilt(v) for k, v in inner.items()}
+                    if name in names and isinstance(inner, dict) and not {"before", "num_units"} & set(inner)
+                    else spoilt(inner) for name, inner in value.items()}  # fmt: skip
+        return HOSTILE + value if isinstance(value, str) else value
+
+    plain, report = small_report(), spoilt(small_report())
+    assert HOSTILE in report["base_model"]
+    assert all(name.startswith(HOSTILE) for name in (*report["kept_units"], *report["sizes"]["after"]))
+    for reports in ([plain], [report]), ([plain, plain], [report, report]):
+        tags = [[tag for tag, _ in parsed(*of).tags] for of in reports]
+        assert tags[0] == tags[1]
+    found = Parsed(report_page([Model(HOSTILE, report), Model("other", plain)]))
+    assert "script" not in {tag for tag, _ in found.tags}
+    assert found.text.count(HOSTILE) > 20
+    assert Parsed(element("p", aria_label=HOSTILE)).tags == [("p", {"aria-label": HOSTILE})]
+
+
+def test_without_a_run_it_says_what_was_removed_and_how_exactly() -> None:
+    text = parsed(BARE).text
+    assert "What was removed" in text
+    assert "How exact it is" in text
+    assert not [title for title in ("How it went", "How it was decided") if title in text]
+
+
+def test_several_have_a_column_each() -> None:
+    found = parsed(small_report(), {**BARE, "parameters": {"before": 54321, "after": 34567}})
+    assert found.rows[0] == ["", "small-a", "small-b"]
+    assert ["parameters after", "23,456", "34,567"] in found.rows
+    assert ["healing", "auto", "–"] in found.rows
+    assert ["CRIC", "2 cycles", "–"] in found.rows
+    assert found.text.count("What was removed") == 2
+
+
+def test_the_config_on_it_is_the_run_s() -> None:
+    asked = HessoConfig(
+        pruning_ratio=0.3, structures={"mlp_channels": 3, "attention_heads": 1}, replay_dataset="a: 'b' # <c>"
+    )
+    text = parsed(small_report(hesso_config=asked.to_dict())).text
+    recipe = yaml.safe_load(text[text.index("hesso:\n") :].partition("\n\n")[0])
+    assert HessoConfig.from_dict(recipe["hesso"]) == asked
+
+
+@pytest.mark.parametrize(
+    ("kept", "model_class", "line"),
+    [
+        ([[0, 1], [2, 3]], "LlamaForCausalLM", 'AutoModelForCausalLM.from_pretrained("path/to/this/model")'),
+        ([[0, 1], [2]], "LlamaForCausalLM", '.from_pretrained("path/to/this/model", trust_remote_code=True)'),
+        ([[0, 1], [2, 3]], "T5Model", 'T5Model.from_pretrained("path/to/this/model")'),
+    ],
+)
+def test_how_to_load_it(kept: list[list[int]], model_class: str, line: str) -> None:
+    units = {"mlp_channels": {"num_units": 4, "kept": kept}}
+    text = parsed(small_report(kept_units=units, model_class=model_class)).text
+    code = text[text.index("from transformers import") :].partition("\n\n")[0]
+    assert len(ast.parse(code).body) == 3
+    assert line in code
+
+
+def test_a_strip_is_as_dark_as_many_stayed() -> None:
+    whole, none = strip(range(300), 300), strip([], 300)
+    assert whole.count("<path") == 1
+    assert 'fill-opacity="1.0"' in whole
+    assert whole.count("h1v1h-1z") == 96
+    assert "<path" not in none
+    assert 'd="M0 0h1v1h-1zM2 0h1v1h-1z"' in strip([0, 2], 3)
+    halves = strip([*range(0, 192, 2), 1], 192)  # two units a place, of which one or, in the first, both stayed
+    assert 'd="M0 0h1v1h-1z" fill="currentColor" fill-opacity="1.0"' in halves
+    assert halves.count('fill-opacity="0.5"') == 1
+    assert 'd="M0 0h1v1h-1z" fill="currentColor" fill-opacity="0.25"' in strip([0], 960)  # one of ten is seen
+
+
+def test_every_name_of_the_method_has_words() -> None:
+    assert words.STRUCTURES.keys() == set(STRUCTURES)
+    assert words.SALIENCIES.keys() == set(SALIENCIES)
+    assert len(words.PHASES) == len(PHASES)
+    assert words.VERIFIED.keys() <= Verification.__annotations__.keys()
+
+
+def test_the_log_beside_it_is_drawn_with_the_phases(tmp_path: Path) -> None:
+    losses = [*LOSSES, {"step": 20, "eval_loss": 4.25}, {"step": 30, "loss": float("nan")}]
+    small = saved(tmp_path / "run" / "small", small_report(calibration=None), losses)
+    assert main(["report", str(small), "--html", str(tmp_path / "page.html")]) == 0
+    found = Parsed((tmp_path / "page.html").read_text())
+    assert found.count("rect") == 4
+    assert "steps 12 to 27: the chosen units" in found.text
+    assert found.count("circle") == len(LOSSES) + 1
+    assert "as they aren't finite numbers: 1 logged losses" in found.text
+    xs = [float(given["cx"] or 0) for tag, given in found.tags if tag == "circle"]
+    assert xs[:4] == sorted(xs[:4])
+
+
+def test_another_run_s_log_is_left_out_by_name_unless_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = saved(tmp_path / "run" / "small", small_report(), LOSSES, max_steps=41)
+    flags = ["report", str(small), "--html", str(tmp_path / "page.html")]
+    assert main(flags) == 0
+    assert "How it went" not in (tmp_path / "page.html").read_text()
+    assert "is left out: it is of a run of 41 steps, and the report says 40" in capsys.readouterr().err
+    assert main([*flags, "--run", str(tmp_path / "run")]) == 0
+    assert "How it went" in (tmp_path / "page.html").read_text()
+
+
+def test_several_are_printed_and_folders_of_one_name_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(saved(tmp_path / name / "small", small_report(steps=n))) for n, name in enumerate(("x", "y"))]
+    assert main(["report", *folders, "--json"]) == 0
+    assert [found["steps"] for found in json.loads(capsys.readouterr().out)] == [0, 1]
+    assert main(["report", *folders, "--html", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out.count("of the parameters removed") == 2
+    assert Parsed((tmp_path / "page.html").read_text()).rows[0] == ["", "x/small", "y/small"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["small", "--html", "page"], "`--html` ('page') must end in .html or .htm"),
+        (["small", "--html", "no/page.html"], "there is no folder 'no'; make it first"),
+        (["small", "--html", "taken.html"], "`--html` ('taken.html') can't be written: Is a directory"),
+        (["small", "--run", "run"], "`--run` ('run') is what the page of `--html` shows"),
+        (["small", "other", "--run", "run", "--html", "page.html"], "`--run` is of one model, and 2 are given"),
+        (["small", "other", "--plot", "cric.svg"], "`--plot` is of one model, and 2 are given"),
+        (["small", "small", "--html", "page.html"], "a folder is named twice"),
+        (["small", "--run", "other", "--html", "page.html"], "`--run` ('other'): neither it nor a checkpoint-*"),
+        (["small", "--run", "silent", "--html", "page.html"], "has no loss in it; set `logging_steps`"),
+        (["small", "--run", "broken", "--html", "page.html"], "isn't a log that Trainer wrote"),
+        (["broken"], "isn't a report: Expecting"),
+        (["foreign"], "isn't a report: it has no parameters, pruning_ratio"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake(
+    flags: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in {
+        "small": json.dumps(small_report()),
+        "other": json.dumps(BARE),
+        "broken": "{",
+        "foreign": "{}",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pruning_report.json").write_text(text)
+    (tmp_path / "broken" / "trainer_state.json").write_text('{"log_history": 3}')
+    (tmp_path / "silent").mkdir()
+    (tmp_path / "silent" / "trainer_state.json").write_text('{"log_history": [{"step": 3}]}')
+    (tmp_path / "taken.html").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
