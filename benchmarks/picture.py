@@ -2,10 +2,11 @@
 
     make picture        or  python benchmarks/picture.py [--model smollm2] [--side in] [--output docs/quality.svg]
 
-The model is the largest one measured. Left: at the largest number of training tokens, the loss of each method over the
-share of the parameters that was really removed. Right: the loss over training tokens at the ratio that was measured at
-most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with its number.
-The colours are of one lightness, which stands out from a white page as from a dark one; the ground is left transparent.
+The model is the largest one measured at several ratios. Left: at the largest number of training tokens, the loss of
+each method over the share of the parameters that was really removed. Right: the loss over training tokens at the ratio
+that was measured at most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge
+with its number. The colours are of one lightness, which stands out from a white page as from a dark one; the ground is
+left transparent.
 """
 
 from __future__ import annotations
@@ -91,9 +92,12 @@ class Panel:
 
 
 def largest(result: dict[str, Any]) -> str:
-    """Return the largest model that was measured."""
-    measured = {run["model"] for run in result["runs"]}
-    return max(measured, key=lambda name: result["base"][name]["parameters"])
+    """Return the largest model that was measured at several ratios, of which there is a curve; else the largest."""
+    ratios: dict[str, set[float]] = {}
+    for run in result["runs"]:
+        ratios.setdefault(run["model"], set()).add(run["ratio"])
+    several = [name for name, found in ratios.items() if len(found - {0.0}) > 1]
+    return max(several or ratios, key=lambda name: result["base"][name]["parameters"])
 
 
 def panels(result: dict[str, Any], model: str, side: str) -> tuple[Panel, Panel]:
@@ -249,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     """Draw and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--model", help="by default the largest one measured")
+    parser.add_argument("--model", help="by default the largest one measured at several ratios")
     parser.add_argument("--side", choices=("in", "out"), default="in", help="text like that trained on, or other text")
     parser.add_argument("--output", type=Path, default=PICTURE, help="SVG or PNG")
     options = parser.parse_args(argv)

@@ -56,6 +56,9 @@ def measured() -> dict[str, Any]:
 def test_the_panels_hold_the_medians_of_the_largest_model(picture: ModuleType) -> None:
     result = measured()
     assert picture.largest(result) == "big"
+    one_ratio = [run for run in result["runs"] if run["model"] != "big" or run["ratio"] in (0.0, 0.5)]
+    of_small = [run | {"ratio": ratio} for run in one_ratio if run["model"] == "small" for ratio in (0.2, 0.7)]
+    assert picture.largest(result | {"runs": one_ratio + of_small}) == "small", "of the other there is no curve"
     by_share, by_tokens = picture.panels(result, "big", "in")
     assert "40,000" in by_share.title
     assert by_tokens.title.startswith("50%")
