@@ -39,6 +39,10 @@ def settle_in_basis(
     if wanted == "given" or (wanted == "auto" and not pruned):
         settle()
         return None
+    if wanted == "auto" and not plan.wants_calibration:  # sizes that no measuring moves are those of either basis
+        settle()
+        if not _channels_go(plan):
+            return None
     kept = model.named_parameters() if wanted == "auto" else ()
     before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in kept}
     try:
@@ -56,8 +60,7 @@ def settle_in_basis(
         settle()
         return None
     settle()
-    assert plan.target is not None
-    if wanted == "principal" or plan.target.kept_units[CHANNELS] < plan.target.num_units[CHANNELS]:
+    if wanted == "principal" or _channels_go(plan):
         logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
         return basis
     with torch.no_grad():
@@ -65,6 +68,11 @@ def settle_in_basis(
             parameter.copy_(before[name])
     logger.info(f"{GIVEN}: none of its channels goes")
     return None
+
+
+def _channels_go(plan: PruningPlan) -> bool:
+    assert plan.target is not None
+    return plan.target.kept_units[CHANNELS] < plan.target.num_units[CHANNELS]
 
 
 def _tokens_wanted(model: PreTrainedModel) -> int:

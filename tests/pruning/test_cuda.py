@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,16 @@ def without_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def step_by_hand(optimizer: HessoOptimizer, before: Any, after: Any = None) -> None:
+    """Step with what HESSO does before and after the base optimizer's step within contexts of their own."""
+    with before:
+        optimizer.process.observe_gradients()
+        optimizer.process.before_step(optimizer.base)
+    optimizer.base.step()
+    with after or nullcontext():
+        optimizer.process.after_step(optimizer.base)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_ordinary_steps_do_not_wait_for_the_gpu_and_leave_exact_zeros(name: str):
     model = MODELS[name]().cuda()
@@ -60,12 +70,7 @@ def test_ordinary_steps_do_not_wait_for_the_gpu_and_leave_exact_zeros(name: str)
         model(input_ids=batch.cuda(), labels=batch.cuda()).loss.backward()
         if kind in ("shrinking", "shrinking, later periods", "recovery", "warmup"):
             seen.add(kind)
-            with without_waiting():
-                process.observe_gradients()
-                process.before_step(optimizer.base)
-            optimizer.base.step()
-            with without_waiting():
-                process.after_step(optimizer.base)
+            step_by_hand(optimizer, without_waiting(), without_waiting())
         else:
             optimizer.step()
         optimizer.zero_grad()
@@ -85,11 +90,7 @@ def test_a_sample_of_cric_does_not_wait_for_its_snapshot():
         model(input_ids=batch.cuda(), labels=batch.cuda()).loss.backward()
         if kind == "CRIC's sample":
             seen += 1
-            with without_waiting():
-                optimizer.process.observe_gradients()
-                optimizer.process.before_step(optimizer.base)
-            optimizer.base.step()
-            optimizer.process.after_step(optimizer.base)
+            step_by_hand(optimizer, without_waiting())
         else:
             optimizer.step()
         optimizer.zero_grad()
@@ -102,11 +103,8 @@ def test_recovery_launches_no_more_than_its_budget():
     for batch in token_batches(11):
         model(input_ids=batch.cuda(), labels=batch.cuda()).loss.backward()
         if kind_of(optimizer) == "recovery":
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-                optimizer.process.observe_gradients()
-                optimizer.process.before_step(optimizer.base)
-            optimizer.base.step()
-            optimizer.process.after_step(optimizer.base)
+            seen = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+            step_by_hand(optimizer, seen)
         else:
             optimizer.step()
         optimizer.zero_grad()

@@ -73,6 +73,14 @@ def test_a_stream_that_keeps_its_channels_keeps_its_basis(given_up: dict[str, An
     assert said == []
 
 
+def test_sizes_that_are_given_tell_beforehand_whether_to_turn(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("hesso_hf.trainer.stream.turn_stream", lambda *args, **options: pytest.fail("turned"))
+    given = {key: value for key, value in RATIO.items() if key != "pruning_ratio"}
+    run = trainer(tmp_path, tiny_llama(), HessoConfig(**given, target_sizes={"intermediate_size": 28}))
+    run.create_optimizer()
+    assert run.hesso_run.basis is None
+
+
 def test_a_resumed_run_is_not_turned_again(tmp_path: Path):
     config = HessoConfig(**RATIO, stream_basis="principal")
     once = trainer(tmp_path / "once", tiny_llama(), config)
