@@ -24,7 +24,7 @@ NEWEST := .venv-newest
 FLOOR := .venv-floor
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format wheel-test bench gpu picture survey clean
+.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format docs wheel-test bench gpu picture survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
@@ -72,6 +72,10 @@ lint: $(STAMP) ## ruff check, ruff format --check, mypy
 format: $(STAMP) ## let ruff fix and format
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## the docs as a site, in docs/_build
+	$(BIN)/python docs/options.py --check || { echo "docs/options.md isn't what HessoConfig has: python docs/options.py"; exit 1; }
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 # The wheel is built through the sdist and installed with its own dependencies only, so a file or a
 # requirement that is missing from the metadata is missing here too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import importlib.util
 import json
@@ -24,7 +25,16 @@ from hesso_hf.config import SALIENCIES
 from tests.support import ROOT, families, forks
 
 README = ROOT / "README.md"
-LISTS = [ROOT / "docs" / name for name in ("architectures.md", "glossary.md")]  # without code to run
+WITHOUT_CODE = (
+    "api.md",
+    "architectures.md",
+    "glossary.md",
+    "index.md",
+    "options.md",
+    "serving.md",
+    "troubleshooting.md",
+)
+LISTS = [ROOT / "docs" / name for name in WITHOUT_CODE]
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
@@ -76,15 +86,20 @@ def agrees(shown: str, printed: str) -> bool:
     return all(math.isclose(float(a), float(b), rel_tol=0.01) for a, b in pairs)
 
 
-@pytest.fixture(scope="module")
-def renderer() -> ModuleType:
-    """benchmarks/render_readme.py as a module."""
-    spec = importlib.util.spec_from_file_location("render_readme", ROOT / "benchmarks" / "render_readme.py")
+def module_of(path: Path) -> ModuleType:
+    """Return a script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def renderer() -> ModuleType:
+    """benchmarks/render_readme.py as a module."""
+    return module_of(ROOT / "benchmarks" / "render_readme.py")
 
 
 # -- the text ----------------------------------------------------------------------------------------------------------
@@ -160,6 +175,29 @@ def test_options_of_the_documents_are_those_of_the_config() -> None:
             name: repr(default) for name, default in fields.items()
         }
     assert set(table_rows(ROOT / "docs" / "method.md", "| name | score |")) == set(SALIENCIES)
+
+
+def test_the_page_of_all_options_is_what_the_config_has() -> None:
+    writer = module_of(ROOT / "docs" / "options.py")
+    assert writer.PAGE.read_text(encoding="utf-8") == writer.page(), "run python docs/options.py"
+    assert f"| `pruning_periods` | `{HessoConfig(0.5).pruning_periods}` |" in writer.page()
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    literals = [
+        node.value
+        for path in (ROOT / "hesso_hf").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    known = "\n".join(literals)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| (?:`` (.*?) ``|``(.*?) ``|`(.*?)`) ", page, re.MULTILINE)
+    messages = ["".join(found).strip() for found in quoted]
+    assert len(messages) > 15
+    for message in messages:
+        for part in message.split("..."):
+            assert part.strip(" ,") in known, message
 
 
 def test_families_of_the_readme_are_tested() -> None:

@@ -1,0 +1,43 @@
+"""Write options.md from the fields of HessoConfig: `python docs/options.py [--check]`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from hesso_hf import HessoConfig
+
+PAGE = Path(__file__).with_name("options.md")
+HEAD = """# All options of HessoConfig
+
+This page is written from the dataclass by `python docs/options.py`. In a recipe the options stand under `hesso:`, and
+on the command line each is a flag of its own name. Steps are optimizer steps: 1 or more is a count, below 1 a share of
+a run.
+
+`HessoConfig.paper(pruning_ratio)` is the paper's method alone: HESSO with CRIC, and none of what this library adds.
+
+"""
+
+
+def page() -> str:
+    """Return the page's text."""
+    lines = ["| name | by default | what it is |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(HessoConfig):
+        meaning = field.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning} |")
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is out of date")
+    if parser.parse_args().check:
+        return int(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
