@@ -36,7 +36,9 @@ PRELOADED = (
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict",
     "transformers.models.llama.modeling_llama", "accelerate", "datasets", "peft",
     "hesso_hf.trainer.trainer", "tests.support.sharded", "tests.support.fsdp_cpu", "tests.support.training",
+    "pytest",
 )  # fmt: skip
+IF_THERE = "deepspeed"  # which every training imports where it is installed
 
 
 class Forked:
@@ -150,7 +152,8 @@ def _server() -> tuple[subprocess.Popen[bytes], str]:
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
     assert server.stdin is not None
     assert server.stdout is not None
-    assert server.stdout.readline() == b"ready\n", "the server of worker processes did not start"
+    while (line := server.stdout.readline()) != b"ready\n":  # before it, what is said while modules are imported
+        assert line, "the server of worker processes did not start"
 
     def end() -> None:
         server.stdin.close()  # type: ignore[union-attr]
@@ -166,7 +169,7 @@ def _server() -> tuple[subprocess.Popen[bytes], str]:
 
 def serve() -> None:
     """Import, and fork a launcher for every connection."""
-    import importlib
+    import importlib.util
 
     import torch
 
@@ -176,6 +179,8 @@ def serve() -> None:
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
+    if importlib.util.find_spec(IF_THERE):
+        importlib.import_module(IF_THERE)
     gc.collect()
     gc.freeze()  # Accelerate collects garbage at every training: workers needn't look through all that is imported
     threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else 1
