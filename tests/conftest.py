@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ LONG = (
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
 APART = "tests.project."  # whose tests replace nothing that a proof depends on
+FROZEN = [0]  # how many modules were imported when garbage was last looked for among them
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -40,11 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _what_is_imported_is_no_garbage() -> None:
     """Spare the collections that Accelerate makes at every training a walk through all that has been imported."""
-    gc.collect()
-    gc.freeze()
+    if len(sys.modules) > FROZEN[-1] + 20:
+        FROZEN.append(len(sys.modules))
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from hesso_hf.cli.main import main
 
 def test_quickstart_prints_the_table_and_keeps_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
-    flags = ["--steps", "12", "--batch-size", "2", "--block-size", "64", "--output", str(output)]
+    flags = ["--steps", "8", "--batch-size", "8", "--block-size", "48", "--output", str(output)]
     assert main(["quickstart", *flags]) == 0
     out = capsys.readouterr().out
     for text in ("parameters", "size on disk", "held-out perplexity", "tokens/s", "HESSO", "one-shot magnitude"):

@@ -37,7 +37,7 @@ STEPS = 14
 SAVED_AFTER = (4, 5, 9)  # twice in a cycle, once while units shrink
 MOE = {"target_sizes": None, "pruning_ratio": 0.25, "calibration_examples": 0}
 EXPORTS: dict[str, dict[str, Any]] = {
-    "many-files": {"kind": "llama", "layers": 6, "dtype": "bfloat16"},
+    "many-files": {"kind": "llama", "layers": 4, "dtype": "bfloat16"},
     "tied": {"kind": "gemma2"},
     "layer-norm": {"kind": "phi"},
     "uneven": {"kind": "llama", "layer_widths": "per_layer",

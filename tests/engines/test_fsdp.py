@@ -161,9 +161,9 @@ def one_job(folder: str, processes: int) -> None:
 
 
 def best_job(folder: str, processes: int) -> None:
-    """Evaluate and save every second step, and go back to the best model at the end."""
+    """Evaluate and save every fourth step, and go back to the best model at the end."""
     run = build(
-        folder, 16, processes, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        folder, 16, processes, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,
         load_best_model_at_end=True, options={"eval_dataset": said_by_the_dense_model()},
     )  # fmt: skip
     run.train()

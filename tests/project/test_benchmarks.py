@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,6 +33,12 @@ def stand_in(folder: Path) -> Path:
         rows = [json.dumps({"text": text[:4000]}) for text in python_docs_texts(split)[:4]]  # type: ignore[arg-type]
         (data / f"{split}.jsonl").write_text("\n".join(rows))
     return data
+
+
+def short_blocks(monkeypatch: pytest.MonkeyPatch, stories: ModuleType, benchmark: ModuleType) -> None:
+    """Have a benchmark train and measure on blocks of 48 tokens."""
+    monkeypatch.setattr(benchmark, "BLOCK", 48)
+    monkeypatch.setattr(benchmark, "load_blocks", functools.partial(stories.load_blocks, block=48))
 
 
 def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +207,7 @@ def test_replay_runs_each_arm_on_a_text_that_the_model_learnt_first(
         "--output",
         str(output),
     ]
+    short_blocks(monkeypatch, stories, replay)
     monkeypatch.setattr(replay, "BOTH_STEPS", 1)
     monkeypatch.setattr(replay, "BATCH", 2)
     monkeypatch.setattr(stories, "BATCH", 2)
@@ -218,6 +227,7 @@ def test_split_measures_each_before_and_after_training(tmp_path: Path, monkeypat
 
     stand_in(tmp_path)
     output = tmp_path / "split.json"
+    short_blocks(monkeypatch, stories, split)
     monkeypatch.setattr(split, "SPLITS", ((2, 96, 128),))
     monkeypatch.setattr(stories, "BATCH", 2)
     flags = ["--data", str(tmp_path), "--steps", "6", "--held-out-blocks", "1", "--output", str(output)]

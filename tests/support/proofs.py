@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import pickle
@@ -27,13 +28,15 @@ def _shared(model_class: type[PreTrainedModel], config: PretrainedConfig, names:
         return _plain(model_class, config, names)
     told = (model_class.__module__, model_class.__qualname__, prove._Case.of(model_class, config).says, names)
     path = folder / hashlib.sha256(repr(told).encode()).hexdigest()
-    if path.exists():
-        return pickle.loads(path.read_bytes())
-    proof = _plain(model_class, config, names)
-    written = path.with_suffix(f".{os.getpid()}")
-    written.write_bytes(pickle.dumps(proof))
-    written.replace(path)
-    return proof
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # who comes while it is being proved waits: processes often prove at once
+        if path.stat().st_size:
+            return pickle.loads(path.read_bytes())
+        proof = _plain(model_class, config, names)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_bytes(pickle.dumps(proof))
+        written.replace(path)
+        return proof
 
 
 def keep() -> None:
