@@ -278,6 +278,7 @@ def test_the_best_model_is_one_of_the_pruned_ones(two: Path) -> None:
         found = torch.load(two / "best" / f"rank{rank}.pt", weights_only=True)
         best, pruned = int(found["best"].rpartition("-")[2]), {n: x for n, x in found["losses"].items() if n >= 7}
         assert found["losses"][best] == min(pruned.values())
+        assert found["losses"][4] < found["losses"][best], "none that isn't pruned would be better"
         assert best < 16, "the last one is the best one: nothing was loaded"
         assert found["loss"] == pytest.approx(found["losses"][best], rel=1e-5)
     small = AutoModelForCausalLM.from_pretrained(two / "best" / "small")
