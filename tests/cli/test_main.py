@@ -113,9 +113,9 @@ def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: P
     """Two real processes under either launcher; the shipped DDP configuration works on a CPU as well."""
     model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
     flags = [
-        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
+        "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "8",
         "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
-        "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1",
+        "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1", "--hesso_calibration_examples", "4",
     ]  # fmt: skip
     config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
     launchers = {
