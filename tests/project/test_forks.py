@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support import forks
+from tests.support import forks, proofs
 
 FRESH = """
 import gc, os, sys, threading
@@ -101,3 +101,25 @@ def test_the_server_stays_as_it_was() -> None:
     assert forks.run("import torch; torch.set_default_dtype(torch.float64); torch.manual_seed(1)").returncode == 0
     assert forks.run("import torch; assert torch.get_default_dtype() == torch.float32").returncode == 0
     assert len(os.listdir(f"/proc/{server.pid}/task")) == 1
+
+
+PROVE = """
+import os, sys, time
+from pathlib import Path
+from tests.support import proofs
+from tests.support.tiny import tiny_llama
+def slowly(*_):
+    Path(sys.argv[1], os.environ["RANK"]).touch()
+    time.sleep(0.3)
+    return "proved"
+proofs._plain, model = slowly, tiny_llama()
+print(proofs._shared(type(model), model.config, ("attention_heads",)))
+"""
+
+
+def test_workers_that_prove_the_same_at_once_prove_it_once(tmp_path: Path) -> None:
+    (tmp_path / "proofs").mkdir()
+    (tmp_path / "provers").mkdir()
+    done = forks.run(PROVE, str(tmp_path / "provers"), processes=2, env={proofs.FOLDER: str(tmp_path / "proofs")})
+    assert done.stdout.split() == ["proved", "proved"], done.stderr
+    assert len(list((tmp_path / "provers").iterdir())) == 1
