@@ -16,12 +16,14 @@ proofs.keep()
 
 # Files that take long come first, so that no worker is left alone with one at the end (`--dist loadfile`).
 LONG = (
-    "engines/test_fsdp.py", "distributed/test_parts.py", "trainer/test_cric_training.py", "export/test_families.py",
-    "project/test_benchmarks.py", "structures/proof/test_turn.py", "structures/proof/test_prove.py",
-    "cli/survey/test_survey.py", "trainer/test_distributed.py", "pruning/test_cric.py", "project/test_readme.py",
-    "pruning/test_optimizer.py", "trainer/test_trl.py", "cli/test_main.py", "pruning/test_devices.py",
-    "engines/test_deepspeed.py", "project/test_notebooks.py", "trainer/test_trainer.py", "trainer/test_replay.py",
-    "trainer/test_stream.py", "trainer/test_stream_lora.py", "structures/test_experts.py", "trainer/test_resume.py",
+    "engines/test_fsdp.py", "cli/test_main.py", "distributed/test_parts.py", "project/test_benchmarks.py",
+    "trainer/test_cric_training.py", "structures/proof/test_prove.py", "pruning/test_cric.py",
+    "cli/survey/test_survey.py", "export/test_families.py", "trainer/test_distributed.py", "trainer/test_trl.py",
+    "project/test_notebooks.py", "structures/proof/test_turn.py", "pruning/test_devices.py", "project/test_readme.py",
+    "trainer/test_trainer.py", "pruning/test_optimizer.py", "engines/test_deepspeed.py", "trainer/test_replay.py",
+    "cli/test_quickstart.py", "trainer/test_stream_lora.py", "trainer/test_resume.py", "trainer/test_trl_trainers.py",
+    "structures/test_layers.py", "cli/survey/test_stream_basis.py", "structures/test_experts.py",
+    "trainer/test_stream.py", "trainer/test_other_tasks.py",
 )  # fmt: skip
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
