@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import HessoError, nearest_name
 from . import commands, prune
-from .report.command import report, report_flags
+from .report import report, report_flags
 
 # Name to what the help says, what adds the flags, and what does the work.
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import rows_elements
 from .decision import Decision
+from .page.page import PAGE_NAME, write_page
 from .plots import PLOT_NAME, draw_cric
 from .verify import Verification
 
@@ -105,16 +106,19 @@ class PruningReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the report, the model card and, where CRIC was used, a picture of what it did."""
-        cric = self.training.get("cric")
-        picture = _drawn(cric, folder / PLOT_NAME) if cric else False
-        (folder / REPORT_NAME).write_text(
-            json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        (folder / CARD_NAME).write_text(self._card(picture), encoding="utf-8")
+        """Write the report, the page and the card that show it, and, where CRIC was used, a picture of what it did."""
+        cric, text = self.training.get("cric") or {}, json.dumps(self.to_dict(), indent=1, allow_nan=False)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        picture = bool(cric) and _shown_in(folder / PLOT_NAME, lambda path: draw_cric(cric, path))
+        page = _shown_in(folder / PAGE_NAME, lambda path: write_page(json.loads(text), path))
+        (folder / CARD_NAME).write_text(self._card(picture, page), encoding="utf-8")
 
-    def _card(self, picture: bool) -> str:
-        """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not."""
+    def _card(self, picture: bool, page: bool) -> str:
+        """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not.
+
+        Args:
+            page: whether there is one to link.
+        """
         rows = "\n".join(
             f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
         )
@@ -135,16 +139,17 @@ class PruningReport:
             distilled=_DISTILLED.format(**distillation) if distillation else "",
             replayed=_REPLAYED.format(**replay) if replay else "",
             file=REPORT_NAME,
+            page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
             picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         )
 
 
-def _drawn(cric: Mapping[str, Any], path: Path) -> bool:
-    """Draw the picture; a plotting library that fails must not cost the model."""
+def _shown_in(path: Path, draw: Callable[[Path], bool]) -> bool:
+    """Write what shows a report into a file, and tell whether it is there: what fails here must not cost the model."""
     try:
-        return draw_cric(cric, path)
+        return draw(path)
     except Exception as error:
-        logger.warning(f"{path.name} isn't drawn: {type(error).__name__}: {error}")
+        logger.warning(f"{path.name} isn't written: {type(error).__name__}: {error}")
         path.unlink(missing_ok=True)
         return False
 
@@ -237,5 +242,5 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
 error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {tokens}\
 Kept units, schedule and versions are in
-`{file}`.
+`{file}`{page}.
 {picture}"""

@@ -19,6 +19,7 @@ from ..structures.lora import ADAPTER_CONFIG
 from ..structures.uneven_layers import layer_list, uneven_sizes, write_modelling_file
 from ..vocabulary.trim_tokenizer import check_saved_tokenizer
 from .adapter import ADAPTER_FOLDER
+from .page.page import PAGE_NAME
 from .parameters import ParameterSource
 from .plots import PLOT_NAME
 from .publish import staged_folder
@@ -92,7 +93,7 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
             return report
 
         report = source.together(reported)
-        new = {name for name in (PLOT_NAME, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
+        new = {name for name in (PLOT_NAME, PAGE_NAME, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
         source.together(stack.close)  # publishes
     if source.main:
         _remove_leftovers(output.folder, new)
@@ -116,8 +117,8 @@ def _add_files(source: ParameterSource, output: Output, folder: Path, written: A
 
 def _remove_leftovers(folder: Path, new: set[str]) -> None:
     """Remove what belongs to a model that was here before and would be taken for the new one's."""
-    if PLOT_NAME not in new:
-        (folder / PLOT_NAME).unlink(missing_ok=True)
+    for name in {PLOT_NAME, PAGE_NAME} - new:
+        (folder / name).unlink(missing_ok=True)
     config = folder / ADAPTER_FOLDER / ADAPTER_CONFIG
     if ADAPTER_FOLDER not in new and config.exists():
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")

@@ -108,6 +108,13 @@ class Schedule:
             return "sampling"
         return "pruning" if step < self.end else "recovery"
 
+    @property
+    def phases(self) -> dict[str, tuple[int, int]]:
+        """The phases that the run has, by name: the steps done before each, and those done at its end."""
+        ends = (self.warmup_steps, self.sampling_end, self.end, self.total_steps)
+        spans = zip(PHASES, zip((0, *ends), ends, strict=False), strict=True)
+        return {name: (start, end) for name, (start, end) in spans if end > start}
+
     def sampling_step(self, step: int) -> PeriodStep | None:
         """Return where in CRIC's cycles a step lies, or None outside them."""
         if self.phase(step) != "sampling":

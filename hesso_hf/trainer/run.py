@@ -18,6 +18,7 @@ from ..distributed.collectives import from_main
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..export.checkpoint_state import check_config, keep_defaults, read_state
+from ..export.page.losses import Losses
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
 from ..pruning.healing import Healer, padded, unreadable
@@ -217,16 +218,18 @@ class PruningRun:
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of the run."""
-        process, curves = self.process, self.plan.curves
+        process, curves, losses = self.process, self.plan.curves, Losses.of(self._trainer.state.log_history)
         return {
             "base_model": self.model.config.name_or_path,
             "hesso_config": self._config.to_dict(),
             "target": process.target.to_dict(),
             "schedule": process.schedule.to_dict(),
+            "phases": {name: list(span) for name, span in process.schedule.phases.items()},
             "saliency": self._config.saliency_weights,
             "calibration": curves.to_dict() if curves else None,
             "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
+            "losses": losses.to_dict() if losses else None,
             "cric": process.cric_report(),
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,

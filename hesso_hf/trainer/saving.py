@@ -18,6 +18,7 @@ from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
 from ..export.export import cut_pruned
+from ..export.page.page import PAGE_NAME
 from ..export.plots import PLOT_NAME
 from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
 from ..export.storage import check_writable, room, writing
@@ -191,9 +192,9 @@ def _save_trained(engine: Engine, run: PruningRun, folder: Path, plain: Callable
 
 
 def _remove_export(folder: Path) -> None:
-    """Remove the report, card and modelling file of a smaller model that a dense one replaces."""
+    """Remove the report, card, page and modelling file of a smaller model that a dense one replaces."""
     if (folder / REPORT_NAME).exists():
-        for name in (REPORT_NAME, CARD_NAME, PLOT_NAME, f"{MODULE_NAME}.py"):
+        for name in (REPORT_NAME, CARD_NAME, PLOT_NAME, PAGE_NAME, f"{MODULE_NAME}.py"):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -15,17 +15,20 @@ import yaml
 
 from hesso_hf import HessoConfig
 from hesso_hf.cli.main import main
-from hesso_hf.cli.report import words
-from hesso_hf.cli.report.figures import strip
-from hesso_hf.cli.report.markup import element
-from hesso_hf.cli.report.page import Model, report_page
-from hesso_hf.cli.report.training_log import log_in
+from hesso_hf.cli.training_log import losses_in
 from hesso_hf.config.names import SALIENCIES, STRUCTURES
+from hesso_hf.export.page import words
+from hesso_hf.export.page.figures import strip
+from hesso_hf.export.page.markup import element
+from hesso_hf.export.page.page import Model, report_page
 from hesso_hf.export.verify import Verification
-from hesso_hf.pruning.schedule import PHASES
+from hesso_hf.pruning.schedule import PHASES, Schedule
 
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?%?(?![\w])")
 HOSTILE = "</td><script>alert('x')</script><img src=x>\""
+
+
+SCHEDULE = Schedule(3, 8, 2, 40, cycle_steps=4, cycles=2, pauses=(14,))
 
 
 def small_report(**changes: Any) -> dict[str, Any]:
@@ -42,8 +45,8 @@ def small_report(**changes: Any) -> dict[str, Any]:
         "hesso_config": HessoConfig(pruning_ratio=0.57, cric=True).to_dict(),
         "target": {"kept_units": {"attention_heads": 5}, "num_units": {"attention_heads": 7}, "metric": "latency",
                    "cost_before": 8.7654, "cost_after": 6.5432},
-        "schedule": {"warmup_steps": 3, "pruning_steps": 8, "pruning_periods": 2, "total_steps": 40, "cycle_steps": 4,
-                     "cycles": 2, "pauses": [14]},
+        "schedule": SCHEDULE.to_dict(),
+        "phases": {name: list(span) for name, span in SCHEDULE.phases.items()},
         "saliency": {"taylor_first_order": 1.0, "taylor_second_order": 3.0},
         "calibration": {"removed": {"attention_heads": [0.286, 0.571]}, "rises": {"attention_heads": [0.0987, 0.765]}},
         "stream_basis": {"error": 8.76e-7, "tokens": 16385, "clusters": 1, "rise": 0.0345, "energy": {"0.5": 0.789}},
@@ -157,8 +160,8 @@ def test_it_is_well_formed_and_loads_nothing(reports: list[dict[str, Any]]) -> N
 
 def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
     report = small_report()
-    log = log_in(str(saved(tmp_path / "small", report, LOSSES).parent))
-    found = parsed(report, log=log)
+    losses = losses_in(str(saved(tmp_path / "small", report, LOSSES).parent))
+    found = parsed(report, losses=losses)
     values = set(numbers_in({**report, "vocabulary": report["vocabulary"]["tokens"], "log": LOSSES}))
     pairs = [report["parameters"], report["vocabulary"]["tokens"], {"before": 7, "after": 5}]
     pairs += [{when: report["sizes"][when][name] for when in ("before", "after")} for name in report["sizes"]["after"]]
@@ -265,7 +268,7 @@ def test_a_strip_is_as_dark_as_many_stayed() -> None:
 def test_every_name_of_the_method_has_words() -> None:
     assert words.STRUCTURES.keys() == set(STRUCTURES)
     assert words.SALIENCIES.keys() == set(SALIENCIES)
-    assert len(words.PHASES) == len(PHASES)
+    assert tuple(words.PHASES) == PHASES
     assert words.VERIFIED.keys() <= Verification.__annotations__.keys()
 
 

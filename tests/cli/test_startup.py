@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hesso_hf.cli.report import command
+from hesso_hf.cli import report
 from hesso_hf.export.report import REPORT_NAME
 
-FRAMEWORKS = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy")
+FRAMEWORKS = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "matplotlib")
 RUN = f"""
 import sys
 from hesso_hf.cli.main import main
@@ -61,6 +61,7 @@ def test_no_framework_is_imported(argv: list[str], code: int, message: str, tmp_
         "parameters": {"before": 4000, "after": 2000}, "pruning_ratio": 0.5,
         "sizes": {"before": {"intermediate_size": 44}, "after": {"intermediate_size": 22}},
         "verification": {"fold_error": 1e-7, "rounding_error": 0.0, "dtype": "float32"},
+        "phases": {"warmup": [0, 2], "pruning": [2, 6]}, "losses": {"lines": {"loss": [[1, 3.0]]}, "skipped": 0},
     }))  # fmt: skip
     done = run(argv, tmp_path)
     assert done.returncode == code, done.stderr
@@ -69,4 +70,4 @@ def test_no_framework_is_imported(argv: list[str], code: int, message: str, tmp_
 
 
 def test_the_report_is_looked_for_under_the_name_that_the_export_gives_it() -> None:
-    assert command.REPORT_NAME == REPORT_NAME
+    assert report.REPORT_NAME == REPORT_NAME

@@ -63,7 +63,7 @@ def test_push_to_hub_and_load_back(strategy: str, pushed: tuple[LoopbackHub, str
     )
     assert (int(mlp), int(hidden)) == (28, 48)
     assert float(error) <= 1e-5
-    assert {"config.json", "model.safetensors", "README.md", "pruning_report.json"} <= files.keys()
+    assert {"config.json", "model.safetensors", "README.md", "pruning_report.json", "report.html"} <= files.keys()
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
     assert json.loads(files["config.json"])["intermediate_size"] == 28
     card = ModelCard(files["README.md"].decode())

@@ -31,10 +31,15 @@ SALIENCIES = {
     "reconstruction": "how badly the units that stay could stand in for it",
 }
 PHASES = {
-    "warm-up": "ordinary training, nothing is removed yet",
+    "warmup": "ordinary training, nothing is removed yet",
     "sampling": "CRIC lets candidates shrink on trial, looks at what that does, and puts them back",
     "pruning": "the chosen units shrink to zero, a part of them in each period",
     "recovery": "ordinary training of what stays; the units at zero stay there",
+}
+LOSSES = {
+    "loss": "training loss",
+    "eval_loss": "loss on held-out examples",
+    "eval_retained_loss": "loss on other text",
 }
 VERIFIED = {
     "fold_error": (
@@ -50,7 +55,14 @@ VERIFIED = {
 
 def named(name: str) -> str:
     """Return a name of the report in words."""
-    return name.replace("mlp", "MLP").replace("_", " ")
+    return name.replace("mlp", "MLP").replace("warmup", "warm-up").replace("_", " ")
+
+
+def logged(key: str) -> str:
+    """Return what a loss is of, by the key that it is logged under."""
+    if key in LOSSES:
+        return LOSSES[key]
+    return f"loss on {named(key.removeprefix('eval_').removesuffix('_loss'))}"
 
 
 def sized(name: str) -> str:

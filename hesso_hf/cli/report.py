@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import HessoError
-from ..printing import print_report
-from .page import Model, report_page
-from .training_log import log_in, log_of
+from ..errors import HessoError
+from ..export.page.losses import Losses
+from ..export.page.page import Model, report_page
+from .printing import print_report
+from .training_log import losses_beside, losses_in
 
 REPORT_NAME = "pruning_report.json"  # export's, whose modules import torch; a test compares the two
 _PARTS = ("parameters", "pruning_ratio", "sizes", "verification")  # which every report has
@@ -22,7 +23,7 @@ def report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, of several models a list")
     parser.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
     parser.add_argument("--html", help="write a page that needs nothing beside it into this file (.html)")
-    parser.add_argument("--run", help="folder of the run whose training log the page shows (default: one beside SMALL)")
+    parser.add_argument("--run", help="folder of the run whose log the page shows (default: SMALL's own losses)")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -81,7 +82,7 @@ def _plot(found: dict[str, Any], path: str) -> None:
     """Draw what CRIC did, from a pruning report."""
     if not found.get("cric"):
         raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
-    from ...export.plots import draw_cric
+    from ..export.plots import draw_cric
 
     if not draw_cric(found["cric"], Path(path)):
         raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")
@@ -91,13 +92,21 @@ def _write_page(arguments: argparse.Namespace, found: Sequence[dict[str, Any]]) 
     """Write the page about all models, each by the shortest name that no other has."""
     paths = [Path(folder).resolve() for folder in arguments.models]
     models = [
-        Model(name, shown, log_in(arguments.run) if arguments.run else log_of(path, shown))
+        Model(name, shown, _losses(arguments.run, path, shown))
         for name, path, shown in zip(_names(paths), paths, found, strict=True)
     ]
     try:
         Path(arguments.html).write_text(report_page(models), encoding="utf-8")
     except OSError as error:
         raise HessoError(f"`--html` ({arguments.html!r}) can't be written: {error.strerror}; name another") from error
+
+
+def _losses(run: str | None, folder: Path, shown: Mapping[str, Any]) -> Losses | None:
+    """Return what the page shows of the training: the log that is named, the report's own, or one beside the model."""
+    if run is not None:
+        return losses_in(run)
+    found = shown.get("losses")
+    return Losses.from_dict(found) if found else losses_beside(folder, shown)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .decided import how_it_was_decided
 from .figures import Span, chart, colour, strip
+from .losses import Losses
 from .markup import Markup, element, joined, page, table, terms
-from .training_log import TrainingLog
-from .words import PHASES, STRUCTURES, VERIFIED, named, percent, scientific, sized, stored_bytes
+from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, stored_bytes
+
+PAGE_NAME = "report.html"
 
 Report = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the page is about: a smaller model's name, its report, and its training log where there is one."""
+    """A smaller model: its name among others, its report, and the losses of its run where there are some."""
 
     name: str
     report: Report
-    log: TrainingLog | None = None
+    losses: Losses | None = None
 
 
 def report_page(models: Sequence[Model]) -> str:
@@ -36,6 +39,14 @@ def report_page(models: Sequence[Model]) -> str:
     )
     title = "Smaller models compared"
     return page(title, element("h1", title), _compared(models), *accounts)
+
+
+def write_page(report: Report, path: Path) -> bool:
+    """Write the page about one model into a file, the losses of its run as the report has them."""
+    losses = report.get("losses")
+    found = Losses.from_dict(losses) if losses else None
+    path.write_text(report_page([Model("", report, found)]), encoding="utf-8")
+    return True
 
 
 def _title(report: Report) -> str:
@@ -56,7 +67,7 @@ def _sections(model: Model) -> list[Markup]:
     report = model.report
     parts = {
         "What was removed": joined([_removed(report), _kept_units(report)]),
-        "How it went": _how_it_went(report, model.log) if model.log else Markup(),
+        "How it went": _how_it_went(report, model.losses) if model.losses else Markup(),
         "How it was decided": how_it_was_decided(report),
         "How exact it is": _exact(report),
         "How to load it": _to_load(report),
@@ -104,25 +115,17 @@ def _kept_units(report: Report) -> Markup:
 # -- how it went -------------------------------------------------------------------------------------------------------
 
 
-def _how_it_went(report: Report, log: TrainingLog) -> Markup:
+def _how_it_went(report: Report, found: Losses) -> Markup:
     """Return the loss over the steps, with the phases of the run shaded."""
-    spans = _phases(report.get("schedule"))
-    losses = chart(log.losses, lambda step: f"step {step:,}", "Loss over the steps of the training", spans)
-    said = terms((span.name, f"steps {span.start + 1:,} to {span.end:,}: {PHASES[span.name]}") for span in spans)
-    skipped = f"Left out, as they aren't finite numbers: {log.skipped:,} logged losses." if log.skipped else ""
+    phases = report.get("phases") or {}
+    spans = [Span(named(name), start, end) for name, (start, end) in phases.items()]
+    lines = {logged(key): line for key, line in found.lines.items()}
+    losses = chart(lines, lambda step: f"step {step:,}", "Loss over the steps of the training", spans)
+    said = terms(
+        (named(name), f"steps {start + 1:,} to {end:,}: {PHASES[name]}") for name, (start, end) in phases.items()
+    )
+    skipped = f"Left out, as they aren't finite numbers: {found.skipped:,} logged losses." if found.skipped else ""
     return joined([losses, said, element("p", skipped)])
-
-
-def _phases(planned: Mapping[str, Any] | None) -> list[Span]:
-    """Return the phases that the run had, by its schedule."""
-    if not planned:
-        return []
-    from ...pruning.schedule import Schedule
-
-    schedule = Schedule.from_dict(planned)
-    ends = (schedule.warmup_steps, schedule.sampling_end, schedule.end, schedule.total_steps)
-    starts = (0, *ends)
-    return [Span(name, start, end) for name, start, end in zip(PHASES, starts, ends, strict=False) if end > start]
 
 
 # -- exactness, loading, repeating -------------------------------------------------------------------------------------
