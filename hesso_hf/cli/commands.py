@@ -13,7 +13,7 @@ from typing import Any
 from ..config import HessoConfig
 from ..config.names import AUTO_REPLAY_SHARE
 from ..errors import HessoError
-from .comparison import check_comparison, comparison_table, markdown_table
+from .comparison import check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
 from .printing import print_report, print_table
@@ -154,6 +154,7 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     parser.add_argument("--output", help="write the results there too, as JSON or Markdown (.json, .md)")
+    parser.add_argument("--card", action="store_true", help="write them into smaller models' cards, pages and reports")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -166,6 +167,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     found = measure_models(arguments)
     content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
     title, header, rows = comparison_table(found)
+    if arguments.card:
+        _add_to_cards(arguments, found)
     if arguments.output is not None:
         markdown = Path(arguments.output).suffix.lower() == ".md"
         text = markdown_table(title, header, rows) if markdown else content
@@ -174,6 +177,17 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(content)
     else:
         print_table(title, header, rows)
+
+
+def _add_to_cards(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
+    """Write what was measured into the folders of smaller models, each compared with the first model."""
+    from ..export.report import add_evaluation
+
+    measured = dict(zip(arguments.models, found, strict=True))
+    base = next(iter(measured))
+    for name in reported(measured):
+        small = measured[name]
+        add_evaluation(Path(name), evaluation_of(measured[base] if name != base else None, small, arguments.dataset))
 
 
 # -- survey ------------------------------------------------------------------------------------------------------------

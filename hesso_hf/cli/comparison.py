@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import HessoError
 from .data import check_text_file
+from .report import REPORT_NAME
 
 # What is measured: its key, what the table calls it, how it is written, and whether it compares by a ratio.
 MEASURES = (
@@ -18,6 +20,7 @@ MEASURES = (
     ("perplexity", "perplexity", ".4f", True),
     ("tokens_per_second", "tokens/s (forward)", ",.0f", True),
 )
+COMPARED = ("loss", "perplexity", "tokens_per_second")  # of them, what a smaller model's report has beside the tasks
 
 
 def check_comparison(flags: Namespace) -> None:
@@ -41,6 +44,8 @@ def check_comparison(flags: Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and value < least:
             raise HessoError(f"`--{name.replace('_', '-')}` ({value}) must be at least {least}")
+    if flags.card and not reported(flags.models):
+        raise HessoError("`--card` writes into folders of smaller models, and none of those named is one")
     if flags.dataset is not None:
         check_text_file(flags.dataset)
     if flags.include_path is not None and not Path(flags.include_path).is_dir():
@@ -51,6 +56,11 @@ def check_comparison(flags: Namespace) -> None:
         if not Path(flags.output).absolute().parent.is_dir():
             folder = str(Path(flags.output).parent)
             raise HessoError(f"`--output` ({flags.output!r}): there is no folder {folder!r}; make it first")
+
+
+def reported(models: Iterable[str]) -> list[str]:
+    """Return those of models that are folders with a report."""
+    return [name for name in models if (Path(name) / REPORT_NAME).is_file()]
 
 
 def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list[list[str]]]:
@@ -65,16 +75,35 @@ def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list
     for key, label, form, ratio in MEASURES:
         if key in base:
             rows.append([label, *[_cell(model[key], base[key], form, ratio) for model in models]])
-    for task, scores in base.get("tasks", {}).items():
+    for task, key, label in _metrics(base):
+        error, found = key.replace(",", "_stderr,"), [model["tasks"][task] for model in models]
+        rows.append([label, *[_cell(one[key], found[0][key], ".4f", False, one.get(error)) for one in found]])
+    return title, ["measure", *[model["model"] for model in models]], rows
+
+
+def _metrics(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the metrics of a model's tasks: the task, lm-eval's key, and what a table calls it."""
+    for task, scores in model.get("tasks", {}).items():
         for key in scores:
             metric, filtered, filter_name = key.partition(",")
-            if not filtered or metric.endswith("_stderr"):  # no metric, or the error of one
-                continue
-            label = f"{task} {metric}" if filter_name == "none" else f"{task} {metric} ({filter_name})"
-            error = f"{metric}_stderr,{filter_name}"
-            found = [model["tasks"][task] for model in models]
-            rows.append([label, *[_cell(one[key], scores[key], ".4f", False, one.get(error)) for one in found]])
-    return title, ["measure", *[model["model"] for model in models]], rows
+            if filtered and not metric.endswith("_stderr"):  # else no metric, or the error of one
+                yield task, key, f"{task} {metric}" if filter_name == "none" else f"{task} {metric} ({filter_name})"
+
+
+def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], dataset: str | None) -> dict[str, Any]:
+    """Return what a smaller model's report says of an evaluation.
+
+    Args:
+        base: what was measured of the model that it came of, None where that wasn't.
+        small: what was measured of it.
+        dataset: whose text was read.
+    """
+    models = {"after": small} if base is None else {"before": base, "after": small}
+    values = {key: {when: model[key] for when, model in models.items()} for key in COMPARED if key in small}
+    for task, key, label in _metrics(small):
+        values[label] = {when: model["tasks"][task][key] for when, model in models.items()}
+    how = {key: small[key] for key in ("dtype", "device", "batch_size", "block_size")}
+    return {"dataset": dataset and Path(dataset).name, **how, "values": values}
 
 
 def markdown_table(title: str, header: list[str], rows: list[list[str]]) -> str:

@@ -13,6 +13,9 @@ from .printing import print_report
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
 BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
+LOSSES = {
+    "eval_loss": "held-out loss", "eval_held_out_loss": "held-out loss", "eval_retained_loss": "loss on other text",
+}  # fmt: skip
 INTERRUPTED = 128 + 2  # what a shell says of a process that Ctrl-C ended
 HELP = "fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]"
 
@@ -68,6 +71,7 @@ def prune(recipe: Recipe) -> None:
     from ..export.checkpoint_state import last_common_checkpoint
     from ..hf_models.build import load_config
     from ..hf_models.loading import load_model, load_tokenizer
+    from .origin import origin_of
     from .preflight import check_disk, check_places, output_of
 
     run, output = recipe.run, output_of(recipe)
@@ -81,6 +85,7 @@ def prune(recipe: Recipe) -> None:
     with recipe.training.main_process_first(desc="cutting the text into blocks"):  # the others read its cache
         train, held_out = _datasets(run, tokenizer, block_size)
     trainer = _trainer(recipe, model, tokenizer, train, held_out)
+    trainer.hesso_run.origin = origin_of(recipe)
     check_disk(recipe, trainer)
     resume: Any = recipe.training.resume_from_checkpoint
     if resume == "auto":
@@ -95,9 +100,7 @@ def prune(recipe: Recipe) -> None:
     if trainer.pruning_report is not None:
         print_report(trainer.pruning_report.to_dict(), str(output))
     if held_out is not None:
-        loss = trainer.evaluate()["eval_loss"]
-        if trainer.is_world_process_zero():
-            print(f"held-out loss: {loss:.4f} nats a token")
+        _print_losses(trainer)
     if recipe.training.push_to_hub:
         try:
             trainer.push_to_hub()
@@ -108,11 +111,21 @@ def prune(recipe: Recipe) -> None:
             ) from error
 
 
+def _print_losses(trainer: Any) -> None:
+    """Evaluate, and print what comes out on the main process."""
+    measured = trainer.evaluate()
+    for key, name in LOSSES.items():
+        if key in measured and trainer.is_world_process_zero():
+            print(f"{name}: {measured[key]:.4f} nats a token")
+
+
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:
     """Make the trainer, and say what `Trainer` itself refuses of the arguments."""
     from ..trainer import HessoTrainer
     from .preflight import ShowPlan
 
+    if isinstance(held_out, dict) and recipe.training.metric_for_best_model == "loss":
+        recipe.training.metric_for_best_model = "held_out_loss"
     try:
         trainer = HessoTrainer(
             model=model,
@@ -133,7 +146,7 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: A
 
 
 def _datasets(run: RunArguments, tokenizer: Any, block_size: int) -> tuple[Any, Any]:
-    """Return the blocks to train on and the held-out ones."""
+    """Return the blocks to train on and the held-out ones, by name where there is other text beside these."""
     named = run.eval_dataset is not None or run.eval_split is not None
     train, held_out = text_blocks(
         str(run.dataset), tokenizer, block_size, run.dataset_split, config_name=run.dataset_config,
@@ -146,4 +159,10 @@ def _datasets(run: RunArguments, tokenizer: Any, block_size: int) -> tuple[Any, 
             source, tokenizer, block_size, run.eval_split or held_out_split(source), config_name=name,
             text_column=run.text_column,
         )  # fmt: skip
+    if run.retained_dataset is not None:
+        retained, _ = text_blocks(
+            run.retained_dataset, tokenizer, block_size, held_out_split(run.retained_dataset),
+            text_column=run.text_column,
+        )  # fmt: skip
+        held_out = {"held_out": held_out, "retained": retained}
     return train, held_out

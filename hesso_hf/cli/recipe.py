@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -43,6 +44,9 @@ class RunArguments:
     dataset_split: str = _flag("train", "Split to train on.")
     eval_dataset: str | None = _flag(None, "Held-out text; by default a part of dataset.")
     eval_split: str | None = _flag(None, "Split of dataset to evaluate on.")
+    retained_dataset: str | None = _flag(
+        None, "Other text, which the base model knew: what is left of that is measured on it."
+    )
     eval_ratio: float = _flag(0.05, "Share of dataset held out where no split is named.")
     text_column: str = _flag("text", "Column that holds the text.")
     max_examples: int | None = _flag(None, "Use only the first so many examples.")
@@ -59,7 +63,7 @@ class RunArguments:
     def __post_init__(self) -> None:
         if self.model is not None:
             self.model = model_source(self.model)
-        for dataset in (self.dataset, self.eval_dataset):
+        for dataset in (self.dataset, self.eval_dataset, self.retained_dataset):
             if dataset is not None:
                 check_text_file(dataset)
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -99,11 +103,18 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed run."""
+    """A parsed run.
+
+    Attributes:
+        given: what the file and the flags say, as a file would have it.
+        words: of the command line: the file, the flags.
+    """
 
     run: RunArguments
     training: TrainingArguments
     hesso: HessoConfig
+    given: dict[str, Any]
+    words: tuple[str, ...]
 
 
 def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
@@ -140,7 +151,20 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
     for name in set(training.report_to) - {"none", *get_available_reporting_integrations()}:
         raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
     hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
-    return Recipe(run, training, hesso)
+    asked = {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in given if flag.startswith("--")}
+    nested = _nested(vars(parser.parse_known_args(given)[0]), {*values, *asked})
+    return Recipe(run, training, hesso, nested, (*([path] if path else []), *flags))
+
+
+def _nested(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return the named ones of flat values, each in the section of a recipe that it belongs to."""
+    run = RunArguments.__dataclass_fields__
+    sections: dict[str, dict[str, Any]] = {"": {}, "training": {}, "hesso": {}}
+    for name, value in values.items():
+        if name in names:
+            section = "" if name in run else "hesso" if name.startswith(PREFIX) else "training"
+            sections[section][name.removeprefix(PREFIX)] = value.value if isinstance(value, Enum) else value
+    return sections.pop("") | {section: found for section, found in sections.items() if found}
 
 
 def _own_flag(flag: str, known: set[str]) -> str:

@@ -23,7 +23,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "cric_snapshot": ("cpu", "device"),
     "on_collapse": ("warn", "pause"),
 }
-_LEAST = {"cric_sampling_steps": 2, "calibration_examples": 0}  # of the other integers 1
+_LEAST = {"cric_sampling_steps": 2, "calibration_examples": 0, "quality_examples": 0}  # of the other integers 1
 _NEEDS_UNIFORM = {
     "experts": "every layer keeps as many as the config says",
     "layers": "what a dropped layer saves would depend on its width",

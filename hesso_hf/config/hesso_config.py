@@ -106,6 +106,9 @@ class HessoConfig:
     calibration_examples: int = _option(
         16, "Examples on which the split between structures is measured; 0 splits evenly."
     )
+    quality_examples: int = _option(
+        64, "Examples of each eval_dataset on which base model and smaller one are compared; 0 is without."
+    )
     distillation_alpha: float | str | None = _option(
         0.0,
         "Weight of the divergence from a teacher in the loss on the user's data, in [0, 1]; 0 is without, auto takes "

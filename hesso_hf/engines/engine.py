@@ -29,11 +29,22 @@ from ..pruning.process import PruningProcess
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
 
+class Quality(Protocol):
+    """What base model and smaller one are compared by."""
+
+    def begin(self) -> None:
+        """Measure the base model, before anything is done to it."""
+
+
 class Run(Protocol):
     """What an engine asks of the run that it serves."""
 
     plan: PruningPlan
     resume_from: Path | None
+
+    @property
+    def quality(self) -> Quality:
+        """What base model and smaller one are compared by."""
 
     @property
     def whole(self) -> nn.Module:
@@ -90,6 +101,7 @@ class Engine(ABC, Generic[_Steps]):
     """
 
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
+    measures_quality = True  # whether the model computes a loss outside training's steps
     turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:

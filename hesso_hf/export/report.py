@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -12,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+from huggingface_hub import ModelCard, metadata_load
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -22,6 +26,7 @@ from ..structures.layers import without_dropped_layers
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import rows_elements
+from .card import CARD_NAME, card, licence_of
 from .decision import Decision
 from .page.page import PAGE_NAME, write_page
 from .plots import PLOT_NAME, draw_cric
@@ -30,7 +35,8 @@ from .verify import Verification
 logger = logging.get_logger(__name__)
 
 REPORT_NAME = "pruning_report.json"
-CARD_NAME = "README.md"
+RECIPE_NAME = "hesso_recipe.yaml"
+SHOWING = (PLOT_NAME, PAGE_NAME, RECIPE_NAME)  # files that not every smaller model has
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class PruningReport:
         shown = _shown(self.training)
         return {
             "model_class": self.model_class,
-            "base_model": _public(self.base_model),
+            "base_model": public_name(self.base_model),
+            "stock_class": self.stock,
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
@@ -106,42 +113,49 @@ class PruningReport:
         }
 
     def write(self, folder: Path) -> None:
-        """Write the report, the page and the card that show it, and, where CRIC was used, a picture of what it did."""
-        cric, text = self.training.get("cric") or {}, json.dumps(self.to_dict(), indent=1, allow_nan=False)
-        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        """Write the report, the page and the card that show it, and what there is: the recipe, a picture of CRIC."""
+        cric, report = self.training.get("cric") or {}, self.to_dict()
         picture = bool(cric) and _shown_in(folder / PLOT_NAME, lambda path: draw_cric(cric, path))
-        page = _shown_in(folder / PAGE_NAME, lambda path: write_page(json.loads(text), path))
-        (folder / CARD_NAME).write_text(self._card(picture, page), encoding="utf-8")
+        if report.get("recipe"):
+            recipe = yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True)
+            (folder / RECIPE_NAME).write_text(f"# {report['command']}\n{recipe}", encoding="utf-8")
+        _write(report, folder, licence_of(self.base_model), picture)
 
-    def _card(self, picture: bool, page: bool) -> str:
-        """Return the model card: front matter for the Hub and a description, with a picture of CRIC's cycles or not.
 
-        Args:
-            page: whether there is one to link.
-        """
-        rows = "\n".join(
-            f"| `{name}` | {self.sizes_before[name]} | {after} |" for name, after in self.sizes_after.items()
-        )
-        if self.vocabulary is not None:
-            tokens = self.vocabulary["tokens"]
-            rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
-        base, shown = _repo_id(self.base_model), _shown(self.training)
-        distillation, replay = shown.get("distillation"), shown.get("replay")
-        return _CARD.format(
-            report=self,
-            checked=self.verification,
-            base=f"base_model: {base}\n" if base else "",
-            name=base or self.model_class,
-            kind=_STOCK if self.stock else _UNEVEN,
-            options="" if self.stock else ", trust_remote_code=True",
-            rows=rows,
-            tokens="" if self.vocabulary is None else _FEWER_TOKENS,
-            distilled=_DISTILLED.format(**distillation) if distillation else "",
-            replayed=_REPLAYED.format(**replay) if replay else "",
-            file=REPORT_NAME,
-            page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
-            picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
-        )
+def add_to_card(folder: Path, given: Mapping[str, Any]) -> None:
+    """Add what is given (`tags`, `language`, `license`, ...) to the card in a folder."""
+    found = ModelCard.load(folder / CARD_NAME)
+    for name, value in given.items():
+        if name == "tags":
+            tags = [value] if isinstance(value, str) else list(value)
+            found.data.tags = list(dict.fromkeys([*(found.data.tags or []), *tags]))
+        elif value is not None and name != "model_name":
+            setattr(found.data, name, value)
+    found.save(folder / CARD_NAME)
+
+
+def add_evaluation(folder: Path, found: Mapping[str, Any]) -> None:
+    """Write what a smaller model was measured to be into its report, its page and its card, which keeps what it has.
+
+    Args:
+        found: `values` by name, before and after, and how they were measured, plain JSON types.
+    """
+    report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8")) | {"evaluation": dict(found)}
+    has = metadata_load(folder / CARD_NAME) or {} if (folder / CARD_NAME).exists() else {}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
+        _write(report, Path(made), {}, (folder / PLOT_NAME).exists())
+        add_to_card(Path(made), {name: value for name, value in has.items() if name != "model-index"})
+        for path in Path(made).iterdir():
+            os.replace(path, folder / path.name)
+
+
+def _write(report: Mapping[str, Any], folder: Path, licence: Mapping[str, Any], picture: bool) -> None:
+    """Write a report, and the page and the card that show it."""
+    text = json.dumps(report, indent=1, allow_nan=False)
+    (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+    read = json.loads(text)
+    page = _shown_in(folder / PAGE_NAME, lambda path: write_page(read, path))
+    (folder / CARD_NAME).write_text(card(read, REPORT_NAME, licence, picture, page), encoding="utf-8")
 
 
 def _shown_in(path: Path, draw: Callable[[Path], bool]) -> bool:
@@ -184,7 +198,7 @@ def _repo_id(base_model: str) -> str:
     return base_model if is_id else ""
 
 
-def _public(model: str) -> str:
+def public_name(model: str) -> str:
     """Return a Hub id as it is, and of a path the folder's name."""
     return _repo_id(model) or Path(model).name
 
@@ -195,52 +209,8 @@ def _shown(training: Mapping[str, Any]) -> dict[str, Any]:
     for name, part, entry in (("distill_from", "distillation", "teacher"), ("replay_dataset", "replay", "source")):
         config = found.get("hesso_config") or {}
         if config.get(name):
-            public = _public(config[name])
+            public = public_name(config[name])
             found["hesso_config"] = {**config, name: public}
             if found.get(part):
                 found[part] = {**found[part], entry: public}
     return found
-
-
-_STOCK = "It is of a stock class, and loads with plain Transformers and nothing else."
-_UNEVEN = (
-    "Its layers differ in width (means are given below), so it comes with a short modelling file of its own and loads "
-    "with `trust_remote_code=True`."
-)
-_FEWER_TOKENS = (
-    "Tokens that the training data never used were removed from the model and its tokenizer: other text is split into "
-    "more tokens, and ids differ from those of the original tokenizer. "
-)
-_DISTILLED = "It learnt from {teacher} as the teacher (distillation weight {alpha}, temperature {temperature}). "
-_REPLAYED = (
-    "{share:.0%} of the tokens trained on were replay, written by {source}, on which it stays near the original model. "
-)
-_CARD = """---
-library_name: transformers
-tags:
-- pruned
-- hesso
-{base}---
-
-# {name}, pruned
-
-{report.pruning_ratio:.1%} of the parameters were removed by structured pruning with HESSO
-([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{replayed}{kind}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/model"{options})
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
-```
-
-| | before | after |
-|---|---:|---:|
-| parameters | {report.parameters_before:,} | {report.parameters_after:,} |
-{rows}
-
-The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
-error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {tokens}\
-Kept units, schedule and versions are in
-`{file}`{page}.
-{picture}"""

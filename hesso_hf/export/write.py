@@ -19,11 +19,9 @@ from ..structures.lora import ADAPTER_CONFIG
 from ..structures.uneven_layers import layer_list, uneven_sizes, write_modelling_file
 from ..vocabulary.trim_tokenizer import check_saved_tokenizer
 from .adapter import ADAPTER_FOLDER
-from .page.page import PAGE_NAME
 from .parameters import ParameterSource
-from .plots import PLOT_NAME
 from .publish import staged_folder
-from .report import PruningReport
+from .report import SHOWING, PruningReport
 from .storage import writing
 from .verify import Verification, Verifier
 
@@ -93,7 +91,7 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
             return report
 
         report = source.together(reported)
-        new = {name for name in (PLOT_NAME, PAGE_NAME, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
+        new = {name for name in (*SHOWING, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
         source.together(stack.close)  # publishes
     if source.main:
         _remove_leftovers(output.folder, new)
@@ -117,7 +115,7 @@ def _add_files(source: ParameterSource, output: Output, folder: Path, written: A
 
 def _remove_leftovers(folder: Path, new: set[str]) -> None:
     """Remove what belongs to a model that was here before and would be taken for the new one's."""
-    for name in {PLOT_NAME, PAGE_NAME} - new:
+    for name in {*SHOWING} - new:
         (folder / name).unlink(missing_ok=True)
     config = folder / ADAPTER_FOLDER / ADAPTER_CONFIG
     if ADAPTER_FOLDER not in new and config.exists():

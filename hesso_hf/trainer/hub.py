@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.utils import logging
-
-from ..export.report import CARD_NAME
 
 logger = logging.get_logger(__name__)
 
 _NOT_PUBLISHED = ["_*", "*/*", "training_args.bin", "optimizer.*", "scheduler.pt", ".*"]
-
-
-def add_to_card(folder: Path, given: dict[str, Any]) -> None:
-    """Add what is given (`tags`, `language`, `license`, ...) to the pruned model's own card."""
-    card = ModelCard.load(folder / CARD_NAME)
-    for name, value in given.items():
-        if name == "tags":
-            tags = [value] if isinstance(value, str) else list(value)
-            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
-        elif value is not None and name != "model_name":
-            setattr(card.data, name, value)
-    card.save(folder / CARD_NAME)
 
 
 def upload(

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..config.names import RECONSTRUCTION
-from ..distributed.collectives import from_main
+from ..distributed.collectives import from_main, world_size
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..export.checkpoint_state import check_config, keep_defaults, read_state
@@ -31,12 +31,17 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .measure import Measurer
+from .quality import Quality
 from .stream import GIVEN, settle_in_basis
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
 
 HEALING_TOKENS = 8192
+HYPERPARAMETERS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+)  # fmt: skip
 TRIAL_TOKENS = 2048  # on which trial removals are healed: there are many, and only their order matters
 
 
@@ -59,6 +64,8 @@ class PruningRun:
         total_steps: of the run, where they were given; else they are counted.
         base_folder: that the model was read from, None where it was no folder.
         first_state: the pruning state that the run began with, where it begins again from that.
+        origin: what else the record says: the command, the recipe and the data sets that the run came of.
+        quality: the base model's loss and the smaller one's.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class PruningRun:
         self.resume_from: Path | None = None
         self.total_steps: int | None = None
         self.first_state: dict[str, Any] | None = None
+        self.origin: dict[str, Any] = {}
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
         self._healer: Healer | None = None
@@ -83,6 +91,7 @@ class PruningRun:
         self.plan = _prepared(trainer, self.whole, config)
         name = self.model.config.name_or_path
         self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
+        self.quality = Quality(trainer, config, engine, self.measurer, lambda: self.model)
         self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer, self.measurer)
 
     @property
@@ -141,11 +150,12 @@ class PruningRun:
             return Schedule.from_dict(first["schedule"])
         if first is None and self.resume_from is not None:
             return self._settle_from(self.resume_from)
-        schedule = resolve_schedule(self._config, self.count_steps())
+        schedule, engine = resolve_schedule(self._config, self.count_steps()), self._engine()
+        if first is None and not engine.measures_shards:
+            self.quality.begin()
         self.teaching.begin(schedule.total_steps)
         if first is not None:  # sizes and basis are settled
             return schedule
-        engine = self._engine()
         if self._config.stream_basis == "auto" and not engine.turns_stream:
             logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
         if engine.measures_shards:
@@ -160,6 +170,7 @@ class PruningRun:
         keep_defaults(state["config"], self._config, str(folder))
         check_config(state["config"], self._config.to_dict(), str(folder))
         self.teaching.go_on(state["training"], str(folder))
+        self.quality.go_on(state["training"].get("quality"))
         turned = state["training"].get("stream_basis")
         tensors = read_turn(folder)
         self.basis = StreamBasis(**turned, tensors=tensors) if turned else None
@@ -230,10 +241,19 @@ class PruningRun:
             "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
             "losses": losses.to_dict() if losses else None,
+            "quality": self.quality.record(),
+            "hyperparameters": _hyperparameters(self._trainer),
+            **self.origin,
             "cric": process.cric_report(),
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Return what a run was trained with, plain JSON types."""
+    given = trainer.args.to_dict()
+    return {name: given[name] for name in HYPERPARAMETERS} | {"processes": world_size()}
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

@@ -16,11 +16,10 @@ from ..config import HessoConfig
 from ..distributed.collectives import from_all, from_main, on_all
 from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError
+from ..export.card import CARD_NAME
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
 from ..export.export import cut_pruned
-from ..export.page.page import PAGE_NAME
-from ..export.plots import PLOT_NAME
-from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
+from ..export.report import REPORT_NAME, SHOWING, PruningReport
 from ..export.storage import check_writable, room, writing
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
@@ -116,6 +115,7 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
         StorageError: on all processes, naming the folder that holds the smaller model instead.
         VerificationError: on all processes, naming the folder with what was trained.
     """
+    run.quality.end()
     try:
         return engine.export(run, target)
     except Exception as error:  # all processes have one, of whatever type
@@ -192,9 +192,9 @@ def _save_trained(engine: Engine, run: PruningRun, folder: Path, plain: Callable
 
 
 def _remove_export(folder: Path) -> None:
-    """Remove the report, card, page and modelling file of a smaller model that a dense one replaces."""
+    """Remove the modelling file, the report and what shows it of a smaller model that a dense one replaces."""
     if (folder / REPORT_NAME).exists():
-        for name in (REPORT_NAME, CARD_NAME, PLOT_NAME, PAGE_NAME, f"{MODULE_NAME}.py"):
+        for name in (REPORT_NAME, CARD_NAME, *SHOWING, f"{MODULE_NAME}.py"):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -21,12 +21,12 @@ from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine, Steps
 from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_, write_state
-from ..export.report import REPORT_NAME, PruningReport
+from ..export.report import REPORT_NAME, PruningReport, add_to_card
 from ..structures.lora import lora_layers, with_adapter
 from ..structures.turned_base import write_healed, write_turn
 from .callbacks import HessoProgressCallback, StopTogether, metrics
 from .engine import checked_config, engine_of, refuse
-from .hub import add_to_card, upload, upload_on_the_way
+from .hub import upload, upload_on_the_way
 from .peeked import PeekedStream
 from .reference import settle_reference
 from .restart import Restarts

@@ -37,6 +37,7 @@ def small_report(**changes: Any) -> dict[str, Any]:
     return {
         "model_class": "LlamaForCausalLM",
         "base_model": "made/of-words",
+        "stock_class": True,
         "parameters": {"before": 54321, "after": 23456},
         "pruning_ratio": 1 - 23456 / 54321,
         "sizes": {"before": {"num_key_value_heads": 7, "hidden_size": 66}, "after": {"num_key_value_heads": 4.5,
@@ -51,6 +52,16 @@ def small_report(**changes: Any) -> dict[str, Any]:
         "calibration": {"removed": {"attention_heads": [0.286, 0.571]}, "rises": {"attention_heads": [0.0987, 0.765]}},
         "stream_basis": {"error": 8.76e-7, "tokens": 16385, "clusters": 1, "rise": 0.0345, "energy": {"0.5": 0.789}},
         "steps": 40,
+        "quality": {
+            "eval_loss": {"examples": 63, "tokens": 987, "before": {"loss": 2.3456, "perplexity": 10.4394},
+                          "after": {"loss": 2.5678, "perplexity": 13.0372}},
+            "eval_retained_loss": {"examples": 62, "tokens": 986, "before": {"loss": 3.1234, "perplexity": 22.7235}},
+        },
+        "evaluation": {"dataset": "a.txt", "dtype": "bfloat16", "device": "cuda:0", "batch_size": 6, "block_size": 255,
+                       "values": {"loss": {"before": 1.2345, "after": 1.3456}, "piqa acc": {"after": 0.6543}}},
+        "hyperparameters": {"learning_rate": 0.00123, "seed": 41},
+        "command": "hesso-hf prune a.yaml --max_steps 40",
+        "recipe": {"model": "made/of-words", "hesso": HessoConfig(pruning_ratio=0.57, cric=True).to_dict()},
         "cric": {"mode": "path", "cycles": 2, "samples_per_cycle": 4, "samples": 8,
                  "structures": {"attention_heads": heads}},
         "distillation": {"teacher": "someone/large", "alpha": 0.9, "temperature": 2.5},
@@ -175,6 +186,10 @@ def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
     assert [token for token in shown if not shown_as(token, values)] == []
     for expected in ("54,321", "56.8%", "108,642", "46,912", "3.2e-07", "1.2e-02", "0.0987", "8.765", "25.1%", "78.9%"):
         assert expected in shown
+    assert {"2.3456", "13.0372", "1.3456", "63"} <= set(shown)
+    assert ["loss on other text (nats a token)", "3.1234", "–"] in found.rows
+    assert ["piqa acc", "–", "0.6543"] in found.rows
+    assert "hesso-hf prune a.yaml --max_steps 40" in found.text
     assert ["attention heads", "3", "1", "3 → 1"] in found.rows
     assert ["attention heads", "57.1%", "0.7650"] in found.rows
     assert ["tokens", "777", "555", "28.6%"] in found.rows
@@ -193,9 +208,13 @@ def test_what_a_report_says_is_text_whatever_it_says() -> None:
                 "versions",
                 "before",
                 "after",
+                "quality",
+                "values",
+                "hyperparameters",
             }
+            fixed = ({"before"}, {"num_units"}, {"loss", "perplexity"})  # keys that are read by name
             return {name: {HOSTILE + k: spoilt(v) for k, v in inner.items()}
-                    if name in names and isinstance(inner, dict) and not {"before", "num_units"} & set(inner)
+                    if name in names and isinstance(inner, dict) and not any(keys <= set(inner) for keys in fixed)
                     else spoilt(inner) for name, inner in value.items()}  # fmt: skip
         return HOSTILE + value if isinstance(value, str) else value
 
@@ -231,7 +250,7 @@ def test_the_config_on_it_is_the_run_s() -> None:
     asked = HessoConfig(
         pruning_ratio=0.3, structures={"mlp_channels": 3, "attention_heads": 1}, replay_dataset="a: 'b' # <c>"
     )
-    text = parsed(small_report(hesso_config=asked.to_dict())).text
+    text = parsed(small_report(hesso_config=asked.to_dict(), recipe=None)).text
     recipe = yaml.safe_load(text[text.index("hesso:\n") :].partition("\n\n")[0])
     assert HessoConfig.from_dict(recipe["hesso"]) == asked
 

@@ -22,6 +22,7 @@ from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import export_pruned, parameters, publish, verify, write
 from hesso_hf.export.decision import Decision
 from hesso_hf.export.parameters import ParameterSource
+from hesso_hf.export.plots import PLOT_NAME
 from hesso_hf.export.report import PruningReport
 from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits, PruningGroups
@@ -205,11 +206,11 @@ def test_what_a_structure_alone_cannot_have_is_no_other_error(
 def test_what_belonged_to_the_model_before_goes_when_the_new_one_is_there(way: str, tmp_path: Path) -> None:
     folder = tmp_path / "small"
     adapter(pruned(), folder)
-    (folder / write.PLOT_NAME).write_bytes(b"old")
+    (folder / PLOT_NAME).write_bytes(b"old")
     (folder / "notes.txt").write_text("mine")
     WAYS[way](pruned(), folder)
     assert (folder / "notes.txt").exists()
-    assert not (folder / write.PLOT_NAME).exists()
+    assert not (folder / PLOT_NAME).exists()
     assert (folder / "adapter").exists() == (way == "adapter")
 
 

@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 class DeepSpeedEngine(Engine[ZeroSteps]):
     """ZeRO 1 to 3: HESSO is around the steps of DeepSpeed's engine, on its fp32 masters."""
 
+    measures_quality = False
     turns_stream = False
 
     @property

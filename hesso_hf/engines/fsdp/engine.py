@@ -44,6 +44,7 @@ class Fsdp2Engine(PlainEngine):
             self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         prepared = plain()
         if run.resume_from is None:
+            run.quality.begin()
             run.settle_sizes()
             self._renew(run)
         return prepared

@@ -11,7 +11,8 @@ from .decided import how_it_was_decided
 from .figures import Span, chart, colour, strip
 from .losses import Losses
 from .markup import Markup, element, joined, page, table, terms
-from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, stored_bytes
+from .quality import evaluated_on, evaluation_rows, quality_rows
+from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, stored_bytes, text_of
 
 PAGE_NAME = "report.html"
 
@@ -67,6 +68,7 @@ def _sections(model: Model) -> list[Markup]:
     report = model.report
     parts = {
         "What was removed": joined([_removed(report), _kept_units(report)]),
+        "How good it is": _how_good(report),
         "How it went": _how_it_went(report, model.losses) if model.losses else Markup(),
         "How it was decided": how_it_was_decided(report),
         "How exact it is": _exact(report),
@@ -109,6 +111,24 @@ def _kept_units(report: Report) -> Markup:
             element("div", table(["layer", "which ones stayed, in their old order", ""], rows, class_="units"),
                     class_=colour(index)),
         ]  # fmt: skip
+    return joined(found)
+
+
+# -- how good it is ----------------------------------------------------------------------------------------------------
+
+
+def _how_good(report: Report) -> Markup:
+    """Return what the base model and the smaller one say of text that wasn't trained on."""
+    found, head = [], ["", "before", "after"]
+    if report.get("quality"):
+        on = ", ".join(f"{part['examples']:,} of {text_of(key)}" for key, part in report["quality"].items())
+        said = (
+            "Before is the base model, after the trained model with its removed units at zero, both by the trainer's "
+            f"own loss on the same examples: {on}."
+        )
+        found += [table(head, quality_rows(report)), element("p", said, class_="soft")]
+    if report.get("evaluation"):
+        found += [table(head, evaluation_rows(report)), element("p", evaluated_on(report), class_="soft")]
     return joined(found)
 
 
@@ -163,13 +183,16 @@ def _to_repeat(report: Report) -> Markup:
     """Return the run's config as a recipe has it, its steps, and the versions that it ran on."""
     import yaml
 
-    found = []
-    if report.get("hesso_config"):
-        recipe = yaml.safe_dump({"hesso": dict(report["hesso_config"])}, sort_keys=False, allow_unicode=True)
+    found, asked = [], report.get("recipe") or {"hesso": report.get("hesso_config")}
+    if report.get("command"):
+        found += [element("p", "The command:"), element("pre", element("code", report["command"]))]
+    if asked.get("hesso"):
+        recipe = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
         found += [element("p", "What was asked for, as a recipe of ", element("code", "hesso-hf prune"), " has it:"),
                   element("pre", element("code", recipe))]  # fmt: skip
     facts = {"model": report.get("base_model"), "class": report.get("model_class")}
     facts |= {f"{named(name)} (resolved)": value for name, value in (report.get("schedule") or {}).items()}
+    facts |= {named(name): value for name, value in (report.get("hyperparameters") or {}).items()}
     facts |= report.get("versions") or {}
     shown = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in facts.items())
     return joined([*found, table(["", ""], ((name, value) for name, value in shown if value not in (None, "")))])
@@ -203,7 +226,9 @@ def _facts(report: Report) -> dict[str, str]:
         "CRIC": f"{report['cric']['cycles']:,} cycles" if report.get("cric") else None,
         "teacher": (report.get("distillation") or {}).get("teacher"),
         "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
+        **{logged(key): f"{found['after']['loss']:.4f}"
+           for key, found in (report.get("quality") or {}).items() if "after" in found},
         "stored as": checked["dtype"],
         **{title: scientific(checked[name]) for name, (title, _) in VERIFIED.items()},
-    }
+    }  # fmt: skip
     return {name: str(value) for name, value in facts.items() if value}

@@ -36,10 +36,10 @@ PHASES = {
     "pruning": "the chosen units shrink to zero, a part of them in each period",
     "recovery": "ordinary training of what stays; the units at zero stay there",
 }
-LOSSES = {
-    "loss": "training loss",
-    "eval_loss": "loss on held-out examples",
-    "eval_retained_loss": "loss on other text",
+TEXTS = {
+    "eval_loss": "held-out examples",
+    "eval_held_out_loss": "held-out examples",
+    "eval_retained_loss": "other text",
 }
 VERIFIED = {
     "fold_error": (
@@ -59,10 +59,13 @@ def named(name: str) -> str:
 
 
 def logged(key: str) -> str:
-    """Return what a loss is of, by the key that it is logged under."""
-    if key in LOSSES:
-        return LOSSES[key]
-    return f"loss on {named(key.removeprefix('eval_').removesuffix('_loss'))}"
+    """Return what a loss is called, by the key that it is logged under."""
+    return "training loss" if key == "loss" else f"loss on {text_of(key)}"
+
+
+def text_of(key: str) -> str:
+    """Return what text a loss is of, by the key that it is logged under."""
+    return TEXTS.get(key) or named(key.removeprefix("eval_").removesuffix("_loss"))
 
 
 def sized(name: str) -> str:

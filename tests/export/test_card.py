@@ -1,0 +1,100 @@
+"""The model card: its front matter and its text say what the report says, and the base model's licence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hesso_hf.export.card import CARD_NAME, card, licence_of
+from hesso_hf.export.page.page import PAGE_NAME
+from hesso_hf.export.report import REPORT_NAME, add_evaluation
+from tests.cli.test_report import NUMBER, numbers_in, shown_as, small_report
+from tests.support.checks import propagated
+
+
+def made(report: dict[str, Any], **licence: str) -> ModelCard:
+    return ModelCard(card(report, REPORT_NAME, licence, picture=False, page=True))
+
+
+def test_the_front_matter_says_what_it_came_of_and_how_good_it_is() -> None:
+    report = small_report(datasets=["someone/text", "mine.txt"])
+    data = made(report, license="other", license_name="mine").data.to_dict()
+    results = {(r["dataset"]["type"], m["type"]): m["value"] for r in data.pop("model-index")[0]["results"]
+               for m in r["metrics"]}  # fmt: skip
+    assert results == {
+        ("eval", "loss"): 2.5678, ("eval", "perplexity"): 13.0372, ("a.txt", "loss"): 1.3456, ("piqa", "acc"): 0.6543,
+    }  # fmt: skip
+    assert data == {
+        "base_model": "made/of-words", "base_model_relation": "finetune", "datasets": ["someone/text"],
+        "library_name": "transformers", "license": "other", "license_name": "mine", "pipeline_tag": "text-generation",
+        "tags": ["pruned", "hesso"],
+    }  # fmt: skip
+
+
+def test_a_base_model_that_is_no_hub_id_is_not_linked() -> None:
+    data = made(small_report(base_model="folder", quality=None, evaluation=None)).data.to_dict()
+    assert not {"base_model", "base_model_relation", "datasets", "model-index", "license"} & data.keys()
+
+
+def test_its_table_has_before_and_after_and_every_number_is_in_the_report() -> None:
+    report = small_report(datasets=["someone/text"])
+    text = made(report).text
+    for row in (
+        "| loss on held-out examples (nats a token) | 2.3456 | 2.5678 |",
+        "| perplexity on held-out examples | 10.4394 | 13.0372 |",
+        "| loss on other text (nats a token) | 3.1234 | – |",
+        "| piqa acc | – | 0.6543 |",
+        "- learning_rate: 0.00123",
+        "hesso-hf prune a.yaml --max_steps 40",
+        "Trained on someone/text.",
+        f"[{PAGE_NAME}]({PAGE_NAME})",
+    ):
+        assert row in text.splitlines() or row in text, row
+    values = set(numbers_in({**report, "vocabulary": report["vocabulary"]["tokens"]}))
+    shown = NUMBER.findall(text.replace("arXiv 2409.09085", "").replace("abs/2409.09085", ""))
+    assert len(shown) > 25
+    assert [token for token in shown if not shown_as(token, values)] == []
+
+
+def test_the_licence_is_the_base_model_s(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    front = {"license": "other", "license_name": "mine", "license_link": "LICENSE", "tags": ["x"]}
+    (tmp_path / CARD_NAME).write_text(f"---\n{yaml.safe_dump(front)}---\ntext")
+    assert licence_of(str(tmp_path)) == {name: front[name] for name in ("license", "license_name", "license_link")}
+    assert licence_of("") == {}
+
+
+def test_a_licence_that_can_not_be_had_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def offline(*_: Any) -> str:
+        raise ConnectionError("no line")
+
+    monkeypatch.setattr("hesso_hf.export.card.hf_hub_download", offline)
+    with propagated(caplog):
+        assert licence_of("nobody/that-has-a-card") == {}
+    assert "nobody/that-has-a-card has no card that does (ConnectionError); set it (`license`)" in caplog.text
+
+
+def test_an_evaluation_is_added_and_what_the_user_added_stays(tmp_path: Path) -> None:
+    report = small_report(evaluation=None)
+    (tmp_path / REPORT_NAME).write_text(json.dumps(report))
+    mine = made(report, license="mit")
+    mine.data.tags.append("mine")
+    mine.data.language = "en"
+    mine.save(tmp_path / CARD_NAME)
+    found = small_report()["evaluation"]
+    add_evaluation(tmp_path, found)
+    assert json.loads((tmp_path / REPORT_NAME).read_text()) == report | {"evaluation": found}
+    after = ModelCard.load(tmp_path / CARD_NAME)
+    assert (after.data.language, after.data.license) == ("en", "mit")
+    assert after.data.tags == ["pruned", "hesso", "mine"]
+    assert {result.metric_value for result in after.data.eval_results or ()} == {2.5678, 13.0372, 1.3456, 0.6543}
+    assert "Measured by hesso-hf eval on a.txt, in bfloat16 on cuda:0, batches of 6 x 255 tokens." in after.text
+    assert re.search(r"piqa acc.*0\.6543", (tmp_path / PAGE_NAME).read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CARD_NAME, REPORT_NAME, PAGE_NAME])

@@ -1,0 +1,141 @@
+"""The loss of the base model and of the smaller one on held-out and on other text, as `evaluate` has it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hesso_hf import HessoTrainer
+from hesso_hf.export import export_pruned
+from hesso_hf.trainer.measure import Measurer
+from tests.support.checks import propagated
+from tests.support.training import blocks, hesso_config, logged, trainer
+
+KEYS = ("eval_held_out_loss", "eval_retained_loss")
+
+
+def uneven(count: int = 9) -> Dataset:
+    """Blocks of which fewer and fewer tokens are predicted, of the last none."""
+    data = blocks(count, seed=5)
+    labels = [[-100] * (index + 2) + row[index + 2 :] for index, row in enumerate(data["labels"])]
+    return Dataset.from_dict({"input_ids": data["input_ids"], "labels": labels})
+
+
+def made(folder: Path, data: Any, config: dict[str, Any] | None = None, **changes: Any) -> HessoTrainer:
+    options: dict[str, Any] = {"eval_dataset": data}
+    return trainer(folder, config=hesso_config(**(config or {})), options=options, **changes)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[HessoTrainer, dict[str, Any], dict[str, Any], Path]:
+    """A run with two texts to evaluate on, what `evaluate` said before and after it, and the smaller model."""
+    folder = tmp_path_factory.mktemp("run")
+    data = {"held_out": uneven(), "retained": blocks(5, seed=2)}
+    changes = {"per_device_eval_batch_size": 16, "save_strategy": "steps", "save_steps": 9}
+    trained = made(folder / "out", data, **changes)
+    before = trained.evaluate()
+    trained.train()
+    trained.save_model(str(folder / "small"))
+    return trained, before, trained.evaluate(), folder
+
+
+def test_the_report_has_what_evaluate_says_before_and_after(run: Any) -> None:
+    _, before, after, folder = run
+    quality = json.loads((folder / "small" / "pruning_report.json").read_text())["quality"]
+    assert tuple(quality) == KEYS
+    for key, examples, tokens in zip(KEYS, (8, 5), (36, 45), strict=True):
+        assert (quality[key]["examples"], quality[key]["tokens"]) == (examples, tokens)
+        for when, measured in (("before", before), ("after", after)):
+            found = quality[key][when]
+            assert abs(found["loss"] - measured[key]) <= 1e-5
+            assert found["perplexity"] == math.exp(found["loss"])
+        assert abs(quality[key]["before"]["loss"] - quality[key]["after"]["loss"]) > 1e-2
+
+
+def test_card_and_page_show_it(run: Any) -> None:
+    small = run[-1] / "small"
+    found = json.loads((small / "pruning_report.json").read_text())["quality"]["eval_retained_loss"]
+    before, after = (f"{found[when]['loss']:.4f}" for when in ("before", "after"))
+    assert f"| loss on other text (nats a token) | {before} | {after} |" in (small / "README.md").read_text()
+    assert f"<td>{before}</td><td>{after}</td>" in (small / "report.html").read_text()
+
+
+def test_a_run_that_goes_on_has_the_base_model_s_loss_of_its_beginning(run: Any, tmp_path: Path) -> None:
+    trained, *_, folder = run
+    expected = trained.hesso_run.quality.record()
+    later = made(tmp_path, {"held_out": uneven(), "retained": blocks(5, seed=2)})
+    later.train(resume_from_checkpoint=str(folder / "out" / "checkpoint-9"))
+    later.save_model(str(tmp_path / "small"))
+    assert later.hesso_run.quality.record() == expected
+
+
+def test_an_export_of_a_checkpoint_says_what_was_measured_until_then(run: Any, tmp_path: Path) -> None:
+    groups = run[0].hesso_plan.groups
+    export_pruned(run[-1] / "out" / "checkpoint-9", tmp_path / "small", groups=groups)
+    found = json.loads((tmp_path / "small" / "pruning_report.json").read_text())["quality"][KEYS[0]]
+    assert "before" in found
+    assert "after" not in found
+    assert f"| {found['before']['loss']:.4f} | – |" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_training_is_the_same_with_it_as_without(run: Any, tmp_path: Path) -> None:
+    plain = trainer(tmp_path)
+    plain.train()
+    assert logged(plain, "loss") == logged(run[0], "loss")
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), run[0].model.parameters(), strict=True))
+    assert plain.hesso_run.record()["quality"] is None
+
+
+@pytest.mark.parametrize(("count", "examples"), [(3, 3), (0, None)])
+def test_it_takes_as_many_examples_as_it_may(count: int, examples: int | None, tmp_path: Path) -> None:
+    run = made(tmp_path, blocks(7, seed=2), {"quality_examples": count})
+    run.create_optimizer_and_scheduler(12)
+    found = run.hesso_run.quality.record()
+    assert (found and found["eval_loss"]["examples"]) == examples
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (RuntimeError("no such layer"), "`eval_loss` isn't measured before training: RuntimeError: no such layer"),
+        (float("nan"), "`eval_loss` isn't measured before training: it is nan"),
+    ],
+)
+def test_what_fails_is_named_and_costs_no_run(
+    loss: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> torch.Tensor:
+        if isinstance(loss, Exception):
+            raise loss
+        return torch.tensor(loss)
+
+    run = made(tmp_path, blocks(7, seed=2))
+    run.model.train()
+    monkeypatch.setattr(Measurer, "loss", failing)
+    with propagated(caplog):
+        run.create_optimizer_and_scheduler(12)
+    assert said in caplog.text
+    assert run.model.training
+    assert run.hesso_run.quality.record() is None
+
+
+@pytest.mark.parametrize("hindrance", ["engine", "trainer"])
+def test_what_can_not_be_measured_is_named(
+    hindrance: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made(tmp_path, blocks(7, seed=2))
+    monkeypatch.setattr(Measurer, "loss", lambda *_: pytest.fail("measured all the same"))
+    if hindrance == "engine":
+        monkeypatch.setattr(run.hesso_engine, "measures_quality", False)
+    else:
+        run.hesso_run.measurer.generates = "it generates"
+    with propagated(caplog):
+        run.create_optimizer_and_scheduler(12)
+    said = {"engine": "DeepSpeed computes in its own steps alone", "trainer": "it generates"}[hindrance]
+    assert f"`eval_loss` isn't measured before training: {said}" in caplog.text
