@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -102,6 +104,9 @@ def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], data
     values = {key: {when: model[key] for when, model in models.items()} for key in COMPARED if key in small}
     for task, key, label in _metrics(small):
         values[label] = {when: model["tasks"][task][key] for when, model in models.items()}
+    for name in [name for name, found in values.items() if not all(map(math.isfinite, found.values()))]:
+        print(f"hesso-hf: {name} isn't a finite number, and is left out of the card", file=sys.stderr)
+        del values[name]
     how = {key: small[key] for key in ("dtype", "device", "batch_size", "block_size")}
     return {"dataset": dataset and Path(dataset).name, **how, "values": values}
 

@@ -7,7 +7,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,12 +44,10 @@ def _tokens_of(example: Any) -> int:
     return int(example["input_ids"].numel()) if "input_ids" in example else 0
 
 
-def _tokens_predicted(model: PreTrainedModel, example: Any) -> int | None:
-    """Return how many tokens' losses the mean of an example is of, None where its labels aren't one a token."""
-    labels = example.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
-        return None
-    return int((labels[:, 0 if model.config.is_encoder_decoder else 1 :] != -100).sum())
+def singles(trainer: Trainer, dataset: Any, count: int, between: bool = False) -> list[Any]:
+    """Return examples spread over a data set (a stream's first ones), each as a batch of the trainer's collator."""
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
+    return [collate([row]) for row in _rows_of(dataset, count, between)]
 
 
 def _made(loader: DataLoader, count: int, between: bool) -> list[Any]:
@@ -68,15 +65,6 @@ def _makes_its_loader(trainer: Trainer) -> bool:
     """Whether the batches come of another loader than Trainer makes, the class' own or one put in its place."""
     made_by = getattr(trainer.get_train_dataloader, "__func__", None)
     return made_by is not Trainer.get_train_dataloader
-
-
-@dataclass(frozen=True)
-class MeanLoss:
-    """A loss: the mean over the tokens of some examples, or over the examples where `tokens` is 0."""
-
-    loss: float
-    examples: int
-    tokens: int
 
 
 class Measurer:
@@ -169,33 +157,8 @@ class Measurer:
             if (loader := self._loader()) is not None:
                 taken = _made(loader, count, between)
             else:
-                taken = self._singles(trainer.train_dataset, count, between)
+                taken = singles(trainer, trainer.train_dataset, count, between)
             return [trainer._prepare_inputs(example) for example in taken]
-
-    def _singles(self, dataset: Any, count: int, between: bool = False) -> list[Any]:
-        trainer = self._trainer
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
-        return [collate([row]) for row in _rows_of(dataset, count, between)]
-
-    @torch.no_grad()
-    def mean_loss(self, model: PreTrainedModel, dataset: Any, count: int) -> MeanLoss:
-        """Measure a model as the trainer evaluates it, on examples spread over a data set (a stream's first ones)."""
-        trainer, was_training = self._trainer, model.training
-        total, weight, tokens, examples = 0.0, 0, 0, 0
-        model.eval()
-        try:
-            with kept_random_state(trainer.args.device), trainer.accelerator.autocast():
-                for example in self._singles(dataset, count):
-                    batch = trainer._prepare_inputs(example)
-                    predicted = _tokens_predicted(model, batch)
-                    if predicted == 0:
-                        continue
-                    share = 1 if predicted is None else predicted
-                    total += share * float(self.loss(model, batch))
-                    weight, tokens, examples = weight + share, tokens + (predicted or 0), examples + 1
-        finally:
-            model.train(was_training)
-        return MeanLoss(total / weight if weight else math.nan, examples, tokens)
 
     def _loader(self) -> DataLoader | None:
         """Return the data loader of a trainer that makes its own; None where it reads a stream, perhaps but once."""

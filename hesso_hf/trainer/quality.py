@@ -5,16 +5,28 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..engines.engine import Engine
-from .measure import Measurer
+from ..pruning.weights.snapshot import kept_random_state
+from .measure import Measurer, singles
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """A loss: the mean over the tokens of some examples, or over the examples where `tokens` is 0."""
+
+    loss: float
+    examples: int
+    tokens: int
 
 
 class Quality:
@@ -80,7 +92,7 @@ class Quality:
                 logger.warning(f"`{key}` isn't measured {when} training: {hindrance}")
                 continue
             try:
-                measured = self._measurer.mean_loss(model, data, self._config.quality_examples)
+                measured = _mean_loss(self._trainer, self._measurer, model, data, self._config.quality_examples)
             except Exception as error:  # of a loss that isn't this library's, there is no type for all
                 logger.warning(f"`{key}` isn't measured {when} training: {type(error).__name__}: {error}")
                 continue
@@ -92,3 +104,32 @@ class Quality:
                 found["perplexity"] = math.exp(measured.loss)
             entry = self._found.setdefault(key, {})
             entry |= {"examples": measured.examples, "tokens": measured.tokens, when: found}
+
+
+@torch.no_grad()
+def _mean_loss(trainer: Trainer, measurer: Measurer, model: PreTrainedModel, dataset: Any, count: int) -> MeanLoss:
+    """Measure a model as the trainer evaluates it, on examples spread over a data set."""
+    was_training = model.training
+    total, weight, tokens, examples = 0.0, 0, 0, 0
+    model.eval()
+    try:
+        with kept_random_state(trainer.args.device), trainer.accelerator.autocast():
+            for example in singles(trainer, dataset, count):
+                batch = trainer._prepare_inputs(example)
+                predicted = _tokens_predicted(model, batch)
+                if predicted == 0:
+                    continue
+                share = 1 if predicted is None else predicted
+                total += share * float(measurer.loss(model, batch))
+                weight, tokens, examples = weight + share, tokens + (predicted or 0), examples + 1
+    finally:
+        model.train(was_training)
+    return MeanLoss(total / weight if weight else math.nan, examples, tokens)
+
+
+def _tokens_predicted(model: PreTrainedModel, example: Any) -> int | None:
+    """Return how many tokens' losses the mean of an example is of, None where its labels aren't one a token."""
+    labels = example.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
+        return None
+    return int((labels[:, 0 if model.config.is_encoder_decoder else 1 :] != -100).sum())

@@ -229,7 +229,7 @@ class PruningRun:
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of the run."""
-        process, curves, losses = self.process, self.plan.curves, Losses.of(self._trainer.state.log_history)
+        process, curves = self.process, self.plan.curves
         return {
             "base_model": self.model.config.name_or_path,
             "hesso_config": self._config.to_dict(),
@@ -240,20 +240,22 @@ class PruningRun:
             "calibration": curves.to_dict() if curves else None,
             "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
-            "losses": losses.to_dict() if losses else None,
-            "quality": self.quality.record(),
-            "hyperparameters": _hyperparameters(self._trainer),
-            **self.origin,
+            **(_as_trained(self._trainer, self.quality) | self.origin),
             "cric": process.cric_report(),
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
 
 
-def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    """Return what a run was trained with, plain JSON types."""
-    given = trainer.args.to_dict()
-    return {name: given[name] for name in HYPERPARAMETERS} | {"processes": world_size()}
+def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:
+    """Return the losses of a run, what was measured and what it was trained with, plain JSON types."""
+    losses, given = Losses.of(trainer.state.log_history), trainer.args.to_dict()
+    hyperparameters = {name: given[name] for name in HYPERPARAMETERS} | {"processes": world_size()}
+    return {
+        "losses": losses.to_dict() if losses else None,
+        "quality": quality.record(),
+        "hyperparameters": hyperparameters,
+    }
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

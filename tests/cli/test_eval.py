@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +21,9 @@ from hesso_hf.cli import evaluate
 from hesso_hf.cli.commands import eval_flags
 from hesso_hf.cli.data import text_blocks
 from hesso_hf.cli.main import main
+from hesso_hf.export.page.page import PAGE_NAME
+from hesso_hf.export.report import REPORT_NAME
+from tests.cli.test_report import small_report
 from tests.support import ROOT
 from tests.support.tiny import tiny_llama
 
@@ -153,6 +158,27 @@ def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the
     assert json.loads((tmp_path / "found.json").read_text()) == found
     scores = {"acc,none": 0.25, "acc_stderr,none": 0.0123, "em,strict": 0.5}
     assert found["models"][0]["tasks"] == {"lambada": scores}
+
+
+def test_a_smaller_model_s_card_page_and_report_take_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_eval: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda model, *_: 2.0 if model.num_parameters() > 500_000 else 2.5)
+    monkeypatch.setattr(evaluate, "tokens_per_second", lambda models, *_: [math.inf] * len(models))
+    small = shutil.copytree("small", tmp_path / "small")
+    (small / REPORT_NAME).write_text(json.dumps(small_report(evaluation=None)))
+    assert main(["eval", "bundled", str(small), *SHORT, "--tasks", "lambada", "--card"]) == 0
+    assert "tokens_per_second isn't a finite number, and is left out of the card" in capsys.readouterr().err
+    found = json.loads((small / REPORT_NAME).read_text())["evaluation"]
+    assert (found["dataset"], found["block_size"], found["dtype"]) == ("text.jsonl", 16, "float32")
+    assert found["values"] == {
+        "loss": {"before": 2.0, "after": 2.5}, "perplexity": {"before": math.exp(2.0), "after": math.exp(2.5)},
+        "lambada acc": {"before": 0.25, "after": 0.5}, "lambada em (strict)": {"before": 0.5, "after": 0.5},
+    }  # fmt: skip
+    assert "| lambada acc | 0.2500 | 0.5000 |" in (small / "README.md").read_text()
+    assert "lambada acc" in (small / PAGE_NAME).read_text()
+    assert main(["eval", str(small), *SHORT, "--card"]) == 0
+    assert json.loads((small / REPORT_NAME).read_text())["evaluation"]["values"]["loss"] == {"after": 2.5}
 
 
 def test_tasks_are_asked_of_every_model_as_the_flags_say(

@@ -89,12 +89,19 @@ def test_recipe_runs_on_a_tiny_model(
         "--max_steps", "16", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
         "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_round_to", "1",
         "--disable_tqdm", "true", "--warmup_steps", "2", "--bf16", "false", "--use_cpu", "true",
-        "--save_strategy", "steps", "--save_steps", "16",
+        "--save_strategy", "steps", "--save_steps", "16", "--eval_strategy", "steps", "--eval_steps", "16",
+        "--load_best_model_at_end", "true", "--retained_dataset", str(text_file),
     ]  # fmt: skip
     assert main(["prune", str(recipe), *flags]) == 0
     adapter = tmp_path / "run" / "checkpoint-16" / "adapter_config.json"
     assert adapter.exists() == ("peft" in yaml.safe_load(recipe.read_text()))
-    assert "of the parameters removed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(said in out for said in ("of the parameters removed", "held-out loss: ", "loss on other text: "))
+    written = yaml.safe_load((tmp_path / "run" / "small" / "hesso_recipe.yaml").read_text())
+    assert (written["training"]["max_steps"], written["model"]) == (16, "model")
+    card = (tmp_path / "run" / "small" / "README.md").read_text()
+    assert f"hesso-hf prune {recipe.name} --model model --dataset text.jsonl" in card
+    assert "| loss on other text (nats a token) |" in card
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small")
     full = AutoModelForCausalLM.from_pretrained(model)
     ratio = yaml.safe_load(recipe.read_text())["hesso"]["pruning_ratio"]

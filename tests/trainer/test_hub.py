@@ -13,6 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 
+from hesso_hf.export.page.page import PAGE_NAME
+from hesso_hf.export.report import RECIPE_NAME
 from tests.support import ROOT
 from tests.support.checks import propagated
 from tests.support.loopback_hub import LoopbackHub
@@ -31,6 +33,7 @@ for strategy in sys.argv[3:]:
     run = trainer(Path(sys.argv[1]) / strategy, push_to_hub=True, hub_model_id=f"user/{strategy}",
                   hub_strategy=strategy, save_strategy="steps", save_steps=4)
     run.train()
+    run.hesso_run.origin = {"command": "hesso-hf prune mine.yaml", "recipe": {"model": "mine"}}
     run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
     small = AutoModelForCausalLM.from_pretrained(f"user/{strategy}")
     ids = torch.randint(3, 60, (2, 9))
@@ -63,7 +66,10 @@ def test_push_to_hub_and_load_back(strategy: str, pushed: tuple[LoopbackHub, str
     )
     assert (int(mlp), int(hidden)) == (28, 48)
     assert float(error) <= 1e-5
-    assert {"config.json", "model.safetensors", "README.md", "pruning_report.json", "report.html"} <= files.keys()
+    assert {"config.json", "model.safetensors", "README.md", "pruning_report.json"} <= files.keys()
+    assert f"]({PAGE_NAME})" in files["README.md"].decode()
+    assert files[PAGE_NAME].startswith(b"<!DOCTYPE html>")
+    assert files[RECIPE_NAME] == b"# hesso-hf prune mine.yaml\nmodel: mine\n"
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth")) or "checkpoint" in name]
     assert json.loads(files["config.json"])["intermediate_size"] == 28
     card = ModelCard(files["README.md"].decode())
