@@ -49,7 +49,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["eval", "bundled"], 2, "needs `--dataset`"),
         (["eval", "bundled", "--dataset", "no.txt"], 2, "no such file"),
         (["eval", "bundled", "x", "--dataset", "python-docs", "--output", "x.csv"], 2, "must end in .json or .md"),
-        (["eval", "bundled", "--dataset", "python-docs", "--card"], 2, "`--card` writes into folders of smaller models"),
+        (["eval", "bundled", "--dataset", "python-docs", "--card"], 2, "`--card` writes into folders of"),
         (["survey", "--jobs", "0"], 2, "must be above zero"),
         (["quickstart", "--dataset", "no.txt"], 2, "no such file"),
     ],

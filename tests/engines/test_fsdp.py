@@ -31,7 +31,7 @@ from tests.support import fsdp_cpu, killing
 from tests.support.forks import Forked
 from tests.support.fsdp_cpu import Job
 from tests.support.tiny import tiny_llama
-from tests.support.training import ALONE, hesso_config, said_by_the_dense_model, trainer
+from tests.support.training import ALONE, blocks, hesso_config, said_by_the_dense_model, trainer
 
 LONG = 40  # steps: 27 of them after the last period
 LOADED_BY_ONE = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -64,7 +64,7 @@ def job(
         with safe_open(Path(stored) / "model.safetensors", framework="pt") as file:
             loaded = torch.equal(options["model"].lm_head.weight, file.get_tensor("lm_head.weight"))
         assert loaded == (processes == 1 or dist.get_rank() == 0), "which process has weights"
-    run = build(folder, steps, processes, **options)
+    run = build(folder, steps, processes, options={"eval_dataset": blocks(5, seed=9)}, **options)
     run.train(resume_from_checkpoint=resume or None)
     run.save_model(str(Path(folder) / "small"))
     weights = {n: p.detach() for n, p in run.accelerator.unwrap_model(run.model).named_parameters()}
@@ -229,6 +229,12 @@ def assert_equal_one(folder: Path, alone: Path, kind: str, **options: Any) -> No
         weights = {plain_name(name): weight for name, weight in found["weights"].items()}
         for name, weight in expected["weights"].items():
             assert (weights[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
+    measured = [
+        json.loads((place / "small" / "pruning_report.json").read_text())["quality"]["eval_loss"]
+        for place in (folder, alone)
+    ]
+    for when in ("before", "after"):
+        assert abs(measured[0][when]["loss"] - measured[1][when]["loss"]) <= 1e-5
 
 
 def test_two_processes_under_fsdp_equal_one(two: Path, tmp_path: Path) -> None:
