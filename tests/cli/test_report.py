@@ -104,7 +104,7 @@ class Parsed(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        self.open += [] if tag == "meta" else [tag]
+        self.open += [] if tag in ("meta", "wbr") else [tag]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -186,7 +186,7 @@ def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
     assert [token for token in shown if not shown_as(token, values)] == []
     for expected in ("54,321", "56.8%", "108,642", "46,912", "3.2e-07", "1.2e-02", "0.0987", "8.765", "25.1%", "78.9%"):
         assert expected in shown
-    assert {"2.3456", "13.0372", "1.3456", "63"} <= set(shown)
+    assert {"2.3456", "13.04", "1.3456", "63"} <= set(shown)
     assert ["loss on other text (nats a token)", "3.1234", "–"] in found.rows
     assert ["piqa acc", "–", "0.6543"] in found.rows
     assert "hesso-hf prune a.yaml --max_steps 40" in found.text

@@ -24,11 +24,16 @@ def joined(parts: Iterable[object]) -> Markup:
     return Markup("".join(part if isinstance(part, Markup) else escape(str(part)) for part in parts))
 
 
+def breakable(name: object) -> Markup:
+    """Return a name that may go on in the next line after each of its underscores."""
+    return Markup(escape(str(name)).replace("_", "_<wbr>"))
+
+
 def table(header: Iterable[object], rows: Iterable[Iterable[object]], **attributes: object) -> Markup:
     """Return a table that scrolls by itself where the page is narrow; the first cell of a row names it."""
     head = element("thead", element("tr", *(element("th", name, scope="col") for name in header)))
     body = (
-        element("tr", element("th", first, scope="row"), *(element("td", cell) for cell in cells))
+        element("tr", element("th", breakable(first), scope="row"), *(element("td", cell) for cell in cells))
         for first, *cells in rows
     )
     return element("div", element("table", head, element("tbody", *body), **attributes), class_="scroll")
@@ -90,6 +95,7 @@ svg text { fill: var(--soft); font-size: 11px; }
 dt { margin-top: .8rem; font-weight: 600; }
 dd { margin: 0; }
 pre { overflow-x: auto; padding: .8rem; background: var(--panel); border-radius: 6px; font-size: .85rem; }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .8rem 0; }
 @media (max-width: 40rem) {
   table, pre { font-size: .85rem; }

@@ -56,11 +56,13 @@ def _title(report: Report) -> str:
 
 def _summary(report: Report) -> Markup:
     counts = report["parameters"]
-    return element(
-        "p",
+    removed = (
         f"{percent(report['pruning_ratio'])} of the parameters were removed: {counts['before']:,} before, "
-        f"{counts['after']:,} after.",
+        f"{counts['after']:,} after."
     )
+    measured = (f" {name}: {before} before, {after} after." for name, before, after in quality_rows(report)
+                if name.startswith("loss"))  # fmt: skip
+    return element("p", removed, *(text.replace(" loss", " Loss", 1) for text in measured))
 
 
 def _sections(model: Model) -> list[Markup]:
@@ -185,14 +187,14 @@ def _to_repeat(report: Report) -> Markup:
 
     found, asked = [], report.get("recipe") or {"hesso": report.get("hesso_config")}
     if report.get("command"):
-        found += [element("p", "The command:"), element("pre", element("code", report["command"]))]
+        found += [element("p", "The command:"), element("pre", element("code", report["command"]), class_="command")]
     if asked.get("hesso"):
         recipe = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
         found += [element("p", "What was asked for, as a recipe of ", element("code", "hesso-hf prune"), " has it:"),
                   element("pre", element("code", recipe))]  # fmt: skip
     facts = {"model": report.get("base_model"), "class": report.get("model_class")}
     facts |= {f"{named(name)} (resolved)": value for name, value in (report.get("schedule") or {}).items()}
-    facts |= {named(name): value for name, value in (report.get("hyperparameters") or {}).items()}
+    facts |= {f"{named(name)} (training)": value for name, value in (report.get("hyperparameters") or {}).items()}
     facts |= report.get("versions") or {}
     shown = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in facts.items())
     return joined([*found, table(["", ""], ((name, value) for name, value in shown if value not in (None, "")))])

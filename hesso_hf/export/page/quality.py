@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .words import text_of
+from .words import named, text_of
 
 Report = Mapping[str, Any]
 
@@ -23,13 +23,18 @@ def quality_rows(report: Report) -> Iterator[tuple[str, str, str]]:
 def evaluation_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what `hesso-hf eval` measured afterwards: what it is, before, after."""
     for name, values in (report.get("evaluation") or {}).get("values", {}).items():
-        yield name, *before_after(values)
+        yield named(name), *before_after(values)
 
 
 def before_after(values: Mapping[str, float]) -> tuple[str, str]:
     """Return both of a pair of values as they are written, a dash for one that isn't there."""
-    before, after = (f"{values[when]:,.4f}" if when in values else "–" for when in ("before", "after"))
+    before, after = (_written(values[when]) if when in values else "–" for when in ("before", "after"))
     return before, after
+
+
+def _written(value: float) -> str:
+    """Write a value with about five digits."""
+    return f"{value:,.{4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
 
 
 def evaluated_on(report: Report) -> str:
