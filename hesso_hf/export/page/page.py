@@ -60,9 +60,12 @@ def _summary(report: Report) -> Markup:
         f"{percent(report['pruning_ratio'])} of the parameters were removed: {counts['before']:,} before, "
         f"{counts['after']:,} after."
     )
-    measured = (f" {name}: {before} before, {after} after." for name, before, after in quality_rows(report)
-                if name.startswith("loss"))  # fmt: skip
-    return element("p", removed, *(text.replace(" loss", " Loss", 1) for text in measured))
+    measured = (
+        f" Loss{name.removeprefix('loss')}: {before} before, {after} after."
+        for name, before, after in quality_rows(report)
+        if name.startswith("loss") and "–" not in (before, after)
+    )
+    return element("p", removed, *measured)
 
 
 def _sections(model: Model) -> list[Markup]:
