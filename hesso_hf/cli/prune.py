@@ -124,7 +124,7 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: A
     from ..trainer import HessoTrainer
     from .preflight import ShowPlan
 
-    if isinstance(held_out, dict) and recipe.training.metric_for_best_model == "loss":
+    if isinstance(held_out, dict) and recipe.training.metric_for_best_model in ("loss", "eval_loss"):
         recipe.training.metric_for_best_model = "held_out_loss"
     try:
         trainer = HessoTrainer(

@@ -166,6 +166,7 @@ def test_it_is_well_formed_and_loads_nothing(reports: list[dict[str, Any]]) -> N
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
     assert "prefers-color-scheme: dark" in page
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert ("num_<wbr>key_<wbr>value_<wbr>heads" in page) is ("num_key_value_heads" in reports[0]["sizes"]["after"])
     assert page.count("<table") == page.count('<div class="scroll"><table')
 
 

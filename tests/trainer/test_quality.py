@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import default_data_collator
 
 from hesso_hf import HessoTrainer
 from hesso_hf.export import export_pruned
 from hesso_hf.trainer.measure import Measurer
 from tests.support.checks import propagated
+from tests.support.tiny import tiny_llama
 from tests.support.training import blocks, hesso_config, logged, trainer
 
 KEYS = ("eval_held_out_loss", "eval_retained_loss")
@@ -27,9 +29,19 @@ def uneven(count: int = 9) -> Dataset:
     return Dataset.from_dict({"input_ids": data["input_ids"], "labels": labels})
 
 
-def made(folder: Path, data: Any, config: dict[str, Any] | None = None, **changes: Any) -> HessoTrainer:
-    options: dict[str, Any] = {"eval_dataset": data}
-    return trainer(folder, config=hesso_config(**(config or {})), options=options, **changes)
+def drawing(rows: list[Any]) -> dict[str, torch.Tensor]:
+    """Collate, and draw a random number as collators that mask do."""
+    torch.rand(1)
+    return default_data_collator(rows)
+
+
+def made(
+    folder: Path, data: Any, config: dict[str, Any] | None = None, data_collator: Any = None, **changes: Any
+) -> HessoTrainer:
+    """Build a run with dropout, to which random numbers matter."""
+    options: dict[str, Any] = {"eval_dataset": data, "data_collator": data_collator}
+    model = tiny_llama(attention_dropout=0.3)
+    return trainer(folder, model, hesso_config(**(config or {})), options=options, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +78,14 @@ def test_card_and_page_show_it(run: Any) -> None:
     assert f"<td>{before}</td><td>{after}</td>" in (small / "report.html").read_text()
 
 
+def test_a_step_that_is_saved_again_is_not_measured_again(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measurer, "loss", lambda *_: pytest.fail("measured again"))
+    run[0].save_model(str(tmp_path / "small"))
+    assert "after" in run[0].hesso_run.quality.record()["eval_held_out_loss"]
+
+
 def test_a_run_that_goes_on_has_the_base_model_s_loss_of_its_beginning(run: Any, tmp_path: Path) -> None:
     trained, *_, folder = run
     expected = trained.hesso_run.quality.record()
@@ -84,12 +104,14 @@ def test_an_export_of_a_checkpoint_says_what_was_measured_until_then(run: Any, t
     assert f"| {found['before']['loss']:.4f} | – |" in (tmp_path / "small" / "README.md").read_text()
 
 
-def test_training_is_the_same_with_it_as_without(run: Any, tmp_path: Path) -> None:
-    plain = trainer(tmp_path)
-    plain.train()
-    assert logged(plain, "loss") == logged(run[0], "loss")
-    assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), run[0].model.parameters(), strict=True))
-    assert plain.hesso_run.record()["quality"] is None
+def test_training_is_the_same_with_it_as_without(tmp_path: Path) -> None:
+    runs = []
+    for data in (blocks(7, seed=2), None):
+        runs.append(made(tmp_path, data, data_collator=drawing))  # which sets the seed
+        runs[-1].train()
+    assert logged(runs[0], "loss") == logged(runs[1], "loss")
+    assert all(torch.equal(a, b) for a, b in zip(*(one.model.parameters() for one in runs), strict=True))
+    assert [one.hesso_run.record()["quality"] is None for one in runs] == [False, True]
 
 
 @pytest.mark.parametrize(("count", "examples"), [(3, 3), (0, None)])
@@ -139,3 +161,13 @@ def test_what_can_not_be_measured_is_named(
         run.create_optimizer_and_scheduler(12)
     said = {"engine": "DeepSpeed computes in its own steps alone", "trainer": "it generates"}[hindrance]
     assert f"`eval_loss` isn't measured before training: {said}" in caplog.text
+
+
+def test_under_autocast_the_base_model_computes_as_evaluate_does(tmp_path: Path) -> None:
+    found = {}
+    for bf16 in (False, True):
+        run = made(tmp_path, blocks(5, seed=2), bf16=bf16, per_device_eval_batch_size=1)
+        run.create_optimizer_and_scheduler(12)
+        found[bf16] = run.hesso_run.quality.record()["eval_loss"]["before"]["loss"]
+        assert abs(found[bf16] - run.evaluate()["eval_loss"]) <= 1e-5
+    assert abs(found[True] - found[False]) > 1e-4

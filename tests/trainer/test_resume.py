@@ -79,13 +79,14 @@ def test_a_checkpoint_from_before_healing_goes_on_without_it(tmp_path: Path, cap
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-5"
     state = json.loads((checkpoint / STATE_NAME).read_text())
-    for key in ("healing", "replay_share", "replay_dataset"):
+    for key in ("healing", "replay_share", "replay_dataset", "quality_examples"):
         del state["config"][key]
     (checkpoint / STATE_NAME).write_text(json.dumps(state))
     run = trainer(tmp_path / "resumed", config=HessoConfig(**RATIO))
     with propagated(caplog):
         run.train(resume_from_checkpoint=str(checkpoint))
     assert "made with `healing` = 'off', and the run goes on so" in caplog.text
+    assert "made with `quality_examples` = 0, and the run goes on so" in caplog.text
     check_equal(run, whole)
 
 
