@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
 from ..config import HessoConfig
@@ -53,7 +53,7 @@ class Quality:
         self._trainer, self._config, self._engine, self._measurer = trainer, config, engine, measurer
         self._model = model
         self._found: dict[str, dict[str, Any]] = {}
-        self._measured_at: int | None = None
+        self._measured: tuple[TrainerState, int] | None = None
 
     def begin(self) -> None:
         """Measure the base model, before anything is done to it."""
@@ -65,10 +65,10 @@ class Quality:
 
     def end(self) -> None:
         """Measure the trained model with its pruned units at zero, once a step."""
-        step = self._trainer.state.global_step
-        if step != self._measured_at:
+        state = self._trainer.state  # each call of `train` has one of its own
+        if self._measured is None or self._measured[0] is not state or self._measured[1] != state.global_step:
             self._measure("after")
-            self._measured_at = step
+            self._measured = state, state.global_step
 
     def record(self) -> dict[str, Any] | None:
         """Return, by the key that the trainer logs each loss under, on how much it was measured, before and after."""

@@ -83,14 +83,15 @@ def test_recipe_runs_on_a_tiny_model(
     recipe: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The recipe itself, with only the model, the data and the size of the run replaced by flags."""
-    model = tiny_of(recipe, tmp_path / "model")
+    model, other = tiny_of(recipe, tmp_path / "model"), tmp_path / "other.jsonl"
+    other.write_text("".join(text_file.read_text().splitlines(keepends=True)[:5]))
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--dataset_config", "", "--block_size", "16",
         "--max_steps", "16", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
         "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_round_to", "1",
         "--disable_tqdm", "true", "--warmup_steps", "2", "--bf16", "false", "--use_cpu", "true",
         "--save_strategy", "steps", "--save_steps", "16", "--eval_strategy", "steps", "--eval_steps", "16",
-        "--load_best_model_at_end", "true", "--retained_dataset", str(text_file),
+        "--load_best_model_at_end", "true", "--retained_dataset", str(other),
     ]  # fmt: skip
     assert main(["prune", str(recipe), *flags]) == 0
     adapter = tmp_path / "run" / "checkpoint-16" / "adapter_config.json"

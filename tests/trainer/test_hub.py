@@ -28,13 +28,15 @@ import torch
 from tests.support.training import blocks, trainer
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM
+from hesso_hf.export.card import licence_of
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 for strategy in sys.argv[3:]:
     run = trainer(Path(sys.argv[1]) / strategy, push_to_hub=True, hub_model_id=f"user/{strategy}",
                   hub_strategy=strategy, save_strategy="steps", save_steps=4)
     run.train()
     run.hesso_run.origin = {"command": "hesso-hf prune mine.yaml", "recipe": {"model": "mine"}}
-    run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en")
+    run.push_to_hub(commit_message="Pruned", tags=["stories"], language="en", license="mit")
+    assert licence_of(f"user/{strategy}") == {"license": "mit"}
     small = AutoModelForCausalLM.from_pretrained(f"user/{strategy}")
     ids = torch.randint(3, 60, (2, 9))
     error = relative_error(logits_of(small, ids), logits_of(run.model.eval(), ids))

@@ -86,6 +86,17 @@ def test_a_step_that_is_saved_again_is_not_measured_again(
     assert "after" in run[0].hesso_run.quality.record()["eval_held_out_loss"]
 
 
+def test_a_model_that_is_trained_further_is_measured_again(tmp_path: Path) -> None:
+    run, found = made(tmp_path / "out", blocks(5, seed=2)), []
+    for _ in range(2):
+        run.train()
+        run.save_model(str(tmp_path / "small"))
+        found.append(run.hesso_run.quality.record()["eval_loss"])
+    assert found[0]["before"] == found[1]["before"]
+    assert found[0]["after"]["loss"] != found[1]["after"]["loss"]
+    assert abs(found[1]["after"]["loss"] - run.evaluate()["eval_loss"]) <= 1e-5
+
+
 def test_a_run_that_goes_on_has_the_base_model_s_loss_of_its_beginning(run: Any, tmp_path: Path) -> None:
     trained, *_, folder = run
     expected = trained.hesso_run.quality.record()
