@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..export.page.quality import evaluation_rows, quality_rows
+
 
 def print_report(report: dict[str, Any], folder: str) -> None:
     """Print a pruning report."""
     before, after = report["sizes"]["before"], report["sizes"]["after"]
     rows = [["parameters", f"{report['parameters']['before']:,}", f"{report['parameters']['after']:,}"]]
     rows += [[name, str(before[name]), str(after[name])] for name in after]
+    rows += [list(row) for row in (*quality_rows(report), *evaluation_rows(report))]
     print_table(f"{folder}: {report['pruning_ratio']:.1%} of the parameters removed", ["", "before", "after"], rows)
     checked = report["verification"]
     print(

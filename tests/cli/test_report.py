@@ -324,7 +324,10 @@ def test_several_are_printed_and_folders_of_one_name_told_apart(
     assert main(["report", *folders, "--json"]) == 0
     assert [found["steps"] for found in json.loads(capsys.readouterr().out)] == [0, 1]
     assert main(["report", *folders, "--html", str(tmp_path / "page.html")]) == 0
-    assert capsys.readouterr().out.count("of the parameters removed") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("of the parameters removed") == 2
+    assert re.search(r"loss on held-out examples \(nats a token\) +2\.3456 +2\.5678", printed)
+    assert re.search(r"piqa acc +– +0\.6543", printed)
     assert Parsed((tmp_path / "page.html").read_text()).rows[0] == ["", "x/small", "y/small"]
 
 
