@@ -291,6 +291,26 @@ def basis(result: dict[str, Any]) -> str:
     return _table(["stories260K, embeddings", *BASES.values()], rows) + "\n\n" + _wrap(note)
 
 
+def schedule(result: dict[str, Any]) -> str:
+    """Held-out losses by when units go."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, median in result["medians"].items():
+        removed, steps, when = name.split(", ", 2)
+        found.setdefault(when, {})[f"{removed}, {steps}"] = median
+    order = list(dict.fromkeys(entry["schedule"] for entry in result["runs"]))
+    columns = sorted({column for row in found.values() for column in row})
+    rows = [
+        [when, *[f"{found[when][column]['loss']:.3f}" if column in found[when] else "-" for column in columns]]
+        for when in order
+    ]
+    seeds = _seeds({median["seeds"] for median in result["medians"].values()})
+    note = (
+        f"Nats a token on held-out TinyStories, {seeds}: steps of {result['tokens_a_step']:,} tokens, learning rate "
+        f"{result['learning_rate']}, a cosine, without replay."
+    )
+    return _table(["stories260K, units go", *columns], rows) + "\n\n" + _wrap(note)
+
+
 REPLAY_ARMS = {
     "dense": "not pruned",
     "none": "HESSO",
@@ -396,7 +416,7 @@ def _seeds(counts: set[int]) -> str:
 
 
 PEER_METHODS = (
-    "dense", "hesso", "hesso, without replay", "OBS", "FLAP", "Wanda-sp", "one-shot, magnitude", "ShortGPT", "scratch",
+    "dense", "hesso", "OBS", "FLAP", "Wanda-sp", "one-shot, magnitude", "ShortGPT", "scratch",
 )  # fmt: skip
 
 
@@ -456,6 +476,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "quality": ("quality.json", "python benchmarks/quality.py", quality),
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
+    "schedule": ("schedule.json", "python benchmarks/schedule.py", schedule),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),
 }
