@@ -13,6 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf.bundled import bundled_model_path, python_docs_texts
+from hesso_hf.pruning import Schedule
 from tests.support import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -169,6 +170,35 @@ def test_distillation_runs_with_and_without_the_teacher(tmp_path: Path, monkeypa
     before = output.read_text()
     assert distillation.main() == 0  # nothing is run again
     assert output.read_text() == before
+
+
+def test_schedules_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import render_readme
+    import schedule
+    import stories
+
+    stand_in(tmp_path)
+    short_blocks(monkeypatch, stories, schedule)
+    output, names = tmp_path / "schedule.json", ["at once", schedule.REWARMED]
+    flags = ["--data", str(tmp_path), "--steps", "30", "--seeds", "0", "--ratios", "0.3", "--held-out-blocks", "2"]
+    monkeypatch.setattr(sys, "argv", ["schedule.py", *flags, "--output", str(output), "--schedules", *names])
+    assert schedule.main() == 0
+    once, rewarmed = json.loads(output.read_text())["runs"]
+    assert [once["schedule"], rewarmed["schedule"]] == names
+    assert once["loss"] != rewarmed["loss"]
+    table = render_readme.render_table("schedule", tmp_path)
+    assert f"| at once | {once['loss']:.3f} |" in table
+    before = output.read_text()
+    assert schedule.main() == 0  # nothing is run again
+    assert output.read_text() == before
+
+
+def test_the_learning_rate_is_warmed_up_anew_after_each_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    import schedule
+
+    two = Schedule(warmup_steps=1, pruning_steps=4, pruning_periods=2, total_steps=12)  # they end before steps 3 and 5
+    factors = [schedule.rewarmed(two, step, ramp=4) for step in range(12)]
+    assert factors == [1.0, 1.0, 1.0, 0.25, 0.5, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_lora_compares_what_units_are_scored_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
