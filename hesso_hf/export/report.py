@@ -18,7 +18,6 @@ from transformers.utils import logging
 from ..distributed.parts import stock_class
 from ..hf_models.sizes import get_size
 from ..structures.groups import KeptUnits
-from ..structures.layers import without_dropped_layers
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import rows_elements
@@ -65,19 +64,16 @@ class PruningReport:
         training: Mapping[str, Any],
     ) -> PruningReport:
         """Say what was removed from a model, and how exactly."""
-        groups, kept, vocabulary = decision.groups, decision.kept, decision.vocabulary
-        before: dict[str, int] = {}
-        for name in kept.kept:
-            before |= groups.structures[name].config_sizes(groups.structures[name].num_units)
+        vocabulary, compaction, before = decision.vocabulary, decision.compaction, decision.sizes_before
         return cls(
             model_class=stock_class(model).__name__,
             base_model=model.config.name_or_path or "",
-            parameters_before=model.num_parameters(),
+            parameters_before=compaction.parameters_before if compaction else model.num_parameters(),
             parameters_after=small.num_parameters(),
             sizes_before=before,
             sizes_after={name: _size_after(small.config, name) for name in before},
             stock=not uneven_sizes(small.config),
-            kept_units=without_dropped_layers(groups, kept),
+            kept_units=decision.kept_units,
             verification=verification,
             training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
@@ -122,7 +118,7 @@ class PruningReport:
             tokens = self.vocabulary["tokens"]
             rows = f"| tokens | {tokens['before']:,} | {tokens['after']:,} |\n{rows}"
         base, shown = _repo_id(self.base_model), _shown(self.training)
-        distillation, replay = shown.get("distillation"), shown.get("replay")
+        distillation, replay, compaction = (shown.get(name) for name in ("distillation", "replay", "compaction"))
         return _CARD.format(
             report=self,
             checked=self.verification,
@@ -134,6 +130,8 @@ class PruningReport:
             tokens="" if self.vocabulary is None else _FEWER_TOKENS,
             distilled=_DISTILLED.format(**distillation) if distillation else "",
             replayed=_REPLAYED.format(**replay) if replay else "",
+            zeros="" if compaction else " with its pruned units at zero",
+            compacted=_COMPACTED.format(**compaction) if compaction else "",
             file=REPORT_NAME,
             picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         )
@@ -194,6 +192,8 @@ def _shown(training: Mapping[str, Any]) -> dict[str, Any]:
             found["hesso_config"] = {**config, name: public}
             if found.get(part):
                 found[part] = {**found[part], entry: public}
+    if compaction := found.get("compaction"):  # its other entries are the report's own
+        found["compaction"] = {name: compaction[name] for name in ("step", "error")}
     return found
 
 
@@ -209,6 +209,10 @@ _FEWER_TOKENS = (
 _DISTILLED = "It learnt from {teacher} as the teacher (distillation weight {alpha}, temperature {temperature}). "
 _REPLAYED = (
     "{share:.0%} of the tokens trained on were replay, written by {source}, on which it stays near the original model. "
+)
+_COMPACTED = (
+    "The pruned units, at zero by then, were cut out after step {step} of the training, with a relative error of "
+    "{error:.1e}; the smaller model was trained from there on. "
 )
 _CARD = """---
 library_name: transformers
@@ -234,8 +238,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 | parameters | {report.parameters_before:,} | {report.parameters_after:,} |
 {rows}
 
-The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
-error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {tokens}\
+The logits of the exported model were compared with those of the trained model{zeros}: relative
+error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {compacted}{tokens}\
 Kept units, schedule and versions are in
 `{file}`.
 {picture}"""

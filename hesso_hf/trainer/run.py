@@ -18,13 +18,16 @@ from ..distributed.collectives import from_main
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..export.checkpoint_state import check_config, keep_defaults, read_state
+from ..export.decision import Compaction
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
+from ..pruning.compact import compact_as
 from ..pruning.healing import Healer, padded, unreadable
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule, resolve_schedule
+from ..structures.groups import KeptUnits
 from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
@@ -203,6 +206,19 @@ class PruningRun:
         healer = self._healer.fewer(TRIAL_TOKENS) if self._healer is not None else None
         return self.measurer.curves(self.model, self.plan.groups, healer)
 
+    @property
+    def smaller_checkpoint(self) -> dict[str, Any] | None:
+        """What is recorded in the checkpoint to go on from, where its model is the smaller one and this one isn't."""
+        state = read_state(self.resume_from) if self.resume_from is not None else {"training": {}}
+        found = state["training"].get("compaction")
+        return state if found and self.model.num_parameters() == found["parameters_before"] else None
+
+    def cut_to_resume(self, optimizer: HessoOptimizer) -> None:
+        """Make the model as small as that of the checkpoint that training goes on from."""
+        if (state := self.smaller_checkpoint) is not None:
+            compaction = Compaction.from_dict(state["training"]["compaction"])
+            compact_as(self.model, optimizer, compaction, KeptUnits.from_dict(state["kept_units"]))
+
     # -- on the way -----------------------------------------------------------------------------------------------
 
     def probe(self) -> None:
@@ -228,6 +244,7 @@ class PruningRun:
             "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
             "cric": process.cric_report(),
+            "compaction": process.state.compaction.to_dict() if process.state.compaction else None,
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import from_all, from_main, on_all
+from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
@@ -23,6 +24,7 @@ from ..export.report import CARD_NAME, REPORT_NAME, PruningReport
 from ..export.storage import check_writable, room, writing
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
+from ..structures.turned_base import write_healed, write_turn
 from ..structures.uneven_layers import MODULE_NAME
 from .run import PruningRun
 
@@ -89,6 +91,16 @@ def writing_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[None]:
         last = last_checkpoint(folder.parent)
         going_on = f"`resume_from_checkpoint={str(last)!r}`" if last else "there is no earlier checkpoint to go on from"
         raise StorageError(f"{error}. Make room, then: {going_on}") from error
+
+
+def write_beside(folder: Path, run: PruningRun, config: HessoConfig) -> None:
+    """Begin a checkpoint with what pruning has decided, and what its weights don't say of the base."""
+    begin_checkpoint(folder)
+    write_state(folder, run.process.decision(), config, run.record())
+    if run.basis is not None and run.basis.tensors:
+        write_turn(folder, run.basis.tensors)
+    if healed := run.process.healed_base():
+        write_healed(folder, healed)
 
 
 def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[], None]) -> None:
