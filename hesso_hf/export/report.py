@@ -239,7 +239,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 {rows}
 
 The logits of the exported model were compared with those of the trained model{zeros}: relative
-error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. {compacted}{tokens}\
+error {checked.fold_error:.1e} in fp32, {checked.rounding_error:.1e} after rounding to {checked.dtype}. \
+{compacted}{tokens}\
 Kept units, schedule and versions are in
 `{file}`.
 {picture}"""

@@ -1,4 +1,4 @@
-"""Compaction: once all units that go are at zero, the model in memory and the optimizer's state become the smaller ones.
+"""Compaction: once all units that go are at zero, model and optimizer state in memory become the smaller ones.
 
 It is the export's cut, verified as the export verifies it, put in the place of the model that is being trained.
 """
@@ -78,14 +78,8 @@ def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
     if reason := why_not_compact(model, optimizer.base, process.config.layer_widths):
         raise HessoError(f"`model` can't be cut while it trains: {reason}; `export_pruned` cuts it afterwards")
     if not process.finished or process.state.compaction is not None:
-        raise HessoError(
-            f"`optimizer`: pruning is at step {process.step} of {process.schedule.end}"
-            + (
-                ", and the model was cut already"
-                if process.state.compaction
-                else ": cut the model when it has finished"
-            )
-        )
+        found = "the model was cut already" if process.finished else "cut the model when pruning has finished"
+        raise HessoError(f"`optimizer` is at step {process.step}, pruning ends at {process.schedule.end}: {found}")
     trained, decision = base_of(model), decide(base_of(model), process.kept_units(), process.groups)
     trained.zero_grad(set_to_none=True)
     was_training = trained.training
@@ -130,20 +124,18 @@ def _put_(
     Raises:
         VerificationError: where it doesn't; everything is as it was then.
     """
-    process = optimizer.process
-    named = dict(model.named_parameters())
+    process, place, named = optimizer.process, InPlace(model), dict(model.named_parameters())
     dtypes = {parameter: parameter.dtype for parameter in named.values()}
-    place = InPlace(model)
-    place.put(small, decision.groups, decision.kept)
     process.bound.route({name: torch.ones_like(scales) for name, scales in process.scales.items()})
-    error = verifier.error_of(model) if verifier is not None else 0.0
-    if not error <= FOLD_TOLERANCE:
+    try:
+        place.put(small, decision.groups, decision.kept)
+        error = verifier.error_of(model) if verifier is not None else 0.0
+        if not error <= FOLD_TOLERANCE:
+            raise VerificationError(f"its logits differ by {error:.1e} (relative, fp32; allowed {FOLD_TOLERANCE:.0e})")
+    except Exception as error:  # model code that goes by other sizes than its modules' may fail in any way
         place.undo()
         process.bound.route(process.scales)
-        raise VerificationError(
-            f"{type(model).__name__} computes something else when it is cut in memory: its logits differ by "
-            f"{error:.1e} (relative, fp32; allowed {FOLD_TOLERANCE:.0e})"
-        )
+        raise VerificationError(f"{type(model).__name__} isn't the same when it is cut in memory: {error}") from error
     for parameter in model.parameters():
         set_data(parameter, parameter.data.to(dtypes[parameter]))
     remove_gates(model)

@@ -1,4 +1,4 @@
-"""A smaller model in a larger one's place: modules and parameters stay the objects that they are, what they hold changes.
+"""A smaller model in a larger one's place: modules and parameters stay the objects that they are.
 
 Whoever holds the model, a module or a parameter (a training loop, an optimizer, hooks, a patched `forward`) holds the
 smaller one's from then on.
