@@ -3,7 +3,7 @@
     python benchmarks/compaction.py [--model stories260K|bundled|FOLDER] [--ratio 0.5] [--seeds 0 1 2]
 
 The text is `quality.py`'s for the model. `recovery` is the median time of a step after pruning has ended, `seconds` the
-whole run, `loss` that on held-out text, in nats a token. `kept units` are the same in both: they part after the cut only.
+whole run, `loss` that on held-out text, in nats a token. Both go the same way until the cut.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def main() -> int:
         for arm in ARMS:
             runs.append({"model": name, **one_run(options, setting, data, arm, seed)})
             print(json.dumps(runs[-1]), flush=True)
+    keys = ("before", "recovery", "seconds", "loss")
     medians = {
-        arm: {key: statistics.median(run[key] for run in runs if run["arm"] == arm) for key in ("recovery", "seconds", "loss")}
-        for arm in ARMS
-    }  # fmt: skip
+        arm: {key: statistics.median(run[key] for run in runs if run["arm"] == arm) for key in keys} for arm in ARMS
+    }
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "threads": options.threads,
         "steps": options.steps, "ratio": options.ratio, "versions": versions(), "medians": medians, "runs": runs,

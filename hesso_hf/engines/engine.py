@@ -12,11 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import on_all, world_size
-from ..errors import HessoError, VerificationError
+from ..errors import HessoError
 from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
 from ..export.decision import Decision
@@ -24,13 +23,20 @@ from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
 from ..pruning.calibration import LossCurves
-from ..pruning.compact import compact, why_not_compact
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
-logger = logging.get_logger(__name__)
+
+class Compacting(Protocol):
+    """When the model in memory becomes the smaller one."""
+
+    def check(self, base: Optimizer | None = None) -> None:
+        """Refuse what stands against it where it is asked for."""
+
+    def to_resume(self, optimizer: HessoOptimizer) -> None:
+        """Make the model as small as that of the checkpoint that training goes on from."""
 
 
 class Run(Protocol):
@@ -38,6 +44,10 @@ class Run(Protocol):
 
     plan: PruningPlan
     resume_from: Path | None
+
+    @property
+    def compacting(self) -> Compacting:
+        """When the model in memory becomes the smaller one."""
 
     @property
     def whole(self) -> nn.Module:
@@ -62,9 +72,6 @@ class Run(Protocol):
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of the run."""
-
-    def cut_to_resume(self, optimizer: HessoOptimizer) -> None:
-        """Make the model as small as that of the checkpoint that training goes on from."""
 
 
 class Steps(Protocol):
@@ -142,26 +149,6 @@ class Engine(ABC, Generic[_Steps]):
         """Return the gradient's norm, having shown HESSO the gradient before it is clipped."""
         return plain()
 
-    def why_not_compact(self, model: nn.Module, base: Optimizer | None = None) -> str:
-        """Return why the model in memory can't become the smaller one, "" where it can.
-
-        Args:
-            base: the trainer's own optimizer, where there is one already.
-        """
-        return "FSDP and DeepSpeed divide it over the processes"
-
-    def check_compact(self, model: nn.Module, base: Optimizer | None = None) -> None:
-        """Refuse what stands against compaction that is asked for.
-
-        Raises:
-            HessoError: with the reason.
-        """
-        if self.config.compact == "end" and (reason := self.why_not_compact(model, base)):
-            raise HessoError(f"`compact` ('end'): the model in memory stays whole: {reason}; use 'auto' or 'never'")
-
-    def compact(self, run: Run) -> None:
-        """After a step, when gradients are gone: cut the pruned units out of the model, where the step was the last."""
-
     # -- saving and loading ---------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -236,7 +223,6 @@ class PlainEngine(Engine[HessoOptimizer]):
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
         super().__init__(args, accelerator, config)
         self._step_loss: torch.Tensor | None = None
-        self._kept_whole = ""  # why the model wasn't cut at the end of pruning
 
     def refuse(self, adapters: bool) -> None:
         """Refuse a loss scale on gradients that adapters don't see."""
@@ -247,41 +233,10 @@ class PlainEngine(Engine[HessoOptimizer]):
         """Put HESSO around an optimizer, once; Accelerate may have put something around both since."""
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
             return base
-        self.check_compact(run.whole, base)
+        run.compacting.check(base)
         self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
-        run.cut_to_resume(self.steps)
+        run.compacting.to_resume(self.steps)
         return self.steps
-
-    def why_not_compact(self, model: nn.Module, base: Optimizer | None = None) -> str:
-        """Return why the model in memory can't become the smaller one, "" where it can."""
-        if self.args.auto_find_batch_size:
-            return "`auto_find_batch_size` (True) may have training begin again"
-        if self.args.n_gpu > 1:
-            return "DataParallel copies it to several devices"
-        if self.accelerator.state.dynamo_plugin.use_regional_compilation:
-            return "regional compilation trains a copy of it"
-        return why_not_compact(model, base, self.config.layer_widths)
-
-    def compact(self, run: Run) -> None:
-        """Cut the pruned units out of the model at the end of the last period; where that fails it stays as it is."""
-        process = self.made_steps.process
-        ends = process.finished and process.period_ended and not process.kept_units().all_stay
-        if self.config.compact == "never" or not ends or process.state.compaction or self._kept_whole:
-            return
-        self._kept_whole = self.why_not_compact(run.whole, self.made_steps.base)
-        if not self._kept_whole:
-            try:
-                found = compact(run.whole, self.made_steps)
-            except VerificationError as error:
-                self._kept_whole = str(error)
-                logger.warning(f"the model in memory stays whole, its pruned units at zero: {error}")
-                return
-            logger.info(
-                f"the pruned units are cut out of the model in memory: {found.parameters_before:,} -> "
-                f"{run.model.num_parameters():,} parameters, relative error {found.error:.1e}"
-            )
-        else:
-            logger.info(f"`compact` ('auto'): the model in memory stays whole: {self._kept_whole}")
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Add up the losses of a step."""

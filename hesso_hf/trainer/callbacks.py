@@ -98,7 +98,7 @@ class CompactAtEnd(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are gone by now."""
-        self._trainer.hesso_engine.compact(self._trainer.hesso_run)
+        self._trainer.hesso_run.compacting.at_the_end()
 
 
 class StopTogether(TrainerCallback):

@@ -76,7 +76,6 @@ def refuse(trainer: Trainer, engine: Engine, adapters: bool) -> None:
             "support; load it whole and choose FSDP2 in Accelerate's config"
         )
     engine.refuse(adapters)
-    engine.check_compact(trainer.model)  # type: ignore[arg-type]
     args, tokenizer, data = trainer.args, trainer.processing_class, trainer.train_dataset
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
         raise HessoError(

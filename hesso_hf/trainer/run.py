@@ -18,20 +18,18 @@ from ..distributed.collectives import from_main
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..export.checkpoint_state import check_config, keep_defaults, read_state
-from ..export.decision import Compaction
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
-from ..pruning.compact import compact_as
 from ..pruning.healing import Healer, padded, unreadable
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule, resolve_schedule
-from ..structures.groups import KeptUnits
 from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
+from .compacting import Compacting
 from .measure import Measurer
 from .stream import GIVEN, settle_in_basis
 from .teaching import Teaching
@@ -55,6 +53,7 @@ class PruningRun:
         plan: groups, budget and target sizes.
         measurer: what measures with the trainer's loss.
         teaching: what is learnt beside the user's loss.
+        compacting: when the model in memory becomes the smaller one.
         basis: how the stream was turned, None in the given basis.
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
@@ -82,6 +81,8 @@ class PruningRun:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.measurer = Measurer(trainer, config, counted, generated)
         _check_asked(config, self.measurer.generates)
+        self.compacting = Compacting(trainer, config, engine, self)
+        self.compacting.check()
         self.plan = _prepared(trainer, self.whole, config)
         name = self.model.config.name_or_path
         self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
@@ -205,19 +206,6 @@ class PruningRun:
         """Measure what each structure costs."""
         healer = self._healer.fewer(TRIAL_TOKENS) if self._healer is not None else None
         return self.measurer.curves(self.model, self.plan.groups, healer)
-
-    @property
-    def smaller_checkpoint(self) -> dict[str, Any] | None:
-        """What is recorded in the checkpoint to go on from, where its model is the smaller one and this one isn't."""
-        state = read_state(self.resume_from) if self.resume_from is not None else {"training": {}}
-        found = state["training"].get("compaction")
-        return state if found and self.model.num_parameters() == found["parameters_before"] else None
-
-    def cut_to_resume(self, optimizer: HessoOptimizer) -> None:
-        """Make the model as small as that of the checkpoint that training goes on from."""
-        if (state := self.smaller_checkpoint) is not None:
-            compaction = Compaction.from_dict(state["training"]["compaction"])
-            compact_as(self.model, optimizer, compaction, KeptUnits.from_dict(state["kept_units"]))
 
     # -- on the way -----------------------------------------------------------------------------------------------
 

@@ -265,7 +265,7 @@ class HessoMixin(_TrainerBase):
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.hesso_run.smaller_checkpoint is not None:
+        if self.hesso_run.compacting.is_due:
             return  # loaded when there is an optimizer, with which the model becomes as small
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_converted_(self.hesso_run.model, Path(resume_from_checkpoint))

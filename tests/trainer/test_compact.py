@@ -121,7 +121,7 @@ def test_the_saved_model_is_the_trained_one_whoever_saves_it(whole: HessoTrainer
     card = (tmp_path / "saved" / "README.md").read_text()
     assert f"cut out after step {END} of the training" in card
     assert "with its pruned units at zero" not in card
-    with pytest.raises(HessoError, match="`kept_units`: the model in .* is the smaller one already"):
+    with pytest.raises(HessoError, match=r"`kept_units`: the model in .* is the smaller one already"):
         export_pruned(checkpoint(whole, 12), tmp_path / "other", kept_units=whole._process.kept_units())
 
 
@@ -199,9 +199,9 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path, monkeypat
 
 
 def test_by_default_what_cannot_be_cut_stays_masked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with propagated(caplog), caplog.at_level(logging.INFO, logger="hesso_hf.engines.engine"):
+    with propagated(caplog), caplog.at_level(logging.INFO, logger="hesso_hf.trainer.compacting"):
         run = done(tmp_path, "auto", optim="adafactor")
-    assert "`compact` ('auto'): the model in memory stays whole: the state of" in caplog.text
+    assert "`compact` ('auto'): the model in memory stays whole, its pruned units at zero: the state of" in caplog.text
     assert run.model.config.hidden_size == 60
     run.save_model(str(tmp_path / "small"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.hidden_size == 48
@@ -213,7 +213,7 @@ def test_a_cut_that_fails_leaves_the_run_masked_with_a_warning(
     def failing(*_: Any) -> None:
         raise VerificationError("the logits differ")
 
-    monkeypatch.setattr("hesso_hf.engines.engine.compact", failing)
+    monkeypatch.setattr("hesso_hf.trainer.compacting.compact", failing)
     with propagated(caplog):
         run = done(tmp_path)
     assert "stays whole, its pruned units at zero: the logits differ" in caplog.text
