@@ -172,7 +172,7 @@ class PruningProcess:
             parameters: what is left.
         """
         self.bound.let_go(parameters)
-        self.state.compaction, self.run.healer = compaction, None
+        self.state.compaction = compaction
 
     # -- CRIC -----------------------------------------------------------------------------------------------------
 

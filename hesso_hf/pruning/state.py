@@ -122,7 +122,7 @@ class PruningState:
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self.period_start.state_dict() if self.period_start else None,
             **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
-            **({"compaction": self.compaction.to_dict()} if self.compaction else {}),  # nor this
+            "compaction": self.compaction.to_dict() if self.compaction else None,
             "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 
@@ -137,7 +137,7 @@ class PruningState:
             raise CheckpointMismatchError(f"pruning state of format {found!r}; this version reads {FORMAT}")
         check_same("target", saved["target"], self.target.to_dict())
         check_same("config", saved["choices"], self.choices)
-        if ("compaction" in saved) != (self.compaction is not None):
+        if (saved.get("compaction") is None) != (self.compaction is None):
             raise CheckpointMismatchError(
                 "the pruned units were cut out of the model in only one of the checkpoint and this run: go on with the "
                 "model that the run began with, loaded anew, in HessoTrainer, which cuts it as the checkpoint's was"
