@@ -122,7 +122,7 @@ class PruningState:
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self.period_start.state_dict() if self.period_start else None,
             **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
-            "compaction": self.compaction.to_dict() if self.compaction else None,
+            **({"compaction": self.compaction.to_dict()} if self.compaction else {}),  # nor this
             "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 

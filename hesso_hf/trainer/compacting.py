@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -14,7 +14,7 @@ from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError, VerificationError
 from ..export.checkpoint_state import read_state
 from ..export.decision import Compaction
-from ..pruning.compact import compact, compact_as, why_not_compact
+from ..pruning.compaction import compact, compact_as, why_not_compact
 from ..pruning.optimizer import HessoOptimizer
 from ..structures.groups import KeptUnits
 
@@ -96,6 +96,22 @@ class Compacting:
         """Whether the model is still larger than that of the checkpoint that training goes on from."""
         return self._smaller_checkpoint() is not None
 
+    def check_resumable(self, state: Mapping[str, Any], folder: str) -> None:
+        """Refuse a checkpoint of the smaller model where training can't go on from one.
+
+        Args:
+            state: what is recorded in it.
+
+        Raises:
+            CheckpointMismatchError: naming the checkpoint and the remedy.
+        """
+        smaller = state["training"].get("compaction") is not None
+        if smaller and (not self._engine().turns_stream or self._trainer.args.auto_find_batch_size):
+            raise CheckpointMismatchError(
+                f"the model in {folder} is the smaller one already, with which neither FSDP, DeepSpeed nor "
+                "`auto_find_batch_size` can go on: resume without them, or export it and fine-tune that"
+            )
+
     def to_resume(self, optimizer: HessoOptimizer) -> None:
         """Make the model as small as that of the checkpoint that training goes on from."""
         if (state := self._smaller_checkpoint()) is not None:
@@ -106,11 +122,4 @@ class Compacting:
         folder = self._run.resume_from
         state = read_state(folder) if folder is not None else {"training": {}}
         found = state["training"].get("compaction")
-        if found is None or self._run.model.num_parameters() != found["parameters_before"]:
-            return None
-        if not self._engine().turns_stream or self._trainer.args.auto_find_batch_size:
-            raise CheckpointMismatchError(
-                f"the model in {folder} is the smaller one already, with which neither FSDP, DeepSpeed nor "
-                "`auto_find_batch_size` can go on: resume without them, or export it and fine-tune that"
-            )
-        return state
+        return state if found and self._run.model.num_parameters() == found["parameters_before"] else None

@@ -162,6 +162,7 @@ class PruningRun:
         state = read_state(folder)
         keep_defaults(state["config"], self._config, str(folder))
         check_config(state["config"], self._config.to_dict(), str(folder))
+        self.compacting.check_resumable(state, str(folder))
         self.teaching.go_on(state["training"], str(folder))
         turned = state["training"].get("stream_basis")
         tensors = read_turn(folder)

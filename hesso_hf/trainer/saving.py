@@ -137,7 +137,7 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
         beside = target.absolute().with_name(f"{target.absolute().name}-dense")
         _save_trained(engine, run, beside, plain)
         raise VerificationError(
-            f"{error}. What was trained, a dense model with its pruned units at zero, is saved in {beside}: "
+            f"{error}. What was trained, its pruned units at zero, is saved in {beside}: "
             f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
             "the trainer"
         ) from error

@@ -149,6 +149,16 @@ def test_the_best_checkpoint_is_a_small_one(tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_nothing_of_the_larger_model_is_left(tmp_path: Path) -> None:
+    run = done(tmp_path)
+    gc.collect()
+    larger = {tuple(p.shape) for p in tiny_llama().parameters()} - {tuple(p.shape) for p in run.model.parameters()}
+    held = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
+    mine = {id(p) for model in held_models(run) for p in model.parameters()}
+    found = [t.shape for t in held if tuple(t.shape) in larger and t.dim() > 1 and id(t) not in mine]
+    assert not found
+
+
 def test_a_second_call_of_train_goes_on_with_the_smaller_model(tmp_path: Path) -> None:
     run = done(tmp_path, save_strategy="steps", save_steps=6)
     with pytest.raises(CheckpointMismatchError, match="go on with the model that the run began with"):

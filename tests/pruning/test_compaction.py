@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hesso_hf import HessoConfig, HessoOptimizer, wrap_optimizer
 from hesso_hf.errors import CheckpointMismatchError, HessoError, VerificationError
 from hesso_hf.export.export import cut_pruned
-from hesso_hf.pruning.compact import compact
+from hesso_hf.pruning.compaction import compact
 from hesso_hf.pruning.phases import Phase, phase_of
 from hesso_hf.structures.in_place import InPlace, set_data
 from hesso_hf.structures.router_gates import is_gated
@@ -215,7 +215,7 @@ def test_the_dtype_stays(caplog: pytest.LogCaptureFixture) -> None:
     [
         ("gpt2", "hesso_hf.structures.in_place.InPlace._set_attributes"),  # its code raises then
         ("gemma2", "hesso_hf.structures.in_place.set_buffer"),
-        ("layers", "hesso_hf.pruning.compact.InPlace.put"),
+        ("layers", "hesso_hf.pruning.compaction.InPlace.put"),
     ],
 )
 def test_a_cut_that_computes_something_else_is_taken_back(
