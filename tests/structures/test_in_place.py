@@ -25,7 +25,7 @@ from tests.support.families import (
 )
 
 EVERY = ALL | QUERIES | {family.name: family for family in OTHERS}
-QUICK = ("llama-biases", "gemma3_text", "olmo2", "gpt_neox", "falcon-grouped", "opt-projected", "deepseek_v3")
+QUICK = ("gemma3_text", "falcon-grouped", "opt-projected", "deepseek_v3")
 OWN = {"_parameters", "_buffers", "_modules", "training", "config", "generation_config"}  # compared otherwise, or kept
 
 
