@@ -189,7 +189,8 @@ def measure(shape: str, setting: str, kind: type[Measured], batch: int, length: 
     ids = torch.randint(0, config.vocab_size, (steps * batch, length))
     more: dict[str, Any] = {}
     if kind is MeasuredHesso:
-        more["hesso_config"] = HessoConfig(pruning_ratio=0.3, calibration_examples=0, healing="off", replay_share=0.0)
+        alone: dict[str, Any] = {"calibration_examples": 0, "healing": "off", "replay_share": 0.0}
+        more["hesso_config"] = HessoConfig(pruning_ratio=0.3, compact="never", **alone)  # as large as it ever is
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=batch, bf16=autocast, use_cpu=not cuda,

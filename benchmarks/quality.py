@@ -40,6 +40,7 @@ CACHE = Path(__file__).parent / ".cache"
 KEY = ("model", "method", "ratio", "tokens", "seed")
 ALONE: dict[str, Any] = {
     "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "cric": False,
+    "compact": "never",
 }  # fmt: skip
 HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults

@@ -103,6 +103,7 @@ PRIVATE_NAMES: Mapping[str, str] = {
     "_attn_implementation": "transformers.configuration_utils",
     "_created_lr_scheduler": "transformers.trainer",
     "_buffers": "torch.nn.modules.module",
+    "_experts_implementation": "transformers.configuration_utils",
     "_enable_checkpoint": "transformers.trainer_jit_checkpoint.CheckpointManager",
     "_hf_deepspeed_config_weak_ref": "transformers.integrations.deepspeed",
     "_hp_mapping": "deepspeed.utils.tensor_fragment",

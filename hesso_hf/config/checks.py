@@ -17,6 +17,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "layer_widths": ("uniform", "per_layer"),
     "stream_basis": ("given", "principal", "auto"),
     "healing": ("off", "auto"),
+    "compact": ("never", "end", "auto"),
     "export_dtype": (None, "float32", "bfloat16", "float16"),
     "lora_export": ("merged", "adapter"),
     "cric_mode": ("path", "probe"),

@@ -78,6 +78,11 @@ class HessoConfig:
     warmup_steps: float = _option(0.02, "Ordinary steps before the first scoring (steps).")
     pruning_steps: float = _option(0.08, "Length of all pruning periods together (steps).")
     pruning_periods: int | None = _option(None, "Number of pruning periods (default 3, fewer in very short runs).")
+    compact: str = _option(
+        "auto",
+        "When the model in memory becomes the smaller one: end, at the end of the last pruning period, after which "
+        "steps and checkpoints are the smaller model's; auto: the same where that can be had; never: when it is saved.",
+    )
     saliency: dict | str | None = _option(
         None,
         "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
@@ -205,8 +210,8 @@ class HessoConfig:
             changes: other fields.
         """
         alone: dict[str, Any] = {
-            "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "cric": True,
-            "cric_mode": "path",
+            "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0,
+            "compact": "never", "cric": True, "cric_mode": "path",
         }  # fmt: skip
         return cls(pruning_ratio=pruning_ratio, **(alone | changes))
 

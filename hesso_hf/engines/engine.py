@@ -36,6 +36,16 @@ class Quality(Protocol):
         """Measure the base model, before anything is done to it."""
 
 
+class Compacting(Protocol):
+    """When the model in memory becomes the smaller one."""
+
+    def check(self, base: Optimizer | None = None) -> None:
+        """Refuse what stands against it where it is asked for."""
+
+    def to_resume(self, optimizer: HessoOptimizer) -> None:
+        """Make the model as small as that of the checkpoint that training goes on from."""
+
+
 class Run(Protocol):
     """What an engine asks of the run that it serves."""
 
@@ -45,6 +55,10 @@ class Run(Protocol):
     @property
     def quality(self) -> Quality:
         """What base model and smaller one are compared by."""
+
+    @property
+    def compacting(self) -> Compacting:
+        """When the model in memory becomes the smaller one."""
 
     @property
     def whole(self) -> nn.Module:
@@ -231,7 +245,9 @@ class PlainEngine(Engine[HessoOptimizer]):
         """Put HESSO around an optimizer, once; Accelerate may have put something around both since."""
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
             return base
+        run.compacting.check(base)
         self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
+        run.compacting.to_resume(self.steps)
         return self.steps
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:

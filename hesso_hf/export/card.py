@@ -31,6 +31,7 @@ def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any]
         page: whether there is one to link.
     """
     distillation, replay, tokens = report.get("distillation"), report.get("replay"), report.get("vocabulary")
+    compaction = report.get("compaction")
     checked, stock = report["verification"], report["stock_class"]
     text = _CARD.format(
         name=_base(report) or report["model_class"],
@@ -43,6 +44,8 @@ def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any]
         tokens="" if tokens is None else _FEWER_TOKENS,
         distilled=_DISTILLED.format(**distillation) if distillation else "",
         replayed=_REPLAYED.format(**replay) if replay else "",
+        zeros="" if compaction else " with its pruned units at zero",
+        compacted=_COMPACTED.format(**compaction) if compaction else "",
         file=report_name,
         page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
         picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
@@ -122,7 +125,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     if quality:
         on = ", ".join(f"{found['examples']:,} of {text_of(key)}" for key, found in quality.items())
         text += (
-            "\nLosses and perplexities are those of the base model and of the trained one, its pruned units at zero,\n"
+            "\nLosses and perplexities are those of the base model and of the trained one,\n"
             f"on the same examples: {on}.\n"
         )
     if report.get("evaluation"):
@@ -154,6 +157,10 @@ _DISTILLED = "It learnt from {teacher} as the teacher (distillation weight {alph
 _REPLAYED = (
     "{share:.0%} of the tokens trained on were replay, written by {source}, on which it stays near the original model. "
 )
+_COMPACTED = (
+    "The pruned units, at zero by then, were cut out after step {step} of the training, with a relative error of "
+    "{error:.1e}; the smaller model was trained from there on. "
+)
 _CARD = """# {name}, pruned
 
 {ratio:.1%} of the parameters were removed by structured pruning with HESSO
@@ -170,8 +177,9 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 |---|---:|---:|
 {rows}
 {measured}
-The logits of the exported model were compared with those of the trained model with its pruned units at zero: relative
-error {checked[fold_error]:.1e} in fp32, {checked[rounding_error]:.1e} after rounding to {checked[dtype]}. {tokens}\
+The logits of the exported model were compared with those of the trained model{zeros}: relative
+error {checked[fold_error]:.1e} in fp32, {checked[rounding_error]:.1e} after rounding to {checked[dtype]}. \
+{compacted}{tokens}\
 Kept units, schedule and versions are in
 `{file}`{page}.
 {picture}{made}"""

@@ -40,6 +40,21 @@ Once pruning has finished, this writes the smaller model, which plain `from_pret
 hesso-hf export {folder} small
 ```
 """
+_SMALLER_CARD = """---
+tags:
+- hesso
+---
+
+# The smaller model, in training
+
+This is a checkpoint of a run that prunes. The pruned units were cut out after step {step}, so what it holds is the
+smaller model, which plain `from_pretrained` loads, and which is still being trained. To train on from here, load the
+model that the run began with and `resume_from_checkpoint`. This writes the smaller model with its report:
+
+```bash
+hesso-hf export {folder} small
+```
+"""
 _NOT_VALID = "Can't find a valid checkpoint at"  # what `Trainer` says of a folder that it can't resume from
 SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded run's checkpoint
 
@@ -47,11 +62,18 @@ SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded
 def write_state(folder: Path, decision: Mapping[str, Any], config: HessoConfig, training: Mapping[str, Any]) -> None:
     """Write what `PruningProcess.decision` says, the config and the training record, atomically.
 
-    A card beside it tells whoever finds the folder that the model in it isn't the smaller one.
+    A card beside it tells whoever finds the folder whether the model in it is the smaller one.
     """
-    (folder / "README.md").write_text(_card(folder, decision), encoding="utf-8")
+    compaction = training.get("compaction")
+    card = _SMALLER_CARD.format(folder=folder, **compaction) if compaction else _card(folder, decision)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     staged = folder / f"{STATE_NAME}.tmp"
-    state = {**decision, "holds": "dense", "config": config.to_dict(), "training": training}
+    state = {
+        **decision,
+        "holds": "smaller" if compaction else "dense",
+        "config": config.to_dict(),
+        "training": training,
+    }
     staged.write_text(json.dumps(state), encoding="utf-8")
     os.replace(staged, folder / STATE_NAME)
 
@@ -90,7 +112,20 @@ def check_resumable(folder: Path, model: PreTrainedModel) -> None:
     Raises:
         CheckpointMismatchError: where there is no pruning state, or weights have other shapes.
     """
-    read_state(folder)
+    compaction = read_state(folder)["training"].get("compaction")
+    if compaction is None or model.num_parameters() != compaction["parameters_before"]:
+        _check_shapes(folder, model)
+    sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
+    alone = (OPTIMIZER_NAME, "optimizer.bin", PRUNING_NAME)
+    if not sharded and not any((folder / name).exists() for name in alone):
+        raise CheckpointMismatchError(
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds neither {OPTIMIZER_NAME} nor "
+            f"{PRUNING_NAME}: save_only_model under FSDP or DeepSpeed leaves both out; export it, or start a new run "
+            "from its weights"
+        )
+
+
+def _check_shapes(folder: Path, model: PreTrainedModel) -> None:
     shapes = {name: tuple(full_shape(parameter)) for name, parameter in named_parameters(model).items()}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as stored:
@@ -101,14 +136,6 @@ def check_resumable(folder: Path, model: PreTrainedModel) -> None:
                         f"{folder} holds {name} of shape {found}, that of `model` is {shapes[name]}: go on with the "
                         "model that the run began with"
                     )
-    sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
-    alone = (OPTIMIZER_NAME, "optimizer.bin", PRUNING_NAME)
-    if not sharded and not any((folder / name).exists() for name in alone):
-        raise CheckpointMismatchError(
-            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) holds neither {OPTIMIZER_NAME} nor "
-            f"{PRUNING_NAME}: save_only_model under FSDP or DeepSpeed leaves both out; export it, or start a new run "
-            "from its weights"
-        )
 
 
 def load_converted_(model: PreTrainedModel, folder: Path) -> None:
@@ -165,10 +192,10 @@ def _step_of(checkpoint: Path) -> int:
 # what checkpoints from before a key of HessoConfig did
 _BEFORE = {
     "stream_basis": "given", "stream_basis_tolerance": 0.05, "healing": "off", "replay_share": 0.0,
-    "warmup_steps": 0.05, "pruning_steps": 0.15, "quality_examples": 0,
+    "warmup_steps": 0.05, "pruning_steps": 0.15, "quality_examples": 0, "compact": "never",
 }  # fmt: skip
 # keys whose default was another one
-_MOVED = ("stream_basis", "healing", "replay_share", "warmup_steps", "pruning_steps", "quality_examples")
+_MOVED = ("stream_basis", "healing", "replay_share", "warmup_steps", "pruning_steps", "quality_examples", "compact")
 
 
 def keep_defaults(saved: Mapping[str, Any], config: HessoConfig, folder: str) -> None:

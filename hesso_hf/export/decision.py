@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +27,33 @@ NOTHING_CUT = KeptUnits({}, {})
 
 
 @dataclass(frozen=True)
+class Compaction:
+    """That the pruned units were cut during training, and what the model that goes on from there doesn't show.
+
+    Attributes:
+        step: steps that had been made.
+        error: relative error of the smaller model's logits then, in fp32.
+        parameters_before, sizes_before: of the full model.
+        kept_units: the units that stayed, those of dropped layers left out.
+    """
+
+    step: int
+    error: float
+    parameters_before: int
+    sizes_before: dict[str, int]
+    kept_units: KeptUnits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self) | {"kept_units": self.kept_units.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Compaction:
+        """Read what `to_dict` wrote."""
+        return cls(**{**values, "kept_units": KeptUnits.from_dict(values["kept_units"])})
+
+
+@dataclass(frozen=True)
 class Decision:
     """What stays of a model.
 
@@ -33,11 +61,28 @@ class Decision:
         groups: the model's structures.
         kept: the units that stay; of structures that it doesn't name, all.
         vocabulary: the tokens that stay; None for all.
+        compaction: where units were cut before; then no more are.
     """
 
     groups: PruningGroups
     kept: KeptUnits
     vocabulary: KeptTokens | None = None
+    compaction: Compaction | None = None
+
+    @property
+    def sizes_before(self) -> dict[str, int]:
+        """The config sizes that units are part of, as they were before any was cut."""
+        if self.compaction is not None:
+            return self.compaction.sizes_before
+        sizes: dict[str, int] = {}
+        for name in self.kept.kept:
+            sizes |= self.groups.structures[name].config_sizes(self.groups.structures[name].num_units)
+        return sizes
+
+    @property
+    def kept_units(self) -> KeptUnits:
+        """The units that stay of the full model, those of dropped layers left out."""
+        return self.compaction.kept_units if self.compaction else without_dropped_layers(self.groups, self.kept)
 
     def routing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let the routers of a model that has all experts choose among the kept ones for a while."""
@@ -51,6 +96,7 @@ def decide(
     kept_units: KeptUnits | None,
     groups: PruningGroups | None = None,
     vocabulary: KeptTokens | None = None,
+    compaction: Compaction | None = None,
 ) -> Decision:
     """Decide which units stay: those of a decision at hand, or those that aren't exactly zero.
 
@@ -58,10 +104,13 @@ def decide(
         kept_units: the decision at hand.
         groups: by default proved here.
         vocabulary: handed on.
+        compaction: that cut the units out already: the others don't count then.
 
     Raises:
         HessoError: where a unit that is to be cut isn't zero, or the layers would differ unasked.
     """
+    if compaction is not None:
+        return Decision(PruningGroups({}), NOTHING_CUT, vocabulary, compaction)
     if groups is None:
         groups = groups_for(model, kept_units)
     if kept_units is not None:

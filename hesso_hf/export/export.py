@@ -68,7 +68,7 @@ def export_pruned(
     adapted = found.lora_export(lora_export)
     model = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
     vocabulary = vocabulary or found.vocabulary
-    decision = decide(model, found.kept, groups, vocabulary)
+    decision = decide(model, found.kept, groups, vocabulary, found.compaction)
     if found.kept is None and decision.kept.all_stay and not isinstance(source, nn.Module):
         raise HessoError(
             f"`source` ({str(source)!r}): nothing in it is pruned; give a checkpoint-* folder that training wrote"
@@ -104,7 +104,7 @@ def cut_pruned(
     found = read_source(model, kept_units, None, training, trust_pickles=False)
     adapted = bool(lora_layers(found.model))
     full = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
-    decision = decide(full, kept_units, groups, found.vocabulary)
+    decision = decide(full, kept_units, groups, found.vocabulary, found.compaction)
     small, _ = Verifier(WholeSource(full, decision, found.model if adapted else None)).checked_cut()
     stored = DTYPES[dtype] if dtype else found.dtype
     for parameter in small.parameters():

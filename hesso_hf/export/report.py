@@ -22,7 +22,6 @@ from transformers.utils import logging
 from ..distributed.parts import stock_class
 from ..hf_models.sizes import get_size
 from ..structures.groups import KeptUnits
-from ..structures.layers import without_dropped_layers
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import rows_elements
@@ -72,19 +71,16 @@ class PruningReport:
         training: Mapping[str, Any],
     ) -> PruningReport:
         """Say what was removed from a model, and how exactly."""
-        groups, kept, vocabulary = decision.groups, decision.kept, decision.vocabulary
-        before: dict[str, int] = {}
-        for name in kept.kept:
-            before |= groups.structures[name].config_sizes(groups.structures[name].num_units)
+        vocabulary, compaction, before = decision.vocabulary, decision.compaction, decision.sizes_before
         return cls(
             model_class=stock_class(model).__name__,
             base_model=model.config.name_or_path or "",
-            parameters_before=model.num_parameters(),
+            parameters_before=compaction.parameters_before if compaction else model.num_parameters(),
             parameters_after=small.num_parameters(),
             sizes_before=before,
             sizes_after={name: _size_after(small.config, name) for name in before},
             stock=not uneven_sizes(small.config),
-            kept_units=without_dropped_layers(groups, kept),
+            kept_units=decision.kept_units,
             verification=verification,
             training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
@@ -213,4 +209,6 @@ def _shown(training: Mapping[str, Any]) -> dict[str, Any]:
             found["hesso_config"] = {**config, name: public}
             if found.get(part):
                 found[part] = {**found[part], entry: public}
+    if compaction := found.get("compaction"):  # its other entries are the report's own
+        found["compaction"] = {name: compaction[name] for name in ("step", "error")}
     return found

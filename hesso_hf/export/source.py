@@ -28,7 +28,7 @@ from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, pa
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.tokens import KeptTokens
 from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
-from .decision import groups_for
+from .decision import Compaction, groups_for
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +61,12 @@ class ExportSource:
         """The tokens that the run keeps, where some were removed."""
         found = self.training.get("vocabulary")
         return KeptTokens.from_dict(found) if found else None
+
+    @property
+    def compaction(self) -> Compaction | None:
+        """That the run has cut the pruned units out of the model, where it has."""
+        found = self.training.get("compaction")
+        return Compaction.from_dict(found) if found else None
 
     def lora_export(self, asked: str | None) -> str | None:
         """Return how adapters are exported, None where the model has none.
@@ -107,6 +113,11 @@ def read_source(
             raise HessoError(
                 f"pruning had not finished in {folder}: step {state['step']} of {state['schedule_end']}; "
                 "resume training and export a later checkpoint"
+            )
+        if kept is not None and state["training"].get("compaction"):
+            raise HessoError(
+                f"`kept_units`: the model in {folder} is the smaller one already, its pruned units were cut during "
+                "training; leave `kept_units` out"
             )
         kept = kept or KeptUnits.from_dict(state["kept_units"])
         training = training or state["training"]

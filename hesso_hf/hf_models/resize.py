@@ -64,6 +64,7 @@ def resized_config(
     except Exception as error:  # a config class may refuse with any exception type
         raise HessoError(f"{type(config).__name__} refuses {changes}: {last_line(error)}") from error
     rebuilt._attn_implementation = config._attn_implementation
+    rebuilt._experts_implementation = config._experts_implementation
     return rebuilt
 
 

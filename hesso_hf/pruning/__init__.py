@@ -12,6 +12,7 @@ from .. import hand_on
 
 if TYPE_CHECKING:
     from .basis import turn_stream
+    from .compaction import compact
     from .healing import Healer
     from .optimizer import HessoOptimizer
     from .plan import PruningPlan, wrap_optimizer
@@ -26,6 +27,7 @@ __all__ = [
     "PruningProcess",
     "PruningState",
     "Schedule",
+    "compact",
     "turn_stream",
     "wrap_optimizer",
 ]
@@ -33,6 +35,7 @@ __getattr__ = hand_on(
     __name__,
     {
         "turn_stream": "basis",
+        "compact": "compaction",
         "Healer": "healing",
         "HessoOptimizer": "optimizer",
         "PruningPlan": "plan",

@@ -4,7 +4,7 @@
     CricCycle      units go the way to zero on trial, and all are scored on it (`cric_mode="path"`)
     PruningPeriod  its first step marks the lowest units, all its steps shrink them, after the last they are at zero
     GivenUp        a period's step at which the loss has collapsed: back to its start, to mark fewer (`on_collapse`)
-    Recovery       pruned units stay at zero
+    Recovery       pruned units stay at zero; once they are cut out of the model it is a `Phase` again
 
 `cric_mode="probe"` takes no step, so it is no phase: CRIC looks between warm-up and the first period.
 Legend: L layers, U units a layer.
@@ -64,7 +64,9 @@ class Run:
 
     @property
     def masking(self) -> bool:
-        """Whether units are pruned: a period that marks some has ended."""
+        """Whether the model has pruned units: a period that marks some has ended, and they weren't cut out yet."""
+        if self.state.compaction is not None:
+            return False
         ended = (period.share and period.end <= self.state.step for period in self.state.schedule.periods)
         return self.ranking.removes_any and any(ended)
 
@@ -258,7 +260,7 @@ class Recovery(Phase):
 def phase_of(run: Run) -> Phase:
     """Return the phase of the coming step."""
     schedule, step = run.state.schedule, run.state.step
-    if not run.ranking.removes_any:
+    if not run.ranking.removes_any or run.state.compaction is not None:
         return Phase(run)
     sampling = schedule.sampling_step(step) if run.state.trial is not None else None
     if sampling is not None:

@@ -20,7 +20,7 @@ from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
-from ..hf_models.sizes import canonical_name, get_size
+from ..hf_models.sizes import canonical_name
 from ..structures.cut import build_cut, load_cut
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits, PruningGroups
@@ -170,8 +170,9 @@ class PruningPlan:
 
     def _sizes_of(self, name: str) -> str:
         """Return the config sizes of a structure, before and after."""
-        sizes = self.groups.structures[name].config_sizes(self.target.kept_units[name])
-        return ", ".join(f"{size} {get_size(self.model.config, size)} -> {after}" for size, after in sizes.items())
+        structure = self.groups.structures[name]
+        before, after = (structure.config_sizes(n) for n in (structure.num_units, self.target.kept_units[name]))
+        return ", ".join(f"{size} {before[size]} -> {after[size]}" for size in after)
 
     def warn_of_shape(self) -> None:
         """Warn of structures of which so little stays that nobody serves such a model."""

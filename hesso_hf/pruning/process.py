@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..errors import HessoError
+from ..export.decision import Compaction
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.lora import NO_ADAPTERS, Adapters
 from ..structures.router_gates import RouterGates
@@ -163,6 +164,15 @@ class PruningProcess:
             return {}
         names = [reader.name for reader in healer.readers(self.bound)]
         return {name: self.bound.parameters[name] for name in names if not self.bound.parameters[name].requires_grad}
+
+    def let_go(self, compaction: Compaction, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Have nothing more to do with the model's parameters: the pruned units were cut out of it.
+
+        Args:
+            parameters: what is left.
+        """
+        self.bound.let_go(parameters)
+        self.state.compaction = compaction
 
     # -- CRIC -----------------------------------------------------------------------------------------------------
 

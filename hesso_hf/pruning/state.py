@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ..budget.solver import TargetSizes
 from ..distributed.collectives import is_main_process
 from ..errors import CheckpointMismatchError, check_same
+from ..export.decision import Compaction
 from .collapse import CollapseWatch
 from .cric import CricTrial
 from .saliency import PerUnit, UnitSums, on_device
@@ -42,6 +43,7 @@ class PruningState:
         trial: CRIC's sets, sums and snapshot; None without CRIC.
         period_start: snapshot of the period's start, while it may be paused.
         healing: what is added to matrices in this period, by parameter, all its steps together.
+        compaction: that the pruned units were cut out of the model; None while it has them.
     """
 
     target: TargetSizes
@@ -56,6 +58,7 @@ class PruningState:
     order: PerUnit | None = None
     period_start: Snapshot | None = None
     healing: dict[str, torch.Tensor] = field(default_factory=dict)
+    compaction: Compaction | None = None
 
     def __str__(self) -> str:
         lines = [f"step {self.step} of {self.schedule.total_steps} ({self.schedule.phase(self.step)})"]
@@ -68,6 +71,8 @@ class PruningState:
         if self.trial is not None:
             cycles = f"{self.trial.cric.cycles} of at most {self.trial.cric.max_cycles} cycles begun"
             lines.append(f"CRIC: {'decided' if self.trial.ended else 'not decided'}, {cycles}")
+        if self.compaction is not None:
+            lines.append(f"compaction: pruned units were cut at step {self.compaction.step}")
         return "\n".join([*lines, f"snapshots: {', '.join(self.snapshots) or 'none'}"])
 
     @property
@@ -117,6 +122,7 @@ class PruningState:
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self.period_start.state_dict() if self.period_start else None,
             **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
+            **({"compaction": self.compaction.to_dict()} if self.compaction else {}),  # nor this
             "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 
@@ -131,6 +137,11 @@ class PruningState:
             raise CheckpointMismatchError(f"pruning state of format {found!r}; this version reads {FORMAT}")
         check_same("target", saved["target"], self.target.to_dict())
         check_same("config", saved["choices"], self.choices)
+        if (saved.get("compaction") is None) != (self.compaction is None):
+            raise CheckpointMismatchError(
+                "the pruned units were cut out of the model in only one of the checkpoint and this run: go on with the "
+                "model that the run began with, loaded anew, in HessoTrainer, which cuts it as the checkpoint's was"
+            )
         for name, scales in self.scales.items():
             if name not in saved["scales"] or saved["scales"][name].shape != scales.shape:
                 raise CheckpointMismatchError(f"the saved pruning state has no {name} of shape {tuple(scales.shape)}")

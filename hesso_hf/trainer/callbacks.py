@@ -90,6 +90,17 @@ class HessoProgressCallback(TrainerCallback):
         return found[0].training_bar if found else None
 
 
+class CompactAtEnd(TrainerCallback):
+    """Has the model become the smaller one when pruning ends, before that step is logged, evaluated or saved."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are gone by now."""
+        self._trainer.hesso_run.compacting.at_the_end()
+
+
 class StopTogether(TrainerCallback):
     """Agrees on the step after which `enable_jit_checkpoint` saves: each process has a signal and a clock of its own.
 

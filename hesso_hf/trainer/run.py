@@ -30,6 +30,7 @@ from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
+from .compacting import Compacting
 from .measure import Measurer
 from .quality import Quality
 from .stream import GIVEN, settle_in_basis
@@ -58,6 +59,7 @@ class PruningRun:
         plan: groups, budget and target sizes.
         measurer: what measures with the trainer's loss.
         teaching: what is learnt beside the user's loss.
+        compacting: when the model in memory becomes the smaller one.
         basis: how the stream was turned, None in the given basis.
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
@@ -88,6 +90,8 @@ class PruningRun:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.measurer = Measurer(trainer, config, counted, generated)
         _check_asked(config, self.measurer.generates)
+        self.compacting = Compacting(trainer, config, engine, self)
+        self.compacting.check()
         self.plan = _prepared(trainer, self.whole, config)
         name = self.model.config.name_or_path
         self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
@@ -124,7 +128,7 @@ class PruningRun:
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
         if self.first_state is None:
-            self._healer = self._make_healer()
+            self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer)
         process = self.plan.process(self._settle())
         if self._healer is not None:
             process.heal_with(self._healer)
@@ -133,15 +137,6 @@ class PruningRun:
                 self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
             )
         return process
-
-    def _make_healer(self) -> Healer | None:
-        if self._config.healing == "off" and RECONSTRUCTION not in self._config.saliency_weights:
-            return None
-        if reason := _why_not_healed(self.model, self._engine(), self.measurer):
-            logger.warning(f"`healing` ({self._config.healing!r}): nothing is healed: {reason}")
-            return None
-        tokens = self.measurer.tokens(HEALING_TOKENS, between=True)
-        return Healer(self.model, padded(tokens, self._trainer.args.device))
 
     def _settle(self) -> Schedule:
         """Fix sizes and schedule: a checkpoint's, or those of the first state, else by measuring and counting."""
@@ -169,6 +164,7 @@ class PruningRun:
         state = read_state(folder)
         keep_defaults(state["config"], self._config, str(folder))
         check_config(state["config"], self._config.to_dict(), str(folder))
+        self.compacting.check_resumable(state, str(folder))
         self.teaching.go_on(state["training"], str(folder))
         self.quality.go_on(state["training"].get("quality"))
         turned = state["training"].get("stream_basis")
@@ -242,6 +238,7 @@ class PruningRun:
             "steps": process.step,
             **(_as_trained(self._trainer, self.quality) | self.origin),
             "cric": process.cric_report(),
+            "compaction": process.state.compaction.to_dict() if process.state.compaction else None,
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
@@ -256,6 +253,15 @@ def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:
         "quality": quality.record(),
         "hyperparameters": hyperparameters,
     }
+
+
+def _make_healer(model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer) -> Healer | None:
+    if config.healing == "off" and RECONSTRUCTION not in config.saliency_weights:
+        return None
+    if reason := _why_not_healed(model, engine, measurer):
+        logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
+        return None
+    return Healer(model, padded(measurer.tokens(HEALING_TOKENS, between=True), engine.args.device))
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import from_all, from_main, on_all
+from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError
 from ..export.card import CARD_NAME
@@ -23,6 +24,7 @@ from ..export.report import REPORT_NAME, SHOWING, PruningReport
 from ..export.storage import check_writable, room, writing
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
+from ..structures.turned_base import write_healed, write_turn
 from ..structures.uneven_layers import MODULE_NAME
 from .run import PruningRun
 
@@ -91,6 +93,16 @@ def writing_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[None]:
         raise StorageError(f"{error}. Make room, then: {going_on}") from error
 
 
+def write_beside(folder: Path, run: PruningRun, config: HessoConfig) -> None:
+    """Begin a checkpoint with what pruning has decided, and what its weights don't say of the base."""
+    begin_checkpoint(folder)
+    write_state(folder, run.process.decision(), config, run.record())
+    if run.basis is not None and run.basis.tensors:
+        write_turn(folder, run.basis.tensors)
+    if healed := run.process.healed_base():
+        write_healed(folder, healed)
+
+
 def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[], None]) -> None:
     """Save the model as it is, with a warning, in place of a smaller one that may lie there.
 
@@ -126,7 +138,7 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
         beside = target.absolute().with_name(f"{target.absolute().name}-dense")
         _save_trained(engine, run, beside, plain)
         raise VerificationError(
-            f"{error}. What was trained, a dense model with its pruned units at zero, is saved in {beside}: "
+            f"{error}. What was trained, its pruned units at zero, is saved in {beside}: "
             f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
             "the trainer"
         ) from error

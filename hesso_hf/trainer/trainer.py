@@ -17,14 +17,12 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import barrier
-from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine, Steps
 from ..errors import TrainingDivergedError
-from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_, write_state
+from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_
 from ..export.report import REPORT_NAME, PruningReport, add_to_card
 from ..structures.lora import lora_layers, with_adapter
-from ..structures.turned_base import write_healed, write_turn
-from .callbacks import HessoProgressCallback, StopTogether, metrics
+from .callbacks import CompactAtEnd, HessoProgressCallback, StopTogether, metrics
 from .engine import checked_config, engine_of, refuse
 from .hub import upload, upload_on_the_way
 from .peeked import PeekedStream
@@ -38,6 +36,7 @@ from .saving import (
     resolve_checkpoint,
     save_dense,
     save_smaller,
+    write_beside,
     writing_checkpoint,
 )
 
@@ -97,8 +96,8 @@ class HessoMixin(_TrainerBase):
         attributes = self.hesso_counted, self.hesso_generated
         self.hesso_run = PruningRun(self, self.hesso_config, lambda: self.hesso_engine, *attributes)
         self._restarts = Restarts(self, lambda: self.hesso_engine, self.hesso_run)  # type: ignore[arg-type]
-        self.add_callback(HessoProgressCallback(self))
-        self.add_callback(StopTogether(self))
+        for callback in (HessoProgressCallback, CompactAtEnd, StopTogether):  # saved is what was cut before
+            self.add_callback(callback(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, and the engine over it."""
@@ -247,18 +246,13 @@ class HessoMixin(_TrainerBase):
         return pruned_model(self.hesso_engine, self.hesso_run)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a dense, resumable checkpoint with the pruning state beside it."""
+        """Write a resumable checkpoint with the pruning state beside it."""
         self._saving_checkpoint = True
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with writing_checkpoint(folder, self.hesso_run.model):
                 if self.args.should_save:
-                    begin_checkpoint(folder)
-                    write_state(folder, self._process.decision(), self.hesso_config, self.hesso_run.record())
-                    if self.hesso_run.basis is not None and self.hesso_run.basis.tensors:
-                        write_turn(folder, self.hesso_run.basis.tensors)
-                    if healed := self._process.healed_base():
-                        write_healed(folder, healed)
+                    write_beside(folder, self.hesso_run, self.hesso_config)
                 barrier()  # nobody writes before what was there is gone
                 self.hesso_engine.save(self.hesso_run, folder)
                 super()._save_checkpoint(model, trial)
@@ -271,6 +265,8 @@ class HessoMixin(_TrainerBase):
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.hesso_run.compacting.is_due:
+            return  # loaded when there is an optimizer, with which the model becomes as small
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_converted_(self.hesso_run.model, Path(resume_from_checkpoint))
 
@@ -278,6 +274,8 @@ class HessoMixin(_TrainerBase):
         plain = super()._load_optimizer_and_scheduler
         if checkpoint is None:
             return plain(None)
+        if self._process.state.compaction is not None:
+            self._load_from_checkpoint(checkpoint)
         return self.hesso_engine.load(self.hesso_run, Path(checkpoint), lambda: plain(checkpoint))
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

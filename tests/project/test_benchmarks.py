@@ -273,6 +273,28 @@ def test_split_measures_each_before_and_after_training(tmp_path: Path, monkeypat
     assert output.read_text() == before
 
 
+@pytest.mark.slow
+def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compaction
+    import texts
+
+    stand_in(tmp_path)
+    plays, output = tmp_path / "data" / "tinyshakespeare.txt", tmp_path / "compaction.json"
+    plays.write_text("".join(python_docs_texts("test"))[:40_000], encoding="utf-8")
+    small = texts.Setting("stories", 32, 2, 1e-3, calibration_examples=0, blocks=1, windows=1)
+    monkeypatch.setitem(texts.SETTINGS, "stories", small)
+    flags = ["--data", str(tmp_path), "--steps", "6", "--widths", "96", "--seeds", "0", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["compaction.py", *flags])
+    assert compaction.main() == 0
+    found = json.loads(output.read_text())
+    masked, compacted = found["runs"]
+    assert masked["kept"] == compacted["kept"]
+    assert masked["trained"] > masked["parameters"] == compacted["parameters"] == compacted["trained"]
+    assert compacted["cut_error"] < 1e-5
+    assert abs(masked["loss"] - compacted["loss"]) < 0.1
+    assert list(found["medians"]) == ["width 96, masked", "width 96, compacted"]
+
+
 def quality_flags(folder: Path, output: Path, text: str) -> list[str]:
     """Return the options of a small run on the bundled model."""
     flags = ["--model", "bundled", "--text", text, "--data", str(folder), "--cache", str(folder / "cache")]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
+from hesso_hf.export.decision import Compaction
 from hesso_hf.pruning import phases
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.schedule import Schedule
@@ -77,4 +78,5 @@ def test_a_state_prints_what_it_holds() -> None:
 def test_every_field_is_saved() -> None:
     process = process_for(tiny_llama(), KEPT, Schedule(1, 2, 1, 3))
     process.state.healing = {"a matrix": torch.zeros(2)}  # is saved where there is some
+    process.state.compaction = Compaction(2, 0.0, 10, {}, process.kept_units())  # and this
     assert {field.name for field in dataclasses.fields(PruningState)} <= process.state_dict().keys()

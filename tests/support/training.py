@@ -52,7 +52,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 # The paper's method without what comes on top of it by default, as what is compared step by step needs it.
 ALONE: dict[str, Any] = {
-    "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0,
+    "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "compact": "never",
 }  # fmt: skip
 
 

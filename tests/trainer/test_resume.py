@@ -90,9 +90,11 @@ def test_a_checkpoint_from_before_healing_goes_on_without_it(tmp_path: Path, cap
     check_equal(run, whole)
 
 
-def test_checkpoints_are_dense_and_export_later(undisturbed: HessoTrainer, tmp_path: Path) -> None:
+def test_checkpoints_are_dense_until_pruning_ends_and_export_after_it(
+    undisturbed: HessoTrainer, tmp_path: Path
+) -> None:
     folder = Path(undisturbed.args.output_dir)
-    dense = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-12")
+    dense = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-8")
     assert dense.config.intermediate_size == 44
     report = export_pruned(folder / "checkpoint-12", tmp_path / "small")
     assert report.kept_units == undisturbed.hesso_optimizer.process.kept_units()
@@ -147,7 +149,8 @@ def weights_only(tmp_path_factory: pytest.TempPathFactory) -> HessoTrainer:
 
 
 def of_weights_only(folder: Path, **changes: Any) -> HessoTrainer:
-    config = hesso_config(cric=True, cric_sampling_steps=2, cric_max_cycles=1, warmup_steps=1, healing="auto")
+    cric = {"cric": True, "cric_sampling_steps": 2, "cric_max_cycles": 1}
+    config = hesso_config(**cric, warmup_steps=1, healing="auto", compact="auto")
     options = {"save_only_model": True, "lr_scheduler_type": "constant"}
     return trainer(folder, config=config, trainer_class=WithoutMemory, **(options | changes))
 
@@ -171,7 +174,8 @@ def test_a_checkpoint_is_never_overwritten_by_an_export(undisturbed: HessoTraine
     checkpoint = Path(undisturbed.args.output_dir) / "checkpoint-12"
     with pytest.raises(HessoError, match="is a checkpoint of a run"):
         export_pruned(checkpoint, checkpoint)
-    assert AutoModelForCausalLM.from_pretrained(checkpoint).config.intermediate_size == 44
+    held = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert all(torch.equal(held[name], parameter) for name, parameter in undisturbed.model.named_parameters())
 
 
 _TRAIN = """

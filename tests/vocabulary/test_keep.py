@@ -762,7 +762,10 @@ def test_the_trainer_saves_a_smaller_vocabulary(tied: bool, tmp_path: Path) -> N
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = tiny_llama(vocab_size=len(tokenizer) + 5, tie_word_embeddings=tied, **ids)
     full_size = len(tokenizer) + 5
-    config = hesso_config(prune_vocabulary=True, target_sizes={"num_key_value_heads": 2, "intermediate_size": 28})
+    config = hesso_config(
+        prune_vocabulary=True, compact="end" if tied else "never",
+        target_sizes={"num_key_value_heads": 2, "intermediate_size": 28},
+    )  # fmt: skip
     trainer = run(tmp_path / "run", tokenizer, model, config, save_strategy="steps", save_steps=12)
     assert trainer.model.config.vocab_size == full_size  # training sees the whole vocabulary
     trainer.save_model(str(tmp_path / "small"))

@@ -67,6 +67,11 @@ class BoundGroups(HeldAxes):
         frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
         self.frozen = FrozenWeights(frozen, self.axes)
 
+    def let_go(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Hold no axis any more, so that nothing is done to the parameters that are left: other units lie on them."""
+        self.axes, self._scored, self.held, self._gates = {}, {}, {}, None
+        self.parameters = dict(parameters)
+
     @property
     def sharded(self) -> bool:
         """Whether processes hold different parts of the parameters."""

@@ -1,0 +1,176 @@
+"""Compaction: once all units that go are at zero, model and optimizer state in memory become the smaller ones.
+
+It is the export's cut, verified as the export verifies it, put in the place of the model that is being trained.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from transformers import PreTrainedModel
+
+from ..distributed.collectives import world_size
+from ..errors import HessoError, VerificationError
+from ..export.decision import Compaction, Decision, decide
+from ..export.parameters import WholeSource
+from ..export.verify import FOLD_TOLERANCE, Verifier
+from ..structures.cut import cut_model, cuts_by_tensor
+from ..structures.groups import KeptUnits
+from ..structures.in_place import InPlace, set_data
+from ..structures.layers import is_dropped
+from ..structures.lora import base_of, lora_layers
+from ..structures.router_gates import remove_gates
+from .optimizer import HessoOptimizer
+from .process import PruningProcess
+from .weights.snapshot import kept_random_state
+
+# The state of one value an element, by optimizer, with the power of the gradient that it goes by.
+_OF_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+STATE_POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
+    Adam: _OF_ADAM,
+    AdamW: _OF_ADAM,
+    SGD: {"momentum_buffer": 1},
+    RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
+    Adagrad: {"sum": 2},
+}
+
+
+def why_not_compact(model: nn.Module, base: Optimizer | None, layer_widths: str) -> str:
+    """Return why a model that trains can't become the smaller one, "" where it can.
+
+    Args:
+        base: the optimizer that HESSO is around, where there is one already.
+        layer_widths: as in `HessoConfig`.
+    """
+    if world_size() > 1:
+        return "the model is trained on several processes"
+    if lora_layers(base_of(model)):
+        return "the model has LoRA adapters"
+    if layer_widths == "per_layer":
+        return "`layer_widths` ('per_layer') has a model that no stock class is"
+    if base is not None and type(base) not in STATE_POWERS:
+        known = ", ".join(kind.__name__ for kind in STATE_POWERS)
+        return f"the state of {type(base).__module__}.{type(base).__name__} can't be cut ({known} of torch's can)"
+    return ""
+
+
+def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
+    """Cut the pruned units out of a model that goes on training, and out of its optimizer's state.
+
+    For training loops of one's own: call it between two steps, once `optimizer.process.finished`. The model and its
+    parameters stay the objects that they are; gradients are forgotten. A model that `torch.compile` returned compiles
+    anew.
+
+    Args:
+        model: the transformers model that `wrap_optimizer` was given.
+
+    Raises:
+        HessoError: where pruning hasn't finished, or the model can't be cut in memory, with the reason.
+        VerificationError: where the smaller model's logits differ; nothing has changed then.
+    """
+    process = optimizer.process
+    if reason := why_not_compact(model, optimizer.base, process.config.layer_widths):
+        raise HessoError(f"`model` can't be cut while it trains: {reason}; `export_pruned` cuts it afterwards")
+    if not process.finished or process.state.compaction is not None:
+        found = "the model was cut already" if process.finished else "cut the model when pruning has finished"
+        raise HessoError(f"`optimizer` is at step {process.step}, pruning ends at {process.schedule.end}: {found}")
+    trained, decision = base_of(model), decide(base_of(model), process.kept_units(), process.groups)
+    trained.zero_grad(set_to_none=True)
+    was_training = trained.training
+    try:
+        with kept_random_state(trained.device):
+            verifier = Verifier(WholeSource(trained, decision))
+            small, error = verifier.checked_cut()
+            compaction = Compaction(
+                process.step, error, trained.num_parameters(), decision.sizes_before, decision.kept_units
+            )
+            _put_(small, trained, optimizer, decision, verifier)
+    finally:
+        trained.train(was_training)
+    _forget_(trained, process, compaction)
+    return compaction
+
+
+def compact_as(model: PreTrainedModel, optimizer: HessoOptimizer, compaction: Compaction, kept: KeptUnits) -> None:
+    """Make a model as small as that of a checkpoint, before its weights and the optimizer's state are loaded.
+
+    Args:
+        model: as large as the one that the run began with.
+        kept: the checkpoint's decision.
+    """
+    decision = Decision(optimizer.process.groups, kept)
+    with kept_random_state(model.device):
+        small = cut_model(model, decision.groups, kept, torch.float32)
+        _put_(small, model, optimizer, decision, None)
+    _forget_(model, optimizer.process, compaction)
+
+
+@torch.no_grad()
+def _put_(
+    small: PreTrainedModel,
+    model: PreTrainedModel,
+    optimizer: HessoOptimizer,
+    decision: Decision,
+    verifier: Verifier | None,
+) -> None:
+    """Put the smaller model in the larger one's place where a verifier finds that it computes the same there.
+
+    Raises:
+        VerificationError: where it doesn't; everything is as it was then.
+    """
+    process, place, named = optimizer.process, InPlace(model), dict(model.named_parameters())
+    dtypes = {parameter: parameter.dtype for parameter in named.values()}
+    process.bound.route({name: torch.ones_like(scales) for name, scales in process.scales.items()})
+    try:
+        place.put(small, decision.groups, decision.kept)
+        error = verifier.error_of(model) if verifier is not None else 0.0
+        if not error <= FOLD_TOLERANCE:
+            raise VerificationError(f"its logits differ by {error:.1e} (relative, fp32; allowed {FOLD_TOLERANCE:.0e})")
+    except Exception as error:  # model code that goes by other sizes than its modules' may fail in any way
+        place.undo()
+        process.bound.route(process.scales)
+        raise VerificationError(f"{type(model).__name__} isn't the same when it is cut in memory: {error}") from error
+    for parameter in model.parameters():
+        set_data(parameter, parameter.data.to(dtypes[parameter]))
+    remove_gates(model)
+    _cut_state_(optimizer.base, named, decision)
+
+
+def _forget_(model: PreTrainedModel, process: PruningProcess, compaction: Compaction) -> None:
+    """Let go what only the larger model needed."""
+    process.let_go(compaction, dict(model.named_parameters()))
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what was compiled has the sizes in it
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _cut_state_(base: Optimizer, parameters: Mapping[str, nn.Parameter], decision: Decision) -> None:
+    """Cut what an optimizer keeps of each parameter, and scale it as the gradient is scaled by a factor on the weight.
+
+    Args:
+        parameters: those of the larger model, by the names that they had there.
+    """
+    cuts, powers, gone = cuts_by_tensor(decision.groups, decision.kept), STATE_POWERS.get(type(base), {}), set()
+    for name, parameter in parameters.items():
+        if is_dropped(name, decision.groups, decision.kept):
+            base.state.pop(parameter, None)
+            gone.add(id(parameter))
+            continue
+        state: dict[str, Any] = base.state.get(parameter, {})
+        axes = cuts.get(name, [])
+        factor = math.prod(math.sqrt(len(units) / total) ** axis.power for axis, units, total in axes)
+        for key, power in powers.items():
+            if isinstance(values := state.get(key), torch.Tensor):
+                for axis, units, total in axes:
+                    indices = axis.layout.indices(units, total).to(values.device)
+                    values = values.index_select(axis.dim, indices)
+                state[key] = values / factor**power if axes else values
+    for group in base.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
