@@ -311,6 +311,24 @@ def schedule(result: dict[str, Any]) -> str:
     return _table(["stories260K, units go", *columns], rows) + "\n\n" + _wrap(note)
 
 
+def compaction(result: dict[str, Any]) -> str:
+    """Seconds and losses of runs whose model stays whole, and of those whose model becomes the smaller one."""
+    rows = []
+    for width in sorted({run["width"] for run in result["runs"]}):
+        kept = "sizes as measured" if width == 0 else f"{width} channels of the hidden state stay"
+        name = "width measured" if width == 0 else f"width {width}"
+        masked, small = (result["medians"][f"{name}, {arm}"] for arm in ("masked", "compacted"))
+        for arm, found in (("with masks", masked), ("cut when pruning ends", small)):
+            shares = [found[part] / masked[part] for part in ("recovery", "seconds")]
+            rows.append([f"{kept}, {arm}", *[f"{share:.2f}" for share in shares], f"{found['loss']:.3f}"])
+    seeds = len({run["seed"] for run in result["runs"]})
+    note = (
+        f"Seconds as shares of those with masks, {result['steps']} steps in all, {result['ratio']:.0%} removed, one "
+        f"thread of a CPU; held-out nats a token; medians of {_plural(seeds, 'seed')}."
+    )
+    return _table(["stories260K", "a step in recovery", "the whole run", "loss"], rows) + "\n\n" + _wrap(note)
+
+
 REPLAY_ARMS = {
     "dense": "not pruned",
     "none": "HESSO",
@@ -476,6 +494,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "quality": ("quality.json", "python benchmarks/quality.py", quality),
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
+    "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),
     "schedule": ("schedule.json", "python benchmarks/schedule.py", schedule),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.utils import logging
@@ -67,7 +68,7 @@ class Compacting:
     def at_the_end(self) -> None:
         """After a step, when gradients are gone: cut the units, where the step was the last of the last period.
 
-        Where the smaller model isn't the same, the run goes on masked, with a warning.
+        Where the smaller model isn't the same, or there is no room for it, the run goes on masked, with a warning.
         """
         process, optimizer = self._run.process, self._engine().steps
         if self._config.compact == "never" or not (process.finished and process.period_ended):
@@ -79,7 +80,7 @@ class Compacting:
             assert isinstance(optimizer, HessoOptimizer)
             try:
                 found = compact(self._run.whole, optimizer)
-            except VerificationError as error:
+            except (VerificationError, torch.OutOfMemoryError) as error:
                 logger.warning(f"{_WHOLE}, its pruned units at zero: {error}")
             else:
                 logger.info(
