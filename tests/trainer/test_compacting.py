@@ -281,3 +281,16 @@ def test_a_cut_that_fails_leaves_the_run_masked_with_a_warning(
         run = done(tmp_path)
     assert "stays whole, its pruned units at zero: the reason" in caplog.text
     assert logged(run, "loss") == logged(masked, "loss")
+
+
+def test_a_cut_that_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def failing(*_: Any) -> None:
+        tried.append(True)
+        raise VerificationError("the logits differ")
+
+    monkeypatch.setattr("hesso_hf.trainer.compacting.compact", failing)
+    run = done(tmp_path, max_steps=END)
+    run.hesso_run.compacting.at_the_end()  # as after a step that is skipped
+    assert tried == [True]
