@@ -74,12 +74,12 @@ def test_the_schedule_of_the_checkpoint_stays(undisturbed: HessoTrainer, tmp_pat
 
 
 def test_a_checkpoint_from_before_healing_goes_on_without_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    old = HessoConfig(**RATIO, healing="off")
+    old = HessoConfig(**RATIO, healing="off", compact="never")
     whole = trainer(tmp_path / "whole", config=old, save_strategy="steps", save_steps=5)
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-5"
     state = json.loads((checkpoint / STATE_NAME).read_text())
-    for key in ("healing", "replay_share", "replay_dataset", "quality_examples"):
+    for key in ("healing", "replay_share", "replay_dataset", "quality_examples", "compact"):
         del state["config"][key]
     (checkpoint / STATE_NAME).write_text(json.dumps(state))
     run = trainer(tmp_path / "resumed", config=HessoConfig(**RATIO))
