@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
+    from torch.nn.parallel import DistributedDataParallel
     from transformers import PretrainedConfig, PreTrainedModel
 
 # -- torch -------------------------------------------------------------------------------------------------------------
@@ -23,6 +24,13 @@ def default_store() -> Store:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def default_group() -> ProcessGroup:
+    """Return the group of all processes (torch.distributed.distributed_c10d has no public form of it)."""
+    from torch.distributed.distributed_c10d import _get_default_group
+
+    return _get_default_group()
 
 
 def set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
@@ -53,6 +61,27 @@ def multiply_all_(tensors: list[torch.Tensor], factors: list[torch.Tensor], shif
     torch._foreach_mul_(tensors, factors)
     if shift:
         torch._foreach_add_(tensors, torch._foreach_sub(factors, 1.0), alpha=shift)
+
+
+def why_not_refit(ddp: DistributedDataParallel) -> str:
+    """Return which of DDP's settings `refit` would lose, "" where none is (DistributedDataParallel)."""
+    if ddp._comm_hooks:
+        return "DDP has a communication hook"
+    if ddp.mixed_precision is not None:
+        return "DDP has a precision of its own"
+    if ddp.process_group is not default_group():
+        return "DDP is over a process group of its own"
+    return ""
+
+
+def refit(ddp: DistributedDataParallel) -> None:
+    """Have gradients averaged in buckets that fit parameters of other shapes, or fewer of them.
+
+    DDP makes them anew where it is unpickled (DistributedDataParallel).
+    """
+    named = ddp.module.named_parameters()
+    ddp._module_parameters = [parameter for name, parameter in named if name not in ddp.parameters_to_ignore]
+    ddp.__setstate__(ddp.__getstate__())
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

@@ -8,17 +8,20 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 import hesso_hf
 from hesso_hf import HessoMixin, compat
+from hesso_hf.structures.in_place import set_data
 from tests.support.tiny import tiny_llama
 
 PACKAGE = Path(hesso_hf.__file__).parent
@@ -185,14 +188,44 @@ def test_no_private_name_is_used_that_is_not_known() -> None:
     assert {name: str(path) for name, path in used.items() if name not in known | own} == {}
 
 
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_store_is_the_one_that_processes_share() -> None:
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        compat.default_store().set("a", "b")
-        assert compat.default_store().get("a") == b"b"
-    finally:
-        dist.destroy_process_group()
+    compat.default_store().set("a", "b")
+    assert compat.default_store().get("a") == b"b"
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("static", [False, True])
+def test_gradients_are_averaged_where_parameters_have_other_shapes_and_some_are_gone(static: bool) -> None:
+    layers = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    parallel = DistributedDataParallel(layers, static_graph=static)
+    parallel(torch.ones(1, 5)).sum().backward()
+    del layers[1]
+    for parameter, shape in {layers[0].weight: (4, 5), layers[0].bias: (4,), layers[1].weight: (2, 4)}.items():
+        set_data(parameter, torch.ones(shape))
+    layers.zero_grad()
+    compat.refit(parallel)
+    assert len(parallel._module_parameters) == 4
+    for _ in range(2):  # buckets are made anew after the first backward pass
+        parallel(torch.ones(1, 5)).sum().backward()
+    assert layers[0].weight.grad.tolist() == [[4.0] * 5] * 4
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_a_refitted_ddp_would_lose_is_named() -> None:
+    assert not compat.why_not_refit(DistributedDataParallel(nn.Linear(2, 2)))
+    hooked = DistributedDataParallel(nn.Linear(2, 2))
+    hooked.register_comm_hook(None, default_hooks.allreduce_hook)
+    assert compat.why_not_refit(hooked) == "DDP has a communication hook"
+    grouped = DistributedDataParallel(nn.Linear(2, 2), process_group=dist.new_group([0]))
+    assert compat.why_not_refit(grouped) == "DDP is over a process group of its own"
 
 
 def test_tensors_of_a_module_are_replaced_and_stay_saved_or_not() -> None:

@@ -165,8 +165,12 @@ def from_main(value: _T | None) -> _T:
     return shared[0]
 
 
-def on_all(work: Callable[[], _T]) -> _T:
-    """Do a part of saving the smaller model on every process; where one fails, all raise."""
+def on_all(work: Callable[[], _T], doing: str = "save the smaller model") -> _T:
+    """Do something on every process; where one fails, all raise.
+
+    Args:
+        doing: what an error says that another process could not do.
+    """
     failed: Exception | None = None
     result: Any = None
     try:
@@ -178,7 +182,7 @@ def on_all(work: Callable[[], _T]) -> _T:
         raise failed
     others = [message for message in told if message is not None]
     if others:
-        raise HessoError(f"another process could not save the smaller model: {others[0]}")
+        raise HessoError(f"another process could not {doing}: {others[0]}")
     return result
 
 

@@ -12,14 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel
 
-from ..distributed.collectives import world_size
+from ..compat import refit, why_not_refit
+from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError, VerificationError
 from ..export.decision import Compaction, Decision, decide
 from ..export.parameters import WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
+from ..hf_models.build import first_line
 from ..structures.cut import cut_model, cuts_by_tensor
 from ..structures.groups import KeptUnits
 from ..structures.in_place import InPlace, set_data
@@ -39,6 +42,7 @@ STATE_POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
     RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
     Adagrad: {"sum": 2},
 }
+_CUT = "cut the model in memory"
 
 
 def why_not_compact(model: nn.Module, base: Optimizer | None, layer_widths: str) -> str:
@@ -48,8 +52,6 @@ def why_not_compact(model: nn.Module, base: Optimizer | None, layer_widths: str)
         base: the optimizer that HESSO is around, where there is one already.
         layer_widths: as in `HessoConfig`.
     """
-    if world_size() > 1:
-        return "the model is trained on several processes"
     if lora_layers(base_of(model)):
         return "the model has LoRA adapters"
     if layer_widths == "per_layer":
@@ -60,39 +62,63 @@ def why_not_compact(model: nn.Module, base: Optimizer | None, layer_widths: str)
     return ""
 
 
+def parallel_of(model: nn.Module) -> DistributedDataParallel | None:
+    """Return DDP in what a model is wrapped in, None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, DistributedDataParallel)), None)
+
+
+def why_not_refit_parallel(model: nn.Module) -> str:
+    """Return why what averages a model's gradients over processes can't be had for a smaller one, "" where it can.
+
+    Args:
+        model: in all that it is wrapped in.
+    """
+    if world_size() == 1:
+        return ""
+    parallel = parallel_of(model)
+    return "it is trained on several processes, and not by DDP" if parallel is None else why_not_refit(parallel)
+
+
 def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
     """Cut the pruned units out of a model that goes on training, and out of its optimizer's state.
 
-    For training loops of one's own: call it between two steps, once `optimizer.process.finished`. The model and its
-    parameters stay the objects that they are; gradients are forgotten. A model that `torch.compile` returned compiles
-    anew.
+    For training loops of one's own: call it between two steps, once `optimizer.process.finished`, on every process. The
+    model and its parameters stay the objects that they are; gradients are forgotten. A model that `torch.compile`
+    returned compiles anew, and DDP makes its buckets anew.
 
     Args:
-        model: the transformers model that `wrap_optimizer` was given.
+        model: the transformers model that `wrap_optimizer` was given; on several processes in its
+            `DistributedDataParallel`.
 
     Raises:
         HessoError: where pruning hasn't finished, or the model can't be cut in memory, with the reason.
-        VerificationError: where the smaller model's logits differ; nothing has changed then.
+        VerificationError: where the smaller model's logits differ. Nothing has changed then, on any process, as after
+            an error of another one (HessoError) and where there is no room.
     """
-    process = optimizer.process
-    if reason := why_not_compact(model, optimizer.base, process.config.layer_widths):
+    process, parallel = optimizer.process, parallel_of(model)
+    whole = parallel.module if parallel is not None else model
+    reason = why_not_compact(whole, optimizer.base, process.config.layer_widths) or why_not_refit_parallel(model)
+    if reason:
         raise HessoError(f"`model` can't be cut while it trains: {reason}; `export_pruned` cuts it afterwards")
     if not process.finished or process.state.compaction is not None:
         found = "the model was cut already" if process.finished else "cut the model when pruning has finished"
         raise HessoError(f"`optimizer` is at step {process.step}, pruning ends at {process.schedule.end}: {found}")
-    trained, decision = base_of(model), decide(base_of(model), process.kept_units(), process.groups)
+    trained = base_of(whole)
+    decision = decide(trained, process.kept_units(), process.groups)
     trained.zero_grad(set_to_none=True)
     was_training = trained.training
     try:
         with kept_random_state(trained.device):
-            verifier = Verifier(WholeSource(trained, decision))
-            small, error = verifier.checked_cut()
+            verifier = on_all(lambda: Verifier(WholeSource(trained, decision)), _CUT)
+            small, error = on_all(verifier.checked_cut, _CUT)
             compaction = Compaction(
                 process.step, error, trained.num_parameters(), decision.sizes_before, decision.kept_units
             )
             _put_(small, trained, optimizer, decision, verifier)
     finally:
         trained.train(was_training)
+        if parallel is not None:
+            refit(parallel)  # a cut that was undone has left gradients without their way to the others
     _forget_(trained, process, compaction)
     return compaction
 
@@ -122,20 +148,30 @@ def _put_(
     """Put the smaller model in the larger one's place where a verifier finds that it computes the same there.
 
     Raises:
-        VerificationError: where it doesn't; everything is as it was then.
+        VerificationError: where it doesn't; everything is as it was then, as after any other error.
     """
     process, place, named = optimizer.process, InPlace(model), dict(model.named_parameters())
     dtypes = {parameter: parameter.dtype for parameter in named.values()}
     process.bound.route({name: torch.ones_like(scales) for name, scales in process.scales.items()})
-    try:
+
+    def put() -> None:
         place.put(small, decision.groups, decision.kept)
         error = verifier.error_of(model) if verifier is not None else 0.0
         if not error <= FOLD_TOLERANCE:
-            raise VerificationError(f"its logits differ by {error:.1e} (relative, fp32; allowed {FOLD_TOLERANCE:.0e})")
-    except Exception as error:  # model code that goes by other sizes than its modules' may fail in any way
+            raise VerificationError(
+                f"{type(model).__name__} isn't the same when it is cut in memory: its logits differ by {error:.1e} "
+                f"(relative, fp32; allowed {FOLD_TOLERANCE:.0e})"
+            )
+
+    try:
+        on_all(put, _CUT)
+    except Exception as error:
         place.undo()
         process.bound.route(process.scales)
-        raise VerificationError(f"{type(model).__name__} isn't the same when it is cut in memory: {error}") from error
+        if isinstance(error, HessoError | torch.OutOfMemoryError):
+            raise
+        # model code that goes by other sizes than its modules' may fail in any way
+        raise VerificationError(f"{type(model).__name__} can't be cut in memory: {first_line(error)}") from error
     for parameter in model.parameters():
         set_data(parameter, parameter.data.to(dtypes[parameter]))
     remove_gates(model)

@@ -12,10 +12,10 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..engines.engine import Engine
-from ..errors import CheckpointMismatchError, HessoError, VerificationError
+from ..errors import CheckpointMismatchError, HessoError
 from ..export.checkpoint_state import read_state
 from ..export.decision import Compaction
-from ..pruning.compaction import compact, compact_as, why_not_compact
+from ..pruning.compaction import compact, compact_as, parallel_of, why_not_compact, why_not_refit_parallel
 from ..pruning.optimizer import HessoOptimizer
 from ..structures.groups import KeptUnits
 
@@ -70,17 +70,17 @@ class Compacting:
 
         Where the smaller model isn't the same, or there is no room for it, the run goes on masked, with a warning.
         """
-        process, optimizer = self._run.process, self._engine().steps
+        process, optimizer, wrapped = self._run.process, self._engine().steps, self._trainer.model_wrapped
         if self._config.compact == "never" or not (process.finished and process.period_ended):
             return
         if self._stays_whole or process.state.compaction is not None or process.kept_units().all_stay:
             return
-        reason = self._why_not(getattr(optimizer, "base", None))
+        reason = self._why_not(getattr(optimizer, "base", None)) or why_not_refit_parallel(wrapped)
         if not reason:
             assert isinstance(optimizer, HessoOptimizer)
             try:
-                found = compact(self._run.whole, optimizer)
-            except (VerificationError, torch.OutOfMemoryError) as error:
+                found = compact(parallel_of(wrapped) or self._run.whole, optimizer)
+            except (HessoError, torch.OutOfMemoryError) as error:
                 logger.warning(f"{_WHOLE}, its pruned units at zero: {error}")
             else:
                 logger.info(

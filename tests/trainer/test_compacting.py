@@ -8,6 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.errors import CheckpointMismatchError, HessoError, VerificationError
 from hesso_hf.export.checkpoint_state import read_state
+from hesso_hf.pruning.compaction import parallel_of
+from hesso_hf.structures.in_place import InPlace
 from tests.support import ROOT
 from tests.support.checks import propagated
 from tests.support.lora import tiny_lora
@@ -193,26 +196,43 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from tests.trainer.test_compacting import made
-folder = Path(sys.argv[1])
-run = made(folder / "two", compact="auto", per_device_train_batch_size=2)
-run.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
-assert run.args.world_size == 2
-weights = dict(run.accelerator.unwrap_model(run.model).named_parameters())
-torch.save(weights, folder / f"rank{run.args.process_index}.pt")
-run.save_model(str(folder / "small"))
+from tests.trainer.test_compacting import two_processes
+two_processes(Path(sys.argv[1]))
 """
 
 
-@pytest.mark.slow
-def test_two_processes_go_on_with_the_smaller_model(tmp_path: Path) -> None:
-    run = done(tmp_path, "auto", save_strategy="steps", save_steps=10)
+def two_processes(folder: Path) -> None:
+    """Train with a cut on the way, from a checkpoint after one, and where a process has no room for it."""
+    half = {"compact": "auto", "per_device_train_batch_size": 2}
+    cut = made(folder / "cut", **half, max_steps=12, save_strategy="steps", save_steps=10)
+    cut.train()
+    resumed = made(folder / "resumed", **half)
+    resumed.train(resume_from_checkpoint=str(folder / "cut" / "checkpoint-10"))
+    plain = InPlace.put
+    if cut.args.process_index:
+        InPlace.put = Mock(side_effect=torch.OutOfMemoryError)  # type: ignore[method-assign]
+    masked = made(folder / "masked", **half)
+    masked.train()
+    InPlace.put = plain  # type: ignore[method-assign]
+    for name, run in {"cut": cut, "resumed": resumed, "masked": masked}.items():
+        assert run.args.world_size == 2
+        assert parallel_of(run.model_wrapped) is not None
+        weights = dict(run.accelerator.unwrap_model(run.model).named_parameters())
+        torch.save(weights, folder / f"{name}-{run.args.process_index}.pt")
+    cut.save_model(str(folder / "small"))
+
+
+def test_two_processes_cut_as_one_does(whole: HessoTrainer, masked: HessoTrainer, tmp_path: Path) -> None:
     launched = launch(_TWO, str(tmp_path), str(ROOT))
     assert launched.returncode == 0, launched.stderr[-3000:]
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        for name, parameter in run.model.named_parameters():
-            assert (found[name] - parameter).abs().max() < 1e-5, name
+    assert launched.stderr.count("stays whole, its pruned units at zero") == 2
+    for name, expected in {"cut": whole, "resumed": whole, "masked": masked}.items():
+        ranks = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for key, parameter in expected.model.named_parameters():
+            assert torch.equal(ranks[0][key], ranks[1][key]), (name, key)
+            assert (ranks[0][key] - parameter).abs().max() < 1e-5, (name, key)
+    cut, resumed = (torch.load(tmp_path / f"{name}-0.pt", weights_only=True) for name in ("cut", "resumed"))
+    assert all(torch.equal(cut[key], resumed[key]) for key in cut)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.hidden_size == 48
 
 
@@ -243,7 +263,6 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path, monkeypat
     with pytest.raises(HessoError, match=refused + "the state of .*Adafactor can't be cut"):
         made(tmp_path, optim="adafactor").train()
     for place, value, reason in (
-        ("hesso_hf.pruning.compaction.world_size", lambda: 2, "the model is trained on several processes"),
         ("hesso_hf.engines.engine.PlainEngine.turns_stream", False, "FSDP and DeepSpeed divide it"),
         ("transformers.TrainingArguments.n_gpu", 2, "DataParallel copies it"),
     ):
