@@ -293,6 +293,19 @@ def _fsdp2_job(folder: Path, dry: bool) -> None:
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+def speed(dry: bool, folder: Path) -> dict[str, Any]:
+    """Let the 1B model and smaller ones read and write, in bf16 with a compiled static cache (`speed.py`)."""
+    output = folder / "speed.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), "--output", str(output)]
+    if dry:
+        _called(
+            [*command, "--model", "tiny", "--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--ratios", "0.5"]
+        )
+    else:
+        _called([*command, "--model", "llama-1b", "--dtype", "bfloat16", "--cache", "static", "--new-tokens", "64"])
+    return json.loads(output.read_text(encoding="utf-8"))["models"]
+
+
 def quality(dry: bool, folder: Path) -> dict[str, Any]:
     """Prune SmolLM2 and compare (`quality.py`), as far as the minutes reach; a later call goes on."""
     script, output = str(ROOT / "benchmarks" / "quality.py"), folder / "quality.json" if dry else QUALITY
@@ -338,6 +351,7 @@ PARTS: dict[str, Callable[[bool, Path], dict[str, Any]]] = {
     "cric": cric,
     "lora": lora,
     "fsdp2": fsdp2,
+    "speed": speed,
     "quality": quality,
 }
 

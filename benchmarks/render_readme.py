@@ -329,6 +329,26 @@ def compaction(result: dict[str, Any]) -> str:
     return _table(["stories260K", "a step in recovery", "the whole run", "loss"], rows) + "\n\n" + _wrap(note)
 
 
+SPEEDS = {"parameters": "parameters", "forward": "reads", "first_token": "first token"}
+
+
+def speed(result: dict[str, Any]) -> str:
+    """How many times as fast as the dense model smaller ones are, and how many times smaller."""
+    dense, *small = result["models"].items()
+    measured = dense[1]["ratios"]
+    columns = {key: SPEEDS.get(key, key.replace("written", "writes")) for key in measured}
+    rows = [[name, *[f"{found['ratios'][key]:.2f}" for key in columns]] for name, found in small]
+    note = (
+        f"Times as fast as the dense model of {dense[1]['parameters'] / 1e6:.0f} million parameters, and times "
+        f"smaller: {result['model']} in {result['dtype']} on a {result['device'].upper()} with {result['threads']} "
+        f"threads. It reads {result['prompt']} tokens; it writes {result['new_tokens']} after "
+        f"{result['written_prompt']}. Medians of {result['repeats']} turns. Sizes of an even split: in the multiples "
+        'that the library takes by itself, any size, and those of `budget_metric="latency"`, whose share is that of '
+        "the time."
+    )
+    return _table(["", *columns.values()], rows) + "\n\n" + _wrap(note)
+
+
 REPLAY_ARMS = {
     "dense": "not pruned",
     "none": "HESSO",
@@ -495,6 +515,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),
+    "speed": ("speed.json", "python benchmarks/speed.py", speed),
     "schedule": ("schedule.json", "python benchmarks/schedule.py", schedule),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),

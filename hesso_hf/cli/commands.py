@@ -150,6 +150,7 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", help="folder with further lm-eval task files")
     parser.add_argument("--limit", type=int, help="examples at most, of the data and of each task")
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=32, help="written to measure generation; 0: it isn't")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
@@ -159,7 +160,7 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Measure models on text or lm-eval tasks, and print a table or JSON."""
+    """Measure models' sizes and speed, and on text or lm-eval tasks, and print a table or JSON."""
     check_comparison(arguments)
     arguments.models = {name: model_source(name) for name in arguments.models}
     from .evaluate import measure_models

@@ -17,12 +17,18 @@ from .report import REPORT_NAME
 MEASURES = (
     ("parameters", "parameters", ",", True),
     ("bytes", "bytes on disk", ",", True),
+    ("memory", "bytes in memory", ",", True),
     ("tokens", "tokens predicted", ",", True),
     ("loss", "loss (nats a token)", ".4f", False),
     ("perplexity", "perplexity", ".4f", True),
     ("tokens_per_second", "tokens/s (forward)", ",.0f", True),
+    ("first_token_seconds", "first token (s)", ".4f", True),
+    ("tokens_written_per_second", "tokens/s written", ",.1f", True),
+    ("tokens_written_per_second_in_batches", "tokens/s written in batches", ",.1f", True),
 )
-COMPARED = ("loss", "perplexity", "tokens_per_second")  # of them, what a smaller model's report has beside the tasks
+SIZES = ("parameters", "bytes", "memory", "tokens")
+# Of them, what a smaller model's report has beside the tasks: its sizes are in it anyway.
+COMPARED = tuple(key for key, *_ in MEASURES if key not in SIZES)
 
 
 def check_comparison(flags: Namespace) -> None:
@@ -31,8 +37,6 @@ def check_comparison(flags: Namespace) -> None:
     Raises:
         HessoError: naming the flag.
     """
-    if flags.dataset is None and flags.tasks is None:
-        raise HessoError("`eval` needs `--dataset` (text for the perplexity) or `--tasks` (lm-eval); got neither")
     for name in flags.models:
         if flags.models.count(name) > 1:
             raise HessoError(f"`model` ({name!r}) is named more than once; name each once")
@@ -42,7 +46,7 @@ def check_comparison(flags: Namespace) -> None:
             raise HessoError(
                 f"`--{name.replace('_', '-')}` ({value!r}) does nothing without `--{needed}`: give that too"
             )
-    for name, least in (("block_size", 2), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0)):
+    for name, least in (("block_size", 2), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0), ("new_tokens", 0)):
         value = getattr(flags, name)
         if value is not None and value < least:
             raise HessoError(f"`--{name.replace('_', '-')}` ({value}) must be at least {least}")
@@ -101,7 +105,9 @@ def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], data
         dataset: whose text was read.
     """
     models = {"after": small} if base is None else {"before": base, "after": small}
-    values = {key: {when: model[key] for when, model in models.items()} for key in COMPARED if key in small}
+    values = {
+        key: {when: model[key] for when, model in models.items()} for key in COMPARED if small.get(key) is not None
+    }
     for task, key, label in _metrics(small):
         values[label] = {when: model["tasks"][task][key] for when, model in models.items()}
     for name in [name for name, found in values.items() if not all(map(math.isfinite, found.values()))]:

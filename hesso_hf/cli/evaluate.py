@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.benchmark import timer
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..errors import HessoError, nearest_name
 from ..hf_models.build import first_line, load_config
 from ..hf_models.loading import load_model, load_tokenizer
 from .data import block_size_within, held_out_split, text_blocks
+from .speed import first_token_seconds, tokens_per_second, tokens_written_per_second
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +32,9 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         flags: those of `hesso-hf eval`; `models` has the sources by the names that they were given.
 
     Returns:
-        For each model what was measured, and how: `bytes` is None without safetensors; `loss` (nats a token),
-        `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
+        For each model what was measured, and how: `bytes` is None without safetensors; how fast it writes, where tokens
+        are to be written; `loss` (nats a token), `perplexity` and `tokens` where there is a data set; `tasks` where
+        there are tasks.
 
     Raises:
         HessoError: naming the model or the flag.
@@ -44,19 +44,22 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     configs = {name: load_config(source, trust) for name, source in flags.models.items()}
     named = {f"`model` ({name!r})": config for name, config in configs.items()}
     block_size = block_size_within(flags.block_size, BLOCK_SIZE, named)
-    tokenizers = {name: load_tokenizer(source, trust) for name, source in flags.models.items()}
+    reads = flags.models.items() if flags.dataset is not None or tasks is not None else ()
+    tokenizers = {name: load_tokenizer(source, trust) for name, source in reads}
     blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size)
     models = {}
     for name, source in flags.models.items():
         dtype = flags.dtype or str(configs[name].dtype or "float32").removeprefix("torch.")
         models[name] = _load(name, source, getattr(torch, dtype), device, trust)
     speeds = tokens_per_second(list(models.values()), flags.batch_size, block_size)
+    written = _written(models, flags, block_size)
     found = []
     for (name, model), speed in zip(models.items(), speeds, strict=True):
         row = {
             "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "batch_size": flags.batch_size, "block_size": block_size, "parameters": model.num_parameters(),
-            "bytes": _bytes_on_disk(flags.models[name]), "tokens_per_second": speed,
+            "bytes": _bytes_on_disk(flags.models[name]), "memory": model.get_memory_footprint(),
+            "tokens_per_second": speed, **written[name],
         }  # fmt: skip
         if blocks is not None:
             loss = held_out_loss(model, blocks, flags.batch_size)
@@ -88,25 +91,23 @@ def perplexity(loss: float) -> float:
     return math.exp(loss)
 
 
-@torch.no_grad()
-def tokens_per_second(
-    models: Sequence[PreTrainedModel], batch_size: int = 8, length: int = 256, repeats: int = 7
-) -> list[float]:
-    """Return each model's forward throughput (tokens a second), medians of runs that alternate between the models."""
-    seconds: list[list[float]] = [[] for _ in models]
-    batches = []
-    for model in models:
-        model.eval()
-        vocabulary = model.config.get_text_config().vocab_size
-        batches.append(torch.randint(0, vocabulary, (batch_size, length), device=model.device))
-    for repeat in range(repeats + 1):
-        for index, model in enumerate(models):
-            started = timer()  # waits for the device
-            model(input_ids=batches[index], use_cache=False)
-            elapsed = timer() - started
-            if repeat:  # the first round warms up
-                seconds[index].append(elapsed)
-    return [batch_size * length / median(times) for times in seconds]
+def _written(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[str, dict[str, float | None]]:
+    """Return how fast each model writes, alone and in batches; None where it writes nothing.
+
+    A prompt and what is written after it are as long as a block.
+    """
+    new_tokens = min(flags.new_tokens, length - 2)
+    if new_tokens < 1:
+        return {name: {} for name in models}
+    writers = {name: model for name, model in models.items() if model.can_generate()}
+    all_of, prompt = list(writers.values()), length - 1 - new_tokens
+    first = first_token_seconds(all_of, prompt)
+    alone, together = (
+        tokens_written_per_second(all_of, batch_size, prompt, new_tokens) for batch_size in (1, flags.batch_size)
+    )
+    found = dict(zip(writers, zip(first, alone, together, strict=True), strict=True))
+    keys = ("first_token_seconds", "tokens_written_per_second", "tokens_written_per_second_in_batches")
+    return {name: dict(zip(keys, found.get(name, (None, None, None)), strict=True)) for name in models}
 
 
 def weights_bytes(folder: str | Path) -> int:

@@ -17,7 +17,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": ("what can be pruned in a model, from its config alone", commands.inspect_flags, commands.inspect),
     "plan": ("which engine a training run fits in memory, from the config alone", commands.plan_flags, commands.plan),
     "export": ("write the smaller model of a checkpoint", commands.export_flags, commands.export),
-    "eval": ("held-out perplexity and lm-eval tasks", commands.eval_flags, commands.evaluate),
+    "eval": ("sizes, speed, held-out perplexity and lm-eval tasks", commands.eval_flags, commands.evaluate),
     "report": ("show smaller models' pruning reports, or write a page about them", report_flags, report),
     "survey": (
         "what can be pruned in every model type of the installed transformers", commands.survey_flags, commands.survey,

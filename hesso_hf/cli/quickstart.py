@@ -20,7 +20,8 @@ from ..hf_models.build import load_config
 from ..hf_models.loading import load_model, load_tokenizer
 from ..trainer.trainer import HessoTrainer
 from .data import text_blocks
-from .evaluate import held_out_loss, perplexity, tokens_per_second, weights_bytes
+from .evaluate import held_out_loss, perplexity, weights_bytes
+from .speed import tokens_per_second
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 12, 60
 

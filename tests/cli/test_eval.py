@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from tests.support import ROOT
 from tests.support.tiny import tiny_llama
 
 TEXT, CONTEXT = ["--dataset", "text.jsonl"], 128  # tokens that `small` reads at once; `bundled` reads 512
-SHORT = [*TEXT, "--block-size", "16", "--batch-size", "3", "--limit", "4"]
+SHORT = [*TEXT, "--block-size", "16", "--batch-size", "3", "--limit", "4", "--new-tokens", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +125,32 @@ def test_one_model_has_its_measures_at_the_top(capsys: pytest.CaptureFixture[str
 
 
 def test_blocks_are_by_default_as_long_as_every_model_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    assert result(["bundled", *TEXT, "--batch-size", "1", "--limit", "1"], capsys)["block_size"] == 256
-    assert (
-        result(["bundled", "small", *TEXT, "--batch-size", "1", "--limit", "1"], capsys)["models"][0]["block_size"]
-        == CONTEXT
-    )
+    flags = [*TEXT, "--batch-size", "1", "--limit", "1", "--new-tokens", "0"]
+    assert result(["bundled", *flags], capsys)["block_size"] == 256
+    assert result(["bundled", "small", *flags], capsys)["models"][0]["block_size"] == CONTEXT
+
+
+def test_without_text_and_tasks_it_is_sizes_and_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: pytest.fail("nothing is read"))
+    asked, plain = [], evaluate.tokens_written_per_second
+
+    def written(models: list[Any], *how: int) -> list[float]:
+        asked.append(how)
+        return plain(models, *how)
+
+    monkeypatch.setattr(evaluate, "tokens_written_per_second", written)
+    found = result(["bundled", "small", "--block-size", "12", "--batch-size", "2", "--new-tokens", "3"], capsys)
+    assert asked == [(1, 8, 3), (2, 8, 3)]  # as many as a block has: 8 of the prompt, the first one, 3 more
+    for row, bytes_each in zip(found["models"], (2, 4), strict=True):
+        assert 0 < row["memory"] - bytes_each * row["parameters"] < 200  # the rotary embedding's frequencies
+        assert all(row[key] > 0 for key in ("first_token_seconds", "tokens_written_per_second"))
+        assert "loss" not in row
+    monkeypatch.setattr("transformers.LlamaForCausalLM.can_generate", lambda self: self.config.hidden_size == 60)
+    assert main(["eval", "bundled", "small", "--block-size", "12", "--new-tokens", "1"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "first token (s)" in line)
+    assert re.search(r" - .* 0\.\d+", line)
 
 
 def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the_first(
@@ -238,6 +260,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "no examples": (["small", *TEXT, "--limit", "0"], "`--limit` (0) must be at least 1"),
     "few-shot below zero": (["small", "--tasks", "x", "--num-fewshot", "-1"], "`--num-fewshot` (-1) must be at"),
     "few-shot of no task": (["small", *TEXT, "--num-fewshot", "2"], "`--num-fewshot` (2) does nothing without"),
+    "fewer than no tokens": (["small", "--new-tokens", "-1"], "`--new-tokens` (-1) must be at least 0"),
     "a split of no data": (["small", "--tasks", "x", "--split", "test"], "`--split` ('test') does nothing without"),
     "no such folder of tasks": (["small", "--tasks", "x", "--include-path", "no"], "`--include-path` ('no') is no f"),
     "an unknown task": (["small", "--tasks", "lambada,arc_esy"], "('arc_esy'): lm-eval has no such task (did you mean"),

@@ -317,7 +317,7 @@ BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hes
         (["inspect", "./nowhere"], "no such file or folder"),
         (["eval", "bundled", "--dataset", "no.txt"], "no such file"),
         (["quickstart", "--ratio", "2"], "`pruning_ratio` (2.0)"),
-        (["eval", "x"], "needs `--dataset`"),
+        (["eval", "x"], "no model config found at 'x'"),
         (["plan", "nowhere"], "no model config"),
         (["plan", "bundled", "--gpus", "0"], "`num_gpus` (0) must be above zero"),
         (["plan", "bundled", "--gpus", "12"], "must be a multiple of gpus_per_node (8)"),

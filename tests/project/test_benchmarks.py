@@ -295,6 +295,26 @@ def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypat
     assert list(found["medians"]) == ["width 96, masked", "width 96, compacted"]
 
 
+def test_speed_compares_every_size_with_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import render_readme
+    import speed
+
+    output = tmp_path / "speed.json"
+    flags = ["--model", "tiny", "--prompt", "8", "--new-tokens", "2", "--repeats", "1", "--ratios", "0.5"]
+    flags += ["--batches", "1", "2", "--threads", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *flags])
+    assert speed.main() == 0
+    found = json.loads(output.read_text())
+    dense, small, exact, fast = found["models"].values()
+    assert dense["ratios"] == dict.fromkeys(dense["ratios"], 1.0)
+    assert abs(exact["ratios"]["parameters"] - 2) < 0.1
+    assert small["parameters"] < dense["parameters"] > fast["parameters"]
+    for key, more_is_better in (("forward", True), ("first_token", False), ("written, batch 2", True)):
+        times = small["measured"][key] / dense["measured"][key]
+        assert abs(small["ratios"][key] / (times if more_is_better else 1 / times) - 1) < 0.01
+    assert "| 50% removed, any size | " in render_readme.speed(found)
+
+
 def quality_flags(folder: Path, output: Path, text: str) -> list[str]:
     """Return the options of a small run on the bundled model."""
     flags = ["--model", "bundled", "--text", text, "--data", str(folder), "--cache", str(folder / "cache")]
