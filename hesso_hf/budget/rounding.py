@@ -10,6 +10,7 @@ from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import StructureGroups
 
 CHANNELS = ("mlp_channels", "expert_channels")  # whose number no config class refuses
+EXPERT_ROWS = 8  # numbers in the rows of fused experts: their kernels take rows of whole 16 bytes
 MULTIPLES = (128, 32, 8)  # of channels, tried until one meets the ratio: kernels like large ones best
 
 
@@ -43,8 +44,9 @@ def allowed_counts(config: HessoConfig, group: StructureGroups, most: int) -> li
     elif name == EXPERT_UNITS:
         multiple = math.lcm(group.pools, default_round_to(group.num_units, most))
     else:
-        fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())  # their kernels need aligned rows
-        multiple = config.round_to or (8 if fused_experts else default_round_to(group.num_units, most))
+        fused_experts = any(axis.dim == 2 for _, axis in group.all_axes())
+        multiple = config.round_to or (1 if fused_experts else default_round_to(group.num_units, most))
+        multiple = math.lcm(multiple, EXPERT_ROWS if fused_experts else 1)
     counts = [count for count in range(multiple, group.num_units, multiple) if count >= group.least]
     counts.append(group.num_units)
     allowed = [count for count in counts if all(count * step % tp == 0 for step in divisible)]

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ..distributed.parts import reshard
 from ..errors import VerificationError
+from ..hf_models.build import first_line
 from ..hf_models.tiny_model import logits_of, relative_error
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits
@@ -88,7 +89,15 @@ class Verifier:
         place = next(small.parameters()).device  # it may not fit where the trained model is
         gated = kept is not None and EXPERT_UNITS not in kept.kept
         with self._source.decision.routing(small) if gated else nullcontext():
-            found = logits_of(small.eval(), self.input_ids.to(place))
+            try:
+                found = logits_of(small.eval(), self.input_ids.to(place))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # kernels and model code refuse sizes with exceptions of any type
+                raise VerificationError(
+                    f"the smaller model can't compute with its sizes: {first_line(error)}; take others with "
+                    "`round_to` or `target_sizes`"
+                ) from error
         reshard(small)
         return relative_error(found.to(self.logits.device), self.logits)
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from hesso_hf.budget.cost import CONTEXT, Cost, build_cost
 from hesso_hf.budget.latency import LatencyTable
-from hesso_hf.budget.rounding import default_head_multiple, default_round_to
+from hesso_hf.budget.rounding import allowed_counts, default_head_multiple, default_round_to
 from hesso_hf.budget.solver import TargetSizes, solve_budget
 from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
@@ -584,3 +584,12 @@ def test_a_small_cut_is_made_though_none_would_cost_less() -> None:
     """Among sizes that are near enough the loss decides, and nothing at all would always win."""
     target = solve("llama-1b", pruning_ratio=0.003)
     assert target.parameters_after < target.parameters_before
+
+
+@pytest.mark.parametrize(("asked", "step"), [(None, 8), (1, 8), (12, 24)])
+def test_channels_of_fused_experts_are_whole_rows_for_their_kernels(asked: int | None, step: int) -> None:
+    groups, _ = proved("mixtral")
+    channels = groups.structures["mlp_channels"]
+    *fewer, whole = allowed_counts(HessoConfig(0.3, round_to=asked), channels, 128)
+    assert fewer == list(range(step, channels.num_units, step))
+    assert whole == channels.num_units
