@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import yaml
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hesso_hf import HessoConfig, HessoTrainer
@@ -28,6 +23,7 @@ from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli.main import main
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import HessoError, StoppedError
+from hesso_hf.hf_models.build import model_class_of
 from hesso_hf.hf_models.tiny_model import random_model
 from tests.support import ROOT
 from tests.support.tiny import tiny_llama
@@ -46,16 +42,31 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Recipes' folders whose models aren't a tiny Llama.
+OTHER_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {}),
+    "gemma3": ("gemma3_text", {"intermediate_size": 900}),
+    "phi": ("phi3", {"head_dim": None}),
+    "olmo2": ("olmo2", {"head_dim": None}),
+    "granite": ("granite", {"head_dim": None}),
+    "mixtral": ("mixtral", {"hidden_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+
 def tiny_of(recipe: Path, folder: Path) -> Path:
     """Save a tiny model of the class that a recipe is for, with the bundled tokenizer."""
-    family = recipe.parent.name
     tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
-    if family == "qwen3":
-        config = Qwen3Config(
-            vocab_size=1024, hidden_size=60, intermediate_size=440, num_attention_heads=6, num_key_value_heads=3,
-            head_dim=8, num_hidden_layers=2, max_position_embeddings=128, tie_word_embeddings=True,
-        )  # fmt: skip
-        model = random_model(Qwen3ForCausalLM, config)
+    if recipe.parent.name in OTHER_TYPES:
+        model_type, changes = OTHER_TYPES[recipe.parent.name]
+        sizes = {
+            "vocab_size": 1024, "hidden_size": 60, "intermediate_size": 440, "num_attention_heads": 6,
+            "num_key_value_heads": 3, "head_dim": 8, "num_hidden_layers": 2, "max_position_embeddings": 128,
+            "pad_token_id": 0,
+        }  # fmt: skip
+        values = {name: value for name, value in (sizes | changes).items() if value is not None}
+        config = CONFIG_MAPPING[model_type](**values)
+        model = random_model(model_class_of(config), config)
     else:
         model = tiny_llama(vocab_size=1024)
     model.save_pretrained(folder)
@@ -114,35 +125,36 @@ def test_recipe_runs_on_a_tiny_model(
 def test_recipe_has_a_header_with_the_command(recipe: Path) -> None:
     header = recipe.read_text().split("\n\n")[0]
     assert header.startswith("#")
-    assert "hesso-hf prune" in header or "hesso_hf prune" in header
+    assert "hesso-hf prune" in header or "hesso_hf prune" in header or "sbatch " in header
 
 
-def test_prune_under_accelerate_launch_and_torchrun(tmp_path: Path, text_file: Path) -> None:
-    """Two real processes under either launcher; the shipped DDP configuration works on a CPU as well."""
-    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+DDP = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
+LAUNCHERS_OF_TWO = {
+    "accelerate": ["accelerate.commands.launch", "--config_file", str(DDP), "--num_processes", "2"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+}
+
+
+# test_distributed.py starts another job by torchrun
+@pytest.mark.parametrize("name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_prune_under_a_launcher(name: str, tmp_path: Path, text_file: Path) -> None:
+    """Two real processes; the shipped DDP configuration works on a CPU as well."""
+    model, output = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model"), tmp_path / "out"
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "8",
         "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
         "--hesso_pruning_ratio", "0.3", "--hesso_round_to", "1", "--hesso_calibration_examples", "4",
+        "--output_dir", str(output),
     ]  # fmt: skip
-    config = ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"
-    launchers = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
-        "accelerate": ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"],
-    }
-    kept = {}
-    for name, launcher in launchers.items():
-        output = tmp_path / name
-        command = [sys.executable, "-m", *launcher, "-m", "hesso_hf", "prune", *flags, "--output_dir", str(output)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout.count("of the parameters removed") == 1  # the main process alone reports
-        report = json.loads((output / "small" / "pruning_report.json").read_text())
-        kept[name] = report["kept_units"]
-        small = AutoModelForCausalLM.from_pretrained(output / "small")
-        assert small.num_parameters() == report["parameters"]["after"] < 0.75 * report["parameters"]["before"]
-    assert kept["torchrun"] == kept["accelerate"]
+    command = [sys.executable, "-m", *LAUNCHERS_OF_TWO[name], "-m", "hesso_hf", "prune", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of the parameters removed") == 1  # the main process alone reports
+    report = json.loads((output / "small" / "pruning_report.json").read_text())
+    small = AutoModelForCausalLM.from_pretrained(output / "small")
+    assert small.num_parameters() == report["parameters"]["after"] < 0.75 * report["parameters"]["before"]
+    assert report["compaction"] is not None  # in DDP
 
 
 def test_prune_that_is_told_to_stop_saves_says_so_and_goes_on(

@@ -46,6 +46,13 @@ def test_header_says_the_command(path: Path) -> None:
     assert "hesso_hf prune" in header
 
 
+def test_the_list_has_every_recipe() -> None:
+    page = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    linked = {ROOT / "recipes" / target for target in re.findall(r"\]\(((?!\.\.)[^)]+)\)", page)}
+    there = set((ROOT / "recipes").rglob("*.yaml")) | set((ROOT / "recipes").rglob("*.py"))
+    assert linked == there - set(CONFIGS) - set(KUBERNETES)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_accelerate_loads_the_configuration_and_knows_every_key(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
