@@ -102,7 +102,7 @@ def _unit_schemes(proofs: Mapping[str, StructureProof]) -> dict[str, Scheme]:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """A model class with a config, equal to any other with one that says the same."""
 
     model_class: type[PreTrainedModel]
@@ -110,7 +110,7 @@ class _Case:
     says: tuple[Any, ...]
 
     @classmethod
-    def of(cls, model_class: type[PreTrainedModel], config: PretrainedConfig) -> _Case:
+    def of(cls, model_class: type[PreTrainedModel], config: PretrainedConfig) -> Case:
         kinds = attention_of(config), experts_of(config)  # which its dict leaves out
         return cls(model_class, config, (type(config), *kinds, repr(config.to_dict())))
 
@@ -122,11 +122,11 @@ def proved_groups(
 
     Class, config and names decide it, so that what a process has proved it doesn't prove again.
     """
-    return _remembered(_Case.of(model_class, config), names)
+    return _remembered(Case.of(model_class, config), names)
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _remembered(case: _Case, names: tuple[str, ...]) -> Proved:
+def _remembered(case: Case, names: tuple[str, ...]) -> Proved:
     logger.info(f"proving on a tiny {case.model_class.__name__} how its units are cut: {', '.join(names)}")
     return prove_anew(case.model_class, case.config, names)
 

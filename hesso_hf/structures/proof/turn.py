@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,7 +21,7 @@ from ..groups import AxisName, Scheme
 from ..shape_probe import probe_axes
 from ..turn import NormScheme, StreamTurn, TurnScheme, random_rotation
 from .bench import Bench
-from .prove import Prover
+from .prove import REMEMBERED, Case, Prover
 from .residual_stream import StreamAxis, block_of
 from .result import TOLERANCE
 from .tiny_case import covering_config
@@ -56,12 +57,23 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
 def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
     """Prove how the stream of a model's class is turned, and name the model's parameters; with the proof's error.
 
+    What a process has proved it doesn't prove again.
+
     Raises:
         UnsupportedStructureError: with the reason why it isn't.
     """
-    model_class = stock_class(model)
-    scheme, error = prove_turn(model_class, model.config)
-    axis_map = probe_axes(model_class, model.config)
+    return _remembered(Case.of(stock_class(model), model.config))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _remembered(case: Case) -> tuple[StreamTurn, float]:
+    return turn_anew(case.model_class, case.config)
+
+
+def turn_anew(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[StreamTurn, float]:
+    """Do what `turn_of` does, whatever was proved before."""
+    scheme, error = prove_turn(model_class, config)
+    axis_map = probe_axes(model_class, config)
     return StreamTurn.of(scheme, axis_map, num_units("embedding_channels", axis_map.sizes)), error
 
 
