@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support import proofs
-
-proofs.keep()
+from tests.support import forks, proofs
 
 # Files that take long come first, so that no worker is left alone with one at the end (`--dist loadfile`).
 LONG = (
@@ -28,14 +24,20 @@ LONG = (
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
 APART = "tests.project."  # whose tests replace nothing that a proof depends on
-FROZEN = [0]  # how many modules were imported when garbage was last looked for among them
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have a folder for proofs from before workers are started until the session ends."""
+    """Have a folder for proofs and a server of worker processes before test processes are started, until all end."""
     stack = contextlib.ExitStack()
-    stack.enter_context(proofs.shared())
     config.add_cleanup(stack.close)
+    stack.enter_context(proofs.shared())
+    if config.getoption("numprocesses", None):
+        stack.enter_context(forks.served())
+        return  # this process watches over the others, and needn't import what takes time
+    from tests.support.shortened import shorten
+
+    proofs.keep()
+    shorten()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,18 +47,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _what_is_imported_is_no_garbage() -> None:
-    """Spare the collections that Accelerate makes at every training a walk through all that has been imported."""
-    if len(sys.modules) > FROZEN[-1] + 20:
-        FROZEN.append(len(sys.modules))
-        gc.collect()
-        gc.freeze()
-
-
-@pytest.fixture(autouse=True)
 def _proofs_are_made_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """Take a config's proof from an earlier test, but where proofs are tested or something is replaced."""
     name = request.module.__name__
     fresh = name.startswith(FRESH) or ("monkeypatch" in request.fixturenames and not name.startswith(APART))
     with proofs.made_again(fresh):
         yield
+
+
+@pytest.fixture
+def unshortened() -> Iterator[None]:
+    """Have all meanwhile as it is for users."""
+    from tests.support import shortened
+
+    shortened.restore()
+    yield
+    shortened.shorten()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hesso_hf.bundled import bundled_model_path, python_docs_texts
 from hesso_hf.pruning import Schedule
 from tests.support import ROOT
+from tests.support.tiny import tiny_llama
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -25,9 +26,9 @@ def _benchmarks_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stand_in(folder: Path) -> Path:
-    """Put the bundled model and its text where stories260K and TinyStories are looked for; return the text's folder."""
+    """Put a tiny model and a text where stories260K and TinyStories are looked for; return the text's folder."""
     model, data = folder / "models" / "stories260K", folder / "data" / "tinystories"
-    AutoModelForCausalLM.from_pretrained(bundled_model_path()).save_pretrained(model)
+    tiny_llama(vocab_size=1024).save_pretrained(model)
     AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(model)
     data.mkdir(parents=True)
     for split in ("train", "test"):
@@ -258,14 +259,14 @@ def test_split_measures_each_before_and_after_training(tmp_path: Path, monkeypat
     stand_in(tmp_path)
     output = tmp_path / "split.json"
     short_blocks(monkeypatch, stories, split)
-    monkeypatch.setattr(split, "SPLITS", ((2, 96, 128),))
+    monkeypatch.setattr(split, "SPLITS", ((2, 48, 28),))
     monkeypatch.setattr(stories, "BATCH", 2)
     flags = ["--data", str(tmp_path), "--steps", "6", "--held-out-blocks", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["split.py", *flags])
     assert split.main() == 0
     chosen, given = json.loads(output.read_text())["runs"]
-    assert (chosen["split"], given["split"]) == ("chosen", "2/96/128")
-    assert list(given["sizes"].values()) == [2, 96, 128]
+    assert (chosen["split"], given["split"]) == ("chosen", "2/48/28")
+    assert list(given["sizes"].values()) == [2, 48, 28]
     assert given["healed"] < given["unhealed"]
     assert given["trained"] != given["healed"]
     before = output.read_text()

@@ -42,6 +42,8 @@ NUMBER = re.compile(r"\d+\.\d+(?:e-?\d+)?")
 # Runs the ```python blocks of one document in one namespace and prints what each wrote, as JSON.
 RUN_BLOCKS = """
 import contextlib, io, json, sys
+from tests.support import shortened
+shortened.restore()
 namespace, printed = {"__name__": "__main__"}, []
 for block in json.load(open(sys.argv[1], encoding="utf-8")):
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -215,6 +215,7 @@ def stream_groups(model: PreTrainedModel) -> PruningGroups:
     return PruningGroups({STREAM: groups.structures[STREAM]})
 
 
+@pytest.mark.usefixtures("unshortened")
 def test_the_measured_rise_is_that_of_a_centred_model_and_leaves_the_weights_alone():
     model = tiny_phi()
     groups, before = stream_groups(model), copy.deepcopy(model)

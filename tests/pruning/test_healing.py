@@ -179,6 +179,7 @@ def test_reconstruction_judges_units_without_healing_them() -> None:
     assert bool(optimizer.process.redundant[CHANNELS].any())
 
 
+@pytest.mark.usefixtures("unshortened")
 @pytest.mark.parametrize("healing", ["auto", "off"])
 def test_what_structures_cost_is_measured_as_the_run_will_treat_them(healing: str) -> None:
     model = tiny_llama(seed=3)

@@ -444,6 +444,7 @@ def test_cric_looks_with_the_gates_and_takes_them_back(mode: str, tmp_path: Path
     assert run.pruning_report.verification.fold_error < 1e-5
 
 
+@pytest.mark.usefixtures("unshortened")
 def test_the_calibration_measures_with_the_gates_on(tmp_path: Path):
     """All structures' curves: zeroed experts that are still routed to would cost something else."""
     config = expert_config("mixtral", target_sizes=None, pruning_ratio=0.3)

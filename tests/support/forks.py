@@ -1,6 +1,6 @@
 """Worker processes that start in milliseconds: they are forked from one that has imported torch and transformers.
 
-A server process, one for each test process, imports and then waits; nothing is initialised in it and it has one thread.
+A server process, one for a test session, imports and then waits; nothing is initialised in it and it has one thread.
 For a job it forks a launcher, which forks the workers and does what torchrun does: it gives each its rank and a store
 to meet in, ends the others where one fails, passes SIGTERM on, and answers with the exit code. What reads the
 environment when it is imported (the Hub's client) needs a process of its own.
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ import psutil
 from tests.support import ROOT
 
 PATIENCE = 30.0  # seconds between SIGTERM and SIGKILL, as torchrun's
+STARTING = 300.0  # seconds that the server may take to start, on a busy machine
+ADDRESS = "HESSO_TESTS_FORKS"  # environment variable: the server's socket
 PRELOADED = (
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint.state_dict",
     "transformers.models.llama.modeling_llama", "accelerate", "datasets", "peft",
@@ -101,15 +103,13 @@ def start(
         env: changes of the environment.
         path: `sys.argv[0]`, which error messages name.
     """
-    server, address = _server()
-    assert server.poll() is None, "the server of worker processes has ended"
+    address = _server()
     folder = Path(tempfile.mkdtemp(dir=Path(address).parent))
     told = {
         "code": code, "argv": [path, *arguments], "processes": processes, "cwd": os.getcwd(), "folder": str(folder),
         "env": {**os.environ, **(env or {})},
     }  # fmt: skip
-    connection = socket.socket(socket.AF_UNIX)
-    connection.connect(address)
+    connection = _connected(address)
     connection.sendall((json.dumps(told) + "\n").encode())
     return Forked(connection, folder)
 
@@ -141,27 +141,47 @@ def call(work: Callable[..., Any], *arguments: Any) -> Any:
         return pickle.loads(found.read_bytes())
 
 
+@contextlib.contextmanager
+def served() -> Iterator[None]:
+    """Have a server meanwhile, which the processes that are started find."""
+    with tempfile.TemporaryDirectory(prefix="forks-") as folder:
+        address = str(Path(folder) / "socket")
+        command = [sys.executable, "-c", "from tests.support import forks; forks.serve()", address]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+        env["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow would start a thread
+        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
+        assert server.stdin is not None
+        os.environ[ADDRESS] = address
+        try:
+            yield
+        finally:
+            del os.environ[ADDRESS]
+            server.stdin.close()  # at whose end it ends, however this process ends
+            server.wait()
+
+
+def _connected(address: str) -> socket.socket:
+    """Return a connection to the server, once it has imported all."""
+    end = time.monotonic() + STARTING
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            return connection
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            assert time.monotonic() < end, "the server of worker processes did not start, or has ended"
+            time.sleep(0.1)
+
+
 @functools.cache
-def _server() -> tuple[subprocess.Popen[bytes], str]:
-    """Start the server; it ends when its standard input does, however this process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="forks-")
-    address = str(Path(folder.name) / "socket")
-    command = [sys.executable, "-c", "from tests.support import forks; forks.serve()", address]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    env["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow would start a thread
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
-    assert server.stdin is not None
-    assert server.stdout is not None
-    while (line := server.stdout.readline()) != b"ready\n":  # before it, what is said while modules are imported
-        assert line, "the server of worker processes did not start"
-
-    def end() -> None:
-        server.stdin.close()  # type: ignore[union-attr]
-        server.wait()
-        folder.cleanup()
-
-    atexit.register(end)
-    return server, address
+def _server() -> str:
+    """Return the address of the session's server, or of one for this process alone."""
+    if ADDRESS not in os.environ:
+        stack = contextlib.ExitStack()
+        stack.enter_context(served())
+        atexit.register(stack.close)
+    return os.environ[ADDRESS]
 
 
 # -- in the server -----------------------------------------------------------------------------------------------------
@@ -173,9 +193,10 @@ def serve() -> None:
 
     import torch
 
-    from tests.support import proofs
+    from tests.support import proofs, shortened
 
     proofs.keep()
+    shortened.shorten()
     torch.set_num_threads(1)
     for name in PRELOADED:
         importlib.import_module(name)
@@ -189,7 +210,6 @@ def serve() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(sys.argv[1])
     listener.listen()
-    print("ready", flush=True)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
         selector.register(sys.stdin, selectors.EVENT_READ)

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 from unittest import mock
-
-from transformers import PretrainedConfig, PreTrainedModel
-
-from hesso_hf.structures.proof import prove
 
 FOLDER = "HESSO_TESTS_PROOFS"  # environment variable: where they lie
 
-_plain, _remembered = prove.prove_anew, prove._remembered
+
+def _modules() -> dict[ModuleType, str]:
+    """Return the modules that remember what they have proved, with the name of what proves anew."""
+    from hesso_hf.structures.proof import prove, turn
+
+    return {prove: "prove_anew", turn: "turn_anew"}
 
 
-def _shared(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> prove.Proved:
+@functools.cache
+def _plain() -> dict[ModuleType, tuple[Any, Any]]:
+    """Return what proves anew, and what remembers, as the library has them."""
+    return {module: (getattr(module, name), module._remembered) for module, name in _modules().items()}  # type: ignore[attr-defined]
+
+
+def _shared(plain: Callable[..., Any], model_class: type, config: Any, *names: Any) -> Any:
+    """Prove, or take the proof that another process has made."""
+    from hesso_hf.structures.proof.prove import Case
+
     folder = Path(os.environ.get(FOLDER, ""))
     if FOLDER not in os.environ or not folder.exists():
-        return _plain(model_class, config, names)
-    told = (model_class.__module__, model_class.__qualname__, prove._Case.of(model_class, config).says, names)
+        return plain(model_class, config, *names)
+    says = Case.of(model_class, config).says
+    told = (plain.__name__, model_class.__module__, model_class.__qualname__, says, names)
     path = folder / hashlib.sha256(repr(told).encode()).hexdigest()
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # who comes while it is being proved waits: processes often prove at once
         if path.stat().st_size:
             return pickle.loads(path.read_bytes())
-        proof = _plain(model_class, config, names)
+        proof = plain(model_class, config, *names)
         written = path.with_suffix(f".{os.getpid()}")
         written.write_bytes(pickle.dumps(proof))
         written.replace(path)
@@ -41,7 +55,8 @@ def _shared(model_class: type[PreTrainedModel], config: PretrainedConfig, names:
 
 def keep() -> None:
     """Have proofs shared from now on."""
-    prove.prove_anew = _shared
+    for module, (plain, _) in _plain().items():
+        setattr(module, _modules()[module], functools.partial(_shared, plain))
 
 
 @contextlib.contextmanager
@@ -63,5 +78,8 @@ def made_again(whether: bool = True) -> Iterator[None]:
     if not whether:
         yield
         return
-    with mock.patch.multiple(prove, prove_anew=_plain, _remembered=_remembered.__wrapped__):
+    with contextlib.ExitStack() as stack:
+        for module, (plain, remembered) in _plain().items():
+            anew = {_modules()[module]: plain, "_remembered": remembered.__wrapped__}
+            stack.enter_context(mock.patch.multiple(module, **anew))
         yield

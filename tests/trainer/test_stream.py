@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from tests.support import shortened
 from tests.support.tiny import tiny_gemma2, tiny_llama, tiny_phi, token_batches
 from tests.support.training import trainer
 
@@ -42,7 +44,7 @@ def test_a_run_in_the_principal_basis_starts_with_the_same_function_and_exports_
     model.eval()
     assert relative_error(logits_of(small, ids), logits_of(model, ids)) <= 1e-5
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
-    assert report["stream_basis"]["tokens"] == 64 * 10
+    assert report["stream_basis"]["tokens"] == 10 * math.ceil(shortened.TOKENS / 10)  # blocks of ten
     assert report["stream_basis"]["error"] <= 1e-5
 
 
