@@ -1,4 +1,4 @@
-"""`hesso-hf inspect | plan | prune | export | eval | report | survey | quickstart`: parses and dispatches."""
+"""`hesso-hf inspect | plan | prune | sweep | export | eval | report | survey | quickstart`: parses and dispatches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..errors import HessoError, nearest_name
-from . import commands, prune
+from . import commands, prune, sweep
 from .report import report, report_flags
 
 # Name to what the help says, what adds the flags, and what does the work.
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake is one message and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["prune"]:
-            return prune.run(argv[1:])
+        if argv[:1] in (["prune"], ["sweep"]):
+            return (prune if argv[0] == "prune" else sweep).run(argv[1:])
         arguments, unknown = _parser().parse_known_args(argv)
         if unknown:
             known = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("command", "work")]
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hesso-hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("prune", help=prune.HELP)  # its flags, those of a recipe's dataclasses, have their own parser
+    subparsers.add_parser("sweep", help=sweep.HELP)  # and it passes them on
     for name, (text, add_flags, work) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text)
         add_flags(subparser)

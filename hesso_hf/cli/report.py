@@ -33,7 +33,7 @@ def report(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         _plot(found[0], arguments.plot)
     if arguments.html:
-        _write_page(arguments, found)
+        write_page(arguments.html, arguments.models, found, arguments.run)
     if arguments.json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
         return
@@ -88,17 +88,28 @@ def _plot(found: dict[str, Any], path: str) -> None:
         raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")
 
 
-def _write_page(arguments: argparse.Namespace, found: Sequence[dict[str, Any]]) -> None:
-    """Write the page about all models, each by the shortest name that no other has."""
-    paths = [Path(folder).resolve() for folder in arguments.models]
+def write_page(
+    path: str | Path, folders: Sequence[str | Path], found: Sequence[dict[str, Any]], run: str | None = None
+) -> None:
+    """Write the page about all models, each by the shortest name that no other has.
+
+    Args:
+        folders: of the smaller models.
+        found: their reports.
+        run: folder of the run whose log the page shows.
+
+    Raises:
+        HessoError: where it can't be written.
+    """
+    paths = [Path(folder).resolve() for folder in folders]
     models = [
-        Model(name, shown, _losses(arguments.run, path, shown))
+        Model(name, shown, _losses(run, path, shown))
         for name, path, shown in zip(_names(paths), paths, found, strict=True)
     ]
     try:
-        Path(arguments.html).write_text(report_page(models), encoding="utf-8")
+        Path(path).write_text(report_page(models), encoding="utf-8")
     except OSError as error:
-        raise HessoError(f"`--html` ({arguments.html!r}) can't be written: {error.strerror}; name another") from error
+        raise HessoError(f"`--html` ({str(path)!r}) can't be written: {error.strerror}; name another") from error
 
 
 def _losses(run: str | None, folder: Path, shown: Mapping[str, Any]) -> Losses | None:

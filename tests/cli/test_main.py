@@ -30,7 +30,7 @@ from tests.support.tiny import tiny_llama
 
 LAUNCHERS = ("accelerate_configs", "kubernetes")  # test_recipes.py is theirs
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in LAUNCHERS]
-COMMANDS = ["inspect", "plan", "prune", "export", "eval", "report", "survey", "quickstart"]
+COMMANDS = ["inspect", "plan", "prune", "sweep", "export", "eval", "report", "survey", "quickstart"]
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["plan", "nowhere/config.json"], 2, "no such file or folder"),
         (["plan", "bundled", "--gpus", "0"], 2, "`num_gpus` (0)"),
         (["export", "nowhere", "out"], 2, "is no folder"),
-        (["eval", "bundled"], 2, "needs `--dataset`"),
+        (["eval", "bundled", "--new-tokens", "-1"], 2, "must be at least 0"),
         (["eval", "bundled", "--dataset", "no.txt"], 2, "no such file"),
         (["eval", "bundled", "x", "--dataset", "python-docs", "--output", "x.csv"], 2, "must end in .json or .md"),
         (["eval", "bundled", "--dataset", "python-docs", "--card"], 2, "`--card` writes into folders of"),

@@ -1,0 +1,103 @@
+"""`hesso-hf sweep`: prune as a recipe says at several ratios, one run after the other, and compare what comes out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import HessoError
+from ..export.page.words import text_of
+from .comparison import markdown_table
+from .printing import print_table
+from .recipe import parse_recipe
+from .report import REPORT_NAME, write_page
+
+HELP = "prune as a recipe says at several ratios, and compare: hesso-hf sweep RECIPE --ratios 0.2 0.3 0.5"
+_SET_HERE = ("pruning_ratio", "target_sizes", "output", "resume_from_checkpoint")
+
+
+def run(flags: Sequence[str]) -> int:
+    """Sweep as the flags say; the exit code of the first run that fails, 0 where all are done.
+
+    Raises:
+        HessoError: for flags that can't be followed, before anything is run.
+    """
+    parser = argparse.ArgumentParser(prog="hesso-hf sweep", description=HELP, allow_abbrev=False)
+    parser.add_argument("recipe", help="the recipe of every run; each has a folder in its output_dir")
+    parser.add_argument("--ratios", type=float, nargs="+", required=True, help="shares of the parameters to remove")
+    parser.add_argument("--launcher", default="", help="what starts each run, such as 'accelerate launch'")
+    parser.epilog = "All other flags are those of `hesso-hf prune`."
+    arguments, rest = parser.parse_known_args(flags)
+    _check(arguments, rest)
+    folder = Path(str(parse_recipe(arguments.recipe, [*rest, *_ratio(arguments.ratios[0])]).training.output_dir))
+    small = {ratio: folder / f"{ratio:g}" / "small" for ratio in sorted(arguments.ratios)}
+    launcher = shlex.split(arguments.launcher) or [sys.executable]
+    for ratio, output in small.items():
+        if (output / REPORT_NAME).is_file():
+            print(f"{output}: done before")
+            continue
+        told = [*rest, *_ratio(ratio), "--output_dir", str(output.parent), "--resume_from_checkpoint", "auto"]
+        code = subprocess.run([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told]).returncode
+        if code:
+            again = shlex.join(["hesso-hf", "sweep", *flags])
+            print(f"hesso-hf: the run at {ratio:g} ended with {code}; this goes on there:\n  {again}", file=sys.stderr)
+            return code
+    _compare(folder, small)
+    return 0
+
+
+def _ratio(ratio: float) -> list[str]:
+    return ["--hesso_pruning_ratio", f"{ratio:g}"]
+
+
+def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Refuse ratios that aren't different shares, and flags that each run has of its own."""
+    ratios = arguments.ratios
+    for ratio in ratios:
+        if not 0.0 < ratio < 1.0:
+            raise HessoError(f"`--ratios` ({ratio:g}) must lie between 0 and 1")
+        if ratios.count(ratio) > 1:
+            raise HessoError(f"`--ratios` ({ratio:g}) is given more than once; give each once")
+    for flag in (word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")):
+        if flag.removeprefix("hesso_") in _SET_HERE:
+            raise HessoError(
+                f"`--{flag}` is what the runs of a sweep differ in, or follows from that: leave it out (`--output_dir` "
+                "names the folder of all runs)"
+            )
+
+
+def _compare(folder: Path, small: dict[float, Path]) -> None:
+    """Print a table of all runs, and write it and a page about them beside their folders."""
+    reports = {ratio: json.loads((path / REPORT_NAME).read_text(encoding="utf-8")) for ratio, path in small.items()}
+    measured = sorted({key for report in reports.values() for key in report.get("quality") or {}})
+    header = ["", "before", *[f"{ratio:g}" for ratio in reports]]
+    first = next(iter(reports.values()))
+    rows = [
+        ["removed", "", *[f"{report['pruning_ratio']:.1%}" for report in reports.values()]],
+        ["parameters", *_counts(first["parameters"]["before"], [r["parameters"]["after"] for r in reports.values()])],
+    ]
+    for name, before in first["sizes"]["before"].items():
+        rows.append([name, *_counts(before, [report["sizes"]["after"][name] for report in reports.values()])])
+    for key in measured:
+        found = [(report.get("quality") or {}).get(key, {}) for report in reports.values()]
+        losses = [_loss(found[0], "before"), *[_loss(one, "after") for one in found]]
+        rows.append([f"loss on {text_of(key)} (nats a token)", *losses])
+    title = f"{folder}, by the share of the parameters to remove"
+    print_table(title, header, rows)
+    (folder / "sweep.md").write_text(markdown_table(title, header, rows) + "\n", encoding="utf-8")
+    write_page(folder / "sweep.html", list(small.values()), list(reports.values()))
+    print(f"written: {folder / 'sweep.md'}, {folder / 'sweep.html'}")
+
+
+def _counts(before: int, after: Sequence[int]) -> list[str]:
+    return [f"{count:,}" for count in (before, *after)]
+
+
+def _loss(found: dict[str, Any], when: str) -> str:
+    return f"{found[when]['loss']:.4f}" if when in found else "-"

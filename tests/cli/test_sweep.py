@@ -1,0 +1,112 @@
+"""`hesso-hf sweep`: a run for each ratio, what is done isn't run again, and one table and page of all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli.main import main
+from tests.support.tiny import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a tiny model."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny_llama(vocab_size=1024).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(bundled_model_path()).save_pretrained(folder / "model")
+    training = {
+        "output_dir": str(folder / "runs"), "max_steps": 6, "use_cpu": True, "report_to": "none",
+        "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True,
+    }  # fmt: skip
+    hesso = {"pruning_ratio": 0.4, "round_to": 1, "stream_basis": "given", "replay_share": 0.0, "healing": "off"}
+    values = {
+        "model": str(folder / "model"), "dataset": "python-docs", "max_examples": 20, "block_size": 16,
+        "training": training, "hesso": hesso,
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Have runs done in this process; return their commands."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=main(command[command.index("hesso_hf") + 1 :]))
+
+    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.run", run)
+    return commands
+
+
+def test_runs_are_compared_and_those_that_are_done_are_not_run_again(
+    recipe: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["sweep", str(recipe), "--ratios", "0.5", "0.3", "--hesso_calibration_examples", "2"]
+    assert main(flags) == 0
+    assert [command[:4] for command in started] == [[sys.executable, "-m", "hesso_hf", "prune"]] * 2
+    assert all(command[5:7] == ["--hesso_calibration_examples", "2"] for command in started)
+    runs = recipe.parent / "runs"
+    table = (runs / "sweep.md").read_text()
+    assert "|  | before | 0.3 | 0.5 |" in table  # in order
+    removed = next(line for line in table.splitlines() if line.startswith("| removed |")).split(" | ")[2:]
+    for cell, share in zip(removed, (30, 50), strict=True):
+        assert abs(float(cell.strip("% |")) - share) < 2
+    assert "| loss on held-out examples (nats a token) | " in table
+    printed = capsys.readouterr().out
+    assert "loss on held-out examples" in printed
+    page = (runs / "sweep.html").read_text()
+    assert "0.3/small" in page
+    assert "0.5/small" in page
+    assert main(flags) == 0
+    assert len(started) == 2
+    assert capsys.readouterr().out.count("done before") == 2
+
+
+def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 143)
+
+    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.run", run)
+    flags = ["sweep", str(recipe), "--ratios", "0.2", "0.7", "--launcher", "accelerate launch --num_processes 2"]
+    assert main(flags) == 143
+    (command,) = commands
+    assert command[:7] == ["accelerate", "launch", "--num_processes", "2", "-m", "hesso_hf", "prune"]
+    assert command[-2:] == ["--resume_from_checkpoint", "auto"]
+    said = capsys.readouterr().err
+    assert "the run at 0.2 ended with 143" in said
+    assert "--ratios 0.2 0.7 --launcher 'accelerate launch --num_processes 2'" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ratios", "0.2", "1.5"], "`--ratios` (1.5) must lie between 0 and 1"),
+        (["--ratios", "0.2", "0.20"], "`--ratios` (0.2) is given more than once"),
+        (["--ratios", "0.2", "--hesso_pruning_ratio", "0.4"], "`--hesso_pruning_ratio` is what the runs of a sweep"),
+        (["--ratios", "0.2", "--output=x"], "`--output` is what the runs of a sweep differ in"),
+        (["--ratios", "0.2", "--hesso_cricc", "true"], "hesso_cric"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_run(
+    flags: list[str], expected: str, recipe: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(recipe), *flags]) == 2
+    assert expected in capsys.readouterr().err
+    assert started == []
