@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from hesso_hf.errors import HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning.basis import gain_clusters, principal_rotation, stream_covariance, turn_of, turn_stream
+from hesso_hf.structures.proof import turn
 from tests.support.tiny import HIDDEN, tiny_gpt2, tiny_llama, tiny_phi, token_batches
 
 BATCHES = [{"input_ids": ids, "labels": ids} for ids in token_batches(20, shape=(4, 16))]
@@ -143,3 +145,10 @@ def test_a_basis_of_nothing_is_refused(monkeypatch):
     )
     with pytest.raises(HessoError, match="no norm of the stream was given hidden states"):
         turn_stream(tiny_llama(), BATCHES)
+
+
+def test_a_process_proves_once_how_a_class_with_a_config_is_turned() -> None:
+    with mock.patch.object(turn, "turn_anew", wraps=turn.turn_anew) as proved:
+        found = [turn_of(tiny_llama(intermediate_size=size)) for size in (43, 43, 46)]
+    assert proved.call_count == 2
+    assert found[0] is found[1]
