@@ -46,6 +46,7 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults
     "hesso, principal basis": {"stream_basis": "principal"},
     "hesso, without healing": {"healing": "off"},
+    "hesso, even split": {"calibration_examples": 0},
     "hesso, without replay": {"replay_share": 0.0},
     "hesso, distillation": {"distillation_alpha": "auto"},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
@@ -144,7 +145,7 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
 
 def hesso_config(method: str, ratio: float, setting: Setting) -> HessoConfig:
     """Return what a variant of HESSO is: the defaults and what it changes."""
-    return HessoConfig(ratio, calibration_examples=setting.calibration_examples, **HESSO[method])
+    return HessoConfig(ratio, **({"calibration_examples": setting.calibration_examples} | HESSO[method]))
 
 
 def cut_once(options: argparse.Namespace, folder: Path, train_set: Dataset, run: dict[str, Any], sizes: Any) -> Path:

@@ -344,7 +344,7 @@ def speed(result: dict[str, Any]) -> str:
         f"threads. It reads {result['prompt']} tokens; it writes {result['new_tokens']} after "
         f"{result['written_prompt']}. Medians of {result['repeats']} turns. Sizes of an even split: in the multiples "
         'that the library takes by itself, any size, and those of `budget_metric="latency"`, whose share is that of '
-        "the time."
+        "the matrix products' time."
     )
     return _table(["", *columns.values()], rows) + "\n\n" + _wrap(note)
 
@@ -394,6 +394,7 @@ QUALITY_METHODS = {
     "dense": "not pruned",
     "hesso": "HESSO",
     "hesso, without healing": "HESSO without healing",
+    "hesso, even split": "HESSO, a like share of every structure",
     "hesso, without replay": "HESSO without replay",
     "hesso, distillation": "HESSO, distillation (auto)",
     "hesso, without reconstruction": "HESSO, by second-order Taylor",

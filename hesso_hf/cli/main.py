@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hesso-hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     subparsers.add_parser("prune", help=prune.HELP)  # its flags, those of a recipe's dataclasses, have their own parser
-    subparsers.add_parser("sweep", help=sweep.HELP)  # and it passes them on
+    sweep.sweep_flags(subparsers.add_parser("sweep", help=sweep.HELP))  # which passes other flags on to these
     for name, (text, add_flags, work) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text)
         add_flags(subparser)

@@ -22,6 +22,13 @@ HELP = "prune as a recipe says at several ratios, and compare: hesso-hf sweep RE
 _SET_HERE = ("pruning_ratio", "target_sizes", "output", "resume_from_checkpoint")
 
 
+def sweep_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="the recipe of every run; each has a folder in its output_dir")
+    parser.add_argument("--ratios", type=float, nargs="+", required=True, help="shares of the parameters to remove")
+    parser.add_argument("--launcher", default="", help="what starts each run, such as 'accelerate launch'")
+    parser.epilog = "All other flags are those of `hesso-hf prune`."
+
+
 def run(flags: Sequence[str]) -> int:
     """Sweep as the flags say; the exit code of the first run that fails, 0 where all are done.
 
@@ -29,10 +36,7 @@ def run(flags: Sequence[str]) -> int:
         HessoError: for flags that can't be followed, before anything is run.
     """
     parser = argparse.ArgumentParser(prog="hesso-hf sweep", description=HELP, allow_abbrev=False)
-    parser.add_argument("recipe", help="the recipe of every run; each has a folder in its output_dir")
-    parser.add_argument("--ratios", type=float, nargs="+", required=True, help="shares of the parameters to remove")
-    parser.add_argument("--launcher", default="", help="what starts each run, such as 'accelerate launch'")
-    parser.epilog = "All other flags are those of `hesso-hf prune`."
+    sweep_flags(parser)
     arguments, rest = parser.parse_known_args(flags)
     _check(arguments, rest)
     folder = Path(str(parse_recipe(arguments.recipe, [*rest, *_ratio(arguments.ratios[0])]).training.output_dir))

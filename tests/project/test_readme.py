@@ -158,8 +158,8 @@ def test_commands_exist(path: Path) -> None:
                 assert (ROOT / word).is_file(), words
         if words[0] in ("hesso-hf", "hesso_hf") and words[1] != "COMMAND":
             assert words[1] in subcommands, words
-            parser = recipe_parser() if words[1] == "prune" else subcommands[words[1]]
-            known = {option for action in parser._actions for option in action.option_strings}
+            parsers = [subcommands[words[1]], *([recipe_parser()] if words[1] in ("prune", "sweep") else [])]
+            known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
             for word in words[2:]:
                 assert not word.startswith("--") or word.partition("=")[0] in known, words
 
