@@ -88,6 +88,7 @@ class Healer:
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         self._model, self._batch = model, dict(batch)
         self._tokens = self._batch["attention_mask"].flatten().bool()
+        self._told: set[str] = set()
 
     def fewer(self, tokens: int) -> Healer:
         """Return one that works on so many tokens about, of examples spread over the batch."""
@@ -155,9 +156,14 @@ class Healer:
         """Warn of structures whose units no linear layer reads; channels of the stream are never healed."""
         read = {structure for reader in readers for structure, _, _ in reader.axes} | {"embedding_channels"}
         for structure in sorted(name for name, units in marked.items() if bool(units.any()) and name not in read):
-            logger.warning_once(
-                f"healing: {structure} of {type(self._model).__name__} aren't healed: no linear layer reads them"
-            )
+            of = f"{structure} of {type(self._model).__name__}"
+            self._warn(f"healing: {of} aren't healed: no linear layer reads them")
+
+    def _warn(self, message: str) -> None:
+        """Warn, each message once: there are many periods, and in a process there may be several runs."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
 
     def _read(self, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]) -> None:
         """Run the model, without its head, on the batch, and show what each reader is given.
@@ -169,9 +175,7 @@ class Healer:
         def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = args[0].flatten(0, -2)
             if len(rows) != len(self._tokens):
-                logger.warning_once(
-                    f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens"
-                )
+                self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens")
                 return args
             instead = look(reader, rows)
             return args if instead is None else (instead.view_as(args[0]), *args[1:])

@@ -310,8 +310,12 @@ def test_structures_that_no_linear_layer_reads_are_named(caplog: pytest.LogCaptu
     marked = none_of(bound)
     marked[CHANNELS][:, :3] = True
     marked[HEADS][:, 0] = True
-    with propagated(caplog):
-        found = Healer(model, tokens()).corrections(bound, marked, none_of(bound))
-    assert "healing: mlp_channels of MixtralForCausalLM aren't healed" in caplog.text
-    assert "attention_heads of" not in caplog.text
+    for _ in range(2):  # a second run in the same process hears it too, but each healer says it once
+        with propagated(caplog):
+            healer = Healer(model, tokens())
+            found = healer.corrections(bound, marked, none_of(bound))
+            healer.corrections(bound, marked, none_of(bound))
+        assert caplog.text.count("healing: mlp_channels of MixtralForCausalLM aren't healed") == 1
+        assert "attention_heads of" not in caplog.text
+        caplog.clear()
     assert {name.split(".")[-2] for name in found} == {"o_proj"}
