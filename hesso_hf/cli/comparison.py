@@ -105,9 +105,8 @@ def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], data
         dataset: whose text was read.
     """
     models = {"after": small} if base is None else {"before": base, "after": small}
-    values = {
-        key: {when: model[key] for when, model in models.items()} for key in COMPARED if small.get(key) is not None
-    }
+    known = [key for key in COMPARED if all(model.get(key) is not None for model in models.values())]
+    values = {key: {when: model[key] for when, model in models.items()} for key in known}
     for task, key, label in _metrics(small):
         values[label] = {when: model["tasks"][task][key] for when, model in models.items()}
     for name in [name for name, found in values.items() if not all(map(math.isfinite, found.values()))]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -46,7 +47,8 @@ def tokens_written_per_second(
 ) -> list[float]:
     """Return how many tokens a second each model writes after the first one, in all sequences of a batch together.
 
-    It is `generate`'s greedy search, whose time for the prompt and one token is taken off.
+    It is `generate`'s greedy search, whose time for the prompt and one token is taken off; where noise is
+    longer than what is left, the number is infinite.
 
     Args:
         length: tokens of the prompts.
@@ -58,7 +60,8 @@ def tokens_written_per_second(
         prompts = _ids(model.eval(), batch_size, length)
         works += [partial(_write, model, prompts, count, cache) for count in (1, 1 + new_tokens)]
     seconds = median_seconds(works, repeats)
-    return [batch_size * new_tokens / (many - one) for one, many in zip(seconds[::2], seconds[1::2], strict=True)]
+    spent = [many - one for one, many in zip(seconds[::2], seconds[1::2], strict=True)]
+    return [batch_size * new_tokens / time if time > 0 else math.inf for time in spent]
 
 
 def median_seconds(works: Sequence[Callable[[], object]], repeats: int = REPEATS) -> list[float]:

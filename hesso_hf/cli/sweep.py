@@ -39,12 +39,18 @@ def run(flags: Sequence[str]) -> int:
     sweep_flags(parser)
     arguments, rest = parser.parse_known_args(flags)
     _check(arguments, rest)
-    folder = Path(str(parse_recipe(arguments.recipe, [*rest, *_ratio(arguments.ratios[0])]).training.output_dir))
+    recipe = parse_recipe(arguments.recipe, [*rest, *_ratio(arguments.ratios[0])])
+    if recipe.run.output is not None:
+        raise HessoError(
+            f"`output` ({recipe.run.output!r}) is one folder, and a sweep saves a model for each ratio: leave it out "
+            "of the recipe (`output_dir` names the folder of all runs)"
+        )
+    folder = Path(str(recipe.training.output_dir))
     small = {ratio: folder / f"{ratio:g}" / "small" for ratio in sorted(arguments.ratios)}
     launcher = shlex.split(arguments.launcher) or [sys.executable]
     for ratio, output in small.items():
         if (output / REPORT_NAME).is_file():
-            print(f"{output}: done before")
+            print(f"{output}: done before; for another run remove it")
             continue
         told = [*rest, *_ratio(ratio), "--output_dir", str(output.parent), "--resume_from_checkpoint", "auto"]
         code = subprocess.run([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told]).returncode

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli import evaluate
 from hesso_hf.cli.commands import eval_flags
+from hesso_hf.cli.comparison import evaluation_of
 from hesso_hf.cli.data import text_blocks
 from hesso_hf.cli.main import main
 from hesso_hf.export.page.page import PAGE_NAME
@@ -289,3 +290,10 @@ def test_tasks_without_lm_eval_say_what_to_install(
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert main(["eval", "small", "--tasks", "paper"]) == 2
     assert "`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'" in capsys.readouterr().err
+
+
+def test_a_model_that_writes_beside_one_that_does_not_has_no_speed_to_compare() -> None:
+    how = {"dtype": "float32", "device": "cpu", "batch_size": 1, "block_size": 8, "tokens_per_second": 2.0}
+    base, small = ({**how, "first_token_seconds": seconds} for seconds in (None, 0.5))
+    assert list(evaluation_of(base, small, None)["values"]) == ["tokens_per_second"]
+    assert list(evaluation_of(None, small, None)["values"]) == ["tokens_per_second", "first_token_seconds"]

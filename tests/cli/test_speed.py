@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -36,3 +38,5 @@ def test_the_prompt_and_the_first_token_are_taken_off(monkeypatch: pytest.Monkey
     monkeypatch.setattr(speed, "median_seconds", lambda works, _: [seconds[work.args[2]] for work in works])
     assert speed.tokens_written_per_second([tiny_llama(), tiny_llama()], 3, 4, 20) == [30.0, 30.0]
     assert speed.first_token_seconds([tiny_llama()], 4) == [0.5]
+    seconds[21] = 0.4  # noise
+    assert speed.tokens_written_per_second([tiny_llama()], 3, 4, 20) == [math.inf]

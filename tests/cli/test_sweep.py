@@ -110,3 +110,12 @@ def test_mistakes_are_told_before_anything_is_run(
     assert main(["sweep", str(recipe), *flags]) == 2
     assert expected in capsys.readouterr().err
     assert started == []
+
+
+def test_a_recipe_with_one_folder_for_the_model_is_refused(
+    recipe: Path, tmp_path: Path, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.yaml").write_text(recipe.read_text() + "output: small\n")
+    assert main(["sweep", str(tmp_path / "one.yaml"), "--ratios", "0.2", "0.3"]) == 2
+    assert "`output` ('small') is one folder" in capsys.readouterr().err
+    assert started == []
