@@ -16,7 +16,7 @@ from ..errors import HessoError
 from .comparison import check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
-from .printing import print_report, print_table
+from .printing import hide_loading_bars, print_report, print_table
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
@@ -128,6 +128,7 @@ def export(arguments: argparse.Namespace) -> None:
         )
     from ..export import export_pruned
 
+    hide_loading_bars()
     report = export_pruned(
         arguments.checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
     )
@@ -165,6 +166,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     arguments.models = {name: model_source(name) for name in arguments.models}
     from .evaluate import measure_models
 
+    hide_loading_bars()
     found = measure_models(arguments)
     content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
     title, header, rows = comparison_table(found)
@@ -252,11 +254,9 @@ def quickstart(arguments: argparse.Namespace) -> None:
     check_text_file(arguments.dataset)
     if arguments.model is not None:
         model_source(arguments.model)
-    from transformers.utils.logging import disable_progress_bar
-
     from .quickstart import run_quickstart
 
-    disable_progress_bar()  # of loading and writing so small a model
+    hide_loading_bars()
     rows, samples = run_quickstart(arguments)
     print_table("before and after", ["", *[row.name for row in rows]], [
         ["parameters", *[f"{row.parameters:,}" for row in rows]],

@@ -11,7 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config import HessoConfig
 from ..errors import HessoError
-from ..export.storage import check_room, check_writable
+from ..export.storage import check_writable
 from ..hf_models.build import first_line
 from ..trainer.saving import check_not_base, checkpoint_bytes
 from .recipe import Recipe
@@ -72,12 +72,8 @@ def check_hub(training: TrainingArguments) -> None:
         ) from error
 
 
-def check_disk(recipe: Recipe, trainer: Any) -> None:
-    """Estimate what the run will write, now that its sizes are known.
-
-    Raises:
-        StorageError: where the disk has no room for it.
-    """
+def disk_needs(recipe: Recipe, trainer: Any) -> list[tuple[str, Path, int]]:
+    """Estimate what the run will write, now that its sizes are known: what, where, bytes."""
     run, output_dir = trainer.hesso_run, Path(str(recipe.training.output_dir))
     model = run.plan.target.parameters_after * _bytes_a_parameter(recipe.hesso, run.model)
     parts = [("the smaller model", output_of(recipe), model)]
@@ -86,7 +82,7 @@ def check_disk(recipe: Recipe, trainer: Any) -> None:
     if count := num_checkpoints(recipe.training, run.count_steps()):
         what = f"{count} checkpoint{'s' * (count > 1)}"
         parts.append((what, output_dir, count * checkpoint_bytes(run.model)))
-    check_room(parts)
+    return parts
 
 
 def _bytes_a_parameter(config: HessoConfig, model: Any) -> int:

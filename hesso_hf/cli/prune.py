@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import HessoError, StoppedError
 from .data import block_size_within, held_out_split, text_blocks
-from .printing import print_report
+from .overview import overview
+from .printing import hide_loading_bars, print_report
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
 BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
@@ -23,7 +24,9 @@ HELP = "fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag valu
 def run(flags: list[str]) -> int:
     """Prune as the flags say; 128 + 15 where the run was told to stop, 128 + 2 at Ctrl-C."""
     if {"-h", "--help"} & set(flags):
-        print("Flags override the recipe's keys.\n")
+        print(overview())
+        return 0
+    if "--help-all" in flags:
         recipe_parser().print_help()
         return 0
     file = flags[0] if flags and not flags[0].startswith("-") else None
@@ -61,7 +64,7 @@ def prune(recipe: Recipe) -> None:
     """Fine-tune and prune as a recipe says, save the smaller model, and print its report on the main process.
 
     Everything that will be written to is looked at before training, and the smaller model is saved before anything that
-    could fail after it.
+    could fail after it. A dry run ends after a few steps and saves none.
 
     Raises:
         StoppedError: where the run was told to stop, and has saved a checkpoint to go on from.
@@ -69,13 +72,17 @@ def prune(recipe: Recipe) -> None:
     import torch
 
     from ..export.checkpoint_state import last_common_checkpoint
+    from ..export.storage import check_room
     from ..hf_models.build import load_config
     from ..hf_models.loading import load_model, load_tokenizer
+    from .dry_run import dry_run, quiet
     from .origin import origin_of
-    from .preflight import check_disk, check_places, output_of
+    from .preflight import check_places, disk_needs, output_of
 
-    run, output = recipe.run, output_of(recipe)
+    asked, run, output = recipe, recipe.run, output_of(recipe)
+    recipe = quiet(asked) if run.dry_run else asked
     check_places(recipe)
+    hide_loading_bars()
     tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
     config = load_config(run.model, run.trust_remote_code)
     stored, block_size = config.dtype, block_size_within(run.block_size, BLOCK_SIZE, {"`model`": config})
@@ -86,7 +93,11 @@ def prune(recipe: Recipe) -> None:
         train, held_out = _datasets(run, tokenizer, block_size)
     trainer = _trainer(recipe, model, tokenizer, train, held_out)
     trainer.hesso_run.origin = origin_of(recipe)
-    check_disk(recipe, trainer)
+    needs = disk_needs(asked, trainer)
+    check_room(needs)
+    if run.dry_run:
+        dry_run(trainer, needs)
+        return
     resume: Any = recipe.training.resume_from_checkpoint
     if resume == "auto":
         resume = last_common_checkpoint(Path(str(recipe.training.output_dir)))

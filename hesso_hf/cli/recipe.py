@@ -56,6 +56,7 @@ class RunArguments:
     dtype: str = _flag("float32", "dtype of the trained weights; fp32 masters with bf16: true by default.")
     output: str | None = _flag(None, "Folder for the smaller model (default: `small` in training's output_dir).")
     trust_remote_code: bool = _flag(False, "Run model code that comes with the model.")
+    dry_run: bool = _flag(False, "Take a few steps, print what the run would do and take, and save no model.")
     peft: dict | str | None = field(
         default=None, metadata={"help": "LoraConfig's fields (JSON): train an adapter; by default all weights."}
     )
@@ -138,7 +139,7 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
     for flag in rest:
         name = flag.removeprefix("--").partition("=")[0]
         names = sorted(known | set(HessoConfig.__dataclass_fields__))
-        raise HessoError(f"unknown flag {flag!r}{nearest_name(name, names)}; see `hesso-hf prune --help`")
+        raise HessoError(f"unknown flag {flag!r}{nearest_name(name, names)}; see `hesso-hf prune --help-all`")
     for name in ("model", "dataset"):
         if getattr(run, name) is None:
             raise HessoError(f"`{name}` is missing: name it in the recipe or give `--{name}`")

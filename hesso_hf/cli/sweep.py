@@ -58,7 +58,8 @@ def run(flags: Sequence[str]) -> int:
             again = shlex.join(["hesso-hf", "sweep", *flags])
             print(f"hesso-hf: the run at {ratio:g} ended with {code}; this goes on there:\n  {again}", file=sys.stderr)
             return code
-    _compare(folder, small)
+    if not recipe.run.dry_run:
+        _compare(folder, small)
     return 0
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import yaml
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli.main import main
+from hesso_hf.cli.overview import FLAGS
 from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import HessoError, StoppedError
 from hesso_hf.hf_models.build import model_class_of
@@ -84,9 +85,19 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     out = capsys.readouterr().out
     assert "usage" in out
-    if command == "prune":
-        assert "--hesso_pruning_ratio" in out
-        assert "--learning_rate" in out
+    assert len(out.splitlines()) <= 50, "it fits a screen"
+
+
+def test_the_help_of_prune_has_what_most_runs_need_and_help_all_has_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", "--help-all"]) == 0
+    all_flags = capsys.readouterr().out
+    for section, (_, flags) in FLAGS.items():
+        assert flags.keys() <= TrainingArguments.__dataclass_fields__.keys() or section != "training"
+        for name in flags:
+            prefix = "hesso_" if section == "hesso" else ""
+            assert f"--{prefix}{name} " in all_flags, name
+    assert "--hesso_on_collapse" in all_flags
+    assert "--weight_decay" in all_flags
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)

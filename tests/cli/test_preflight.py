@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -196,3 +197,35 @@ def test_a_push_that_fails_names_the_folder_that_the_model_is_in(
     )
     assert expected in capsys.readouterr().err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small").config.intermediate_size == 28
+
+
+def test_a_dry_run_says_what_the_run_would_take_and_saves_no_model(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its replay is written, and the run that follows takes it."""
+    flags = [*inputs, "--output_dir", str(tmp_path / "run"), "--replay_share", "0.25", "--eval_strategy", "epoch"]
+    assert main([*flags, "--dry_run"]) == 0
+    text, beside = capsys.readouterr()
+    assert "Loading weights" not in beside
+    assert "HESSO: 156,908 -> 151,084 parameters" in text
+    assert "tokens: 32 a step, 192 in 6 steps, and replay" in text
+    assert re.search(r"^time: [\d.e-]+ s a step, \d+ s in all", text, re.MULTILINE)
+    assert re.search(r"^memory: [\d.]+ [MG]B at most so far, of the process", text, re.MULTILINE)
+    assert re.search(rf"^disk: about 604 kB for the smaller model in {tmp_path}/run/small$", text, re.MULTILINE)
+    assert "disk: about 5.65 MB for 3 checkpoints in " in text
+    assert text.endswith("dry run: no model was saved\n")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["replay"]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "replay").iterdir()}
+    assert main(flags) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "replay").iterdir()} == written
+    assert {"small", "checkpoint-6"} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_short_dry_run_publishes_nothing(inputs: list[str], tmp_path: Path, online: Any, capsys: Any) -> None:
+    flags = ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "user/small"]
+    with LoopbackHub() as hub:
+        online(hub, "hf_test")
+        assert main([*inputs, *flags, "--max_steps", "1", "--pruning_steps", "1", "--hesso_warmup_steps", "0",
+                     "--dry_run"]) == 0  # fmt: skip
+        assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
+    assert "time: the run is too short to tell" in capsys.readouterr().out

@@ -35,6 +35,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["--version"], 0, ""),
         (["--help"], 0, ""),
         (["plan", "--help"], 0, ""),
+        (["prune", "--help"], 0, ""),
         (["report", "small"], 0, ""),
         (["report", "small", "--json"], 0, ""),
         (["report", "small", "--html", "small.html"], 0, ""),

@@ -1,0 +1,64 @@
+"""The flags of `prune` that most runs need, on one screen and without a framework; `--help-all` lists all."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+
+# Where it belongs in a recipe, whose fields these are, and flag to meaning.
+FLAGS: dict[str, tuple[str, dict[str, str]]] = {
+    "model and data": (
+        "",
+        {
+            "model": "folder or Hub id; bundled is the one that ships here",
+            "dataset": "a .jsonl, .txt, .csv or .parquet file, or a Hub id; python-docs is embedded",
+            "eval_dataset": "held-out text (a twentieth of dataset)",
+            "retained_dataset": "other text that the base model knew: what is left of that is measured on it",
+            "block_size": "tokens of an example (1024)",
+            "max_examples": "use the first so many",
+            "output": "folder of the smaller model (small in output_dir)",
+            "peft": "fields of LoraConfig as JSON: train an adapter",
+            "dry_run": "take a few steps, print what the run would do and take, save no model",
+        },
+    ),
+    "training": (
+        "all fields of TrainingArguments",
+        {
+            "output_dir": "folder of checkpoints and logs",
+            "max_steps": "or num_train_epochs",
+            "learning_rate": "peak of the schedule",
+            "per_device_train_batch_size": "examples a process and forward pass",
+            "gradient_accumulation_steps": "forward passes an optimizer step",
+            "bf16": "compute in bfloat16",
+            "save_steps": "optimizer steps between checkpoints",
+            "resume_from_checkpoint": "auto: go on from the last one, where there is one",
+            "push_to_hub": "publish what is saved",
+        },
+    ),
+    "hesso": (
+        "all fields of HessoConfig",
+        {
+            "pruning_ratio": "share of the parameters to remove",
+            "budget_metric": "or of flops, memory, latency",
+            "structures": "what may go: attention_heads,mlp_channels,embedding_channels (all that is proved)",
+            "target_sizes": 'or the sizes to end with: {"intermediate_size": 4096}',
+            "round_to": "multiple that sizes keep to",
+            "replay_share": "share of text that the base model wrote, so that it forgets less (auto)",
+            "distillation_alpha": "weight of what a teacher says, auto where it knows the data (0)",
+            "cric": "look along the way to zero before deciding",
+        },
+    ),
+}
+
+
+def overview() -> str:
+    """Return the help: usage, and section by section the flags that most runs need."""
+    width = min(120, shutil.get_terminal_size((100, 24)).columns)
+    lines = ["usage: hesso-hf prune [RECIPE] [--flag value ...]", "", "Flags override the recipe's keys."]
+    for section, (fields, flags) in FLAGS.items():
+        lines += ["", f"{section}: {fields}, among them" if fields else f"{section}:"]
+        for name, meaning in flags.items():
+            left = f"  --{name}"
+            lines += textwrap.wrap(meaning, width, initial_indent=f"{left:<32}", subsequent_indent=" " * 32)
+    lines += ["", "All flags with their defaults: hesso-hf prune --help-all"]
+    return "\n".join(lines)
