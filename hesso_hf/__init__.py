@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .config import HessoConfig
     from .errors import HessoError
     from .export.export import export_pruned
+    from .export.run_plot import plot_run
     from .pruning.optimizer import HessoOptimizer
     from .pruning.plan import wrap_optimizer
     from .trainer.trainer import HessoMixin, HessoTrainer
@@ -44,6 +45,7 @@ __all__ = [
     "inspect_model",
     "inspect_vocabulary",
     "keep_tokens",
+    "plot_run",
     "wrap_optimizer",
 ]
 
@@ -77,6 +79,7 @@ __getattr__ = hand_on(
         "inspect_model": "budget.inspect",
         "inspect_vocabulary": "vocabulary.keep",
         "keep_tokens": "vocabulary.keep",
+        "plot_run": "export.run_plot",
         "wrap_optimizer": "pruning.plan",
     },
 )

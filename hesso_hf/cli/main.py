@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hesso-hf", description="Shrink language models while fine-tuning them.")
     parser.add_argument("--version", action="version", version=f"hesso-hf {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
-    subparsers.add_parser("prune", help=prune.HELP)  # its flags, those of a recipe's dataclasses, have their own parser
+    pruning = subparsers.add_parser("prune", help=prune.HELP)  # its flags have a parser of their own
+    pruning.add_argument("--help-all", action="store_true", help="list them")
     sweep.sweep_flags(subparsers.add_parser("sweep", help=sweep.HELP))  # which passes other flags on to these
     for name, (text, add_flags, work) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text)

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .page.words import named
+
 logger = logging.get_logger(__name__)
 
 PLOT_NAME = "cric.png"
@@ -17,6 +19,8 @@ _CRITERION = "taylor_first_order"  # along the path: the estimated rise of the l
 
 def draw_cric(cric: Mapping[str, Any], path: Path) -> bool:
     """Draw the violating sets and the paths of corrected and replacing units; tell whether it could be done.
+
+    Structures that lose no units aren't shown.
 
     Args:
         cric: what `pruning_report.json` has under `cric`.
@@ -30,7 +34,7 @@ def draw_cric(cric: Mapping[str, Any], path: Path) -> bool:
             f"`hesso-hf report FOLDER --plot {path.name}`"
         )
         return False
-    structures: Mapping[str, Any] = cric["structures"]
+    structures: Mapping[str, Any] = {name: found for name, found in cric["structures"].items() if found["first"]}
     figure = Figure(figsize=(4.2 * (1 + len(structures)), 3.6), layout="constrained")
     axes = figure.subplots(1, 1 + len(structures))
     _draw_sets(axes[0], structures)
@@ -49,7 +53,7 @@ def _draw_sets(axis: Any, structures: Mapping[str, Any]) -> None:
     for index, (name, found) in enumerate(structures.items()):
         heights = [size / max(1, found["first"]) for size in found["violating"]]
         places = [cycle + 1 + (index - (len(structures) - 1) / 2) * width for cycle in range(len(heights))]
-        axis.bar(places, heights, width, label=name.replace("_", " "))
+        axis.bar(places, heights, width, label=named(name))
     axis.set_xticks(range(1, cycles + 1))
     axis.set_xlabel("cycle")
     axis.set_ylabel("units tried / units to be removed")
@@ -72,7 +76,7 @@ def _draw_paths(axis: Any, name: str, found: Mapping[str, Any]) -> None:
             axis.plot(_left(len(means)), means, color=colour, linewidth=2.5, label=f"{label} (mean)")
     axis.invert_xaxis()
     axis.set_xlabel("share of the unit that is left")
-    axis.set_title(f"{name.replace('_', ' ')}: {found['num_corrected']} of {found['first']} corrected", fontsize=10)
+    axis.set_title(f"{named(name)}: {found['num_corrected']} of {found['first']} corrected", fontsize=10)
     if criterion is None:
         axis.text(0.5, 0.5, "no unit was corrected", ha="center", transform=axis.transAxes)
         return

@@ -30,6 +30,15 @@ def report(**changes: Any) -> dict[str, Any]:
     return {"mode": "path", "cycles": 2, "samples_per_cycle": 8, "samples": 16, "structures": structures} | changes
 
 
+def test_structures_that_lose_nothing_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    found = report()
+    found["structures"]["attention_heads"]["first"] = 0
+    assert draw_cric(found, tmp_path / "cric.png")
+    assert [axes.get_title() for axes in drawn[0].axes] == ["violating sets", "MLP channels: 1 of 9 corrected"]
+
+
 @pytest.mark.parametrize("name", ["cric.png", "cric.svg"])
 def test_draws_sets_and_paths(tmp_path: Path, name: str) -> None:
     assert draw_cric(report(), tmp_path / name)
@@ -39,7 +48,7 @@ def test_draws_sets_and_paths(tmp_path: Path, name: str) -> None:
         assert drawn.startswith(PNG)
     else:
         text = drawn.decode()
-        assert all(f"<!-- {label}" in text for label in ("violating sets", "mlp channels: 1 of 9 corrected"))
+        assert all(f"<!-- {label}" in text for label in ("violating sets", "MLP channels: 1 of 9 corrected"))
         assert "no unit was corrected" in text
 
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
 
+from hesso_hf import bundled
+from hesso_hf.hf_models.tiny_model import random_model
 from tests.support import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
+STEPS, EXAMPLES = 16, 24  # of training, and of the text, where a notebook is run in short
 MAX_FIGURE_BYTES = 100_000
 JUNK = ("Traceback", "Warning", "it/s]", "/home/", "/tmp/", "site-packages", str(ROOT))
 
@@ -37,8 +44,13 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
         assert not [word for word in JUNK if word in text_of(output)], text_of(output)
 
 
-def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+def test_there_are_notebooks_and_what_they_link_to_is_there() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    for path in NOTEBOOKS:
+        for link in re.findall(
+            r"\]\(([^)#]+)\)", "".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+        ):
+            assert link.startswith("https://") or (path.parent / link).is_file(), link
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -52,6 +64,33 @@ def test_committed_with_the_outputs_of_one_run(path: Path) -> None:
     assert all(len(figure) * 3 / 4 < MAX_FIGURE_BYTES for figure in figures)
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model with a single layer of random weights."""
+    folder, whole = tmp_path_factory.mktemp("one-layer"), bundled.bundled_model_path()
+    config = AutoConfig.from_pretrained(whole, num_hidden_layers=1)
+    random_model(LlamaForCausalLM, config, 1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(whole).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_code_runs_in_short(path: Path, one_layer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All code in one piece, with a smaller model, fewer steps of training and less text, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bundled, "bundled_model_path", lambda: one_layer)
+    whole = bundled.python_docs_dataset
+    monkeypatch.setattr(bundled, "python_docs_dataset", lambda *a, **kw: whole(*a, **kw).select(range(EXAMPLES)))
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    code = re.sub(r"max_steps=\d+", f"max_steps={STEPS}", "\n\n".join(cells))
+    shown = logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        exec(compile(code, path.name, "exec"), {"__name__": path.stem})
+    if shown:
+        logging.enable_progress_bar()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Execute with the running interpreter, offline, in an empty folder."""
