@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch.distributed import Store
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 from transformers.utils import logging
 
 from ..compat import default_store
 from ..distributed.collectives import barrier, world_size
 from ..engines.engine import Steps
+from ..export.page.words import named
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import PHASES
 
@@ -58,12 +59,50 @@ def metrics(steps: Steps, parameters: Any) -> dict[str, float]:
     return found
 
 
+def in_short(logs: dict[str, Any]) -> dict[str, Any]:
+    """Return what is printed of logs: HESSO's metrics in one entry, `recovery, 50.4% removed`."""
+    own = {key: value for key, value in logs.items() if key.startswith("hesso/")}
+    if "hesso/phase" not in own:
+        return dict(logs)
+    gone, target = own["hesso/pruned_ratio"], own["hesso/target_ratio"]
+    phase = named(PHASES[int(own["hesso/phase"])])
+    of = "" if gone >= target else f" of {target:.1%}"
+    kept = {key.removeprefix("hesso/"): value for key, value in own.items() if key.endswith("_loss")}
+    return (
+        {key: value for key, value in logs.items() if key not in own}
+        | kept
+        | {"hesso": f"{phase}, {gone:.1%}{of} removed"}
+    )
+
+
+class ShortBar(ProgressCallback):
+    """Transformers' progress bar, with metrics in short."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write them above the bar."""
+        super().on_log(args, state, control, in_short(logs), **kwargs)
+
+
+class ShortLines(PrinterCallback):
+    """Transformers' printed lines, with metrics in short."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print them."""
+        super().on_log(args, state, control, in_short(logs), **kwargs)
+
+
 class HessoProgressCallback(TrainerCallback):
-    """Shows the phase on the progress bar and logs its changes."""
+    """Shows the phase on the progress bar and logs its changes; what the stock callbacks print is shortened."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._shown = ""
+        callbacks = trainer.callback_handler.callbacks
+        for index, callback in enumerate(callbacks):
+            if type(callback) is ProgressCallback:
+                callbacks[index] = ShortBar(callback.max_str_len)
+            elif type(callback) is PrinterCallback:
+                callbacks[index] = ShortLines()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the plan again: with a smaller batch it has more steps."""

@@ -18,6 +18,7 @@ from hesso_hf.cli.main import main
 from hesso_hf.cli.training_log import losses_in
 from hesso_hf.config.names import SALIENCIES, STRUCTURES
 from hesso_hf.export.page import words
+from hesso_hf.export.page.compared import losses_by_share
 from hesso_hf.export.page.figures import strip
 from hesso_hf.export.page.markup import element
 from hesso_hf.export.page.page import Model, report_page
@@ -126,7 +127,7 @@ class Parsed(HTMLParser):
 
 
 def parsed(*reports: dict[str, Any], **given: Any) -> Parsed:
-    return Parsed(report_page([Model(f"small-{'ab'[i]}", report, **given) for i, report in enumerate(reports)]))
+    return Parsed(report_page([Model(f"small-{'abc'[i]}", report, **given) for i, report in enumerate(reports)]))
 
 
 def numbers_in(value: Any, key: str = "") -> Iterator[float]:
@@ -245,6 +246,24 @@ def test_several_have_a_column_each() -> None:
     assert ["healing", "auto", "–"] in found.rows
     assert ["CRIC", "2 cycles", "–"] in found.rows
     assert found.text.count("What was removed") == 2
+
+
+def measured(share: float, loss: float, before: float = 3.0, **changes: Any) -> dict[str, Any]:
+    """A report of a model that was measured before and after."""
+    quality = {"eval_loss": {"examples": 64, "tokens": 640, "before": {"loss": before}, "after": {"loss": loss}}}
+    return small_report(pruning_ratio=share, quality=quality, base_model="org/base", **changes)
+
+
+def test_several_of_one_base_model_are_drawn_over_the_share_that_was_removed() -> None:
+    one, two, three = measured(0.5, 3.75), measured(0.2, 3.125), measured(0.3, 3.25)
+    drawn = [(0.0, 3.0), (0.2, 3.125), (0.3, 3.25), (0.5, 3.75)]
+    assert losses_by_share([one, two, three]) == {"held-out examples": drawn}
+    text = parsed(one, two, three).text
+    assert "Loss over the share of the parameters that was removed; at 0% the base model as it came" in text
+    assert ["loss on held-out examples, before", "3.0000", "3.0000"] in parsed(one, two).rows
+    assert ["loss on held-out examples, after", "3.7500", "3.1250"] in parsed(one, two).rows
+    for other in (measured(0.5, 3.8), measured(0.3, 3.5, before=2.9), {**two, "base_model": "else"}, small_report()):
+        assert losses_by_share([one, other]) == {}
 
 
 def test_the_config_on_it_is_the_run_s() -> None:

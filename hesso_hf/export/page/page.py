@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .compared import compared
 from .decided import how_it_was_decided
 from .figures import Span, chart, colour, strip
 from .losses import Losses
@@ -39,7 +40,7 @@ def report_page(models: Sequence[Model]) -> str:
         for model in models
     )
     title = "Smaller models compared"
-    return page(title, element("h1", title), _compared(models), *accounts)
+    return page(title, element("h1", title), *compared([(model.name, model.report) for model in models]), *accounts)
 
 
 def write_page(report: Report, path: Path) -> bool:
@@ -201,39 +202,3 @@ def _to_repeat(report: Report) -> Markup:
     facts |= report.get("versions") or {}
     shown = ((name, ", ".join(map(str, value)) if isinstance(value, list) else value) for name, value in facts.items())
     return joined([*found, table(["", ""], ((name, value) for name, value in shown if value not in (None, "")))])
-
-
-# -- several -----------------------------------------------------------------------------------------------------------
-
-
-def _compared(models: Sequence[Model]) -> Markup:
-    """Return a table with a column for each model."""
-    columns = [_facts(model.report) for model in models]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = ((name, *(column.get(name, "–") for column in columns)) for name in names)
-    return table(["", *(model.name for model in models)], rows)
-
-
-def _facts(report: Report) -> dict[str, str]:
-    """Return what models are compared by."""
-    counts, checked, config = report["parameters"], report["verification"], report.get("hesso_config") or {}
-    width = stored_bytes(checked["dtype"])
-    facts = {
-        "made from": report.get("base_model"),
-        "parameters before": f"{counts['before']:,}",
-        "parameters after": f"{counts['after']:,}",
-        "removed": percent(report["pruning_ratio"]),
-        "bytes of the weights": f"{counts['after'] * width:,}" if width else None,
-        **{sized(name): f"{size:,}" for name, size in report["sizes"]["after"].items()},
-        "steps": f"{report['steps']:,}" if report.get("steps") else None,
-        "saliency": ", ".join(map(named, report.get("saliency") or {})),
-        **{named(name): config.get(name) for name in ("stream_basis", "healing", "layer_widths")},
-        "CRIC": f"{report['cric']['cycles']:,} cycles" if report.get("cric") else None,
-        "teacher": (report.get("distillation") or {}).get("teacher"),
-        "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
-        **{logged(key): f"{found['after']['loss']:.4f}"
-           for key, found in (report.get("quality") or {}).items() if "after" in found},
-        "stored as": checked["dtype"],
-        **{title: scientific(checked[name]) for name, (title, _) in VERIFIED.items()},
-    }  # fmt: skip
-    return {name: str(value) for name, value in facts.items() if value}
