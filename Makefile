@@ -23,14 +23,17 @@ PYTEST := $(call pytest_of,$(VENV))
 NEWEST := .venv-newest
 FLOOR := .venv-floor
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+LOOK := .venv-look
+PAGES ?= quickstart/hesso/report.html
 
-.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format docs wheel-test bench gpu picture survey clean
+.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format docs report-look wheel-test bench gpu picture survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
 	@echo
 	@echo "test-newest takes $(TORCH), not the newest torch, which may be a CUDA build of several GB; TORCH=torch takes that."
-	@echo "Variables: ARGS='...' is passed on to the command, WORKERS=$(WORKERS) test processes, PYTHON=$(PYTHON)."
+	@echo "Variables: ARGS='...' is passed on to the command, WORKERS=$(WORKERS) test processes, PYTHON=$(PYTHON),"
+	@echo "PAGES=$(PAGES) for report-look."
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed for constraints.txt; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11" if v < (3, 11) else 0)'
@@ -76,6 +79,12 @@ format: $(STAMP) ## let ruff fix and format
 docs: $(STAMP) ## the docs as a site, in docs/_build
 	$(BIN)/python docs/options.py --check || { echo "docs/options.md isn't what HessoConfig has: python docs/options.py"; exit 1; }
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+report-look: ## open PAGES (the quickstart's report) in headless Chromium; pictures in report-look, errors fail
+	@test -e $(LOOK) || $(PYTHON) -m venv $(LOOK)
+	@$(LOOK)/bin/python -m pip install --quiet --disable-pip-version-check PyQt6-WebEngine
+	@test -e '$(firstword $(PAGES))' || $(MAKE) quickstart
+	@$(LOOK)/bin/python .ci/look.py report-look $(PAGES) 2> report-look.log || { tail -5 report-look.log; exit 1; }
 
 # The wheel is built through the sdist and installed with its own dependencies only, so a file or a
 # requirement that is missing from the metadata is missing here too.
