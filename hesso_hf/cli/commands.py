@@ -16,7 +16,7 @@ from ..errors import HessoError
 from .comparison import check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
-from .printing import hide_loading_bars, print_report, print_table
+from .printing import print_report, print_table
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,6 @@ def export(arguments: argparse.Namespace) -> None:
         )
     from ..export import export_pruned
 
-    hide_loading_bars()
     report = export_pruned(
         arguments.checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
     )
@@ -166,7 +165,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
     arguments.models = {name: model_source(name) for name in arguments.models}
     from .evaluate import measure_models
 
-    hide_loading_bars()
     found = measure_models(arguments)
     content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
     title, header, rows = comparison_table(found)
@@ -254,10 +252,11 @@ def quickstart(arguments: argparse.Namespace) -> None:
     check_text_file(arguments.dataset)
     if arguments.model is not None:
         model_source(arguments.model)
+    from ..hf_models.loading import without_bars
     from .quickstart import run_quickstart
 
-    hide_loading_bars()
-    rows, samples = run_quickstart(arguments)
+    with without_bars():
+        rows, samples = run_quickstart(arguments)
     print_table("before and after", ["", *[row.name for row in rows]], [
         ["parameters", *[f"{row.parameters:,}" for row in rows]],
         ["size on disk", *[f"{row.bytes / 1e6:.2f} MB" for row in rows]],

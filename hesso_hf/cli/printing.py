@@ -41,10 +41,3 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     console = Console()
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     console.print(table)
-
-
-def hide_loading_bars() -> None:
-    """Show no bars of Transformers' while weights are read and written; those of training and measuring are others."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import HessoError, StoppedError
 from .data import block_size_within, held_out_split, text_blocks
 from .overview import overview
-from .printing import hide_loading_bars, print_report
+from .printing import print_report
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
 BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
@@ -82,7 +82,6 @@ def prune(recipe: Recipe) -> None:
     asked, run, output = recipe, recipe.run, output_of(recipe)
     recipe = quiet(asked) if run.dry_run else asked
     check_places(recipe)
-    hide_loading_bars()
     tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
     config = load_config(run.model, run.trust_remote_code)
     stored, block_size = config.dtype, block_size_within(run.block_size, BLOCK_SIZE, {"`model`": config})

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..compat import attention_of
 from ..distributed.collectives import from_main, on_all
 from ..errors import VerificationError
+from ..hf_models.loading import without_bars
 from ..hf_models.tiny_model import logits_of
 from ..structures.cut import cut_model, device_with_room, zero_units_
 from ..structures.groups import KeptUnits
@@ -69,7 +70,8 @@ class ParameterSource(ABC):
             return None
         for parameter in small.parameters():  # not the buffers
             parameter.data = parameter.data.to(dtype)
-        small.save_pretrained(folder, max_shard_size=max_shard_size)
+        with without_bars():
+            small.save_pretrained(folder, max_shard_size=max_shard_size)
         return small
 
     def read_back(self, small: Any, written: Any, folder: Path, dtype: torch.dtype) -> Any:
@@ -90,7 +92,8 @@ class ParameterSource(ABC):
         uneven = bool(uneven_sizes(written.config))
         loader: Any = AutoModelForCausalLM if uneven else type(written)
         options = {"trust_remote_code": True} if uneven else {}
-        reloaded = loader.from_pretrained(folder, attn_implementation=attention_of(written.config), **options)
+        with without_bars():
+            reloaded = loader.from_pretrained(folder, attn_implementation=attention_of(written.config), **options)
         found = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
         groups, buffers = self.decision.groups.structures.values(), dict(written.named_buffers())
         cut = [axis.parameter for group in groups for axes in group.buffers for axis in axes]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,23 @@ from accelerate import init_empty_weights
 from accelerate.utils import str_to_bool
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from ..compat import build_model
 from ..errors import HessoError
 from .build import first_line, load_config, model_class_of
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Show none of Transformers' bars while weights are read and written."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -32,9 +46,10 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
     try:
         if _weights_come_from_another():
             return _without_weights(source, config, dtype, trust_remote_code)
-        if trust_remote_code:
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
-        return model_class_of(config).from_pretrained(source, dtype=dtype)
+        with without_bars():
+            if trust_remote_code:
+                return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
+            return model_class_of(config).from_pretrained(source, dtype=dtype)
     except OSError as error:
         raise HessoError(f"`model` ({source!r}) can't be loaded: {first_line(error)}") from error
 

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from hesso_hf.errors import HessoError
 from hesso_hf.hf_models.loading import load_model
@@ -74,3 +75,20 @@ def test_others_read_them(
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(HessoError, match=str(tmp_path)):
         load_model(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_no_bars_are_shown_while_weights_are_read_and_then_as_before(
+    shown: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_llama(1).save_pretrained(tmp_path)
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+    try:
+        capfd.readouterr()
+        load_model(str(tmp_path), torch.float32)
+        assert "Loading weights" not in capfd.readouterr().err
+        assert logging.is_progress_bar_enabled() is shown
+        LlamaForCausalLM.from_pretrained(tmp_path)
+        assert ("Loading weights" in capfd.readouterr().err) is shown
+    finally:
+        logging.enable_progress_bar()

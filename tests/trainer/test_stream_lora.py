@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +66,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.skipif(
+        kind == "trained biases" and Version(peft.__version__) < Version("0.21"),
+        reason="this peft doesn't load trained biases; the stock Trainer resumes without them too",
+    )) for kind in RESUMED
+])  # fmt: skip
 def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
     model, tied = RESUMED[kind], kind == "tied llama"
     config = HessoConfig(**RATIO)
