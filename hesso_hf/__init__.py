@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .budget.inspect import inspect_model
+    from .cli.eval_callback import EvalCallback
     from .config import HessoConfig
     from .errors import HessoError
     from .export.export import export_pruned
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "EvalCallback",
     "HessoConfig",
     "HessoError",
     "HessoMixin",
@@ -69,6 +71,7 @@ def hand_on(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
 __getattr__ = hand_on(
     __name__,
     {
+        "EvalCallback": "cli.eval_callback",
         "HessoConfig": "config",
         "HessoError": "errors",
         "HessoMixin": "trainer.trainer",

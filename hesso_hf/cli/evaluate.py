@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..errors import HessoError, nearest_name
+from ..errors import HessoError
 from ..hf_models.build import first_line, load_config
 from ..hf_models.loading import load_model, load_tokenizer
 from .data import block_size_within, held_out_split, text_blocks
 from .speed import first_token_seconds, tokens_per_second, tokens_written_per_second
+from .tasks import Tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BLOCK_SIZE = 256  # tokens, where nothing is said and every context has as many
-PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # its seven tasks
 
 
 def measure_models(flags: Namespace) -> list[dict[str, Any]]:
@@ -40,7 +39,10 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         HessoError: naming the model or the flag.
     """
     device, trust = device_of(flags.device), flags.trust_remote_code
-    tasks = None if flags.tasks is None else _Tasks(flags)
+    tasks = None
+    if flags.tasks is not None:
+        how = {name: getattr(flags, name) for name in ("num_fewshot", "limit", "batch_size", "include_path")}
+        tasks = Tasks(flags.tasks, "--tasks", **how)
     configs = {name: load_config(source, trust) for name, source in flags.models.items()}
     named = {f"`model` ({name!r})": config for name, config in configs.items()}
     block_size = block_size_within(flags.block_size, BLOCK_SIZE, named)
@@ -113,43 +115,6 @@ def _written(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[s
 def weights_bytes(folder: str | Path) -> int:
     """Return the size of a folder's safetensors files (bytes)."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
-class _Tasks:
-    """lm-eval's tasks, found before anything is measured."""
-
-    def __init__(self, flags: Namespace) -> None:
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise HessoError("`--tasks` needs lm-eval: pip install 'hesso_hf[eval]'") from error
-        self._flags = flags
-        self._manager = TaskManager(include_path=flags.include_path)
-        names = flags.tasks.replace(" ", "").split(",")
-        self._names = [task for name in names for task in (PAPER if name == "paper" else (name,))]
-        for name in self._names:
-            if not self._manager.match_tasks([name]):
-                hint = nearest_name(name, self._manager.all_tasks)
-                raise HessoError(f"`--tasks` ({name!r}): lm-eval has no such task{hint}; `lm-eval ls tasks` lists them")
-
-    def scores(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, dict[str, float | int]]:
-        """Return the numbers of each task: values, and standard errors where lm-eval has some."""
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-
-        wanted = self._flags.num_fewshot
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._flags.batch_size),
-            tasks=self._manager.match_tasks(self._names), num_fewshot=wanted, limit=self._flags.limit,
-            task_manager=self._manager,
-        )  # fmt: skip
-        for task, shots in results["n-shot"].items():
-            if wanted is not None and shots != wanted:
-                print(f"hesso-hf: {task} sets its own number of examples, {shots}: not {wanted}", file=sys.stderr)
-        return {
-            task: {key: value for key, value in scores.items() if isinstance(value, float | int)}
-            for task, scores in results["results"].items()
-        }
 
 
 def device_of(name: str | None) -> torch.device:

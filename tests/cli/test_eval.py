@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +22,12 @@ from hesso_hf.cli.commands import eval_flags
 from hesso_hf.cli.comparison import evaluation_of
 from hesso_hf.cli.data import text_blocks
 from hesso_hf.cli.main import main
+from hesso_hf.cli.tasks import PAPER
 from hesso_hf.export.page.page import PAGE_NAME
 from hesso_hf.export.report import REPORT_NAME
 from tests.cli.test_report import small_report
 from tests.support import ROOT
+from tests.support.lm_eval import stand_in
 from tests.support.tiny import tiny_llama
 
 TEXT, CONTEXT = ["--dataset", "text.jsonl"], 128  # tokens that `small` reads at once; `bundled` reads 512
@@ -58,40 +59,8 @@ def _there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lm_eval(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Stand in for lm-eval, which knows two tasks and those of the paper; return what it is asked."""
-    asked: list[dict[str, Any]] = []
-    known = ["lambada", "fixed", *evaluate.PAPER]
-
-    def task_manager(include_path: str | None) -> SimpleNamespace:
-        def match_tasks(names: list[str]) -> list[str]:
-            return [name for name in known if name in names]
-
-        return SimpleNamespace(include_path=include_path, all_tasks=known, match_tasks=match_tasks)
-
-    def simple_evaluate(**given: Any) -> dict[str, Any]:
-        asked.append(given)
-        value = 0.25 * len(asked)
-        scores = {
-            "alias": "x",
-            "acc,none": value,
-            "acc_stderr,none": 0.0123,
-            "em,strict": 0.5,
-            "em_stderr,strict": "N/A",
-        }
-        return {
-            "results": {task: scores for task in given["tasks"]},
-            "n-shot": {task: 0 if task == "fixed" else given["num_fewshot"] for task in given["tasks"]},
-        }
-
-    parts = {
-        "lm_eval": {"simple_evaluate": simple_evaluate}, "lm_eval.tasks": {"TaskManager": task_manager},
-        "lm_eval.models": {}, "lm_eval.models.huggingface": {"HFLM": SimpleNamespace},
-    }  # fmt: skip
-    for name, attributes in parts.items():
-        module = ModuleType(name)
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, name, module)
-    return asked
+    """What the stand-in for lm-eval is asked."""
+    return stand_in(monkeypatch)
 
 
 def result(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
@@ -212,7 +181,7 @@ def test_tasks_are_asked_of_every_model_as_the_flags_say(
     assert main(["eval", "small", "lower", "--tasks", "fixed, paper", *flags]) == 0
     assert "hesso-hf: fixed sets its own number of examples, 0: not 2" in capsys.readouterr().err
     for asked, name in zip(lm_eval, ("small", "lower"), strict=True):
-        assert asked["tasks"] == ["fixed", *evaluate.PAPER]
+        assert asked["tasks"] == ["fixed", *PAPER]
         assert (asked["num_fewshot"], asked["limit"]) == (2, 5)
         assert asked["task_manager"].include_path == "tasks"
         assert asked["model"].batch_size == 3
