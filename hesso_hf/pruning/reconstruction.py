@@ -56,14 +56,21 @@ def _costs(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -
     """Return what each unit's going would cost now, (n,), of units with the given columns (n, k)."""
     blocks = inverse[columns[:, :, None], columns[:, None, :]]  # (n, k, k)
     parts = weight[:, columns].permute(1, 2, 0)  # (n, k, O)
-    return (torch.linalg.solve(blocks, parts) * parts).sum((1, 2))
+    return (_divided(parts, blocks) * parts).sum((1, 2))
 
 
 def _remove_(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -> None:
     """Take columns out: the others' weights are refitted to stand in for them."""
-    rows = torch.linalg.solve(inverse[columns][:, columns], inverse[columns])
+    rows = _divided(inverse[columns], inverse[columns][:, columns])
     weight -= weight[:, columns] @ rows
     inverse -= inverse[:, columns] @ rows
     weight[:, columns] = 0
     inverse[columns] = 0
     inverse[:, columns] = 0
+
+
+def _divided(rows: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Return block^-1 rows, of positive definite blocks (..., k, k) and rows (..., k, n)."""
+    if block.shape[-1] == 1:
+        return rows / block
+    return torch.cholesky_solve(rows, torch.linalg.cholesky(block))

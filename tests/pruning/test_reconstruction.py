@@ -69,3 +69,18 @@ def test_many_units_keep_the_order_in_which_they_go() -> None:
     costs = removal_costs(x.T @ x, weight, torch.arange(50), torch.zeros(50, dtype=torch.bool))
     assert len(costs.unique()) == 50
     assert (costs > 0).all()
+
+
+def test_large_units_cost_the_same_on_several_threads() -> None:
+    """Batched LU of blocks so large fails in some builds of torch's CPU library, as soon as it has two threads."""
+    x, _ = setting(3 * 192)
+    weight = torch.randn(576, 576, generator=torch.Generator().manual_seed(1)).double()
+    units, none = torch.arange(3).repeat_interleave(192), torch.zeros(3, dtype=torch.bool)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(removal_costs(x.T @ x, weight, units, none))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found[0], found[1], rtol=1e-9, atol=0.0)
