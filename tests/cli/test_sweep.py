@@ -74,6 +74,16 @@ def test_runs_are_compared_and_those_that_are_done_are_not_run_again(
     assert capsys.readouterr().out.count("done before") == 2
 
 
+def test_a_dry_one_says_what_each_run_would_do_and_compares_nothing(
+    recipe: Path, started: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--output_dir", str(tmp_path / "dry"), "--hesso_calibration_examples", "2", "--dry_run"]
+    assert main(["sweep", str(recipe), "--ratios", "0.5", "0.3", *flags]) == 0
+    assert len(started) == 2
+    assert capsys.readouterr().out.count("dry run: no model was saved") == 2
+    assert not list((tmp_path / "dry").rglob("sweep.*"))
+
+
 def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
