@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 from ..hf_models.tiny_model import attention_in_fp32
 from ..structures.groups import Axis
-from .reconstruction import removal_costs
-from .saliency import PerUnit, float_sums
+from .ranking import lowest_units
+from .reconstruction import RIDGE, removal_costs
+from .saliency import PerUnit, float_sums, no_units
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
@@ -111,16 +112,11 @@ class Healer:
             gone, weight = reader.columns(marked), reader.weight(bound)
             stays = ~gone & ~reader.columns(pruned)
             said = self._said_by_others(rows[self._tokens], weight[:, gone], gone, stays)
-            healed = rows.clone()
-            if said is None:
-                healed[:, gone] = 0
-            else:
+            if said is not None:
                 correction = torch.zeros_like(weight)
                 correction[:, stays] = (weight[:, gone].to(said.dtype) @ said).to(weight.dtype)
                 found[reader.name] = correction if reader.dim == 1 else correction.T.contiguous()
-                # what the healed matrix makes of the units that stay, the old one makes of this
-                healed[:, gone] = (rows[:, stays].to(said.dtype) @ said.T).to(rows.dtype)
-            return healed
+            return _healed(rows, said, gone, stays)
 
         self._read([reader for reader in readers if bool(reader.columns(marked).any())], refit)
         for name, correction in found.items():
@@ -128,22 +124,35 @@ class Healer:
         return found
 
     @torch.no_grad()
-    def costs(self, bound: BoundGroups, pruned: PerUnit) -> PerUnit:
+    def costs(self, bound: BoundGroups, pruned: PerUnit, going: Mapping[str, int] | None = None) -> PerUnit:
         """Return what is lost with each unit though the others are refitted, (L, U), of structures that are healed.
 
         See `reconstruction.removal_costs`: a unit's cost is what it adds where cheaper ones of its layer went before.
+
+        Args:
+            going: how many units of each pool of a layer will have gone, by structure. Each layer is then judged on
+                what it reads where the cheapest of the earlier layers are gone and healed.
         """
-        shapes = bound.shapes()
+        shapes, pools = bound.shapes(), {name: group.pools for name, group in bound.groups.structures.items()}
         found = {name: torch.zeros(shape, dtype=float_sums(bound.device)) for name, shape in shapes.items()}
         seen: set[tuple[str, int]] = set()
 
-        def add(reader: Reader, rows: torch.Tensor) -> None:
-            gram = _gram(rows[self._tokens])
+        def add(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
+            gram, leaving = _gram(rows[self._tokens]), no_units(shapes, bound.device)
             for structure, layer, axis in reader.axes:
                 units = axis.layout.expand(torch.arange(shapes[structure][1], device=rows.device), -1)
-                costs = removal_costs(gram, reader.weight(bound).to(gram.dtype), units, pruned[structure][layer])
+                gone = pruned[structure][layer]
+                costs = removal_costs(gram, reader.weight(bound).to(gram.dtype), units, gone)
                 found[structure][layer] += costs.to(found[structure].device)
                 seen.add((structure, layer))
+                if going is not None:
+                    cheapest = lowest_units(costs[None], gone[None], going[structure], False, pools[structure])[0]
+                    leaving[structure][layer] = cheapest & ~gone
+            columns = reader.columns(leaving)
+            if not bool(columns.any()):
+                return None
+            stays = ~columns & ~reader.columns(pruned)
+            return _healed(rows, _solve(gram, RIDGE, columns, stays), columns, stays)
 
         self._read(self.readers(bound), add)
         return {
@@ -206,6 +215,17 @@ class Healer:
         if not errors[best] < unhealed:
             return None
         return _solve(fit + check, best, gone, stays)
+
+
+def _healed(rows: torch.Tensor, said: torch.Tensor | None, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    """Return what an old matrix makes of as the healed one makes of the units that stay.
+
+    Args:
+        said: the marked units by the others, (R, S); None where nothing is refitted.
+    """
+    healed = rows.clone()
+    healed[:, gone] = 0 if said is None else (rows[:, stays].to(said.dtype) @ said.T).to(rows.dtype)
+    return healed
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

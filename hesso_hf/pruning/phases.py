@@ -13,6 +13,7 @@ Legend: L layers, U units a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch.optim import Optimizer
@@ -80,11 +81,18 @@ class Run:
         """Check that all processes have the same scales, and are in the same period."""
         check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
 
-    def scores(self) -> PerUnit:
-        """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure."""
+    def scores(self, share: Fraction | None = None) -> PerUnit:
+        """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure.
+
+        Args:
+            share: of all units that are to go, those that will have gone after this scoring, where that is known.
+        """
         sums, costs = self.bound.over_ranks(self.state.sums), None
         if self.healer is not None and self.ranking.reconstructs:
-            costs = self.healer.costs(self.bound, self.state.pruned())
+            going = None
+            if share is not None and self.config.healing != "off":
+                going = self.ranking.going(share)
+            costs = self.healer.costs(self.bound, self.state.pruned(), going)
         return self.ranking.scores(sums, {name: scales > 0 for name, scales in self.state.scales.items()}, costs)
 
     def pruned(self) -> PerUnit:
@@ -199,9 +207,9 @@ class PruningPeriod(Phase):
                 f"looked yet; {remedy}"
             )
         run.check_agreement(index)
-        order = run.scores() if state.order is None else state.order
-        pruned = state.pruned()
-        marked = agreed(run.ranking.lowest(order, state.schedule.periods[index].share, pruned))
+        share, pruned = state.schedule.periods[index].share, state.pruned()
+        order = run.scores(share) if state.order is None else state.order
+        marked = agreed(run.ranking.lowest(order, share, pruned))
         for name, units in marked.items():
             state.redundant[name].copy_(units & ~pruned[name])
         if run.pausing:

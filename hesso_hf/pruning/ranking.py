@@ -96,6 +96,15 @@ class Ranking:
         """Return scores, shape (L, U) per structure, from the criteria's values, shape (C, L, U)."""
         return combine_criteria(values, self._weights, self._across_layers, kept, self._pools)
 
+    def going(self, share: Fraction) -> dict[str, int] | None:
+        """Return how many units of each pool of a layer are marked when `share` of all is.
+
+        None where that isn't known beforehand: layers compete, or another criterion has a say beside `reconstruction`.
+        """
+        if self._across_layers or set(self._weights) != {RECONSTRUCTION}:
+            return None
+        return {name: round(removed // self._pools[name] * share) for name, removed in self.removed.items()}
+
     def lowest(self, scores: PerUnit, share: Fraction = Fraction(1), pruned: PerUnit | None = None) -> PerUnit:
         """Mark the lowest units so that `share` of all that are to go is marked, those already pruned included.
 

@@ -17,6 +17,7 @@ from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.healing import Healer, padded, readers_of, unreadable
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
+from hesso_hf.pruning.reconstruction import RIDGE
 from hesso_hf.pruning.saliency import PerUnit
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of
@@ -165,10 +166,31 @@ def test_a_period_marks_the_units_whose_going_costs_least() -> None:
     optimizer = run(model, healed=True, saliency="reconstruction", **sizes)
     healer = Healer(model, tokens())
     process = optimizer.process
-    costs = healer.costs(process.bound, none_of(process.bound))[CHANNELS]
+    going = {CHANNELS: 9, HEADS: 0, "embedding_channels": 0}
+    costs = healer.costs(process.bound, none_of(process.bound), going)[CHANNELS]
     step(model, optimizer, 1)
     for layer, marked in enumerate(process.redundant[CHANNELS]):
         assert sorted(marked.nonzero().flatten().tolist()) == sorted(costs[layer].argsort()[:9].tolist())
+
+
+def test_later_layers_are_judged_where_the_cheapest_of_earlier_ones_are_gone_and_healed() -> None:
+    model = tiny_llama(seed=5)
+    bound, healer = bound_to(model), Healer(model, tokens())
+    going = {CHANNELS: 9, HEADS: 0, "embedding_channels": 0}
+    costs = healer.costs(bound, none_of(bound), going)
+    plain = healer.costs(bound, none_of(bound))
+    assert torch.equal(costs[CHANNELS][0], plain[CHANNELS][0])
+    assert float((costs[CHANNELS][1] - plain[CHANNELS][1]).abs().max()) > 1e-3 * float(plain[CHANNELS][1].max())
+    marked = none_of(bound)
+    marked[CHANNELS][0, costs[CHANNELS][0].argsort()[:9]] = True
+    with pytest.MonkeyPatch.context() as monkeypatch:  # with the ridge that costs are measured with
+        monkeypatch.setattr(healing, "RIDGES", (RIDGE,))
+        found = healer.corrections(bound, marked, none_of(bound))
+    with torch.no_grad():
+        bound.add_(found, 1.0)
+        bound.mask_weights_(marked)
+    again = healer.costs(bound, marked)[CHANNELS][1]
+    assert float((again - costs[CHANNELS][1]).abs().max()) < 2e-2 * float(again.max())
 
 
 def test_reconstruction_judges_units_without_healing_them() -> None:
