@@ -88,10 +88,11 @@ def obs(weight: torch.Tensor, rows: torch.Tensor, units: int, keep: int, ridge: 
     for _ in range(units - keep):
         by_unit = left.view(units, width, -1)
         blocks = inverse.view(units, width, units, width)[every, :, every]
-        scores = (torch.linalg.inv(blocks) * (by_unit @ by_unit.mT)).sum((1, 2))
+        scores = (torch.cholesky_inverse(torch.linalg.cholesky(blocks)) * (by_unit @ by_unit.mT)).sum((1, 2))
         unit = int(scores.masked_fill(~kept, torch.inf).argmin())
         mine = slice(unit * width, (unit + 1) * width)
-        across = torch.linalg.solve(blocks[unit], inverse[mine])  # [(H^-1)_uu]^-1 (H^-1)_u,: (C/U, C)
+        # [(H^-1)_uu]^-1 (H^-1)_u,: (C/U, C); by Cholesky, as LU of large blocks fails on several threads of some CPUs
+        across = torch.cholesky_solve(inverse[mine], torch.linalg.cholesky(blocks[unit]))
         left.addmm_(across.T, left[mine].clone(), alpha=-1)
         inverse.addmm_(inverse[:, mine].clone(), across, alpha=-1)
         left[mine], inverse[mine], inverse[:, mine] = 0, 0, 0

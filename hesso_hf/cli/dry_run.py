@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import resource
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -87,18 +86,17 @@ def _found(trainer: Any, seconds: list[float], disk: list[tuple[str, Path, int]]
         )
     else:
         lines.append("time: the run is too short to tell")
-    where = "on the GPU" if args.device.type == "cuda" else "of the process"
-    lines.append(f"memory: {shown(_memory(args.device))} at most so far, {where}")
+    where = "at most on the GPU" if args.device.type == "cuda" else "of main memory"
+    lines.append(f"memory: {shown(_memory(args.device))} {where}")
     lines += [f"disk: about {shown(size)} for {what} in {folder}" for what, folder, size in disk]
     return [*lines, "dry run: no model was saved"]
 
 
 def _memory(device: torch.device) -> int:
-    """Return the most bytes that were in use."""
+    """Return the most bytes that were in use on a GPU, or those that the process has in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return psutil.Process().memory_info().rss
 
 
 def _duration(seconds: float) -> str:

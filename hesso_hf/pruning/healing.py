@@ -95,7 +95,9 @@ class Healer:
         """Return one that works on so many tokens about, of examples spread over the batch."""
         rows = len(self._batch["attention_mask"])
         step = max(1, int(self._tokens.sum()) // tokens)
-        return Healer(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
+        fewer = Healer(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
+        fewer._told = self._told  # what the one has said the other needn't
+        return fewer
 
     def readers(self, bound: BoundGroups) -> list[Reader]:
         """Return the matrices that are refitted where the units go that they read."""

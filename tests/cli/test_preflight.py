@@ -210,7 +210,7 @@ def test_a_dry_run_says_what_the_run_would_take_and_saves_no_model(
     assert "HESSO: 156,908 -> 151,084 parameters" in text
     assert "tokens: 32 a step, 192 in 6 steps, and replay" in text
     assert re.search(r"^time: [\d.e-]+ s a step, \d+ s in all", text, re.MULTILINE)
-    assert re.search(r"^memory: [\d.]+ [MG]B at most so far, of the process", text, re.MULTILINE)
+    assert re.search(r"^memory: [\d.]+ [MG]B of main memory$", text, re.MULTILINE)
     assert re.search(rf"^disk: about 604 kB for the smaller model in {tmp_path}/run/small$", text, re.MULTILINE)
     assert "disk: about 5.65 MB for 3 checkpoints in " in text
     assert text.endswith("dry run: no model was saved\n")

@@ -12,10 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from hesso_hf import bundled
+from hesso_hf import HessoTrainer, bundled
 from hesso_hf.hf_models.tiny_model import random_model
 from tests.support import ROOT
 
@@ -83,11 +83,21 @@ def test_code_runs_in_short(path: Path, one_layer: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(bundled, "python_docs_dataset", lambda *a, **kw: whole(*a, **kw).select(range(EXAMPLES)))
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     code = re.sub(r"max_steps=\d+", f"max_steps={STEPS}", "\n\n".join(cells))
-    shown = logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        exec(compile(code, path.name, "exec"), {"__name__": path.stem})
-    if shown:
-        logging.enable_progress_bar()
+    shown, left = logging.is_progress_bar_enabled(), dict[str, object]()
+    try:
+        with warnings.catch_warnings():
+            exec(compile(code, path.name, "exec"), left)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    trainers = [value for value in left.values() if isinstance(value, HessoTrainer)]
+    assert trainers
+    assert all(trainer.hesso_plan.target.parameter_ratio > 0.1 for trainer in trainers)
+    saved = [AutoModelForCausalLM.from_pretrained(folder.parent) for folder in tmp_path.rglob("pruning_report.json")]
+    assert bool(saved) == (path != NOTEBOOKS[1]), (
+        "all but the one on budgets, which trains nothing, save a smaller model"
+    )
+    assert all(model.num_parameters() < trainers[0].hesso_plan.target.parameters_before for model in saved)
 
 
 @pytest.mark.slow
