@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 LONGEST_WORK = 12 * 3600.0  # seconds: a smaller model of any size is written in less
 PATIENCE = 60.0  # seconds until the main process says that it waits
+_LAST_WORK = 1.0  # seconds for gloo's threads to drop work that is done, when they can't be joined
 
 _T = TypeVar("_T")
 _meetings = itertools.count()  # all processes come to all of them, in the same order
@@ -115,12 +117,18 @@ def barrier() -> None:
 def leave() -> None:
     """Leave the other processes at the end of a script that went well.
 
-    Without it a thread of gloo can outlive the interpreter, and the process aborts after its work is done. Not for
-    errors: the others may be waiting for this process, and it for them.
+    Without it a thread of gloo can outlive the interpreter, and the process aborts after its work is done. Whatever
+    still refers to the group keeps the threads: a trainer's DDP, or a module imported after the group was made that
+    has it as a default argument (DeepSpeed's). They are given a second to let go of the last work. Not for errors: the
+    others may be waiting for this process, and it for them.
     """
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # a trainer refers to itself, and DDP's reducer in it to the group, which would outlive this
+        group = weakref.ref(dist.distributed_c10d._get_default_group())
         dist.destroy_process_group()
+        gc.collect()
+        if group() is not None:
+            time.sleep(_LAST_WORK)
 
 
 def mean_over_ranks(value: float | torch.Tensor, device: torch.device) -> float:

@@ -54,7 +54,7 @@ def run_job(folder: Path, per_device: int, **changes: str) -> None:
     )
 
 
-_LEAVE = "\nfrom hesso_hf.distributed.collectives import leave\nleave()\n"
+_LEAVE = "\nrun = None\nfrom hesso_hf.distributed.collectives import leave\nleave()\n"
 
 
 def launch(code: str, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
