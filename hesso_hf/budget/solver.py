@@ -76,6 +76,7 @@ def solve_budget(
     parameters: Cost,
     price: PriceFunction | None = None,
     loss: LossFunction | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> TargetSizes:
     """Find the target sizes.
 
@@ -84,12 +85,13 @@ def solve_budget(
         parameters: the parameter count of kept units.
         price: the budget metric, where it isn't the parameter count.
         loss: expected loss of kept units; by default every structure is cut by a like share.
+        least: units that stay of each structure at the least.
 
     Raises:
         BudgetError: where no allowed sizes come near the ratio, naming the nearest.
         HessoError: for pinned sizes that don't exist, aren't whole units, or that the config class refuses.
     """
-    solver = _Solver(config, model_config, groups, parameters, price or parameters, ConfigSizes.of(model_config))
+    solver = _Solver(config, model_config, groups, parameters, price or parameters, ConfigSizes.of(model_config), least)
     pinned = pinned_units(config, model_config, groups)
     if config.pruning_ratio is None:
         kept = {name: pinned.get(name, groups.structures[name].num_units) for name in groups.independent}
@@ -176,6 +178,12 @@ class _Solver:
     parameters: Cost
     price: PriceFunction
     sizes: ConfigSizes
+    least: Mapping[str, int] | None
+
+    @property
+    def asked(self) -> str:
+        """The argument that the ratio is from."""
+        return "pruning_ratio" if self.least is None else "export_at"
 
     def target(self, kept: dict[str, int]) -> TargetSizes:
         """Check kept units against the config class and price them."""
@@ -234,7 +242,7 @@ class _Solver:
         least = float(removed.min()) if len(removed) else 1.0
         if least >= 2 * ratio:
             raise BudgetError(
-                f"`pruning_ratio` ({ratio}) is too small: the least that can go here is {least:.2%}; take "
+                f"`{self.asked}` ({ratio}) is too small: the least that can go here is {least:.2%}; take "
                 f"{math.ceil(1000 * least) / 1000} or more, or a smaller `round_to`"
             )
 
@@ -276,7 +284,8 @@ class _Solver:
             resized_config(self.model_config, sizes, sizes=self.sizes)
 
     def _allowed(self, name: str, most: int) -> list[int]:
-        return allowed_counts(self.config, self.groups.structures[name], most)
+        counts = allowed_counts(self.config, self.groups.structures[name], most)
+        return [count for count in counts if count >= (self.least or {}).get(name, 0)]
 
     def _grid(self, ratio: float, pinned: dict[str, int], most: int) -> dict[str, np.ndarray]:
         """List combinations; of the MLP channels, which no config class refuses, only the two nearest sizes."""
@@ -315,7 +324,7 @@ class _Solver:
         refused, owner = list(self.groups.refused), self.groups.model_class
         whole = f", the {refused} of {owner} can't go" if refused else ""
         message = (
-            f"`pruning_ratio` ({ratio}) of {self.config.budget_metric} can't be met within {MEETS:.0%} by "
+            f"`{self.asked}` ({ratio}) of {self.config.budget_metric} can't be met within {MEETS:.0%} by "
             f"{list(self.groups.structures)}{whole}; nearest feasible: {named}"
         )
         if nearest > UNREACHABLE:

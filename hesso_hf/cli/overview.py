@@ -41,6 +41,7 @@ FLAGS: dict[str, tuple[str, dict[str, str]]] = {
             "pruning_ratio": "share of the parameters to remove",
             "budget_metric": "or of flops, memory, latency",
             "structures": "what may go: attention_heads,mlp_channels,embedding_channels (all that is proved)",
+            "export_at": "smaller shares at which a model is saved on the way: 0.2,0.3",
             "target_sizes": 'or the sizes to end with: {"intermediate_size": 4096}',
             "round_to": "multiple that sizes keep to",
             "replay_share": "share of text that the base model wrote, so that it forgets less (auto)",

@@ -75,8 +75,11 @@ def check_hub(training: TrainingArguments) -> None:
 def disk_needs(recipe: Recipe, trainer: Any) -> list[tuple[str, Path, int]]:
     """Estimate what the run will write, now that its sizes are known: what, where, bytes."""
     run, output_dir = trainer.hesso_run, Path(str(recipe.training.output_dir))
-    model = run.plan.target.parameters_after * _bytes_a_parameter(recipe.hesso, run.model)
+    stored = _bytes_a_parameter(recipe.hesso, run.model)
+    model = run.plan.target.parameters_after * stored
     parts = [("the smaller model", output_of(recipe), model)]
+    if run.plan.rungs:
+        parts.append(("those on the way", output_dir, sum(rung.parameters_after for rung in run.plan.rungs) * stored))
     if recipe.training.push_to_hub:
         parts.append(("the one that is pushed", output_dir, model))
     if count := num_checkpoints(recipe.training, run.count_steps()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..export.page.quality import evaluation_rows, quality_rows
+from ..export.page.words import text_of
 
 
 def print_report(report: dict[str, Any], folder: str) -> None:
@@ -41,3 +43,29 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     console = Console()
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     console.print(table)
+
+
+def by_share(reports: Mapping[float, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of a table of smaller models of one base, by the share that was to be removed."""
+    measured = sorted({key for report in reports.values() for key in report.get("quality") or {}})
+    header = ["", "before", *[f"{ratio:g}" for ratio in reports]]
+    first = next(iter(reports.values()))
+    rows = [
+        ["removed", "", *[f"{report['pruning_ratio']:.1%}" for report in reports.values()]],
+        ["parameters", *_counts(first["parameters"]["before"], [r["parameters"]["after"] for r in reports.values()])],
+    ]
+    for name, before in first["sizes"]["before"].items():
+        rows.append([name, *_counts(before, [report["sizes"]["after"][name] for report in reports.values()])])
+    for key in measured:
+        found = [(report.get("quality") or {}).get(key, {}) for report in reports.values()]
+        losses = [_loss(found[0], "before"), *[_loss(one, "after") for one in found]]
+        rows.append([f"loss on {text_of(key)} (nats a token)", *losses])
+    return header, rows
+
+
+def _counts(before: int, after: Sequence[int]) -> list[str]:
+    return [f"{count:,}" for count in (before, *after)]
+
+
+def _loss(found: dict[str, Any], when: str) -> str:
+    return f"{found[when]['loss']:.4f}" if when in found else "-"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from ..errors import HessoError, StoppedError
 from .data import block_size_within, held_out_split, text_blocks
 from .overview import overview
-from .printing import print_report
+from .printing import by_share, print_report, print_table
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
 BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
@@ -109,6 +110,7 @@ def prune(recipe: Recipe) -> None:
     trainer.save_model(str(output), _internal_call=True)
     if trainer.pruning_report is not None:
         print_report(trainer.pruning_report.to_dict(), str(output))
+        _print_ladder(trainer, output)
     if held_out is not None:
         _print_losses(trainer)
     if recipe.training.push_to_hub:
@@ -119,6 +121,18 @@ def prune(recipe: Recipe) -> None:
                 f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed "
                 f"({type(error).__name__}: {error}); push it again: `hf upload {trainer.hub_model_id} {output}`"
             ) from error
+
+
+def _print_ladder(trainer: Any, output: Path) -> None:
+    """Print a table of the models that were saved on the way, and the last one."""
+    from ..export.report import REPORT_NAME
+
+    folders = trainer.hesso_run.ladder.folders
+    if not folders:
+        return
+    folders[trainer.hesso_config.pruning_ratio] = output
+    found = {share: json.loads((folder / REPORT_NAME).read_text()) for share, folder in folders.items()}
+    print_table(f"{', '.join(map(str, folders.values()))}, by the share to remove", *by_share(found))
 
 
 def _print_losses(trainer: Any) -> None:

@@ -9,12 +9,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import HessoError
-from ..export.page.words import text_of
 from .comparison import markdown_table
-from .printing import print_table
+from .printing import by_share, print_table
 from .recipe import parse_recipe
 from .report import REPORT_NAME, write_page
 
@@ -86,29 +84,9 @@ def _check(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
 def _compare(folder: Path, small: dict[float, Path]) -> None:
     """Print a table of all runs, and write it and a page about them beside their folders."""
     reports = {ratio: json.loads((path / REPORT_NAME).read_text(encoding="utf-8")) for ratio, path in small.items()}
-    measured = sorted({key for report in reports.values() for key in report.get("quality") or {}})
-    header = ["", "before", *[f"{ratio:g}" for ratio in reports]]
-    first = next(iter(reports.values()))
-    rows = [
-        ["removed", "", *[f"{report['pruning_ratio']:.1%}" for report in reports.values()]],
-        ["parameters", *_counts(first["parameters"]["before"], [r["parameters"]["after"] for r in reports.values()])],
-    ]
-    for name, before in first["sizes"]["before"].items():
-        rows.append([name, *_counts(before, [report["sizes"]["after"][name] for report in reports.values()])])
-    for key in measured:
-        found = [(report.get("quality") or {}).get(key, {}) for report in reports.values()]
-        losses = [_loss(found[0], "before"), *[_loss(one, "after") for one in found]]
-        rows.append([f"loss on {text_of(key)} (nats a token)", *losses])
+    header, rows = by_share(reports)
     title = f"{folder}, by the share of the parameters to remove"
     print_table(title, header, rows)
     (folder / "sweep.md").write_text(markdown_table(title, header, rows) + "\n", encoding="utf-8")
     write_page(folder / "sweep.html", list(small.values()), list(reports.values()))
     print(f"written: {folder / 'sweep.md'}, {folder / 'sweep.html'}")
-
-
-def _counts(before: int, after: Sequence[int]) -> list[str]:
-    return [f"{count:,}" for count in (before, *after)]
-
-
-def _loss(found: dict[str, Any], when: str) -> str:
-    return f"{found[when]['loss']:.4f}" if when in found else "-"

@@ -38,8 +38,8 @@ def check(config: HessoConfig) -> None:
         HessoError: with the argument, the value, what is allowed, and what to do.
     """
     for part in (
-        _check_types, _check_budget, _check_names, _check_schedule, _check_collapse, _check_distillation,
-        _check_replay, _check_idle,
+        _check_types, _check_budget, _check_ladder, _check_names, _check_schedule, _check_collapse,
+        _check_distillation, _check_replay, _check_idle,
     ):  # fmt: skip
         part(config)
 
@@ -90,6 +90,28 @@ def _check_budget(config: HessoConfig) -> None:
         )
 
 
+def _check_ladder(config: HessoConfig) -> None:
+    given, ratio = config.export_at, config.pruning_ratio
+    if given is None:
+        return
+    if ratio is None:
+        raise HessoError(
+            f"`export_at` ({given!r}) takes shares on the way to `pruning_ratio`, which isn't given; set it"
+        )
+    if not isinstance(given, list) or any(isinstance(share, bool) for share in given) or not given:
+        raise HessoError(f"`export_at` ({given!r}) must be a list of shares, such as [0.2, 0.3]")
+    if sorted({0.0, *given, ratio}) != [0.0, *given, ratio]:
+        raise HessoError(
+            f"`export_at` ({given}) must ascend between 0 and `pruning_ratio` ({ratio}), whose model is the last one"
+        )
+    periods, rungs = config.pruning_periods, len(given) + 1
+    if periods and periods % rungs:
+        raise HessoError(
+            f"`pruning_periods` ({periods}) must be a multiple of {rungs}, the shares of `export_at` ({given}) and "
+            f"`pruning_ratio` together: take {periods + -periods % rungs}, or leave it out"
+        )
+
+
 def _check_names(config: HessoConfig) -> None:
     if config.saliency is not None:
         weights_by_name("saliency", config.saliency, SALIENCIES)
@@ -111,7 +133,7 @@ def _check_names(config: HessoConfig) -> None:
 
 
 def _check_schedule(config: HessoConfig) -> None:
-    for name, positive in (("warmup_steps", False), ("pruning_steps", True)):
+    for name, positive in (("warmup_steps", False), ("pruning_steps", True), ("ladder_recovery", False)):
         value = getattr(config, name)
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
             raise HessoError(
@@ -169,6 +191,8 @@ def _check_idle(config: HessoConfig) -> None:
     """Refuse choices that would have no effect."""
     cric, alpha = "without `cric` (False)", "with `distillation_alpha` (0); set that too, to 0.9 for example"
     idle: dict[str, str] = {}
+    if not config.rungs:
+        idle["ladder_recovery"] = "without `export_at`"
     if config.stream_basis == "given":
         idle["stream_basis_tolerance"] = "with `stream_basis` ('given')"
     if not config.cric:

@@ -15,6 +15,7 @@ from .names import (
     STRUCTURES,
     names_checked,
     number,
+    numbers,
     parse,
     weights_by_name,
 )
@@ -45,6 +46,14 @@ class HessoConfig:
     )
     budget_metric: str = _option(
         "parameters", "What pruning_ratio is a share of: parameters, flops, memory or latency."
+    )
+    export_at: list | str | None = _option(
+        None,
+        "Shares of the budget metric below pruning_ratio at which a smaller model is saved on the way, each in a "
+        "folder `rung-SHARE` of output_dir; what one keeps, those before it keep too.",
+    )
+    ladder_recovery: float = _option(
+        0.0, "Ordinary steps between the cut to a share of export_at and the save of its model (steps)."
     )
     structures: dict | str | None = _option(
         "all",
@@ -153,6 +162,7 @@ class HessoConfig:
         # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default
         self.structures = "all" if self.structures is None else parse(self.structures)
         self.target_sizes = parse(self.target_sizes)
+        self.export_at = numbers(self.export_at)
         self.saliency = parse(self.saliency)
         self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
         self.distillation_alpha = 0.0 if self.distillation_alpha is None else number(self.distillation_alpha)
@@ -170,6 +180,11 @@ class HessoConfig:
     def calibration_weights(self) -> dict[str, float]:
         """Weight of each criterion where the split between structures is measured, the same with CRIC as without."""
         return weights_by_name("saliency", self.saliency or DEFAULT_SALIENCY, SALIENCIES)
+
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """`export_at`, empty where nothing is saved on the way."""
+        return tuple(self.export_at) if isinstance(self.export_at, list) else ()
 
     @property
     def structure_names(self) -> tuple[str, ...]:
@@ -190,13 +205,6 @@ class HessoConfig:
     def pinned_sizes(self) -> dict[str, int]:
         """`target_sizes`, empty where none are given."""
         return dict(self.target_sizes) if isinstance(self.target_sizes, dict) else {}
-
-    def choices(self) -> dict[str, Any]:
-        """Return what a run's sums and scales depend on."""
-        names = ["saliency_batches", "layer_widths", "on_collapse"]
-        names += ["healing"] if self.healing != "off" else []  # which earlier checkpoints don't know
-        names += [name for name in self.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
-        return {"saliency": self.saliency_weights} | {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types."""

@@ -58,6 +58,15 @@ def number(value: Any) -> Any:
         return value
 
 
+def numbers(value: Any) -> Any:
+    """Turn one number or several, or their text (from a command line), into a list; leave everything else alone."""
+    value = parse(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    values = [number(each) for each in (value if isinstance(value, list) else [value])]
+    return values if all(isinstance(each, int | float) for each in values) else value
+
+
 def names_checked(owner: type[_T]) -> type[_T]:
     """Have a dataclass say of an unknown keyword which known one is nearest."""
     plain = owner.__init__

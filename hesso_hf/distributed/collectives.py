@@ -124,7 +124,7 @@ def leave() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         gc.collect()  # a trainer refers to itself, and DDP's reducer in it to the group, which would outlive this
-        group = weakref.ref(dist.distributed_c10d._get_default_group())
+        group = weakref.ref(dist.group.WORLD)
         dist.destroy_process_group()
         gc.collect()
         if group() is not None:

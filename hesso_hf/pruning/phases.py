@@ -4,7 +4,8 @@
     CricCycle      units go the way to zero on trial, and all are scored on it (`cric_mode="path"`)
     PruningPeriod  its first step marks the lowest units, all its steps shrink them, after the last they are at zero
     GivenUp        a period's step at which the loss has collapsed: back to its start, to mark fewer (`on_collapse`)
-    Recovery       pruned units stay at zero; once they are cut out of the model it is a `Phase` again
+    Recovery       after the last period, and before a model on the way is saved: pruned units stay at zero; once they
+                   are cut out of the model it is a `Phase` again
 
 `cric_mode="probe"` takes no step, so it is no phase: CRIC looks between warm-up and the first period.
 Legend: L layers, U units a layer.
@@ -276,7 +277,7 @@ def phase_of(run: Run) -> Phase:
     position = schedule.period_step(step)
     if position is not None:
         return PruningPeriod(run, position)
-    return Recovery(run) if step >= schedule.end else Phase(run)
+    return Recovery(run) if step >= schedule.sampling_end else Phase(run)
 
 
 def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
+from ..budget.ladder import solve_ladder
 from ..budget.latency import build_latency
-from ..budget.solver import PriceFunction, TargetSizes, solve_budget
+from ..budget.solver import PriceFunction, TargetSizes
 from ..config import HessoConfig, structures_around
 from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
@@ -48,6 +49,7 @@ class PruningPlan:
         parameters: parameter count of kept units.
         price: the budget metric, where it isn't the parameter count.
         target: units to keep; a preview with an even split until `settle` measured one.
+        rungs: the same of the models that are saved on the way, the largest first.
         curves: the measurement that decided the split, if there was one.
     """
 
@@ -58,6 +60,7 @@ class PruningPlan:
     target: TargetSizes
     price: PriceFunction | None = None
     curves: LossCurves | None = None
+    rungs: tuple[TargetSizes, ...] = ()
 
     @classmethod
     def prepare(
@@ -93,11 +96,11 @@ class PruningPlan:
             price = build_latency(groups, axis_map, device or checked.device, timed_in)
         elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
-        target = solve_budget(config, checked.config, groups, parameters, price)
+        target, *rungs = solve_ladder(config, checked.config, groups, parameters, price)
         if not lora_layers(checked):  # else frozen weights get a gradient where one is needed
             check_gradients(checked, groups, config)
         name_untouched(checked, groups)
-        plan = cls(config, checked, groups, parameters, target, price)
+        plan = cls(config, checked, groups, parameters, target, price, rungs=tuple(rungs))
         plan.check_target()
         return plan
 
@@ -123,13 +126,14 @@ class PruningPlan:
         if self.wants_calibration and (curves := measure()).rises:  # else there was nothing to measure on
             self.curves = curves
             units = {name: structure.num_units for name, structure in self.groups.structures.items()}
-            self.target = solve_budget(
+            self.target, *rungs = solve_ladder(
                 self.config, self.model.config, self.groups, self.parameters, self.price, curves.loss(units)
             )
+            self.rungs = tuple(rungs)
             self.check_target()
 
     def check_target(self) -> None:
-        """Build the smaller model without weights and count its parameters.
+        """Build every smaller model without weights and count its parameters.
 
         Raises:
             BudgetError: where the class builds something else than was planned.
@@ -137,13 +141,15 @@ class PruningPlan:
         """
         if self.config.layer_widths == "per_layer":
             return check_layer_widths(self.model, self.groups, self.target)  # the sizes are means over the layers
-        small = build_meta(stock_class(self.model), resized_config(self.model.config, self.target.sizes))
-        count = sum(parameter.numel() for parameter in small.parameters())
-        if count != self.target.parameters_after:
-            raise BudgetError(
-                f"{stock_class(self.model).__name__} with {self.target.sizes} has {count:,} parameters, "
-                f"{self.target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
-            )
+        for target in (self.target, *self.rungs):
+            small = build_meta(stock_class(self.model), resized_config(self.model.config, target.sizes))
+            count = sum(parameter.numel() for parameter in small.parameters())
+            if count != target.parameters_after:
+                raise BudgetError(
+                    f"{stock_class(self.model).__name__} with {target.sizes} has {count:,} parameters, "
+                    f"{target.parameters_after:,} were planned; pin other sizes with `target_sizes`"
+                )
+        return None
 
     def preview(self, schedule: Schedule) -> str:
         """Describe sizes and steps for people, and what the trial removals expect of the loss."""
@@ -156,6 +162,10 @@ class PruningPlan:
             f"{schedule.warmup_steps} of warm-up{f' and {tried} of CRIC' if tried else ''}, after it "
             f"{schedule.total_steps - schedule.end} of recovery"
         ]
+        for share, rung, step in zip(self.config.rungs, self.rungs, schedule.rung_saves, strict=True):
+            lines.append(
+                f"  on the way, after step {step}: {rung.parameters_after:,} parameters, saved as {rung_folder(share)}"
+            )
         full, kept_units = self.parameters.full, target.kept_units
         saved = {name: full - float(self.parameters({name: kept})) for name, kept in kept_units.items()}
         for name, units in target.num_units.items():
@@ -191,7 +201,12 @@ class PruningPlan:
         experts, adapters = self.groups.structures.get(EXPERT_UNITS), Adapters.of(self.model)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
         parameters = parameters_of(self.model)
-        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters)
+        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters, self.rungs)
+
+
+def rung_folder(share: float) -> str:
+    """Return the name of the folder of a model that is saved on the way (`export_at`)."""
+    return f"rung-{share:g}"
 
 
 def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:

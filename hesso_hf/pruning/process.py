@@ -28,7 +28,7 @@ from .healing import Healer
 from .ranking import Ranking
 from .saliency import PerUnit, float_sums, no_units, on_device
 from .schedule import Schedule
-from .state import PruningState
+from .state import PruningState, choices_of
 from .weights.bound_groups import BoundGroups
 from .weights.snapshot import Snapshot
 
@@ -47,6 +47,7 @@ class PruningProcess:
         config: criteria and ranking.
         gates: on the model's routers, where experts are pruned.
         adapters: of the model, whose other parameters are frozen.
+        rungs: the sizes on the way to the target at which models are saved, the largest first.
 
     Attributes:
         state: what a checkpoint holds; print it.
@@ -61,15 +62,16 @@ class PruningProcess:
         config: HessoConfig,
         gates: RouterGates | None = None,
         adapters: Adapters = NO_ADAPTERS,
+        rungs: Sequence[TargetSizes] = (),
     ) -> None:
-        self.groups, self.target, self.config = groups, target, config
+        self.groups, self.target, self.config, self.rungs = groups, target, config, tuple(rungs)
         self.bound = BoundGroups(parameters, groups, gates, adapters)
-        ranking = Ranking(groups, target, config, self.bound.elements_per_unit())
+        ranking = Ranking(groups, target, config, self.bound.elements_per_unit(), self.rungs)
         shapes, device = self.bound.shapes(), self.bound.device
         self._device = device  # of the state
         self.state = PruningState(
             target,
-            config.choices(),
+            choices_of(config),
             schedule,
             scales={name: torch.ones(shape, device=device) for name, shape in shapes.items()},
             redundant=no_units(shapes, device),
@@ -257,6 +259,7 @@ class PruningProcess:
             "schedule": self.schedule.to_dict(),
             "schedule_end": self.schedule.end,
             "target": self.target.to_dict(),
+            "rungs": [rung.to_dict() for rung in self.rungs],
             "kept_units": self.kept_units().to_dict(),
         }
 

@@ -5,7 +5,7 @@ Legend: L layers, U units a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -27,14 +27,23 @@ class Ranking:
 
     Args:
         elements: number of elements of one unit, per structure.
+        rungs: the sizes on the way to the target that are to be met exactly, the largest model first.
     """
 
     def __init__(
-        self, groups: PruningGroups, target: TargetSizes, config: HessoConfig, elements: Mapping[str, int]
+        self,
+        groups: PruningGroups,
+        target: TargetSizes,
+        config: HessoConfig,
+        elements: Mapping[str, int],
+        rungs: Sequence[TargetSizes] = (),
     ) -> None:
         self._groups, self._weights, self._elements = groups, config.saliency_weights, elements
         self._across_layers = config.layer_widths == "per_layer"
         self._pools = {name: g.pools for name, g in groups.structures.items()}
+        self._rungs = [
+            {name: g.num_units - rung.kept_units[name] for name, g in groups.structures.items()} for rung in rungs
+        ]
         self.removed = {name: g.num_units - target.kept_units[name] for name, g in groups.structures.items()}
         self.removed_in_all = {name: self.removed[name] * len(g.layers) for name, g in groups.structures.items()}
 
@@ -103,7 +112,18 @@ class Ranking:
         """
         if self._across_layers or set(self._weights) != {RECONSTRUCTION}:
             return None
-        return {name: round(removed // self._pools[name] * share) for name, removed in self.removed.items()}
+        return {name: self._so_far(name, share) for name in self.removed}
+
+    def _so_far(self, name: str, share: Fraction, layers: int = 1) -> int:
+        """Return how many units of a pool are marked when `share` of all is: between rungs, as much of each structure.
+
+        Args:
+            layers: whose pools are counted together.
+        """
+        stops = [0, *(rung[name] for rung in self._rungs), self.removed[name]]
+        index = min(int(share * (len(stops) - 1)), len(stops) - 2)
+        behind, ahead = (units * layers // self._pools[name] for units in stops[index : index + 2])
+        return behind + round((ahead - behind) * (share * (len(stops) - 1) - index))
 
     def lowest(self, scores: PerUnit, share: Fraction = Fraction(1), pruned: PerUnit | None = None) -> PerUnit:
         """Mark the lowest units so that `share` of all that are to go is marked, those already pruned included.
@@ -112,9 +132,10 @@ class Ranking:
         """
         found = {}
         for name, score in scores.items():
-            removed = self.removed_in_all[name] if self._across_layers else self.removed[name]
+            layers = len(score) if self._across_layers else 1
             gone, pools = pruned[name] if pruned is not None else None, self._pools[name]
-            found[name] = lowest_units(score, gone, round(removed // pools * share), self._across_layers, pools)
+            count = self._so_far(name, share, layers)
+            found[name] = lowest_units(score, gone, count, self._across_layers, pools)
         return found
 
 

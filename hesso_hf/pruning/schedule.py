@@ -67,6 +67,8 @@ class Schedule:
         cycle_steps: sampling steps S of one CRIC cycle; 0 without cycles that train.
         cycles: CRIC cycles: the most there may be until CRIC ends, then as many as there were.
         pauses: steps after which a period was given up and started anew as two (`on_collapse="pause"`).
+        rungs: how many models are saved on the way (`export_at`), each when an equal part of the periods is over.
+        rung_steps: ordinary steps before each of these saves.
     """
 
     warmup_steps: int
@@ -76,6 +78,8 @@ class Schedule:
     cycle_steps: int = 0
     cycles: int = 0
     pauses: tuple[int, ...] = ()
+    rungs: int = 0
+    rung_steps: int = 0
 
     @property
     def sampling_end(self) -> int:
@@ -96,6 +100,12 @@ class Schedule:
         ]
         begun = length * (count - 1)
         periods.append(Period(self.sampling_end + begun, self.pruning_steps - begun, Fraction(1)))
+        parts = self.rungs + 1  # of which a period's share has as many behind it when it begins:
+        behind = [math.ceil(period.share * parts) - 1 for period in periods]
+        periods = [
+            replace(period, start=period.start + self.rung_steps * rungs)
+            for period, rungs in zip(periods, behind, strict=True)
+        ]
         for step in self.pauses:
             periods = _split(periods, step)
         return tuple(periods)
@@ -106,7 +116,22 @@ class Schedule:
             return "warmup"
         if step < self.sampling_end:
             return "sampling"
-        return "pruning" if step < self.end else "recovery"
+        return "pruning" if self.period_step(step) is not None else "recovery"
+
+    @cached_property
+    def rung_saves(self) -> tuple[int, ...]:
+        """Steps done when each model on the way is saved."""
+        ends: dict[Fraction, int] = {}
+        for period in self.periods:
+            ends.setdefault(period.share, period.end)  # a period that is given up has the share of what is behind it
+        return tuple(ends[Fraction(index + 1, self.rungs + 1)] + self.rung_steps for index in range(self.rungs))
+
+    def next_rung(self, step: int) -> int | None:
+        """Return, between the cut to a model that is saved on the way and its save, which one it is; else None."""
+        for index, saved in enumerate(self.rung_saves):
+            if saved - self.rung_steps <= step <= saved:
+                return index
+        return None
 
     @property
     def phases(self) -> dict[str, tuple[int, int]]:
@@ -159,8 +184,9 @@ class Schedule:
         return paused if paused.end <= planned + (self.total_steps - planned) // 2 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self) | {"pauses": list(self.pauses)}
+        """Return plain JSON types, of models on the way only where there are some."""
+        values = asdict(self) | {"pauses": list(self.pauses)}
+        return {name: value for name, value in values.items() if self.rungs or not name.startswith("rung")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
@@ -189,30 +215,44 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
             periods.
     """
     warmup = _count(config.warmup_steps, total_steps, least=0)
+    rungs, rung_steps = len(config.rungs), _count(config.ladder_recovery, total_steps, least=0)
     pruning = _count(config.pruning_steps, total_steps, least=1)
     if config.warmup_steps < 1 and config.pruning_steps < 1 and config.warmup_steps + config.pruning_steps <= 1:
         pruning = max(1, min(pruning, total_steps - warmup))  # both rounded up can be a step too many
-    periods = config.pruning_periods or min(PERIODS, pruning)
     if warmup + pruning > total_steps:
         raise HessoError(
             f"`warmup_steps` ({warmup}) + `pruning_steps` ({pruning}) = {warmup + pruning} exceed the run's "
             f"{total_steps} steps; lower them or train longer"
         )
+    left = total_steps - warmup - pruning - rungs * rung_steps
+    if left < 0:
+        raise HessoError(
+            f"`ladder_recovery` ({rung_steps} steps) for each of `export_at` ({list(config.rungs)}) takes more than "
+            f"the {left + rungs * rung_steps} steps that warm-up and pruning leave of the run's {total_steps}; lower "
+            "it, or train longer"
+        )
+    if pruning <= rungs:
+        raise HessoError(
+            f"`pruning_steps` ({pruning} of the run's {total_steps}) must be at least {rungs + 1}: one for each of "
+            f"`export_at` ({list(config.rungs)}) and one for the last model; raise it, or train longer"
+        )
+    most = pruning - pruning % (rungs + 1)  # every model that is saved on the way takes as many periods
+    periods = config.pruning_periods or min(PERIODS + -PERIODS % (rungs + 1), most)
     if pruning < periods:
         raise HessoError(
             f"`pruning_steps` ({pruning}) must be at least `pruning_periods` ({periods}); "
             "raise pruning_steps or lower pruning_periods"
         )
-    _warn_of_few_steps(config, total_steps, warmup, pruning, periods)
+    _warn_of_few_steps(config, total_steps, left, pruning, periods)
     steps, cycles = 0, 0
     if config.cric and config.cric_mode == "path":
-        steps, cycles = _sampling(config, (total_steps - warmup - pruning) // 2, total_steps)
-    return Schedule(warmup, pruning, periods, total_steps, steps, cycles)
+        steps, cycles = _sampling(config, left // 2, total_steps)
+    return Schedule(warmup, pruning, periods, total_steps, steps, cycles, (), rungs, rung_steps)
 
 
-def _warn_of_few_steps(config: HessoConfig, total_steps: int, warmup: int, pruning: int, periods: int) -> None:
+def _warn_of_few_steps(config: HessoConfig, total_steps: int, recovery: int, pruning: int, periods: int) -> None:
     """Say so where the run has too few steps for the usual periods, or none to recover in."""
-    given, recovery = config.pruning_steps, total_steps - warmup - pruning
+    given = config.pruning_steps
     if config.pruning_periods is None and periods < PERIODS:
         remedy = f"set `pruning_steps` to {PERIODS} or more"
         if given < 1:

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..budget.solver import TargetSizes
+from ..config import HessoConfig
 from ..distributed.collectives import is_main_process
 from ..errors import CheckpointMismatchError, check_same
 from ..export.decision import Compaction
@@ -171,3 +172,12 @@ class PruningState:
         if saved["period_start"] is not None:
             self.period_start = bound.snapshot(base, on_cpu)
             self.period_start.load_state_dict(saved["period_start"])
+
+
+def choices_of(config: HessoConfig) -> dict[str, Any]:
+    """Return what a run's sums and scales depend on."""
+    names = ["saliency_batches", "layer_widths", "on_collapse"]
+    names += ["healing"] if config.healing != "off" else []  # which earlier checkpoints don't know
+    names += ["export_at"] if config.rungs else []  # nor this
+    names += [name for name in config.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
+    return {"saliency": config.saliency_weights} | {name: getattr(config, name) for name in names}

@@ -38,6 +38,9 @@ def phase_text(process: PruningProcess) -> str:
     position = schedule.period_step(step)
     if position is not None:
         return f"pruning period {position.index + 1}/{len(schedule.periods)}, ends at step {schedule.end}"
+    rung = schedule.next_rung(step)
+    if rung is not None:
+        return f"recovery, a model is saved on the way at step {schedule.rung_saves[rung]}"
     return f"recovery, pruned since step {schedule.end}"
 
 
@@ -129,6 +132,17 @@ class HessoProgressCallback(TrainerCallback):
         return found[0].training_bar if found else None
 
 
+class SaveOnTheWay(TrainerCallback):
+    """Has smaller models saved where pruning has come as far as they are small."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are gone by now."""
+        self._trainer.hesso_run.ladder.after_step()
+
+
 class CompactAtEnd(TrainerCallback):
     """Has the model become the smaller one when pruning ends, before that step is logged, evaluated or saved."""
 
@@ -184,3 +198,7 @@ class StopTogether(TrainerCallback):
     def _save(self, save: Callable[[], None]) -> None:
         save()
         self._trainer.told_to_stop = True
+
+
+# in their order: what is saved on the way and in checkpoints is what was cut before
+OWN_CALLBACKS = (HessoProgressCallback, SaveOnTheWay, CompactAtEnd, StopTogether)

@@ -31,6 +31,7 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .compacting import Compacting
+from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
 from .stream import GIVEN, settle_in_basis
@@ -60,6 +61,7 @@ class PruningRun:
         measurer: what measures with the trainer's loss.
         teaching: what is learnt beside the user's loss.
         compacting: when the model in memory becomes the smaller one.
+        ladder: the models that are saved on the way.
         basis: how the stream was turned, None in the given basis.
         kept_tokens: the vocabulary that stays, where it is pruned.
         resume_from: the checkpoint that training goes on from.
@@ -92,6 +94,7 @@ class PruningRun:
         _check_asked(config, self.measurer.generates)
         self.compacting = Compacting(trainer, config, engine, self)
         self.compacting.check()
+        self.ladder = Ladder(trainer, config, engine, self)
         self.plan = _prepared(trainer, self.whole, config)
         name = self.model.config.name_or_path
         self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
@@ -174,6 +177,7 @@ class PruningRun:
         turn_base_(self.model, tensors, trained)  # a checkpoint's own weights are turned already
         heal_base_(parameters_of(self.model), folder)
         self.plan.target = TargetSizes.from_dict(state["target"])
+        self.plan.rungs = tuple(map(TargetSizes.from_dict, state.get("rungs", ())))
         schedule = Schedule.from_dict(state["schedule"])
         if schedule.end > self.count_steps():
             raise HessoError(
@@ -202,8 +206,9 @@ class PruningRun:
     def settle_sizes(self) -> None:
         """Measure the split between structures, and take what the main process found."""
         self.plan.settle(lambda: self._engine().measure(self.model, self.curves))
-        self.plan.target = TargetSizes.from_dict(from_main(self.plan.target.to_dict()))
-        target = self.plan.target
+        sizes = from_main([target.to_dict() for target in (self.plan.target, *self.plan.rungs)])
+        target, *rungs = map(TargetSizes.from_dict, sizes)
+        self.plan.target, self.plan.rungs = target, tuple(rungs)
         logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
 
     def curves(self) -> LossCurves:
@@ -225,11 +230,11 @@ class PruningRun:
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of the run."""
-        process, curves = self.process, self.plan.curves
+        process, curves, on = self.process, self.plan.curves, self.ladder.on
         return {
             "base_model": self.model.config.name_or_path,
             "hesso_config": self._config.to_dict(),
-            "target": process.target.to_dict(),
+            "target": (process.target if on is None else process.rungs[on]).to_dict(),
             "schedule": process.schedule.to_dict(),
             "phases": {name: list(span) for name, span in process.schedule.phases.items()},
             "saliency": self._config.saliency_weights,

@@ -129,7 +129,7 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
     """
     run.quality.end()
     try:
-        return engine.export(run, target)
+        report = engine.export(run, target)
     except Exception as error:  # all processes have one, of whatever type
         if any(from_all(isinstance(error, StorageError))):
             raise StorageError(f"{error}. {_save_elsewhere(engine, run, target)}") from error
@@ -142,6 +142,8 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
             f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
             "the trainer"
         ) from error
+    run.ladder.compare(target)
+    return report
 
 
 def pruned_model(engine: Engine, run: PruningRun) -> PreTrainedModel:

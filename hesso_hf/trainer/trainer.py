@@ -22,7 +22,7 @@ from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_
 from ..export.report import REPORT_NAME, PruningReport, add_to_card
 from ..structures.lora import lora_layers, with_adapter
-from .callbacks import CompactAtEnd, HessoProgressCallback, StopTogether, metrics
+from .callbacks import OWN_CALLBACKS, metrics
 from .engine import checked_config, engine_of, refuse
 from .hub import upload, upload_on_the_way
 from .peeked import PeekedStream
@@ -96,7 +96,7 @@ class HessoMixin(_TrainerBase):
         attributes = self.hesso_counted, self.hesso_generated
         self.hesso_run = PruningRun(self, self.hesso_config, lambda: self.hesso_engine, *attributes)
         self._restarts = Restarts(self, lambda: self.hesso_engine, self.hesso_run)  # type: ignore[arg-type]
-        for callback in (HessoProgressCallback, CompactAtEnd, StopTogether):  # saved is what was cut before
+        for callback in OWN_CALLBACKS:
             self.add_callback(callback(self))
 
     def create_accelerator_and_postprocess(self) -> None:

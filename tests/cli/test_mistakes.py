@@ -142,6 +142,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a saliency misspelt": ({"saliency": "magnitud"}, r"`saliency`: unknown name 'magnitud' \(did you mean 'magnitude"),
     "sizes in words": ({"target_sizes": "hidden_size=4"}, r"`target_sizes` \('hidden_size=4'\) must map config sizes"),
     "fewer steps than periods": ({"pruning_steps": 3, "pruning_periods": 5}, r"`pruning_steps` \(3\) must be at least"),
+    "shares on the way in percent": ({"export_at": [20]}, r"`export_at` \(\[20\]\) must ascend between 0"),
+    "shares on the way in words": ({"export_at": "often"}, r"`export_at` \('often'\) must be a list of shares"),
+    "shares on the way twice": ({"export_at": [0.2, 0.2]}, r"`export_at` \(\[0.2, 0.2\]\) must ascend"),
+    "the last share again": ({"export_at": [0.3, 0.5]}, r"must ascend between 0 and `pruning_ratio` \(0.5\), whose"),
+    "recovery of nothing": ({"ladder_recovery": 5}, r"`ladder_recovery` \(5\) does nothing without `export_at`"),
+    "periods that don't fit": ({"export_at": [0.2], "pruning_periods": 3}, r"`pruning_periods` \(3\) must be a mul"),
     "heads twice": ({"structures": ["query_heads", "attention_heads"]}, r"can't have both.*name one of them"),
     "an option of what is off": ({"cric_mode": "probe"}, r"`cric_mode` \('probe'\) does nothing without `cric` \(Fals"),
 }  # fmt: skip

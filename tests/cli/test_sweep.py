@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,22 @@ def test_a_dry_one_says_what_each_run_would_do_and_compares_nothing(
     assert len(started) == 2
     assert capsys.readouterr().out.count("dry run: no model was saved") == 2
     assert not list((tmp_path / "dry").rglob("sweep.*"))
+
+
+def test_one_run_saves_models_on_the_way_and_prints_them_beside_the_last(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--hesso_pruning_steps", "3", "--hesso_warmup_steps", "0", "--hesso_calibration_examples", "2"]
+    assert main(["prune", str(recipe), "--export_at", "0.17,0.3", "--output_dir", str(tmp_path), *steps]) == 0
+    printed = capsys.readouterr().out
+    table = printed[printed.index(f"{tmp_path / 'rung-0.17'}, {tmp_path / 'rung-0.3'}, {tmp_path / 'small'}") :]
+    assert table.splitlines()[2].split() == ["before", "0.17", "0.3", "0.4"]
+    for share, folder in ((17, "rung-0.17"), (30, "rung-0.3"), (40, "small")):
+        report = json.loads((tmp_path / folder / "pruning_report.json").read_text())
+        assert abs(100 * report["pruning_ratio"] - share) < 2
+        assert f"{report['parameters']['after']:,}" in table
+        assert f"{report['quality']['eval_loss']['after']['loss']:.4f}" in table
+    assert (tmp_path / "ladder.html").exists()
 
 
 def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(

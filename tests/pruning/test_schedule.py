@@ -102,6 +102,63 @@ def test_json_round_trip() -> None:
     assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
+# -- models on the way ------------------------------------------------------------------------------------------------
+
+
+def climbing(total_steps: int, export_at: list[float], **steps: float) -> Schedule:
+    return resolve_schedule(HessoConfig(pruning_ratio=0.5, export_at=export_at, **steps), total_steps)  # type: ignore[arg-type]
+
+
+def test_models_are_saved_when_equal_parts_of_the_periods_are_over_and_after_some_recovery() -> None:
+    schedule = climbing(60, [0.2], warmup_steps=2, pruning_steps=8, ladder_recovery=3)
+    assert [(p.start, p.end, p.share) for p in schedule.periods] == [
+        (2, 4, Fraction(1, 4)), (4, 6, Fraction(1, 2)), (9, 11, Fraction(3, 4)), (11, 13, Fraction(1)),
+    ]  # fmt: skip
+    assert schedule.rung_saves == (9,)
+    phases = [schedule.phase(step) for step in range(14)]
+    assert phases == ["warmup"] * 2 + ["pruning"] * 4 + ["recovery"] * 3 + ["pruning"] * 4 + ["recovery"]
+    assert [schedule.next_rung(step) for step in (5, 6, 9, 10, 13)] == [None, 0, 0, None, None]
+    assert schedule.end == 13
+
+
+@given(st.integers(1, 4), st.integers(0, 9), st.integers(0, 30), st.integers(6, 60), st.integers(0, 2))
+def test_the_periods_of_a_ladder_take_the_pruning_steps_and_recovery_lies_between(
+    rungs: int, recovery: int, warmup: int, pruning: int, pauses: int
+) -> None:
+    shares = [0.1 * (index + 1) for index in range(rungs)]
+    schedule = climbing(1000, shares, warmup_steps=warmup, pruning_steps=pruning, ladder_recovery=recovery)
+    assert sum(schedule.phase(step) == "pruning" for step in range(1000)) == pruning
+    assert schedule.end == warmup + pruning + rungs * recovery
+    for _ in range(pauses):
+        schedule = schedule.after_pause(schedule.periods[-1].start) or schedule
+    ends = {period.end: period.share for period in schedule.periods}
+    assert [ends[step - recovery] for step in schedule.rung_saves] == [
+        Fraction(index + 1, rungs + 1) for index in range(rungs)
+    ]
+    assert all(step >= schedule.end or schedule.period_step(step) is None or step in
+               [period.start for period in schedule.periods] for step in schedule.rung_saves)  # fmt: skip
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+
+
+def test_a_pause_puts_off_what_is_saved_after_it_and_nothing_before() -> None:
+    schedule = climbing(100, [0.1, 0.2], warmup_steps=2, pruning_steps=6, ladder_recovery=2)
+    assert schedule.rung_saves == (6, 10)
+    paused = schedule.after_pause(6)  # the first step of the second period
+    assert paused is not None
+    assert paused.rung_saves == (6, 10 + 3)
+
+
+def test_recovery_that_the_run_has_no_steps_for_is_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        HessoError, match=r"`ladder_recovery` \(4 steps\) for each of .*\[0.2, 0.3\].* the 7 steps .* 20"
+    ):
+        climbing(20, [0.2, 0.3], warmup_steps=4, pruning_steps=9, ladder_recovery=4)
+    with pytest.raises(
+        HessoError, match=r"`pruning_steps` \(2 of .* 20\) must be at least 3: one for each of `export_at`"
+    ):
+        climbing(20, [0.2, 0.3], warmup_steps=4, pruning_steps=2)
+
+
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 

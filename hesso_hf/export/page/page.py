@@ -28,6 +28,12 @@ class Model:
     report: Report
     losses: Losses | None = None
 
+    @classmethod
+    def of(cls, name: str, report: Report) -> Model:
+        """Take the losses of the run as the report has them."""
+        losses = report.get("losses")
+        return cls(name, report, Losses.from_dict(losses) if losses else None)
+
 
 def report_page(models: Sequence[Model]) -> str:
     """Return the page as HTML: all of one model, or a table of several with each one's account below."""
@@ -45,9 +51,7 @@ def report_page(models: Sequence[Model]) -> str:
 
 def write_page(report: Report, path: Path) -> bool:
     """Write the page about one model into a file, the losses of its run as the report has them."""
-    losses = report.get("losses")
-    found = Losses.from_dict(losses) if losses else None
-    path.write_text(report_page([Model("", report, found)]), encoding="utf-8")
+    path.write_text(report_page([Model.of("", report)]), encoding="utf-8")
     return True
 
 

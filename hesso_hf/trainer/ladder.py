@@ -1,0 +1,86 @@
+"""The models that are saved on the way to the smallest one, where pruning has come so far (`export_at`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..config import HessoConfig
+from ..engines.engine import Engine
+from ..errors import HessoError
+from ..export.page.page import Model, report_page
+from ..export.report import REPORT_NAME
+from ..pruning.plan import rung_folder
+
+if TYPE_CHECKING:
+    from .run import PruningRun
+
+logger = logging.get_logger(__name__)
+
+LADDER_NAME = "ladder.html"
+
+
+class Ladder:
+    """Saves each model on the way.
+
+    Args:
+        trainer: whose `output_dir` takes the models.
+        config: of the run.
+        engine: returns the trainer's engine of now.
+        run: what is pruned.
+
+    Attributes:
+        on: number of the model that is being saved, None between.
+    """
+
+    def __init__(self, trainer: Trainer, config: HessoConfig, engine: Callable[[], Engine], run: PruningRun) -> None:
+        self._trainer, self._config, self._engine, self._run = trainer, config, engine, run
+        self._saved_at = -1  # step of pruning: a step that is skipped leaves it where it is
+        self.on: int | None = None
+
+    @property
+    def folders(self) -> dict[float, Path]:
+        """The folders of the models that were saved, by the share removed, also before the run was resumed."""
+        output_dir = Path(self._trainer.args.output_dir or "")
+        named = {share: output_dir / rung_folder(share) for share in self._config.rungs}
+        return {share: folder for share, folder in named.items() if (folder / REPORT_NAME).is_file()}
+
+    def after_step(self) -> None:
+        """Save a model where it is due; where that fails training goes on, with a warning."""
+        process = self._run.process
+        if not process.rungs or process.step == self._saved_at or process.step not in process.schedule.rung_saves:
+            return
+        self.on = process.schedule.rung_saves.index(process.step)
+        share, self._saved_at = self._config.rungs[self.on], process.step
+        target = Path(self._trainer.args.output_dir or "") / rung_folder(share)
+        self._run.quality.end()
+        try:
+            self._engine().export(self._run, target)
+        except HessoError as error:  # on all processes
+            logger.warning(f"`export_at` ({share:g}): no model is saved on the way to the smaller one: {error}")
+        else:
+            logger.info(f"`export_at` ({share:g}): {process.rungs[self.on].parameters_after:,} parameters in {target}")
+        finally:
+            self.on = None
+
+    def compare(self, target: Path) -> None:
+        """Write a page that compares the models on the way with the last one.
+
+        Args:
+            target: folder of the last one.
+        """
+        if not self._config.rungs or not self._trainer.args.should_save:
+            return
+        path = Path(self._trainer.args.output_dir or "") / LADDER_NAME
+        try:
+            folders = (*self.folders.values(), target)
+            reports = [json.loads((folder / REPORT_NAME).read_text(encoding="utf-8")) for folder in folders]
+            models = [Model.of(folder.name, report) for folder, report in zip(folders, reports, strict=True)]
+            path.write_text(report_page(models), encoding="utf-8")
+        except OSError as error:
+            logger.warning(f"`export_at`: the page that compares the models isn't written: {error}")

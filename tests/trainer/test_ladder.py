@@ -1,0 +1,211 @@
+"""Models that are saved on the way to the smallest one: sizes, nesting, resume, several processes, what fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.budget.solver import TargetSizes
+from hesso_hf.errors import StorageError
+from hesso_hf.export.checkpoint_state import STATE_NAME
+from hesso_hf.structures.groups import KeptUnits
+from hesso_hf.trainer.ladder import Ladder
+from tests.support import fsdp_cpu
+from tests.support.checks import propagated
+from tests.support.lora import tiny_lora
+from tests.support.tiny import tiny_llama
+from tests.support.training import ALONE, blocks, trainer
+from tests.trainer.test_resume import check_equal
+
+SHARES = [0.15, 0.3]
+SAVED = (7, 12)  # after two periods each of two steps, and a step of recovery
+CONFIG: dict[str, Any] = {
+    "pruning_ratio": 0.4, "export_at": SHARES, "ladder_recovery": 1, "warmup_steps": 2, "pruning_steps": 12,
+    "pruning_periods": 6, "saliency_batches": 2, "calibration_examples": 4, **ALONE,
+}  # fmt: skip
+
+
+def ladder(folder: Path, config: dict[str, Any] | None = None, **changes: Any) -> HessoTrainer:
+    options = {"max_steps": 18, "learning_rate": 2e-3, "options": {"eval_dataset": blocks(4, seed=9)}}
+    return trainer(folder, config=HessoConfig(**(CONFIG | (config or {}))), **(options | changes))
+
+
+def report(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "pruning_report.json").read_text())
+
+
+def rungs(folder: Path) -> list[Path]:
+    return [folder / f"rung-{share}" for share in SHARES]
+
+
+@pytest.fixture(scope="module")
+def climbed(tmp_path_factory: pytest.TempPathFactory) -> HessoTrainer:
+    """A run that has saved its models, with a checkpoint every step."""
+    run = ladder(tmp_path_factory.mktemp("climbed"), {"compact": "auto"}, save_strategy="steps", save_steps=1)
+    run.train()
+    run.save_model(str(Path(run.args.output_dir) / "small"))
+    return run
+
+
+def test_every_model_has_its_share_of_the_parameters_and_is_a_stock_model(climbed: HessoTrainer) -> None:
+    folder = Path(climbed.args.output_dir)
+    for path, share, step, sizes in zip(rungs(folder), SHARES, SAVED, climbed.hesso_plan.rungs, strict=True):
+        model, told = AutoModelForCausalLM.from_pretrained(path), report(path)
+        assert abs(told["pruning_ratio"] - share) <= 0.01
+        assert model.num_parameters() == told["parameters"]["after"] == sizes.parameters_after
+        assert told["target"] == sizes.to_dict()
+        assert told["steps"] == step
+        assert told["verification"]["fold_error"] <= 1e-5
+    assert abs(report(folder / "small")["pruning_ratio"] - 0.4) <= 0.01
+    assert climbed.hesso_run.ladder.folders == dict(zip(SHARES, rungs(folder), strict=True))
+
+
+def test_what_one_model_keeps_the_larger_ones_keep(climbed: HessoTrainer) -> None:
+    folder = Path(climbed.args.output_dir)
+    kept = [KeptUnits.from_dict(report(path)["kept_units"]) for path in (*rungs(folder), folder / "small")]
+    for larger, smaller in pairwise(kept):
+        fewer = 0
+        for name, layers in smaller.kept.items():
+            for few, many in zip(layers, larger.kept[name], strict=True):
+                assert set(few) <= set(many)
+                fewer += len(many) - len(few)
+        assert fewer > 0
+
+
+def test_each_models_own_loss_is_measured(climbed: HessoTrainer) -> None:
+    folder = Path(climbed.args.output_dir)
+    losses = [report(path)["quality"]["eval_loss"] for path in (*rungs(folder), folder / "small")]
+    assert len({one["before"]["loss"] for one in losses}) == 1
+    assert len({one["after"]["loss"] for one in losses}) == 3
+
+
+def test_one_page_compares_them(climbed: HessoTrainer) -> None:
+    page = (Path(climbed.args.output_dir) / "ladder.html").read_text()
+    for name in ("rung-0.15", "rung-0.3", "small"):
+        assert f"<summary>{name}</summary>" in page
+
+
+def test_saving_on_the_way_leaves_training_as_it_is(
+    climbed: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ladder, "after_step", lambda self: None)
+    unsaved = ladder(tmp_path, {"compact": "auto"})
+    unsaved.train()
+    check_equal(unsaved, climbed)
+    assert not any(path.exists() for path in rungs(tmp_path))
+
+
+# the first rung's cut, its save, the period after it, recovery before the second save
+@pytest.mark.parametrize("step", [6, 7, 8, 11])
+def test_an_interrupted_run_saves_the_same_models(climbed: HessoTrainer, tmp_path: Path, step: int) -> None:
+    whole = Path(climbed.args.output_dir)
+    shutil.copytree(whole / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    run = ladder(tmp_path, {"compact": "auto"})
+    run.train(resume_from_checkpoint=True)
+    check_equal(run, climbed)
+    for path, original, saved in zip(rungs(tmp_path), rungs(whole), SAVED, strict=True):
+        assert path.exists() == (saved > step), "those from before the checkpoint are where the run was interrupted"
+        if path.exists():
+            ours, theirs = (AutoModelForCausalLM.from_pretrained(each) for each in (path, original))
+            for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+                assert torch.equal(mine, other), name
+            assert report(path)["kept_units"] == report(original)["kept_units"]
+
+
+def test_a_checkpoint_from_before_there_were_models_on_the_way_goes_on(tmp_path: Path) -> None:
+    plain = {"export_at": None, "ladder_recovery": 0.0}
+    whole = ladder(tmp_path, plain, save_strategy="steps", save_steps=5)
+    whole.train()
+    path = tmp_path / "checkpoint-5" / STATE_NAME
+    state = json.loads(path.read_text())
+    del state["rungs"], state["config"]["export_at"], state["config"]["ladder_recovery"]
+    assert "rungs" not in state["schedule"]
+    path.write_text(json.dumps(state))
+    run = ladder(tmp_path / "resumed", plain)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    check_equal(run, whole)
+
+
+def test_a_model_that_cannot_be_saved_on_the_way_costs_nothing_but_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ladder(tmp_path)
+    plain = type(run.hesso_engine).export
+
+    def full(self: Any, run: Any, target: Path) -> Any:
+        if target.name == "rung-0.15":
+            raise StorageError(f"{target}: no room")
+        return plain(self, run, target)
+
+    monkeypatch.setattr(type(run.hesso_engine), "export", full)
+    with propagated(caplog):
+        run.train()
+        run.save_model(str(tmp_path / "small"))
+    assert "`export_at` (0.15): no model is saved on the way" in caplog.text
+    assert "rung-0.15: no room" in caplog.text
+    assert [path.exists() for path in rungs(tmp_path)] == [False, True]
+    assert (tmp_path / "small").exists()
+    assert "rung-0.3" in (tmp_path / "ladder.html").read_text()
+
+
+def test_the_preview_and_the_bar_say_what_is_saved_and_when(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = ladder(tmp_path, {"calibration_examples": 0})
+    caplog.set_level(logging.INFO, logger="hesso_hf")
+    with propagated(caplog):
+        run.train()
+    assert "on the way, after step 7: " in caplog.text
+    assert "saved as rung-0.15" in caplog.text
+    assert "recovery, a model is saved on the way at step 7" in caplog.text
+    assert "recovery, pruned since step 16" in caplog.text
+
+
+KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "adapters": (tiny_lora, {}),
+    "a period given up": (tiny_llama, {"on_collapse": "pause", "collapse_threshold": 1e-3}),
+    "whole layers": (lambda: tiny_llama(num_hidden_layers=6), {"structures": ["layers", "mlp_channels"]}),
+    "layers that compete": (tiny_llama, {"layer_widths": "per_layer"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_on_the_way_hold_what_was_trained(kind: str, tmp_path: Path) -> None:
+    model, changes = KINDS[kind]
+    run = ladder(tmp_path, {"export_at": [0.2], **changes}, model=model(), max_steps=50, options={})
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    process, told = run.hesso_optimizer.process, report(tmp_path / "rung-0.2")
+    assert told["verification"]["fold_error"] <= 1e-5
+    assert abs(told["pruning_ratio"] - 0.2) <= 0.01
+    assert told["steps"] == process.schedule.rung_saves[0]
+    assert bool(process.schedule.pauses) == (kind == "a period given up")
+
+
+def sharded_job(folder: str, processes: int) -> None:
+    """Climb under FSDP2."""
+    run = ladder(Path(folder) / "out", per_device_train_batch_size=4 // processes, adam_epsilon=1e-4)
+    run.train()
+    run.save_model(str(Path(folder) / "small"))
+
+
+def test_two_processes_that_share_the_model_out_save_the_same_models(tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path / "two", "tests.trainer.test_ladder", "sharded_job")
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = ladder(tmp_path / "one", per_device_train_batch_size=4, adam_epsilon=1e-4)
+    alone.train()
+    for shared, own in zip(rungs(tmp_path / "two" / "out"), rungs(tmp_path / "one"), strict=True):
+        assert report(shared)["kept_units"] == report(own)["kept_units"]
+        assert TargetSizes.from_dict(report(shared)["target"]) == TargetSizes.from_dict(report(own)["target"])
+        ours, theirs = (AutoModelForCausalLM.from_pretrained(each) for each in (shared, own))
+        for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert (mine - other).abs().max() <= 1e-5, name
+    assert (tmp_path / "two" / "out" / "ladder.html").exists()
