@@ -41,3 +41,8 @@ def solve_ladder(
                 "or take a smaller `round_to`"
             )
     return [target, *rungs]
+
+
+def rung_folder(share: float) -> str:
+    """Return the name of the folder of a model that is saved on the way (`export_at`)."""
+    return f"rung-{share:g}"

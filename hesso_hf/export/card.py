@@ -50,6 +50,7 @@ def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any]
         page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
         picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         made=_made(report),
+        serving="".join(f"\n- {said}." for said in report.get("serving") or ()),
     )
     return f"---\n{_metadata(report, licence).to_yaml()}\n---\n\n{text}"
 
@@ -172,7 +173,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("path/to/this/model"{options})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 ```
-
+{serving}
 | | before | after |
 |---|---:|---:|
 {rows}

@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..distributed.parts import stock_class
+from ..hf_models.serving import not_served_as_they_are
 from ..hf_models.sizes import get_size
 from ..structures.groups import KeptUnits
 from ..structures.uneven_layers import uneven_sizes
@@ -47,6 +48,7 @@ class PruningReport:
         stock: whether the model is of a stock class, not one with a modelling file for uneven layers.
         training: config, schedule, steps and history of the run, empty for a bare export.
         vocabulary: tokens and parameters removed with them, and the old ids of the kept ones; None for a whole one.
+        serving: of engines that take one of its sizes for another.
     """
 
     model_class: str
@@ -60,6 +62,7 @@ class PruningReport:
     stock: bool
     training: Mapping[str, Any]
     vocabulary: Mapping[str, Any] | None
+    serving: tuple[str, ...]
 
     @classmethod
     def of(
@@ -84,6 +87,7 @@ class PruningReport:
             verification=verification,
             training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
+            serving=tuple(not_served_as_they_are(small.config)),
         )
 
     @property
@@ -102,6 +106,7 @@ class PruningReport:
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
             "verification": asdict(self.verification),
+            **({"serving": list(self.serving)} if self.serving else {}),
             **{key: value for key, value in shown.items() if key not in ("base_model", "vocabulary")},
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),
             "kept_units": self.kept_units.to_dict(),

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
-from ..budget.ladder import solve_ladder
+from ..budget.ladder import rung_folder, solve_ladder
 from ..budget.latency import build_latency
 from ..budget.solver import PriceFunction, TargetSizes
 from ..config import HessoConfig, structures_around
@@ -21,6 +21,7 @@ from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
+from ..hf_models.serving import not_served_as_they_are
 from ..hf_models.sizes import canonical_name
 from ..structures.cut import build_cut, load_cut
 from ..structures.experts import EXPERT_UNITS
@@ -176,6 +177,9 @@ class PruningPlan:
             )
         if self.expected_rise is not None:
             lines.append(f"  expected before any recovery: +{self.expected_rise:.2f} nats a token")
+        if self.config.layer_widths == "uniform":
+            small = resized_config(self.model.config, target.sizes)
+            lines += [f"  to serve it: {said}" for said in not_served_as_they_are(small)]
         return "\n".join(lines)
 
     def _sizes_of(self, name: str) -> str:
@@ -202,11 +206,6 @@ class PruningPlan:
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
         parameters = parameters_of(self.model)
         return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters, self.rungs)
-
-
-def rung_folder(share: float) -> str:
-    """Return the name of the folder of a model that is saved on the way (`export_at`)."""
-    return f"rung-{share:g}"
 
 
 def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from transformers import Trainer
 from transformers.utils import logging
 
+from ..budget.ladder import rung_folder
 from ..config import HessoConfig
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..export.page.page import Model, report_page
 from ..export.report import REPORT_NAME
-from ..pruning.plan import rung_folder
 
 if TYPE_CHECKING:
     from .run import PruningRun
@@ -40,7 +40,7 @@ class Ladder:
 
     def __init__(self, trainer: Trainer, config: HessoConfig, engine: Callable[[], Engine], run: PruningRun) -> None:
         self._trainer, self._config, self._engine, self._run = trainer, config, engine, run
-        self._saved_at = -1  # step of pruning: a step that is skipped leaves it where it is
+        self._seen = -1  # step of pruning after the last step of training, which may have been skipped
         self.on: int | None = None
 
     @property
@@ -52,11 +52,12 @@ class Ladder:
 
     def after_step(self) -> None:
         """Save a model where it is due; where that fails training goes on, with a warning."""
-        process = self._run.process
-        if not process.rungs or process.step == self._saved_at or process.step not in process.schedule.rung_saves:
+        process, seen = self._run.process, self._seen
+        self._seen = process.step
+        if not process.rungs or process.step == seen or process.step not in process.schedule.rung_saves:
             return
         self.on = process.schedule.rung_saves.index(process.step)
-        share, self._saved_at = self._config.rungs[self.on], process.step
+        share = self._config.rungs[self.on]
         target = Path(self._trainer.args.output_dir or "") / rung_folder(share)
         self._run.quality.end()
         try:

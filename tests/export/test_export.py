@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 from collections.abc import Callable
 from functools import cache
@@ -370,6 +371,11 @@ def test_the_report_says_everything(tmp_path: Path):
     assert report["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert report["versions"]["hesso_hf"] == hesso_hf.__version__
     assert report["steps"] == 7
+    engines = [said.partition(" ")[0] for said in report["serving"]]
+    assert engines == ["CTranslate2", "llama.cpp"]  # 4 heads of 14 aren't 48 wide; 48 and 37 are no multiples of 32
+    for name in ("README.md", "report.html"):
+        shown = html.unescape((tmp_path / "small" / name).read_text())
+        assert all(f"{said}." in shown for said in report["serving"])
 
 
 @pytest.mark.parametrize("base", ["", "meta-llama/Llama-3.2-1B", "gone/with/the/wind", "./models/local", "/data/model"])

@@ -22,6 +22,8 @@ from transformers import (
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
 from hesso_hf.budget.latency import LatencyTable
 from hesso_hf.errors import HessoError, UnsupportedStructureError
+from hesso_hf.hf_models.resize import copy_with
+from hesso_hf.hf_models.serving import not_served_as_they_are
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning.calibration import LossCurves
 from hesso_hf.pruning.plan import PruningPlan
@@ -49,14 +51,16 @@ def test_a_training_loop_of_ones_own(tmp_path: Path) -> None:
 def test_a_plan_says_what_goes_and_when() -> None:
     model = tiny_llama()
     plan = PruningPlan.prepare(model, HessoConfig(target_sizes={"intermediate_size": 28}, structures="mlp_channels"))
+    small = copy_with(model.config, {"intermediate_size": 28})
     assert plan.preview(Schedule(4, 9, 3, 40)).splitlines() == [
         f"HESSO: {model.num_parameters():,} -> {model.num_parameters() - 2 * 16 * (3 * 60 + 2):,} parameters "
         f"({plan.target.parameter_ratio:.1%} removed) in 3 periods, steps 5 to 13 of 40; before that 4 of warm-up, "
         "after it 27 of recovery",
         "  mlp_channels: 44 -> 28 units a layer (36% go, 100% of what is removed); intermediate_size 44 -> 28",
+        *[f"  to serve it: {said}" for said in not_served_as_they_are(small)],
     ]
     plan.curves = LossCurves({"mlp_channels": (0.5,)}, {"mlp_channels": (1.1,)})
-    assert plan.preview(Schedule(4, 9, 3, 40)).endswith("  expected before any recovery: +0.80 nats a token")
+    assert "  expected before any recovery: +0.80 nats a token" in plan.preview(Schedule(4, 9, 3, 40)).splitlines()
 
 
 def test_a_curve_goes_on_beyond_the_last_share_that_was_tried() -> None:

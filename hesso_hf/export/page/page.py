@@ -186,7 +186,8 @@ def _to_load(report: Report) -> Markup:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")\n'
     )
     why = "Its layers differ in width, so it comes with a short modelling file of its own." if uneven else ""
-    return joined([element("pre", element("code", code)), element("p", why)])
+    engines = (element("li", f"{said}.") for said in report.get("serving") or ())
+    return joined([element("pre", element("code", code)), element("p", why), element("ul", *engines)])
 
 
 def _to_repeat(report: Report) -> Markup:

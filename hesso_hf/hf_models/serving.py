@@ -1,0 +1,63 @@
+"""Which serving engines take a size for another than the config states, so that a smaller model is wrong in them.
+
+What is said here was seen with small models of unusual sizes; docs/serving.md has the versions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, get_size, head_dim_of
+
+
+@dataclass(frozen=True)
+class Derives:
+    """An engine that computes head_dim from other sizes, whatever the config states.
+
+    Attributes:
+        model_types: for which it does.
+        then: what becomes of the model.
+    """
+
+    engine: str
+    model_types: tuple[str, ...]
+    then: str
+
+
+DERIVES_HEAD_DIM = (
+    Derives("CTranslate2", ("llama",), "computes something else, without a message"),
+    Derives("vLLM", ("qwen2",), "computes something else, without a message"),
+    Derives("llama.cpp", ("qwen2",), "refuses the model"),
+)
+GGUF_ROWS = 32  # q8_0 quantises so many neighbours together
+
+
+def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
+    """Return what a smaller model's sizes are to engines that don't read all of them, one sentence for each engine.
+
+    Args:
+        config: the smaller model's.
+    """
+    text = config.get_text_config(decoder=True)
+    heads, hidden, head_dim = get_size(text, HEADS), get_size(text, HIDDEN), head_dim_of(text)
+    found = []
+    if heads and hidden and head_dim and heads * head_dim != hidden:
+        group = heads // (get_size(text, KV_HEADS) or heads) or 1
+        fit = max(group, hidden // head_dim // group * group)
+        found += [
+            f"{each.engine} takes {HEAD_DIM} of {text.model_type} for {HIDDEN} / {HEADS} ({hidden} / {heads}), which "
+            f"the config states as {head_dim}, and {each.then}; `target_sizes` that suit it are such as {HEADS} {fit} "
+            f"with {HIDDEN} {fit * head_dim}"
+            for each in DERIVES_HEAD_DIM
+            if text.model_type in each.model_types
+        ]
+    odd = {name: size for name in (HIDDEN, MLP) if (size := get_size(text, name)) and size % GGUF_ROWS}
+    if odd:
+        named = " and ".join(f"{name} ({size})" for name, size in odd.items())
+        found.append(
+            f"llama.cpp quantises rows in blocks of {GGUF_ROWS} (q8_0) or 256 (k-quants), which {named} "
+            f"{'are' if len(odd) > 1 else 'is'} no multiple of; `round_to` {GGUF_ROWS} or more suits it"
+        )
+    return found

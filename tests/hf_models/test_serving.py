@@ -1,0 +1,49 @@
+"""What is said of engines that take a size for another: which, for whom, and sizes that suit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+
+from hesso_hf.hf_models.serving import not_served_as_they_are
+
+
+def sized(kind: type[PretrainedConfig], **sizes: int) -> PretrainedConfig:
+    usual = {"hidden_size": 576, "intermediate_size": 416, "num_attention_heads": 6, "num_key_value_heads": 2}
+    return kind(**(usual | {"head_dim": 64} | sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "engines"),
+    [(LlamaConfig, ["CTranslate2"]), (Qwen2Config, ["vLLM", "llama.cpp"]), (MistralConfig, [])],
+)
+def test_engines_that_derive_head_dim_are_named_for_the_classes_where_they_do(
+    kind: type[PretrainedConfig], engines: list[str]
+) -> None:
+    found = not_served_as_they_are(sized(kind))
+    assert [said.split(" ")[0] for said in found] == engines
+    for said in found:
+        assert f"head_dim of {kind.model_type} for hidden_size / num_attention_heads (576 / 6)" in said
+        assert "states as 64" in said
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}])
+def test_the_sizes_that_are_named_suit(sizes: dict[str, int]) -> None:
+    config = sized(LlamaConfig, **sizes)
+    (said,) = not_served_as_they_are(config)
+    heads, hidden = map(int, re.search(r"num_attention_heads (\d+) with hidden_size (\d+)", said).groups())  # type: ignore[union-attr]
+    assert heads % (config.num_attention_heads // config.num_key_value_heads) == 0
+    assert hidden <= config.hidden_size
+    groups = heads * config.num_key_value_heads // config.num_attention_heads
+    assert not not_served_as_they_are(
+        sized(LlamaConfig, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups)
+    )
+
+
+def test_rows_that_no_block_of_a_quantisation_divides_are_named() -> None:
+    (said,) = not_served_as_they_are(sized(MistralConfig, hidden_size=570, intermediate_size=410))
+    assert "hidden_size (570) and intermediate_size (410) are no multiple of; `round_to` 32" in said
+    (said,) = not_served_as_they_are(sized(MistralConfig, intermediate_size=400))
+    assert "which intermediate_size (400) is no multiple of" in said
