@@ -329,6 +329,26 @@ def compaction(result: dict[str, Any]) -> str:
     return _table(["stories260K", "a step in recovery", "the whole run", "loss"], rows) + "\n\n" + _wrap(note)
 
 
+def ladder(result: dict[str, Any]) -> str:
+    """Losses of models saved on the way and of the last one, beside runs of their own."""
+    medians, rows = dict(result["medians"]), []
+    alone = medians.pop("runs of their own")
+    for name, shares in medians.items():
+        recovery = float(name.removeprefix("recovery "))
+        for share, found in shares.items():
+            saved, all_steps = found["ladder"], alone[share]["of all steps"]
+            losses = [part["loss"] for part in (saved, found.get("of as many steps", all_steps), all_steps)]
+            rows.append([f"{recovery:.0%}", f"{float(share):.0%}", str(saved["steps"]), *[f"{x:.3f}" for x in losses]])
+    seeds, steps = len({run["seed"] for run in result["runs"]}), max(run["steps"] for run in result["runs"])
+    header = ["`ladder_recovery`", "removed", "saved after step", "from the ladder", "own run, as many steps",
+              f"own run, {steps} steps"]  # fmt: skip
+    note = (
+        f"stories260K, {steps} steps of {result['tokens_a_step']:,} tokens, held-out nats a token; medians of "
+        f"{_plural(seeds, 'seed')}."
+    )
+    return _table(header, rows) + "\n\n" + _wrap(note)
+
+
 SPEEDS = {"parameters": "parameters", "forward": "reads", "first_token": "first token"}
 
 
@@ -517,6 +537,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),
     "speed": ("speed.json", "python benchmarks/speed.py", speed),
+    "ladder": ("ladder.json", "python benchmarks/ladder.py", ladder),
     "schedule": ("schedule.json", "python benchmarks/schedule.py", schedule),
     "architectures": ("../../docs/architectures.json", "make survey", architectures),
     "bundled": ("pretrain_bundled.json", "python benchmarks/pretrain_bundled.py", bundled),

@@ -49,12 +49,9 @@ class HessoConfig:
     )
     export_at: list | str | None = _option(
         None,
-        "Shares of the budget metric below pruning_ratio at which a smaller model is saved on the way, each in a "
-        "folder `rung-SHARE` of output_dir; what one keeps, those before it keep too.",
+        "Shares below pruning_ratio at which a model is saved on the way, as `rung-SHARE` in output_dir.",
     )
-    ladder_recovery: float = _option(
-        0.0, "Ordinary steps between the cut to a share of export_at and the save of its model (steps)."
-    )
+    ladder_recovery: float = _option(0.0, "Ordinary steps after a cut to one of export_at, before its save (steps).")
     structures: dict | str | None = _option(
         "all",
         "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hesso_hf import HessoConfig
 from hesso_hf.bundled import bundled_model_path, python_docs_texts
 from hesso_hf.pruning import Schedule
 from tests.support import ROOT
@@ -191,6 +192,31 @@ def test_schedules_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert f"| at once | {once['loss']:.3f} |" in table
     before = output.read_text()
     assert schedule.main() == 0  # nothing is run again
+    assert output.read_text() == before
+
+
+def test_models_on_the_way_are_compared_with_runs_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ladder
+    import render_readme
+    import stories
+
+    stand_in(tmp_path)
+    short_blocks(monkeypatch, stories, ladder)
+    monkeypatch.setattr(ladder, "SHARES", (0.35,))
+    quick = {"calibration_examples": 0, "healing": "off"}
+    monkeypatch.setattr(ladder, "HessoConfig", functools.partial(HessoConfig, **quick))
+    output = tmp_path / "ladder.json"
+    flags = ["--data", str(tmp_path), "--steps", "25", "--seeds", "0", "--recoveries", "0.1", "--held-out-blocks", "2"]
+    monkeypatch.setattr(sys, "argv", ["ladder.py", *flags, "--output", str(output)])
+    assert ladder.main() == 0
+    alone, climbed = json.loads(output.read_text())["runs"]
+    assert list(alone["of all steps"]) == list(climbed["ladder"]) == ["0.35", "0.5"]
+    table = render_readme.render_table("ladder", tmp_path)
+    found, own = climbed["ladder"]["0.35"], climbed["of as many steps"]["0.35"]["loss"]
+    whole = alone["of all steps"]["0.35"]["loss"]
+    assert f"| 10% | 35% | {found['steps']} | {found['loss']:.3f} | {own:.3f} | {whole:.3f} |" in table
+    before = output.read_text()
+    assert ladder.main() == 0  # nothing is run again
     assert output.read_text() == before
 
 

@@ -158,6 +158,18 @@ def test_a_model_that_cannot_be_saved_on_the_way_costs_nothing_but_itself(
     assert "rung-0.3" in (tmp_path / "ladder.html").read_text()
 
 
+def test_a_step_that_is_skipped_saves_nothing_again_and_a_run_that_begins_again_does(
+    climbed: HessoTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    process, ladder = climbed.hesso_run.process, climbed.hesso_run.ladder
+    monkeypatch.setattr(type(climbed.hesso_engine), "export", lambda self, run, target: saved.append(process.step))
+    for step in (6, 7, 7, 8, 6, 7):
+        monkeypatch.setattr(process.state, "step", step)
+        ladder.after_step()
+    assert saved == [7, 7]
+
+
 def test_the_preview_and_the_bar_say_what_is_saved_and_when(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = ladder(tmp_path, {"calibration_examples": 0})
     caplog.set_level(logging.INFO, logger="hesso_hf")
