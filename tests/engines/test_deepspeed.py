@@ -63,7 +63,8 @@ ROUTED: dict[str, Any] = {
 } | SAVED
 DEEP: dict[str, Any] = {"hesso": {"structures": ["layers"], "target_sizes": {"num_hidden_layers": 1}}} | SAVED
 UNEVEN: dict[str, Any] = {"hesso": RATIO | {"layer_widths": "per_layer"}} | SAVED
-REPLAYED: dict[str, Any] = {"hesso": {"replay_share": 0.5}, "window": 10}
+LADDER: dict[str, Any] = {"hesso": RATIO | {"export_at": [0.15], "ladder_recovery": 1}}
+REPLAYED: dict[str, Any] = {"hesso": LADDER["hesso"] | {"replay_share": 0.5}, "window": 10}
 HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
 ADAMW = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
@@ -78,6 +79,7 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "plain-1": {"deepspeed": engine(1)} | SAVED,
         "plain-2": {"deepspeed": engine(2)} | HALFWAY,
         "plain-3": {"deepspeed": engine(3)} | HALFWAY,
+        "ladder-2": {"deepspeed": engine(2)} | HALFWAY | LADDER,
         "replayed-3": {"deepspeed": engine(3)} | HALFWAY | REPLAYED,
         "plain-loaded": {"deepspeed": engine(3), "pretrained": str(folder / "dense")},
         "ratio-2": {"hesso": RATIO, "deepspeed": engine(2, zero=OFFLOAD)} | ACCUMULATED,
@@ -121,7 +123,7 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
 
 ALONE = {
     "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "stopped": STOPPED,
-    "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT, "replayed": REPLAYED,
+    "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT, "replayed": REPLAYED, "ladder": LADDER,
     "ragged": RAGGED, "long": LONG, "best": BEST, "tied": TIED, "centred": CENTRED,
     "experts": EXPERTS, "paused": PAUSED, "routed": ROUTED, "deep": DEEP, "uneven": UNEVEN,
 }  # fmt: skip
@@ -129,7 +131,7 @@ NAMES = ["plain-1", "plain-2", "plain-3", "replayed-3", "plain-loaded", "ratio-2
          "frozen-2", "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3", "taught-2", "taught-3",
          "taught-offloaded", "taught-loaded", "ragged-2", "ragged-3", "long-2", "long-3", "best-2", "best-3",
          "tied-2", "tied-3", "centred-2", "centred-3", "experts-2", "experts-3", "paused-2", "paused-3",
-         "routed-3", "deep-2", "uneven-3"]  # fmt: skip
+         "routed-3", "deep-2", "uneven-3", "ladder-2"]  # fmt: skip
 
 
 RESUMED = [("cric-2", 3), ("cric-2", 9), ("cric-3", 3), ("cric-3", 9), ("taught-3", 5), ("paused-3", 10)]
@@ -205,7 +207,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     assert len(found["norms"]) == len(found["losses"])
 
 
-BASIC = ("plain-2", "replayed-3")  # what the default tests run of all this
+BASIC = ("ladder-2", "replayed-3")  # what the default tests run of all this
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,10 @@ def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Pat
         assert_same(result(basic / f"{name}-again", rank), result(basic / name, rank), 0.0)
     assert_small_model_is_the_one_of_one_process(name, basic)
     assert_checkpoint_is_exported_alike(name, basic, tmp_path)
+    ours, theirs = (basic / run / "out" / "rung-0.15" for run in (name, name.partition("-")[0]))
+    found, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (ours, theirs))
+    for (key, mine), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert (mine - other).abs().max() <= 1e-5 * other.abs().max(), key
 
 
 @needs_deepspeed
