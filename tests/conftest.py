@@ -19,7 +19,7 @@ LONG = (
     "trainer/test_trainer.py", "pruning/test_optimizer.py", "engines/test_deepspeed.py", "trainer/test_replay.py",
     "cli/test_quickstart.py", "trainer/test_stream_lora.py", "trainer/test_resume.py", "trainer/test_trl_trainers.py",
     "structures/test_layers.py", "cli/survey/test_stream_basis.py", "structures/test_experts.py",
-    "trainer/test_stream.py", "trainer/test_other_tasks.py",
+    "trainer/test_stream.py", "trainer/test_other_tasks.py", "trainer/test_ladder.py",
 )  # fmt: skip
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
