@@ -11,9 +11,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..config import HessoConfig
 from ..errors import HessoError
-from ..export.storage import check_writable
+from ..export.storage import check_not_base, check_writable
 from ..hf_models.build import first_line
-from ..trainer.saving import check_not_base, checkpoint_bytes
+from ..trainer.saving import checkpoint_bytes
 from .recipe import Recipe
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .sizes import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, get_size, head_dim_of
+from .sizes import EXPERT_MLP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, get_size, head_dim_of
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,15 @@ def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
         found += [
             f"{each.engine} takes {HEAD_DIM} of {text.model_type} for {HIDDEN} / {HEADS} ({hidden} / {heads}), which "
             f"the config states as {head_dim}, and {each.then}; `target_sizes` that suit it are such as {HEADS} {fit} "
-            f"with {HIDDEN} {fit * head_dim}"
+            f"and {KV_HEADS} {fit // group} with {HIDDEN} {fit * head_dim}"
             for each in DERIVES_HEAD_DIM
             if text.model_type in each.model_types
         ]
-    odd = {name: size for name in (HIDDEN, MLP) if (size := get_size(text, name)) and size % GGUF_ROWS}
-    if odd:
+    odd = {name: size for name in (HIDDEN, MLP, EXPERT_MLP) if (size := get_size(text, name)) and size % GGUF_ROWS}
+    if odd and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = " and ".join(f"{name} ({size})" for name, size in odd.items())
         found.append(
             f"llama.cpp quantises rows in blocks of {GGUF_ROWS} (q8_0) or 256 (k-quants), which {named} "
-            f"{'are' if len(odd) > 1 else 'is'} no multiple of; `round_to` {GGUF_ROWS} or more suits it"
+            f"{'are' if len(odd) > 1 else 'is'} no multiple of; a multiple of {GGUF_ROWS} as `round_to` suits it"
         )
     return found

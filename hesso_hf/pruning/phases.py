@@ -291,7 +291,7 @@ def phase_by_loss(run: Run, loss: float | torch.Tensor | None) -> Phase:
     position, watch = schedule.period_step(step), run.state.watch
     if _is_before_pruning(schedule, step, position):
         watch.note_level(_seen(run, loss))
-    just_ended = schedule.end <= step < schedule.end + RECENT_STEPS
+    just_ended = any(p.share and p.end <= step < p.end + RECENT_STEPS for p in schedule.periods)
     if just_ended if position is None else position.index or position.t:  # something has shrunk
         watch.note(_seen(run, loss))
         if watch.is_new_collapse():

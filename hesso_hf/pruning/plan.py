@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
-from ..budget.ladder import rung_folder, solve_ladder
+from ..budget.ladder import refuse_ladder, rung_folder, solve_ladder
 from ..budget.latency import build_latency
 from ..budget.solver import PriceFunction, TargetSizes
 from ..config import HessoConfig, structures_around
@@ -224,6 +224,7 @@ def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, 
     Example:
         >>> # optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(0.5), 1000)
     """
+    refuse_ladder(config)
     plan = PruningPlan.prepare(model, config)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):

@@ -136,7 +136,15 @@ class Schedule:
     @property
     def phases(self) -> dict[str, tuple[int, int]]:
         """The phases that the run has, by name: the steps done before each, and those done at its end."""
-        ends = (self.warmup_steps, self.sampling_end, self.end, self.total_steps)
+        return self.phases_to(None)
+
+    def phases_to(self, rung: int | None) -> dict[str, tuple[int, int]]:
+        """Return the phases of a model that is saved on the way, by its number; None for the last one."""
+        ended, saved = self.end, self.total_steps
+        if rung is not None:
+            saved = self.rung_saves[rung]
+            ended = saved - self.rung_steps
+        ends = (self.warmup_steps, self.sampling_end, ended, saved)
         spans = zip(PHASES, zip((0, *ends), ends, strict=False), strict=True)
         return {name: (start, end) for name, (start, end) in spans if end > start}
 

@@ -138,6 +138,10 @@ class SaveOnTheWay(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """With a smaller batch it begins again."""
+        self._trainer.hesso_run.ladder.begin()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are gone by now."""
         self._trainer.hesso_run.ladder.after_step()

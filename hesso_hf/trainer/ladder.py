@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer
 from transformers.utils import logging
@@ -13,9 +13,9 @@ from transformers.utils import logging
 from ..budget.ladder import rung_folder
 from ..config import HessoConfig
 from ..engines.engine import Engine
-from ..errors import HessoError
 from ..export.page.page import Model, report_page
 from ..export.report import REPORT_NAME
+from ..export.storage import check_not_base
 
 if TYPE_CHECKING:
     from .run import PruningRun
@@ -45,10 +45,29 @@ class Ladder:
 
     @property
     def folders(self) -> dict[float, Path]:
-        """The folders of the models that were saved, by the share removed, also before the run was resumed."""
-        output_dir = Path(self._trainer.args.output_dir or "")
-        named = {share: output_dir / rung_folder(share) for share in self._config.rungs}
-        return {share: folder for share, folder in named.items() if (folder / REPORT_NAME).is_file()}
+        """The folders of the models of this run's sizes that were saved, by the share removed."""
+        named = {share: self._folder(share) for share in self._config.rungs}
+        sizes = dict(zip(named, self._run.plan.rungs, strict=True))
+        return {share: folder for share, folder in named.items() if _target_of(folder) == sizes[share].to_dict()}
+
+    def _folder(self, share: float) -> Path:
+        return Path(self._trainer.args.output_dir or "") / rung_folder(share)
+
+    def check(self, base: Path | None) -> None:
+        """Refuse to replace the base model.
+
+        Args:
+            base: the folder that it was read from, None where that is no folder.
+
+        Raises:
+            HessoError: naming the folder.
+        """
+        for share in self._config.rungs:
+            check_not_base(self._folder(share), base, self._config)
+
+    def begin(self) -> None:
+        """Training begins, or begins again."""
+        self._seen = -1
 
     def after_step(self) -> None:
         """Save a model where it is due; where that fails training goes on, with a warning."""
@@ -58,11 +77,11 @@ class Ladder:
             return
         self.on = process.schedule.rung_saves.index(process.step)
         share = self._config.rungs[self.on]
-        target = Path(self._trainer.args.output_dir or "") / rung_folder(share)
-        self._run.quality.end()
+        target = self._folder(share)
         try:
-            self._engine().export(self._run, target)
-        except HessoError as error:  # on all processes
+            with self._run.quality.meanwhile():
+                self._engine().export(self._run, target)
+        except Exception as error:  # all processes have one, of whatever type
             logger.warning(f"`export_at` ({share:g}): no model is saved on the way to the smaller one: {error}")
         else:
             logger.info(f"`export_at` ({share:g}): {process.rungs[self.on].parameters_after:,} parameters in {target}")
@@ -83,5 +102,11 @@ class Ladder:
             reports = [json.loads((folder / REPORT_NAME).read_text(encoding="utf-8")) for folder in folders]
             models = [Model.of(folder.name, report) for folder, report in zip(folders, reports, strict=True)]
             path.write_text(report_page(models), encoding="utf-8")
-        except OSError as error:
+        except Exception as error:  # a page must not cost the model
             logger.warning(f"`export_at`: the page that compares the models isn't written: {error}")
+
+
+def _target_of(folder: Path) -> Any:
+    """Return what the model in a folder was to be, None where there is none."""
+    path = folder / REPORT_NAME
+    return json.loads(path.read_text(encoding="utf-8")).get("target") if path.is_file() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,8 @@ class Quality:
 
     def go_on(self, saved: Mapping[str, Any] | None) -> None:
         """Take what a checkpoint's record has of the base model."""
-        self._found = copy.deepcopy(dict(saved or {}))
+        self._found = {key: {part: value for part, value in copy.deepcopy(dict(found)).items() if part != "after"}
+                       for key, found in (saved or {}).items()}  # fmt: skip
 
     def end(self) -> None:
         """Measure the trained model with its pruned units at zero, once a step."""
@@ -69,6 +71,16 @@ class Quality:
         if self._measured is None or self._measured[0] is not state or self._measured[1] != state.global_step:
             self._measure("after")
             self._measured = state, state.global_step
+
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Measure the trained model for what is saved meanwhile, which isn't what comes out of the run."""
+        before = copy.deepcopy(self._found), self._measured
+        try:
+            self.end()
+            yield
+        finally:
+            self._found, self._measured = before
 
     def record(self) -> dict[str, Any] | None:
         """Return, by the key that the trainer logs each loss under, on how much it was measured, before and after."""
@@ -88,6 +100,7 @@ class Quality:
         if not self._engine().measures_quality:
             hindrance = "DeepSpeed computes in its own steps alone"
         for key, data in self._texts():
+            self._found.get(key, {}).pop(when, None)
             if hindrance:
                 logger.warning(f"`{key}` isn't measured {when} training: {hindrance}")
                 continue

@@ -98,6 +98,7 @@ class PruningRun:
         self.plan = _prepared(trainer, self.whole, config)
         name = self.model.config.name_or_path
         self.base_folder = Path(name).absolute() if name and Path(name).is_dir() else None
+        self.ladder.check(self.base_folder)
         self.quality = Quality(trainer, config, engine, self.measurer, lambda: self.model)
         self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer, self.measurer)
 
@@ -236,7 +237,7 @@ class PruningRun:
             "hesso_config": self._config.to_dict(),
             "target": (process.target if on is None else process.rungs[on]).to_dict(),
             "schedule": process.schedule.to_dict(),
-            "phases": {name: list(span) for name, span in process.schedule.phases.items()},
+            "phases": {name: list(span) for name, span in process.schedule.phases_to(on).items()},
             "saliency": self._config.saliency_weights,
             "calibration": curves.to_dict() if curves else None,
             "stream_basis": self.basis.to_dict() if self.basis else None,

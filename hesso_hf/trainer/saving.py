@@ -48,22 +48,6 @@ def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None
     return str(last)
 
 
-def check_not_base(target: Path, base: Path | None, config: HessoConfig) -> None:
-    """Refuse to replace the model that training began from, which may be the only copy, unless that is asked for.
-
-    Args:
-        base: the folder that it was read from, None where that is no folder.
-
-    Raises:
-        HessoError: naming the folder.
-    """
-    if base is not None and not config.overwrite_base and target.exists() and base.exists() and target.samefile(base):
-        raise HessoError(
-            f"{str(target)!r} is the folder that the base model was read from, and would hold another model then: name "
-            "another folder, or say that this is meant by `HessoConfig(overwrite_base=True)`"
-        )
-
-
 def how_far(process: PruningProcess | None) -> str:
     """Say how far pruning is."""
     return "has not begun" if process is None else f"is at step {process.step} of {process.schedule.end}"

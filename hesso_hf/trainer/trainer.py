@@ -21,6 +21,7 @@ from ..engines.engine import Engine, Steps
 from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_
 from ..export.report import REPORT_NAME, PruningReport, add_to_card
+from ..export.storage import check_not_base
 from ..structures.lora import lora_layers, with_adapter
 from .callbacks import OWN_CALLBACKS, metrics
 from .engine import checked_config, engine_of, refuse
@@ -30,7 +31,6 @@ from .reference import settle_reference
 from .restart import Restarts
 from .run import PruningRun
 from .saving import (
-    check_not_base,
     end_training,
     pruned_model,
     resolve_checkpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig, ViTConfig
 
 from hesso_hf.hf_models.serving import not_served_as_they_are
 
@@ -33,10 +33,12 @@ def test_engines_that_derive_head_dim_are_named_for_the_classes_where_they_do(
 def test_the_sizes_that_are_named_suit(sizes: dict[str, int]) -> None:
     config = sized(LlamaConfig, **sizes)
     (said,) = not_served_as_they_are(config)
-    heads, hidden = map(int, re.search(r"num_attention_heads (\d+) with hidden_size (\d+)", said).groups())  # type: ignore[union-attr]
+    named = re.search(r"num_attention_heads (\d+) and num_key_value_heads (\d+) with hidden_size (\d+)", said)
+    assert named is not None
+    heads, groups, hidden = map(int, named.groups())
     assert heads % (config.num_attention_heads // config.num_key_value_heads) == 0
     assert hidden <= config.hidden_size
-    groups = heads * config.num_key_value_heads // config.num_attention_heads
+    assert groups * config.num_attention_heads == heads * config.num_key_value_heads
     assert not not_served_as_they_are(
         sized(LlamaConfig, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=groups)
     )
@@ -44,6 +46,10 @@ def test_the_sizes_that_are_named_suit(sizes: dict[str, int]) -> None:
 
 def test_rows_that_no_block_of_a_quantisation_divides_are_named() -> None:
     (said,) = not_served_as_they_are(sized(MistralConfig, hidden_size=570, intermediate_size=410))
-    assert "hidden_size (570) and intermediate_size (410) are no multiple of; `round_to` 32" in said
+    assert "hidden_size (570) and intermediate_size (410) are no multiple of; a multiple of 32 as" in said
     (said,) = not_served_as_they_are(sized(MistralConfig, intermediate_size=400))
     assert "which intermediate_size (400) is no multiple of" in said
+    experts = Qwen3MoeConfig(hidden_size=64, intermediate_size=96, moe_intermediate_size=100, head_dim=16)
+    (said,) = not_served_as_they_are(experts)
+    assert "which moe_intermediate_size (100) is no multiple of" in said
+    assert not not_served_as_they_are(ViTConfig(hidden_size=90, num_attention_heads=3))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf import HessoConfig, HessoError, HessoTrainer, export_pruned, wrap_optimizer
 from hesso_hf.budget.solver import TargetSizes
 from hesso_hf.errors import StorageError
 from hesso_hf.export.checkpoint_state import STATE_NAME
@@ -89,6 +89,43 @@ def test_each_models_own_loss_is_measured(climbed: HessoTrainer) -> None:
     assert len({one["after"]["loss"] for one in losses}) == 3
 
 
+def test_a_checkpoint_from_after_a_models_save_does_not_have_its_loss(climbed: HessoTrainer, tmp_path: Path) -> None:
+    told = export_pruned(Path(climbed.args.output_dir) / "checkpoint-18", tmp_path / "small").to_dict()["quality"]
+    assert "before" in told["eval_loss"]
+    assert "after" not in told["eval_loss"]
+
+
+def test_a_models_report_has_the_phases_that_it_went_through(climbed: HessoTrainer) -> None:
+    folder = Path(climbed.args.output_dir)
+    phases = [report(path)["phases"] for path in (*rungs(folder), folder / "small")]
+    assert [found["pruning"] for found in phases] == [[2, 6], [2, 11], [2, 16]]
+    assert [found["recovery"] for found in phases] == [[6, 7], [11, 12], [16, 18]]
+
+
+def test_the_base_model_is_not_replaced_on_the_way(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "rung-0.3")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "rung-0.3")
+    with pytest.raises(HessoError, match=r"rung-0.3' is the folder that the base model was read from"):
+        ladder(tmp_path, model=base)
+
+
+def test_a_loop_of_ones_own_is_told_that_nothing_would_be_saved() -> None:
+    model = tiny_llama()
+    with pytest.raises(HessoError, match=r"`export_at` \(\[0.15, 0.3\]\): a trainer saves models on the way"):
+        wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(**CONFIG), 18)
+
+
+def test_a_collapse_after_the_cut_to_a_model_on_the_way_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick = {"pruning_steps": 3, "pruning_periods": 3, "ladder_recovery": 4, "collapse_threshold": 1e-3}
+    run = ladder(tmp_path, {**quick, "calibration_examples": 0}, learning_rate=1e-6)
+    with propagated(caplog):
+        run.train()
+    assert run.hesso_optimizer.process.schedule.rung_saves == (7, 12)
+    assert "step 4: the loss is" in caplog.text, "no period goes on then"
+
+
 def test_one_page_compares_them(climbed: HessoTrainer) -> None:
     page = (Path(climbed.args.output_dir) / "ladder.html").read_text()
     for name in ("rung-0.15", "rung-0.3", "small"):
@@ -136,26 +173,31 @@ def test_a_checkpoint_from_before_there_were_models_on_the_way_goes_on(tmp_path:
     check_equal(run, whole)
 
 
+@pytest.mark.parametrize("failure", [StorageError, torch.OutOfMemoryError])
 def test_a_model_that_cannot_be_saved_on_the_way_costs_nothing_but_itself(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    failure: type[Exception], climbed: HessoTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     run = ladder(tmp_path)
     plain = type(run.hesso_engine).export
 
     def full(self: Any, run: Any, target: Path) -> Any:
         if target.name == "rung-0.15":
-            raise StorageError(f"{target}: no room")
+            raise failure(f"{target}: no room")
         return plain(self, run, target)
 
     monkeypatch.setattr(type(run.hesso_engine), "export", full)
+    shutil.copytree(climbed.args.output_dir + "/rung-0.3", tmp_path / "rung-0.15")  # of another run, with other sizes
     with propagated(caplog):
         run.train()
         run.save_model(str(tmp_path / "small"))
     assert "`export_at` (0.15): no model is saved on the way" in caplog.text
     assert "rung-0.15: no room" in caplog.text
-    assert [path.exists() for path in rungs(tmp_path)] == [False, True]
+    assert list(run.hesso_run.ladder.folders) == [0.3]
     assert (tmp_path / "small").exists()
-    assert "rung-0.3" in (tmp_path / "ladder.html").read_text()
+    page = (tmp_path / "ladder.html").read_text()
+    assert "rung-0.3" in page
+    assert "rung-0.15" not in page
 
 
 def test_a_step_that_is_skipped_saves_nothing_again_and_a_run_that_begins_again_does(
@@ -164,9 +206,12 @@ def test_a_step_that_is_skipped_saves_nothing_again_and_a_run_that_begins_again_
     saved: list[int] = []
     process, ladder = climbed.hesso_run.process, climbed.hesso_run.ladder
     monkeypatch.setattr(type(climbed.hesso_engine), "export", lambda self, run, target: saved.append(process.step))
-    for step in (6, 7, 7, 8, 6, 7):
+    for step in (6, 7, 7):
         monkeypatch.setattr(process.state, "step", step)
         ladder.after_step()
+    assert saved == [7]
+    ladder.begin()
+    ladder.after_step()
     assert saved == [7, 7]
 
 
@@ -202,15 +247,16 @@ def test_models_on_the_way_hold_what_was_trained(kind: str, tmp_path: Path) -> N
     assert bool(process.schedule.pauses) == (kind == "a period given up")
 
 
-def sharded_job(folder: str, processes: int) -> None:
-    """Climb under FSDP2."""
+def two_job(folder: str, processes: int) -> None:
+    """Climb with two processes."""
     run = ladder(Path(folder) / "out", per_device_train_batch_size=4 // processes, adam_epsilon=1e-4)
     run.train()
     run.save_model(str(Path(folder) / "small"))
 
 
-def test_two_processes_that_share_the_model_out_save_the_same_models(tmp_path: Path) -> None:
-    done = fsdp_cpu.run(tmp_path / "two", "tests.trainer.test_ladder", "sharded_job")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_save_the_same_models_as_one(sharded: bool, tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path / "two", "tests.trainer.test_ladder", "two_job", sharded=sharded)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = ladder(tmp_path / "one", per_device_train_batch_size=4, adam_epsilon=1e-4)
     alone.train()
