@@ -342,3 +342,18 @@ def test_structures_that_no_linear_layer_reads_are_named(caplog: pytest.LogCaptu
         assert "attention_heads of" not in caplog.text
         caplog.clear()
     assert {name.split(".")[-2] for name in found} == {"o_proj"}
+
+
+@pytest.mark.parametrize(("noise", "repeats"), [(0.0, True), (1.5, False)])
+def test_weights_grow_only_where_others_repeat_what_goes(noise: float, repeats: bool) -> None:
+    """A unit is, or has in it, the small difference of two others: the one is worth large weights, not the other."""
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(400, 6, generator=generator)
+    difference = 0.01 * torch.randn(400, generator=generator)
+    rows[:, 1] = rows[:, 0] + difference
+    rows[:, 5] = 100 * difference + noise * torch.randn(400, generator=generator) + (0 if repeats else 1.5 * rows[:, 2])
+    gone = torch.tensor([False] * 5 + [True])
+    healer = Healer(tiny_llama(), tokens())
+    said = healer._said_by_others(rows, torch.ones(3, 1), gone, ~gone)
+    assert said is not None
+    assert (float(said.abs().max()) > 50) == repeats
