@@ -126,13 +126,6 @@ class Schedule:
             ends.setdefault(period.share, period.end)  # a period that is given up has the share of what is behind it
         return tuple(ends[Fraction(index + 1, self.rungs + 1)] + self.rung_steps for index in range(self.rungs))
 
-    def next_rung(self, step: int) -> int | None:
-        """Return, between the cut to a model that is saved on the way and its save, which one it is; else None."""
-        for index, saved in enumerate(self.rung_saves):
-            if saved - self.rung_steps <= step <= saved:
-                return index
-        return None
-
     @property
     def phases(self) -> dict[str, tuple[int, int]]:
         """The phases that the run has, by name: the steps done before each, and those done at its end."""

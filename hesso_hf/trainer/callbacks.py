@@ -38,9 +38,9 @@ def phase_text(process: PruningProcess) -> str:
     position = schedule.period_step(step)
     if position is not None:
         return f"pruning period {position.index + 1}/{len(schedule.periods)}, ends at step {schedule.end}"
-    rung = schedule.next_rung(step)
-    if rung is not None:
-        return f"recovery, a model is saved on the way at step {schedule.rung_saves[rung]}"
+    for saved in schedule.rung_saves:
+        if saved - schedule.rung_steps <= step <= saved:
+            return f"recovery, a model is saved on the way at step {saved}"
     return f"recovery, pruned since step {schedule.end}"
 
 

@@ -207,8 +207,7 @@ class PruningRun:
     def settle_sizes(self) -> None:
         """Measure the split between structures, and take what the main process found."""
         self.plan.settle(lambda: self._engine().measure(self.model, self.curves))
-        sizes = from_main([target.to_dict() for target in (self.plan.target, *self.plan.rungs)])
-        target, *rungs = map(TargetSizes.from_dict, sizes)
+        target, *rungs = from_main([self.plan.target, *self.plan.rungs])
         self.plan.target, self.plan.rungs = target, tuple(rungs)
         logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
 

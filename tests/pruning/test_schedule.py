@@ -117,7 +117,6 @@ def test_models_are_saved_when_equal_parts_of_the_periods_are_over_and_after_som
     assert schedule.rung_saves == (9,)
     phases = [schedule.phase(step) for step in range(14)]
     assert phases == ["warmup"] * 2 + ["pruning"] * 4 + ["recovery"] * 3 + ["pruning"] * 4 + ["recovery"]
-    assert [schedule.next_rung(step) for step in (5, 6, 9, 10, 13)] == [None, 0, 0, None, None]
     assert schedule.end == 13
 
 
