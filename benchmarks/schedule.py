@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 import transformers
-from stories import BATCH, BLOCK, Setting, arguments, load_blocks
+from stories import BATCH, BLOCK, Setting, arguments, load_setting
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.evaluate import held_out_loss
@@ -86,16 +86,9 @@ def run(name: str, ratio: float, setting: Setting, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     options = parse()
-    folder = options.data / "models" / "stories260K"
-    if not folder.exists():
-        print(f"SKIPPED: {folder} isn't there; this benchmark needs the stories260K model and its text")
+    setting = load_setting(options)
+    if setting is None:
         return 0
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    train, held_out = (
-        load_blocks(options.data / "data" / "tinystories" / f"{part}.jsonl", tokenizer) for part in ("train", "test")
-    )
-    held_out = held_out.select(range(min(options.held_out_blocks, len(held_out))))
-    setting = Setting(folder, train, held_out, options.steps, options.learning_rate)
     result = json.loads(options.output.read_text()) if options.output.exists() else {"runs": []}
     for seed in options.seeds:
         for ratio in options.ratios:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import transformers
-from stories import BATCH, BLOCK, Setting, arguments, load_blocks
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from stories import BATCH, BLOCK, Setting, arguments, load_setting
+from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.evaluate import held_out_loss
@@ -69,15 +69,9 @@ def main() -> int:
     parser.add_argument("--held-out-blocks", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    model = options.data / "models" / "stories260K"
-    if not model.exists():
-        print(f"SKIPPED: {model} isn't there; this benchmark needs the stories260K model and the TinyStories text")
+    setting = load_setting(options)
+    if setting is None:
         return 0
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    text = options.data / "data" / "tinystories"
-    train, test = (load_blocks(text / f"{name}.jsonl", tokenizer) for name in ("train", "test"))
-    held_out = test.select(range(min(options.held_out_blocks, len(test))))
-    setting = Setting(model, train, held_out, options.steps, options.learning_rate)
     runs = json.loads(options.output.read_text())["runs"] if options.output.exists() else []
     for seed in options.seeds:
         for split in (None, *SPLITS):

@@ -1,6 +1,6 @@
 """Which serving engines take a size for another than the config states, so that a smaller model is wrong in them.
 
-What is said here was seen with small models of unusual sizes; docs/serving.md has the versions.
+What is said here was seen with small models of unusual sizes; docs/serving.md has the table, with versions.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from .weights.bound_groups import BoundGroups
 logger = logging.get_logger(__name__)
 
 RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
-# Smaller ones may serve held-out tokens a little better by weights that are many times as large, with which gradients
-# explode. What others repeat exactly has none of that, and leaves at least so much less of the error.
+# A smaller one may serve held-out tokens a little better by much larger weights, with which gradients explode. That is
+# worth it where others repeat what goes: there it leaves less than this share of the error.
 SMALL_RIDGE, WORTH_IT = 1e-6, 0.5
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
 CHUNK = 2048  # tokens that are multiplied at a time

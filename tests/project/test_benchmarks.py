@@ -41,7 +41,9 @@ def stand_in(folder: Path) -> Path:
 def short_blocks(monkeypatch: pytest.MonkeyPatch, stories: ModuleType, benchmark: ModuleType) -> None:
     """Have a benchmark train and measure on blocks of 48 tokens."""
     monkeypatch.setattr(benchmark, "BLOCK", 48)
-    monkeypatch.setattr(benchmark, "load_blocks", functools.partial(stories.load_blocks, block=48))
+    short = functools.partial(stories.load_blocks, block=48)
+    for module in (stories, benchmark):
+        monkeypatch.setattr(module, "load_blocks", short, raising=module is stories)
 
 
 def test_overhead_counts_every_kind_of_step_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
