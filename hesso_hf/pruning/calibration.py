@@ -27,6 +27,7 @@ from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
 from ..structures.router_gates import routed_by
 from .criteria import needed_sums, saliency_scores
+from .fisher import OutputFisher
 from .healing import Healer
 from .ranking import lowest_units
 from .saliency import UnitSums, no_units
@@ -110,11 +111,12 @@ def measure_curves(
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
             with bound.frozen.revealed():
-                scores = _scores(model, bound, batches, counted_loss, config, healer)
+                fisher = healer.fisher(bound) if healer is not None else None
+                scores = _scores(model, bound, batches, counted_loss, config, healer, fisher)
             mean_loss = partial(_mean_loss, model, batches, counted_loss)
             before, heals = mean_loss(), healer if config.healing != "off" else None
             rises = {
-                name: _rises(model, bound, name, scores[name], counts[name], mean_loss, before, heals)
+                name: _rises(model, bound, name, scores[name], counts[name], mean_loss, before, heals, fisher)
                 for name in counts
             }
         finally:
@@ -147,6 +149,7 @@ def _scores(
     batch_loss: BatchLoss,
     config: HessoConfig,
     healer: Healer | None,
+    fisher: OutputFisher | None,
 ) -> dict[str, torch.Tensor]:
     sums = UnitSums.zeros(bound.groups, needed_sums(config.calibration_weights), bound.device)
     for batch in batches:
@@ -160,7 +163,7 @@ def _scores(
     sums, elements = bound.over_ranks(sums), bound.elements_per_unit()
     criteria, costs = config.calibration_weights, None
     if healer is not None and RECONSTRUCTION in criteria:
-        costs = healer.costs(bound, no_units(bound.shapes(), bound.device))
+        costs = healer.costs(bound, no_units(bound.shapes(), bound.device), fisher=fisher)
     return saliency_scores(sums, criteria, elements, across_layers=False, pools=pools, costs=costs)
 
 
@@ -174,6 +177,7 @@ def _rises(
     mean_loss: Callable[[], float],
     before: float,
     healer: Healer | None,
+    fisher: OutputFisher | None,
 ) -> tuple[float, ...]:
     """Return by how much the loss rises where so many of a structure's lowest units go; weights return."""
     structure = bound.groups.structures[name]
@@ -185,7 +189,7 @@ def _rises(
             pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
             if healer is not None:
                 none = no_units(bound.shapes(), bound.device)
-                bound.add_(healer.corrections(bound, {**none, name: pruned}, none), 1.0)
+                bound.add_(healer.corrections(bound, {**none, name: pruned}, none, fisher), 1.0)
             bound.mask_weights_({name: pruned})
             bound.centre_({name: (~pruned).float()})
             with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):

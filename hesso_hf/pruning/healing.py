@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from ..hf_models.tiny_model import attention_in_fp32
 from ..structures.groups import Axis
+from .fisher import OutputFisher, output_fisher
 from .ranking import lowest_units
 from .reconstruction import RIDGE, removal_costs
 from .saliency import PerUnit, float_sums, no_units
@@ -106,17 +107,34 @@ class Healer:
         """Return the matrices that are refitted where the units go that they read."""
         return readers_of(self._model, bound)
 
+    def fisher(self, bound: BoundGroups) -> OutputFisher:
+        """Look how much the model, as it is, minds errors behind its readers."""
+        rows = zip(self._batch["input_ids"], self._batch["attention_mask"], strict=True)
+        with _in_eval(self._model), attention_in_fp32(self._model):
+            examples = [ids[mask.bool()][None] for ids, mask in rows]
+            found = output_fisher(self._model, examples, {r.name: r.module for r in self.readers(bound)})
+        if not found.rows:
+            self._warn(f"healing: {type(self._model).__name__} has no gradients of logits: all errors count alike")
+        return found
+
     @torch.no_grad()
-    def corrections(self, bound: BoundGroups, marked: PerUnit, pruned: PerUnit) -> dict[str, torch.Tensor]:
-        """Return what is to be added to each reader's weight by the time its marked units are at zero."""
+    def corrections(
+        self, bound: BoundGroups, marked: PerUnit, pruned: PerUnit, fisher: OutputFisher | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return what is to be added to each reader's weight by the time its marked units are at zero.
+
+        Args:
+            fisher: what `fisher` has found; by default it is looked for.
+        """
         found: dict[str, torch.Tensor] = {}
-        readers = self.readers(bound)
+        readers, fisher = self.readers(bound), fisher or self.fisher(bound)
         self._name_unread(readers, marked)
 
         def refit(reader: Reader, rows: torch.Tensor) -> torch.Tensor:
             gone, weight = reader.columns(marked), reader.weight(bound)
             stays = ~gone & ~reader.columns(pruned)
-            said = self._said_by_others(rows[self._tokens], weight[:, gone], gone, stays)
+            counted = fisher.of_tokens(reader.name, rows[self._tokens])
+            said = self._said_by_others(counted, weight[:, gone], gone, stays)
             if said is not None:
                 correction = torch.zeros_like(weight)
                 correction[:, stays] = (weight[:, gone].to(said.dtype) @ said).to(weight.dtype)
@@ -129,7 +147,13 @@ class Healer:
         return found
 
     @torch.no_grad()
-    def costs(self, bound: BoundGroups, pruned: PerUnit, going: Mapping[str, int] | None = None) -> PerUnit:
+    def costs(
+        self,
+        bound: BoundGroups,
+        pruned: PerUnit,
+        going: Mapping[str, int] | None = None,
+        fisher: OutputFisher | None = None,
+    ) -> PerUnit:
         """Return what is lost with each unit though the others are refitted, (L, U), of structures that are healed.
 
         See `reconstruction.removal_costs`: a unit's cost is what it adds where cheaper ones of its layer went before.
@@ -137,17 +161,20 @@ class Healer:
         Args:
             going: how many units of each pool of a layer will have gone, by structure. Each layer is then judged on
                 what it reads where the cheapest of the earlier layers are gone and healed.
+            fisher: what `fisher` has found, by which errors count; by default it is looked for.
         """
         shapes, pools = bound.shapes(), {name: group.pools for name, group in bound.groups.structures.items()}
+        fisher = fisher or self.fisher(bound)
         found = {name: torch.zeros(shape, dtype=float_sums(bound.device)) for name, shape in shapes.items()}
         seen: set[tuple[str, int]] = set()
 
         def add(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
-            gram, leaving = _gram(rows[self._tokens]), no_units(shapes, bound.device)
+            gram = _gram(fisher.of_tokens(reader.name, rows[self._tokens]))
+            weight, leaving = fisher.of_errors(reader.name, reader.weight(bound)), no_units(shapes, bound.device)
             for structure, layer, axis in reader.axes:
                 units = axis.layout.expand(torch.arange(shapes[structure][1], device=rows.device), -1)
                 gone = pruned[structure][layer]
-                costs = removal_costs(gram, reader.weight(bound).to(gram.dtype), units, gone)
+                costs = removal_costs(gram, weight.to(gram.dtype), units, gone)
                 found[structure][layer] += costs.to(found[structure].device)
                 seen.add((structure, layer))
                 if going is not None:

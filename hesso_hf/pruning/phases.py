@@ -24,6 +24,7 @@ from ..distributed.collectives import check_agreement, mean_over_ranks
 from ..errors import HessoError
 from .collapse import LEVEL_STEPS, RECENT_STEPS
 from .cric import CricTrial
+from .fisher import OutputFisher
 from .healing import Healer
 from .ranking import Ranking, agreed
 from .saliency import PerUnit, UnitSums
@@ -43,10 +44,14 @@ class Run:
     healer: Healer | None = None
     keeps_zeros: bool = False  # the base optimizer does, where weight, gradient and state are zero
 
-    def heal(self) -> None:
+    def fisher(self) -> OutputFisher | None:
+        """Look how much the model minds errors, by which units are judged and healed; None without a healer."""
+        return self.healer.fisher(self.bound) if self.healer is not None else None
+
+    def heal(self, fisher: OutputFisher | None) -> None:
         """Have what the marked units say refitted into the others, which take it on as the period goes along."""
         if self.healer is not None and self.config.healing != "off":
-            found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned())
+            found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned(), fisher)
             self.state.healing = self.bound.from_main(found)
 
     def new_trial(self) -> CricTrial | None:
@@ -82,18 +87,19 @@ class Run:
         """Check that all processes have the same scales, and are in the same period."""
         check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
 
-    def scores(self, share: Fraction | None = None) -> PerUnit:
+    def scores(self, share: Fraction | None = None, fisher: OutputFisher | None = None) -> PerUnit:
         """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure.
 
         Args:
             share: of all units that are to go, those that will have gone after this scoring, where that is known.
+            fisher: as `fisher` has found it, by default it is looked for.
         """
         sums, costs = self.bound.over_ranks(self.state.sums), None
         if self.healer is not None and self.ranking.reconstructs:
             going = None
             if share is not None and self.config.healing != "off":
                 going = self.ranking.going(share)
-            costs = self.healer.costs(self.bound, self.state.pruned(), going)
+            costs = self.healer.costs(self.bound, self.state.pruned(), going, fisher)
         return self.ranking.scores(sums, {name: scales > 0 for name, scales in self.state.scales.items()}, costs)
 
     def pruned(self) -> PerUnit:
@@ -208,8 +214,8 @@ class PruningPeriod(Phase):
                 f"looked yet; {remedy}"
             )
         run.check_agreement(index)
-        share, pruned = state.schedule.periods[index].share, state.pruned()
-        order = run.scores(share) if state.order is None else state.order
+        share, pruned, fisher = state.schedule.periods[index].share, state.pruned(), run.fisher()
+        order = run.scores(share, fisher) if state.order is None else state.order
         marked = agreed(run.ranking.lowest(order, share, pruned))
         for name, units in marked.items():
             state.redundant[name].copy_(units & ~pruned[name])
@@ -217,7 +223,7 @@ class PruningPeriod(Phase):
             state.order = order
             state.period_start = run.bound.snapshot(base, run.snapshots_on_cpu)
         state.sums.zero_()
-        run.heal()
+        run.heal(fisher)
 
     def after(self) -> None:
         """Shrink the redundant units; after the period's last step they are pruned."""

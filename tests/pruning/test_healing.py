@@ -14,6 +14,7 @@ from hesso_hf import HessoConfig
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing
 from hesso_hf.pruning.calibration import measure_curves
+from hesso_hf.pruning.fisher import DAMPING
 from hesso_hf.pruning.healing import Healer, padded, readers_of, unreadable
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
@@ -111,8 +112,12 @@ def test_a_correction_is_the_ridge_regression_on_the_tokens_that_count(make: Any
     marked, pruned = none_of(bound), none_of(bound)
     marked[CHANNELS][0, [1, 4, 7]] = True
     pruned[CHANNELS][0, [0, 2]] = True
-    found = Healer(model, batch).corrections(bound, marked, pruned)[reader.name]
-    read = activations(model, reader.module, batch)
+    healer = Healer(model, batch)
+    found, norms = healer.corrections(bound, marked, pruned)[reader.name], healer.fisher(bound).norms[reader.name]
+    counts = (norms / norms.mean() + DAMPING) / (1 + DAMPING)  # of the errors of each token
+    assert len(counts) == 16 * 24 - 4 * 9
+    assert float(counts.max()) > 2 * float(counts.min())
+    read = activations(model, reader.module, batch) * counts.double().sqrt().numpy()[:, None]
     stays = [unit for unit in range(MLP) if unit not in (0, 1, 2, 4, 7)]
     others, gone = read[:, stays], read[:, [1, 4, 7]]
     ridge = 0.1 * (read**2).sum(0).mean()
@@ -129,13 +134,15 @@ def test_later_matrices_are_fitted_to_what_healed_ones_make():
     model, batch = tiny_llama(seed=5), tokens()
     bound, marked = bound_to(model), none_of(bound_to(model))
     marked[CHANNELS][:, :12] = True
-    together = Healer(model, batch).corrections(bound, marked, none_of(bound))
+    healer = Healer(model, batch)
+    fisher = healer.fisher(bound)
+    together = healer.corrections(bound, marked, none_of(bound), fisher)
     first = none_of(bound)
     first[CHANNELS][0] = marked[CHANNELS][0]
-    leave_(bound, first, Healer(model, batch).corrections(bound, first, none_of(bound)))
+    leave_(bound, first, healer.corrections(bound, first, none_of(bound), fisher))
     second = none_of(bound)
     second[CHANNELS][1] = marked[CHANNELS][1]
-    after = Healer(model, batch).corrections(bound, second, none_of(bound))
+    after = healer.corrections(bound, second, none_of(bound), fisher)
     name = "model.layers.1.mlp.down_proj.weight"
     assert (together[name] - after[name]).abs().max() <= 1e-4 * after[name].abs().max()
 
@@ -173,23 +180,25 @@ def test_a_period_marks_the_units_whose_going_costs_least() -> None:
         assert sorted(marked.nonzero().flatten().tolist()) == sorted(costs[layer].argsort()[:9].tolist())
 
 
-def test_later_layers_are_judged_where_the_cheapest_of_earlier_ones_are_gone_and_healed() -> None:
+def test_later_layers_are_judged_where_the_cheapest_of_earlier_ones_are_gone_and_healed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny_llama(seed=5)
     bound, healer = bound_to(model), Healer(model, tokens())
+    fisher = healer.fisher(bound)
     going = {CHANNELS: 9, HEADS: 0, "embedding_channels": 0}
-    costs = healer.costs(bound, none_of(bound), going)
-    plain = healer.costs(bound, none_of(bound))
+    costs = healer.costs(bound, none_of(bound), going, fisher)
+    plain = healer.costs(bound, none_of(bound), fisher=fisher)
     assert torch.equal(costs[CHANNELS][0], plain[CHANNELS][0])
     assert float((costs[CHANNELS][1] - plain[CHANNELS][1]).abs().max()) > 1e-3 * float(plain[CHANNELS][1].max())
     marked = none_of(bound)
     marked[CHANNELS][0, costs[CHANNELS][0].argsort()[:9]] = True
-    with pytest.MonkeyPatch.context() as monkeypatch:  # with the ridge that costs are measured with
-        monkeypatch.setattr(healing, "RIDGES", (RIDGE,))
-        found = healer.corrections(bound, marked, none_of(bound))
+    monkeypatch.setattr(healing, "RIDGES", (RIDGE,))  # that costs are measured with
+    found = healer.corrections(bound, marked, none_of(bound), fisher)
     with torch.no_grad():
         bound.add_(found, 1.0)
         bound.mask_weights_(marked)
-    again = healer.costs(bound, marked)[CHANNELS][1]
+    again = healer.costs(bound, marked, fisher=fisher)[CHANNELS][1]
     assert float((again - costs[CHANNELS][1]).abs().max()) < 2e-2 * float(again.max())
 
 

@@ -1,0 +1,128 @@
+"""How much a model minds an error behind a matrix: the Fisher information of what the matrix puts out.
+
+With g the gradient, of one token, of -log p(y) by the matrix' output, and y drawn from the model's own predictions p,
+G = E[g g^T]; an error E of the matrix (O, C), whose inputs have the second moment A, costs tr(G E A E^T) / 2. These are
+the two factors of K-FAC (arXiv 1503.05671), by which LLM Surgeon (arXiv 2312.17244) prunes too. They take all tokens'
+gradients for alike, which they are not: behind an attention sink, where the stream is hundreds of times as large, an
+error is nothing. So a token counts in A by |g|, a token that has none by little.
+Shapes: N tokens, T those of an example, O outputs, C columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+TOKENS = 1024  # of the gradients of a matrix about so many are kept, of the others the norms
+DAMPING = 1e-2  # times the mean: what no gradient was seen for is little, not nothing
+
+
+@dataclass
+class OutputFisher:
+    """What gradients of a model's outputs say, by the name of a matrix; of what isn't there all errors count alike.
+
+    Attributes:
+        rows: g of some tokens, (N, O).
+        norms: |g| of all tokens, (N,).
+    """
+
+    rows: dict[str, torch.Tensor] = field(default_factory=dict)
+    norms: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def of_errors(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return what has the squared norms, by column, that errors W cost: G^(1/2) W, up to a rotation.
+
+        Args:
+            weight: W, (O, C).
+        """
+        if name not in self.rows:
+            return weight
+        rows = self.rows[name].to(weight.dtype)
+        mean = rows.square().mean()  # G's mean eigenvalue
+        return torch.cat([rows @ weight / len(rows) ** 0.5, (DAMPING * mean).sqrt() * weight])
+
+    def of_tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        """Return what a matrix reads, (N, C), as much of each token as its errors count: squares are weighed by |g|."""
+        norms = self.norms.get(name)
+        if norms is None or len(norms) != len(inputs):
+            return inputs
+        weights = (norms / norms.mean() + DAMPING) / (1 + DAMPING)
+        return inputs * weights.sqrt().to(inputs.dtype)[:, None]
+
+
+@torch.enable_grad()
+def output_fisher(
+    model: PreTrainedModel, examples: list[torch.Tensor], modules: Mapping[str, nn.Module]
+) -> OutputFisher:
+    """Look at the gradients behind a model's matrices; there are none where it puts out no logits.
+
+    No parameter's `.grad` is touched, and labels are drawn with a generator of their own.
+
+    Args:
+        examples: token ids, (1, T) each.
+    """
+    rows: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    squares: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
+    generator = torch.Generator(examples[0].device).manual_seed(0)
+    every = max(1, sum(example.numel() for example in examples) // TOKENS)
+
+    def watch(name: str, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda g: note(name, g.detach().flatten(0, -2)))
+
+    def note(name: str, g: torch.Tensor) -> None:
+        rows[name].append(g[::every].clone())
+        squares[name][-1] = squares[name][-1] + g.float().square().sum(1)  # of a matrix that is used twice, both
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        for example in examples:
+            for parts in squares.values():
+                parts.append(torch.zeros((), device=example.device))
+            with _grown_from_embeddings(model) as leaves:
+                logits = getattr(model(input_ids=example, use_cache=False), "logits", None)
+                if isinstance(logits, torch.Tensor) and logits.requires_grad:
+                    torch.autograd.grad(logits, leaves, _by_drawn_labels(logits, generator), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seen = [name for name in modules if any(bool(part.any()) for part in rows[name])]
+    return OutputFisher(
+        {name: torch.cat(rows[name]) for name in seen},
+        {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in seen},
+    )
+
+
+@contextmanager
+def _grown_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Have gradients go as far as the embeddings, whatever is frozen; yields these, as the forward pass makes them."""
+    leaves: list[torch.Tensor] = []
+
+    def cut_off(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # which may be changed in place
+
+    handle = model.get_input_embeddings().register_forward_hook(cut_off)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def _by_drawn_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return the gradient of -log p(y) by logits (..., C), y drawn from p; C = 1 is a mean with a spread of 1."""
+    if logits.shape[-1] == 1:
+        return torch.randn(logits.shape, generator=generator, device=logits.device).to(logits.dtype)
+    p = logits.float().softmax(-1)
+    drawn = torch.multinomial(p.flatten(0, -2), 1, generator=generator).view(*p.shape[:-1], 1)
+    return p.scatter_add_(-1, drawn, -torch.ones_like(drawn, dtype=p.dtype)).to(logits.dtype)
