@@ -480,42 +480,63 @@ PEER_METHODS = (
 
 
 def peers(result: dict[str, Any]) -> str:
-    """Held-out losses of HESSO and its peers on text like that trained on, a column for each model and ratio."""
+    """Losses of HESSO and its peers, a column for each model and ratio; on other text where the model knows it."""
     runs, columns = result["runs"], []
     for model in sorted(result["base"]):
         tokens = max(run["tokens"] for run in runs if run["model"] == model)
         ratios = {run["ratio"] for run in runs if (run["model"], run["tokens"]) == (model, tokens) and run["ratio"]}
         columns += [(model, tokens, ratio) for ratio in sorted(ratios)]
-    cells = {(method, column): _peer_losses(runs, method, *column) for method in PEER_METHODS for column in columns}
-    best = {
-        column: min((median for method in PEER_METHODS[1:] if (median := cells[method, column][0])), default=0.0)
-        for column in columns
-    }
+    cells = {(method, column): _peer_losses(result, method, *column) for method in PEER_METHODS for column in columns}
+    best = {column: _lowest([cells[method, column] for method in PEER_METHODS[1:]]) for column in columns}
     rows = []
     for method in PEER_METHODS:
-        shown = []
-        for column in columns:
-            median, count = cells[method, column]
-            text = f"{median:.3f}" if count else NOT_RUN
-            shown.append(f"**{text}**" if method != "dense" and count and median == best[column] else text)
+        shown = [
+            _marked(cells[method, column], best[column] if method != "dense" else {}) or NOT_RUN for column in columns
+        ]
         rows.append([QUALITY_METHODS[method], *shown])
     header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
     notes = []
     for model, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in columns):
-        counts = {count for (_, column), (_, count) in cells.items() if column[0] == model and count}
+        found = [run for run in runs if (run["model"], run["tokens"]) == (model, tokens)]
+        counts = {
+            len([r for r in found if (r["method"], r["ratio"]) == (one["method"], one["ratio"])]) for one in found
+        }
+        before = " / ".join(f"{result['base'][model][side]:.3f}" for side in _sides(result, model))
         notes.append(
-            f"{QUALITY_MODELS.get(model, model)}: {tokens:,} training tokens each, {_seeds(counts)}, "
-            f"before training {result['base'][model]['in']:.3f}"
+            f"{QUALITY_MODELS.get(model, model)}: {PEER_TEXTS[result['settings'][model]['text']]}, {tokens:,} training "
+            f"tokens each, {_seeds(counts)}, before training {before}"
         )
-    note = f"Nats a token on held-out text like that trained on, medians over seeds. {'; '.join(notes)}."
+    note = f"Nats a token, medians over seeds. {'; '.join(notes)}."
     return "\n".join([_table(["", *header], rows), "", _wrap(note)])
 
 
-def _peer_losses(runs: list[dict[str, Any]], method: str, model: str, tokens: int, ratio: float) -> tuple[float, int]:
-    """Return the median loss and the number of runs; the dense model has no ratio."""
+PEER_TEXTS = {
+    "docs": "held-out documentation, which is what was trained on / WikiText-2",
+    "stories": "held-out stories, which are what was trained on",
+}
+
+
+def _sides(result: dict[str, Any], model: str) -> tuple[str, ...]:
+    """Return on which texts a model is compared: the other one only where it knew that."""
+    return ("in", "out") if result["settings"][model]["text"] == "docs" else ("in",)
+
+
+def _peer_losses(result: dict[str, Any], method: str, model: str, tokens: int, ratio: float) -> dict[str, float]:
+    """Return the median losses, {} without runs; the dense model has no ratio."""
     setting = (model, method, 0.0 if method == "dense" else ratio, tokens)
-    found = [run["in"] for run in runs if (run["model"], run["method"], run["ratio"], run["tokens"]) == setting]
-    return (statistics.median(found), len(found)) if found else (0.0, 0)
+    found = [run for run in result["runs"] if (run["model"], run["method"], run["ratio"], run["tokens"]) == setting]
+    sides = _sides(result, model) if found else ()
+    return {side: round(statistics.median(run[side] for run in found), 3) for side in sides}
+
+
+def _lowest(losses: list[dict[str, float]]) -> dict[str, float]:
+    """Return the lowest loss on each text."""
+    return {side: min(entry[side] for entry in losses if entry) for entry in losses for side in entry}
+
+
+def _marked(losses: dict[str, float], best: dict[str, float]) -> str:
+    """Write losses, the lowest ones bold."""
+    return " / ".join(f"**{loss:.3f}**" if loss == best.get(side) else f"{loss:.3f}" for side, loss in losses.items())
 
 
 # name of the table: JSON file, command that makes it, what renders it

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..hf_models.tiny_model import attention_in_fp32
-from ..structures.groups import Axis
 from .fisher import OutputFisher, output_fisher
 from .ranking import lowest_units
+from .readers import Reader, readers_of
 from .reconstruction import RIDGE, removal_costs
 from .saliency import PerUnit, float_sums, no_units
 from .weights.bound_groups import BoundGroups
@@ -36,47 +34,6 @@ RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
 SMALL_RIDGE, WORTH_IT = 1e-6, 0.5
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
 CHUNK = 2048  # tokens that are multiplied at a time
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A matrix that reads units: by its input's dimension `dim` it weighs what they say."""
-
-    name: str
-    module: nn.Module
-    dim: int
-    axes: tuple[tuple[str, int, Axis], ...]
-
-    def columns(self, units: PerUnit) -> torch.Tensor:
-        """Return the columns of units that are chosen, bool (C,)."""
-        chosen = [axis.layout.expand(units[structure][layer], False) for structure, layer, axis in self.axes]
-        return torch.stack(chosen).any(0)
-
-    def weight(self, bound: BoundGroups) -> torch.Tensor:
-        """Return its weight, adapters included, as (O, C)."""
-        weight = bound.effective(self.name)
-        return weight if self.dim == 1 else weight.T
-
-
-def readers_of(model: nn.Module, bound: BoundGroups) -> list[Reader]:
-    """Return the linear layers whose input is made of units: down projections and attention outputs."""
-    modules = dict(model.named_modules())
-    found = []
-    for name, axes in bound.axes.items():
-        module = modules.get(name.removesuffix(".weight"))
-        dim = _input_dim(module)
-        read = tuple(entry for entry in axes if entry[2].dim == dim and entry[0] != "embedding_channels")
-        if module is not None and dim is not None and read and not any(axis.power for _, _, axis in read):
-            found.append(Reader(name, module, dim, read))
-    return found
-
-
-def _input_dim(module: nn.Module | None) -> int | None:
-    """Return which dimension of a linear layer's weight its input has, None for other modules."""
-    module = getattr(module, "base_layer", module)  # under an adapter
-    if isinstance(module, nn.Linear):
-        return 1
-    return 0 if isinstance(module, Conv1D) else None
 
 
 class Healer:
@@ -108,13 +65,24 @@ class Healer:
         return readers_of(self._model, bound)
 
     def fisher(self, bound: BoundGroups) -> OutputFisher:
-        """Look how much the model, as it is, minds errors behind its readers."""
+        """Look how much the model, as it is, minds errors behind its readers; where that fails, all count alike."""
         rows = zip(self._batch["input_ids"], self._batch["attention_mask"], strict=True)
-        with _in_eval(self._model), attention_in_fp32(self._model):
-            examples = [ids[mask.bool()][None] for ids, mask in rows]
-            found = output_fisher(self._model, examples, {r.name: r.module for r in self.readers(bound)})
-        if not found.rows:
-            self._warn(f"healing: {type(self._model).__name__} has no gradients of logits: all errors count alike")
+        examples, modules = (
+            [ids[real.bool()][None] for ids, real in rows],
+            {r.name: r.module for r in self.readers(bound)},
+        )
+        try:
+            with _in_eval(self._model), attention_in_fp32(self._model):
+                found = output_fisher(self._model, examples, modules)
+            reason = "" if found.rows else f"{type(self._model).__name__} has no gradients of logits"
+        except torch.OutOfMemoryError:
+            longest = max(example.numel() for example in examples)
+            found, reason = (
+                OutputFisher(),
+                f"a backward pass of {longest} tokens, beside what training holds, doesn't fit",
+            )
+        if reason:
+            self._warn(f"healing: errors of all tokens and outputs count alike: {reason}")
         return found
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from hesso_hf.pruning import healing
 from hesso_hf.pruning.fisher import DAMPING, TOKENS, OutputFisher, output_fisher
-from hesso_hf.pruning.healing import Healer, readers_of
+from hesso_hf.pruning.healing import Healer
+from hesso_hf.pruning.readers import readers_of
 from hesso_hf.structures.lora import base_of
 from tests.pruning.test_healing import CHANNELS, bound_to, none_of, tokens
 from tests.support.lora import tiny_lora
@@ -39,13 +42,19 @@ def test_gradients_are_those_of_labels_drawn_from_the_model() -> None:
         assert float((rows - wanted).abs().max()) < 1e-6 * float(wanted.abs().max())
 
 
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def test_weights_random_state_and_gradients_that_stand_are_left_alone() -> None:
     model = tiny_llama(seed=3)
     model(**tokens(), labels=tokens()["input_ids"]).loss.backward()
-    stood = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    state = torch.get_rng_state()
+    stood = {name: gradient.clone() for name, gradient in gradients_of(model).items()}
+    state, weights = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     gradients(model, list(tokens()["input_ids"].split(1)))
-    assert all(torch.equal(parameter.grad, stood[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(gradient, stood[name]) for name, gradient in gradients_of(model).items())
+    assert len(stood) == len(list(model.parameters()))
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -123,6 +132,19 @@ def test_a_model_without_logits_is_named(caplog: pytest.LogCaptureFixture) -> No
         monkeypatch.setattr(Healer, "readers", lambda *_: found)
         assert healer.fisher(bound_to(model)) == OutputFisher()
     assert "LlamaModel has no gradients of logits" in caplog.text
+
+
+def test_where_the_memory_isn_t_there_errors_count_alike_and_a_warning_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(healing, "output_fisher", full)
+    model = tiny_llama()
+    with caplog.at_level(logging.WARNING, "hesso_hf"):
+        assert Healer(model, tokens()).fisher(bound_to(model)) == OutputFisher()
+    assert "a backward pass of 24 tokens, beside what training holds, doesn't fit" in caplog.text
 
 
 @pytest.mark.parametrize("labels", [1, 3])

@@ -15,9 +15,10 @@ from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing
 from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.fisher import DAMPING
-from hesso_hf.pruning.healing import Healer, padded, readers_of, unreadable
+from hesso_hf.pruning.healing import Healer, padded, unreadable
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
+from hesso_hf.pruning.readers import readers_of
 from hesso_hf.pruning.reconstruction import RIDGE
 from hesso_hf.pruning.saliency import PerUnit
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
