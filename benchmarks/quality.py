@@ -16,9 +16,11 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -31,6 +33,8 @@ from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.evaluate import held_out_loss
 from hesso_hf.export.checkpoint_state import last_checkpoint
 from hesso_hf.export.report import versions
+from hesso_hf.pruning.fisher import OutputFisher
+from hesso_hf.pruning.healing import Healer
 from hesso_hf.trainer.measure import Measurer
 from hesso_hf.trainer.replay import ReplaySizes, share_of
 from hesso_hf.trainer.run import HEALING_TOKENS
@@ -42,6 +46,7 @@ ALONE: dict[str, Any] = {
     "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "cric": False,
     "compact": "never",
 }  # fmt: skip
+ALIKE = "hesso, all errors alike"  # not by how much the model minds them: of no use but to be compared with
 HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults
     "hesso, principal basis": {"stream_basis": "principal"},
@@ -50,6 +55,7 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, without replay": {"replay_share": 0.0},
     "hesso, distillation": {"distillation_alpha": "auto"},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
+    ALIKE: {},
     "hesso, with CRIC": {"cric": True, "cric_mode": "probe"},
     "hesso, alone": ALONE,
     "hesso, healing": ALONE | {"healing": "auto"},
@@ -132,7 +138,8 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         "callbacks": [clock], "processing_class": AutoTokenizer.from_pretrained(options.folder),
     }  # fmt: skip
     trainer: Any = Trainer(**common) if config is None else HessoTrainer(**common, hesso_config=config)
-    trainer.train(resume_from_checkpoint=last_checkpoint(out) is not None or None)
+    with patch.object(Healer, "fisher", return_value=OutputFisher()) if method == ALIKE else nullcontext():
+        trainer.train(resume_from_checkpoint=last_checkpoint(out) is not None or None)
     if clock.stopped:
         raise Unfinished
     if config is not None:
@@ -228,7 +235,7 @@ def is_done(run: dict[str, Any], result: dict[str, Any], setting: Setting) -> bo
     """Tell whether a run needn't be made: there it is, or it is what the defaults are."""
     if any(all(entry[key] == run[key] for key in KEY) for entry in result["runs"]):
         return True
-    if run["method"] in HESSO and run["method"] != "hesso":
+    if run["method"] in HESSO and run["method"] not in ("hesso", ALIKE):
         alike = hesso_config(run["method"], run["ratio"], setting) == hesso_config("hesso", run["ratio"], setting)
         if alike:
             print(f"{run['method']} is what the defaults are: see hesso", flush=True)

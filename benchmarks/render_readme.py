@@ -420,6 +420,7 @@ QUALITY_METHODS = {
     "hesso, without reconstruction": "HESSO, by second-order Taylor",
     "hesso, with CRIC": "HESSO, with CRIC (probe)",
     "hesso, alone": "HESSO, nothing beside",
+    "hesso, all errors alike": "HESSO, all errors alike",
     "hesso, healing": "HESSO, healing",
     "hesso, healing, replay": "HESSO, healing, a quarter replay",
     "hesso, principal basis": "HESSO, principal basis",

@@ -95,11 +95,10 @@ def output_fisher(
     finally:
         for handle in handles:
             handle.remove()
-    seen = [name for name in modules if any(bool(part.any()) for part in rows[name])]
-    return OutputFisher(
-        {name: torch.cat(rows[name]) for name in seen},
-        {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in seen},
-    )
+    norms = {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in modules if rows[name]}
+    found = torch.stack([norm.any() for norm in norms.values()]).tolist() if norms else []  # fetched at once
+    seen = [name for name, some in zip(norms, found, strict=True) if some]
+    return OutputFisher({name: torch.cat(rows[name]) for name in seen}, {name: norms[name] for name in seen})
 
 
 @contextmanager
