@@ -39,13 +39,14 @@ class OutputFisher:
         """Return what has the squared norms, by column, that errors W cost: G^(1/2) W, up to a rotation.
 
         Args:
-            weight: W, (O, C).
+            weight: W, (O, C), fp32 or fp64.
         """
         if name not in self.rows:
             return weight
         rows = self.rows[name].to(weight.dtype)
-        mean = rows.square().mean()  # G's mean eigenvalue
-        return torch.cat([rows @ weight / len(rows) ** 0.5, (DAMPING * mean).sqrt() * weight])
+        information = rows.T @ rows / len(rows)
+        information.diagonal().add_(DAMPING * information.diagonal().mean())
+        return torch.linalg.cholesky(information).T @ weight
 
     def of_tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         """Return what a matrix reads, (N, C), as much of each token as its errors count: squares are weighed by |g|."""

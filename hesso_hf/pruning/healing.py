@@ -138,11 +138,12 @@ class Healer:
 
         def add(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
             gram = _gram(fisher.of_tokens(reader.name, rows[self._tokens]))
-            weight, leaving = fisher.of_errors(reader.name, reader.weight(bound)), no_units(shapes, bound.device)
+            weight = fisher.of_errors(reader.name, reader.weight(bound).to(gram.dtype))
+            leaving = no_units(shapes, bound.device)
             for structure, layer, axis in reader.axes:
                 units = axis.layout.expand(torch.arange(shapes[structure][1], device=rows.device), -1)
                 gone = pruned[structure][layer]
-                costs = removal_costs(gram, weight.to(gram.dtype), units, gone)
+                costs = removal_costs(gram, weight, units, gone)
                 found[structure][layer] += costs.to(found[structure].device)
                 seen.add((structure, layer))
                 if going is not None:
