@@ -1,4 +1,4 @@
-"""Draw docs/quality.svg: the loss over the removed share, and over training tokens, by what quality.json holds.
+"""Draw docs/quality.svg: the loss over the removed share, and over training tokens or on other text, by quality.json.
 
     make picture        or  python benchmarks/picture.py [--model smollm2] [--side in] [--output docs/quality.svg]
 
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Panel:
     ticks: tuple[float, ...]
     series: tuple[Series, ...]
     dense: tuple[tuple[float, float], ...]
+    logarithmic: bool = False
 
     @property
     def ceiling(self) -> float:
@@ -101,7 +102,7 @@ def largest(result: dict[str, Any]) -> str:
 
 
 def panels(result: dict[str, Any], model: str, side: str) -> tuple[Panel, Panel]:
-    """Return both panels of a model.
+    """Return both panels of a model: by share and by tokens, or by share on either text where tokens make no curve.
 
     Raises:
         SystemExit: where nothing of it was pruned.
@@ -110,24 +111,36 @@ def panels(result: dict[str, Any], model: str, side: str) -> tuple[Panel, Panel]
     pruned = [run for run in runs if run["ratio"]]
     if not pruned:
         raise SystemExit(f"quality.json has no run of {model} with anything removed")
-    full = result["base"][model]["parameters"]
-    most = max(run["tokens"] for run in pruned)
     ratio = max({run["ratio"] for run in pruned}, key=lambda ratio: (len(_tokens(pruned, ratio)), ratio))
-    by_share = Panel(
-        f"after {most:,} training tokens",
-        "parameters removed",
-        (0.0, *sorted({run["ratio"] for run in pruned if run["tokens"] == most})),
-        _series([run for run in pruned if run["tokens"] == most], side, lambda run: 1 - run["parameters"] / full),
-        _points([run for run in runs if run["method"] == DENSE and run["tokens"] == most], side, lambda run: 0.0),
-    )
+    most, ticks = max(run["tokens"] for run in pruned), tuple(sorted(_tokens(pruned, ratio)))
+    by_share = _by_share(result, runs, side, f"after {most:,} training tokens")
+    if len(ticks) == 1:
+        text, other = result["settings"][model]["text"], "out" if side == "in" else "in"
+        known = f"other text: {SIDES[text, other]}" if other == "out" else SIDES[text, other]
+        return replace(by_share, title=SIDES[text, side]), _by_share(result, runs, other, known)
     by_tokens = Panel(
         f"{ratio:.0%} of the parameters removed",
         "training tokens",
-        tuple(sorted(_tokens(pruned, ratio))),
+        ticks,
         _series([run for run in pruned if run["ratio"] == ratio], side, lambda run: run["tokens"]),
         _points([run for run in runs if run["method"] == DENSE], side, lambda run: run["tokens"]),
+        logarithmic=True,
     )
     return by_share, by_tokens
+
+
+def _by_share(result: dict[str, Any], runs: list[dict[str, Any]], side: str, title: str) -> Panel:
+    """Return the losses after the most tokens over the share removed, of one model's runs."""
+    full, most = result["base"][runs[0]["model"]]["parameters"], max(run["tokens"] for run in runs if run["ratio"])
+    alike = [run for run in runs if run["tokens"] == most]
+    pruned = [run for run in alike if run["ratio"]]
+    return Panel(
+        title,
+        "parameters removed",
+        (0.0, *sorted({run["ratio"] for run in pruned})),
+        _series(pruned, side, lambda run: 1 - run["parameters"] / full),
+        _points([run for run in alike if run["method"] == DENSE], side, lambda run: 0.0),
+    )
 
 
 def _tokens(runs: Iterable[dict[str, Any]], ratio: float) -> set[int]:
@@ -160,23 +173,25 @@ def draw(result: dict[str, Any], model: str, side: str) -> Figure:
     figure = Figure(figsize=(8.0, 4.3))
     figure.patch.set_alpha(0)
     left, right = panels(result, model, side)
-    text = SIDES[result["settings"][model]["text"], side]
+    text = f"loss on {SIDES[result['settings'][model]['text'], side]}"
+    if not right.logarithmic:
+        text = f"loss after {max(run['tokens'] for run in result['runs'] if run['model'] == model):,} training tokens"
     for axis, panel, start in zip(figure.subplots(1, 2), (left, right), (0.055, 0.56), strict=True):
         axis.set_position((start, 0.125, 0.25, 0.73))
-        _draw_panel(axis, panel, logarithmic=panel is right)
-    title = f"{MODELS.get(model, model)}: loss on {text} (nats a token)"
+        _draw_panel(axis, panel)
+    title = f"{MODELS.get(model, model)}: {text} (nats a token)"
     figure.text(0.012, 0.955, title, color=INK, fontsize=11, fontweight="bold", va="center")
     return figure
 
 
-def _draw_panel(axis: Any, panel: Panel, logarithmic: bool) -> None:
+def _draw_panel(axis: Any, panel: Panel) -> None:
     axis.patch.set_alpha(0)
     ceiling = panel.ceiling
     losses = [loss for series in panel.series for _, loss in series.points] + [loss for _, loss in panel.dense]
     floor = min(losses) - 0.06 * (ceiling - min(losses))
     axis.set_ylim(floor, ceiling)
     if panel.dense:
-        flat = panel.dense if logarithmic and len(panel.dense) > 1 else ((0, panel.dense[-1][1]),)
+        flat = panel.dense if panel.logarithmic and len(panel.dense) > 1 else ((0, panel.dense[-1][1]),)
         if len(flat) > 1:
             axis.plot(*zip(*flat, strict=True), color=INK, linestyle=(0, (5, 3)), linewidth=1.4, label="dense")
         else:
@@ -188,11 +203,11 @@ def _draw_panel(axis: Any, panel: Panel, logarithmic: bool) -> None:
             linewidth=2.8 if bold else 1.5, linestyle="-" if bold or peer else (0, (1.5, 1.5)),
             marker="o", markersize=6.5 if bold else 4.5, zorder=4 if bold else 3,
         )  # fmt: skip
-    _draw_frame(axis, panel, logarithmic)
+    _draw_frame(axis, panel)
     _label(axis, panel)
 
 
-def _draw_frame(axis: Any, panel: Panel, logarithmic: bool) -> None:
+def _draw_frame(axis: Any, panel: Panel) -> None:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -201,14 +216,14 @@ def _draw_frame(axis: Any, panel: Panel, logarithmic: bool) -> None:
     axis.tick_params(colors=INK, labelsize=9.5)
     axis.set_title(panel.title, color=INK, fontsize=10, loc="left")
     axis.set_xlabel(panel.x_label, color=INK, fontsize=10)
-    if logarithmic:
+    if panel.logarithmic:
         axis.set_xscale("log")
         axis.set_xlim(panel.ticks[0] / 1.6, panel.ticks[-1] * 1.3)
     else:
         axis.set_xlim(0, 1.04 * max(x for series in panel.series for x, _ in series.points))
     axis.set_xticks(panel.ticks)
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x) if logarithmic else f"{x:.0%}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x) if panel.logarithmic else f"{x:.0%}"))
 
 
 def _short(tokens: float) -> str:

@@ -77,6 +77,20 @@ def test_the_panels_hold_the_medians_of_the_largest_model(picture: ModuleType) -
         picture.panels({**result, "runs": [run for run in result["runs"] if run["model"] == "big"]}, "small", "in")
 
 
+def test_where_tokens_make_no_curve_the_other_text_is_shown(picture: ModuleType) -> None:
+    result = measured()
+    result["runs"] = [run for run in result["runs"] if run["tokens"] != 10_000]
+    known, other = picture.panels(result, "big", "in")
+    assert (known.title, other.title) == ("held-out Python documentation", "other text: WikiText-2")
+    assert known.series != other.series
+    assert {loss for series in other.series for _, loss in series.points} == {9.0}
+    assert [x for x, _ in other.series[0].points] == [x for x, _ in known.series[0].points]
+    figure = picture.draw(result, "big", "in")
+    assert figure.texts[0].get_text() == "big: loss after 40,000 training tokens (nats a token)"
+    assert [axis.get_xscale() for axis in figure.axes] == ["linear", "linear"]
+    assert picture.draw(measured(), "big", "in").axes[1].get_xscale() == "log"
+
+
 def test_every_line_is_drawn_and_named_and_what_is_far_off_has_its_number(picture: ModuleType) -> None:
     result = measured()
     figure = picture.draw(result, "big", "in")

@@ -252,7 +252,18 @@ def test_a_missing_result_names_its_command(renderer: ModuleType, tmp_path: Path
             assert (ROOT / command.split()[1]).is_file()
 
 
-def test_the_table_of_peers_reads_what_the_benchmark_writes(renderer: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "rows", "before"),
+    [
+        ("stories", ("1.250", "**2.100**", "2.300"), "1.250"),
+        ("docs", ("1.250 / 4.000", "**2.100** / 5.200", "2.300 / **5.100**"), "1.250 / 3.000"),
+    ],
+    ids=["unknown to the model", "known"],
+)
+def test_the_table_of_peers_reads_what_the_benchmark_writes(
+    renderer: ModuleType, tmp_path: Path, text: str, rows: tuple[str, ...], before: str
+) -> None:
+    others = {"dense": 4.0, "hesso": 5.2, "OBS": 5.1, "scratch": 7.0}
     losses = {"dense": (1.2, 1.3), "hesso": (2.0, 2.2), "OBS": (2.1, 2.5), "scratch": (4.0, 4.0)}
     runs = [
         {
@@ -262,22 +273,18 @@ def test_the_table_of_peers_reads_what_the_benchmark_writes(renderer: ModuleType
             "tokens": 500,
             "seed": seed,
             "in": x,
+            "out": others[method],
         }
         for method, found in losses.items()
         for seed, x in enumerate(found)
     ]
     runs.append({**runs[-1], "method": "hesso", "tokens": 100, "in": 9.0})  # fewer tokens are another comparison
-    result = {"base": {"m": {"in": 1.25, "out": 3.0}}, "runs": runs}
+    result = {"settings": {"m": {"text": text}}, "base": {"m": {"in": 1.25, "out": 3.0}}, "runs": runs}
     (tmp_path / "quality.json").write_text(json.dumps(result))
-    text = renderer.render_table("peers", tmp_path)
-    for row in (
-        "| not pruned | 1.250 |",
-        "| HESSO | **2.100** |",
-        "| structured OBS | 2.300 |",
-        "| FLAP | not run yet |",
-    ):
-        assert row in text
-    assert "m: 500 training tokens each, 2 seeds, before training 1.250" in text.replace("\n", " ")
+    table = renderer.render_table("peers", tmp_path)
+    for method, cell in zip(("not pruned", "HESSO", "structured OBS", "FLAP"), (*rows, "not run yet"), strict=True):
+        assert f"| {method} | {cell} |" in table
+    assert f"500 training tokens each, 2 seeds, before training {before}" in table.replace("\n", " ")
 
 
 def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleType, tmp_path: Path) -> None:
