@@ -67,20 +67,18 @@ class Healer:
     def fisher(self, bound: BoundGroups) -> OutputFisher:
         """Look how much the model, as it is, minds errors behind its readers; where that fails, all count alike."""
         rows = zip(self._batch["input_ids"], self._batch["attention_mask"], strict=True)
-        examples, modules = (
-            [ids[real.bool()][None] for ids, real in rows],
-            {r.name: r.module for r in self.readers(bound)},
-        )
+        examples = [ids[real.bool()][None] for ids, real in rows]
+        modules, found, reason = {r.name: r.module for r in self.readers(bound)}, OutputFisher(), ""
         try:
             with _in_eval(self._model), attention_in_fp32(self._model):
                 found = output_fisher(self._model, examples, modules)
-            reason = "" if found.rows else f"{type(self._model).__name__} has no gradients of logits"
+            if not found.rows:
+                reason = f"{type(self._model).__name__} has no gradients of logits"
         except torch.OutOfMemoryError:
             longest = max(example.numel() for example in examples)
-            found, reason = (
-                OutputFisher(),
-                f"a backward pass of {longest} tokens, beside what training holds, doesn't fit",
-            )
+            reason = f"a backward pass of {longest} tokens, beside what training holds, doesn't fit"
+        except Exception as error:  # model code may fail with any exception type
+            reason = f"the backward pass of {type(self._model).__name__} failed ({type(error).__name__}: {error})"
         if reason:
             self._warn(f"healing: errors of all tokens and outputs count alike: {reason}")
         return found

@@ -134,17 +134,29 @@ def test_a_model_without_logits_is_named(caplog: pytest.LogCaptureFixture) -> No
     assert "LlamaModel has no gradients of logits" in caplog.text
 
 
-def test_where_the_memory_isn_t_there_errors_count_alike_and_a_warning_says_so(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "a backward pass of 24 tokens, beside what training holds, doesn't",
+        ),
+        (NotImplementedError("no derivative"), "of LlamaForCausalLM failed (NotImplementedError: no derivative)"),
+    ],
+    ids=["memory", "model"],
+)
+def test_where_no_gradients_can_be_had_errors_count_alike_and_a_warning_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def fail(*_: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(healing, "output_fisher", full)
+    monkeypatch.setattr(healing, "output_fisher", fail)
     model = tiny_llama()
     with caplog.at_level(logging.WARNING, "hesso_hf"):
         assert Healer(model, tokens()).fisher(bound_to(model)) == OutputFisher()
-    assert "a backward pass of 24 tokens, beside what training holds, doesn't fit" in caplog.text
+    assert "errors of all tokens and outputs count alike: " in caplog.text
+    assert told in caplog.text
 
 
 @pytest.mark.parametrize("labels", [1, 3])
