@@ -140,7 +140,7 @@ def assert_equals_reference(
         writers=writers,
     )
     scores, fast_scores = [], fast.process.run.scores
-    fast.process.run.scores = lambda share: scores.append(fast_scores(share)) or scores[-1]  # type: ignore[method-assign]
+    fast.process.run.scores = lambda *given: scores.append(fast_scores(*given)) or scores[-1]  # type: ignore[method-assign]
     for step, batch in enumerate(token_batches(schedule.total_steps)):
         backward(model, batch)
         backward(twin, batch)
@@ -561,7 +561,7 @@ def test_ranking_across_layers_leaves_every_layer_a_unit_and_counts_the_pruned_o
     process.scales["attention_heads"][0, 0] = 0.0  # one of the two that go, pruned in the first period
     process.state.step = schedule.scoring_steps()[1]
     scores = {"attention_heads": torch.tensor([[1.0, 0.5, 0.6], [0.9, 0.8, 0.7]])}
-    monkeypatch.setattr(process.run, "scores", lambda share: scores)
+    monkeypatch.setattr(process.run, "scores", lambda *_: scores)
     process.before_step(None)
     assert marked(process)[0] == {("attention_heads", 0, 1)}
 
