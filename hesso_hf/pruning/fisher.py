@@ -3,8 +3,8 @@
 With g the gradient, of one token, of -log p(y) by the matrix' output, and y drawn from the model's own predictions p,
 G = E[g g^T]; an error E of the matrix (O, C), whose inputs have the second moment A, costs tr(G E A E^T) / 2. These are
 the two factors of K-FAC (arXiv 1503.05671), by which LLM Surgeon (arXiv 2312.17244) prunes too. They take all tokens'
-gradients for alike, which they are not: behind an attention sink, where the stream is hundreds of times as large, an
-error is nothing. So a token counts in A by |g|, a token that has none by little.
+gradients for alike, which they are not: behind an attention sink, whose stream is far larger than others' (massive
+activations, arXiv 2402.17762), an error is nothing. So a token counts in A by |g|, a token that has none by little.
 Shapes: N tokens, T those of an example, O outputs, C columns.
 """
 
@@ -61,7 +61,7 @@ class OutputFisher:
 def output_fisher(
     model: PreTrainedModel, examples: list[torch.Tensor], modules: Mapping[str, nn.Module]
 ) -> OutputFisher:
-    """Look at the gradients behind a model's matrices; there are none where it puts out no logits.
+    """Look at the gradients behind a model's matrices; those without any that are finite and not zero are left out.
 
     No parameter's `.grad` is touched, and labels are drawn with a generator of their own.
 
@@ -97,7 +97,8 @@ def output_fisher(
         for handle in handles:
             handle.remove()
     norms = {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in modules if rows[name]}
-    found = torch.stack([norm.any() for norm in norms.values()]).tolist() if norms else []  # fetched at once
+    sums = torch.stack([norm.sum() for norm in norms.values()]) if norms else torch.zeros(0)
+    found = (sums.isfinite() & (sums > 0)).tolist()  # fetched at once
     seen = [name for name, some in zip(norms, found, strict=True) if some]
     return OutputFisher({name: torch.cat(rows[name]) for name in seen}, {name: norms[name] for name in seen})
 

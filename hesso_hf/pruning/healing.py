@@ -72,15 +72,16 @@ class Healer:
         try:
             with _in_eval(self._model), attention_in_fp32(self._model):
                 found = output_fisher(self._model, examples, modules)
-            if not found.rows:
-                reason = f"{type(self._model).__name__} has no gradients of logits"
+            if missing := sorted(modules.keys() - found.rows.keys()):
+                of = f"{len(missing)} of {len(modules)} matrices of {type(self._model).__name__}, such as {missing[0]}"
+                reason = f"no gradient of logits that is finite reaches {of}"
         except torch.OutOfMemoryError:
             longest = max(example.numel() for example in examples)
             reason = f"a backward pass of {longest} tokens, beside what training holds, doesn't fit"
         except Exception as error:  # model code may fail with any exception type
             reason = f"the backward pass of {type(self._model).__name__} failed ({type(error).__name__}: {error})"
         if reason:
-            self._warn(f"healing: errors of all tokens and outputs count alike: {reason}")
+            self._warn(f"healing: errors count alike, whatever the token and output: {reason}")
         return found
 
     @torch.no_grad()
