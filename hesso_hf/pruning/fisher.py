@@ -10,6 +10,7 @@ Shapes: N tokens, T those of an example, O outputs, C columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,14 +72,14 @@ def output_fisher(
     rows: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     squares: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     generator = torch.Generator(examples[0].device).manual_seed(0)
-    every = max(1, sum(example.numel() for example in examples) // TOKENS)
+    every, signs = max(1, sum(example.numel() for example in examples) // TOKENS), None
 
     def watch(name: str, output: torch.Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda g: note(name, g.detach().flatten(0, -2)))
 
     def note(name: str, g: torch.Tensor) -> None:
-        rows[name].append(g[::every].clone())
+        rows[name].append(g[::every].clone() if signs is None else signs.to(g.dtype) @ g)
         squares[name][-1] = squares[name][-1] + g.float().square().sum(1)  # of a matrix that is used twice, both
 
     handles = [
@@ -91,16 +92,30 @@ def output_fisher(
                 parts.append(torch.zeros((), device=example.device))
             with _grown_from_embeddings(model) as leaves:
                 logits = getattr(model(input_ids=example, use_cache=False), "logits", None)
+                signs = _signs(example, every, generator) if logits is not None and logits.dim() < 3 else None
                 if isinstance(logits, torch.Tensor) and logits.requires_grad:
                     torch.autograd.grad(logits, leaves, _by_drawn_labels(logits, generator), allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
     norms = {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in modules if rows[name]}
-    sums = torch.stack([norm.sum() for norm in norms.values()]) if norms else torch.zeros(0)
-    found = (sums.isfinite() & (sums > 0)).tolist()  # fetched at once
-    seen = [name for name, some in zip(norms, found, strict=True) if some]
-    return OutputFisher({name: torch.cat(rows[name]) for name in seen}, {name: norms[name] for name in seen})
+    kept = {name: torch.cat(rows[name]) for name in norms}
+    sizes = [torch.stack([kept[name].float().abs().sum(), norms[name].sum()]) for name in norms]
+    found = torch.stack(sizes).tolist() if sizes else []  # fetched at once
+    seen = [name for name, (some, every_one) in zip(norms, found, strict=True) if some > 0 and every_one < math.inf]
+    return OutputFisher({name: kept[name] for name in seen}, {name: norms[name] for name in seen})
+
+
+def _signs(example: torch.Tensor, every: int, generator: torch.Generator) -> torch.Tensor | None:
+    """Return what adds an example's gradients up to a few, each by a random sign, (n, T): E[S^T S] = n / T.
+
+    Behind an answer to the whole example most of its tokens may have none, and single ones be missed.
+    """
+    if every == 1:
+        return None
+    few = -(-example.numel() // every)
+    drawn = torch.rand(few, example.numel(), generator=generator, device=example.device)
+    return (2 * drawn.round() - 1) / math.sqrt(example.numel())
 
 
 @contextmanager

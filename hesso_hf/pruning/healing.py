@@ -8,6 +8,7 @@ Shapes: N examples, T tokens, C columns of a matrix, O outputs; S and R index co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..hf_models.tiny_model import attention_in_fp32
+from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 from .fisher import OutputFisher, output_fisher
 from .ranking import lowest_units
 from .readers import Reader, readers_of
@@ -34,6 +35,8 @@ RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
 SMALL_RIDGE, WORTH_IT = 1e-6, 0.5
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
 CHUNK = 2048  # tokens that are multiplied at a time
+LONGEST = 512  # tokens of a row: a batch of 16 has as many as are worth reading
+WIDEST = 4  # times the mean length: what is padded is computed too
 
 
 class Healer:
@@ -70,7 +73,7 @@ class Healer:
         examples = [ids[real.bool()][None] for ids, real in rows]
         modules, found, reason = {r.name: r.module for r in self.readers(bound)}, OutputFisher(), ""
         try:
-            with _in_eval(self._model), attention_in_fp32(self._model):
+            with _looking_at(self._model):
                 found = output_fisher(self._model, examples, modules)
             if missing := sorted(modules.keys() - found.rows.keys()):
                 of = f"{len(missing)} of {len(modules)} matrices of {type(self._model).__name__}, such as {missing[0]}"
@@ -78,6 +81,8 @@ class Healer:
         except torch.OutOfMemoryError:
             longest = max(example.numel() for example in examples)
             reason = f"a backward pass of {longest} tokens, beside what training holds, doesn't fit"
+        except torch.AcceleratorError:  # of whatever was computed before: the device is lost
+            raise
         except Exception as error:  # model code may fail with any exception type
             reason = f"the backward pass of {type(self._model).__name__} failed ({type(error).__name__}: {error})"
         if reason:
@@ -175,11 +180,12 @@ class Healer:
             logger.warning(message)
 
     def _read(self, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]) -> None:
-        """Run the model, without its head, on the batch, and show what each reader is given.
+        """Run the model, without its head, on the batch, and show what each reader is given, as far as there is room.
 
         Args:
             look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
         """
+        looked = 0
 
         def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = args[0].flatten(0, -2)
@@ -187,12 +193,19 @@ class Healer:
                 self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens")
                 return args
             instead = look(reader, rows)
+            nonlocal looked
+            looked += 1
             return args if instead is None else (instead.view_as(args[0]), *args[1:])
 
         handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
         try:
-            with _in_eval(self._model), attention_in_fp32(self._model):
+            with _looking_at(self._model):
                 self._model.base_model(**self._batch, use_cache=False)
+        except torch.OutOfMemoryError:
+            left = f"{len(readers) - looked} of {len(readers)} matrices of {type(self._model).__name__}"
+            self._warn(
+                f"healing: beside what training holds there is no room to look at {left}: units go unhealed there"
+            )
         finally:
             for handle in handles:
                 handle.remove()
@@ -272,11 +285,12 @@ def _leave_out(bound: BoundGroups, name: str, correction: torch.Tensor, marked: 
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def _looking_at(model: nn.Module) -> Iterator[None]:
     training = {module for module in model.modules() if module.training}
     model.eval()
     try:
-        yield
+        with attention_in_fp32(model), ieee_fp32():  # a ridge of 1e-6 means nothing to TF32
+            yield
     finally:
         for module in training:
             module.training = True
@@ -298,16 +312,18 @@ def _is_signal(value: torch.Tensor) -> bool:
 
 
 def padded(examples: list[Mapping[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Put the tokens of single examples, (n, T) each, into one batch that is padded on the right."""
-    rows, masks = [], []
+    """Put the tokens of single examples, (n, T) each, into one batch that is padded on the right.
+
+    Of a long row a window is taken, of the first row at its beginning, of the last at its end, of others between.
+    """
+    rows: list[torch.Tensor] = []
     for example in examples:
         ids = example["input_ids"]
         mask = example.get("attention_mask", torch.ones_like(ids))
-        for row, real in zip(ids, mask, strict=True):
-            rows.append(row[real.bool()])
-            masks.append(torch.ones_like(rows[-1]))
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True).to(device),
-    }
+        rows += [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
+    width = min(LONGEST, math.ceil(WIDEST * sum(map(len, rows)) / max(1, len(rows))))
+    for index, row in enumerate(rows):
+        start = max(0, len(row) - width) * index // max(1, len(rows) - 1)
+        rows[index] = row[start : start + width]
+    batch = {"input_ids": rows, "attention_mask": [torch.ones_like(row) for row in rows]}
+    return {name: nn.utils.rnn.pad_sequence(each, batch_first=True).to(device) for name, each in batch.items()}

@@ -44,9 +44,14 @@ class Run:
     healer: Healer | None = None
     keeps_zeros: bool = False  # the base optimizer does, where weight, gradient and state are zero
 
-    def fisher(self) -> OutputFisher | None:
-        """Look how much the model minds errors, by which units are judged and healed; None without a healer."""
-        return self.healer.fisher(self.bound) if self.healer is not None else None
+    def fisher(self, judges: bool) -> OutputFisher | None:
+        """Look how much the model minds errors, by which units are judged, if they still are, and healed; None without.
+
+        Args:
+            judges: whether units are yet to be judged.
+        """
+        wanted = self.config.healing != "off" or (judges and self.ranking.reconstructs)
+        return self.healer.fisher(self.bound) if self.healer is not None and wanted else None
 
     def heal(self, fisher: OutputFisher | None) -> None:
         """Have what the marked units say refitted into the others, which take it on as the period goes along."""
@@ -214,7 +219,8 @@ class PruningPeriod(Phase):
                 f"looked yet; {remedy}"
             )
         run.check_agreement(index)
-        share, pruned, fisher = state.schedule.periods[index].share, state.pruned(), run.fisher()
+        share, pruned = state.schedule.periods[index].share, state.pruned()
+        fisher = run.fisher(judges=state.order is None)
         order = run.scores(share, fisher) if state.order is None else state.order
         marked = agreed(run.ranking.lowest(order, share, pruned))
         for name, units in marked.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from hesso_hf.pruning import healing
+from hesso_hf.pruning import fisher, healing
 from hesso_hf.pruning.fisher import DAMPING, TOKENS, OutputFisher, output_fisher
 from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.readers import readers_of
@@ -173,3 +173,21 @@ def test_classes_and_a_number_have_gradients_too(labels: int) -> None:
     model = LlamaForSequenceClassification(config).eval()
     found = gradients(model, list(tokens(rows=2)["input_ids"].split(1)))
     assert all(bool(rows.any()) and bool(rows.isfinite().all()) for rows in found.values())
+
+
+def test_behind_an_answer_to_the_whole_example_every_token_is_in_the_sums() -> None:
+    """In the last layer only the last token has a gradient, which taking every n-th token would miss."""
+    config = LlamaConfig(**tiny_llama().config.to_dict() | {"num_labels": 3, "pad_token_id": 0})
+    model = LlamaForSequenceClassification(config).eval()
+    batch = tokens(rows=2 * TOKENS // 8, length=8)
+    examples = list(batch["input_ids"].split(1))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(fisher, "TOKENS", 8 * len(examples))
+        exact = gradients(model, examples)
+    found = gradients(model, examples)
+    for name, rows in found.items():
+        assert len(rows) == len(exact[name]) / 2
+        information = [each.T @ each / len(each) for each in (rows, exact[name])]
+        assert float((information[0] - information[1]).norm() / information[1].norm()) < 0.15, name
+    bound = bound_to(model)
+    assert Healer(model, batch).costs(bound, none_of(bound))[CHANNELS].isfinite().all()

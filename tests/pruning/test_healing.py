@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import numpy as np
@@ -328,6 +329,45 @@ def test_examples_of_several_lengths_are_padded_on_the_right():
     batch = padded(examples, torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[6, 7, 0, 0], [8, 9, 3, 4], [5, 5, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_of_long_examples_windows_are_taken_from_their_beginning_to_their_end():
+    long = [{"input_ids": torch.arange(start, start + 700)[None]} for start in (0, 1000, 2000)]
+    rows = padded(long, torch.device("cpu"))["input_ids"]
+    assert rows[:, 0].tolist() == [0, 1000 + (700 - 512) // 2, 2000 + 700 - 512]
+    assert rows.shape == (3, 512)
+    uneven = [{"input_ids": torch.arange(length)[None]} for length in (400, *[4] * 19)]
+    batch = padded(uneven, torch.device("cpu"))
+    assert batch["input_ids"].shape == (20, 96)  # four times the mean of 23.8
+    assert batch["attention_mask"].sum(1).tolist() == [96, *[4] * 19]
+
+
+def test_without_room_what_was_healed_stays_and_the_rest_is_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_llama(seed=3)
+    bound = bound_to(model)
+    marked = none_of(bound)
+    marked[CHANNELS][:, :3] = True
+    healer, given = Healer(model, tokens()), []
+    whole = healer.corrections(bound, marked, none_of(bound))
+
+    def one_alone(rows: torch.Tensor) -> torch.Tensor:
+        given.append(rows)
+        if len(given) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gram(rows)
+
+    gram = healing._gram
+    monkeypatch.setattr(healing, "_gram", one_alone)
+    with caplog.at_level(logging.WARNING, "hesso_hf"):
+        found = healer.corrections(bound, marked, none_of(bound))
+        assert healer.costs(bound, none_of(bound)) == {}
+    name = min(whole)
+    assert found.keys() == {name}
+    assert torch.equal(found[name], whole[name])
+    assert "no room to look at 1 of 2 matrices of LlamaForCausalLM" in caplog.text
+    assert "no room to look at 4 of 4 matrices of LlamaForCausalLM" in caplog.text
 
 
 def test_structures_that_no_linear_layer_reads_are_named(caplog: pytest.LogCaptureFixture):
