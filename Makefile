@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_DOWNLOAD := -m pip download --quiet --disable-pip-version-check
 
 # Tests need no network; one torch thread a worker, so that the workers don't fight over the cores;
 # PATH, so that a test finds `accelerate` and `hesso-hf` by name.
@@ -24,9 +25,10 @@ NEWEST := .venv-newest
 FLOOR := .venv-floor
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 LOOK := .venv-look
+ENGINES := .venv-engines
 PAGES ?= quickstart/hesso/report.html
 
-.PHONY: help setup quickstart test test-slow test-newest test-floor coverage lint format docs report-look wheel-test bench gpu picture survey clean
+.PHONY: help setup quickstart test test-slow test-newest test-floor test-engines coverage lint format docs report-look wheel-test bench gpu picture survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
@@ -51,7 +53,7 @@ test: $(STAMP) ## the default tests
 	$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP) ## all tests, the slow ones too
-	$(PYTEST) -m "" --timeout 1800 $(ARGS)
+	$(PYTEST) -m "not engines" --timeout 1800 $(ARGS)
 
 test-newest: ## the default tests with the newest releases on the index, in .venv-newest
 	@$(PYTHON) -m venv $(NEWEST)
@@ -63,6 +65,15 @@ test-floor: ## the default tests with the oldest releases that pyproject.toml al
 	@$(FLOOR)/bin/python .ci/floors.py trl > $(FLOOR)/floors.txt
 	@$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOOR)/floors.txt -e '.[dev]'
 	$(call pytest_of,$(FLOOR)) $(ARGS)
+
+# The converter for llama.cpp comes with the sources of its Python package, which is built here (some minutes).
+test-engines: ## small models in ONNX Runtime, OpenVINO and llama.cpp, against Transformers, in .venv-engines
+	@$(PYTHON) -m venv $(ENGINES)
+	@$(ENGINES)/bin/python $(PIP_INSTALL) -e '.[dev]' onnx onnxruntime onnxscript openvino gguf
+	@$(ENGINES)/bin/python $(PIP_DOWNLOAD) --no-deps --no-binary llama-cpp-python -d $(ENGINES)/llama llama-cpp-python
+	@tar xzf $(ENGINES)/llama/*.tar.gz --strip-components 1 -C $(ENGINES)/llama
+	@$(ENGINES)/bin/python $(PIP_INSTALL) $(ENGINES)/llama/*.tar.gz
+	GGUF_CONVERTER=$(CURDIR)/$(ENGINES)/llama/vendor/llama.cpp/convert_hf_to_gguf.py $(call pytest_of,$(ENGINES)) -m engines $(ARGS)
 
 coverage: $(STAMP) ## the default tests, with what they leave uncovered
 	$(PYTEST) --cov --cov-report=term-missing $(ARGS)

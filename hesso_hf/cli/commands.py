@@ -115,23 +115,50 @@ def plan(arguments: argparse.Namespace) -> None:
 
 def export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint-* folder of a run whose pruning has finished")
-    parser.add_argument("output", help="folder for the smaller model")
+    parser.add_argument("output", nargs="?", help="folder for the smaller model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="stored dtype")
     parser.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")
+    parser.add_argument(
+        "--for", nargs="+", dest="engines", choices=["onnx", "openvino", "gguf"], default=[], metavar="ENGINE",
+        help="write it for onnx (ONNX Runtime), openvino or gguf (llama.cpp) too, compared there; of a model that is "
+        "exported already only this, and no output is needed",
+    )  # fmt: skip
+    parser.add_argument("--converter", help="llama.cpp's convert_hf_to_gguf.py; default: that on the PATH")
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the smaller model of a checkpoint, and print its report."""
-    if not Path(arguments.checkpoint).is_dir():
+    """Write the smaller model of a checkpoint, for other engines too, and print its report."""
+    checkpoint = Path(arguments.checkpoint)
+    if not checkpoint.is_dir():
         raise HessoError(
             f"`checkpoint` ({arguments.checkpoint!r}) is no folder; give a checkpoint-* folder that training wrote"
         )
-    from ..export import export_pruned
+    if arguments.engines:
+        from ..export.convert import check_conversion
 
-    report = export_pruned(
-        arguments.checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
-    )
-    print_report(report.to_dict(), arguments.output)
+        for engine in arguments.engines:
+            check_conversion(engine, arguments.converter)
+    if arguments.output is None and (not arguments.engines or (checkpoint / "hesso_state.json").exists()):
+        raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
+    if arguments.output is not None:
+        from ..export import export_pruned
+
+        report = export_pruned(
+            checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
+        )
+        print_report(report.to_dict(), arguments.output)
+    _convert(Path(arguments.output or checkpoint), arguments.engines, arguments.converter)
+
+
+def _convert(folder: Path, engines: list[str], converter: str | None) -> None:
+    for engine in engines:
+        from ..export.convert import convert
+
+        found = convert(folder, engine, folder / engine, converter)
+        print(
+            f"{found.folder}: {found.agreed} of {found.written} tokens as Transformers writes them, relative error of "
+            f"the logits {found.error:.1e} in fp32"
+        )
 
 
 # -- eval --------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Verifier:
 
     def __init__(self, source: ParameterSource) -> None:
         self._source = source
-        self.input_ids = _random_tokens(source.model.config).to(source.device)
+        self.input_ids = random_tokens(source.model.config).to(source.device)
         vocabulary = source.decision.vocabulary
         if vocabulary is None:
             self.logits = source.logits(self.input_ids)
@@ -109,7 +109,7 @@ class Verifier:
             return float("nan")
 
 
-def _random_tokens(config: PretrainedConfig) -> torch.Tensor:
+def random_tokens(config: PretrainedConfig) -> torch.Tensor:
     """Return random token ids, shape (2, T) with T at most 32."""
     text = config.get_text_config()
     length = min(32, getattr(text, "max_position_embeddings", None) or 32)
