@@ -5,7 +5,6 @@ A's columns are cut and folded as those of the matrix that it adds to are, B's r
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ..errors import UnsupportedStructureError
 from ..structures.cut import cut_model, cut_part, cuts_by_tensor
 from ..structures.groups import KeptUnits
 from ..structures.layers import full_names
-from ..structures.lora import NO_ADAPTERS, Adapters, base_of, dense_model, parameters_of
+from ..structures.lora import NO_ADAPTERS, Adapters, adapted_like, base_of, dense_model, parameters_of
 from ..vocabulary.trim_embeddings import trim_embeddings
 from .decision import Decision
 from .parameters import WholeSource, check_stored, fp32_place
@@ -37,7 +36,7 @@ class AdapterSource(WholeSource):
         final: where the smaller base model will lie.
     """
 
-    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel, final: Path) -> None:
+    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel, final: Path | str) -> None:
         super().__init__(model, decision, trained)
         self._adapted, self._final = trained, str(final)
 
@@ -55,21 +54,17 @@ class AdapterSource(WholeSource):
             UnsupportedStructureError: where the adapter's config says by layer what the smaller model has other layers
                 for, or it adds to what has one row a token.
         """
-        from peft import get_peft_model
-
         small, trained, groups = self._base(kept, torch.float32), self._adapted, self.decision.groups
-        configs: Any = trained.peft_config
-        ((name, config),) = copy.deepcopy(configs).items()
-        config.init_lora_weights, config.base_model_name_or_path = True, self._final
         # the adapter and its card name this model as their base
         small.name_or_path = small.config.name_or_path = self._final
+        tuned = adapted_like(small, trained)
+        config = tuned.active_peft_config
         by_layer = [option for option in _BY_LAYER if getattr(config, option, None)]
         if by_layer and any(full != own for own, full in full_names(parameters_of(small), groups, kept).items()):
             raise UnsupportedStructureError(
                 f"`lora_export` ('adapter'): layers were dropped, and `peft_config.{by_layer[0]}` counts those of the "
                 "full model; use 'merged'"
             )
-        tuned = get_peft_model(small, config, adapter_name=name)
         adapters, full, own = Adapters.of(trained), parameters_of(trained), parameters_of(base_of(tuned))
         cuts = cuts_by_tensor(adapters.extend(groups), kept)
         for factor, origin in full_names(Adapters.of(base_of(tuned)).factors(), groups, kept).items():

@@ -19,6 +19,7 @@ from ..config import HessoConfig
 from ..distributed.collectives import common, world_size
 from ..distributed.parts import full_shape, named_parameters
 from ..errors import CheckpointMismatchError
+from ..structures.lora import num_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -113,7 +114,7 @@ def check_resumable(folder: Path, model: PreTrainedModel) -> None:
         CheckpointMismatchError: where there is no pruning state, or weights have other shapes.
     """
     compaction = read_state(folder)["training"].get("compaction")
-    if compaction is None or model.num_parameters() != compaction["parameters_before"]:
+    if compaction is None or num_parameters(model) != compaction["parameters_before"]:
         _check_shapes(folder, model)
     sharded = holds_masters(folder) or any(path.is_dir() for path in folder.glob("optimizer_*"))  # FSDP2's
     alone = (OPTIMIZER_NAME, "optimizer.bin", PRUNING_NAME)

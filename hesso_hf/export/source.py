@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..errors import CheckpointMismatchError, HessoError
 from ..hf_models.build import first_line, load_config, model_class_of
-from ..structures.cut import zero_units_
+from ..structures.cut import cut_model, zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
@@ -123,7 +123,8 @@ def read_source(
         training = training or state["training"]
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
-    training, model = training or {}, _load_trained(folder, kept, trust_pickles)
+    training = training or {}
+    model = _load_trained(folder, kept, trust_pickles, cut=bool(training.get("compaction")))
     model.config.name_or_path = training.get("base_model") or model.config.name_or_path
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -132,8 +133,11 @@ def read_source(
     return ExportSource(model, dtype, kept, tokenizer, training)
 
 
-def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> PreTrainedModel:
+def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool, cut: bool) -> PreTrainedModel:
     """Load a checkpoint's weights; where it holds an adapter only, into the base model that this names.
+
+    Args:
+        cut: whether the units were cut out of the base before the checkpoint.
 
     Raises:
         HessoError: where the base model can't be told.
@@ -160,7 +164,13 @@ def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool) -> 
         raise HessoError(f"`source` ({str(folder)!r}) names {missing}; pass the PeftModel itself")
     plain = model_class_of(load_config(base)).from_pretrained(base)
     turn_base_(plain, read_turn(folder))
+    if cut:
+        structures = groups_for(plain, kept)
+        zero_units_(parameters_of(plain), structures, kept)
+        plain = cut_model(plain, structures, kept, plain.dtype)
     heal_base_(dict(plain.named_parameters()), folder)
+    if cut:
+        return base_of(PeftModel.from_pretrained(plain, folder))
     model: PreTrainedModel = base_of(PeftModel.from_pretrained(plain, folder))
     structures = groups_for(model, kept)
     zero_units_(parameters_of(model), Adapters.of(model).extend(structures), kept)

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from ..compat import refit, why_not_refit
 from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError, VerificationError
+from ..export.adapter import AdapterSource
 from ..export.decision import Compaction, Decision, decide
 from ..export.parameters import WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
 from ..hf_models.build import first_line
-from ..structures.cut import cut_model, cuts_by_tensor
-from ..structures.groups import KeptUnits
+from ..structures.cut import cuts_by_tensor, zero_units_
+from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.in_place import InPlace, set_data
 from ..structures.layers import is_dropped
-from ..structures.lora import base_of, lora_layers
+from ..structures.lora import Adapters, base_of, dense_model, lora_layers, num_parameters, parameters_of
 from ..structures.router_gates import remove_gates
 from .optimizer import HessoOptimizer
 from .process import PruningProcess
@@ -52,8 +53,6 @@ def why_not_compact(model: nn.Module, base: Optimizer | None, layer_widths: str)
         base: the optimizer that HESSO is around, where there is one already.
         layer_widths: as in `HessoConfig`.
     """
-    if lora_layers(base_of(model)):
-        return "the model has LoRA adapters"
     if layer_widths == "per_layer":
         return "`layer_widths` ('per_layer') has a model that no stock class is"
     if base is not None and type(base) not in STATE_POWERS:
@@ -104,17 +103,19 @@ def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
         found = "the model was cut already" if process.finished else "cut the model when pruning has finished"
         raise HessoError(f"`optimizer` is at step {process.step}, pruning ends at {process.schedule.end}: {found}")
     trained = base_of(whole)
-    decision = decide(trained, process.kept_units(), process.groups)
+    computed = dense_model(trained) if lora_layers(trained) else trained
+    decision = decide(computed, process.kept_units(), process.groups)
+    del computed
     trained.zero_grad(set_to_none=True)
     was_training = trained.training
     try:
         with kept_random_state(trained.device):
-            verifier = on_all(lambda: Verifier(WholeSource(trained, decision)), _CUT)
+            verifier = on_all(lambda: Verifier(_source(trained, decision)), _CUT)
             small, error = on_all(verifier.checked_cut, _CUT)
             compaction = Compaction(
-                process.step, error, trained.num_parameters(), decision.sizes_before, decision.kept_units
+                process.step, error, num_parameters(trained), decision.sizes_before, decision.kept_units
             )
-            _put_(small, trained, optimizer, decision, verifier)
+            _put_(base_of(small), trained, optimizer, decision, verifier)
     finally:
         trained.train(was_training)
         if parallel is not None:
@@ -132,9 +133,14 @@ def compact_as(model: PreTrainedModel, optimizer: HessoOptimizer, compaction: Co
     """
     decision = Decision(optimizer.process.groups, kept)
     with kept_random_state(model.device):
-        small = cut_model(model, decision.groups, kept, torch.float32)
-        _put_(small, model, optimizer, decision, None)
+        zero_units_(parameters_of(model), Adapters.of(model).extend(decision.groups), kept)  # a base as it is on disk
+        _put_(base_of(_source(model, decision).cut(kept)), model, optimizer, decision, None)
     _forget_(model, optimizer.process, compaction)
+
+
+def _source(model: PreTrainedModel, decision: Decision) -> WholeSource:
+    adapted = bool(lora_layers(model))
+    return AdapterSource(model, decision, model, str(model.name_or_path)) if adapted else WholeSource(model, decision)
 
 
 @torch.no_grad()
@@ -150,8 +156,8 @@ def _put_(
     Raises:
         VerificationError: where it doesn't; everything is as it was then, as after any other error.
     """
-    process, place, named = optimizer.process, InPlace(model), dict(model.named_parameters())
-    dtypes = {parameter: parameter.dtype for parameter in named.values()}
+    process, place, adapters = optimizer.process, InPlace(model), Adapters.of(model)
+    named, dtypes = parameters_of(model), {parameter: parameter.dtype for parameter in model.parameters()}
     process.bound.route({name: torch.ones_like(scales) for name, scales in process.scales.items()})
 
     def put() -> None:
@@ -175,25 +181,28 @@ def _put_(
     for parameter in model.parameters():
         set_data(parameter, parameter.data.to(dtypes[parameter]))
     remove_gates(model)
-    _cut_state_(optimizer.base, named, decision)
+    _cut_state_(optimizer.base, named, decision, adapters.extend(decision.groups))
 
 
 def _forget_(model: PreTrainedModel, process: PruningProcess, compaction: Compaction) -> None:
     """Let go what only the larger model needed."""
-    process.let_go(compaction, dict(model.named_parameters()))
+    process.let_go(compaction, parameters_of(model))
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # what was compiled has the sizes in it
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _cut_state_(base: Optimizer, parameters: Mapping[str, nn.Parameter], decision: Decision) -> None:
+def _cut_state_(
+    base: Optimizer, parameters: Mapping[str, nn.Parameter], decision: Decision, groups: PruningGroups
+) -> None:
     """Cut what an optimizer keeps of each parameter, and scale it as the gradient is scaled by a factor on the weight.
 
     Args:
         parameters: those of the larger model, by the names that they had there.
+        groups: those of the decision, adapters' factors among them.
     """
-    cuts, powers, gone = cuts_by_tensor(decision.groups, decision.kept), STATE_POWERS.get(type(base), {}), set()
+    cuts, powers, gone = cuts_by_tensor(groups, decision.kept), STATE_POWERS.get(type(base), {}), set()
     for name, parameter in parameters.items():
         if is_dropped(name, decision.groups, decision.kept):
             base.state.pop(parameter, None)

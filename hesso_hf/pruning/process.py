@@ -80,6 +80,7 @@ class PruningProcess:
         )
         self.run = phases.Run(self.state, self.bound, ranking, config)
         self.state.trial = self.run.new_trial()
+        self._changed: list[str] = []  # of a frozen base, once the larger model is let go
         self._pending = ranking.empty_sums(device)  # of the coming step
         self._loss: float | torch.Tensor | None = None  # of the coming step
         self._phase = phases.phase_of(self.run)  # of the step that is being made
@@ -160,12 +161,15 @@ class PruningProcess:
         self.run.healer = healer
 
     def healed_base(self) -> dict[str, torch.Tensor]:
-        """Return the frozen matrices that healing has changed, which a checkpoint of adapters doesn't hold."""
-        healer, begun = self.run.healer, self.step > self.schedule.periods[0].start
-        if healer is None or self.config.healing == "off" or not begun:
-            return {}
-        names = [reader.name for reader in healer.readers(self.bound)]
+        """Return frozen matrices that aren't as the base on disk has them, which nothing else in a checkpoint holds."""
+        cut, begun = self.state.compaction is not None, self.step > self.schedule.periods[0].start
+        names = self._changed if cut else self._healed() if begun else []
         return {name: self.bound.parameters[name] for name in names if not self.bound.parameters[name].requires_grad}
+
+    def _healed(self) -> list[str]:
+        if self.run.healer is None or self.config.healing == "off":
+            return []
+        return [reader.name for reader in self.run.healer.readers(self.bound)]
 
     def let_go(self, compaction: Compaction, parameters: Mapping[str, nn.Parameter]) -> None:
         """Have nothing more to do with the model's parameters: the pruned units were cut out of it.
@@ -173,6 +177,8 @@ class PruningProcess:
         Args:
             parameters: what is left.
         """
+        centred = [name for name, axes in self.bound.axes.items() if any(axis.centred for *_, axis in axes)]
+        self._changed = [name for name in {*self._healed(), *centred} if name in parameters]
         self.bound.let_go(parameters)
         self.state.compaction = compaction
 

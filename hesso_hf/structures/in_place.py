@@ -6,7 +6,6 @@ smaller one's from then on.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compat import set_buffer
-from ..distributed.parts import stock_class
-from ..hf_models.build import build_meta
 from .groups import KeptUnits, PruningGroups
 from .layers import LAYER_UNITS, full_names, kept_layers
+from .lora import unset_like
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, range, PretrainedConfig)
 
@@ -43,7 +41,7 @@ class InPlace:
         other models may share, don't change.
         """
         model = self._model
-        plain = dict(build_meta(stock_class(model), copy.deepcopy(model.config)).named_modules())
+        plain = dict(unset_like(model).named_modules())
         modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
         buffers, smaller = dict(model.named_buffers()), dict(small.named_modules())
         use_cache = vars(model.config).get("use_cache")

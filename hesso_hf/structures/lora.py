@@ -220,6 +220,28 @@ def dense_model(
     return dense.train(model.training)
 
 
+def adapted_like(plain: PreTrainedModel, model: PreTrainedModel) -> Any:
+    """Return a model of other sizes with adapters as `model` has them, new ones: a PeftModel."""
+    from peft import get_peft_model
+
+    configs: Any = model.peft_config
+    ((name, config),) = copy.deepcopy(configs).items()
+    config.init_lora_weights, config.base_model_name_or_path = True, plain.name_or_path
+    return get_peft_model(plain, config, adapter_name=name)
+
+
+def unset_like(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what the class makes of a model's config, adapters in place, on the meta device."""
+    plain = build_meta(stock_class(model), copy.deepcopy(model.config))
+    return base_of(adapted_like(plain, model)) if lora_layers(model) else plain
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Return the number of parameters that the model has without adapters."""
+    factors = set(Adapters.of(model).factors())
+    return sum(p.numel() for p in {p for name, p in parameters_of(model).items() if name not in factors})
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,8 @@ from ..export.decision import Compaction
 from ..pruning.compaction import compact, compact_as, parallel_of, why_not_compact, why_not_refit_parallel
 from ..pruning.optimizer import HessoOptimizer
 from ..structures.groups import KeptUnits
+from ..structures.lora import num_parameters, parameters_of
+from ..structures.turned_base import heal_base_
 
 if TYPE_CHECKING:
     from .run import PruningRun
@@ -85,7 +87,7 @@ class Compacting:
             else:
                 logger.info(
                     f"the pruned units are cut out of the model in memory: {found.parameters_before:,} -> "
-                    f"{self._run.model.num_parameters():,} parameters, relative error {found.error:.1e}"
+                    f"{num_parameters(self._run.model):,} parameters, relative error {found.error:.1e}"
                 )
                 return
         else:
@@ -115,12 +117,14 @@ class Compacting:
 
     def to_resume(self, optimizer: HessoOptimizer) -> None:
         """Make the model as small as that of the checkpoint that training goes on from."""
-        if (state := self._smaller_checkpoint()) is not None:
+        folder = self._run.resume_from
+        if folder is not None and (state := self._smaller_checkpoint()) is not None:
             compaction = Compaction.from_dict(state["training"]["compaction"])
             compact_as(self._run.model, optimizer, compaction, KeptUnits.from_dict(state["kept_units"]))
+            heal_base_(parameters_of(self._run.model), folder)
 
     def _smaller_checkpoint(self) -> dict[str, Any] | None:
         folder = self._run.resume_from
         state = read_state(folder) if folder is not None else {"training": {}}
         found = state["training"].get("compaction")
-        return state if found and self._run.model.num_parameters() == found["parameters_before"] else None
+        return state if found and num_parameters(self._run.model) == found["parameters_before"] else None

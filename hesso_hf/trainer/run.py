@@ -176,7 +176,8 @@ class PruningRun:
         self.basis = StreamBasis(**turned, tensors=tensors) if turned else None
         trained = {name for name, parameter in parameters_of(self.model).items() if parameter.requires_grad}
         turn_base_(self.model, tensors, trained)  # a checkpoint's own weights are turned already
-        heal_base_(parameters_of(self.model), folder)
+        if state["training"].get("compaction") is None:  # else the matrices are those of the smaller model
+            heal_base_(parameters_of(self.model), folder)
         self.plan.target = TargetSizes.from_dict(state["target"])
         self.plan.rungs = tuple(map(TargetSizes.from_dict, state.get("rungs", ())))
         schedule = Schedule.from_dict(state["schedule"])

@@ -22,7 +22,6 @@ from hesso_hf.pruning.compaction import parallel_of
 from hesso_hf.structures.in_place import InPlace
 from tests.support import ROOT
 from tests.support.checks import propagated
-from tests.support.lora import tiny_lora
 from tests.support.tiny import tiny_llama
 from tests.support.training import hesso_config, logged, trainer
 from tests.trainer.test_distributed import launch
@@ -254,8 +253,6 @@ def test_it_works_under_other_settings(options: dict[str, Any], tmp_path: Path) 
 def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hesso_hf.trainer.run.PruningRun.new_process", lambda _: pytest.fail("work was done"))
     refused = r"`compact` \('end'\): the model in memory stays whole: "
-    with pytest.raises(HessoError, match=refused + "the model has LoRA adapters; use 'auto' or 'never'"):
-        made(tmp_path, model=tiny_lora())
     with pytest.raises(HessoError, match=refused + "`layer_widths`"):
         made(tmp_path, config=hesso_config(compact="end", layer_widths="per_layer"))
     with pytest.raises(HessoError, match=refused + "`auto_find_batch_size`"):

@@ -71,6 +71,10 @@ class BoundGroups(HeldAxes):
         """Hold no axis any more, so that nothing is done to the parameters that are left: other units lie on them."""
         self.axes, self._scored, self.held, self._gates = {}, {}, {}, None
         self.parameters = dict(parameters)
+        frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
+        self.frozen = FrozenWeights(
+            frozen, {name: [] for name in frozen}
+        )  # which still says whether the base is the same
 
     @property
     def sharded(self) -> bool:

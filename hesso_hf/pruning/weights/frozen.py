@@ -114,5 +114,6 @@ class FrozenWeights:
 
 
 def _checksum(values: torch.Tensor) -> int:
-    """Return a sum over the bits of all elements, whatever their order."""
+    """Return a sum over the bits of all elements, whatever their order and the sign of a zero."""
+    values = values + 0.0
     return int(values.contiguous().view(_BITS[values.element_size()]).sum(dtype=torch.int64))
