@@ -25,7 +25,7 @@ from tests.support.tiny import tiny_gemma2, tiny_gpt2, tiny_llama, tiny_phi, tin
 from tests.support.training import hesso_config
 
 SCHEDULE = {"warmup_steps": 1, "pruning_steps": 3, "pruning_periods": 1, "saliency_batches": 1}
-RATIO = {"pruning_ratio": 0.3, "calibration_examples": 0, **SCHEDULE}
+RATIO = {"pruning_ratio": 0.3, "calibration_examples": 0, **SCHEDULE, "compact": "never"}
 # writers and readers of the stream and of units, fused and transposed ones, layers with a bias, norms that centre
 KINDS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], dict[str, Any]]] = {
     "llama": (tiny_llama, {"target_modules": LINEARS, "rank_pattern": {"k_proj": 3}}, RATIO),
