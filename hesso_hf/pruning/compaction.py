@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
-from transformers import PreTrainedModel
+from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import Adafactor as TorchAdafactor
+from transformers import Adafactor, PreTrainedModel
 
 from ..compat import refit, why_not_refit
 from ..distributed.collectives import on_all, world_size
@@ -25,7 +26,7 @@ from ..export.parameters import WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
 from ..hf_models.build import first_line
 from ..structures.cut import cuts_by_tensor, zero_units_
-from ..structures.groups import KeptUnits, PruningGroups
+from ..structures.groups import Axis, KeptUnits, PruningGroups
 from ..structures.in_place import InPlace, set_data
 from ..structures.layers import is_dropped
 from ..structures.lora import Adapters, base_of, dense_model, lora_layers, num_parameters, parameters_of
@@ -42,7 +43,12 @@ STATE_POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
     SGD: {"momentum_buffer": 1},
     RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
     Adagrad: {"sum": 2},
+    Muon: {"momentum_buffer": 1},
+    Adafactor: {"exp_avg": 0, "exp_avg_sq": 2, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2},
+    TorchAdafactor: {"variance": 2, "row_var": 2, "col_var": 2},
 }
+# What is a mean over a dimension, the last or the one before.
+MEANS = {"exp_avg_sq_row": -1, "row_var": -1, "exp_avg_sq_col": -2, "col_var": -2}
 _CUT = "cut the model in memory"
 
 
@@ -212,10 +218,24 @@ def _cut_state_(
         axes = cuts.get(name, [])
         factor = math.prod(math.sqrt(len(units) / total) ** axis.power for axis, units, total in axes)
         for key, power in powers.items():
-            if isinstance(values := state.get(key), torch.Tensor):
+            if isinstance(values := state.get(key), torch.Tensor) and axes:
                 for axis, units, total in axes:
-                    indices = axis.layout.indices(units, total).to(values.device)
-                    values = values.index_select(axis.dim, indices)
-                state[key] = values / factor**power if axes else values
+                    values = _cut_values(values, axis, units, total, parameter.dim(), MEANS.get(key))
+                state[key] = values / factor**power
     for group in base.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+
+
+def _cut_values(
+    values: torch.Tensor, axis: Axis, units: torch.Tensor, total: int, dims: int, mean: int | None
+) -> torch.Tensor:
+    """Cut what an optimizer keeps of a parameter with so many dimensions.
+
+    Args:
+        mean: the dimension that it is the mean over, in which pruned units were zeros; None where it has all.
+    """
+    indices = axis.layout.indices(units, total).to(values.device)
+    if mean is None or axis.dim != dims + mean:
+        before = mean is not None and values.dim() < dims and axis.dim > dims + mean
+        return values.index_select(axis.dim - before, indices)
+    return values * (axis.layout.size(total) / len(indices))

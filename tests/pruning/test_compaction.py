@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
-from transformers import PreTrainedModel
+from torch.optim import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
+from torch.optim import Adafactor as TorchAdafactor
+from transformers import Adafactor, PreTrainedModel
 
 from hesso_hf import HessoConfig, HessoOptimizer, wrap_optimizer
 from hesso_hf.compat import attention_of, experts_of, forward_hooks
@@ -169,6 +170,46 @@ def test_what_an_optimizer_keeps_is_scaled_as_the_gradient_is(make: Callable[[],
         assert gradient is not None
         for value, expected in ((state["exp_avg"], gradient), (state["exp_avg_sq"], gradient.square())):
             assert (value - expected).abs().max() < 1e-5 * expected.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("make", "row", "col", "keepdim"),
+    [(Adafactor, "exp_avg_sq_row", "exp_avg_sq_col", False), (TorchAdafactor, "row_var", "col_var", True)],
+    ids=["transformers", "torch"],
+)
+def test_means_over_rows_and_columns_are_those_of_the_smaller_gradient(
+    make: type[Optimizer], row: str, col: str, keepdim: bool
+) -> None:
+    model = tied_llama()
+    options = {"scale_parameter": False, "relative_step": False} if make is Adafactor else {}
+    optimizer = pruned(model, make=make, lr=1e-3, **options)
+    (batch,) = token_batches(1, seed=31)
+    backward(model, batch)
+    optimizer.process.observe_gradients()
+    for parameter in (each for each in model.parameters() if each.dim() == 2):
+        assert parameter.grad is not None
+        squares, state = parameter.grad.square(), optimizer.state[parameter]
+        assert state[row].shape == squares.mean(-1, keepdim).shape
+        state[row], state[col] = squares.mean(-1, keepdim), squares.mean(-2, keepdim)
+    compact(model, optimizer)
+    backward(model, batch)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            assert parameter.grad is not None
+            state, squares = optimizer.state[parameter], parameter.grad.square()
+            for value, expected in ((state[row], squares.mean(-1, keepdim)), (state[col], squares.mean(-2, keepdim))):
+                assert (value - expected).abs().max() < 1e-5 * expected.abs().max(), name
+    train(model, optimizer, 1, seed=21)
+
+
+def test_momenta_that_are_made_orthogonal_are_cut_too() -> None:
+    model = tiny_llama()
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    optimizer = pruned(model, make=lambda *_, **options: Muon(matrices, **options))
+    compact(model, optimizer)
+    for parameter in matrices:
+        assert optimizer.state[parameter]["momentum_buffer"].shape == parameter.shape
+    train(model, optimizer, 1, seed=21)
 
 
 def test_nothing_is_left_to_do_once_the_units_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
