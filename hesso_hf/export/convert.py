@@ -255,7 +255,7 @@ class _OpenVINO(Engine):
 
 
 class _LlamaCpp(Engine):
-    packages: ClassVar = {"gguf": "gguf", "llama_cpp": "llama-cpp-python"}
+    packages: ClassVar = {"gguf": "gguf", "sentencepiece": "sentencepiece", "llama_cpp": "llama-cpp-python"}
 
     @classmethod
     def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:
@@ -268,7 +268,8 @@ class _LlamaCpp(Engine):
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         from llama_cpp import Llama
 
-        self._llama: Any = Llama(str(folder / "model.gguf"), n_ctx=64, logits_all=True, verbose=False)
+        exact = {"type_k": 0, "type_v": 0}  # a cache in fp32, not in fp16
+        self._llama: Any = Llama(str(folder / "model.gguf"), n_ctx=64, logits_all=True, verbose=False, **exact)
 
     def begin(self) -> None:
         self._llama.reset()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .sizes import EXPERT_MLP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, get_size, head_dim_of
+from .sizes import EXPERT_MLP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, get_size, head_dim_of
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,25 @@ class Derives:
     Attributes:
         model_types: for which it does.
         then: what becomes of the model.
+        layers: the numbers of layers by which it knows the models that it does so for; all where there is none.
     """
 
     engine: str
     model_types: tuple[str, ...]
     then: str
+    layers: tuple[int, ...] = ()
+
+    def misreads(self, text: PretrainedConfig) -> bool:
+        """Whether it does so for a model."""
+        return text.model_type in self.model_types and (not self.layers or get_size(text, LAYERS) in self.layers)
 
 
 DERIVES_HEAD_DIM = (
     Derives("CTranslate2", ("llama",), "computes something else, without a message"),
     Derives("vLLM", ("qwen2",), "computes something else, without a message"),
     Derives("llama.cpp", ("qwen2",), "refuses the model"),
+    Derives("llama.cpp", ("gemma2",), "computes something else, without a message", (46,)),  # of 27B
+    Derives("llama.cpp", ("gemma3_text",), "computes something else, without a message", (62,)),
 )
 GGUF_ROWS = 32  # q8_0 quantises so many neighbours together
 
@@ -52,7 +60,7 @@ def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
             f"the config states as {head_dim}, and {each.then}; `target_sizes` that suit it are such as {HEADS} {fit} "
             f"and {KV_HEADS} {fit // group} with {HIDDEN} {fit * head_dim}"
             for each in DERIVES_HEAD_DIM
-            if text.model_type in each.model_types
+            if each.misreads(text)
         ]
     odd = {name: size for name in (HIDDEN, MLP, EXPERT_MLP) if (size := get_size(text, name)) and size % GGUF_ROWS}
     if odd and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -84,7 +84,7 @@ def test_packages_that_are_missing_are_named_before_any_work(monkeypatch: pytest
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(HessoError, match=r"needs packages that aren't here: pip install onnx onnxscript onnxruntime$"):
         check_conversion("onnx")
-    with pytest.raises(HessoError, match=r"pip install gguf llama-cpp-python$"):
+    with pytest.raises(HessoError, match=r"pip install gguf sentencepiece llama-cpp-python$"):
         check_conversion("gguf")
     with pytest.raises(HessoError, match=r"`engine` \('tensorrt'\) must be one of \['onnx', 'openvino', 'gguf'\]"):
         check_conversion("tensorrt")

@@ -45,6 +45,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         family, num_hidden_layers=6 if family == "gemma3_text" else 2, num_attention_heads=6, num_key_value_heads=3,
         vocab_size=len(tokenizer), tie_word_embeddings=tied, bos_token_id=0, eos_token_id=1, pad_token_id=None,
         **SIZES[sizes], **FAMILIES[family],
+        **({"query_pre_attn_scalar": SIZES[sizes]["head_dim"]} if family == "gemma3_text" else {}),  # as in all but 27B
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -65,5 +66,5 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_an_engine_writes_what_transformers_writes(engine: str, folder: Path) -> None:
     (folder / "converter.py").write_text(CONVERTER)
     found = convert(folder, engine, folder / engine, str(folder / "converter.py") if engine == "gguf" else None)
-    assert found.error < 1e-4
+    assert found.error < 5e-4  # llama.cpp looks its GELU up in a table
     assert found.agreed == found.written == 32

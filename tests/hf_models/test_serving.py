@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig, ViTConfig
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+    ViTConfig,
+)
 
 from hesso_hf.hf_models.serving import not_served_as_they_are
 
@@ -27,6 +35,12 @@ def test_engines_that_derive_head_dim_are_named_for_the_classes_where_they_do(
     for said in found:
         assert f"head_dim of {kind.model_type} for hidden_size / num_attention_heads (576 / 6)" in said
         assert "states as 64" in said
+
+
+def test_a_model_that_an_engine_knows_by_its_layers_is_named_with_so_many_alone() -> None:
+    (said,) = not_served_as_they_are(sized(Gemma3TextConfig, num_hidden_layers=62))
+    assert said.startswith("llama.cpp takes head_dim of gemma3_text for hidden_size / num_attention_heads (576 / 6)")
+    assert not not_served_as_they_are(sized(Gemma3TextConfig, num_hidden_layers=34))
 
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 320, "num_attention_heads": 8, "num_key_value_heads": 4}])
