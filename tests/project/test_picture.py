@@ -1,4 +1,4 @@
-"""The pictures: quality.svg draws what its JSON holds, those of method.md are up to date; all are legible on both pages."""
+"""The pictures: quality.svg draws what its JSON holds, those of method.md are up to date; all are legible."""
 
 from __future__ import annotations
 
