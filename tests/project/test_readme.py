@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import re
@@ -184,6 +185,25 @@ def test_the_page_of_all_options_is_what_the_dataclasses_have() -> None:
     for owner, name in ((HessoConfig, "pruning_periods"), (RunArguments, "eval_ratio")):
         default = owner.__dataclass_fields__[name].default
         assert f"| `{name}` | `{default!r}` |" in writer.page()
+
+
+def test_snippets_of_the_serving_page_use_what_transformers_has() -> None:
+    """They aren't run, since their packages aren't installed: names and keywords are looked up."""
+    import transformers
+
+    trees = [ast.parse(text) for language, text in blocks(ROOT / "docs" / "serving.md") if language == "py"]
+    names, calls = set(), 0
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and node.module == "transformers":
+            names |= {alias.name for alias in node.names}
+        owner = getattr(transformers, node.func.id, None) if isinstance(getattr(node, "func", None), ast.Name) else None
+        if owner is not None:
+            calls += 1
+            known = inspect.signature(owner.__init__).parameters
+            assert {keyword.arg for keyword in node.keywords} <= set(known), node.func.id
+    assert {"TorchAoConfig", "BitsAndBytesConfig", "GPTQConfig"} <= names
+    assert all(hasattr(transformers, name) for name in names), names
+    assert calls >= 5
 
 
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
