@@ -88,7 +88,8 @@ format: $(STAMP) ## let ruff fix and format
 	$(BIN)/ruff format .
 
 docs: $(STAMP) ## the docs as a site, in docs/_build
-	$(BIN)/python docs/options.py --check || { echo "docs/options.md isn't what HessoConfig has: python docs/options.py"; exit 1; }
+	$(BIN)/python docs/options.py --check || { echo "docs/options.md isn't what the dataclasses have: python docs/options.py"; exit 1; }
+	$(BIN)/python docs/pictures.py --check
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 report-look: ## open PAGES (the quickstart's report) in headless Chromium; pictures in report-look, errors fail

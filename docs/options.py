@@ -1,4 +1,4 @@
-"""Write options.md from the fields of HessoConfig: `python docs/options.py [--check]`."""
+"""Write options.md from the fields of HessoConfig and of a recipe: `python docs/options.py [--check]`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,41 @@ import sys
 from pathlib import Path
 
 from hesso_hf import HessoConfig
+from hesso_hf.cli.recipe import RunArguments
 
 PAGE = Path(__file__).with_name("options.md")
-HEAD = """# All options of HessoConfig
+HEAD = """# All options
 
-This page is written from the dataclass by `python docs/options.py`. In a recipe the options stand under `hesso:`, and
-on the command line each is a flag of its own name. Steps are optimizer steps: 1 or more is a count, below 1 a share of
-a run.
+This page is written from the dataclasses by `python docs/options.py`.
+
+## Options of HessoConfig
+
+In a recipe these stand under `hesso:`, and on the command line each is a flag of its own name. Steps are optimizer
+steps: 1 or more is a count, below 1 a share of the run.
 
 `HessoConfig.paper(pruning_ratio)` is the paper's method alone: HESSO with CRIC, and none of what this library adds.
+
+"""
+KEYS = """
+## Keys of a recipe
+
+These stand at the top of a [recipe](cli.md#recipes), and each is a flag of `hesso-hf prune`. Beside them are `hesso`,
+with the options above, and `training`, with the fields of Transformers' `TrainingArguments`.
 
 """
 
 
 def page() -> str:
     """Return the page's text."""
-    lines = ["| name | by default | what it is |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(HessoConfig):
+    return HEAD + _table(HessoConfig) + KEYS + _table(RunArguments)
+
+
+def _table(owner: type) -> str:
+    lines = ["| name | default | what it is |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(owner):
         meaning = field.metadata["help"].replace("|", "\\|")
         lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning} |")
-    return HEAD + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:

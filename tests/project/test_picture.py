@@ -1,4 +1,4 @@
-"""The picture of `benchmarks/quality.py`: it draws what the JSON holds, and is legible on white and on dark."""
+"""The pictures: quality.svg draws what its JSON holds, those of method.md are up to date; all are legible."""
 
 from __future__ import annotations
 
@@ -145,15 +145,35 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
+def assert_legible(colours: set[str]) -> None:
+    for colour, page in itertools.product(colours, PAGES):
+        light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 4.1, (colour, page)
+
+
 def test_every_method_has_a_colour_that_stands_out_from_both_pages(picture: ModuleType) -> None:
     import quality
 
     methods = [method for method in quality.METHODS if method != "dense"]
     assert set(picture.PEERS) == {method for method in methods if method not in quality.HESSO}
     colours = {picture.Series(method, ()).colour for method in methods} | {picture.INK}
-    for colour, page in itertools.product(colours, PAGES):
-        light, dark = sorted((luminance(colour), luminance(page)), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) > 4.1, (colour, page)
+    assert_legible(colours)
+
+
+def test_the_pictures_of_the_method_are_what_the_script_draws_and_stand_in_the_docs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import pictures
+
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    for name in pictures.PICTURES:
+        assert re.search(rf"^!\[\w.{{20,}}\]\(pictures/{name}\.svg\)$", page, re.MULTILINE), name
+    assert_legible({pictures.INK, pictures.HEADS, pictures.MLP, pictures.STREAM})
+    monkeypatch.setattr("sys.argv", ["pictures.py", "--check"])
+    assert pictures.main() == 0, "run python docs/pictures.py"
+    monkeypatch.setattr(pictures, "FOLDER", tmp_path)
+    assert pictures.main() == 1, "a missing picture isn't noticed"
 
 
 def test_the_same_results_make_the_same_file(picture: ModuleType, tmp_path: Path) -> None:

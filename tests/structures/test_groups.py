@@ -36,7 +36,8 @@ def test_a_refusal_says_which_structure_of_which_class_stays_whole_and_what_to_p
     message = str(caught.value)
     asked = "`structures` (['attention_heads', 'embedding_channels']): "
     assert message.startswith(f"{asked}attention heads, embedding channels of BertLMHeadModel stay whole")
-    assert "(reason: no layout reproduces the logits" in message
+    assert "(reason: the hidden state is the output of a norm (bert.embeddings.LayerNorm): over fewer" in message
+    assert "so hidden_size stays, and with it attention heads: best relative error" in message
     assert message.endswith("; can be pruned instead: ['mlp_channels']")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -122,3 +123,35 @@ def norms_after_writers(model: PreTrainedModel, input_ids: torch.Tensor, writers
         for handle in handles:
             handle.remove()
     return found
+
+
+@torch.no_grad()
+def norm_of_the_stream(model: PreTrainedModel, input_ids: torch.Tensor, norms: set[str]) -> str | None:
+    """Return the name of a norm whose output is the stream itself: a layer that has norms of its own is given it.
+
+    Args:
+        norms: names of the norms along the stream.
+    """
+    modules = dict(model.named_modules())
+    listed = {layer for module in modules.values() if isinstance(module, nn.ModuleList) for layer in module}
+    layers = [layer for layer in listed if {modules[name] for name in norms} & set(layer.modules())]
+    normed: dict[str, torch.Tensor] = {}
+    found: list[str] = []
+
+    def note(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            normed[name] = output
+
+    def compare(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(given, torch.Tensor):
+            found.extend(name for name, output in normed.items() if torch.equal(output, given))
+
+    handles = [modules[name].register_forward_hook(partial(note, name)) for name in sorted(norms)]
+    handles += [layer.register_forward_pre_hook(compare, with_kwargs=True) for layer in layers]
+    try:
+        forward_logits(model, input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

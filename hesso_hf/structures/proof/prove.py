@@ -32,6 +32,7 @@ from .bench import Bench, Trial
 from .branches import Division, discover_branches, divisions
 from .experts import prove_experts
 from .layers import LayerTrial
+from .norms import norm_of_the_stream
 from .result import TOLERANCE, Proof, StructureProof, groups_of, guarded
 from .tiny_case import covering_config, units_to_keep
 
@@ -247,8 +248,23 @@ class Prover:
             if error <= TOLERANCE:
                 return {name: StructureProof(name, scheme, error) for name, scheme in tried.items()}
             best = error if best is None else min(best, error)
-        reason = f"no layout reproduces the logits: best relative error {best or float('nan'):.1e} > {TOLERANCE:.0e}"
+        reason = self._why(structure, others)
+        reason += f": best relative error {best or float('nan'):.1e} > {TOLERANCE:.0e}"
         return {name: StructureProof(name, None, best, reason) for name in (*others, structure)}
+
+    def _why(self, structure: str, others: Mapping[str, Scheme]) -> str:
+        """Say why units can't be cut out, where that can be told, else only that the logits changed."""
+        if structure == "embedding_channels":
+            known, _ = self.bench.stream(moving_axes(structure, self.bench.axis_map))
+            norms = {axis.info.module for axis in known if axis.vector.kind == "scale" and axis.vector.subtracts_mean}
+            norm = norm_of_the_stream(self.bench.model, self.bench.input_ids, norms)
+            if norm:
+                also = f", and with it {', '.join(others).replace('_', ' ')}" if others else ""
+                return (
+                    f"the hidden state is the output of a norm ({norm}): over fewer channels the next norm would "
+                    f"subtract another mean, so hidden_size stays{also}"
+                )
+        return "however they are cut out of a tiny random model, its logits change"
 
     def _prove_coupled(self, division: Division) -> dict[str, StructureProof]:
         """Prove heads and embedding channels where head_dim follows from both, and an MLP whose size does too."""
