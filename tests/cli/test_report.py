@@ -358,6 +358,7 @@ def test_the_scores_are_drawn_in_two_colours_with_the_cut_between(least: float, 
     went, stayed, cut = paths(found)
     assert went.startswith("M52.0 196.0L105.3 ")  # of ranks 0 to 6, the first two
     assert stayed.startswith("M158.7 ")
+    assert (went.count("L"), stayed.count("L")) == (1, 1)
     assert stayed.endswith("L372.0 10.0")
     assert cut == "M132.0 196.0L132.0 10.0"
     legend = [given["class"] for tag, given in found.tags if tag == "i"]
