@@ -15,6 +15,7 @@ from ..export.storage import check_not_base, check_writable
 from ..hf_models.build import first_line
 from ..trainer.saving import checkpoint_bytes
 from .recipe import Recipe
+from .report import SMALL_NAME
 
 
 class ShowPlan(TrainerCallback):
@@ -32,7 +33,7 @@ class ShowPlan(TrainerCallback):
 
 def output_of(recipe: Recipe) -> Path:
     """Return the folder for the smaller model."""
-    return Path(recipe.run.output) if recipe.run.output else Path(str(recipe.training.output_dir)) / "small"
+    return Path(recipe.run.output) if recipe.run.output else Path(str(recipe.training.output_dir)) / SMALL_NAME
 
 
 def check_places(recipe: Recipe) -> None:

@@ -1,46 +1,59 @@
-"""`hesso-hf report`: what was published beside a smaller model, printed, drawn, or written as a page."""
+"""`hesso-hf report`: what was published beside smaller models, printed, compared, drawn, and written as a page."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import HessoError
+from ..export.page.compared import compared_rows
 from ..export.page.losses import Losses
-from ..export.page.page import Model, report_page
-from .printing import print_report
+from ..export.page.page import PAGE_NAME, Model, report_page
+from .printing import print_report, print_table
 from .training_log import losses_beside, losses_in
 
 REPORT_NAME = "pruning_report.json"  # export's, whose modules import torch; a test compares the two
+SMALL_NAME = "small"  # of the folder that `hesso-hf prune` saves the smaller model in, where no other is named
 _PARTS = ("parameters", "pruning_ratio", "sizes", "verification")  # which every report has
 
 
 def report_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="SMALL", help="folder of a smaller model; several are compared")
-    parser.add_argument("--json", action="store_true", help="print JSON, of several models a list")
+    parser.add_argument(
+        "models", nargs="+", metavar="RUN",
+        help="folder of a smaller model, or of the run that made it; of one the page in it is made again, several are "
+        "compared",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON and write nothing, of several models a list")
     parser.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
-    parser.add_argument("--html", help="write a page that needs nothing beside it into this file (.html)")
-    parser.add_argument("--run", help="folder of the run whose log the page shows (default: SMALL's own losses)")
+    parser.add_argument("--html", help="write the page, which needs nothing beside it, into this file (.html)")
+    parser.add_argument("--run", help="folder of the run whose log the page shows (default: the model's own losses)")
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Show the pruning reports of smaller models, draw one or write a page about them where that is asked for."""
+    """Show the report of a smaller model and make its page again, or compare several; draw one where that is asked."""
     _check(arguments)
-    found = [_read(folder) for folder in arguments.models]
+    folders = [_small_in(folder) for folder in arguments.models]
+    found = [_read(folder) for folder in folders]
     if arguments.plot:
         _plot(found[0], arguments.plot)
     if arguments.html:
-        write_page(arguments.html, arguments.models, found, arguments.run)
+        write_page(arguments.html, folders, found, arguments.run)
     if arguments.json:
         print(json.dumps(found[0] if len(found) == 1 else found, indent=1))
         return
-    for folder, shown in zip(arguments.models, found, strict=True):
-        print_report(shown, folder)
-    if arguments.html:
-        print(f"written: {arguments.html}")
+    if len(found) == 1:
+        print_report(found[0], str(folders[0]))
+        written = arguments.html or _remade(folders[0], found[0])
+    else:
+        names = _names([folder.resolve() for folder in folders])
+        print_table(", ".join(map(str, folders)), ["", *names], [list(row) for row in compared_rows(found)])
+        written = arguments.html
+    if written:
+        print(f"written: {written}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -59,15 +72,42 @@ def _check(arguments: argparse.Namespace) -> None:
             raise HessoError(f"`--{flag}` ({path!r}): there is no folder {str(Path(path).parent)!r}; make it first")
 
 
-def _read(folder: str) -> dict[str, Any]:
+def _small_in(folder: str) -> Path:
+    """Return the folder of a smaller model, by its own name or that of its run.
+
+    Raises:
+        HessoError: naming the folder, where it is neither, or has several.
+    """
+    own, beside = Path(folder), sorted(path.parent for path in Path(folder).glob(f"*/{REPORT_NAME}"))
+    if (own / REPORT_NAME).is_file():
+        return own
+    if len(beside) == 1 or own / SMALL_NAME in beside:  # where models on the way were saved, the last one
+        return own / SMALL_NAME if own / SMALL_NAME in beside else beside[0]
+    if beside:
+        raise HessoError(f"{folder} has several smaller models: name one of {', '.join(map(str, beside))}, or several")
+    raise HessoError(
+        f"{folder} has no {REPORT_NAME}, nor has a folder in it: it isn't a model that was pruned and saved by hesso_hf"
+    )
+
+
+def _remade(folder: Path, found: dict[str, Any]) -> Path | None:
+    """Make the page of a smaller model again; where that fails, say so and return None."""
+    path = folder / PAGE_NAME
+    try:
+        write_page(path, [folder], [found])
+    except HessoError as error:
+        print(f"hesso-hf: the page isn't made again: {error}", file=sys.stderr)
+        return None
+    return path
+
+
+def _read(folder: Path) -> dict[str, Any]:
     """Read a model's report.
 
     Raises:
-        HessoError: naming the folder, where there is none, or a file that isn't one.
+        HessoError: naming the file, where it isn't one.
     """
-    path = Path(folder) / REPORT_NAME
-    if not path.is_file():
-        raise HessoError(f"{folder} has no {REPORT_NAME}: it isn't a model that was pruned and saved by hesso_hf")
+    path = folder / REPORT_NAME
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         missing = [name for name in _PARTS if name not in found]

@@ -14,7 +14,7 @@ from ..errors import HessoError
 from .comparison import markdown_table
 from .printing import by_share, print_table
 from .recipe import parse_recipe
-from .report import REPORT_NAME, write_page
+from .report import REPORT_NAME, SMALL_NAME, write_page
 
 HELP = "prune as a recipe says at several ratios, and compare: hesso-hf sweep RECIPE --ratios 0.2 0.3 0.5"
 _SET_HERE = ("pruning_ratio", "target_sizes", "output", "resume_from_checkpoint")
@@ -44,7 +44,7 @@ def run(flags: Sequence[str]) -> int:
             "of the recipe (`output_dir` names the folder of all runs)"
         )
     folder = Path(str(recipe.training.output_dir))
-    small = {ratio: folder / f"{ratio:g}" / "small" for ratio in sorted(arguments.ratios)}
+    small = {ratio: folder / f"{ratio:g}" / SMALL_NAME for ratio in sorted(arguments.ratios)}
     launcher = shlex.split(arguments.launcher) or [sys.executable]
     for ratio, output in small.items():
         if (output / REPORT_NAME).is_file():

@@ -31,10 +31,10 @@ def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any]
         page: whether there is one to link.
     """
     distillation, replay, tokens = report.get("distillation"), report.get("replay"), report.get("vocabulary")
-    compaction = report.get("compaction")
+    compaction, serving = report.get("compaction"), report.get("serving")
     checked, stock = report["verification"], report["stock_class"]
     text = _CARD.format(
-        name=_base(report) or report["model_class"],
+        name=_name(report),
         ratio=report["pruning_ratio"],
         kind=_STOCK if stock else _UNEVEN,
         options="" if stock else ", trust_remote_code=True",
@@ -50,7 +50,7 @@ def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any]
         page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
         picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         made=_made(report),
-        serving="".join(f"\n- {said}." for said in report.get("serving") or ()),
+        serving="\n".join(["", *(f"- {said}." for said in serving), ""]) if serving else "",
     )
     return f"---\n{_metadata(report, licence).to_yaml()}\n---\n\n{text}"
 
@@ -80,6 +80,11 @@ def _base(report: Mapping[str, Any]) -> str:
     return report["base_model"] if "/" in report["base_model"] else ""
 
 
+def _name(report: Mapping[str, Any]) -> str:
+    """Return what the base model is called: its Hub id or its folder's name, else its class."""
+    return report["base_model"] or report["model_class"]
+
+
 def _metadata(report: Mapping[str, Any], licence: Mapping[str, Any]) -> ModelCardData:
     base, results = _base(report), list(_results(report))
     return ModelCardData(
@@ -90,7 +95,7 @@ def _metadata(report: Mapping[str, Any], licence: Mapping[str, Any]) -> ModelCar
         base_model_relation="finetune" if base else None,
         datasets=[name for name in report.get("datasets") or () if "/" in name] or None,
         eval_results=results or None,
-        model_name=f"{base or report['model_class']}, pruned" if results else None,
+        model_name=f"{_name(report)}, pruned" if results else None,
         **licence,
     )
 

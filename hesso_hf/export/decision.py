@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..config import OPT_IN, structures_around
 from ..errors import HessoError
@@ -20,8 +19,6 @@ from ..structures.layers import LAYER_UNITS, without_dropped_layers
 from ..structures.proof.prove import proved_groups
 from ..structures.router_gates import routed_by
 from ..vocabulary.tokens import KeptTokens
-
-logger = logging.get_logger(__name__)
 
 NOTHING_CUT = KeptUnits({}, {})
 
@@ -127,7 +124,7 @@ def decide(
 
 
 def _check_found(kept: KeptUnits, groups: PruningGroups) -> None:
-    """Refuse units found at zero that no stock class can do without; warn where there are none."""
+    """Refuse units found at zero that no stock class can do without."""
     staying = without_dropped_layers(groups, kept).kept
     if any(len({len(layer) for layer in layers}) > 1 for layers in staying.values()):
         counts = {name: [len(layer) for layer in layers] for name, layers in staying.items()}
@@ -135,8 +132,6 @@ def _check_found(kept: KeptUnits, groups: PruningGroups) -> None:
             f"the layers differ in how many units aren't zero ({counts}), which no stock class has; pass `kept_units` "
             "to export with a modelling file all the same"
         )
-    if kept.all_stay:
-        logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
 
 
 def groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:

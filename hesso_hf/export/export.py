@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 
 from ..errors import HessoError
 from ..structures.groups import KeptUnits, PruningGroups
@@ -23,6 +24,8 @@ from .report import PruningReport
 from .source import read_source
 from .verify import Verifier
 from .write import DTYPES, Output, write_pruned
+
+logger = logging.get_logger(__name__)
 
 
 def export_pruned(
@@ -69,10 +72,12 @@ def export_pruned(
     model = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
     vocabulary = vocabulary or found.vocabulary
     decision = decide(model, found.kept, groups, vocabulary, found.compaction)
-    if found.kept is None and decision.kept.all_stay and not isinstance(source, nn.Module):
-        raise HessoError(
-            f"`source` ({str(source)!r}): nothing in it is pruned; give a checkpoint-* folder that training wrote"
-        )
+    if found.kept is None and decision.kept.all_stay and decision.compaction is None:
+        if not isinstance(source, nn.Module):
+            raise HessoError(
+                f"`source` ({str(source)!r}): nothing in it is pruned; give a checkpoint-* folder that training wrote"
+            )
+        logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
     wanted = dtype or found.config.get("export_dtype")
     output = Output(
         Path(output_dir),

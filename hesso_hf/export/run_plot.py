@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HessoError
-from .page.losses import Losses
+from .page.losses import Losses, removed_until_the_end
 from .page.words import logged, named
 from .report import REPORT_NAME
 
@@ -38,7 +38,7 @@ def plot_run(run: Any) -> RunFigure:
     """Draw how a run went: losses over the optimizer steps (nats a token), and what share of the parameters is gone.
 
     Args:
-        run: a trainer that has trained, or the folder of a smaller model; its report has the losses, not the share.
+        run: a trainer that has trained, or the folder of a smaller model.
 
     Returns:
         The figure: a notebook shows it, `figure.savefig(path)` writes it.
@@ -47,7 +47,8 @@ def plot_run(run: Any) -> RunFigure:
         HessoError: where no loss was logged, or there is no report.
         ImportError: where matplotlib isn't installed.
     """
-    report, shares = _of_trainer(run) if hasattr(run, "state") else (_report_in(Path(run)), [])
+    report = run.hesso_run.record() if hasattr(run, "hesso_run") else _report_in(Path(run))
+    shares = removed_until_the_end(report)
     if not report.get("losses"):
         raise HessoError("there is nothing to draw: no loss was logged (`logging_steps`, `logging_strategy`)")
     heights = [3, 2] if shares else [3]
@@ -55,18 +56,9 @@ def plot_run(run: Any) -> RunFigure:
     upper, *lower = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _draw_losses(upper, Losses.from_dict(report["losses"]), report.get("quality") or {})
     for axes in lower:
-        _draw_shares(axes, shares, report["pruning_ratio"])
+        _draw_shares(axes, shares, report["target"])
     _shade([upper, *lower], report.get("phases") or {})
     return figure
-
-
-def _of_trainer(trainer: Any) -> tuple[dict[str, Any], list[tuple[int, float]]]:
-    """Return what a report would say, and the share that was gone by step."""
-    run, history = trainer.hesso_run, trainer.state.log_history
-    target = run.plan.target
-    report = run.record() | {"pruning_ratio": target.parameter_ratio}
-    key = "hesso/pruned_ratio"
-    return report, [(entry["step"], entry[key]) for entry in history if key in entry]
 
 
 def _report_in(folder: Path) -> dict[str, Any]:
@@ -101,8 +93,9 @@ def _means(values: Sequence[float]) -> list[float]:
     return [sum(each) / len(each) for each in last]
 
 
-def _draw_shares(axes: Axes, shares: Sequence[tuple[int, float]], target: float) -> None:
-    steps, gone = zip((0, 0.0), *shares, strict=True)
+def _draw_shares(axes: Axes, shares: Sequence[tuple[int, float]], asked: Mapping[str, Any]) -> None:
+    steps, gone = zip(*shares, strict=True)
+    target = 1 - asked["parameters_after"] / asked["parameters_before"]
     axes.step(steps, [100 * share for share in gone], where="post", color="black")
     axes.axhline(100 * target, color="black", linewidth=0.8, linestyle="--", label="to be removed")
     axes.set_ylabel("removed (% of\nparameters)")

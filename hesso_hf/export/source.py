@@ -29,6 +29,7 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.tokens import KeptTokens
 from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
 from .decision import Compaction, groups_for
+from .report import REPORT_NAME
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +122,11 @@ def read_source(
             )
         kept = kept or KeptUnits.from_dict(state["kept_units"])
         training = training or state["training"]
+    elif kept is None and (folder / REPORT_NAME).exists():
+        raise HessoError(
+            f"`source` ({str(folder)!r}) is the smaller model already, as its {REPORT_NAME} says: load it with "
+            "`from_pretrained`; to export it anew, give the checkpoint-* folder that it came of"
+        )
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
     training = training or {}

@@ -224,7 +224,9 @@ class PruningPeriod(Phase):
         order = run.scores(share, fisher) if state.order is None else state.order
         marked = agreed(run.ranking.lowest(order, share, pruned))
         for name, units in marked.items():
-            state.redundant[name].copy_(units & ~pruned[name])
+            state.redundant[name].copy_(units > pruned[name])  # and not pruned, in one kernel
+        judged = state.judged or order
+        state.judged = {name: torch.where(pruned[name], judged[name], score) for name, score in order.items()}
         if run.pausing:
             state.order = order
             state.period_start = run.bound.snapshot(base, run.snapshots_on_cpu)

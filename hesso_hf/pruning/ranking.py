@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from math import isfinite
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -20,6 +22,8 @@ from .criteria import combine_criteria, criteria_of, needed_sums
 from .saliency import PerUnit, UnitSums
 
 logger = logging.get_logger(__name__)
+
+SHOWN_SCORES = 200  # of a structure, in the report
 
 
 class Ranking:
@@ -125,6 +129,14 @@ class Ranking:
         behind, ahead = (units * layers // self._pools[name] for units in stops[index : index + 2])
         return behind + round((ahead - behind) * (share * (len(stops) - 1) - index))
 
+    def kept_after(self, share: Fraction) -> dict[str, Any]:
+        """Return how many units of each structure a layer has, in the mean, when `share` of all that go is gone."""
+        layers = {name: len(g.layers) if self._across_layers else 1 for name, g in self._groups.structures.items()}
+        return {
+            name: g.num_units - self._so_far(name, share, layers[name]) * self._pools[name] / layers[name]
+            for name, g in self._groups.structures.items()
+        }
+
     def lowest(self, scores: PerUnit, share: Fraction = Fraction(1), pruned: PerUnit | None = None) -> PerUnit:
         """Mark the lowest units so that `share` of all that are to go is marked, those already pruned included.
 
@@ -137,6 +149,35 @@ class Ranking:
             count = self._so_far(name, share, layers)
             found[name] = lowest_units(score, gone, count, self._across_layers, pools)
         return found
+
+
+def ranked(judged: PerUnit, gone: PerUnit, across_layers: bool) -> dict[str, Any] | None:
+    """Return the scores by which units went or stayed, in their order, as plain JSON types; None where none has.
+
+    Units compete within a layer, whose scores are means over all layers, or across layers.
+
+    Args:
+        judged: score of each unit, shape (L, U) per structure.
+        gone: the units that were removed, bool (L, U) per structure; equally many in each layer, unless these compete.
+
+    Returns:
+        Per structure `units` that compete, `removed` of them, and (rank, score) of at most `SHOWN_SCORES` of them, the
+        removed ones first, each kind from the lowest score on.
+    """
+    found = {}
+    for name, scores in judged.items():
+        rows = (1, scores.numel()) if across_layers else tuple(scores.shape)
+        values, stays = scores.cpu().double().reshape(rows), ~gone[name].cpu().reshape(rows)
+        count, units = int((~stays[0]).sum()), rows[1]
+        if not count:
+            continue
+        order = values.argsort(1)
+        order = order.gather(1, stays.gather(1, order).int().argsort(stable=True, dim=1))
+        means = values.gather(1, order).mean(0).tolist()
+        shown = {count - 1, count, *torch.linspace(0, units - 1, min(units, SHOWN_SCORES - 2)).round().int().tolist()}
+        points = [[rank, float(f"{means[rank]:.4g}")] for rank in sorted(shown) if isfinite(means[rank])]
+        found[name] = {"units": units, "removed": count, "points": points}
+    return found or None
 
 
 def agreed(marked: PerUnit) -> PerUnit:

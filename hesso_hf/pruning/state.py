@@ -45,6 +45,8 @@ class PruningState:
         period_start: snapshot of the period's start, while it may be paused.
         healing: what is added to matrices in this period, by parameter, all its steps together.
         compaction: that the pruned units were cut out of the model; None while it has them.
+        judged: (L, U) per structure: each unit's score when it was last judged, by which a pruned one went; for the
+            report alone.
     """
 
     target: TargetSizes
@@ -60,6 +62,7 @@ class PruningState:
     period_start: Snapshot | None = None
     healing: dict[str, torch.Tensor] = field(default_factory=dict)
     compaction: Compaction | None = None
+    judged: PerUnit = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"step {self.step} of {self.schedule.total_steps} ({self.schedule.phase(self.step)})"]
@@ -98,6 +101,7 @@ class PruningState:
         self.scales, self.redundant = on_device(self.scales, device), on_device(self.redundant, device)
         self.sums.sums, self.healing = on_device(self.sums.sums, device), on_device(self.healing, device)
         self.order = None if self.order is None else on_device(self.order, device)
+        self.judged = on_device(self.judged, device)
         if self.trial is not None:
             self.trial.cric.to_(device)
 
@@ -124,6 +128,7 @@ class PruningState:
             "period_start": self.period_start.state_dict() if self.period_start else None,
             **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
             **({"compaction": self.compaction.to_dict()} if self.compaction else {}),  # nor this
+            **({"judged": dict(self.judged)} if self.judged else {}),  # nor this
             "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 
@@ -163,6 +168,7 @@ class PruningState:
         self.order = None if order is None else {name: score.to(bound.device) for name, score in order.items()}
         self.watch.load_state_dict(saved["watch"])
         self.healing = {name: added.to(bound.device) for name, added in saved.get("healing", {}).items()}
+        self.judged = {name: score.to(bound.device) for name, score in saved.get("judged", {}).items()}
 
     def load_snapshots(self, saved: Mapping[str, Any], bound: BoundGroups, base: Optimizer, on_cpu: bool) -> None:
         """Take over CRIC's trial and the snapshots, which belong to the parameters of `base`."""

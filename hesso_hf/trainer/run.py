@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..pruning.healing import Healer, padded, unreadable
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
+from ..pruning.ranking import ranked
 from ..pruning.schedule import Schedule, resolve_schedule
 from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
@@ -231,15 +233,14 @@ class PruningRun:
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of the run."""
-        process, curves, on = self.process, self.plan.curves, self.ladder.on
+        process, on = self.process, self.ladder.on
         return {
             "base_model": self.model.config.name_or_path,
             "hesso_config": self._config.to_dict(),
             "target": (process.target if on is None else process.rungs[on]).to_dict(),
             "schedule": process.schedule.to_dict(),
             "phases": {name: list(span) for name, span in process.schedule.phases_to(on).items()},
-            "saliency": self._config.saliency_weights,
-            "calibration": curves.to_dict() if curves else None,
+            **_decided(process, self.plan, self._config),
             "stream_basis": self.basis.to_dict() if self.basis else None,
             "steps": process.step,
             **(_as_trained(self._trainer, self.quality) | self.origin),
@@ -248,6 +249,18 @@ class PruningRun:
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _decided(process: PruningProcess, plan: PruningPlan, config: HessoConfig) -> dict[str, Any]:
+    """Return how it was decided what goes, and what share of the parameters was gone after which step."""
+    ended = {0: Fraction(0)} | {p.end: p.share for p in process.schedule.periods if p.end <= process.step}
+    kept = {step: plan.parameters(process.run.ranking.kept_after(share)) for step, share in ended.items()}
+    return {
+        "saliency": config.saliency_weights,
+        "calibration": plan.curves.to_dict() if plan.curves else None,
+        "scores": ranked(process.state.judged, process.state.pruned(), config.layer_widths == "per_layer"),
+        "removed_by_step": [[step, 1 - float(left) / plan.parameters.full] for step, left in kept.items()],
+    }
 
 
 def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The page of `hesso-hf report --html`: well-formed, loads nothing, and says what the reports say and nothing else."""
+"""The page of `hesso-hf report`: well-formed, loads nothing, and says what the reports say and nothing else."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from hesso_hf.config.names import SALIENCIES, STRUCTURES
 from hesso_hf.export.page import words
 from hesso_hf.export.page.compared import losses_by_share
 from hesso_hf.export.page.figures import strip
+from hesso_hf.export.page.losses import Losses
 from hesso_hf.export.page.markup import element
 from hesso_hf.export.page.page import Model, report_page
 from hesso_hf.export.verify import Verification
@@ -51,6 +52,9 @@ def small_report(**changes: Any) -> dict[str, Any]:
         "phases": {name: list(span) for name, span in SCHEDULE.phases.items()},
         "saliency": {"taylor_first_order": 1.0, "taylor_second_order": 3.0},
         "calibration": {"removed": {"attention_heads": [0.286, 0.571]}, "rises": {"attention_heads": [0.0987, 0.765]}},
+        "scores": {"attention_heads": {"units": 7, "removed": 2, "points": [[0, 0.0123], [1, 0.0456], [2, 0.4567],
+                                                                           [6, 0.9876]]}},
+        "removed_by_step": [[0, 0.0], [19, 0.321], [27, 0.5682]],
         "stream_basis": {"error": 8.76e-7, "tokens": 16385, "clusters": 1, "rise": 0.0345, "energy": {"0.5": 0.789}},
         "steps": 40,
         "quality": {
@@ -179,18 +183,23 @@ def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
     pairs = [report["parameters"], report["vocabulary"]["tokens"], {"before": 7, "after": 5}]
     pairs += [{when: report["sizes"][when][name] for when in ("before", "after")} for name in report["sizes"]["after"]]
     values |= {1 - pair["after"] / pair["before"] for pair in pairs}
-    values |= {2 * count for count in report["parameters"].values()}  # bytes in bfloat16
+    values |= {2 * count / 1000 for count in report["parameters"].values()}  # kB in bfloat16
+    values |= {2.5678 - 2.3456, 1.3456 - 1.2345, 13.0372 / 10.4394 - 1}  # losses and perplexity, after against before
     values |= {0, 1}  # layers
     ends = (3, 3 + 4 * 2, 3 + 4 * 2 + 8 + 2 * 4, 40)  # of the phases; the period given up with its last step adds two
     values |= {0, *ends, *(end + 1 for end in ends[:-1])}
     shown = NUMBER.findall(re.sub(r"\d+(\.\d+){2}\S*", "", found.text))  # versions are no numbers
     assert len(shown) > 60
     assert [token for token in shown if not shown_as(token, values)] == []
-    for expected in ("54,321", "56.8%", "108,642", "46,912", "3.2e-07", "1.2e-02", "0.0987", "8.765", "25.1%", "78.9%"):
+    for expected in ("54,321", "56.8%", "108.64", "46.91", "3.2e-07", "1.2e-02", "0.0987", "8.765", "25.1%", "78.9%"):
         assert expected in shown
     assert {"2.3456", "13.04", "1.3456", "63"} <= set(shown)
-    assert ["loss on other text (nats a token)", "3.1234", "–"] in found.rows
-    assert ["piqa acc", "–", "0.6543"] in found.rows
+    assert ["memory of the weights, in bfloat16", "108.64\u00a0kB", "46.91\u00a0kB", "-56.8%"] in found.rows
+    assert ["loss on held-out examples (nats a token)", "2.3456", "2.5678", "+0.2222"] in found.rows
+    assert ["loss on other text (nats a token)", "3.1234", "–", ""] in found.rows
+    assert ["perplexity on held-out examples", "10.44", "13.04", "+24.9%"] in found.rows
+    assert ["piqa acc", "–", "0.6543", ""] in found.rows
+    assert ["loss on a.txt", "1.2345", "1.3456", "+0.1111"] in found.rows
     assert "hesso-hf prune a.yaml --max_steps 40" in found.text
     assert ["attention heads", "3", "1", "3 → 1"] in found.rows
     assert ["attention heads", "57.1%", "0.7650"] in found.rows
@@ -213,6 +222,7 @@ def test_what_a_report_says_is_text_whatever_it_says() -> None:
                 "quality",
                 "values",
                 "hyperparameters",
+                "scores",
             }
             fixed = ({"before"}, {"num_units"}, {"loss", "perplexity"})  # keys that are read by name
             return {name: {HOSTILE + k: spoilt(v) for k, v in inner.items()}
@@ -245,6 +255,7 @@ def test_several_have_a_column_each() -> None:
     assert ["parameters after", "23,456", "34,567"] in found.rows
     assert ["healing", "auto", "–"] in found.rows
     assert ["CRIC", "2 cycles", "–"] in found.rows
+    assert ["piqa acc", "0.6543", "–"] in found.rows
     assert found.text.count("What was removed") == 2
 
 
@@ -311,9 +322,60 @@ def test_every_name_of_the_method_has_words() -> None:
     assert words.VERIFIED.keys() <= Verification.__annotations__.keys()
 
 
+def paths(found: Parsed) -> list[str]:
+    """Return the lines in the pictures of a page, but for axes and strips."""
+    return [given["d"] or "" for tag, given in found.tags if tag == "path" and given.get("stroke")]
+
+
+def test_the_losses_of_the_base_model_are_lines_beside_those_of_the_run() -> None:
+    run = Losses({"loss": [(4, 4.0), (40, 2.0)], "eval_loss": [(40, 3.0)]}, 0)
+    found = parsed(small_report(calibration=None, scores=None, removed_by_step=None), losses=run)
+    loss, held_out, base, base_other = paths(found)
+    # 2.0 lies at the bottom (196) and 4.0 at the top (10) of the picture; its 40 steps are 320 wide
+    assert (loss, held_out) == ("M84.0 10.0L372.0 196.0", "M372.0 103.0")
+    assert base == f"M52.0 {round(10 + 93 * (4.0 - 2.3456), 1)}L372.0 {round(10 + 93 * (4.0 - 2.3456), 1)}"
+    assert base_other.startswith(f"M52.0 {round(10 + 93 * (4.0 - 3.1234), 1)}L372.0")
+    named = ["training loss", "loss on held-out examples", "loss on held-out examples, base model",
+             "loss on other text, base model"]  # fmt: skip
+    legend = [given["class"] for tag, given in found.tags if tag == "i" and "key" in (given["class"] or "")]
+    assert "\n\n".join(named) in found.text
+    assert legend[:4] == ["key course c0", "key course c1", "key mark c1", "key mark c2"]
+
+
+def test_the_share_that_is_gone_is_drawn_over_the_steps_also_without_a_loss() -> None:
+    found = parsed(small_report(calibration=None, scores=None))
+    assert paths(found) == [f"M52.0 196.0H204.0V{round(10 + 186 * (1 - 0.321 / 0.5682), 1)}H268.0V10.0H372.0V10.0"]
+    assert "Share of the parameters that is removed" in found.text
+    assert "Loss over the steps" not in found.text
+    assert found.count("rect") == 4  # the phases
+
+
+@pytest.mark.parametrize(("least", "said"), [(0.0123, "; scores by their logarithm"), (0.1, "")])
+def test_the_scores_are_drawn_in_two_colours_with_the_cut_between(least: float, said: str) -> None:
+    points = [[0, least], [1, 0.3], [2, 0.4567], [6, 0.9876]]
+    scores = {"attention_heads": {"units": 7, "removed": 2, "points": points}}
+    found = parsed(small_report(calibration=None, removed_by_step=None, scores=scores))
+    went, stayed, cut = paths(found)
+    assert went.startswith("M52.0 196.0L105.3 ")  # of ranks 0 to 6, the first two
+    assert stayed.startswith("M158.7 ")
+    assert (went.count("L"), stayed.count("L")) == (1, 1)
+    assert stayed.endswith("L372.0 10.0")
+    assert cut == "M132.0 196.0L132.0 10.0"
+    legend = [given["class"] for tag, given in found.tags if tag == "i"]
+    assert legend[-3:] == ["key course c1", "key course c0", "key mark plain"]
+    assert f"attention heads: 2 of 7 went{said}\n" in found.text
+    assert f"{least:.2g}\n" in found.text
+
+
+def test_bytes_are_written_in_the_unit_of_the_largest() -> None:
+    assert words.memory(861_888, 1_739_008) == "0.86\u00a0MB"
+    assert words.memory(999_999, 999_999) == "1,000.00\u00a0kB"
+    assert words.memory(14_483_464_192, 14_483_464_192) == "14.48\u00a0GB"
+
+
 def test_the_log_beside_it_is_drawn_with_the_phases(tmp_path: Path) -> None:
     losses = [*LOSSES, {"step": 20, "eval_loss": 4.25}, {"step": 30, "loss": float("nan")}]
-    small = saved(tmp_path / "run" / "small", small_report(calibration=None), losses)
+    small = saved(tmp_path / "run" / "small", small_report(calibration=None, scores=None, removed_by_step=None), losses)
     assert main(["report", str(small), "--html", str(tmp_path / "page.html")]) == 0
     found = Parsed((tmp_path / "page.html").read_text())
     assert found.count("rect") == 4
@@ -330,24 +392,57 @@ def test_another_run_s_log_is_left_out_by_name_unless_it_is_asked_for(
     small = saved(tmp_path / "run" / "small", small_report(), LOSSES, max_steps=41)
     flags = ["report", str(small), "--html", str(tmp_path / "page.html")]
     assert main(flags) == 0
-    assert "How it went" not in (tmp_path / "page.html").read_text()
+    assert "Loss over the steps of the training" not in (tmp_path / "page.html").read_text()
     assert "is left out: it is of a run of 41 steps, and the report says 40" in capsys.readouterr().err
     assert main([*flags, "--run", str(tmp_path / "run")]) == 0
-    assert "How it went" in (tmp_path / "page.html").read_text()
+    assert "Loss over the steps of the training" in (tmp_path / "page.html").read_text()
 
 
-def test_several_are_printed_and_folders_of_one_name_told_apart(
+def test_several_are_compared_and_folders_of_one_name_told_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folders = [str(saved(tmp_path / name / "small", small_report(steps=n))) for n, name in enumerate(("x", "y"))]
+    folders = [str(saved(tmp_path / name / "small", small_report(steps=n))) for n, name in enumerate(("x", "y"), 1)]
     assert main(["report", *folders, "--json"]) == 0
-    assert [found["steps"] for found in json.loads(capsys.readouterr().out)] == [0, 1]
+    assert [found["steps"] for found in json.loads(capsys.readouterr().out)] == [1, 2]
     assert main(["report", *folders, "--html", str(tmp_path / "page.html")]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("of the parameters removed") == 2
-    assert re.search(r"loss on held-out examples \(nats a token\) +2\.3456 +2\.5678", printed)
-    assert re.search(r"piqa acc +– +0\.6543", printed)
+    assert re.search(r"\n +x/small +y/small *\n", printed)
+    assert re.search(r"\n *steps +1 +2 *\n", printed)
+    assert re.search(r"\n *loss on held-out examples, after +2\.5678 +2\.5678 *\n", printed)
+    assert re.search(r"\n *piqa acc +0\.6543 +0\.6543 *\n", printed)
     assert Parsed((tmp_path / "page.html").read_text()).rows[0] == ["", "x/small", "y/small"]
+    assert not list(tmp_path.glob("*/small/report.html"))  # of one alone it is made again
+
+
+def test_a_run_s_page_is_made_again_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    small = saved(run / "small", small_report())
+    saved(run / "rung-0.3", BARE)  # a model that was saved on the way
+    for given in (small, run):
+        assert main(["report", str(given)]) == 0
+        printed = capsys.readouterr().out
+        assert f"{small}: 56.8% of the parameters removed" in printed
+        assert re.search(r"loss on held-out examples \(nats a token\) +2\.3456 +2\.5678", printed)
+        assert f"written: {small / 'report.html'}" in printed
+        assert (small / "report.html").read_text() == report_page([Model.of("", small_report())])
+        (small / "report.html").unlink()
+    assert main(["report", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 40
+    (small / "report.html").mkdir()
+    assert main(["report", str(run)]) == 0
+    told = capsys.readouterr()
+    assert "the page isn't made again: `--html`" in told.err
+    assert "written" not in told.out
+
+
+def test_of_a_folder_with_several_models_one_has_to_be_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = saved(tmp_path / "hesso", small_report())
+    assert main(["report", str(tmp_path)]) == 0  # the only one
+    two = saved(tmp_path / "one-shot", BARE)
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} has several smaller models: name one of {one}, {two}, or several" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

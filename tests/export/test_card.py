@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from hesso_hf.export.card import CARD_NAME, card, licence_of
 from hesso_hf.export.page.page import PAGE_NAME
@@ -40,6 +41,26 @@ def test_the_front_matter_says_what_it_came_of_and_how_good_it_is() -> None:
 def test_a_base_model_that_is_no_hub_id_is_not_linked() -> None:
     data = made(small_report(base_model="folder", quality=None, evaluation=None)).data.to_dict()
     assert not {"base_model", "base_model_relation", "datasets", "model-index", "license"} & data.keys()
+
+
+@pytest.mark.parametrize("serving", [None, ["vLLM takes it for another", "So does SGLang"]], ids=["plain", "served"])
+@pytest.mark.parametrize("changes", [{}, {"quality": None, "evaluation": None, "command": None}], ids=["full", "bare"])
+def test_its_tables_are_tables_and_its_lists_are_lists(serving: list[str] | None, changes: dict[str, Any]) -> None:
+    report = small_report(serving=serving, **changes)
+    tokens = MarkdownIt("commonmark").enable("table").parse(made(report).text)
+    rows = [token.level for token in tokens if token.type == "tr_open"]
+    assert sum(token.type == "table_open" and token.level == 0 for token in tokens) == (1 if changes else 2)
+    assert len(rows) == sum(line.startswith("|") for line in made(report).text.splitlines()) - (1 if changes else 2)
+    said = [token.content for token in tokens if token.type == "inline" and token.level == 3]
+    assert said[: len(serving or ())] == [f"{text}." for text in serving or ()]
+    assert not [token for token in tokens if token.type == "inline" and "|---" in token.content]
+
+
+def test_a_base_model_in_a_folder_gives_its_name_to_the_card() -> None:
+    report = small_report(base_model="my-base")
+    assert "\n# my-base, pruned\n" in made(report).text
+    assert made(report).data.model_name == "my-base, pruned"
+    assert "\n# LlamaForCausalLM, pruned\n" in made(small_report(base_model="")).text
 
 
 def test_its_table_has_before_and_after_and_every_number_is_in_the_report() -> None:

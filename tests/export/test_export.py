@@ -23,6 +23,7 @@ import hesso_hf
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export.checkpoint_state import STATE_NAME
 from hesso_hf.export.export import export_pruned
+from hesso_hf.export.report import REPORT_NAME
 from hesso_hf.structures import cut
 from hesso_hf.structures.cut import device_with_room
 from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups
@@ -439,6 +440,20 @@ def test_a_checkpoint_can_be_exported_in_place(checkpoint: tuple[Path, PreTraine
     input_ids = token_ids(model.config)
     found = logits(AutoModelForCausalLM.from_pretrained(folder), input_ids)
     assert relative_difference(found, logits(model, input_ids)) <= 1e-5
+
+
+def test_the_smaller_model_itself_is_refused_in_one_message(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    folder = tmp_path / "small"
+    random_model(ALL["llama"].config()).save_pretrained(folder)
+    (folder / REPORT_NAME).write_text("{}")
+    with pytest.raises(HessoError, match=r"small'\) is the smaller model already, as its pruning_report\.json says"):
+        export_pruned(folder, tmp_path / "out")
+    assert not caplog.text
+    (folder / REPORT_NAME).unlink()
+    with pytest.raises(HessoError, match="nothing in it is pruned; give a checkpoint-"):
+        export_pruned(folder, tmp_path / "out")
+    assert "written as large" not in caplog.text
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unfinished_checkpoint_is_refused(checkpoint: tuple[Path, PreTrainedModel, KeptUnits], tmp_path: Path):

@@ -43,6 +43,27 @@ def test_a_save_writes_the_page_of_its_report_and_links_it(run: HessoTrainer, tm
     assert report["phases"] == {"warmup": [0, 2], "pruning": [2, 7], "recovery": [7, 12]}
 
 
+def test_a_report_has_what_was_gone_when_and_the_scores_by_which_it_went(run: HessoTrainer, tmp_path: Path) -> None:
+    run.save_model(str(tmp_path))
+    report = json.loads((tmp_path / REPORT_NAME).read_text())
+    logged = {entry["step"]: entry["hesso/pruned_ratio"] for entry in run.state.log_history if "loss" in entry}
+    assert [step for step, _ in report["removed_by_step"]] == [0, 4, 7]  # the ends of the periods
+    for step, share in report["removed_by_step"][1:]:
+        assert share == pytest.approx(logged[step])
+        assert share > logged[step - 1]
+    process, units = run.hesso_run.process, {"attention_heads": (3, 1), "mlp_channels": (44, 16)}
+    assert {n: (f["units"], f["removed"]) for n, f in report["scores"].items()} == units | {
+        "embedding_channels": (60, 12)
+    }
+    for name, found in report["scores"].items():
+        gone = process.scales[name] == 0
+        means = [process.state.judged[name][chosen].mean().item() for chosen in (gone, ~gone)]
+        went = [score for rank, score in found["points"] if rank < found["removed"]]
+        points = [went, [score for _, score in found["points"][len(went) :]]]
+        assert [sum(part) / len(part) for part in points] == pytest.approx(means, rel=1e-3)
+        assert points == [sorted(part) for part in points]
+
+
 def test_a_page_that_fails_costs_no_model_and_is_named(
     run: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -51,8 +51,10 @@ def test_a_trainer_is_drawn_with_its_losses_phases_and_share(run: Any, tmp_path:
     assert texts(upper) == ["warm-up", "pruning", "recovery"]
     gone = line(lower, lower.lines[0].get_label())
     ratio = run.hesso_plan.target.parameter_ratio
+    assert list(gone.get_xdata()) == [0, 4, 7, 12]
     assert gone.get_ydata()[0] == 0
-    assert gone.get_ydata()[-1] == pytest.approx(100 * ratio)
+    assert 0 < gone.get_ydata()[1] < gone.get_ydata()[2] == pytest.approx(100 * ratio)
+    assert gone.get_ydata()[-1] == gone.get_ydata()[2]
     assert set(line(lower, "to be removed").get_ydata()) == {100 * ratio}
     assert upper.get_xlim() == (0, 12)
     figure.savefig(tmp_path / "run.svg")
@@ -62,10 +64,11 @@ def test_a_trainer_is_drawn_with_its_losses_phases_and_share(run: Any, tmp_path:
 
 def test_a_smaller_model_is_drawn_from_its_report(run: Any) -> None:
     folder = Path(run.args.output_dir) / "small"
-    (axes,) = plot_run(folder).axes
-    (upper, _) = plot_run(run).axes
-    assert [found.get_label() for found in axes.lines] == [found.get_label() for found in upper.lines]
-    assert texts(axes) == texts(upper)
+    for axes, expected in zip(plot_run(folder).axes, plot_run(run).axes, strict=True):
+        assert [found.get_label() for found in axes.lines] == [found.get_label() for found in expected.lines]
+        drawn, again = ([list(line.get_ydata()) for line in of.lines] for of in (expected, axes))
+        assert again == drawn
+        assert texts(axes) == texts(expected)
     assert [found.get_label() for found in plot_run(str(folder)).axes[0].lines]
 
 
@@ -75,6 +78,8 @@ def test_what_has_nothing_to_draw_is_refused(run: Any, tmp_path: Path) -> None:
     ):
         plot_run(tmp_path)
     report = json.loads((Path(run.args.output_dir) / "small" / REPORT_NAME).read_text())
+    (tmp_path / REPORT_NAME).write_text(json.dumps({n: part for n, part in report.items() if n != "removed_by_step"}))
+    assert len(plot_run(tmp_path).axes) == 1  # of a report from before it had that
     (tmp_path / REPORT_NAME).write_text(json.dumps(report | {"losses": None}))
     with pytest.raises(HessoError, match=r"no loss was logged \(`logging_steps`, `logging_strategy`\)"):
         plot_run(tmp_path)

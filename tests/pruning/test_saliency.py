@@ -12,7 +12,7 @@ from hesso_hf.config import SALIENCIES, HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.pruning import saliency
 from hesso_hf.pruning.criteria import criterion, needed_sums, saliency_scores
-from hesso_hf.pruning.ranking import lowest_units
+from hesso_hf.pruning.ranking import SHOWN_SCORES, lowest_units, ranked
 from hesso_hf.pruning.saliency import UnitSums, accumulate_
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.structures.groups import Axis, PruningGroups, StructureGroups
@@ -252,6 +252,28 @@ def test_across_layers_units_that_only_fill_up_come_last_and_no_pool_loses_its_l
     assert lowest(newcomers, 2, across=True) == [[0, 5], [0, 4]]  # one and a unit to fill up
     assert lowest(newcomers, 3, across=True) == [[0, 1, 3, 5], [0, 4]]
     assert lowest([[1, 2, 3], [INF, INF, INF]], 3, across=True, pools=1) == [[0, 1], [0]]
+
+
+def test_scores_are_told_in_their_order_those_that_went_first():
+    judged = {"mlp_channels": torch.tensor([[5.0, 1.0, 4.0, 2.0], [3.0, 8.0, 6.0, 9.0]])}
+    gone = {"mlp_channels": torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1]], dtype=torch.bool)}
+    within = {"units": 4, "removed": 2, "points": [[0, 2.0], [1, 5.5], [2, 5.0], [3, 6.5]]}  # means over the layers
+    assert ranked(judged, gone, across_layers=False) == {"mlp_channels": within}
+    across = [[0, 1.0], [1, 2.0], [2, 3.0], [3, 9.0], [4, 4.0], [5, 5.0], [6, 6.0], [7, 8.0]]
+    assert ranked(judged, gone, across_layers=True) == {"mlp_channels": {"units": 8, "removed": 4, "points": across}}
+    assert ranked(judged, {"mlp_channels": torch.zeros(2, 4, dtype=torch.bool)}, across_layers=False) is None
+    assert ranked({}, {}, across_layers=False) is None
+    judged["mlp_channels"][0, 0] = INF  # which JSON has not
+    assert ranked(judged, gone, across_layers=False) == {"mlp_channels": within | {"points": within["points"][:3]}}
+
+
+def test_of_many_scores_some_are_told_and_both_sides_of_the_cut():
+    scores = torch.arange(1000.0).flip(0)[None]
+    found = ranked({"mlp_channels": scores}, {"mlp_channels": scores < 333}, across_layers=False)
+    points = (found or {})["mlp_channels"]["points"]
+    assert len(points) <= SHOWN_SCORES
+    assert points == [[rank, rank] for rank in sorted(rank for rank, _ in points)]
+    assert {0, 332, 333, 999} <= {rank for rank, _ in points}
 
 
 def test_criteria_are_normalised_within_a_pool():

@@ -75,8 +75,25 @@ def test_a_state_prints_what_it_holds() -> None:
     assert str(state).endswith("snapshots: trial")
 
 
+def test_a_pruned_unit_keeps_the_score_that_it_went_by() -> None:
+    model = tiny_llama()
+    optimizer = HessoOptimizer(SGD(model.parameters(), lr=1e-2), process_for(model, KEPT, Schedule(1, 4, 2, 6)))
+    state, judged = optimizer.process.state, []
+    for batch in token_batches(5):
+        backward(model, batch)
+        optimizer.step()
+        judged.append({name: score.clone() for name, score in state.judged.items()})
+    assert judged[0] == {}
+    first, then, second = (judged[step]["mlp_channels"] for step in (1, 2, 4))  # steps 1 and 3 mark
+    assert torch.equal(first, then)
+    unchanged, gone = first == second, state.scales["mlp_channels"] == 0
+    assert unchanged.sum(1).tolist() == [6, 6]  # half of the 11 that go
+    assert (gone | ~unchanged).all()
+
+
 def test_every_field_is_saved() -> None:
     process = process_for(tiny_llama(), KEPT, Schedule(1, 2, 1, 3))
     process.state.healing = {"a matrix": torch.zeros(2)}  # is saved where there is some
     process.state.compaction = Compaction(2, 0.0, 10, {}, process.kept_units())  # and this
+    process.state.judged = {"mlp_channels": torch.zeros(2, 44)}  # and this
     assert {field.name for field in dataclasses.fields(PruningState)} <= process.state_dict().keys()

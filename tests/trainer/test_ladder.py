@@ -64,6 +64,7 @@ def test_every_model_has_its_share_of_the_parameters_and_is_a_stock_model(climbe
         assert abs(told["pruning_ratio"] - share) <= 0.01
         assert model.num_parameters() == told["parameters"]["after"] == sizes.parameters_after
         assert told["target"] == sizes.to_dict()
+        assert told["removed_by_step"][-1][1] == pytest.approx(told["pruning_ratio"])
         assert told["steps"] == step
         assert told["verification"]["fold_error"] <= 1e-5
     assert abs(report(folder / "small")["pruning_ratio"] - 0.4) <= 0.01

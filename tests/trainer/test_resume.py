@@ -41,6 +41,7 @@ def check_equal(run: HessoTrainer, expected: HessoTrainer) -> None:
     for (name, ours), theirs in zip(run.model.named_parameters(), expected.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert run.hesso_optimizer.process.kept_units() == expected.hesso_optimizer.process.kept_units()
+    assert run.hesso_run.record()["scores"] == expected.hesso_run.record()["scores"]
     ours, theirs = (item.hesso_optimizer.base.state_dict()["state"] for item in (run, expected))
     for index, state in theirs.items():
         for key, value in state.items():

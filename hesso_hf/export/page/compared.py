@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .figures import chart
+from .figures import chart, courses
 from .markup import Markup, table
+from .quality import evaluation_rows
 from .words import VERIFIED, logged, named, percent, scientific, sized, stored_bytes, text_of
 
 Report = Mapping[str, Any]
@@ -17,12 +18,18 @@ def compared(models: Sequence[tuple[str, Report]]) -> Iterator[Markup]:
     lines = losses_by_share([report for _, report in models])
     if lines:
         yield chart(
-            lines, percent, "Loss over the share of the parameters that was removed; at 0% the base model as it came"
+            courses(lines.items()),
+            percent,
+            "Loss over the share of the parameters that was removed; at 0% the base model as it came",
         )
-    columns = [_facts(report) for _, report in models]
+    yield table(["", *(name for name, _ in models)], compared_rows([report for _, report in models]))
+
+
+def compared_rows(reports: Sequence[Report]) -> list[tuple[str, ...]]:
+    """Return what models are compared by: what it is, and its value of each."""
+    columns = [_facts(report) for report in reports]
     names = dict.fromkeys(name for column in columns for name in column)
-    rows = ((name, *(column.get(name, "–") for column in columns)) for name in names)
-    yield table(["", *(name for name, _ in models)], rows)
+    return [(name, *(column.get(name, "–") for column in columns)) for name in names]
 
 
 def losses_by_share(reports: Sequence[Report]) -> dict[str, list[tuple[float, float]]]:
@@ -64,6 +71,7 @@ def _facts(report: Report) -> dict[str, str]:
         "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
         **{f"{logged(key)}, {when}": f"{found[when]['loss']:.4f}"
            for key, found in (report.get("quality") or {}).items() for when in ("before", "after") if when in found},
+        **{name: after for name, _, after in evaluation_rows(report)},
         "stored as": checked["dtype"],
         **{title: scientific(checked[name]) for name, (title, _) in VERIFIED.items()},
     }  # fmt: skip

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log10
 from typing import Any
 
-from .figures import chart
+from .figures import Line, chart, courses
 from .markup import Markup, element, joined, table, terms
 from .words import SALIENCIES, amount, named, percent, scientific
 
 Report = Mapping[str, Any]
 
+_WIDE = 50.0  # scores of which the highest is so many times the lowest
+
 
 def how_it_was_decided(report: Report) -> Markup:
     """Return all that a run's report says of its decision; nothing for weights that were exported without a run."""
     return joined([_curves(report.get("calibration")), _split(report.get("target")), _choice(report),
-                   _cric(report.get("cric"))])  # fmt: skip
+                   _scores(report.get("scores")), _cric(report.get("cric"))])  # fmt: skip
 
 
 def _curves(measured: Mapping[str, Any] | None) -> Markup:
@@ -30,7 +33,7 @@ def _curves(measured: Mapping[str, Any] | None) -> Markup:
         element("h3", "What each structure costs"),
         element("p", "Before training, more and more of the least needed units of one kind were taken out on a few "
                      "examples, and the rise of the loss was measured. The flatter a line, the more of it may go."),
-        chart(lines, _so_far, "Rise of the loss over the share of units removed"),
+        chart(courses(lines.items()), _so_far, "Rise of the loss over the share of units removed"),
         element("details", element("summary", "The numbers"),
                 table(["", "removed", "rise of the loss"], rows)),
     ])  # fmt: skip
@@ -69,6 +72,40 @@ def _choice(report: Report) -> Markup:
         said += [("Channels of the stream", _basis(report.get("stream_basis"))), ("Healing", _healing(config))]
         said += [("Replay", _replay(report.get("replay"))), ("Teacher", _teacher(report.get("distillation")))]
     return joined([element("h3", "The choice of units"), terms(said)] if said else [])
+
+
+def _scores(scores: Mapping[str, Any] | None) -> Markup:
+    """Return a picture for each structure: the scores of its units in their order, what went and what stayed."""
+    if not scores:
+        return Markup()
+    return joined([
+        element("h3", "The scores and the cut"),
+        element("p", "The units that compete with each other, from the lowest score to the highest: those of a layer, "
+                     "in the mean over all layers, or those of all layers where these compete. A unit that went is "
+                     "shown by the score it went by, one that stayed by its last."),
+        element("div", *(_cut(name, found) for name, found in scores.items() if found["points"]), class_="figures"),
+    ])  # fmt: skip
+
+
+def _cut(name: str, found: Mapping[str, Any]) -> Markup:
+    """Return the picture of one structure; scores that differ by more than a picture shows by their logarithm."""
+    removed, points = found["removed"], found["points"]
+    scores = [score for _, score in points]
+    low, high = min(scores), max(scores)
+    wide = low > 0 and high > _WIDE * low
+    drawn = [(rank, log10(score)) for rank, score in points] if wide else points
+    parts = [
+        Line("went", [(rank, y) for rank, y in drawn if rank < removed], 1),
+        Line("stayed", [(rank, y) for rank, y in drawn if rank >= removed], 0),
+        Line("the cut", [(removed - 0.5, log10(y) if wide else y) for y in (low, high)], None, "mark"),
+    ]
+    label = f"{named(name)}: {removed:,} of {found['units']:,} went{'; scores by their logarithm' if wide else ''}"
+    return chart(
+        [part for part in parts if part.points],
+        lambda rank: "highest" if rank else "lowest",
+        label,
+        value=lambda y: f"{10**y if wide else y:.2g}",
+    )
 
 
 def _basis(basis: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""The losses of a run over its steps, out of what Transformers' Trainer logs."""
+"""What a run's pictures show over its steps: its losses, out of what Trainer logs, and the share that is gone."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ class Losses:
     def from_dict(cls, values: Mapping[str, Any]) -> Losses:
         """Read what `to_dict` wrote."""
         return cls({key: [(x, y) for x, y in line] for key, line in values["lines"].items()}, values["skipped"])
+
+
+def removed_until_the_end(report: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """Return (step, share of the parameters that is gone from there on), up to the run's last step."""
+    found = [(step, share) for step, share in report.get("removed_by_step") or ()]
+    return [*found, (report["steps"], found[-1][1])] if found else []
 
 
 def _thinned(line: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -82,6 +82,7 @@ table.units tbody td { white-space: nowrap; }
 table.units th:nth-child(2) { text-align: left; }
 table.units td:nth-child(2) { width: 100%; }
 figure { margin: 1rem 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 1.5rem; }
 svg { display: block; width: 100%; }
 svg.chart { max-width: 34rem; }
 svg.strip { height: 12px; background: var(--panel); }
@@ -91,6 +92,10 @@ svg text { fill: var(--soft); font-size: 11px; }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
 .key { display: inline-block; width: .8em; height: .8em; margin: 0 .4em 0 0; border: 1px solid;
   background: currentColor; }
+rect { fill: currentColor; fill-opacity: .18; }
+.s0 { color: #8a8f98; } .s1 { color: #c45ab3; } .s2 { color: #4fa36c; } .s3 { color: #b59a2c; }
+.key.s0, .key.s1, .key.s2, .key.s3 { opacity: .5; }
+.key.mark { background: none; border-style: dashed; }
 .legend span { margin-right: 1.2em; white-space: nowrap; }
 dt { margin-top: .8rem; font-weight: 600; }
 dd { margin: 0; }

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .compared import compared
 from .decided import how_it_was_decided
-from .figures import Span, chart, colour, strip
-from .losses import Losses
+from .figures import Line, Span, chart, colour, courses, strip
+from .losses import Losses, removed_until_the_end
 from .markup import Markup, element, joined, page, table, terms
-from .quality import evaluated_on, evaluation_rows, quality_rows
-from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, stored_bytes, text_of
+from .quality import evaluated_on, gained_rows, quality_rows
+from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, text_of
 
 PAGE_NAME = "report.html"
 
@@ -77,9 +77,9 @@ def _sections(model: Model) -> list[Markup]:
     """Return the parts that the report has something for."""
     report = model.report
     parts = {
+        "What it gained": _gained(report),
         "What was removed": joined([_removed(report), _kept_units(report)]),
-        "How good it is": _how_good(report),
-        "How it went": _how_it_went(report, model.losses) if model.losses else Markup(),
+        "How it went": _how_it_went(report, model.losses),
         "How it was decided": how_it_was_decided(report),
         "How exact it is": _exact(report),
         "How to load it": _to_load(report),
@@ -88,16 +88,31 @@ def _sections(model: Model) -> list[Markup]:
     return [element("section", element("h2", title), part) for title, part in parts.items() if part]
 
 
+# -- what it gained ----------------------------------------------------------------------------------------------------
+
+
+def _gained(report: Report) -> Markup:
+    """Return what is known of the base model and the smaller one: size, loss, tasks, speed."""
+    found = [table(["", "before", "after", "change"], gained_rows(report))]
+    if report.get("quality"):
+        on = ", ".join(f"{part['examples']:,} of {text_of(key)}" for key, part in report["quality"].items())
+        said = (
+            "Before is the base model, after the trained model with its removed units at zero, both by the trainer's "
+            f"own loss on the same examples: {on}."
+        )
+        found.append(element("p", said, class_="soft"))
+    added = evaluated_on(report) if report.get("evaluation") else (
+        "hesso-hf eval BASE SMALL --card adds speed here, loss with --dataset, and tasks with --tasks."
+    )  # fmt: skip
+    return joined([*found, element("p", added, class_="soft")])
+
+
 # -- what was removed --------------------------------------------------------------------------------------------------
 
 
 def _removed(report: Report) -> Markup:
     """Return the sizes before and after, and the share that is gone."""
-    counts, stored = report["parameters"], report["verification"]["dtype"]
-    pairs = [("parameters", counts["before"], counts["after"])]
-    width = stored_bytes(stored)
-    if width:
-        pairs.append((f"bytes of the weights, stored as {stored}", counts["before"] * width, counts["after"] * width))
+    pairs = []
     if report.get("vocabulary"):
         pairs.append(("tokens", *(report["vocabulary"]["tokens"][when] for when in ("before", "after"))))
     before, after = report["sizes"]["before"], report["sizes"]["after"]
@@ -124,38 +139,44 @@ def _kept_units(report: Report) -> Markup:
     return joined(found)
 
 
-# -- how good it is ----------------------------------------------------------------------------------------------------
-
-
-def _how_good(report: Report) -> Markup:
-    """Return what the base model and the smaller one say of text that wasn't trained on."""
-    found, head = [], ["", "before", "after"]
-    if report.get("quality"):
-        on = ", ".join(f"{part['examples']:,} of {text_of(key)}" for key, part in report["quality"].items())
-        said = (
-            "Before is the base model, after the trained model with its removed units at zero, both by the trainer's "
-            f"own loss on the same examples: {on}."
-        )
-        found += [table(head, quality_rows(report)), element("p", said, class_="soft")]
-    if report.get("evaluation"):
-        found += [table(head, evaluation_rows(report)), element("p", evaluated_on(report), class_="soft")]
-    return joined(found)
-
-
 # -- how it went -------------------------------------------------------------------------------------------------------
 
 
-def _how_it_went(report: Report, found: Losses) -> Markup:
-    """Return the loss over the steps, with the phases of the run shaded."""
-    phases = report.get("phases") or {}
+def _how_it_went(report: Report, losses: Losses | None) -> Markup:
+    """Return the loss and the share that is gone over the steps, with the phases of the run shaded."""
+    phases, removed = report.get("phases") or {}, removed_until_the_end(report)
     spans = [Span(named(name), start, end) for name, (start, end) in phases.items()]
-    lines = {logged(key): line for key, line in found.lines.items()}
-    losses = chart(lines, lambda step: f"step {step:,}", "Loss over the steps of the training", spans)
-    said = terms(
-        (named(name), f"steps {start + 1:,} to {end:,}: {PHASES[name]}") for name, (start, end) in phases.items()
-    )
-    skipped = f"Left out, as they aren't finite numbers: {found.skipped:,} logged losses." if found.skipped else ""
-    return joined([losses, said, element("p", skipped)])
+    found = []
+    if losses:
+        lines = [*courses((logged(key), line) for key, line in losses.lines.items()), *_dense(report, losses)]
+        found.append(chart(lines, _at_step, "Loss over the steps of the training", spans))
+    if removed:
+        share = Line("", removed, None, "steps")
+        found.append(chart([share], _at_step, "Share of the parameters that is removed", spans, percent))
+    if not found:
+        return Markup()
+    said = terms((named(name), f"{_steps(*span)}: {PHASES[name]}") for name, span in phases.items())
+    skipped = losses.skipped if losses else 0
+    left_out = f"Left out, as they aren't finite numbers: {skipped:,} logged losses." if skipped else ""
+    return joined([element("div", *found, class_="figures"), said, element("p", left_out)])
+
+
+def _dense(report: Report, losses: Losses) -> Iterator[Line]:
+    """Yield the base model's losses, each of the colour of what was logged of the same text while it was trained."""
+    keys, last = list(losses.lines), max(step for line in losses.lines.values() for step, _ in line)
+    for key, found in (report.get("quality") or {}).items():
+        if "before" in found:
+            keys += [key] if key not in keys else []
+            level = [(step, found["before"]["loss"]) for step in (0, last)]
+            yield Line(f"{logged(key)}, base model", level, keys.index(key), "mark")
+
+
+def _steps(done: int, end: int) -> str:
+    return f"step {end:,}" if end == done + 1 else f"steps {done + 1:,} to {end:,}"
+
+
+def _at_step(step: float) -> str:
+    return f"step {step:,}"
 
 
 # -- exactness, loading, repeating -------------------------------------------------------------------------------------

@@ -1,32 +1,67 @@
-"""How good a model is before and after, in rows that its card and its page share."""
+"""What a smaller model costs and gains, before and after, in rows that its card and its page share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .words import named, text_of
+from .words import memory, named, stored_bytes, text_of
 
 Report = Mapping[str, Any]
+Row = tuple[str, Mapping[str, float], bool]  # what was measured, its values, and whether they compare by a ratio
 
 
 def quality_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what was measured while the model was trained: what it is, before, after."""
-    for key, found in (report.get("quality") or {}).items():
-        unit = " (nats a token)" if found["tokens"] else ""
-        for measure, of in (("loss", unit), ("perplexity", "")):
-            values = {when: found[when][measure] for when in ("before", "after") if measure in found.get(when, {})}
-            if values:
-                yield f"{measure} on {text_of(key)}{of}", *before_after(values)
+    for name, values, _ in _quality(report):
+        yield name, *_before_after(values)
 
 
 def evaluation_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what `hesso-hf eval` measured afterwards: what it is, before, after."""
-    for name, values in (report.get("evaluation") or {}).get("values", {}).items():
-        yield named(name), *before_after(values)
+    for name, values, _ in _evaluation(report):
+        yield name, *_before_after(values)
 
 
-def before_after(values: Mapping[str, float]) -> tuple[str, str]:
+def gained_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    """Yield everything that is known before and after, and its change: size first, then what was measured."""
+    counts, stored = report["parameters"], report["verification"]["dtype"]
+    yield "parameters", f"{counts['before']:,}", f"{counts['after']:,}", _change(counts, True)
+    width = stored_bytes(stored)
+    if width:
+        before, after = (memory(counts[when] * width, counts["before"] * width) for when in ("before", "after"))
+        yield f"memory of the weights, in {stored}", before, after, _change(counts, True)
+    for name, values, by_ratio in (*_quality(report), *_evaluation(report)):
+        yield name, *_before_after(values), _change(values, by_ratio)
+
+
+def evaluated_on(report: Report) -> str:
+    """Say how `hesso-hf eval` measured."""
+    found = report["evaluation"]
+    return (
+        f"Measured by hesso-hf eval{' on ' + found['dataset'] if found['dataset'] else ''}, in {found['dtype']} on "
+        f"{found['device']}, batches of {found['batch_size']:,} x {found['block_size']:,} tokens."
+    )
+
+
+def _quality(report: Report) -> Iterator[Row]:
+    for key, found in (report.get("quality") or {}).items():
+        unit = " (nats a token)" if found["tokens"] else ""
+        for measure, of, by_ratio in (("loss", unit, False), ("perplexity", "", True)):
+            values = {when: found[when][measure] for when in ("before", "after") if measure in found.get(when, {})}
+            if values:
+                yield f"{measure} on {text_of(key)}{of}", values, by_ratio
+
+
+def _evaluation(report: Report) -> Iterator[Row]:
+    evaluation = report.get("evaluation") or {}
+    for name, values in evaluation.get("values", {}).items():
+        of_text = name in ("loss", "perplexity") and evaluation["dataset"]
+        text = f"{name} on {evaluation['dataset']}" if of_text else named(name)
+        yield text, values, "second" in name or name == "perplexity"
+
+
+def _before_after(values: Mapping[str, float]) -> tuple[str, str]:
     """Return both of a pair of values as they are written, a dash for one that isn't there."""
     before, after = (_written(values[when]) if when in values else "–" for when in ("before", "after"))
     return before, after
@@ -37,10 +72,10 @@ def _written(value: float) -> str:
     return f"{value:,.{4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
 
 
-def evaluated_on(report: Report) -> str:
-    """Say how `hesso-hf eval` measured."""
-    found = report["evaluation"]
-    return (
-        f"Measured by hesso-hf eval{' on ' + found['dataset'] if found['dataset'] else ''}, in {found['dtype']} on "
-        f"{found['device']}, batches of {found['batch_size']:,} x {found['block_size']:,} tokens."
-    )
+def _change(values: Mapping[str, float], by_ratio: bool) -> str:
+    """Return by how much a value rose, as a share of what it was where that is how it compares."""
+    if not {"before", "after"} <= values.keys() or (by_ratio and not values["before"]):
+        return ""
+    if by_ratio:
+        return f"{values['after'] / values['before'] - 1:+.1%}"
+    return f"{values['after'] - values['before']:+.4f}"

@@ -88,6 +88,12 @@ def scientific(error: float) -> str:
     return f"{error:.1e}" if error else "0"
 
 
+def memory(count: int, largest: int) -> str:
+    """Return a number of bytes in the unit that suits the largest of those it stands beside."""
+    unit = min(3, max(1, (len(str(largest)) - 1) // 3))
+    return f"{count / 1000**unit:,.2f}\u00a0{('kB', 'MB', 'GB')[unit - 1]}"
+
+
 def stored_bytes(dtype: str) -> int:
     """Return the bytes of a parameter stored in a dtype by its name, such as `bfloat16`; 0 where that has no bits."""
     bits = re.search(r"\d+", dtype)
