@@ -106,7 +106,7 @@ def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
 ) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 143)
 
