@@ -142,7 +142,6 @@ def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the
         "| measure | bundled | small |",
         "| dtype | bfloat16 | float32 |",
         "| parameters | 869,504 | 156,908 (-82.0%) |",
-        "| FLOPs a token | 5,932,160 | 1,102,936 (-81.4%) |",
         "| loss (nats a token) | 2.0000 | 2.5000 (+0.5000) |",
         "| perplexity | 7.3891 | 12.1825 (+64.9%) |",
         "| lambada acc | 0.2500 ± 0.0123 | 0.5000 ± 0.0123 (+0.2500) |",
