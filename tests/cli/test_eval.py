@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a configuration of no data": (["small", "--dataset-config", "x"], "`--dataset-config` ('x') does nothing with"),
     "a window that the text doesn't fill": (
         ["small", *TEXT, "--joined", "--limit", "1", "--block-size", "128", "--text-column", "short"],
-        "`block_size` (128) is more than the tokens of `dataset` ('text.jsonl', 3)",
+        "`block_size` (128) is more than the tokens of `dataset` ('text.jsonl', 1)",
     ),
     "no folder for the output": (["small", *TEXT, "--output", "no/found.md"], "there is no folder 'no'; make it first"),
     "an unknown device": (["small", *SHORT, "--device", "gpu"], "`--device` ('gpu') can't be used: "),
