@@ -13,7 +13,7 @@ from typing import Any
 from ..config import HessoConfig
 from ..config.names import AUTO_REPLAY_SHARE
 from ..errors import HessoError
-from .comparison import check_comparison, comparison_table, evaluation_of, markdown_table, reported
+from .comparison import PICTURES, check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
 from .printing import print_report, print_table
@@ -168,20 +168,25 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="folder or Hub id; the others compare with the first"
     )
-    parser.add_argument("--dataset", help="python-docs, a text file or a Hub id")
+    parser.add_argument("--dataset", help="python-docs, a text file, a Hub id, or wikitext2, which is --joined")
+    parser.add_argument("--dataset-config", help="name of a configuration of a Hub data set")
+    parser.add_argument(
+        "--joined", action="store_true", help="as WikiText is read: all text joined by blank lines, in windows of 2048"
+    )
     parser.add_argument("--split", help="default: test, or all of a file")
     parser.add_argument("--text-column", default="text")
-    parser.add_argument("--block-size", type=int, help="tokens; default: 256, or the shortest context of the models")
+    parser.add_argument("--block-size", type=int, help="tokens; default: 256 (joined: 2048), or the shortest context")
     parser.add_argument("--tasks", help="comma-separated lm-eval tasks; paper: the seven that the paper reports")
     parser.add_argument("--num-fewshot", type=int, help="examples in a task's prompt; default: the task's own number")
     parser.add_argument("--include-path", help="folder with further lm-eval task files")
     parser.add_argument("--limit", type=int, help="examples at most, of the data and of each task")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=32, help="written to measure generation; 0: it isn't")
+    parser.add_argument("--no-speed", action="store_true", help="leave speed out, which takes long on a CPU")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
-    parser.add_argument("--output", help="write the results there too, as JSON or Markdown (.json, .md)")
+    parser.add_argument("--output", help="write the results there too: .json, .md, or a picture, .svg or .png")
     parser.add_argument("--card", action="store_true", help="write them into smaller models' cards, pages and reports")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -198,13 +203,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.card:
         _add_to_cards(arguments, found)
     if arguments.output is not None:
-        markdown = Path(arguments.output).suffix.lower() == ".md"
-        text = markdown_table(title, header, rows) if markdown else content
-        Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+        _write(Path(arguments.output), found, content, markdown_table(title, header, rows))
     if arguments.json:
         print(content)
+        return
+    print_table(title, header, rows)
+    if found[0]["device"] == "cpu":
+        print("peak memory is measured on a GPU alone: what a process holds on a CPU isn't one model's")
+
+
+def _write(path: Path, found: list[dict[str, Any]], content: str, page: str) -> None:
+    """Write what was measured, as the file's ending says."""
+    if path.suffix.lower() in PICTURES:
+        from .comparison_plot import draw_comparison
+
+        draw_comparison(found).savefig(path, dpi=120)
     else:
-        print_table(title, header, rows)
+        path.write_text((page if path.suffix.lower() == ".md" else content) + "\n", encoding="utf-8")
 
 
 def _add_to_cards(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:

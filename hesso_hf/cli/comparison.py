@@ -6,27 +6,32 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import HessoError
 from .data import check_text_file
-from .report import REPORT_NAME
+from .report import REPORT_NAME, names_of
 
 # What is measured: its key, what the table calls it, how it is written, and whether it compares by a ratio.
 MEASURES = (
     ("parameters", "parameters", ",", True),
     ("bytes", "bytes on disk", ",", True),
     ("memory", "bytes in memory", ",", True),
+    ("peak_memory", "peak memory (bytes)", ",", True),
+    ("flops_per_token", "FLOPs a token", ",.0f", True),
     ("tokens", "tokens predicted", ",", True),
     ("loss", "loss (nats a token)", ".4f", False),
     ("perplexity", "perplexity", ".4f", True),
-    ("tokens_per_second", "tokens/s (forward)", ",.0f", True),
+    ("tokens_per_second_alone", "prefill tokens/s, batch 1", ",.0f", True),
+    ("tokens_per_second", "prefill tokens/s, batch {}", ",.0f", True),
     ("first_token_seconds", "first token (s)", ".4f", True),
-    ("tokens_written_per_second", "tokens/s written", ",.1f", True),
-    ("tokens_written_per_second_in_batches", "tokens/s written in batches", ",.1f", True),
+    ("tokens_written_per_second", "decode tokens/s, batch 1", ",.1f", True),
+    ("tokens_written_per_second_in_batches", "decode tokens/s, batch {}", ",.1f", True),
 )
-SIZES = ("parameters", "bytes", "memory", "tokens")
+PICTURES = (".svg", ".png")
+SIZES = ("parameters", "bytes", "memory", "peak_memory", "flops_per_token", "tokens")
 # Of them, what a smaller model's report has beside the tasks: its sizes are in it anyway.
 COMPARED = tuple(key for key, *_ in MEASURES if key not in SIZES)
 
@@ -40,9 +45,13 @@ def check_comparison(flags: Namespace) -> None:
     for name in flags.models:
         if flags.models.count(name) > 1:
             raise HessoError(f"`model` ({name!r}) is named more than once; name each once")
-    for name, needed in (("num_fewshot", "tasks"), ("include_path", "tasks"), ("split", "dataset")):
+    short_names(flags.models)
+    for name, needed in (
+        ("num_fewshot", "tasks"), ("include_path", "tasks"), ("split", "dataset"), ("dataset_config", "dataset"),
+        ("joined", "dataset"),
+    ):  # fmt: skip
         value = getattr(flags, name)
-        if value is not None and getattr(flags, needed) is None:
+        if value not in (None, False) and getattr(flags, needed) is None:
             raise HessoError(
                 f"`--{name.replace('_', '-')}` ({value!r}) does nothing without `--{needed}`: give that too"
             )
@@ -57,11 +66,29 @@ def check_comparison(flags: Namespace) -> None:
     if flags.include_path is not None and not Path(flags.include_path).is_dir():
         raise HessoError(f"`--include-path` ({flags.include_path!r}) is no folder; give the one with the task files")
     if flags.output is not None:
-        if Path(flags.output).suffix.lower() not in (".json", ".md"):
-            raise HessoError(f"`--output` ({flags.output!r}) must end in .json or .md")
-        if not Path(flags.output).absolute().parent.is_dir():
-            folder = str(Path(flags.output).parent)
-            raise HessoError(f"`--output` ({flags.output!r}): there is no folder {folder!r}; make it first")
+        _check_output(flags)
+
+
+def _check_output(flags: Namespace) -> None:
+    """Refuse a file that can't be written."""
+    path = Path(flags.output)
+    if path.suffix.lower() not in (".json", ".md", *PICTURES):
+        raise HessoError(f"`--output` ({flags.output!r}) must end in .json, .md, .svg or .png")
+    if not path.absolute().parent.is_dir():
+        raise HessoError(f"`--output` ({flags.output!r}): there is no folder {str(path.parent)!r}; make it first")
+    if path.suffix.lower() in PICTURES and len(flags.models) < 2:
+        raise HessoError(f"`--output` ({flags.output!r}) is a picture that compares models: name two or more")
+    if path.suffix.lower() in PICTURES and find_spec("matplotlib") is None:
+        raise HessoError(f"`--output` ({flags.output!r}) needs matplotlib: pip install 'hesso_hf[plots]'")
+
+
+def short_names(models: Iterable[str]) -> list[str]:
+    """Return what models are called in a table: the shortest ends of their names that tell them apart.
+
+    Raises:
+        HessoError: where a folder is named twice.
+    """
+    return names_of([Path(name).resolve() if Path(name).is_dir() else Path(name) for name in models])
 
 
 def reported(models: Iterable[str]) -> list[str]:
@@ -77,17 +104,20 @@ def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list
     """
     base = models[0]
     title = f"on {base['device']}, batches of {base['batch_size']} x {base['block_size']} tokens"
+    if base.get("joined"):
+        title += ", text joined"
     rows = [["dtype", *[model["dtype"] for model in models]]]
     for key, label, form, ratio in MEASURES:
         if key in base:
+            label = label.format(base["batch_size"])
             rows.append([label, *[_cell(model[key], base[key], form, ratio) for model in models]])
-    for task, key, label in _metrics(base):
+    for task, key, label in metrics_of(base):
         error, found = key.replace(",", "_stderr,"), [model["tasks"][task] for model in models]
         rows.append([label, *[_cell(one[key], found[0][key], ".4f", False, one.get(error)) for one in found]])
-    return title, ["measure", *[model["model"] for model in models]], rows
+    return title, ["measure", *short_names([model["model"] for model in models])], rows
 
 
-def _metrics(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+def metrics_of(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Yield the metrics of a model's tasks: the task, lm-eval's key, and what a table calls it."""
     for task, scores in model.get("tasks", {}).items():
         for key in scores:
@@ -107,7 +137,7 @@ def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], data
     models = {"after": small} if base is None else {"before": base, "after": small}
     known = [key for key in COMPARED if all(model.get(key) is not None for model in models.values())]
     values = {key: {when: model[key] for when, model in models.items()} for key in known}
-    for task, key, label in _metrics(small):
+    for task, key, label in metrics_of(small):
         values[label] = {when: model["tasks"][task][key] for when, model in models.items()}
     for name in [name for name, found in values.items() if not all(map(math.isfinite, found.values()))]:
         print(f"hesso-hf: {name} isn't a finite number, and is left out of the card", file=sys.stderr)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundled import python_docs_dataset, resolve_model
+from ..bundled import python_docs_dataset, python_docs_topics, resolve_model
 from ..errors import HessoError, nearest_name
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PYTHON_DOCS = "python-docs"
+WIKITEXT2, _WIKITEXT2_SOURCE = (
+    "wikitext2",
+    ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+)  # read as `joined_windows` does
 TEXT_LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -110,6 +114,45 @@ def text_blocks(
     parts = rows.train_test_split(test_size=held_out_ratio, seed=0)
     train, held_out = (_blocks(parts[name], tokenizer, block_size, text_column) for name in ("train", "test"))
     return train, held_out
+
+
+def joined_windows(
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    split: str,
+    *,
+    config_name: str | None = None,
+    text_column: str = "text",
+    max_examples: int | None = None,
+) -> Dataset:
+    """Read all examples as one text, a blank line between them, and cut it into windows: WikiText's usual protocol.
+
+    The tokenizer's special tokens stand once, at the start; what is left at the end is shorter than a window and goes.
+
+    Args:
+        dataset: as in `text_blocks`, or `wikitext2`.
+        window: tokens.
+
+    Raises:
+        HessoError: as `text_blocks`.
+    """
+    from datasets import Dataset
+
+    if dataset == PYTHON_DOCS:
+        texts = list(python_docs_topics("test" if split == "test" else "train").values())
+    else:
+        source, name = _WIKITEXT2_SOURCE if dataset == WIKITEXT2 else (dataset, config_name)
+        rows = _load(source, name, split)
+        _check_text(rows, dataset, text_column)
+        texts = rows[text_column][:]
+    ids = tokenizer("\n\n".join(texts[:max_examples]), verbose=False)["input_ids"]
+    if len(ids) < window:
+        raise HessoError(
+            f"`block_size` ({window}) is more than the tokens of `dataset` ({dataset!r}, {len(ids)}); lower it"
+        )
+    whole = range(0, len(ids) - window + 1, window)
+    return Dataset.from_dict({"input_ids": [ids[start : start + window] for start in whole]})
 
 
 def _check_text(rows: Any, dataset: str, text_column: str) -> None:

@@ -18,7 +18,8 @@ class EvalCallback(TrainerCallback):
 
     They belong to the evaluation's metrics: `metric_for_best_model="eval_piqa_acc"` chooses by them. What is asked is
     the model as it is trained then, adapters in place, units that shrink at their scales. The main process asks it, the
-    others wait. Random numbers of the run stay what they would be.
+    others wait. Random numbers of the run stay what they would be. Losses on text need no callback: they are those of
+    the trainer's `eval_dataset`, which can be several by name.
 
     Args:
         trainer: whose model is asked, and who logs.

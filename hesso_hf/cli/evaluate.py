@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import CONFIG_NAME, cached_file
 
+from ..budget.cost import build_cost
 from ..errors import HessoError
 from ..hf_models.build import first_line, load_config
 from ..hf_models.loading import load_model, load_tokenizer
-from .data import block_size_within, held_out_split, text_blocks
+from ..structures.groups import PruningGroups
+from ..structures.shape_probe import AxisMap, describe_parameters
+from .data import WIKITEXT2, block_size_within, held_out_split, joined_windows, text_blocks
 from .speed import first_token_seconds, tokens_per_second, tokens_written_per_second
 from .tasks import Tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLOCK_SIZE = 256  # tokens, where nothing is said and every context has as many
+BLOCK_SIZE, WINDOW = 256, 2048  # tokens, where nothing is said and every context has as many; of joined text
 
 
 def measure_models(flags: Namespace) -> list[dict[str, Any]]:
@@ -31,9 +35,9 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         flags: those of `hesso-hf eval`; `models` has the sources by the names that they were given.
 
     Returns:
-        For each model what was measured, and how: `bytes` is None without safetensors; how fast it writes, where tokens
-        are to be written; `loss` (nats a token), `perplexity` and `tokens` where there is a data set; `tasks` where
-        there are tasks.
+        For each model what was measured, and how: `bytes` is None without safetensors, `flops_per_token` where they
+        can't be told; how fast it writes, where tokens are to be written; `peak_memory` (bytes) on a GPU; `loss` (nats
+        a token), `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
 
     Raises:
         HessoError: naming the model or the flag.
@@ -45,27 +49,32 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         tasks = Tasks(flags.tasks, "--tasks", **how)
     configs = {name: load_config(source, trust) for name, source in flags.models.items()}
     named = {f"`model` ({name!r})": config for name, config in configs.items()}
-    block_size = block_size_within(flags.block_size, BLOCK_SIZE, named)
+    joined = flags.joined or flags.dataset == WIKITEXT2
+    block_size = block_size_within(flags.block_size, WINDOW if joined else BLOCK_SIZE, named)
+    if joined and block_size != WINDOW:
+        print(f"hesso-hf: windows of {block_size:,} tokens: perplexities of {WINDOW:,} don't compare", file=sys.stderr)
     reads = flags.models.items() if flags.dataset is not None or tasks is not None else ()
     tokenizers = {name: load_tokenizer(source, trust) for name, source in reads}
-    blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size)
+    blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size, joined)
     models = {}
     for name, source in flags.models.items():
         dtype = flags.dtype or str(configs[name].dtype or "float32").removeprefix("torch.")
         models[name] = _load(name, source, getattr(torch, dtype), device, trust)
-    speeds = tokens_per_second(list(models.values()), flags.batch_size, block_size)
-    written = _written(models, flags, block_size)
+    speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, block_size)
     found = []
-    for (name, model), speed in zip(models.items(), speeds, strict=True):
-        row = {
+    for name, model in models.items():
+        row: dict[str, Any] = {
             "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "batch_size": flags.batch_size, "block_size": block_size, "parameters": model.num_parameters(),
             "bytes": _bytes_on_disk(flags.models[name]), "memory": model.get_memory_footprint(),
-            "tokens_per_second": speed, **written[name],
+            "flops_per_token": flops_per_token(model), **speeds[name],
         }  # fmt: skip
+        if device.type == "cuda":
+            row["peak_memory"] = peak_memory(model, flags.batch_size, block_size, flags.new_tokens)
         if blocks is not None:
             loss = held_out_loss(model, blocks, flags.batch_size)
             row |= {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
+            row["joined"] = joined
         if tasks is not None:
             row["tasks"] = tasks.scores(model, tokenizers[name])
         found.append(row)
@@ -93,23 +102,53 @@ def perplexity(loss: float) -> float:
     return math.exp(loss)
 
 
-def _written(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[str, dict[str, float | None]]:
-    """Return how fast each model writes, alone and in batches; None where it writes nothing.
+def flops_per_token(model: PreTrainedModel) -> float | None:
+    """Return the operations of a forward pass for one token, CONTEXT before it; None for a config without sizes."""
+    whole = AxisMap(describe_parameters(model), {}, {})
+    try:
+        return build_cost("flops", PruningGroups({}), whole, model.config).full
+    except HessoError:
+        return None
+
+
+def peak_memory(model: PreTrainedModel, batch_size: int, length: int, new_tokens: int) -> int:
+    """Return the most bytes of a GPU that a model needs, its weights and what it works with, whatever else lies there.
+
+    It reads a batch of blocks and, where it can, writes to a batch of prompts.
+    """
+    torch.cuda.reset_peak_memory_stats(model.device)
+    before = torch.cuda.memory_allocated(model.device)
+    tokens_per_second([model], batch_size, length, 1)
+    written = min(new_tokens, length - 2) if model.can_generate() else 0
+    if written > 0:
+        tokens_written_per_second([model], batch_size, length - 1 - written, written, 1)
+    return model.get_memory_footprint() + torch.cuda.max_memory_allocated(model.device) - before
+
+
+def _speeds(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[str, dict[str, float | None]]:
+    """Return how fast each model reads blocks and writes, alone and in batches; None where it writes nothing.
 
     A prompt and what is written after it are as long as a block.
     """
+    alone, together = (tokens_per_second(list(models.values()), size, length) for size in (1, flags.batch_size))
+    found: dict[str, dict[str, float | None]] = {
+        name: {"tokens_per_second_alone": one, "tokens_per_second": many}
+        for name, one, many in zip(models, alone, together, strict=True)
+    }
     new_tokens = min(flags.new_tokens, length - 2)
     if new_tokens < 1:
-        return {name: {} for name in models}
+        return found
     writers = {name: model for name, model in models.items() if model.can_generate()}
     all_of, prompt = list(writers.values()), length - 1 - new_tokens
     first = first_token_seconds(all_of, prompt)
     alone, together = (
         tokens_written_per_second(all_of, batch_size, prompt, new_tokens) for batch_size in (1, flags.batch_size)
     )
-    found = dict(zip(writers, zip(first, alone, together, strict=True), strict=True))
+    written = dict(zip(writers, zip(first, alone, together, strict=True), strict=True))
     keys = ("first_token_seconds", "tokens_written_per_second", "tokens_written_per_second_in_batches")
-    return {name: dict(zip(keys, found.get(name, (None, None, None)), strict=True)) for name in models}
+    for name, row in found.items():
+        row |= dict(zip(keys, written.get(name, (None, None, None)), strict=True))
+    return found
 
 
 def weights_bytes(folder: str | Path) -> int:
@@ -134,18 +173,22 @@ def device_of(name: str | None) -> torch.device:
         ) from error
 
 
-def _common_blocks(flags: Namespace, tokenizers: dict[str, Any], block_size: int) -> Any:
+def _common_blocks(flags: Namespace, tokenizers: dict[str, Any], block_size: int, joined: bool) -> Any:
     """Return the blocks of the data, the same with every model's tokenizer.
 
     Raises:
         HessoError: naming the model that has another.
     """
     first, blocks = next(iter(tokenizers)), None
+    split = flags.split or held_out_split(flags.dataset)
+    columns = {
+        "config_name": flags.dataset_config, "text_column": flags.text_column, "max_examples": flags.limit,
+    }  # fmt: skip
     for name, tokenizer in tokenizers.items():
-        own, _ = text_blocks(
-            flags.dataset, tokenizer, block_size, flags.split or held_out_split(flags.dataset),
-            text_column=flags.text_column, max_examples=flags.limit,
-        )  # fmt: skip
+        if joined:
+            own = joined_windows(flags.dataset, tokenizer, block_size, split, **columns)
+        else:
+            own, _ = text_blocks(flags.dataset, tokenizer, block_size, split, **columns)
         if blocks is not None and own["input_ids"][:] != blocks["input_ids"][:]:
             raise HessoError(
                 f"`model` ({name!r}) reads `dataset` ({flags.dataset!r}) as other tokens than {first!r}: losses a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -26,29 +27,66 @@ COMMANDS: dict[str, Command] = {
         "prune the bundled model by half and compare, offline", commands.quickstart_flags, commands.quickstart,
     ),
 }  # fmt: skip
+PASSING_ON = {"prune": prune, "sweep": sweep}  # whose flags are those of other libraries too
+CLOSED_PIPE = 128 + 13  # what a shell says of a process whose reader went away
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; a user's mistake is one message and exit code 2."""
+    """Run the command line: the exit code is 2 after a user's mistake, 130 after Ctrl-C, 141 after a closed pipe."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] in (["prune"], ["sweep"]):
-            return (prune if argv[0] == "prune" else sweep).run(argv[1:])
-        arguments, unknown = _parser().parse_known_args(argv)
-        if unknown:
-            known = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("command", "work")]
-            hint = nearest_name(unknown[0].partition("=")[0], known)
-            raise HessoError(f"unknown argument {unknown[0]!r}{hint}; see `hesso-hf {arguments.command} --help`")
-        arguments.work(arguments)
-        return 0
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
         print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nhesso-hf: interrupted", file=sys.stderr)
+        return prune.INTERRUPTED
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return CLOSED_PIPE
+
+
+def _run(argv: list[str]) -> int:
+    command, *flags = argv or [""]
+    if command in PASSING_ON:
+        return PASSING_ON[command].run(["--help-all" if flag == "--help_all" else flag for flag in flags])
+    known = [*COMMANDS, *PASSING_ON]
+    if command and not command.startswith("-") and command not in known:
+        raise HessoError(f"unknown command {command!r}{nearest_name(command, known)}; see `hesso-hf --help`")
+    arguments, unknown = _parser().parse_known_args([_hyphens(word) for word in argv])
+    if unknown:
+        known = [f"--{name.replace('_', '-')}" for name in vars(arguments) if name not in ("command", "work")]
+        hint = nearest_name(unknown[0].partition("=")[0], known)
+        raise HessoError(f"unknown argument {unknown[0]!r}{hint}; see `hesso-hf {arguments.command} --help`")
+    arguments.work(arguments)
+    return 0
+
+
+def _hyphens(word: str) -> str:
+    """Write a flag's name as the parser has it."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a closed pipe; what is left for it then goes nowhere, and Python's exit doesn't complain."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hesso-hf", description="Shrink language models while fine-tuning them.")
     parser.add_argument("--version", action="version", version=f"hesso-hf {__version__}")
+    _help_all(parser)
     subparsers = parser.add_subparsers(dest="command", required=True)
     pruning = subparsers.add_parser("prune", help=prune.HELP)  # its flags have a parser of their own
     pruning.add_argument("--help-all", action="store_true", help="list them")
@@ -56,5 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, (text, add_flags, work) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=text)
         add_flags(subparser)
+        _help_all(subparser)
         subparser.set_defaults(work=work)
     return parser
+
+
+def _help_all(parser: argparse.ArgumentParser) -> None:
+    """Have `--help-all`, which says more in `prune` and `sweep` alone."""
+    parser.add_argument("--help-all", action="help", help=argparse.SUPPRESS)

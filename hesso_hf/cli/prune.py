@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ LOSSES = {
     "eval_loss": "held-out loss", "eval_held_out_loss": "held-out loss", "eval_retained_loss": "loss on other text",
 }  # fmt: skip
 INTERRUPTED = 128 + 2  # what a shell says of a process that Ctrl-C ended
+PART_OF_SWEEP = "HESSO_HF_PART_OF_SWEEP"  # environment variable: a sweep started this run, and says how it goes on
 HELP = "fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]"
 
 
@@ -43,7 +45,7 @@ def run(flags: list[str]) -> int:
         if is_main_process():
             print(f"hesso-hf: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
-        if is_main_process():
+        if is_main_process() and PART_OF_SWEEP not in os.environ:
             print(f"\nhesso-hf: {_interrupted(recipe, flags)}", file=sys.stderr)
         return INTERRUPTED
     leave()

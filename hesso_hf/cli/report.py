@@ -144,7 +144,7 @@ def write_page(
     paths = [Path(folder).resolve() for folder in folders]
     models = [
         Model(name, shown, _losses(run, path, shown))
-        for name, path, shown in zip(_names(paths), paths, found, strict=True)
+        for name, path, shown in zip(names_of(paths), paths, found, strict=True)
     ]
     try:
         Path(path).write_text(report_page(models), encoding="utf-8")
@@ -160,7 +160,7 @@ def _losses(run: str | None, folder: Path, shown: Mapping[str, Any]) -> Losses |
     return Losses.from_dict(found) if found else losses_beside(folder, shown)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def names_of(paths: Sequence[Path]) -> list[str]:
     """Return the ends of paths, as long as it takes to tell them apart."""
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-length:]) for path in paths]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 from ..errors import HessoError
 from .comparison import markdown_table
 from .printing import by_share, print_table
-from .recipe import parse_recipe
+from .prune import INTERRUPTED, PART_OF_SWEEP
+from .recipe import parse_recipe, recipe_parser
 from .report import REPORT_NAME, SMALL_NAME, write_page
 
 HELP = "prune as a recipe says at several ratios, and compare: hesso-hf sweep RECIPE --ratios 0.2 0.3 0.5"
@@ -35,6 +37,11 @@ def run(flags: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="hesso-hf sweep", description=HELP, allow_abbrev=False)
     sweep_flags(parser)
+    if "--help-all" in flags:
+        parser.print_help()
+        print()
+        recipe_parser().print_help()
+        return 0
     arguments, rest = parser.parse_known_args(flags)
     _check(arguments, rest)
     recipe = parse_recipe(arguments.recipe, [*rest, *_ratio(arguments.ratios[0])])
@@ -51,7 +58,7 @@ def run(flags: Sequence[str]) -> int:
             print(f"{output}: done before; for another run remove it")
             continue
         told = [*rest, *_ratio(ratio), "--output_dir", str(output.parent), "--resume_from_checkpoint", "auto"]
-        code = subprocess.run([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told]).returncode
+        code = _code_of([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told])
         if code:
             again = shlex.join(["hesso-hf", "sweep", *flags])
             print(f"hesso-hf: the run at {ratio:g} ended with {code}; this goes on there:\n  {again}", file=sys.stderr)
@@ -59,6 +66,15 @@ def run(flags: Sequence[str]) -> int:
     if not recipe.run.dry_run:
         _compare(folder, small)
     return 0
+
+
+def _code_of(command: list[str]) -> int:
+    """Run a command and return its exit code; Ctrl-C, which it gets too, ends it."""
+    try:
+        return subprocess.run(command, env={**os.environ, PART_OF_SWEEP: "1"}).returncode
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
 
 
 def _ratio(ratio: float) -> list[str]:

@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from matplotlib.container import BarContainer
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hesso_hf.budget.cost import build_cost
 from hesso_hf.bundled import bundled_model_path
-from hesso_hf.cli import evaluate
+from hesso_hf.cli import comparison_plot, data, evaluate
 from hesso_hf.cli.commands import eval_flags
 from hesso_hf.cli.comparison import evaluation_of
 from hesso_hf.cli.data import text_blocks
@@ -25,6 +28,7 @@ from hesso_hf.cli.main import main
 from hesso_hf.cli.tasks import PAPER
 from hesso_hf.export.page.page import PAGE_NAME
 from hesso_hf.export.report import REPORT_NAME
+from hesso_hf.structures.proof.prove import proved_groups
 from tests.cli.test_report import small_report
 from tests.support import ROOT
 from tests.support.lm_eval import stand_in
@@ -47,7 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(vocab_size=1024).save_pretrained(made / "lower")
     tokenizer.save_pretrained(made / "lower")
     (made / "tasks").mkdir()
-    (made / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Sentence number {i}. " * 40}) for i in range(9)))
+    (made / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"Sentence number {i}. " * 40, "short": "a"}) for i in range(9))
+    )
     return made
 
 
@@ -130,6 +136,7 @@ def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the
     flags = ["bundled", "small", *SHORT, "--tasks", "lambada"]
     assert main(["eval", *flags, "--output", str(tmp_path / "found.md")]) == 0
     printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
     page = (tmp_path / "found.md").read_text()
     lines = {
         "| measure | bundled | small |",
@@ -200,6 +207,97 @@ def test_a_size_on_disk_that_is_not_known_compares_with_none(
     assert result(["small", *SHORT], capsys)["bytes"] is None
 
 
+def test_joined_text_is_read_by_the_wikitext_protocol(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All text in one, windows of the context that don't overlap, the mean loss of the tokens that are predicted."""
+    asked, texts = [], [json.loads(line)["text"] for line in Path("text.jsonl").read_text().splitlines()]
+
+    def hub(*source: object) -> Dataset:
+        asked.append(source)
+        return Dataset.from_dict({"text": texts})
+
+    monkeypatch.setattr(data, "_load", hub)
+    assert main(["eval", "small", "--dataset", "wikitext2", "--no-speed", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    assert "windows of 128 tokens: perplexities of 2,048 don't compare" in said.err
+    model, tokenizer = (kind.from_pretrained("small") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("\n\n".join(texts), return_tensors="pt").input_ids[0]
+    windows = [ids[start : start + CONTEXT] for start in range(0, len(ids) - CONTEXT + 1, CONTEXT)]
+    with torch.no_grad():
+        losses = [float(model(input_ids=window[None], labels=window[None]).loss) for window in windows]
+    assert abs(found["perplexity"] - math.exp(sum(losses) / len(losses))) < 1e-2
+    assert found["tokens"] == len(windows) * (CONTEXT - 1) > 5 * CONTEXT
+    assert "tokens_per_second" not in found
+    monkeypatch.undo()
+    flags = ["--dataset", "python-docs", "--joined", "--limit", "2", "--block-size", "32", "--no-speed"]
+    assert result([str(bundled_model_path()), *flags], capsys)["joined"]
+
+
+def test_operations_are_those_of_a_budget_and_of_the_layers_as_they_are() -> None:
+    model = tiny_llama()
+    groups, _, axis_map = proved_groups(type(model), model.config)
+    assert evaluate.flops_per_token(model) == build_cost("flops", groups, axis_map, model.config).full
+    layer, before = model.model.layers[1].mlp.up_proj, evaluate.flops_per_token(model)
+    layer.weight = torch.nn.Parameter(layer.weight[1:])
+    assert evaluate.flops_per_token(model) == before - 2 * layer.in_features
+
+
+def test_peak_memory_is_a_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, worked = tiny_llama(), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: worked.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 1700 if len(worked) == 3 else 0)
+    monkeypatch.setattr(evaluate, "tokens_per_second", lambda _, *how: worked.append(how))
+    monkeypatch.setattr(evaluate, "tokens_written_per_second", lambda _, *how: worked.append(how))
+    assert evaluate.peak_memory(model, 4, 32, 8) == model.get_memory_footprint() + 700
+    assert worked == ["reset", (4, 32, 1), (4, 23, 8, 1)]
+
+
+@pytest.mark.parametrize("name", ["found.svg", "found.png"])
+def test_a_picture_compares_the_models(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lm_eval: list[dict[str, Any]]
+) -> None:
+    drawn: list[Any] = []
+    plain = comparison_plot.draw_comparison
+    monkeypatch.setattr(comparison_plot, "draw_comparison", lambda found: drawn.append(plain(found)) or drawn[-1])
+    output = tmp_path / name
+    assert main(["eval", "bundled", "small", *SHORT, "--tasks", "lambada", "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG")
+    size, speed, perplexity, tasks = drawn[0].axes
+    assert [label.get_text() for label in size.get_yticklabels()] == ["parameters", "bytes on disk", "FLOPs a token"]
+    assert [round(bars[0].get_width(), 3) for bars in bars_of(size)] == [1.0, 0.18]
+    assert [label.get_text() for label in speed.get_yticklabels()] == ["prefill, batch 1", "prefill, batch 3"]
+    assert all(bars[0].get_width() > 1 for bars in bars_of(perplexity))
+    assert [[bar.get_width() for bar in bars] for bars in bars_of(tasks)] == [[0.25, 0.5], [0.5, 0.5]]
+
+
+def bars_of(axes: Any) -> list[Any]:
+    """Return the bars of each model."""
+    return [found for found in axes.containers if isinstance(found, BarContainer)]
+
+
+@pytest.mark.slow
+def test_the_real_lm_eval_asks_a_task_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "own.jsonl").write_text('{"question": "The sky is", "choices": ["blue", "a pipe"], "answer": 0}\n' * 3)
+    (tmp_path / "own.yaml").write_text(
+        f"task: own_choice\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'own.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    flags = ["--include_path", str(tmp_path), "--limit", "2", "--no-speed"]
+    scores = result(["small", "--tasks", "own_choice", *flags], capsys)["tasks"]["own_choice"]
+    assert scores["acc,none"] in (0.0, 1.0)
+    assert "acc_stderr,none" in scores
+    assert main(["eval", "small", "--tasks", "own_choise", *flags]) == 2
+    assert "lm-eval has no such task (did you mean 'own_choice'?)" in capsys.readouterr().err
+
+
 def test_every_flag_is_in_the_documentation() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     eval_flags(parser)
@@ -234,7 +332,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a split of no data": (["small", "--tasks", "x", "--split", "test"], "`--split` ('test') does nothing without"),
     "no such folder of tasks": (["small", "--tasks", "x", "--include-path", "no"], "`--include-path` ('no') is no f"),
     "an unknown task": (["small", "--tasks", "lambada,arc_esy"], "('arc_esy'): lm-eval has no such task (did you mean"),
-    "an unknown ending": (["small", *TEXT, "--output", "found.csv"], "`--output` ('found.csv') must end in .json or"),
+    "an unknown ending": (["small", *TEXT, "--output", "found.csv"], "`--output` ('found.csv') must end in .json,"),
+    "a picture of one model": (["small", "--output", "found.svg"], "compares models: name two or more"),
+    "a folder under two names": (["small", "./small", *SHORT], "a folder is named twice: "),
+    "joined without text": (["small", "--joined"], "`--joined` (True) does nothing without `--dataset`"),
+    "a configuration of no data": (["small", "--dataset-config", "x"], "`--dataset-config` ('x') does nothing with"),
+    "a window that the text doesn't fill": (
+        ["small", *TEXT, "--joined", "--limit", "1", "--block-size", "128", "--text-column", "short"],
+        "`block_size` (128) is more than the tokens of `dataset` ('text.jsonl', 1)",
+    ),
     "no folder for the output": (["small", *TEXT, "--output", "no/found.md"], "there is no folder 'no'; make it first"),
     "an unknown device": (["small", *SHORT, "--device", "gpu"], "`--device` ('gpu') can't be used: "),
     "a device that isn't there": (["small", *SHORT, "--device", "cuda:99"], "`--device` ('cuda:99') can't be used: "),

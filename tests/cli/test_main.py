@@ -20,6 +20,8 @@ from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli import commands
+from hesso_hf.cli.main import COMMANDS as COMMAND_TABLE
 from hesso_hf.cli.main import main
 from hesso_hf.cli.overview import FLAGS
 from hesso_hf.cli.recipe import parse_recipe
@@ -98,6 +100,69 @@ def test_the_help_of_prune_has_what_most_runs_need_and_help_all_has_all(capsys: 
             assert f"--{prefix}{name} " in all_flags, name
     assert "--hesso_on_collapse" in all_flags
     assert "--weight_decay" in all_flags
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("prune", "sweep")])
+def test_help_all_is_the_help_where_there_is_no_more(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for flag in ("--help", "--help-all", "--help_all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, flag])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2] != ""
+
+
+def test_help_all_of_sweep_has_its_flags_and_those_of_prune(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "--help_all"]) == 0
+    out = capsys.readouterr().out
+    assert all(flag in out for flag in ("--ratios", "--launcher", "--hesso_on_collapse", "--weight_decay"))
+
+
+def test_flags_are_spelled_with_underscores_and_hyphens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setitem(COMMAND_TABLE, "eval", ("", commands.eval_flags, seen.append))
+    for spelled in ("--num-fewshot=3", "--num_fewshot=3"):
+        assert main(["eval", "a_b", spelled, "--include_path", "my_tasks", "--new_tokens=5"]) == 0
+        found = seen.pop()
+        assert (found.models, found.num_fewshot, found.include_path, found.new_tokens) == (["a_b"], 3, "my_tasks", 5)
+    required = ["--model=bundled", "--dataset", "python-docs", "--pruning-ratio", "0.3", "--dry-run", "true"]
+    recipe = parse_recipe(None, [*required, "--max-steps", "7", "--block_size", "64", "--hesso-warmup-steps", "4"])
+    assert (recipe.hesso.pruning_ratio, recipe.hesso.warmup_steps) == (0.3, 4)
+    assert (recipe.training.max_steps, recipe.run.block_size, recipe.run.dry_run) == (7, 64, True)
+
+
+@pytest.mark.parametrize("command", list(COMMAND_TABLE))
+def test_ctrl_c_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMAND_TABLE, command, ("", lambda parser: None, interrupted))
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "\nhesso-hf: interrupted\n"
+
+
+@pytest.mark.parametrize("argv", [["eval", "--help"], ["report", "small", "--json"]], ids=str)
+def test_a_closed_pipe_is_no_traceback(argv: list[str], tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    parts = {name: {} for name in ("parameters", "pruning_ratio", "sizes", "verification")}
+    (tmp_path / "small" / "pruning_report.json").write_text(json.dumps({**parts, "long": list(range(50_000))}))
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "hesso_hf", *argv]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_the_reader_s_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setitem(COMMAND_TABLE, "plan", ("", lambda parser: None, broken))
+    with pytest.raises(BrokenPipeError):
+        main(["plan"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli.main import main
+from hesso_hf.cli.prune import PART_OF_SWEEP
 from tests.support.tiny import tiny_llama
 
 
@@ -106,7 +107,7 @@ def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
 ) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         return subprocess.CompletedProcess(command, 143)
 
@@ -119,6 +120,26 @@ def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
     said = capsys.readouterr().err
     assert "the run at 0.2 ended with 143" in said
     assert "--ratios 0.2 0.7 --launcher 'accelerate launch --num_processes 2'" in said
+
+
+def test_ctrl_c_names_the_sweep_that_goes_on_and_not_the_run(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(command: list[str], env: dict[str, str]) -> None:
+        def interrupted(_: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setenv(PART_OF_SWEEP, env[PART_OF_SWEEP])
+            inner.setattr("hesso_hf.cli.prune.prune", interrupted)
+            assert main(command[command.index("hesso_hf") + 1 :]) == 130
+        assert capsys.readouterr().err == ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.run", run)
+    assert main(["sweep", str(recipe), "--ratios", "0.2"]) == 130
+    said = capsys.readouterr().err
+    assert f"ended with 130; this goes on there:\n  hesso-hf sweep {recipe} --ratios 0.2\n" in said
 
 
 @pytest.mark.parametrize(
