@@ -17,6 +17,7 @@ from transformers import LlamaConfig
 
 from hesso_hf.cli.memory.plan import plan_memory
 from hesso_hf.cli.memory.workload import GB, Cluster, Workload
+from hesso_hf.config.names import AUTO_REPLAY_SHARE
 
 RESULTS = Path(__file__).parent / "results" / "plans.json"
 MODELS = {
@@ -37,7 +38,10 @@ RUNS = (
     ("Llama 3.2 1B", 1), ("Llama 3.2 1B", 8), ("Llama 3.1 8B", 1), ("Llama 3.1 8B", 4), ("Llama 3.1 8B", 8),
     ("Llama 3.1 70B", 8), ("Llama 3.1 70B", 16), ("Llama 3.1 70B", 32),
 )  # fmt: skip
-WORKLOAD = Workload(batch_size=1, sequence_length=2048, gradient_checkpointing=True, accumulates=True, cric="cpu")
+WORKLOAD = Workload(
+    batch_size=1, sequence_length=2048, gradient_checkpointing=True, accumulates=True, replay_share=AUTO_REPLAY_SHARE,
+    healing=True,
+)  # fmt: skip
 GPU_MEMORY = 80 * GB
 
 

@@ -259,7 +259,7 @@ def plans(result: dict[str, Any]) -> str:
             f"Estimated GB: the peak of one GPU, bold where it fits {memory / 1e9:g} GB, and main memory of a node of "
             "up to eight GPUs under the recommended engine. "
             f"Micro-batches of {work['batch_size']} x {work['sequence_length']} tokens, {work['dtype']}, "
-            f"{work['optimizer']}, gradient checkpointing and accumulation, CRIC with its snapshot in main memory.",
+            f"{work['optimizer']}, gradient checkpointing and accumulation, replay and healing as by default.",
         ]
     )
 

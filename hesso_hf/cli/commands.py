@@ -15,7 +15,7 @@ from ..config.names import AUTO_REPLAY_SHARE
 from ..errors import HessoError
 from .comparison import PICTURES, check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
-from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Workload
+from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Pace, Workload
 from .printing import print_report, print_table
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
@@ -85,29 +85,35 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens, with that teacher; 0 for none"
     )
+    parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
     parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--tokens", type=float, default=1e9, help="of the data that are trained on (1e9: a billion)")
+    parser.add_argument("--device-tflops", type=float, default=989.0, help="peak of one GPU (989: an H100 in bf16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--trust-remote-code", action="store_true")
 
 
 def plan(arguments: argparse.Namespace) -> None:
-    """Estimate every engine, and print a table or JSON."""
+    """Estimate every engine, and print tables or JSON."""
     workload = Workload(
         arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
         arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
-        arguments.lora_rank, arguments.replay_share,
+        arguments.lora_rank, arguments.replay_share, arguments.healing != "off",
     )  # fmt: skip
     host = None if arguments.host_memory is None else arguments.host_memory * GB
     cluster = Cluster(arguments.gpus, arguments.gpu_memory * GB, arguments.gpus_per_node, host)
+    pace = Pace(arguments.tokens, arguments.device_tflops)
     model = model_source(arguments.model)
     from .memory import plan_memory
 
-    found = plan_memory(model, workload, cluster, arguments.trust_remote_code, arguments.model)
+    found = plan_memory(model, workload, cluster, arguments.trust_remote_code, arguments.model, pace)
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
         return
-    print_table(found.title(), found.header(), found.rows())
-    print("\n".join(found.notes()))
+    print_table(found.title(), *found.choice())
+    print("\n".join(found.notes()) + "\n")
+    print_table("What a GPU's memory holds at its highest moment (GB):", *found.peaks())
+    print("\n".join(found.meanings()))
 
 
 # -- export ------------------------------------------------------------------------------------------------------------

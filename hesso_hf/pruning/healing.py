@@ -34,6 +34,7 @@ RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
 # worth it where others repeat what goes: there it leaves less than this share of the error.
 SMALL_RIDGE, WORTH_IT = 1e-6, 0.5
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
+HEALING_TOKENS = 8192  # that a run heals on, or 16 examples where these have more
 CHUNK = 2048  # tokens that are multiplied at a time
 LONGEST = 512  # tokens of a row: a batch of 16 has as many as are worth reading
 WIDEST = 4  # times the mean length: what is padded is computed too

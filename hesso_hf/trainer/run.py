@@ -22,7 +22,7 @@ from ..export.checkpoint_state import check_config, keep_defaults, read_state
 from ..export.page.losses import Losses
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
-from ..pruning.healing import Healer, padded, unreadable
+from ..pruning.healing import HEALING_TOKENS, Healer, padded, unreadable
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
@@ -41,7 +41,6 @@ from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
 
-HEALING_TOKENS = 8192
 HYPERPARAMETERS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "seed",
     "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ from hesso_hf.cli.recipe import parse_recipe
 from hesso_hf.errors import HessoError, StoppedError
 from hesso_hf.hf_models.build import model_class_of
 from hesso_hf.hf_models.tiny_model import random_model
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.schedule import resolve_schedule
 from tests.support import ROOT
 from tests.support.tiny import tiny_llama
 
 LAUNCHERS = ("accelerate_configs", "kubernetes")  # test_recipes.py is theirs
 RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path.parent.name not in LAUNCHERS]
+# By default one of each family is run, one with adapters or a teacher or else that for 30%; and the quickstart.
+_IN_ORDER = sorted(RECIPES, key=lambda path: (not path.stem[-1].isdigit(), path.stem.endswith("-30")))
+RUN = {path.stem if path.parent.name == "quickstart" else path.parent.name: path for path in _IN_ORDER}
 COMMANDS = ["inspect", "plan", "prune", "sweep", "export", "eval", "report", "survey", "quickstart"]
 
 
@@ -45,14 +51,17 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Recipes' folders whose models aren't a tiny Llama.
+# Recipes' folders whose models aren't the tiny Llama of other tests.
 OTHER_TYPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "smollm": ("llama", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"tie_word_embeddings": True}),
     "mistral": ("mistral", {}),
     "gemma3": ("gemma3_text", {"intermediate_size": 900}),
     "phi": ("phi3", {"head_dim": None}),
     "olmo2": ("olmo2", {"head_dim": None}),
     "granite": ("granite", {"head_dim": None}),
+    "gpt2": ("gpt2", {"num_key_value_heads": None, "head_dim": None, "intermediate_size": None, "n_inner": 440}),
     "mixtral": ("mixtral", {"hidden_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
@@ -165,7 +174,37 @@ def test_a_broken_pipe_that_is_not_the_reader_s_is_not_hidden(monkeypatch: pytes
         main(["plan"])
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Returns the folder of a tiny model of the class that a recipe is for, the same for all of a family."""
+    made: dict[str, Path] = {}
+
+    def folder(recipe: Path) -> Path:
+        family = recipe.parent.name
+        if family not in made:
+            made[family] = tiny_of(recipe, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_read_and_its_sizes_and_schedule_are_found(recipe: Path, tiny: Callable[[Path], Path]) -> None:
+    """All that comes before the first step, on a tiny model of its class."""
+    found = parse_recipe(str(recipe), ["--model", str(tiny(recipe)), "--use_cpu", "true"])
+    assert found.training.output_dir == f"runs/{recipe.stem}"
+    assert (found.run.adapter() is not None) == recipe.stem.endswith("-lora")
+    plan = PruningPlan.prepare(AutoModelForCausalLM.from_pretrained(tiny(recipe)), found.hesso)
+    ratio = yaml.safe_load(recipe.read_text())["hesso"]["pruning_ratio"]
+    assert abs(plan.target.ratio - ratio) <= 0.05
+    schedule = resolve_schedule(found.hesso, found.training.max_steps)
+    assert schedule.end == found.training.max_steps // 10 + schedule.sampling_end - schedule.warmup_steps
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(path, id=path.stem, marks=[] if path in RUN.values() else pytest.mark.slow) for path in RECIPES],
+)
 def test_recipe_runs_on_a_tiny_model(
     recipe: Path, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +254,7 @@ LAUNCHERS_OF_TWO = {
 @pytest.mark.parametrize("name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_prune_under_a_launcher(name: str, tmp_path: Path, text_file: Path) -> None:
     """Two real processes; the shipped DDP configuration works on a CPU as well."""
-    model, output = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model"), tmp_path / "out"
+    model, output = tiny_of(ROOT / "recipes" / "quickstart" / "x.yaml", tmp_path / "model"), tmp_path / "out"
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "8",
         "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
@@ -237,7 +276,7 @@ def test_prune_that_is_told_to_stop_saves_says_so_and_goes_on(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It neither evaluates nor writes a model that isn't done, and its exit code is no success."""
-    model, output, steps = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model"), tmp_path / "out", []
+    model, output, steps = tiny_of(ROOT / "recipes" / "quickstart" / "x.yaml", tmp_path / "model"), tmp_path / "out", []
     flags = [
         "prune", "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
         "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
@@ -319,18 +358,27 @@ def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     for engine in found["engines"].values():
         assert abs(sum(engine["parts"].values()) - engine["peak_bytes"]) < 10
         assert engine["parts"]["teacher"] > 0, "a run has replay by default"
+    assert found["workload"]["healing"]
+    assert found["pace"] == {"tokens": 1e9, "device_tflops": 989.0, "utilisation": 0.4}
+    pace = ["--tokens", "2e9", "--device-tflops", "494.5", "--healing", "off"]
+    assert main(["plan", str(bundled_model_path()), *flags, *pace, "--json"]) == 0
+    slower = json.loads(capsys.readouterr().out)
+    assert slower["engines"]["ddp"]["hours"] == pytest.approx(4 * found["engines"]["ddp"]["hours"])
+    assert not slower["workload"]["healing"]
     assert main(["plan", str(bundled_model_path()), *flags, "--replay-share", "0", "--json"]) == 0
     assert all(engine["parts"]["teacher"] == 0 for engine in json.loads(capsys.readouterr().out)["engines"].values())
     assert main(["plan", "bundled", "--gpus", "2"]) == 0
     out = capsys.readouterr().out
     assert "869,504 parameters" in out
     assert "recipes/accelerate_configs/ddp.yaml" in out
+    assert "Hours: estimated, for 1 billion tokens" in out
+    assert "\nlogits: " in out
 
 
 def test_resume_auto_begins_where_there_is_no_whole_checkpoint(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    model = tiny_of(ROOT / "recipes" / "quickstart" / "x.yaml", tmp_path / "model")
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--resume_from_checkpoint", "auto",
         "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--hesso_pruning_ratio", "0.3",
@@ -354,7 +402,7 @@ def test_resume_auto_begins_where_there_is_no_whole_checkpoint(
 
 
 def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    model = tiny_of(ROOT / "recipes" / "quickstart" / "x.yaml", tmp_path / "model")
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "12",
         "--save_steps", "6", "--output_dir", str(tmp_path / "run"), "--report_to", "none", "--disable_tqdm", "true",
@@ -410,6 +458,7 @@ BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hes
         (["plan", "bundled", "--gpus", "0"], "`num_gpus` (0) must be above zero"),
         (["plan", "bundled", "--gpus", "12"], "must be a multiple of gpus_per_node (8)"),
         (["plan", "bundled", "--batch-size", "0"], "`batch_size` (0) must be at least 1"),
+        (["plan", "bundled", "--tokens", "0"], "`tokens` (0) must be above zero"),
         (["survey", "--types", "lama"], "'lama'"),
         (["survey", "--types", "llama", "--jobs", "0"], "must be above zero"),
     ],
@@ -428,7 +477,7 @@ def test_an_optimizer_whose_package_is_missing_is_one_message(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "schedulefree", None)
-    model = tiny_of(ROOT / "recipes" / "llama" / "x.yaml", tmp_path / "model")
+    model = tiny_of(ROOT / "recipes" / "quickstart" / "x.yaml", tmp_path / "model")
     flags = [
         "--model", str(model), "--dataset", str(text_file), "--block_size", "16", "--max_steps", "8",
         "--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--hesso_pruning_ratio", "0.3", "--optim",

@@ -1,9 +1,9 @@
 """How much memory a training run takes, by engine, from a config alone: pure functions, nothing is allocated.
 
-The peak of one GPU is the largest of three moments of a step: the loss (`forward`), the backward pass, the optimizer's
-step. What lies in memory at each is what stays from step to step and what comes and goes; the sources of each term are
-named with it. Activations are those of a decoder with pre-norms under a fused attention, which stores no T x T scores.
-Bytes throughout.
+The peak of one GPU is the largest of three moments of a step, the loss (`forward`), the backward pass, the optimizer's
+step; and of `healing`, in the steps that begin a pruning period. What lies in memory at each is what stays from step to
+step and what comes and goes; the sources of each term are named with it. Activations are those of a decoder with
+pre-norms under a fused attention, which stores no T x T scores. Bytes throughout.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ...pruning.fisher import TOKENS
+from ...pruning.healing import HEALING_TOKENS
 from .workload import COMPONENTS, GB, Cluster, Engine, Parts, Sharded, Workload
 
 if TYPE_CHECKING:
@@ -113,6 +115,8 @@ class Run:
             "backward, first layer": self._backward(1, before_first),
             "step": self._step(),
         }
+        if self.workload.healing and self.engine.heals:
+            flows["healing"] = {"gradients": self._gradients(sizes.parameters), "healing": self._healing()}
         resident = self.residents()
         return {
             name: {part: resident.get(part, 0.0) + flow.get(part, 0.0) for part in COMPONENTS}
@@ -193,6 +197,21 @@ class Run:
         if self.workload.optimizer == "adafactor" and not engine.offload:
             parts["buffers"] = 12.0 * self.sizes.largest_matrix / ranks
         return parts
+
+    def _healing(self) -> float:
+        """Return what healing takes beside what training holds (pruning/healing.py, pruning/fisher.py).
+
+        First the gradients behind its matrices, one example at a time, not checkpointed; of TOKENS tokens they stay.
+        Then one forward pass of HEALING_TOKENS, in which each matrix (O, C) in turn takes five fp64 matrices (C, C)
+        and one (O, C), beside three fp32 copies of what it reads; after that five copies, to pass on what is healed.
+        The counts are those of the allocations.
+        """
+        sizes, length, width = self.sizes, self.workload.sequence_length, self.sizes.widest_input
+        kept = 4 * TOKENS * sizes.hidden * 2 * sizes.layers
+        gradients = length * (sizes.layers * saved_per_token(sizes, self.kind) + 16 * sizes.vocabulary)
+        tokens = 4 * max(HEALING_TOKENS, 16 * length)
+        refit = max(8 * width * (5 * width + sizes.hidden) + 3 * tokens * width, 5 * tokens * width)
+        return kept + max(gradients, refit + 4 * tokens * sizes.hidden)
 
 
 def saved_per_token(sizes: ModelSizes, kind: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ...errors import HessoError
 from ...hf_models.build import build_meta, model_class_of
@@ -20,7 +21,7 @@ class ModelSizes:
     """Counts of elements.
 
     Attributes:
-        parameters: all, tied ones once.
+        parameters: all, tied ones once; `active_parameters` those that one token passes, of experts the chosen ones.
         layers: modules that are wrapped, checkpointed and gathered as one (`_no_split_modules`).
         layer_parameters: elements of the largest such layer; `layer_matrices` those of its matrices.
         matrix_parameters: elements of all matrices that a product reads: the layers' and the output matrix.
@@ -31,9 +32,11 @@ class ModelSizes:
         mlp_width: MLP channels that one token passes.
         query_width, kv_width: heads times head_dim, and key-value heads times head_dim.
         linear_inputs, lora_width: of one layer's matrices the input widths; of all layers', input and output widths.
+        widest_input: of the linear layers in a layer, among which those are that healing refits.
     """
 
     parameters: int
+    active_parameters: int
     layers: int
     layer_parameters: int
     layer_matrices: int
@@ -52,6 +55,7 @@ class ModelSizes:
     vocabulary: int
     linear_inputs: int
     lora_width: int
+    widest_input: int
 
 
 def model_sizes(config: PretrainedConfig) -> ModelSizes:
@@ -74,11 +78,13 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
             raise HessoError(f"{type(config).__name__} has no integer `{name}`: the memory of activations isn't known")
     hidden, heads, head_dim, mlp = (int(value or 0) for value in needed.values())
     shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    parameters = sum(math.prod(shape) for shape in shapes)
     largest = max(layers, key=_elements)
     matrices = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in layers]
     linear = [[tuple(p.shape) for p in layer.parameters() if p.dim() == 2] for layer in layers]
     return ModelSizes(
-        parameters=sum(math.prod(shape) for shape in shapes),
+        parameters=parameters,
+        active_parameters=round(parameters - _unused_by_a_token(config) * sum(map(_elements_of_experts, layers))),
         layers=len(layers),
         layer_parameters=_elements(largest),
         layer_matrices=max(matrices),
@@ -97,6 +103,7 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
         vocabulary=head.weight.shape[0],
         linear_inputs=max(sum(shape[1] for shape in shapes) for shapes in linear),
         lora_width=sum(sum(shape) for shapes in linear for shape in shapes),
+        widest_input=max(filter(None, map(_input_of, largest.modules())), default=0),
     )
 
 
@@ -112,6 +119,23 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _elements(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _elements_of_experts(layer: nn.Module) -> int:
+    return sum(p.numel() for name, p in layer.named_parameters() if ".experts." in f".{name}.")
+
+
+def _unused_by_a_token(config: PretrainedConfig) -> float:
+    """Return the share of a layer's experts that a token isn't routed to."""
+    experts = num_experts(config)
+    return 1 - (experts_per_token(config) or experts) / experts if experts else 0.0
+
+
+def _input_of(module: nn.Module) -> int:
+    """Return how wide a linear layer's input is, 0 of other modules."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0]
+    return module.in_features if isinstance(module, nn.Linear) else 0
 
 
 def _is_gated(layer: nn.Module, hidden: int, width: int) -> bool:

@@ -1,4 +1,4 @@
-"""`hesso-hf plan`: which engine a training run fits, as a table and as JSON."""
+"""`hesso-hf plan`: which engine a training run fits and how long it takes, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from transformers import PretrainedConfig
 
 from ...hf_models.build import load_config
 from .estimate import Estimate, Run, estimate
+from .hours import UTILISATION, flop_per_token, hours
 from .model_sizes import ModelSizes, model_sizes
-from .workload import COMPONENTS, ENGINES, GB, HEADROOM, Cluster, Workload
+from .workload import COMPONENTS, ENGINES, GB, HEADROOM, Cluster, Pace, Workload
 
-_SHORT = {"parameters": "params", "gradients": "grads", "optimizer": "optim.", "activations": "activ."}
+# What a part of the peak is called in the table, and what it is.
+PARTS = {
+    "parameters": ("weights", "fp32 masters; a low-precision model beside them (DeepSpeed), or frozen (LoRA's base)"),
+    "gradients": ("gradients", "of the weights that are trained, as far as they are there at that moment"),
+    "optimizer": ("optimizer", "its state; AdamW has two numbers a weight"),
+    "snapshot": ("snapshot", "CRIC's copy of weights and optimizer state"),
+    "teacher": ("teacher", "the original model in bf16, for replay or distillation"),
+    "activations": ("activations", "what layers keep for the backward pass"),
+    "logits": ("logits", "the loss and its gradient, by token and vocabulary entry"),
+    "buffers": ("buffers", "autocast's bf16 weights, layers and gradients that engines gather, HESSO's scores"),
+    "healing": ("healing", "what refits the units that stay, in the first step of each pruning period"),
+}
 ASSUMED = (
-    "Weights are trained as fp32 masters, except LoRA's base; DeepSpeed holds a low-precision model beside them. A "
-    f"GPU's peak is that of PyTorch's tensors at the named moment of a step; {HEADROOM:.0%} of its memory is left to "
-    "CUDA, NCCL and the allocator. Fused attention, no padding; gradients of one micro-batch unless accumulated."
+    f"Memory is that of PyTorch's tensors; {HEADROOM:.0%} of a GPU is left to CUDA, NCCL and the allocator. Fused "
+    "attention, no padding; gradients of one micro-batch unless accumulated. All of this is estimated from the config."
 )
 
 
@@ -29,6 +40,8 @@ class MemoryPlan:
     workload: Workload
     cluster: Cluster
     engines: dict[str, Estimate]
+    pace: Pace
+    hours: dict[str, float]
 
     @property
     def recommended(self) -> str | None:
@@ -49,7 +62,8 @@ class MemoryPlan:
             "parameters": self.sizes.parameters,
             "workload": asdict(self.workload),
             "cluster": asdict(self.cluster),
-            "engines": {name: found.to_dict() for name, found in self.engines.items()},
+            "pace": asdict(self.pace) | {"utilisation": UTILISATION},
+            "engines": {name: found.to_dict() | {"hours": self.hours[name]} for name, found in self.engines.items()},
             "recommended": self.recommended,
             "accelerate_config": self.config_file,
         }
@@ -59,30 +73,40 @@ class MemoryPlan:
         return (
             f"{self.model}, {self.sizes.parameters:,} parameters, on {gpus}"
             f": micro-batches of {work.batch_size} x {work.sequence_length} tokens, {work.dtype}, {work.optimizer}"
-            f"{', gradient checkpointing' * work.gradient_checkpointing}. Peak of one GPU in GB:"
+            f"{', gradient checkpointing' * work.gradient_checkpointing}"
         )
 
-    def header(self) -> list[str]:
-        shown = [_SHORT.get(part, part) for part in self._shown()]
-        return ["engine", *shown, "peak", "at", "margin", "fits", "batch\nfits", "host\na node"]
+    def choice(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and a row an engine of the table to choose by."""
+        header = ["engine", "fits", "GB of\neach GPU", "GB left", "largest\nbatch", "main memory\n(GB a node)", "hours"]
+        rows = []
+        for name, found in self.engines.items():
+            more = "over " * bool(ENGINES[name].offload)
+            rows.append([
+                ENGINES[name].title, "yes" if found.fits else "no", _gb(found.peak), _gb(found.margin),
+                str(found.max_batch_size), _gb(found.host), f"{more}{_hours(self.hours[name])}",
+            ])  # fmt: skip
+        return header, rows
 
-    def rows(self) -> list[list[str]]:
-        """Return a row an engine, in the order of `header`."""
+    def peaks(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and a row an engine of what lies in a GPU's memory at its highest moment."""
+        header = ["engine", "moment", *[PARTS[part][0] for part in self._shown()], "in all"]
         rows = []
         for name, found in self.engines.items():
             parts = [_gb(found.parts[part]) for part in self._shown()]
-            rows.append([
-                ENGINES[name].title, *parts, _gb(found.peak), found.phase, _gb(found.margin),
-                "yes" if found.fits else "no", str(found.max_batch_size), _gb(found.host),
-            ])  # fmt: skip
-        return rows
+            rows.append([ENGINES[name].title, found.phase, *parts, _gb(found.peak)])
+        return header, rows
 
     def _shown(self) -> list[str]:
         """Return the parts that any engine has."""
         return [part for part in COMPONENTS if any(found.parts[part] for found in self.engines.values())]
 
+    def meanings(self) -> list[str]:
+        """Return what the parts that are shown are."""
+        return [f"{name}: {meaning}" for name, meaning in (PARTS[part] for part in self._shown())]
+
     def notes(self) -> list[str]:
-        """Return what to say below the table."""
+        """Return what to say below the tables."""
         if self.recommended is None:
             advice = "No engine fits: lower batch size or sequence length, checkpoint gradients, or take more GPUs."
         else:
@@ -90,7 +114,17 @@ class MemoryPlan:
             file = f", with {self.config_file}" if self.config_file else ""
             setting = f" and `{engine.setting}`" if engine.setting else ""
             advice = f"Recommended: {engine.title}{file}{setting}."
-        return [advice, ASSUMED]
+        pace, flop = self.pace, flop_per_token(self.workload, lora=False)
+        lasting = (
+            f"Hours: estimated, for {pace.tokens / 1e9:.3g} billion tokens of data (--tokens), at {flop:.1f} "
+            f"operations a parameter and token, {UTILISATION:.0%} of {pace.device_tflops:g} TFLOP/s a GPU "
+            "(--device-tflops)."
+        )
+        notes = [advice, lasting, ASSUMED]
+        if self.workload.healing:
+            healed = [ENGINES[name].title for name in self.engines if ENGINES[name].heals]
+            notes.insert(2, f"Healing is counted where there is some: {' and '.join(healed)} (--healing off: without).")
+        return notes
 
 
 def plan_memory(
@@ -99,8 +133,12 @@ def plan_memory(
     cluster: Cluster,
     trust_remote_code: bool = False,
     name: str = "",
+    pace: Pace | None = None,
 ) -> MemoryPlan:
     """Estimate a model's training from its config alone, under every engine that makes sense on the cluster.
+
+    Args:
+        pace: by default a billion tokens on H100s.
 
     Raises:
         HessoError: where no config is found, or it doesn't give the sizes.
@@ -111,13 +149,19 @@ def plan_memory(
         'fsdp2'
     """
     config = load_config(source, trust_remote_code)
-    sizes = model_sizes(config)
-    engines = {
-        name: estimate(Run(sizes, engine, workload, cluster))
+    sizes, pace = model_sizes(config), pace or Pace()
+    runs = {
+        name: Run(sizes, engine, workload, cluster)
         for name, engine in ENGINES.items()
         if cluster.num_gpus > 1 or engine.offload or not engine.sharded  # one GPU alone has nothing to share
     }
-    return MemoryPlan(name or str(config.model_type), sizes, workload, cluster, engines)
+    engines = {name: estimate(run) for name, run in runs.items()}
+    lasting = {name: hours(run, pace) for name, run in runs.items()}
+    return MemoryPlan(name or str(config.model_type), sizes, workload, cluster, engines, pace, lasting)
+
+
+def _hours(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _gb(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What a memory estimate is asked for: the run and the GPUs, checked, and the engines that are compared. Bytes."""
+"""What an estimate is asked for: the run and the GPUs, checked, and the engines that are compared. Bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OptimizerName = Literal["adamw", "adamw_8bit", "adafactor", "sgd"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adamw_8bit", "adafactor", "sgd")
 DTYPES = ("bfloat16", "float32")
 COMPONENTS = (
-    "parameters", "gradients", "optimizer", "snapshot", "teacher", "activations", "logits", "buffers",
+    "parameters", "gradients", "optimizer", "snapshot", "teacher", "activations", "logits", "buffers", "healing",
 )  # fmt: skip
 Parts = dict[str, float]  # component to bytes
 Sharded = Literal["optimizer", "gradients", "parameters"]
@@ -31,6 +31,7 @@ class Workload:
         cric: none, or where CRIC's snapshot of weights and optimizer state is kept.
         distillation: whether a teacher, the original model in bf16, runs beside it.
         replay_share: of all tokens, on which the original model runs beside it; they come on top of the batch.
+        healing: whether what goes is refitted into what stays, as far as the engine has whole matrices.
     """
 
     batch_size: int = 1
@@ -43,6 +44,7 @@ class Workload:
     distillation: bool = False
     lora_rank: int = 16
     replay_share: float = 0.0
+    healing: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "lora_rank"):
@@ -95,6 +97,19 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How many tokens of the data a run reads, and the peak of one GPU (10^12 operations a second)."""
+
+    tokens: float = 1e9
+    device_tflops: float = 989.0  # of an H100 SXM in bf16, without sparsity
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "device_tflops"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise HessoError(f"`{name}` ({getattr(self, name):g}) must be above zero")
+
+
+@dataclass(frozen=True)
 class Engine:
     """One way to spread a run over GPUs.
 
@@ -118,6 +133,11 @@ class Engine:
     @property
     def shards_parameters(self) -> bool:
         return "parameters" in self.sharded
+
+    @property
+    def heals(self) -> bool:
+        """Whether it has the whole matrices that healing works on."""
+        return not self.sharded and not self.deepspeed
 
     @property
     def setting(self) -> str:

@@ -19,11 +19,19 @@ from transformers import (
     PretrainedConfig,
 )
 
+from hesso_hf import HessoConfig
+from hesso_hf.cli.memory import estimate as estimates
 from hesso_hf.cli.memory.estimate import Run, estimate, host_memory, largest_batch, saved_per_token
+from hesso_hf.cli.memory.hours import UTILISATION, flop_per_token, hours
 from hesso_hf.cli.memory.model_sizes import ModelSizes, model_sizes
-from hesso_hf.cli.memory.plan import plan_memory
-from hesso_hf.cli.memory.workload import COMPONENTS, ENGINES, HEADROOM, Cluster, Parts, Workload
+from hesso_hf.cli.memory.plan import PARTS, plan_memory
+from hesso_hf.cli.memory.workload import COMPONENTS, ENGINES, HEADROOM, Cluster, Pace, Parts, Workload
 from hesso_hf.errors import HessoError
+from hesso_hf.pruning.healing import Healer
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.saliency import no_units
+from hesso_hf.pruning.weights.bound_groups import BoundGroups
+from hesso_hf.structures.lora import parameters_of
 from tests.support import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,6 +86,11 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert found.head_parameters == found.embedding_parameters == 67 * 60
     assert found.untied_embedding == (0 if name in ("tied llama", "gpt2") else 67 * 60)
     assert found.gated == (name != "gpt2")
+    unused = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) * 5 / 7
+    assert found.active_parameters == found.parameters - unused
+    assert (unused > 0) == (name == "mixtral")
+    # a stack of experts is no linear layer
+    assert found.widest_input == {"gpt2": 240, "mixtral": 60}.get(name, 60)
     width = {"gpt2": 240, "mixtral": 88}.get(name, 44)
     heads = (60, 60) if name == "gpt2" else (48, 24)
     assert (found.mlp_width, found.query_width, found.kv_width) == (width, *heads)
@@ -252,10 +265,106 @@ def test_the_recommendation_is_the_first_that_fits_gpu_and_host() -> None:
 
 def test_a_row_has_as_many_cells_as_the_header() -> None:
     plan = plan_memory(EIGHT_B, Workload(cric="device"), Cluster(8, 80e9), name="8B")
-    assert "snapshot" in plan.header()
-    assert "teacher" not in plan.header()
-    assert all(len(row) == len(plan.header()) for row in plan.rows())
+    for header, rows in (plan.choice(), plan.peaks()):
+        assert len(rows) == len(plan.engines)
+        assert all(len(row) == len(header) for row in rows)
     assert json.loads(json.dumps(plan.to_dict()))["recommended"] == plan.recommended
+
+
+def test_every_part_that_is_shown_is_explained() -> None:
+    assert list(PARTS) == list(COMPONENTS)
+    plan = plan_memory(EIGHT_B, Workload(cric="device"), Cluster(8, 80e9), name="8B")
+    shown = plan.peaks()[0][2:-1]
+    assert "snapshot" in shown
+    assert "teacher" not in shown
+    assert [line.partition(":")[0] for line in plan.meanings()] == shown
+
+
+# -- hours -------------------------------------------------------------------------------------------------------------
+
+
+def test_operations_a_token_by_hand() -> None:
+    plain = Workload(gradient_checkpointing=False)
+    assert flop_per_token(plain, lora=False) == 6
+    assert flop_per_token(plain, lora=True) == 4
+    assert flop_per_token(replace(plain, gradient_checkpointing=True), lora=False) == 8
+    # of four tokens one is replay's, which the teacher reads too
+    assert flop_per_token(replace(plain, replay_share=0.25), lora=False) == (4 * 6 + 2) / 3
+    assert flop_per_token(replace(plain, distillation=True), lora=False) == 8
+    both = replace(plain, distillation=True, replay_share=0.25)
+    assert flop_per_token(both, lora=False) == 4 * 8 / 3
+
+
+def test_hours_go_with_tokens_gpus_and_their_speed(big: ModelSizes) -> None:
+    one = hours(run(big, "fsdp2", Workload(), 8), Pace())
+    assert one * 3600 == pytest.approx(6 * big.parameters * 1e9 / (8 * 989e12 * UTILISATION))
+    assert hours(run(big, "fsdp2", Workload(), 8), Pace(3e9, 989 / 2)) == pytest.approx(6 * one)
+    assert hours(run(big, "fsdp2", Workload(), 16), Pace()) == pytest.approx(one / 2)
+    assert hours(run(big, "lora", Workload(), 8), Pace()) == pytest.approx(one * 4 / 6)
+
+
+def test_hours_of_experts_are_those_that_a_token_passes() -> None:
+    found = model_sizes(CONFIGS["mixtral"])
+    alike = replace(found, active_parameters=found.parameters)
+    share = hours(run(found, "ddp", Workload()), Pace()) / hours(run(alike, "ddp", Workload()), Pace())
+    assert share == pytest.approx(found.active_parameters / found.parameters)
+    assert share < 1
+
+
+def test_the_plan_says_that_hours_are_estimated_and_of_what() -> None:
+    plan = plan_memory(EIGHT_B, Workload(), Cluster(8, 80e9), name="8B", pace=Pace(2e9, 312))
+    said = next(note for note in plan.notes() if note.startswith("Hours: estimated"))
+    assert all(part in said for part in ("2 billion tokens", "6.0 operations", "40% of 312 TFLOP/s"))
+    found = plan.to_dict()
+    assert found["pace"] == {"tokens": 2e9, "device_tflops": 312, "utilisation": UTILISATION}
+    assert found["engines"]["fsdp2"]["hours"] == plan.hours["fsdp2"]
+    column = plan.choice()[0].index("hours")
+    shown = {row[0]: row[column] for row in plan.choice()[1]}
+    assert shown["FSDP2 (as ZeRO-3)"] == f"{plan.hours['fsdp2']:.0f}" == "27"
+    assert shown["FSDP2, offloaded"] == "over 27"
+
+
+# -- healing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(640, 16), (128, 256)], ids=["matrices", "activations"])
+def test_healing_takes_about_what_is_counted(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocations of a period's first step: errors that the model minds, the order of the units, the refit."""
+    monkeypatch.syspath_prepend(str(RESULTS.parent))
+    from overhead import Allocations
+
+    config = LlamaConfig(**LLAMA | {"intermediate_size": width, "num_hidden_layers": 2})
+    model = AutoModelForCausalLM.from_config(config)
+    groups = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.3)).groups
+    bound = BoundGroups(parameters_of(model), groups)
+    ids = torch.randint(3, 67, (16, tokens), generator=torch.Generator().manual_seed(0))
+    healer, pruned, marked = (
+        Healer(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}),
+        no_units(bound.shapes(), bound.device),
+        no_units(bound.shapes(), bound.device),
+    )
+    marked["mlp_channels"][:, : width // 3] = True
+    with Allocations() as made:
+        fisher = healer.fisher(bound)
+        healer.costs(bound, pruned, {"attention_heads": 1, "mlp_channels": width // 3, "embedding_channels": 0}, fisher)
+        healer.corrections(bound, marked, pruned, fisher)
+    monkeypatch.setattr(estimates, "HEALING_TOKENS", ids.numel())
+    work = Workload(sequence_length=tokens, dtype="float32", healing=True)
+    found = run(model_sizes(config), "ddp", work).moments()["healing"]["healing"]
+    assert 0.95 < found / made.peak < 1.15
+
+
+def test_healing_is_counted_where_matrices_are_whole(big: ModelSizes) -> None:
+    healed, plain = Workload(healing=True), Workload()
+    with_it = {name for name in ENGINES if "healing" in run(big, name, healed, 8).moments()}
+    assert with_it == {"ddp", "lora"}
+    assert all("healing" not in run(big, name, plain, 8).moments() for name in ENGINES)
+    found = estimate(run(big, "lora", replace(healed, gradient_checkpointing=True), 1))
+    assert found.phase == "healing"
+    assert found.parts["healing"] > 5 * 8 * 14336**2
+    notes = plan_memory(EIGHT_B, healed, Cluster(8, 80e9)).notes()
+    assert any(note.startswith("Healing is counted where there is some: one GPU, DDP and LoRA, DDP") for note in notes)
+    assert "healing" in plan_memory(EIGHT_B, replace(healed, gradient_checkpointing=True), Cluster(8, 80e9)).peaks()[0]
 
 
 @pytest.mark.parametrize(
@@ -265,6 +374,8 @@ def test_a_row_has_as_many_cells_as_the_header() -> None:
         (lambda: Workload(optimizer="adam"), "`optimizer` ('adam') must be one of adamw"),  # type: ignore[arg-type]
         (lambda: Workload(dtype="int8"), "`dtype` ('int8')"),
         (lambda: Cluster(0, 80e9), "`num_gpus` (0) must be above zero"),
+        (lambda: Pace(tokens=0), "`tokens` (0) must be above zero"),
+        (lambda: Pace(device_tflops=-1), "`device_tflops` (-1) must be above zero"),
         (lambda: Cluster(12, 80e9), "`num_gpus` (12) must be a multiple of gpus_per_node (8)"),
     ],
 )
