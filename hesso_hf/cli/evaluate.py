@@ -18,7 +18,8 @@ from ..hf_models.build import first_line, load_config
 from ..hf_models.loading import load_model, load_tokenizer
 from ..structures.groups import PruningGroups
 from ..structures.shape_probe import AxisMap, describe_parameters
-from .data import WIKITEXT2, block_size_within, held_out_split, joined_windows, text_blocks
+from .data import block_size_within, held_out_split, text_blocks
+from .joined import WIKITEXT2, joined_windows
 from .speed import first_token_seconds, tokens_per_second, tokens_written_per_second
 from .tasks import Tasks
 

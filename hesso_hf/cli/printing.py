@@ -16,6 +16,9 @@ def print_report(report: dict[str, Any], folder: str) -> None:
     rows += [[name, str(before[name]), str(after[name])] for name in after]
     rows += [list(row) for row in (*quality_rows(report), *evaluation_rows(report))]
     print_table(f"{folder}: {report['pruning_ratio']:.1%} of the parameters removed", ["", "before", "after"], rows)
+    if quality := report.get("quality"):
+        counts = ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
+        print(f"losses measured on: {counts}")
     checked = report["verification"]
     print(
         f"logits against the trained model: relative error {checked['fold_error']:.1e} in fp32, "

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HessoError, StoppedError
-from .data import block_size_within, held_out_split, text_blocks
+from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data
+from .examples import Padding, Reading
 from .overview import overview
 from .printing import by_share, print_report, print_table
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
@@ -77,7 +78,7 @@ def prune(recipe: Recipe) -> None:
     from ..export.checkpoint_state import last_common_checkpoint
     from ..export.storage import check_room
     from ..hf_models.build import load_config
-    from ..hf_models.loading import load_model, load_tokenizer
+    from ..hf_models.loading import load_model
     from .dry_run import dry_run, quiet
     from .origin import origin_of
     from .preflight import check_places, disk_needs, output_of
@@ -85,16 +86,16 @@ def prune(recipe: Recipe) -> None:
     asked, run, output = recipe, recipe.run, output_of(recipe)
     recipe = quiet(asked) if run.dry_run else asked
     check_places(recipe)
-    tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
+    tokenizer = _tokenizer(run)
     config = load_config(run.model, run.trust_remote_code)
     stored, block_size = config.dtype, block_size_within(run.block_size, BLOCK_SIZE, {"`model`": config})
     if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
         recipe.hesso.export_dtype = str(stored).removeprefix("torch.")
     model = load_model(str(run.model), getattr(torch, run.dtype), run.trust_remote_code)
-    with recipe.training.main_process_first(desc="cutting the text into blocks"):  # the others read its cache
-        train, held_out = _datasets(run, tokenizer, block_size)
-    trainer = _trainer(recipe, model, tokenizer, train, held_out)
-    trainer.hesso_run.origin = origin_of(recipe)
+    with recipe.training.main_process_first(desc="reading the data"):  # the others read its cache
+        data, held_out = datasets_of(recipe, tokenizer, block_size)
+    trainer = _trainer(recipe, model, tokenizer, data.train, held_out)
+    trainer.hesso_run.origin = origin_of(recipe) | {"data": data.to_dict()}
     needs = disk_needs(asked, trainer)
     check_room(needs)
     if run.dry_run:
@@ -125,6 +126,16 @@ def prune(recipe: Recipe) -> None:
             ) from error
 
 
+def _tokenizer(run: RunArguments) -> Any:
+    """Load the model's tokenizer, with the chat template that is named."""
+    from ..hf_models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
+    if run.chat_template is not None:
+        tokenizer.chat_template = Path(run.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
 def _print_ladder(trainer: Any, output: Path) -> None:
     """Print a table of the models that were saved on the way, and the last one."""
     from ..export.report import REPORT_NAME
@@ -138,11 +149,20 @@ def _print_ladder(trainer: Any, output: Path) -> None:
 
 
 def _print_losses(trainer: Any) -> None:
-    """Evaluate, and print what comes out on the main process."""
-    measured = trainer.evaluate()
+    """Evaluate, and print what comes out on the main process, where the table above isn't of all these examples."""
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # it would print the same once more
+    measured, data = trainer.evaluate(), trainer.eval_dataset
+    shown = trainer.hesso_run.quality.record() or {}
     for key, name in LOSSES.items():
-        if key in measured and trainer.is_world_process_zero():
-            print(f"{name}: {measured[key]:.4f} nats a token")
+        if key not in measured or not trainer.is_world_process_zero():
+            continue
+        count = len(data[key.removeprefix("eval_").removesuffix("_loss")] if isinstance(data, dict) else data)
+        compared = shown.get(key, {}).get("examples", 0)
+        if compared < count:
+            among = f" (the table has {compared:,} of them)" if compared else ""
+            print(f"{name}: {measured[key]:.4f} nats a token on {count:,} examples{among}")
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:
@@ -160,6 +180,7 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: A
             eval_dataset=held_out,
             processing_class=tokenizer,
             hesso_config=recipe.hesso,
+            data_collator=Padding(tokenizer),
             peft_config=recipe.run.adapter(),
         )
     except HessoError:
@@ -171,24 +192,61 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: A
     return trainer
 
 
-def _datasets(run: RunArguments, tokenizer: Any, block_size: int) -> tuple[Any, Any]:
-    """Return the blocks to train on and the held-out ones, by name where there is other text beside these."""
+def datasets_of(recipe: Recipe, tokenizer: Any, block_size: int) -> tuple[Data, Any]:
+    """Return the data to train on and the held-out examples, by name where there are others beside these."""
+    run, training = recipe.run, recipe.training
+    reading = Reading(block_size, run.text_column, run.packing, run.completion_only_loss, run.assistant_only_loss)
     named = run.eval_dataset is not None or run.eval_split is not None
-    train, held_out = text_blocks(
-        str(run.dataset), tokenizer, block_size, run.dataset_split, config_name=run.dataset_config,
-        text_column=run.text_column, max_examples=run.max_examples, held_out_ratio=None if named else run.eval_ratio,
+    needed = None
+    if training.max_steps > 0:
+        needed = training.max_steps * training.train_batch_size * training.gradient_accumulation_steps
+        needed *= training.world_size
+    data = read_data(
+        str(run.dataset), tokenizer, reading, run.dataset_split, config_name=run.dataset_config,
+        max_examples=run.max_examples, needed=needed, held_out_ratio=None if named else run.eval_ratio,
     )  # fmt: skip
+    _check_options(run, data)
+    held_out: Any = data.held_out
+
+    def held_out_of(source: str, split: str, config_name: str | None = None) -> Any:
+        limit = run.max_eval_examples
+        return read_data(source, tokenizer, reading, split, config_name=config_name, needed=limit).train
+
     if named:
         source = run.eval_dataset or str(run.dataset)
         name = run.dataset_config if source == run.dataset else None
-        held_out, _ = text_blocks(
-            source, tokenizer, block_size, run.eval_split or held_out_split(source), config_name=name,
-            text_column=run.text_column,
-        )  # fmt: skip
+        held_out = held_out_of(source, run.eval_split or held_out_split(source), name)
+    parts: dict[str, Any] = {"held_out": held_out}
     if run.retained_dataset is not None:
-        retained, _ = text_blocks(
-            run.retained_dataset, tokenizer, block_size, held_out_split(run.retained_dataset),
-            text_column=run.text_column,
-        )  # fmt: skip
-        held_out = {"held_out": held_out, "retained": retained}
-    return train, held_out
+        parts["retained"] = held_out_of(run.retained_dataset, held_out_split(run.retained_dataset))
+    counts = {name: len(part) for name, part in parts.items()}
+    parts = {name: part.select(range(min(len(part), run.max_eval_examples))) for name, part in parts.items()}
+    if training.process_index == 0:
+        print("\n".join([*data.describe(), _examples_said(data, parts, counts)]))
+    return data, parts if run.retained_dataset is not None else parts["held_out"]
+
+
+def _examples_said(data: Data, parts: dict[str, Any], counts: dict[str, int]) -> str:
+    """Say how many examples there are for what."""
+    said = [f"  examples to train on: {len(data.train):,}"]
+    for name, part in parts.items():
+        of = f" of {counts[name]:,} (`max_eval_examples`)" if len(part) < counts[name] else ""
+        said.append(f"{'of `retained_dataset`' if name == 'retained' else 'to evaluate on'}: {len(part):,}{of}")
+    return "; ".join(said)
+
+
+def _check_options(run: RunArguments, data: Data) -> None:
+    """Refuse options of other kinds of data.
+
+    Raises:
+        HessoError: naming the option.
+    """
+    if run.packing is False and run.dataset == PYTHON_DOCS:
+        raise HessoError(f"`packing` (False): {PYTHON_DOCS} is cut into blocks; leave it out")
+    kinds = {"completion_only_loss": "prompt-completion", "assistant_only_loss": "messages"}
+    for name, kind in kinds.items():
+        if getattr(run, name) is not None and data.examples.kind != kind:
+            raise HessoError(
+                f"`{name}` ({getattr(run, name)}) does nothing: {data.examples.source} is read as "
+                f"{data.examples.kind}, not {kind}; leave it out"
+            )

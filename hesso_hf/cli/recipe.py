@@ -3,7 +3,7 @@
 model: org/name
 dataset: org/data
 training: {learning_rate: 1.0e-4, max_steps: 2000, ...}     # TrainingArguments
-hesso: {pruning_ratio: 0.5, ...}                            # HessoConfig; flags carry the prefix --hesso_
+hesso: {pruning_ratio: 0.5, ...}                            # HessoConfig; --warmup_steps is training's own
 peft: {r: 16, target_modules: all-linear}                   # LoraConfig; without it all weights are trained
 """
 
@@ -22,6 +22,7 @@ import yaml
 from ..config import HessoConfig
 from ..errors import HessoError, nearest_name
 from .data import check_text_file, model_source
+from .examples import TEXT_COLUMN
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
@@ -42,14 +43,27 @@ class RunArguments:
     dataset: str | None = _flag(None, "python-docs (embedded), a .jsonl/.txt/.csv/.parquet file, or a Hub id.")
     dataset_config: str | None = _flag(None, "Configuration name of a Hub data set.")
     dataset_split: str = _flag("train", "Split to train on.")
-    eval_dataset: str | None = _flag(None, "Held-out text; by default a part of dataset.")
+    eval_dataset: str | None = _flag(None, "Held-out data; by default a part of dataset.")
     eval_split: str | None = _flag(None, "Split of dataset to evaluate on.")
     retained_dataset: str | None = _flag(
         None, "Other text, which the base model knew: what is left of that is measured on it."
     )
     eval_ratio: float = _flag(0.05, "Share of dataset held out where no split is named.")
-    text_column: str = _flag("text", "Column that holds the text.")
-    max_examples: int | None = _flag(None, "Use only the first so many examples.")
+    text_column: str = _flag(
+        TEXT_COLUMN, "Column of text or messages; without a column text, messages or prompt and completion are read."
+    )
+    packing: bool | None = _flag(
+        None, "Several rows in one example; by default text is joined and cut into blocks, other rows stay apart."
+    )
+    completion_only_loss: bool | None = _flag(None, "Learn completions, not prompts; by default where there are such.")
+    assistant_only_loss: bool | None = _flag(
+        None, "Learn what the assistant says; by default where the chat template marks it by {%% generation %%}."
+    )
+    chat_template: str | None = _flag(None, "File with a chat template (Jinja), which the smaller model gets too.")
+    max_examples: int | None = _flag(
+        None, "Use only the first so many rows; by default, of what isn't a file, as many as max_steps take."
+    )
+    max_eval_examples: int = _flag(1000, "Evaluate on so many held-out examples at most.")
     block_size: int | None = _flag(
         None, "Tokens in one training example; by default 1024, or the model's context where that is shorter."
     )
@@ -71,8 +85,11 @@ class RunArguments:
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size is not None and self.block_size < 2:
             raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")
-        if self.max_examples is not None and self.max_examples < 1:
-            raise HessoError(f"`max_examples` ({self.max_examples}) must be at least 1; leave it out to use all")
+        for name, limit in (("max_examples", self.max_examples), ("max_eval_examples", self.max_eval_examples)):
+            if limit is not None and limit < 1:
+                raise HessoError(f"`{name}` ({limit}) must be at least 1; leave it out to use all or its default")
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            raise HessoError(f"`chat_template` ({self.chat_template!r}): no such file; name one with a Jinja template")
         if not 0.0 < self.eval_ratio < 1.0:
             raise HessoError(f"`eval_ratio` ({self.eval_ratio}) must lie strictly between 0 and 1")
         self.adapter()
@@ -119,7 +136,7 @@ class Recipe:
 
 
 def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and override it by flags (`--learning_rate 1e-4 --hesso_pruning_ratio 0.3`).
+    """Read a recipe and override it by flags (`--learning_rate 1e-4 --pruning_ratio 0.3`).
 
     Raises:
         HessoError: for a missing file, model or data set, and for an unknown key or flag, naming the nearest known.

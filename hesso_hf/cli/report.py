@@ -49,7 +49,7 @@ def report(arguments: argparse.Namespace) -> None:
         print_report(found[0], str(folders[0]))
         written = arguments.html or _remade(folders[0], found[0])
     else:
-        names = _names([folder.resolve() for folder in folders])
+        names = names_of([folder.resolve() for folder in folders])
         print_table(", ".join(map(str, folders)), ["", *names], [list(row) for row in compared_rows(found)])
         written = arguments.html
     if written:

@@ -53,6 +53,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "broken.jsonl").write_text('{"text": \n')
     (made / "numbers.jsonl").write_text('{"text": 3}\n' * 9)
     (made / "one.jsonl").write_text('{"text": "A sentence, and a few more words of it, so that there are some."}\n')
+    asked, answered = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    pair, none = {"prompt": "Why?", "completion": " So."}, {"prompt": "Why?", "completion": ""}
+    for name, rows in {
+        "chat": [{"messages": [asked, answered]}], "pairs": [pair] * 9, "silent": [pair, none],
+        "mute": [pair, pair | {"completion": None}], "prompts": [{"prompt": "Why?"}],
+        "mixed": [{"prompt": [asked], "completion": " So."}], "quoted": [{"messages": "[]"}],
+        "shared": [{"conversations": [{"from": "a", "value": "b"}]}],
+        "hollow": [{"messages": [asked, answered]}, {"messages": []}],
+    }.items():  # fmt: skip
+        (made / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (made / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (made / "strict.jinja").write_text("{{ raise_exception('no system prompt') }}")
     (made / "typo.yaml").write_text("hesso: {pruning_ration: 0.5}\n")
     (made / "flat.yaml").write_text("model: model\npruning_ratio: 0.5\n")
     return made
@@ -86,12 +98,58 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a data file that is missing": ([*RUN, "--dataset", "txt.jsonl"], r"`dataset` \('txt.jsonl'\): no such file"),
     "an empty data file": ([*RUN, "--dataset", "empty.jsonl"], r"`dataset` \('empty.jsonl'\) is empty"),
     "a data file that is no JSON": ([*RUN, "--dataset", "broken.jsonl"], r"broken.jsonl.*loaded: (JSON|Expected)"),
-    "a column of numbers": ([*RUN, "--dataset", "numbers.jsonl"], r"`text_column` \('text'\) .*int, not text; name an"),
+    "a column of numbers": ([*RUN, "--dataset", "numbers.jsonl"], r"`text_column` \('text'\) .*int, not text or mess"),
     "one example": ([*RUN, "--dataset", "one.jsonl"], r"'one.jsonl'\) has one example.*give `eval_dataset`"),
     "a column misspelt": ([*RUN, "--text_column", "txt"], r"`text_column` \('txt'\) isn't in .*did you mean 'text'"),
     "a split that a file has not": ([*RUN, "--dataset_split", "test"], r"`split` \('test'\): .* has only \['train'\]"),
     "blocks beyond the context": (
         [*RUN, "--block_size", "129"], r"`block_size` \(129\) is longer than the context of `model` \(128 tokens.*lowe",
+    ),
+    "no chat template": ([*RUN, "--dataset", "chat.jsonl"], r"'chat.jsonl'\) has messages, and .* no chat template: n"),
+    "a chat template that is missing": (
+        [*RUN, "--chat_template", "no.jinja"], r"`chat_template` \('no.jinja'\): no such file; name one with a Jin",
+    ),
+    "a chat template that refuses": (
+        [*RUN, "--dataset", "chat.jsonl", "--chat_template", "strict.jinja"], r"row 1: the chat .*: no system prompt",
+    ),
+    "a chat template that marks nothing": (
+        [*RUN, "--dataset", "chat.jsonl", "--chat_template", "plain.jinja", "--assistant_only_loss", "true"],
+        r"`assistant_only_loss` \(True\): the chat template doesn't mark.*put it into {% generation %}.*leave it out",
+    ),
+    "messages as text": (
+        [*RUN, "--dataset", "quoted.jsonl", "--chat_template", "plain.jinja"],
+        r"`text_column` \('messages'\) of quoted.jsonl holds str, not text or messages \(`role`, `content`\); name",
+    ),
+    "a conversation of nothing": (
+        [*RUN, "--dataset", "hollow.jsonl", "--chat_template", "plain.jinja"], r"row 2: `messages` is \[\], not tex",
+    ),
+    "prompts alone": (
+        [*RUN, "--dataset", "prompts.jsonl"],
+        r"`text_column` \('text'\) isn't in prompts.jsonl, nor are `messages`, or `prompt` and `completion`; columns",
+    ),
+    "conversations of another format": (
+        [*RUN, "--dataset", "shared.jsonl", "--text_column", "conversations"], r"holds list, not text or messages \(",
+    ),
+    "a prompt of messages, a completion of text": (
+        [*RUN, "--dataset", "mixed.jsonl"], r"`prompt` and `completion` .* holds list and str, not .* both of one kind",
+    ),
+    "an empty completion": ([*RUN, "--dataset", "silent.jsonl"], r"'silent.jsonl'\), row 2: `completion` is empty.*l"),
+    "no completion": ([*RUN, "--dataset", "mute.jsonl"], r"row 2: `completion` is None, not text or messages; leave"),
+    "prompts as long as a block": (
+        [*RUN, "--dataset", "pairs.jsonl", "--block_size", "2"], r"no row has a token to learn from within `block_siz",
+    ),
+    "completions of text": (
+        [*RUN, "--completion_only_loss", "true"], r"`completion_only_loss` \(True\) does nothing: text.jsonl is read a",
+    ),
+    "assistants in pairs": (
+        [*RUN, "--dataset", "pairs.jsonl", "--assistant_only_loss", "true"], r"`assistant_only_loss` .*not messages; l",
+    ),
+    "blocks that are cut already": (
+        [*RUN, "--dataset", "python-docs", "--packing", "false"], r"`packing` \(False\): python-docs is cut into bloc",
+    ),
+    "no example to evaluate on": ([*RUN, "--max_eval_examples", "0"], r"`max_eval_examples` \(0\) must be at least 1"),
+    "conversations where text is compared": (
+        ["eval", "model", "--dataset", "chat.jsonl"], r"'chat.jsonl'\) has `messages`, and text alone is read here",
     ),
     # flags and recipes
     "a flag misspelt": ([*RUN, "--learning_rat", "1"], r"unknown flag '--learning_rat' \(did you mean 'learning_rate'"),

@@ -160,6 +160,7 @@ def test_commands_exist(path: Path) -> None:
             assert words[1] in subcommands, words
             parsers = [subcommands[words[1]], *([recipe_parser()] if words[1] in ("prune", "sweep") else [])]
             known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+            known |= {f"--{name}" for name in HessoConfig.__dataclass_fields__ if len(parsers) > 1}
             for word in words[2:]:
                 assert not word.startswith("--") or word.partition("=")[0] in known, words
 
