@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; a user's mistake is one message and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)  # which some libraries import wherever it is installed
     try:
         if argv[:1] in (["prune"], ["sweep"]):
             return (prune if argv[0] == "prune" else sweep).run(argv[1:])
@@ -44,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
         print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a record says more than that a machine without a GPU has none."""
+    return not str(record.msg).startswith("Setting accelerator to CPU")
 
 
 def _parser() -> argparse.ArgumentParser:

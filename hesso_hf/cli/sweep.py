@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import HessoError
 from .comparison import markdown_table
 from .printing import by_share, print_table
+from .prune import INTERRUPTED
 from .recipe import parse_recipe
 from .report import REPORT_NAME, write_page
 
@@ -51,14 +52,32 @@ def run(flags: Sequence[str]) -> int:
             print(f"{output}: done before; for another run remove it")
             continue
         told = [*rest, *_ratio(ratio), "--output_dir", str(output.parent), "--resume_from_checkpoint", "auto"]
-        code = subprocess.run([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told]).returncode
+        code = _ended([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told])
         if code:
             again = shlex.join(["hesso-hf", "sweep", *flags])
-            print(f"hesso-hf: the run at {ratio:g} ended with {code}; this goes on there:\n  {again}", file=sys.stderr)
+            ended = "was interrupted" if code == INTERRUPTED else f"ended with {code}"
+            print(f"hesso-hf: the run at {ratio:g} {ended}; this goes on with the sweep:\n  {again}", file=sys.stderr)
             return code
     if not recipe.run.dry_run:
         _compare(folder, small)
     return 0
+
+
+def _ended(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code, 128 + 2 at Ctrl-C.
+
+    The command is told of Ctrl-C too, and has the time to say how it goes on; a second one ends it.
+    """
+    process = subprocess.Popen(command)
+    try:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+    except KeyboardInterrupt:
+        process.kill()
+        process.wait()
+    return INTERRUPTED
 
 
 def _ratio(ratio: float) -> list[str]:
