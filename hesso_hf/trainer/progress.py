@@ -101,10 +101,11 @@ class ShortBar(ProgressCallback):
         self._progress = progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write them; the bar itself has the time that is left."""
+        """Write them; the bar itself has the time that is left, where it is shown."""
         bar: Any = self.training_bar
         if state.is_world_process_zero and bar is not None:
-            bar.write(self._progress.line(state, logs))
+            left = self._progress.left(state) if getattr(bar, "disable", False) and "loss" in logs else ""
+            bar.write(self._progress.line(state, logs) + left)
             bar.set_postfix_str(self._progress.now)
 
 
