@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from .comparison import PICTURES, check_comparison, comparison_table, evaluation
 from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Pace, Workload
 from .printing import print_report, print_table
+
+WIDTH = 100  # of a line that quickstart prints
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
@@ -148,10 +151,12 @@ def export(arguments: argparse.Namespace) -> None:
         raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
     if arguments.output is not None:
         from ..export import export_pruned
+        from ..hf_models.loading import without_bars
 
-        report = export_pruned(
-            checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
-        )
+        with without_bars():
+            report = export_pruned(
+                checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
+            )
         print_report(report.to_dict(), arguments.output)
     _convert(Path(arguments.output or checkpoint), arguments.engines, arguments.converter)
 
@@ -305,12 +310,12 @@ def quickstart(arguments: argparse.Namespace) -> None:
 
     with without_bars():
         rows, samples = run_quickstart(arguments)
-    print_table("before and after", ["", *[row.name for row in rows]], [
+    print_table("", ["", *[row.name for row in rows]], [
         ["parameters", *[f"{row.parameters:,}" for row in rows]],
         ["size on disk", *[f"{row.bytes / 1e6:.2f} MB" for row in rows]],
         ["held-out perplexity", *[f"{row.perplexity:.2f}" for row in rows]],
         ["tokens/s (forward)", *[f"{row.tokens_per_second:,.0f}" for row in rows]],
     ])  # fmt: skip
-    for name, sample in samples.items():
-        print(f"\n{name}:\n  " + sample.strip().replace("\n", "\n  "))
-    print(f"\nsmaller model: {arguments.output}/hesso, loads with plain AutoModelForCausalLM.from_pretrained")
+    for name, sample in samples.items():  # of the same held-out text
+        print(textwrap.shorten(f"{name} writes: {sample}", WIDTH, placeholder=" ..."))
+    print(f"smaller model, which plain AutoModelForCausalLM.from_pretrained loads: {arguments.output}/hesso")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ CLOSED_PIPE = 128 + 13  # what a shell says of a process whose reader went away
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: the exit code is 2 after a user's mistake, 130 after Ctrl-C, 141 after a closed pipe."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)  # which some libraries import wherever it is installed
     try:
         try:
             return _run(argv)
@@ -81,6 +83,11 @@ def _nobody_reads() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a record says more than that a machine without a GPU has none."""
+    return not str(record.msg).startswith("Setting accelerator to CPU")
 
 
 def _parser() -> argparse.ArgumentParser:

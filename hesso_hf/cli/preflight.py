@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import HessoConfig
@@ -16,19 +16,6 @@ from ..hf_models.build import first_line
 from ..trainer.saving import checkpoint_bytes
 from .recipe import Recipe
 from .report import SMALL_NAME
-
-
-class ShowPlan(TrainerCallback):
-    """Prints before the first step what goes and when, where no progress bar does."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer, self._shown = trainer, False
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Print it, once."""
-        if not self._shown and state.is_world_process_zero:
-            print(self._trainer.hesso_plan.preview(self._trainer.hesso_optimizer.process.schedule))
-        self._shown = True
 
 
 def output_of(recipe: Recipe) -> Path:

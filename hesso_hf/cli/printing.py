@@ -37,8 +37,9 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     from rich.measure import Measurement
     from rich.table import Table
 
-    print(title)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    if title:
+        print(title)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:

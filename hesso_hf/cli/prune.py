@@ -168,8 +168,9 @@ def _print_losses(trainer: Any) -> None:
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:
     """Make the trainer, and say what `Trainer` itself refuses of the arguments."""
     from ..trainer import HessoTrainer
-    from .preflight import ShowPlan
 
+    if recipe.training.device.type == "cpu":
+        recipe.training.dataloader_pin_memory = False  # which is for a GPU alone, and warned of where there is none
     if isinstance(held_out, dict) and recipe.training.metric_for_best_model in ("loss", "eval_loss"):
         recipe.training.metric_for_best_model = "held_out_loss"
     try:
@@ -187,8 +188,6 @@ def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: A
         raise
     except ValueError as error:
         raise HessoError(f"`training`: {error}") from error
-    if recipe.training.disable_tqdm:
-        trainer.add_callback(ShowPlan(trainer))
     return trainer
 
 

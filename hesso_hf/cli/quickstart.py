@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from ..bundled import BUNDLED, resolve_model
 from ..config import HessoConfig
@@ -23,7 +23,7 @@ from .data import text_blocks
 from .evaluate import held_out_loss, perplexity, weights_bytes
 from .speed import tokens_per_second
 
-PROMPT_TOKENS, SAMPLE_TOKENS = 12, 60
+PROMPT_TOKENS, SAMPLE_TOKENS = 12, 30
 
 # Runs where hesso_hf has never been imported: the smaller model needs nothing but transformers.
 _FRESH_PROCESS = """
@@ -37,10 +37,17 @@ for name, folder in folders.items():
     ids = torch.tensor([prompt])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(sys.argv[3]), do_sample=False,
                          repetition_penalty=1.3, pad_token_id=0)
-    found[name] = {"sample": tokenizer.decode(out[0]), "parameters": model.num_parameters()}
+    found[name] = {"sample": tokenizer.decode(out[0, len(prompt):]), "parameters": model.num_parameters()}
 assert "hesso_hf" not in sys.modules
 print("RESULT" + json.dumps(found))
 """
+
+
+class PlanAlone(PrinterCallback):
+    """Has a trainer print its plan and what the first steps took, and no logs."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Print none."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
         options: the flags of `hesso-hf quickstart`.
 
     Returns:
-        A row per model (original, HESSO, one-shot), and a generated sample of each; both also in `results.json`.
+        A row per model (original, HESSO, one-shot), and how each goes on with a text; both also in `results.json`.
     """
     # a mistake shows before anything is written; without replay all see equally many tokens
     config = HessoConfig(pruning_ratio=options.ratio, replay_share=0.0)
@@ -77,7 +84,8 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
     load_model(source, DTYPES[config.export_dtype]).save_pretrained(folders["original"])
     tokenizer.save_pretrained(folders["original"])
 
-    sizes = _train(options, source, tokenizer, train, config, folders["HESSO"])
+    sizes = _train(options, source, tokenizer, train, config, folders["HESSO"], PlanAlone())
+    print("to compare: a cut by magnitude to the same sizes at once, then as many steps of training")
     one_shot = replace(
         config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude", healing="off", stream_basis="given",
         warmup_steps=0, pruning_steps=1, pruning_periods=1,
@@ -99,14 +107,21 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
 
 
 def _train(
-    options: Namespace, source: str, tokenizer: Any, train: Any, config: HessoConfig, folder: Path
+    options: Namespace,
+    source: str,
+    tokenizer: Any,
+    train: Any,
+    config: HessoConfig,
+    folder: Path,
+    *shown_by: PrinterCallback,
 ) -> dict[str, int]:
     """Train and save; return the config sizes that were pruned to."""
     args = TrainingArguments(
         output_dir=str(folder.parent / "runs" / folder.name), max_steps=options.steps, seed=0,
         per_device_train_batch_size=options.batch_size, learning_rate=options.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, options.steps // 20),
-        logging_strategy="no", save_strategy="no", report_to=[], dataloader_pin_memory=torch.cuda.is_available(),
+        logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = HessoTrainer(
         model=load_model(source, torch.float32),  # fp32 masters, whatever the stored dtype
@@ -115,6 +130,9 @@ def _train(
         processing_class=tokenizer,
         hesso_config=config,
     )
+    trainer.remove_callback(PrinterCallback)
+    for callback in shown_by:
+        trainer.add_callback(callback)
     trainer.train()
     trainer.save_model(str(folder))
     return trainer.hesso_plan.target.sizes

@@ -58,23 +58,32 @@ def run(flags: Sequence[str]) -> int:
             print(f"{output}: done before; for another run remove it")
             continue
         told = [*rest, *_ratio(ratio), "--output_dir", str(output.parent), "--resume_from_checkpoint", "auto"]
-        code = _code_of([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told])
+        code = _ended([*launcher, "-m", "hesso_hf", "prune", arguments.recipe, *told])
         if code:
             again = shlex.join(["hesso-hf", "sweep", *flags])
-            print(f"hesso-hf: the run at {ratio:g} ended with {code}; this goes on there:\n  {again}", file=sys.stderr)
+            ended = "was interrupted" if code == INTERRUPTED else f"ended with {code}"
+            print(f"hesso-hf: the run at {ratio:g} {ended}; this goes on with the sweep:\n  {again}", file=sys.stderr)
             return code
     if not recipe.run.dry_run:
         _compare(folder, small)
     return 0
 
 
-def _code_of(command: list[str]) -> int:
-    """Run a command and return its exit code; Ctrl-C, which it gets too, ends it."""
+def _ended(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code, 128 + 2 at Ctrl-C.
+
+    The command is told of Ctrl-C too, and has the time to end; a second one ends it.
+    """
+    process = subprocess.Popen(command, env={**os.environ, PART_OF_SWEEP: "1"})
     try:
-        return subprocess.run(command, env={**os.environ, PART_OF_SWEEP: "1"}).returncode
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return INTERRUPTED
+        process.kill()
+        process.wait()
+    return INTERRUPTED
 
 
 def _ratio(ratio: float) -> list[str]:

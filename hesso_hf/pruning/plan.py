@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
-from ..budget.ladder import refuse_ladder, rung_folder, solve_ladder
+from ..budget.ladder import refuse_ladder, solve_ladder
 from ..budget.latency import build_latency
 from ..budget.solver import PriceFunction, TargetSizes
 from ..config import HessoConfig, structures_around
@@ -21,7 +21,6 @@ from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
-from ..hf_models.serving import not_served_as_they_are
 from ..hf_models.sizes import canonical_name
 from ..structures.cut import build_cut, load_cut
 from ..structures.experts import EXPERT_UNITS
@@ -33,6 +32,7 @@ from ..structures.shape_probe import AxisMap
 from .calibration import LossCurves
 from .criteria import needed_sums
 from .optimizer import HessoOptimizer
+from .preview import preview
 from .process import PruningProcess
 from .schedule import Schedule, resolve_schedule
 
@@ -154,47 +154,22 @@ class PruningPlan:
 
     def preview(self, schedule: Schedule) -> str:
         """Describe sizes and steps for people, and what the trial removals expect of the loss."""
-        target, periods = self.target, len(schedule.periods)
-        tried = schedule.sampling_end - schedule.warmup_steps
-        lines = [
-            f"HESSO: {target.parameters_before:,} -> {target.parameters_after:,} parameters "
-            f"({target.parameter_ratio:.1%} removed) in {periods} period{'s' * (periods > 1)}, steps "
-            f"{schedule.sampling_end + 1} to {schedule.end} of {schedule.total_steps}; before that "
-            f"{schedule.warmup_steps} of warm-up{f' and {tried} of CRIC' if tried else ''}, after it "
-            f"{schedule.total_steps - schedule.end} of recovery"
-        ]
-        for share, rung, step in zip(self.config.rungs, self.rungs, schedule.rung_saves, strict=True):
-            lines.append(
-                f"  on the way, after step {step}: {rung.parameters_after:,} parameters, saved as {rung_folder(share)}"
-            )
-        full, kept_units = self.parameters.full, target.kept_units
-        saved = {name: full - float(self.parameters({name: kept})) for name, kept in kept_units.items()}
-        for name, units in target.num_units.items():
-            kept, share = kept_units[name], saved[name] / (sum(saved.values()) or 1)
-            lines.append(
-                f"  {name}: {units} -> {kept} units a layer ({1 - kept / units:.0%} go, {share:.0%} of what is "
-                f"removed); {self._sizes_of(name)}"
-            )
-        if self.expected_rise is not None:
-            lines.append(f"  expected before any recovery: +{self.expected_rise:.2f} nats a token")
-        if self.config.layer_widths == "uniform":
-            small = resized_config(self.model.config, target.sizes)
-            lines += [f"  to serve it: {said}" for said in not_served_as_they_are(small)]
-        return "\n".join(lines)
+        return preview(self, schedule)
 
-    def _sizes_of(self, name: str) -> str:
+    def sizes_of(self, name: str) -> list[str]:
         """Return the config sizes of a structure, before and after."""
         structure = self.groups.structures[name]
         before, after = (structure.config_sizes(n) for n in (structure.num_units, self.target.kept_units[name]))
-        return ", ".join(f"{size} {before[size]} -> {after[size]}" for size in after)
+        return [f"{size} {before[size]} -> {after[size]}" for size in after]
 
     def warn_of_shape(self) -> None:
         """Warn of structures of which so little stays that nobody serves such a model."""
         for name, units in self.target.num_units.items():
             kept = self.target.kept_units[name]
             if kept < LITTLE * units:
+                sizes = ", ".join(self.sizes_of(name))
                 logger.warning(
-                    f"{name}: {kept} of {units} units of a layer stay ({kept / units:.0%}; {self._sizes_of(name)}); a "
+                    f"{name}: {kept} of {units} units of a layer stay ({kept / units:.0%}; {sizes}); a "
                     "model of such a shape learns little and serves badly: lower `pruning_ratio`, or pin sizes with "
                     "`target_sizes`"
                 )

@@ -22,6 +22,8 @@ from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
 logger = logging.get_logger(__name__)
 
+MARK = "hesso_hf"  # name in a config: of a model that a run has saved, and that is as large as the base
+
 
 @torch.no_grad()
 def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, kept: KeptUnits) -> None:
@@ -135,6 +137,7 @@ def build_cut(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) ->
     """
     uneven = layer_sizes(groups, kept, head_dim_of(model.config))
     config = resized_config(model.config, kept_sizes(groups, kept), kept_layers(kept))
+    vars(config).pop(MARK, None)
     with no_init_weights():
         small = stock_class(model)(config)
         if uneven is not None:

@@ -61,7 +61,7 @@ def _is_indexed(dataset: Any) -> bool:
     return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
-def _makes_its_loader(trainer: Trainer) -> bool:
+def makes_its_loader(trainer: Trainer) -> bool:
     """Whether the batches come of another loader than Trainer makes, the class' own or one put in its place."""
     made_by = getattr(trainer.get_train_dataloader, "__func__", None)
     return made_by is not Trainer.get_train_dataloader
@@ -89,7 +89,7 @@ class Measurer:
     @property
     def has_data(self) -> bool:
         """Whether the trainer has training data, in a data set or by a loader of its own."""
-        return self._trainer.train_dataset is not None or _makes_its_loader(self._trainer)
+        return self._trainer.train_dataset is not None or makes_its_loader(self._trainer)
 
     def why_none(self) -> str:
         """Return why there are no examples before training, "" where there are."""
@@ -162,7 +162,7 @@ class Measurer:
 
     def _loader(self) -> DataLoader | None:
         """Return the data loader of a trainer that makes its own; None where it reads a stream, perhaps but once."""
-        if not _makes_its_loader(self._trainer):
+        if not makes_its_loader(self._trainer):
             return None
         loader = self._trainer.get_train_dataloader()
         indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_indexed(loader.dataset)

@@ -33,6 +33,7 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .compacting import Compacting
+from .dense import warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
@@ -135,6 +136,7 @@ class PruningRun:
         if self.first_state is None:
             self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer)
         process = self.plan.process(self._settle())
+        warn_where_saved(self)
         if self._healer is not None:
             process.heal_with(self._healer)
         if self._config.prune_vocabulary:
@@ -194,10 +196,9 @@ class PruningRun:
         trainer = self._trainer
         if self.total_steps is not None:
             return self.total_steps
-        if trainer.state.max_steps > 0:
-            return trainer.state.max_steps
-        if trainer.args.max_steps > 0:
-            return trainer.args.max_steps
+        for given in (trainer.state.max_steps, trainer.args.max_steps):
+            if given > 0:
+                return given
         if not self.measurer.has_data:
             raise HessoError(
                 "the optimizer needs to know how many steps the run has: set `max_steps`, give `train_dataset`, or "

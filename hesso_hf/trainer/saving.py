@@ -26,6 +26,7 @@ from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
 from ..structures.turned_base import write_healed, write_turn
 from ..structures.uneven_layers import MODULE_NAME
+from .dense import marked_dense
 from .run import PruningRun
 
 logger = logging.get_logger(__name__)
@@ -62,14 +63,14 @@ def checkpoint_bytes(model: PreTrainedModel) -> int:
 
 
 @contextlib.contextmanager
-def writing_checkpoint(folder: Path, model: PreTrainedModel) -> Iterator[None]:
-    """Say where a checkpoint can't be written, and which one there is to go on from.
+def writing_checkpoint(folder: Path, model: PreTrainedModel, process: PruningProcess) -> Iterator[None]:
+    """Have a checkpoint say that it is dense; say where it can't be written, and which one there is to go on from.
 
     Raises:
         StorageError: naming the folder, the need, the room and the last whole checkpoint.
     """
     try:
-        with writing("the checkpoint", folder, checkpoint_bytes(model)):
+        with writing("the checkpoint", folder, checkpoint_bytes(model)), marked_dense(model, process):
             yield
     except StorageError as error:
         last = last_checkpoint(folder.parent)
@@ -97,7 +98,7 @@ def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[]
     logger.warning(f"pruning {how_far(process)}: the dense model is saved in {target}, not a smaller one")
     if engine.args.should_save:
         _remove_export(target)
-    with _before_trial(process):
+    with _before_trial(process), marked_dense(run.model, process):
         engine.save_dense(run, target, plain)
 
 
@@ -182,10 +183,11 @@ def _other_places(target: Path, output_dir: Path, size: int) -> list[Path]:
 def _save_trained(engine: Engine, run: PruningRun, folder: Path, plain: Callable[[str], None]) -> None:
     """Save the trained model with the decision beside it, adapters merged: the base on disk isn't what they fit."""
     writes = engine.args.should_save
-    if not lora_layers(run.model):
-        engine.save_dense(run, folder, lambda: plain(str(folder)))
-    elif writes:
-        dense_model(run.model).save_pretrained(folder)
+    with marked_dense(run.model, run.process):
+        if not lora_layers(run.model):
+            engine.save_dense(run, folder, lambda: plain(str(folder)))
+        elif writes:
+            dense_model(run.model).save_pretrained(folder)
     on_all(lambda: write_state(folder, run.process.decision(), engine.config, run.record()) if writes else None)
 
 

@@ -250,7 +250,7 @@ class HessoMixin(_TrainerBase):
         self._saving_checkpoint = True
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            with writing_checkpoint(folder, self.hesso_run.model):
+            with writing_checkpoint(folder, self.hesso_run.model, self._process):
                 if self.args.should_save:
                     write_beside(folder, self.hesso_run, self.hesso_config)
                 barrier()  # nobody writes before what was there is gone

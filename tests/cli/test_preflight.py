@@ -102,8 +102,9 @@ def test_the_plan_is_printed_and_the_small_model_saved_before_it_is_measured(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small").config.intermediate_size == 28
     plan, report = shown.out.index("HESSO: 156,908 -> 151,084 parameters"), shown.out.index("of the parameters removed")
     assert plan < report
-    assert "mlp_channels: 44 -> 28 units a layer" in shown.out
-    assert "steps 2 to 4 of 6; before that 1 of warm-up, after it 2 of recovery" in shown.out
+    assert shown.out.count("intermediate_size 44 -> 28") == 1
+    assert "steps: warm-up 1, pruning 2 to 4 in 3 periods, recovery 5 to 6" in shown.out
+    assert "pin_memory" not in shown.err
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(
@@ -208,7 +209,8 @@ def test_a_dry_run_says_what_the_run_would_take_and_saves_no_model(
     text, beside = capsys.readouterr()
     assert "Loading weights" not in beside
     assert "HESSO: 156,908 -> 151,084 parameters" in text
-    assert "tokens: 32 a step, 192 in 6 steps, and replay" in text
+    assert "tokens: about 32 a step, 192 in 6 steps, and replay" in text
+    assert f"replay: written in {tmp_path}/run/replay, where the run takes it from" in text
     assert re.search(r"^time: [\d.e-]+ s a step, \d+ s in all", text, re.MULTILINE)
     assert re.search(r"^memory: [\d.]+ [MG]B of main memory$", text, re.MULTILINE)
     assert re.search(rf"^disk: about 604 kB for the smaller model in {tmp_path}/run/small$", text, re.MULTILINE)

@@ -14,7 +14,13 @@ def test_quickstart_prints_the_table_and_keeps_the_results(tmp_path: Path, capsy
     output = tmp_path / "out"
     flags = ["--steps", "8", "--batch-size", "8", "--block-size", "48", "--output", str(output)]
     assert main(["quickstart", *flags]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    lines = out.replace(str(output), "quickstart").splitlines()
+    assert len(lines) <= 24, out  # a screen
+    assert max(map(len, lines)) <= 100, out
+    assert not err.strip(), err
+    assert out.count("HESSO: 869,504 -> ") == 1
+    assert "train_runtime" not in out
     for text in ("parameters", "size on disk", "held-out perplexity", "tokens/s", "HESSO", "one-shot magnitude"):
         assert text in out
     results = json.loads((output / "results.json").read_text())

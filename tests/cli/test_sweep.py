@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -44,11 +41,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Have runs done in this process; return their commands."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> SimpleNamespace:
+    def ended(command: list[str]) -> int:
         commands.append(command)
-        return SimpleNamespace(returncode=main(command[command.index("hesso_hf") + 1 :]))
+        return main(command[command.index("hesso_hf") + 1 :])
 
-    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.run", run)
+    monkeypatch.setattr("hesso_hf.cli.sweep._ended", ended)
     return commands
 
 
@@ -93,7 +90,7 @@ def test_one_run_saves_models_on_the_way_and_prints_them_beside_the_last(
     assert main(["prune", str(recipe), "--export_at", "0.17,0.3", "--output_dir", str(tmp_path), *steps]) == 0
     printed = capsys.readouterr().out
     table = printed[printed.index(f"{tmp_path / 'rung-0.17'}, {tmp_path / 'rung-0.3'}, {tmp_path / 'small'}") :]
-    assert table.splitlines()[2].split() == ["before", "0.17", "0.3", "0.4"]
+    assert table.splitlines()[1].split() == ["before", "0.17", "0.3", "0.4"]
     for share, folder in ((17, "rung-0.17"), (30, "rung-0.3"), (40, "small")):
         report = json.loads((tmp_path / folder / "pruning_report.json").read_text())
         assert abs(100 * report["pruning_ratio"] - share) < 2
@@ -107,11 +104,11 @@ def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
 ) -> None:
     commands: list[list[str]] = []
 
-    def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    def ended(command: list[str]) -> int:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 143)
+        return 143
 
-    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.run", run)
+    monkeypatch.setattr("hesso_hf.cli.sweep._ended", ended)
     flags = ["sweep", str(recipe), "--ratios", "0.2", "0.7", "--launcher", "accelerate launch --num_processes 2"]
     assert main(flags) == 143
     (command,) = commands
@@ -122,24 +119,39 @@ def test_a_launcher_starts_the_runs_and_one_that_fails_ends_the_sweep(
     assert "--ratios 0.2 0.7 --launcher 'accelerate launch --num_processes 2'" in said
 
 
-def test_ctrl_c_names_the_sweep_that_goes_on_and_not_the_run(
+def test_ctrl_c_lets_the_run_end_by_itself_and_names_the_command_that_goes_on(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(command: list[str], env: dict[str, str]) -> None:
-        def interrupted(_: object) -> None:
-            raise KeyboardInterrupt
+    done: list[str] = []
 
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setenv(PART_OF_SWEEP, env[PART_OF_SWEEP])
-            inner.setattr("hesso_hf.cli.prune.prune", interrupted)
-            assert main(command[command.index("hesso_hf") + 1 :]) == 130
-        assert capsys.readouterr().err == ""
+    def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.run", run)
-    assert main(["sweep", str(recipe), "--ratios", "0.2"]) == 130
+    class Started:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            self.waited = 0
+            with pytest.MonkeyPatch.context() as inner:  # the run, which leaves it to the sweep to say what goes on
+                inner.setenv(PART_OF_SWEEP, env[PART_OF_SWEEP])
+                inner.setattr("hesso_hf.cli.prune.prune", interrupted)
+                assert main(command[command.index("hesso_hf") + 1 :]) == 130
+            assert capsys.readouterr().err == ""
+
+        def wait(self) -> int:
+            self.waited += 1
+            done.append("wait")
+            if self.waited == 1:
+                raise KeyboardInterrupt
+            return 130
+
+        def kill(self) -> None:
+            done.append("kill")
+
+    monkeypatch.setattr("hesso_hf.cli.sweep.subprocess.Popen", Started)
+    assert main(["sweep", str(recipe), "--ratios", "0.2", "0.3", "--output_dir", "some/runs"]) == 130
+    assert done == ["wait", "wait"]
     said = capsys.readouterr().err
-    assert f"ended with 130; this goes on there:\n  hesso-hf sweep {recipe} --ratios 0.2\n" in said
+    assert "hesso-hf: the run at 0.2 was interrupted; this goes on with the sweep:" in said
+    assert f"  hesso-hf sweep {recipe} --ratios 0.2 0.3 --output_dir some/runs" in said
 
 
 @pytest.mark.parametrize(

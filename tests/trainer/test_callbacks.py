@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hesso_hf.trainer.callbacks import ShortBar, ShortLines, phase_text
+from hesso_hf.trainer.forecast import Pace, duration
+from hesso_hf.trainer.progress import ShortBar, ShortLines, phase_text
 from tests.support.tiny import tiny_llama
-from tests.support.training import hesso_config, logged, trainer
+from tests.support.training import LENGTH, hesso_config, logged, trainer
 
 
 def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: Path) -> None:
@@ -38,31 +40,51 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
 
     run.add_callback(Progress())
     run.train()
-    assert shown == [
-        "warm-up, pruning starts at step 2",
-        "pruning period 1/2, ends at step 7",
-        "pruning period 2/2, ends at step 7",
-        "recovery, pruned since step 7",
-    ]
-    assert written == [run.hesso_plan.preview(run.hesso_optimizer.process.schedule)]
-    assert "steps 3 to 7 of 12" in written[0]
-    assert phase_text(run.hesso_optimizer.process) == shown[-1]
+    phases = list(dict.fromkeys(text.split(", units")[0] for text in shown))
+    assert phases == ["warm-up, pruning starts with step 3", "pruning 1 of 2", "pruning 2 of 2", "recovery"]
+    total = 2 * (3 - 2) + 2 * (44 - 28) + (60 - 48)
+    assert shown[0].endswith(f", units 0 of {total}")
+    assert re.fullmatch(rf"recovery, units {total} of {total}, loss [\d.]+", shown[-1])
+    plan, first_steps = written
+    assert plan.startswith(run.hesso_plan.preview(run.hesso_optimizer.process.schedule))
+    assert f"tokens: about {4 * LENGTH} a step, {12 * 4 * LENGTH} in 12 steps" in plan
+    assert "memory: about " in plan
+    assert re.fullmatch(r"time: .* s a step, \d+ s in all, .*\nmemory: [\d.]+ [MG]B of main memory", first_steps)
+    assert phase_text(run.hesso_optimizer.process) == "recovery"
 
 
-def test_what_is_printed_has_the_metrics_in_one_entry_and_what_is_logged_has_all(
+def test_what_is_printed_is_a_line_of_progress_and_what_is_logged_has_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = trainer(tmp_path, model=tiny_llama(), config=hesso_config(distillation_alpha=0.5))
     run.train()
-    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    said = [line["hesso"] for line in printed if "hesso" in line]
-    ratio = run.hesso_plan.target.parameter_ratio
-    assert said[0] == f"warm-up, 0.0% of {ratio:.1%} removed"
-    assert said[3].startswith("pruning, ")
-    assert said[-1] == f"recovery, {ratio:.1%} removed"
-    assert not [key for line in printed for key in line if key.startswith("hesso/")]
-    assert all("distillation_loss" in line for line in printed if "hesso" in line)
-    assert len(logged(run, "hesso/pruned_mlp_channels")) == len(said) == 12
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("HESSO: ")  # the plan, once
+    assert sum(line.startswith("HESSO: ") for line in printed) == 1
+    lines = [line for line in printed if ", units " in line]
+    total = int(logged(run, "hesso/target_units")[0])
+    assert re.match(rf"step 1 of 12, warm-up, pruning starts with step 3, units 0 of {total}, loss [\d.]+, ", lines[0])
+    assert lines[2].startswith(f"step 3 of 12, pruning 1 of 2, units 0 of {total}, loss ")
+    assert " lr 0.008333, " in lines[2]
+    assert "epoch" not in lines[2]
+    assert lines[-1].startswith(f"step 12 of 12, recovery, units {total} of {total}, loss ")
+    assert all(re.search(r", ETA \d+ s$", line) for line in lines[1:-1])
+    assert all(line.count("loss ") == 2 and "distillation_loss" in line for line in lines)
+    assert "hesso/" not in "".join(printed)
+    assert len(lines) == len(logged(run, "hesso/pruned_mlp_channels")) == 12
+    parts = [logged(run, f"hesso/pruned_{name}") for name in run.hesso_plan.target.num_units]
+    assert logged(run, "hesso/pruned_units") == [sum(step) for step in zip(*parts, strict=True)]
+    assert logged(run, "hesso/pruned_units")[-1] == total
+
+
+def test_the_pace_leaves_out_what_pruning_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 19.0])
+    monkeypatch.setattr("hesso_hf.trainer.forecast.time.perf_counter", lambda: next(clock))
+    pace = Pace()
+    for pruning in (1.0, 1.0, 6.0):
+        pace.step_ended(torch.device("cpu"), pruning)
+    assert pace.seconds == 2.0
+    assert [duration(seconds) for seconds in (89, 600, 7200)] == ["89 s", "10 min", "2.0 h"]
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -216,15 +216,16 @@ def test_a_step_that_is_skipped_saves_nothing_again_and_a_run_that_begins_again_
     assert saved == [7, 7]
 
 
-def test_the_preview_and_the_bar_say_what_is_saved_and_when(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_preview_and_the_bar_say_what_is_saved_and_when(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = ladder(tmp_path, {"calibration_examples": 0})
     caplog.set_level(logging.INFO, logger="hesso_hf")
     with propagated(caplog):
         run.train()
-    assert "on the way, after step 7: " in caplog.text
-    assert "saved as rung-0.15" in caplog.text
+    assert " parameters after step 7, in rung-0.15" in capsys.readouterr().out
     assert "recovery, a model is saved on the way at step 7" in caplog.text
-    assert "recovery, pruned since step 16" in caplog.text
+    assert "HESSO: recovery, units" in caplog.text
 
 
 KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
-from hesso_hf import HessoTrainer
+from hesso_hf import HessoTrainer, export_pruned
 from hesso_hf.errors import HessoError, StorageError
 from hesso_hf.hf_models.tiny_model import logits_of
+from tests.support.checks import propagated
 from tests.support.disk import full_disk
 from tests.support.lora import lora_run
 from tests.support.tiny import token_batches
@@ -91,9 +93,58 @@ def test_a_checkpoint_says_that_it_is_dense_and_how_it_is_exported(run: HessoTra
         assert "A dense model, not the smaller one" in card
         assert f"hesso-hf export {folder} small" in card
         assert json.loads((folder / "hesso_state.json").read_text())["holds"] == "dense"
+        assert json.loads((folder / "config.json").read_text())["hesso_hf"]["holds"] == "dense"
         assert AutoModelForCausalLM.from_pretrained(folder).config.intermediate_size == 44
     assert "at step 4 of 6" in (early / "README.md").read_text()
     assert "Its pruned units are at zero" in (late / "README.md").read_text()
+
+
+def test_the_smaller_model_of_a_checkpoint_is_not_called_dense(run: HessoTrainer, tmp_path: Path) -> None:
+    export_pruned(f"{run.args.output_dir}/checkpoint-8", tmp_path / "small")
+    run.save_model(str(tmp_path / "saved"))
+    for folder in ("small", "saved"):
+        assert "hesso_hf" not in json.loads((tmp_path / folder / "config.json").read_text())
+    assert not hasattr(run.model.config, "hesso_hf")
+
+
+def test_saving_the_model_in_memory_warns_and_says_in_its_config_that_it_is_dense(
+    run: HessoTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with propagated(caplog):
+        run.save_model(str(tmp_path / "small"))
+        assert "`save_pretrained` writes" not in caplog.text
+        run.model.save_pretrained(tmp_path / "dense")
+    assert "`save_pretrained` writes the dense model, its pruned units at zero" in caplog.text
+    for remedy in ("`trainer.save_model(folder)`", "`trainer.pruned_model()`", "`hesso-hf export`"):
+        assert remedy in caplog.text
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["hesso_hf"]["holds"] == "dense"
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert dense.config.intermediate_size == 44
+    export_pruned(tmp_path / "dense", tmp_path / "of-dense")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "of-dense").config.intermediate_size == 28
+
+
+def test_copies_and_pickles_of_the_model_have_the_class_own_way_to_save(run: HessoTrainer, tmp_path: Path) -> None:
+    torch.save(run.model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(run.model), loaded):
+        assert other.save_pretrained.__func__ is LlamaForCausalLM.save_pretrained
+        assert other.save_pretrained.__self__ is other
+    assert b"hesso_hf" not in (tmp_path / "model.pt").read_bytes()
+
+
+def test_nothing_is_warned_of_before_units_are_at_zero_or_once_they_are_cut(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = trainer(tmp_path, LlamaForCausalLM.from_pretrained(base))
+    early.create_optimizer_and_scheduler(12)
+    cut = trainer(tmp_path, LlamaForCausalLM.from_pretrained(base), hesso_config(compact="end"))
+    cut.train()
+    with propagated(caplog):
+        for name, other in (("early", early), ("cut", cut)):
+            other.model.save_pretrained(tmp_path / name)
+            assert "hesso_hf" not in json.loads((tmp_path / name / "config.json").read_text())
+    assert "`save_pretrained` writes" not in caplog.text
 
 
 @pytest.mark.parametrize("trained", [False, True])
