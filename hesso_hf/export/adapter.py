@@ -33,18 +33,17 @@ class AdapterSource(WholeSource):
     `cut` returns both together, a PeftModel.
 
     Args:
-        trained: it with its adapters.
         final: where the smaller base model will lie.
     """
 
-    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel, final: Path) -> None:
-        super().__init__(model, decision, trained)
-        self._adapted, self._final = trained, str(final)
+    def __init__(self, model: PreTrainedModel, decision: Decision, final: Path) -> None:
+        super().__init__(model, decision)
+        self._final = str(final)
 
     def _base(self, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
         """Cut the frozen weights alone, without what the adapter adds."""
-        adapted, vocabulary = self._adapted, self.decision.vocabulary
-        base = dense_model(adapted, torch.float32, NO_ADAPTERS, fp32_place(adapted))
+        trained, vocabulary = self._trained, self.decision.vocabulary
+        base = dense_model(trained, torch.float32, NO_ADAPTERS, fp32_place(trained))
         return cut_model(trim_embeddings(base, vocabulary) if vocabulary else base, self.decision.groups, kept, dtype)
 
     @torch.no_grad()
@@ -57,7 +56,7 @@ class AdapterSource(WholeSource):
         """
         from peft import get_peft_model
 
-        small, trained, groups = self._base(kept, torch.float32), self._adapted, self.decision.groups
+        small, trained, groups = self._base(kept, torch.float32), self._trained, self.decision.groups
         configs: Any = trained.peft_config
         ((name, config),) = copy.deepcopy(configs).items()
         config.init_lora_weights, config.base_model_name_or_path = True, self._final
