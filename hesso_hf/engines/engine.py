@@ -124,8 +124,16 @@ class Engine(ABC, Generic[_Steps]):
 
     @property
     def made_steps(self) -> _Steps:
-        """The steps, where there must be some."""
-        assert self.steps is not None, "`around` or `prepare` makes them"
+        """The steps, where there must be some.
+
+        Raises:
+            HessoError: before `around` or `prepare` has made them.
+        """
+        if self.steps is None:
+            raise HessoError(
+                "there is no pruning state before there is an optimizer: call `train()`, or, in a loop of your own, "
+                "`create_optimizer_and_scheduler(num_training_steps)` first"
+            )
         return self.steps
 
     @abstractmethod

@@ -32,18 +32,17 @@ class AdapterSource(WholeSource):
     `cut` returns both together, a PeftModel.
 
     Args:
-        trained: it with its adapters.
         final: where the smaller base model will lie.
     """
 
-    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel, final: Path | str) -> None:
-        super().__init__(model, decision, trained)
-        self._adapted, self._final = trained, str(final)
+    def __init__(self, model: PreTrainedModel, decision: Decision, final: Path | str) -> None:
+        super().__init__(model, decision)
+        self._final = str(final)
 
     def _base(self, kept: KeptUnits, dtype: torch.dtype) -> PreTrainedModel:
         """Cut the frozen weights alone, without what the adapter adds."""
-        adapted, vocabulary = self._adapted, self.decision.vocabulary
-        base = dense_model(adapted, torch.float32, NO_ADAPTERS, fp32_place(adapted))
+        trained, vocabulary = self._trained, self.decision.vocabulary
+        base = dense_model(trained, torch.float32, NO_ADAPTERS, fp32_place(trained))
         return cut_model(trim_embeddings(base, vocabulary) if vocabulary else base, self.decision.groups, kept, dtype)
 
     @torch.no_grad()
@@ -54,7 +53,7 @@ class AdapterSource(WholeSource):
             UnsupportedStructureError: where the adapter's config says by layer what the smaller model has other layers
                 for, or it adds to what has one row a token.
         """
-        small, trained, groups = self._base(kept, torch.float32), self._adapted, self.decision.groups
+        small, trained, groups = self._base(kept, torch.float32), self._trained, self.decision.groups
         # the adapter and its card name this model as their base
         small.name_or_path = small.config.name_or_path = self._final
         tuned = adapted_like(small, trained)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..errors import HessoError
 from ..structures.experts import EXPERT_UNITS, num_experts
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.layers import LAYER_UNITS, without_dropped_layers
+from ..structures.lora import Adapters, parameters_of
 from ..structures.proof.prove import proved_groups
 from ..structures.router_gates import routed_by
 from ..vocabulary.tokens import KeptTokens
@@ -98,6 +100,7 @@ def decide(
     """Decide which units stay: those of a decision at hand, or those that aren't exactly zero.
 
     Args:
+        model: with its adapters in place.
         kept_units: the decision at hand.
         groups: by default proved here.
         vocabulary: handed on.
@@ -139,7 +142,7 @@ def groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
     if kept is not None:
         return proved_groups(type(model), model.config, structures_around(kept.kept))[0]
     named = [EXPERT_UNITS] if num_experts(model.config) is not None else []
-    if any(parameter.dim() > 1 and not parameter.any() for parameter in model.parameters()):
+    if any(weight().dim() > 1 and not weight().any() for weight in _weights(model).values()):
         named.append(LAYER_UNITS)  # in a layer that does nothing, what writes to the stream is all zero
     groups = proved_groups(type(model), model.config, structures_around(named))[0]
     others = dict(groups.structures)
@@ -156,14 +159,22 @@ def groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
 def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch.Tensor]:
     """Return, per structure, which units' effective weights are all exactly zero: shape (L, U), bool."""
     lives = {name: torch.zeros(len(g.layers), g.num_units) for name, g in groups.structures.items()}
-    parameters = dict(model.named_parameters())
+    weights = _weights(model)
     for name, axes in groups.by_parameter().items():
+        weight = weights[name]()
         for structure, layer, axis in axes:
-            others = [dim for dim in range(parameters[name].dim()) if dim != axis.dim]
-            held = parameters[name].data != -axis.shift
+            others = [dim for dim in range(weight.dim()) if dim != axis.dim]
+            held = weight != -axis.shift
             along = held.any(dim=others) if others else held
             lives[structure][layer] += axis.layout.collect(along.float().cpu(), groups.structures[structure].num_units)
     return {name: found == 0 for name, found in lives.items()}
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return what makes each weight that the model computes with: a sum, where an adapter adds to it."""
+    adapters, parameters = Adapters.of(model), parameters_of(model)
+    names = parameters.keys() - set(adapters.factors())
+    return {name: partial(adapters.effective, name, lambda key: parameters[key].data) for name in names}
 
 
 def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:

@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from ..errors import HessoError
 from ..structures.groups import KeptUnits, PruningGroups
-from ..structures.lora import dense_model, lora_layers
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
 from .decision import decide
-from .parameters import WholeSource, fp32_place
+from .parameters import WholeSource
 from .report import PruningReport
 from .source import read_source
 from .verify import Verifier
@@ -69,9 +67,8 @@ def export_pruned(
             raise HessoError(f"`output_dir` ({str(output_dir)!r}) is a checkpoint of a run; choose another folder")
     found = read_source(source, kept_units, tokenizer, training, trust_pickles)
     adapted = found.lora_export(lora_export)
-    model = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
     vocabulary = vocabulary or found.vocabulary
-    decision = decide(model, found.kept, groups, vocabulary, found.compaction)
+    decision = decide(found.model, found.kept, groups, vocabulary, found.compaction)
     if found.kept is None and decision.kept.all_stay and decision.compaction is None:
         if not isinstance(source, nn.Module):
             raise HessoError(
@@ -86,8 +83,8 @@ def export_pruned(
         max_shard_size,
     )
     if adapted == "adapter":
-        return write_pruned(AdapterSource(model, decision, found.model, output.folder), output, found.training)
-    return write_pruned(WholeSource(model, decision, found.model if adapted else None), output, found.training)
+        return write_pruned(AdapterSource(found.model, decision, output.folder), output, found.training)
+    return write_pruned(WholeSource(found.model, decision), output, found.training)
 
 
 def cut_pruned(
@@ -107,10 +104,8 @@ def cut_pruned(
         VerificationError: where the smaller model's logits differ.
     """
     found = read_source(model, kept_units, None, training, trust_pickles=False)
-    adapted = bool(lora_layers(found.model))
-    full = dense_model(found.model, torch.float32, device=fp32_place(found.model)) if adapted else found.model
-    decision = decide(full, kept_units, groups, found.vocabulary, found.compaction)
-    small, _ = Verifier(WholeSource(full, decision, found.model if adapted else None)).checked_cut()
+    decision = decide(found.model, kept_units, groups, found.vocabulary, found.compaction)
+    small, _ = Verifier(WholeSource(found.model, decision)).checked_cut()
     stored = DTYPES[dtype] if dtype else found.dtype
     for parameter in small.parameters():
         parameter.data = parameter.data.to(stored)

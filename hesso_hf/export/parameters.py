@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..compat import attention_of
 from ..distributed.collectives import from_main, on_all
+from ..distributed.parts import stock_class
 from ..errors import VerificationError
+from ..hf_models.build import build_meta
 from ..hf_models.loading import without_bars
 from ..hf_models.tiny_model import logits_of
 from ..structures.cut import cut_model, device_with_room, zero_units_
 from ..structures.groups import KeptUnits
-from ..structures.lora import Adapters, parameters_of
+from ..structures.lora import Adapters, dense_model, lora_layers, parameters_of
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.trim_embeddings import trim_embeddings
 from .decision import Decision
@@ -105,16 +108,27 @@ class ParameterSource(ABC):
 class WholeSource(ParameterSource):
     """A model that lies whole on one process, which exports it alone: the others know nothing of it.
 
+    There is one fp32 copy of it at a time: with adapters the reference's first, then the merged one.
+
     Args:
-        model: all weights, what adapters add included.
-        trained: where that isn't the model itself: it with its adapters.
+        model: as it was trained, its adapters in place.
     """
 
-    def __init__(self, model: PreTrainedModel, decision: Decision, trained: PreTrainedModel | None = None) -> None:
-        full = _in_fp32(model, decision)
-        super().__init__(model, decision, full.device)
-        self._trained = trained or full
-        self._full = trim_embeddings(full, decision.vocabulary) if decision.vocabulary else full
+    def __init__(self, model: PreTrainedModel, decision: Decision) -> None:
+        self._trained, self._adapted = model, bool(lora_layers(model))
+        dense = build_meta(stock_class(model), copy.deepcopy(model.config)) if self._adapted else model
+        super().__init__(dense, decision, model.device)
+
+    @functools.cached_property
+    def _copy(self) -> PreTrainedModel:
+        return _in_fp32(self._trained, self.decision)
+
+    @functools.cached_property
+    def _full(self) -> PreTrainedModel:
+        """What is cut: adapters merged, without the tokens that go."""
+        trained, vocabulary = self._trained, self.decision.vocabulary
+        full = dense_model(trained, torch.float32, device=fp32_place(trained)) if self._adapted else self._copy
+        return trim_embeddings(full, vocabulary) if vocabulary else full
 
     def together(self, work: Callable[[], _T]) -> _T:
         return work()
@@ -124,8 +138,8 @@ class WholeSource(ParameterSource):
         return value
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return them; the model's mode stays as it is, and a copy of it in fp32 is let go."""
-        model = _in_fp32(self._trained, self.decision)
+        """Return them; the model's mode stays as it is, and a copy with adapters is let go."""
+        model = _in_fp32(self._trained, self.decision) if self._adapted else self._copy
         was_training = model.training
         try:
             with self.decision.routing(model):  # a checkpoint's model has no gates

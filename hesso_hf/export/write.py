@@ -66,22 +66,23 @@ def write_pruned(source: ParameterSource, output: Output, training: Mapping[str,
 
 
 def write_uncut(source: ParameterSource, output: Output) -> None:
-    """Write a model of which nothing is cut, as `write_pruned` does, without a report."""
+    """Write a model of which nothing is cut, as `write_pruned` does, without a report: its tensors are compared."""
     _publish(source, output, None)
 
 
 def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any] | None) -> PruningReport | None:
     """Do each step of an export; return the report, where one is to be written, on the main process."""
-    verifier = source.together(lambda: Verifier(source))
-    small, fold_error = verifier.checked_cut()
+    verifier = source.together(lambda: Verifier(source)) if training is not None else None
+    if verifier is not None:
+        small, fold_error = verifier.checked_cut()
+    else:  # there may be no room for the logits of an uncut model
+        small, fold_error = source.together(lambda: source.cut(source.decision.kept)), 0.0
     with writing("the smaller model", output.folder, _size(small, output.dtype)), ExitStack() as stack:
         made = source.together(lambda: stack.enter_context(staged_folder(output.folder)) if source.main else None)
         folder = source.together(lambda: source.common_folder(made))
         written = source.together(lambda: source.save(small, folder, output.dtype, output.max_shard_size))
         source.together(lambda: _add_files(source, output, folder, written) if source.main else None)
         stored = source.together(lambda: source.read_back(small, written, folder, output.dtype))
-        dtype, tokens = str(output.dtype).removeprefix("torch."), verifier.input_ids.numel()
-        verification = Verification(fold_error, verifier.error_of(stored), dtype, tokens)
 
         def reported() -> PruningReport | None:
             if training is None or not source.main:
@@ -90,6 +91,9 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
             report.write(folder)
             return report
 
+        if verifier is not None:
+            dtype, tokens = str(output.dtype).removeprefix("torch."), verifier.input_ids.numel()
+            verification = Verification(fold_error, verifier.error_of(stored), dtype, tokens)
         report = source.together(reported)
         new = {name for name in (*SHOWING, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
         source.together(stack.close)  # publishes

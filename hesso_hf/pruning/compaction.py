@@ -29,7 +29,7 @@ from ..structures.cut import cuts_by_tensor, zero_units_
 from ..structures.groups import Axis, KeptUnits, PruningGroups
 from ..structures.in_place import InPlace, set_data
 from ..structures.layers import is_dropped
-from ..structures.lora import Adapters, base_of, dense_model, lora_layers, num_parameters, parameters_of
+from ..structures.lora import Adapters, base_of, lora_layers, num_parameters, parameters_of
 from ..structures.router_gates import remove_gates
 from .optimizer import HessoOptimizer
 from .process import PruningProcess
@@ -109,9 +109,7 @@ def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
         found = "the model was cut already" if process.finished else "cut the model when pruning has finished"
         raise HessoError(f"`optimizer` is at step {process.step}, pruning ends at {process.schedule.end}: {found}")
     trained = base_of(whole)
-    computed = dense_model(trained) if lora_layers(trained) else trained
-    decision = decide(computed, process.kept_units(), process.groups)
-    del computed
+    decision = decide(trained, process.kept_units(), process.groups)
     trained.zero_grad(set_to_none=True)
     was_training = trained.training
     try:
@@ -146,7 +144,7 @@ def compact_as(model: PreTrainedModel, optimizer: HessoOptimizer, compaction: Co
 
 def _source(model: PreTrainedModel, decision: Decision) -> WholeSource:
     adapted = bool(lora_layers(model))
-    return AdapterSource(model, decision, model, str(model.name_or_path)) if adapted else WholeSource(model, decision)
+    return AdapterSource(model, decision, str(model.name_or_path)) if adapted else WholeSource(model, decision)
 
 
 @torch.no_grad()

@@ -207,7 +207,7 @@ def dense_model(
     filled: dict[int, nn.Parameter] = {}
     for name, parameter in list(dense.named_parameters(remove_duplicate=False)):
         if id(parameter) not in filled:
-            value = adapters.effective(name, lambda key: parameters[key].data)
+            value = adapters.effective(name, lambda key: parameters[key].data.to(device))
             filled[id(parameter)] = nn.Parameter(value.to(device, dtype))
         owner, _, leaf = name.rpartition(".")
         set_parameter(dense.get_submodule(owner), leaf, filled[id(parameter)])

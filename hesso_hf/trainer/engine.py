@@ -34,7 +34,7 @@ def engine_of(trainer: Trainer, config: HessoConfig) -> Engine:
 def checked_config(
     make: Callable[..., Any], config: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> HessoConfig:
-    """Return the HessoConfig where a trainer's arguments are of the types that they have to be.
+    """Return the HessoConfig where a trainer's arguments are such as they have to be when it is made.
 
     Args:
         make: the trainer's `__init__`, whose first arguments are the model and its own arguments.
@@ -50,6 +50,11 @@ def checked_config(
     given = dict(zip(("model", "args"), args, strict=False)) | dict(kwargs)
     if isinstance(given.get("args"), dict):
         raise HessoError("`args` (dict) must be a TrainingArguments: `TrainingArguments(**args)`")
+    if getattr(given.get("args"), "use_liger_kernel", False):  # which `Trainer` puts into the model at once
+        raise HessoError(
+            "`use_liger_kernel` (True) puts kernels for GPUs into the model's classes, with which nothing can be "
+            "proved on a tiny model on the CPU; leave it out, and use `torch_compile` for fused kernels"
+        )
     loads_by_name = "peft_config" in inspect.signature(make).parameters  # as TRL's trainers do
     if isinstance(model := given.get("model"), str) and not loads_by_name:
         raise HessoError(

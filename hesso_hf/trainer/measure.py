@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..distributed.collectives import from_main
+from ..distributed.collectives import from_main, is_main_process, on_all
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.calibration import LossCurves, measure_curves, usable
@@ -35,9 +35,15 @@ def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
     if _is_indexed(dataset):
         step = max(1, len(dataset) // count)
         return [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
-    if isinstance(dataset, PeekedStream):
-        return dataset.peek(count)
-    return list(itertools.islice(iter(dataset), count))  # of the package datasets, which begins anew each time
+
+    def read() -> list[Any]:
+        if not is_main_process():
+            return []
+        if isinstance(dataset, PeekedStream):
+            return dataset.peek(count)
+        return list(itertools.islice(iter(dataset), count))  # of the package datasets, which begins anew each time
+
+    return from_main(on_all(read, "read the data"))  # processes may have other streams
 
 
 def _tokens_of(example: Any) -> int:
@@ -45,7 +51,10 @@ def _tokens_of(example: Any) -> int:
 
 
 def singles(trainer: Trainer, dataset: Any, count: int, between: bool = False) -> list[Any]:
-    """Return examples spread over a data set (a stream's first ones), each as a batch of the trainer's collator."""
+    """Return examples spread over a data set (a stream's first ones), each as a batch of the trainer's collator.
+
+    A stream's are the main process' on all processes, which all call this.
+    """
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
     return [collate([row]) for row in _rows_of(dataset, count, between)]
 

@@ -122,9 +122,7 @@ class PruningRun:
     @property
     def process(self) -> PruningProcess:
         """The pruning state, which `create_optimizer` has made."""
-        steps = self._engine().steps
-        assert steps is not None, "create_optimizer makes it"
-        return steps.process
+        return self._engine().made_steps.process
 
     # -- beginning ------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,13 @@ model goes that can't be written where it should."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -20,8 +22,10 @@ from ..errors import HessoError, StorageError, VerificationError
 from ..export.card import CARD_NAME
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
 from ..export.export import cut_pruned
+from ..export.parameters import fp32_place
 from ..export.report import REPORT_NAME, SHOWING, PruningReport
 from ..export.storage import check_writable, room, writing
+from ..hf_models.build import first_line
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
 from ..structures.turned_base import write_healed, write_turn
@@ -80,8 +84,9 @@ def writing_checkpoint(folder: Path, model: PreTrainedModel, process: PruningPro
 
 def write_beside(folder: Path, run: PruningRun, config: HessoConfig) -> None:
     """Begin a checkpoint with what pruning has decided, and what its weights don't say of the base."""
+    decision, record = run.process.decision(), run.record()  # without an optimizer there is none
     begin_checkpoint(folder)
-    write_state(folder, run.process.decision(), config, run.record())
+    write_state(folder, decision, config, record)
     if run.basis is not None and run.basis.tensors:
         write_turn(folder, run.basis.tensors)
     if healed := run.process.healed_base():
@@ -103,7 +108,7 @@ def save_dense(engine: Engine, run: PruningRun, target: Path, plain: Callable[[]
 
 
 def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[[str], None]) -> PruningReport | None:
-    """Save the smaller model; where it isn't what was trained, save that beside it, so that no run is lost.
+    """Save the smaller model; where there is none that is what was trained, save that beside it: no run is lost.
 
     Args:
         plain: the trainer's own `save_model`.
@@ -111,22 +116,23 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
     Raises:
         StorageError: on all processes, naming the folder that holds the smaller model instead.
         VerificationError: on all processes, naming the folder with what was trained.
+        HessoError: the same, where memory ran out.
     """
     run.quality.end()
     try:
         report = engine.export(run, target)
     except Exception as error:  # all processes have one, of whatever type
+        if isinstance(error, torch.OutOfMemoryError):
+            error.__traceback__ = None  # whose frames hold copies of the model,
+            gc.collect()  # and circles of references those
         if any(from_all(isinstance(error, StorageError))):
             raise StorageError(f"{error}. {_save_elsewhere(engine, run, target)}") from error
-        if not any(from_all(isinstance(error, VerificationError))):
+        differs = any(from_all(isinstance(error, VerificationError)))
+        if not differs and not any(from_all(isinstance(error, torch.OutOfMemoryError))):
             raise
-        beside = target.absolute().with_name(f"{target.absolute().name}-dense")
-        _save_trained(engine, run, beside, plain)
-        raise VerificationError(
-            f"{error}. What was trained, its pruned units at zero, is saved in {beside}: "
-            f"`from_pretrained` loads it, and `export_pruned({str(beside)!r}, {str(target)!r})` tries again without "
-            "the trainer"
-        ) from error
+        why = str(error) if differs else f"memory ran out while the smaller model was made ({first_line(error)})"
+        found = VerificationError if differs else HessoError
+        raise found(f"{why}. {_save_beside(engine, run, target, plain)}") from error
     run.ladder.compare(target)
     return report
 
@@ -164,9 +170,14 @@ def _save_elsewhere(engine: Engine, run: PruningRun, target: Path) -> str:
                 raise
         else:
             return f"Nothing is lost: the smaller model is saved in {str(place)!r} instead"
-    last = last_checkpoint(output_dir)
+    return f"No other place takes it; {_in_memory(engine)}"
+
+
+def _in_memory(engine: Engine) -> str:
+    """Say what there is of a model that no folder takes."""
+    last = last_checkpoint(Path(engine.args.output_dir or ""))
     later = f", or `hesso-hf export {last} FOLDER`" if last else ""
-    return f"No other place takes it; the trained model is still in memory: make room, then `save_model` again{later}"
+    return f"the trained model is still in memory: make room, then `save_model` again{later}"
 
 
 def _other_places(target: Path, output_dir: Path, size: int) -> list[Path]:
@@ -180,15 +191,29 @@ def _other_places(target: Path, output_dir: Path, size: int) -> list[Path]:
     return places
 
 
+def _save_beside(engine: Engine, run: PruningRun, target: Path, plain: Callable[[str], None]) -> str:
+    """Save the trained model with the decision beside it; return what to say of that."""
+    beside = target.absolute().with_name(f"{target.absolute().name}-dense")
+    try:
+        on_all(lambda: _save_trained(engine, run, beside, plain), "save what was trained")
+    except Exception as error:
+        return f"What was trained can't be saved in {beside} either ({first_line(error)}): {_in_memory(engine)}"
+    return (
+        f"What was trained, its pruned units at zero, is saved in {beside}: `from_pretrained` loads it, and "
+        f"`export_pruned({str(beside)!r}, {str(target)!r})` tries again without the trainer"
+    )
+
+
 def _save_trained(engine: Engine, run: PruningRun, folder: Path, plain: Callable[[str], None]) -> None:
-    """Save the trained model with the decision beside it, adapters merged: the base on disk isn't what they fit."""
+    """Save it, adapters merged: the base on disk isn't what they fit."""
     writes = engine.args.should_save
     with marked_dense(run.model, run.process):
         if not lora_layers(run.model):
             engine.save_dense(run, folder, lambda: plain(str(folder)))
         elif writes:
-            dense_model(run.model).save_pretrained(folder)
-    on_all(lambda: write_state(folder, run.process.decision(), engine.config, run.record()) if writes else None)
+            dense_model(run.model, device=fp32_place(run.model)).save_pretrained(folder)
+    if writes:
+        write_state(folder, run.process.decision(), engine.config, run.record())
 
 
 def _remove_export(folder: Path) -> None:

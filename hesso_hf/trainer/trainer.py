@@ -26,7 +26,7 @@ from ..structures.lora import lora_layers, with_adapter
 from .callbacks import OWN_CALLBACKS, metrics
 from .engine import checked_config, engine_of, refuse
 from .hub import upload, upload_on_the_way
-from .peeked import PeekedStream
+from .peeked import peeked
 from .reference import settle_reference
 from .restart import Restarts
 from .run import PruningRun
@@ -91,7 +91,7 @@ class HessoMixin(_TrainerBase):
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # for losses before training
         settle_reference(self)
         if isinstance(self.train_dataset, TorchIterableDataset) and not isinstance(self.train_dataset, IterableDataset):
-            self.train_dataset = PeekedStream(self.train_dataset)
+            self.train_dataset = peeked(self.train_dataset)
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
         attributes = self.hesso_counted, self.hesso_generated
         self.hesso_run = PruningRun(self, self.hesso_config, lambda: self.hesso_engine, *attributes)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig, HessoError, export_pruned
@@ -216,7 +217,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("basic")
     alone = {name: ALONE[name] for name in (name.partition("-")[0] for name in BASIC)}
     run_jobs(folder / "one", [("job", {"folder": str(folder / n), "processes": 1, **alone[n]}) for n in alone], 1)
-    found = [("job", jobs(folder)[name] | {"folder": str(folder / name)}) for name in BASIC]
+    found = [("job", jobs(folder)[name] | {"folder": str(folder / name), "spoilt": True}) for name in BASIC]
     for name in BASIC:
         source = str(folder / name / "out" / "checkpoint-6")
         again = {"folder": str(folder / f"{name}-again"), "resume": source, "save": False, "save_strategy": "no"}
@@ -237,6 +238,18 @@ def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Pat
     found, expected = (AutoModelForCausalLM.from_pretrained(path) for path in (ours, theirs))
     for (key, mine), other in zip(found.named_parameters(), expected.parameters(), strict=True):
         assert (mine - other).abs().max() <= 1e-5 * other.abs().max(), key
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", BASIC)
+def test_what_zero_trained_is_kept_where_the_small_model_is_another(name: str, basic: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        assert f"is saved in {basic / name / 'spoilt-dense'}" in result(basic / name, rank)["said"]
+    assert not (basic / name / "spoilt").exists()
+    export_pruned(basic / name / "spoilt-dense", tmp_path / "again")
+    again, small = (load_file(path / "model.safetensors") for path in (tmp_path / "again", basic / name / "small"))
+    assert again.keys() == small.keys()
+    assert max(float((again[key] - small[key]).abs().max()) for key in small) < 1e-5
 
 
 @needs_deepspeed

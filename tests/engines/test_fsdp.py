@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
 from hesso_hf.distributed.parts import local, named_parameters, plain_name
 from hesso_hf.engines.fsdp import export as fsdp_export
-from hesso_hf.errors import VerificationError
+from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export.checkpoint_state import last_checkpoint
 from hesso_hf.hf_models.loading import load_model
 from tests.support import fsdp_cpu, killing
@@ -174,17 +174,28 @@ def best_job(folder: str, processes: int) -> None:
 
 
 def spoilt_job(folder: str, processes: int) -> None:
-    """Save a small model that is cut wrongly, and leave what is said of it."""
+    """Save a small model that is cut wrongly, and one for which there is no memory; leave what is said of them."""
     run = build(folder, 16, processes, hesso=RATIO)
     run.train()
     plain = fsdp_export.cut_part
-    fsdp_export.cut_part = lambda tensor, part, cuts: plain(tensor, part, cuts) * (1.5 if cuts else 1.0)
+
+    def without_memory(tensor: Any, part: Any, cuts: Any) -> Any:
+        if cuts:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(tensor, part, cuts)
+
+    said = {}
     try:
+        fsdp_export.cut_part = lambda tensor, part, cuts: plain(tensor, part, cuts) * (1.5 if cuts else 1.0)
         with pytest.raises(VerificationError) as caught:
             run.save_model(f"{folder}/small")
+        said["small"], fsdp_export.cut_part = str(caught.value), without_memory
+        with pytest.raises(HessoError, match="memory ran out") as lost:
+            run.save_model(f"{folder}/large")
+        said["large"] = str(lost.value)
     finally:
         fsdp_export.cut_part = plain
-    torch.save({"said": str(caught.value)}, f"{folder}/rank{run.args.process_index}.pt")
+    torch.save(said, f"{folder}/rank{run.args.process_index}.pt")
 
 
 def jobs(folder: Path) -> list[Job]:
@@ -269,11 +280,14 @@ def test_bfloat16_with_fp32_masters_and_checkpointed_activations(two: Path) -> N
     AutoModelForCausalLM.from_pretrained(two / "bf16" / "small")
 
 
-def test_what_was_trained_is_kept_where_the_small_model_is_another(two: Path, tmp_path: Path) -> None:
-    dense = two / "spoilt" / "small-dense"
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_what_was_trained_is_kept_where_the_small_model_is_another_or_has_no_room(
+    name: str, two: Path, tmp_path: Path
+) -> None:
+    dense = two / "spoilt" / f"{name}-dense"
     for rank in range(2):
-        assert f"is saved in {dense}" in torch.load(two / "spoilt" / f"rank{rank}.pt", weights_only=True)["said"]
-    assert not (two / "spoilt" / "small").exists()
+        assert f"is saved in {dense}" in torch.load(two / "spoilt" / f"rank{rank}.pt", weights_only=True)[name]
+    assert not (two / "spoilt" / name).exists()
     export_pruned(dense, tmp_path / "again")
     files = [load_file(folder / "model.safetensors") for folder in (tmp_path / "again", two / "compiled" / "small")]
     assert max(float((files[0][name] - files[1][name]).abs().max()) for name in files[1]) < 1e-5

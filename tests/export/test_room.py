@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hesso_hf import HessoConfig, export_pruned
 from hesso_hf.export import parameters
@@ -17,7 +19,7 @@ from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.structures import cut
 from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits
-from hesso_hf.structures.lora import Adapters, base_of, parameters_of
+from hesso_hf.structures.lora import Adapters, base_of, dense_model, parameters_of
 from tests.support import pretend_device
 from tests.support.lora import tiny_lora
 from tests.support.tiny import tiny_llama, token_batches
@@ -29,8 +31,13 @@ CASES = {
 }
 
 
-def exported(case: str) -> tuple[PruningReport, list[int], str]:
-    """Export a model from a device without room, and return the sizes that it was asked for."""
+def models() -> list[LlamaForCausalLM]:
+    """Return all that there are."""
+    return [found for found in gc.get_objects() if isinstance(found, LlamaForCausalLM)]
+
+
+def exported(case: str) -> tuple[PruningReport, list[tuple[int, int]], str]:
+    """Export a model from a device without room; return each size that it was asked for, and the copies there were."""
     build, way = CASES[case]
     model = build()
     plan = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.3, calibration_examples=0))
@@ -42,10 +49,11 @@ def exported(case: str) -> tuple[PruningReport, list[int], str]:
     base = base_of(model)
     zero_units_(parameters_of(base), Adapters.of(base).extend(plan.groups), kept)
     pretend_device.move_(model)
-    asked = []
+    asked, before = [], {id(found): found for found in models()}  # these stay, so that their ids do
 
     def device_with_room(device: torch.device, size: int) -> torch.device:
-        asked.append(size)
+        copies = (found for found in models() if id(found) not in before and found.device.type == "cpu")
+        asked.append((size, sum(found.dtype == torch.float32 for found in copies)))
         return torch.device("cpu")
 
     cut.device_with_room = parameters.device_with_room = device_with_room
@@ -60,9 +68,31 @@ def test_every_copy_in_fp32_asks_for_room_and_devices_do_not_mix(case: str):
     report, asked, place = pretend_device.apart(exported, case)
     assert report.verification.fold_error < 1e-5
     assert place == "pretend"
-    # the trained model's copy and the smaller model; with adapters the merged one, and the base, to cut and to write
-    assert len(asked) == {"bf16": 2, "merged": 3, "adapter": 6}[case]
-    assert asked[0] >= 4 * report.parameters_before
+    # for the trained model's copy and the smaller model, made by then; with adapters for the merged one, or the base to
+    # cut and to write, when the trained one's copy has gone (what has no weights elsewhere has some on this device: +1)
+    copies = {"bf16": [0, 2], "merged": [1, 1, 3], "adapter": [1, 1, 3, 2, 4]}
+    assert [there for _, there in asked] == copies[case]
+    assert asked[0][0] >= 4 * report.parameters_before
+
+
+def merged_on() -> set[str]:
+    """Merge adapters of a device into a model on the CPU, and return where that is computed."""
+    model, found = tiny_lora(tiny_llama().bfloat16()), set()
+    pretend_device.move_(model)
+    plain = Adapters.effective
+
+    def effective(*args: Any) -> torch.Tensor:
+        weight = plain(*args)
+        found.add(weight.device.type)
+        return weight
+
+    Adapters.effective = effective  # type: ignore[method-assign]
+    dense_model(base_of(model), device=torch.device("cpu"))
+    return found
+
+
+def test_what_is_merged_for_the_cpu_is_computed_there():
+    assert pretend_device.apart(merged_on) == {"cpu"}
 
 
 def test_flash_attention_is_stood_in_for_on_the_cpu():

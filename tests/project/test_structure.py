@@ -103,7 +103,7 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_the_walk_sees_every_way_to_import():
-    assert imports_of("export.export") >= {"structures.lora", "structures.groups", "export.write", "errors"}
+    assert imports_of("export.export") >= {"export.parameters", "structures.groups", "export.write", "errors"}
     assert "cli.main" in imports_of("__main__")
     assert {"structures.proof.prove", "budget.solver"} <= reachable("pruning.plan")
 

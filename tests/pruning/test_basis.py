@@ -148,7 +148,7 @@ def test_a_basis_of_nothing_is_refused(monkeypatch):
 
 
 def test_a_process_proves_once_how_a_class_with_a_config_is_turned() -> None:
-    with mock.patch.object(turn, "turn_anew", wraps=turn.turn_anew) as proved:
+    with mock.patch.object(turn, "prove_turn", wraps=turn.prove_turn) as proved:
         found = [turn_of(tiny_llama(intermediate_size=size)) for size in (43, 43, 46)]
     assert proved.call_count == 2
     assert found[0] is found[1]

@@ -17,13 +17,14 @@ from typing import Any
 from unittest import mock
 
 FOLDER = "HESSO_TESTS_PROOFS"  # environment variable: where they lie
+CACHE = "HESSO_HF_CACHE"  # the library's own, which commands find that are started as users start them
 
 
 def _modules() -> dict[ModuleType, str]:
     """Return the modules that remember what they have proved, with the name of what proves anew."""
     from hesso_hf.structures.proof import prove, turn
 
-    return {prove: "prove_anew", turn: "turn_anew"}
+    return {prove: "prove", turn: "prove_turn"}
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def _plain() -> dict[ModuleType, tuple[Any, Any]]:
 
 def _shared(plain: Callable[..., Any], model_class: type, config: Any, *names: Any) -> Any:
     """Prove, or take the proof that another process has made."""
-    from hesso_hf.structures.proof.prove import Case
+    from hesso_hf.structures.proof.kept import Case
 
     folder = Path(os.environ.get(FOLDER, ""))
     if FOLDER not in os.environ or not folder.exists():
@@ -60,6 +61,18 @@ def keep() -> None:
 
 
 @contextlib.contextmanager
+def kept_in(folder: str) -> Iterator[None]:
+    """Have the library keep its proofs in a folder meanwhile, "" for none."""
+    before = os.environ.get(CACHE)
+    os.environ[CACHE] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop(CACHE, None)
+        os.environ.update({} if before is None else {CACHE: before})
+
+
+@contextlib.contextmanager
 def shared() -> Iterator[None]:
     """Have a folder meanwhile, in which the processes that are started find each other's proofs."""
     if FOLDER in os.environ:
@@ -67,7 +80,8 @@ def shared() -> Iterator[None]:
         return
     os.environ[FOLDER] = tempfile.mkdtemp(prefix="proofs-")
     try:
-        yield
+        with kept_in(os.environ[FOLDER]):
+            yield
     finally:
         shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
 
@@ -79,6 +93,7 @@ def made_again(whether: bool = True) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_in(""))
         for module, (plain, remembered) in _plain().items():
             anew = {_modules()[module]: plain, "_remembered": remembered.__wrapped__}
             stack.enter_context(mock.patch.multiple(module, **anew))

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hesso_hf import HessoTrainer
+from hesso_hf.errors import VerificationError
 from hesso_hf.trainer import replay, teacher
 from tests.support import ROOT, forks
 from tests.support.moe import moe_model
@@ -122,9 +123,14 @@ def job(
     chunk: int = teacher.CHUNK_LOGITS,
     kind: str = "llama",
     window: int = replay.LONGEST,
+    spoilt: bool = False,
     **changes: Any,
 ) -> None:
-    """Train, save the small model, and leave weights and decisions of every process."""
+    """Train, save the small model, and leave weights and decisions of every process.
+
+    Args:
+        spoilt: whether one that is cut wrongly is saved as well.
+    """
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
     run = build(folder, steps, processes, hesso, deepspeed, changes, pretrained, frozen, kind)
@@ -161,9 +167,25 @@ def job(
         "evaluated": evaluated,
         "best": run.state.best_model_checkpoint,
         "evaluations": evaluations,
+        "said": said_of_spoilt(run, where / "spoilt") if spoilt else "",
         "teacher": sum(p.numel() for p in run.distillation.teacher.model.parameters()) if run.distillation else 0,
     }
     torch.save(found, where / f"rank{run.args.process_index}.pt")
+
+
+def said_of_spoilt(run: HessoTrainer, target: Path) -> str:
+    """Save a small model that is cut wrongly, and return what is said of it."""
+    from hesso_hf.engines.deepspeed import export
+
+    plain = export.cut_part
+    export.cut_part = lambda tensor, part, cuts: plain(tensor, part, cuts) * (1.5 if cuts else 1.0)
+    try:
+        run.save_model(str(target))
+    except VerificationError as error:
+        return str(error)
+    finally:
+        export.cut_part = plain
+    raise AssertionError("it was saved")
 
 
 def weights(run: HessoTrainer) -> dict[str, torch.Tensor]:

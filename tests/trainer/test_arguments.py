@@ -7,9 +7,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,8 +20,8 @@ import transformers
 from datasets import Dataset
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hesso_hf import HessoTrainer
-from tests.support import ROOT
+from hesso_hf import HessoError, HessoTrainer
+from tests.support import ROOT, forks, fsdp_cpu
 from tests.support.tiny import tiny_llama
 from tests.support.training import arguments, blocks, hesso_config
 
@@ -47,6 +50,9 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": "adamw_torch",
     },
     "options of an optimizer": {"optim": "rmsprop", "optim_args": "momentum=0.5, alpha=0.9"},
+    "optimizer of low rank": {
+        "optim": "galore_adamw", "optim_target_modules": ["mlp", "q_proj"], "optim_args": "rank=3"
+    },
     "learning rate": {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
     "warm-up": {"warmup_steps": 2, "max_grad_norm": 0.3, "label_smoothing_factor": 0.2},
     "bfloat16": {"bf16": True, "bf16_full_eval": True, **STEPS},
@@ -76,6 +82,10 @@ CASES: dict[str, dict[str, Any]] = {
         "save_only_model": True, "enable_jit_checkpoint": True,
     },
 }  # fmt: skip
+PROCESSES: dict[str, Any] = {
+    "ddp_backend": "gloo", "ddp_find_unused_parameters": True, "ddp_bucket_cap_mb": 1, "ddp_broadcast_buffers": True,
+    "ddp_static_graph": True, "ddp_timeout": 300,
+}  # fmt: skip
 SLOW = "workers that stay"  # five seconds, until they have gone
 TRIED = [pytest.param(case, marks=pytest.mark.slow) if case == SLOW else case for case in CASES]
 RESUMED: dict[str, dict[str, Any]] = {
@@ -92,17 +102,45 @@ ELSEWHERE = {
         "hub_revision",
     ),
     "engines": ("fsdp", "fsdp_config", "deepspeed"),
+    "refused by name": ("use_liger_kernel", "liger_kernel_config"),
     "nowhere without a GPU": ("fp16", "tf32"),
     "nowhere, they don't touch the loop: what is told and to whom, packages, what processes have among them, scripts": (
         "log_on_each_node", "log_level", "log_level_replica", "run_name", "project", "trackio_space_id",
-        "trackio_bucket_id", "trackio_static_space_id", "use_liger_kernel", "liger_kernel_config",
-        "optim_target_modules", "ddp_backend", "parallelism_config", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
-        "ddp_broadcast_buffers", "ddp_static_graph", "ddp_timeout", "do_train", "do_eval", "do_predict",
+        "trackio_bucket_id", "trackio_static_space_id", "parallelism_config", "do_train", "do_eval", "do_predict",
         "resume_from_checkpoint", "local_rank",
     ),
 }  # fmt: skip
 FIELDS = {field.name for field in dataclasses.fields(TrainingArguments)}  # older releases lack some of the above
 TIMES = re.compile("runtime|per_second|mem_|_mem|hesso/")
+
+
+class LowRank(torch.optim.Optimizer):
+    """Adam without a memory of squares, whose moments of some groups are of the gradient's first directions alone."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, **_: Any) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in (found for found in group["params"] if found.grad is not None):
+                state, grad = self.state[parameter], parameter.grad
+                if "rank" in group and "directions" not in state:
+                    state["directions"] = torch.linalg.svd(grad)[0][:, : group["rank"]]
+                low = state["directions"].T @ grad if "rank" in group else grad
+                state["moment"] = 0.9 * state.get("moment", torch.zeros_like(low)) + 0.1 * low
+                change = state["directions"] @ state["moment"] if "rank" in group else state["moment"]
+                parameter.sub_(change, alpha=group["lr"])
+
+
+@pytest.fixture(autouse=True)
+def _a_package_with_an_optimizer_of_low_rank() -> Iterator[None]:
+    package = types.ModuleType("galore_torch")
+    vars(package).update(dict.fromkeys(("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit"), LowRank))
+    sys.modules["galore_torch"] = package
+    with mock.patch("transformers.trainer_optimizer.is_galore_torch_available", return_value=True):
+        yield
+    del sys.modules["galore_torch"]
 
 
 class Metric:
@@ -166,8 +204,9 @@ def _nothing_stays_deterministic() -> Iterator[None]:
     before = dict(os.environ)
     yield
     torch.use_deterministic_algorithms(False)
+    server = {name: value for name, value in os.environ.items() if name == forks.ADDRESS}
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(before | server)
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +283,40 @@ def test_frozen_parts_stay_as_they_are_but_for_what_goes(tmp_path: Path) -> None
     assert runs[2].pruning_report.verification.fold_error < 1e-5
 
 
+def processes_job(folder: str, processes: int) -> None:
+    """Train in several processes as the stock trainer does, and prune."""
+    left = []
+    for kind, target in ((Trainer, None), (HessoTrainer, WHOLE), (HessoTrainer, PRUNED)):
+        run = run_of(kind, Path(folder) / f"{kind.__name__}-{target}", PROCESSES, target)
+        run.train()
+        left.append(seen(run))
+    check_same(left[1], left[0])
+    assert run._process.finished
+    wrapped = run.model_wrapped
+    assert (wrapped.find_unused_parameters, wrapped.static_graph, wrapped.broadcast_buffers) == (True, True, True)
+    print("SAME", flush=True)
+
+
+def test_arguments_about_processes_do_what_they_do_in_the_stock_trainer(tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path, __name__, "processes_job", sharded=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("SAME") == 2
+
+
+def test_kernels_that_nothing_can_be_proved_with_are_refused_before_they_are_put_into_the_model(tmp_path: Path) -> None:
+    with pytest.raises(HessoError, match=r"`use_liger_kernel` \(True\).*torch_compile"):
+        run_of(HessoTrainer, tmp_path, {"use_liger_kernel": True}, PRUNED)
+
+
+def test_a_checkpoint_before_there_is_an_optimizer_says_what_to_do(tmp_path: Path) -> None:
+    run = run_of(HessoTrainer, tmp_path, {}, PRUNED)
+    with pytest.raises(HessoError, match=r"call `train\(\)`, or, .*`create_optimizer_and_scheduler\("):
+        run._save_checkpoint(run.model, None)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_no_field_is_forgotten() -> None:
-    tried = {name for changes in (*CASES.values(), *RESUMED.values()) for name in changes}
+    tried = {name for changes in (*CASES.values(), *RESUMED.values(), PROCESSES) for name in changes}
     known = tried.union(*ELSEWHERE.values())
     pinned = f"transformers=={transformers.__version__}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert not FIELDS - known or not pinned, "new fields: put them into a case, or say where they are tried"

@@ -219,7 +219,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import hesso_hf.export.verify
+import hesso_hf.export.parameters, hesso_hf.export.verify
 from tests.support.training import trainer
 run = trainer(Path(sys.argv[1]), max_steps=8, per_device_train_batch_size=2)
 run.train()
@@ -230,6 +230,18 @@ except ValueError as error:
     kept = "small-dense: " in str(error)
     print(f"REFUSED {type(error).__name__} {kept}", flush=True)  # in one write: the processes share the pipe
 hesso_hf.export.verify.FOLD_TOLERANCE = 1e-4
+plain = hesso_hf.export.parameters.cut_model
+
+def cut_model(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+hesso_hf.export.parameters.cut_model = cut_model  # which only the process that writes calls
+try:
+    run.save_model(str(Path(sys.argv[1]) / "large"))
+except ValueError as error:
+    kept = "memory ran out" in str(error) and "large-dense: " in str(error)
+    print(f"NO ROOM {type(error).__name__} {kept}", flush=True)
+hesso_hf.export.parameters.cut_model = plain
 run.save_model(str(Path(sys.argv[1]) / "small"))
 print("SAVED", flush=True)
 """
@@ -239,9 +251,11 @@ def test_a_save_that_fails_on_the_main_process_fails_on_all_and_can_be_tried_aga
     done = launch(_FAILING_SAVE, str(tmp_path), str(ROOT))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("REFUSED VerificationError True") == 2
+    assert done.stdout.count("NO ROOM HessoError True") == 2
     assert done.stdout.count("SAVED") == 2
     assert (tmp_path / "small" / "pruning_report.json").exists()
-    assert export_pruned(tmp_path / "small-dense", tmp_path / "again").verification.fold_error < 1e-5
+    for dense in ("small-dense", "large-dense"):
+        assert export_pruned(tmp_path / dense, tmp_path / "again").verification.fold_error < 1e-5
 
 
 _PUSH = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,39 @@ def test_a_failing_verification_of_an_adapter_keeps_what_base_and_adapter_are_to
         patch.setattr("hesso_hf.export.verify.FOLD_TOLERANCE", -1.0)
         with pytest.raises(VerificationError, match="small-dense"):
             run.save_model(str(tmp_path / "small"))
+    assert_same_small(run, tmp_path / "small-dense", tmp_path)
+
+
+def test_memory_that_runs_out_while_the_small_model_is_made_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, held, asked = lora_run(tmp_path), [], []
+    run.train()
+
+    def cut_model(model: Any, *args: Any) -> None:
+        held.append(weakref.ref(model.lm_head.weight))  # of the copy in fp32
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    def fp32_place(model: Any) -> torch.device:
+        asked.append((model, held[-1]()))
+        return torch.device("cpu")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hesso_hf.export.parameters.cut_model", cut_model)
+        patch.setattr("hesso_hf.trainer.saving.fp32_place", fp32_place)
+        with pytest.raises(HessoError) as caught:
+            run.save_model(str(tmp_path / "small"))
+        assert asked == [(run.hesso_run.model, None)], "the adapters are merged where there is room, with the copy gone"
+        (tmp_path / "file").write_text("no folder")
+        with pytest.raises(HessoError, match=r"can't be saved in .* either .* still in memory: make room, then"):
+            run.save_model(str(tmp_path / "file" / "small"))
+    said = str(caught.value)
+    assert not isinstance(caught.value, VerificationError)
+    assert said.startswith(
+        "memory ran out while the smaller model was made (CUDA out of memory. Tried to allocate 2 GiB)"
+    )
+    assert f"is saved in {tmp_path / 'small-dense'}" in said
+    assert not (tmp_path / "small").exists()
     assert_same_small(run, tmp_path / "small-dense", tmp_path)
 
 

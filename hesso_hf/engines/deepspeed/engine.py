@@ -12,7 +12,9 @@ from transformers.utils import logging
 from ...config import HessoConfig
 from ...distributed.parts import named_parameters
 from ...errors import HessoError
+from ...export.decision import NOTHING_CUT, Decision
 from ...export.report import PruningReport
+from ...export.write import Output, write_uncut
 from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
 from ..engine import Engine, Run, refuse_where_divided, write_divided
@@ -110,6 +112,12 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         """Load the masters, whatever `from_pretrained` would call them."""
         with reading_what_is_there(self.accelerator.deepspeed_engine_wrapped.engine, folder):
             plain()
+
+    def save_dense(self, run: Run, target: Path, plain: Callable[[], None]) -> None:
+        """Write the model from the masters; of ZeRO-3's `plain` may write what `from_pretrained` doesn't load."""
+        with loading_whole():
+            source = ZeroSource(run.model, Decision(run.plan.groups, NOTHING_CUT), self.args.should_save)
+            write_uncut(source, Output(target, run.model.dtype, run.tokenizer))
 
     def export(self, run: Run, target: Path) -> PruningReport:
         """Write it from the masters of all."""

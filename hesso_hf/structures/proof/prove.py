@@ -8,15 +8,12 @@ agrees is refused with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
-from ...compat import attention_of, experts_of
 from ...config import DEFAULT_STRUCTURES
 from ...errors import UnsupportedStructureError
 from ...hf_models.sizes import HIDDEN, MLP
@@ -31,12 +28,11 @@ from . import schemes
 from .bench import Bench, Trial
 from .branches import Division, discover_branches, divisions
 from .experts import prove_experts
+from .kept import Case, kept
 from .layers import LayerTrial
 from .norms import norm_of_the_stream
 from .result import TOLERANCE, Proof, StructureProof, groups_of, guarded
 from .tiny_case import covering_config, units_to_keep
-
-logger = logging.get_logger(__name__)
 
 Proved = tuple[PruningGroups, Proof, AxisMap]
 REMEMBERED = 64  # proofs, the last ones: a sweep's trainers, or a test session's, have few configs
@@ -102,40 +98,21 @@ def _unit_schemes(proofs: Mapping[str, StructureProof]) -> dict[str, Scheme]:
     return {name: found.scheme for name, found in proofs.items() if isinstance(found.scheme, Scheme)}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model class with a config, equal to any other with one that says the same."""
-
-    model_class: type[PreTrainedModel]
-    config: PretrainedConfig = field(compare=False)
-    says: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, model_class: type[PreTrainedModel], config: PretrainedConfig) -> Case:
-        kinds = attention_of(config), experts_of(config)  # which its dict leaves out
-        return cls(model_class, config, (type(config), *kinds, repr(config.to_dict())))
-
-
 def proved_groups(
     model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...] = DEFAULT_STRUCTURES
 ) -> Proved:
     """Probe a model's config, prove the named structures and return the groups of those that hold.
 
-    Class, config and names decide it, so that what a process has proved it doesn't prove again.
+    Class, config and names decide it, so that what a process has proved it doesn't prove again, and nor does another
+    one where it could be kept.
     """
     return _remembered(Case.of(model_class, config), names)
 
 
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(case: Case, names: tuple[str, ...]) -> Proved:
-    logger.info(f"proving on a tiny {case.model_class.__name__} how its units are cut: {', '.join(names)}")
-    return prove_anew(case.model_class, case.config, names)
-
-
-def prove_anew(model_class: type[PreTrainedModel], config: PretrainedConfig, names: tuple[str, ...]) -> Proved:
-    """Do what `proved_groups` does, whatever was proved before."""
-    proof = prove(model_class, config, names)
-    groups, axis_map = groups_of(model_class, config, proof)
+    proof = kept(case, names, lambda: prove(case.model_class, case.config, names))
+    groups, axis_map = groups_of(case.model_class, case.config, proof)
     return groups, proof, axis_map
 
 

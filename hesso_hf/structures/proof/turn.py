@@ -21,7 +21,8 @@ from ..groups import AxisName, Scheme
 from ..shape_probe import probe_axes
 from ..turn import NormScheme, StreamTurn, TurnScheme, random_rotation
 from .bench import Bench
-from .prove import REMEMBERED, Case, Prover
+from .kept import Case, kept
+from .prove import REMEMBERED, Prover
 from .residual_stream import StreamAxis, block_of
 from .result import TOLERANCE
 from .tiny_case import covering_config
@@ -57,7 +58,7 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
 def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
     """Prove how the stream of a model's class is turned, and name the model's parameters; with the proof's error.
 
-    What a process has proved it doesn't prove again.
+    What was proved isn't proved again, as for `proved_groups`.
 
     Raises:
         UnsupportedStructureError: with the reason why it isn't.
@@ -67,13 +68,8 @@ def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
 
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(case: Case) -> tuple[StreamTurn, float]:
-    return turn_anew(case.model_class, case.config)
-
-
-def turn_anew(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[StreamTurn, float]:
-    """Do what `turn_of` does, whatever was proved before."""
-    scheme, error = prove_turn(model_class, config)
-    axis_map = probe_axes(model_class, config)
+    scheme, error = kept(case, ("the stream's turn",), lambda: prove_turn(case.model_class, case.config))
+    axis_map = probe_axes(case.model_class, case.config)
     return StreamTurn.of(scheme, axis_map, num_units("embedding_channels", axis_map.sizes)), error
 
 
