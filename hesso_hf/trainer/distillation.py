@@ -74,7 +74,8 @@ def divergence(
         targets: (B, T), -100 where nothing is to be learnt; None where all positions count.
     """
     ignored = None if targets is None else targets.flatten() == IGNORED
-    return _DivergenceSum.apply(logits, teacher.rows(inputs), ignored, temperature) * temperature**2
+    total: torch.Tensor = _DivergenceSum.apply(logits, teacher.rows(inputs), ignored, temperature)
+    return total * temperature**2
 
 
 def num_targets(targets: torch.Tensor) -> torch.Tensor:

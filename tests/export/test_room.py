@@ -41,7 +41,7 @@ def exported(case: str) -> tuple[PruningReport, list[int], str]:
     )
     base = base_of(model)
     zero_units_(parameters_of(base), Adapters.of(base).extend(plan.groups), kept)
-    pretend_device.move_(model)
+    model.to(pretend_device.DEVICE)
     asked = []
 
     def device_with_room(device: torch.device, size: int) -> torch.device:
