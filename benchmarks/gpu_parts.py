@@ -23,12 +23,16 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from hesso_hf import HessoConfig, HessoOptimizer
 from hesso_hf.bundled import python_docs_texts
+from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.saliency import no_units
 from hesso_hf.pruning.schedule import Schedule
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +47,9 @@ SMALL = {
 LENGTH = 2048
 CHECKPOINT, STEPS = 10, 30  # of a run that goes on from a checkpoint
 SAVING = {"save_strategy": "steps", "save_steps": CHECKPOINT}
+HEALING_TOKENS = 8192  # as the trainer takes them
+# What HESSO may add to a step, of the plain step's time; a period's first step is measured by `period_start`.
+GOAL, GOAL_OF_SCORING, GOAL_OF_CRIC = 0.03, 0.10, 0.15
 QUALITY = ROOT / "benchmarks" / "results" / "quality_gpu.json"
 
 
@@ -55,28 +62,34 @@ def llama(sizes: dict[str, int]) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
 
 
-def make_trainer(
-    dry: bool, folder: Path, model: nn.Module | None = None, hesso: dict[str, Any] | None = None, **changes: Any
-) -> Any:
-    """Return a HessoTrainer of a small Llama on random tokens, under bf16 autocast on a GPU."""
-    from hesso_hf import HessoTrainer  # where Transformers is too old for it, the other parts work
-
-    model = model or llama(TINY if dry else SMALL)
-    length, batch = (16, 2) if dry else (256, 8)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 256, (STEPS * batch, length), generator=generator)
+def _arguments(dry: bool, folder: Path, **changes: Any) -> TrainingArguments:
+    """Return arguments for steps under bf16 autocast on a GPU."""
     options: dict[str, Any] = {
-        "max_steps": STEPS, "per_device_train_batch_size": batch, "bf16": not dry, "use_cpu": dry, "seed": 1,
+        "max_steps": STEPS, "per_device_train_batch_size": 2 if dry else 8, "bf16": not dry, "use_cpu": dry, "seed": 1,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10, "learning_rate": 1e-4,
         "remove_unused_columns": False, "dataloader_pin_memory": not dry,
     }  # fmt: skip
+    return TrainingArguments(str(folder), **(options | changes))
+
+
+def make_trainer(
+    dry: bool, folder: Path, model: nn.Module | None = None, hesso: dict[str, Any] | None = None,
+    length: int | None = None, **changes: Any,
+) -> Any:  # fmt: skip
+    """Return a HessoTrainer of a small Llama on random tokens."""
+    from hesso_hf import HessoTrainer  # where Transformers is too old for it, the other parts work
+
+    model, args = model or llama(TINY if dry else SMALL), _arguments(dry, folder, **changes)
+    generator = torch.Generator().manual_seed(0)
+    shape = (STEPS * args.per_device_train_batch_size, length or (16 if dry else 256))
+    ids = torch.randint(3, 256, shape, generator=generator)
     config: dict[str, Any] = {
         "pruning_ratio": 0.3, "warmup_steps": 4, "pruning_steps": 12, "pruning_periods": 2, "saliency_batches": 2,
         "calibration_examples": 4, "replay_share": 0.0,
     }  # fmt: skip
     return HessoTrainer(
         model=model,
-        args=TrainingArguments(str(folder), **(options | changes)),
+        args=args,
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],  # type: ignore[arg-type]
         hesso_config=HessoConfig(**(config | (hesso or {}))),
     )
@@ -143,7 +156,7 @@ def overhead(tokens: int) -> Callable[[bool, Path], dict[str, Any]]:
             model = llama(sizes).train()
         if tokens > 4 * LENGTH:
             model.gradient_checkpointing_enable()
-        config = HessoConfig(pruning_ratio=0.4, calibration_examples=0, saliency_batches=1, healing="off")
+        config = HessoConfig(pruning_ratio=0.4, calibration_examples=0, saliency_batches=2, healing="off")
         plan = PruningPlan.prepare(model, config)
         base = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
         optimizer = HessoOptimizer(base, plan.process(Schedule(6, 12, 2, 10**6)))
@@ -157,8 +170,8 @@ def overhead(tokens: int) -> Callable[[bool, Path], dict[str, Any]]:
             kind: {
                 "step_seconds": median(whole for whole, _ in times),
                 "hesso_seconds": median(own for _, own in times),
-                "share": median(own / (whole - own) for whole, own in times),
                 "steps": len(times),
+                **_judged(kind, median(own / (whole - own) for whole, own in times)),
             }
             for kind, times in steps.items()
         }
@@ -170,13 +183,7 @@ def overhead(tokens: int) -> Callable[[bool, Path], dict[str, Any]]:
 
 def _timed_step(model: PreTrainedModel, batch: torch.Tensor, optimizer: HessoOptimizer) -> tuple[str, float, float]:
     """Train a step; return its kind, its seconds, and those of HESSO's parts, the GPU waited for around each."""
-    process, own = optimizer.process, 0.0
-    schedule, step = process.schedule, process.step
-    position = schedule.period_step(step)
-    window = schedule.scoring_window(step, process.config.saliency_batches)
-    kind = schedule.phase(step) if position is None else ("first of a period" if position.t == 0 else "shrinking")
-    if position is not None:
-        kind += f", period {position.index + 1}"
+    process, own, kind = optimizer.process, 0.0, _kind(optimizer)
 
     def timed(call: Callable[[], None]) -> float:
         started = _now(batch.device)
@@ -192,7 +199,103 @@ def _timed_step(model: PreTrainedModel, batch: torch.Tensor, optimizer: HessoOpt
     own += timed(process.observe_gradients) + timed(lambda: process.before_step(optimizer.base))
     optimizer.base.step()
     own += timed(lambda: process.after_step(optimizer.base))
-    return kind + ", scored" * (window and position is None), _now(batch.device) - started, own
+    return kind, _now(batch.device) - started, own
+
+
+def _kind(optimizer: HessoOptimizer) -> str:
+    """Name the kind of the coming step."""
+    process = optimizer.process
+    schedule, step = process.schedule, process.step
+    if process.wants_probe:
+        return "CRIC's probe"
+    if process.trial is not None and schedule.sampling_step(step) is not None:
+        return "CRIC's sample"
+    position = schedule.period_step(step)
+    if position is not None and position.t == 0:
+        return f"first of a period, period {position.index + 1}"
+    kind = schedule.phase(step) if position is None else f"shrinking, period {position.index + 1}"
+    return kind + ", scored" * schedule.scoring_window(step, process.config.saliency_batches)
+
+
+def _judged(kind: str, share: float) -> dict[str, Any]:
+    """Compare HESSO's share of a step of a kind with the goal for it, where there is one."""
+    if kind.startswith("first") or kind == "CRIC's probe":
+        return {"share": share}
+    goal = GOAL_OF_CRIC if "CRIC" in kind else GOAL_OF_SCORING if "scored" in kind else GOAL
+    return {"share": share, "goal": goal, "reached": share <= goal}
+
+
+class _Times(TrainerCallback):
+    """Times a trainer's optimizer steps by their kind, the GPU waited for before and after each."""
+
+    def __init__(self, run: Any = None) -> None:
+        self.run = run  # None for a plain trainer
+        self.seconds: dict[str, list[float]] = {}
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._kind = "plain" if self.run is None else _kind(self.run.hesso_optimizer)
+        self._started = _now(args.device)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 1:  # the first makes the optimizer's state
+            self.seconds.setdefault(self._kind, []).append(_now(args.device) - self._started)
+
+
+def trainer_steps(hesso: dict[str, Any]) -> Callable[[bool, Path], dict[str, Any]]:
+    """Return the part that compares a HessoTrainer's steps of the 1B model with a plain trainer's, by phase."""
+
+    def part(dry: bool, folder: Path) -> dict[str, Any]:
+        sizes, length, batch = (TINY, 16, 2) if dry else (SCALES["1b"], LENGTH, 4)
+        known = {"per_device_train_batch_size": batch}
+        run = make_trainer(dry, folder / "run", llama(sizes), {"compact": "never"} | hesso, length, **known)
+        ours = _Times(run)
+        run.add_callback(ours)
+        _reset_peak()
+        run.train()
+        data = run.train_dataset
+        found = {"replay": run.replay is not None, "peak_bytes": _peak(), "tokens_per_step": batch * length}
+        ours.run = run = None
+        _reset_peak()
+        plain = _Times()
+        args = _arguments(dry, folder / "plain", max_steps=8, **known)
+        Trainer(llama(sizes), args, train_dataset=data, callbacks=[plain]).train()
+        usual = median(plain.seconds["plain"])
+        steps = {
+            kind: {"step_seconds": median(times), "steps": len(times), **_judged(kind, median(times) / usual - 1)}
+            for kind, times in ours.seconds.items()
+        }
+        return found | {"plain_step_seconds": usual, "steps": steps}
+
+    return part
+
+
+def period_start(dry: bool, folder: Path) -> dict[str, Any]:
+    """Time what a period of the 1B model begins with: what errors matter, what units cost, what refits the others."""
+    device = torch.device("cpu" if dry else "cuda")
+    sizes, rows, length = (TINY, 4, 16) if dry else (SCALES["1b"], HEALING_TOKENS // LENGTH, LENGTH)
+    with device:
+        model = llama(sizes).train()
+        ids = torch.randint(3, sizes["vocab_size"], (rows, length))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    plan = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.4, calibration_examples=0))
+    bound = plan.process(Schedule(6, 12, 2, 10**6)).bound
+    healer, pruned, marked = Healer(model, batch), *(no_units(bound.shapes(), device) for _ in range(2))
+    for units in marked.values():
+        units[:, : units.shape[1] // 4] = True
+    seconds: dict[str, float] = {}
+    _reset_peak()
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        started = _now(device)
+        found = call()
+        seconds[name] = _now(device) - started
+        return found
+
+    for _ in range(2):  # of the second time: the first finds libraries and memory
+        fisher = timed("fisher", lambda: healer.fisher(bound))
+        timed("costs", lambda: healer.costs(bound, pruned, fisher=fisher))  # noqa: B023
+        timed("corrections", lambda: healer.corrections(bound, marked, pruned, fisher))  # noqa: B023
+    return {"seconds": seconds, "tokens": ids.numel(), "matrices": len(healer.readers(bound)), "peak_bytes": _peak()}
 
 
 def _now(device: torch.device) -> float:
@@ -342,6 +445,11 @@ PARTS: dict[str, Callable[[bool, Path], dict[str, Any]]] = {
     "tests": tests,
     "overhead_8k": overhead(4 * LENGTH),
     "overhead_16k": overhead(8 * LENGTH),
+    "period_start": period_start,
+    "trainer_healed": trainer_steps({}),
+    "trainer_defaults": trainer_steps({"replay_share": 0.25}),
+    "trainer_cric_path": trainer_steps({"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2}),
+    "trainer_cric_probe": trainer_steps({"cric": True, "cric_mode": "probe"}),
     "memory": peak_memory,
     "full_determinism": determinism(True),
     "plain_determinism": determinism(False),

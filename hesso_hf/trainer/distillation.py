@@ -1,7 +1,7 @@
 """Distillation: beside its own loss the student learns a teacher's next-token distributions, by default the unpruned
 model's.
 
-Shapes: B batch, T tokens, N positions that are trained on, D embedding channels, V vocabulary.
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,38 +36,51 @@ class _DivergenceSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, rows: Iterator[Any], temperature: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, rows: Iterator[Any], ignored: torch.Tensor | None, temperature: float
+    ) -> torch.Tensor:
         dtype = torch.promote_types(logits.dtype, torch.float32)
         flat, gradient = logits.flatten(0, 1), torch.zeros_like(logits)
         total = torch.zeros((), dtype=dtype, device=logits.device)
-        for positions, teacher in rows:
-            wanted = (teacher.to(dtype) / temperature).log_softmax(-1)
-            found = (flat[positions].to(dtype) / temperature).log_softmax(-1)
+        for chunk, teacher in rows:
+            unread = None if ignored is None else ignored[chunk, None]
+            wanted = _log_softmax(teacher.to(dtype) / temperature, unread)
+            found = _log_softmax(flat[chunk].to(dtype) / temperature, unread)
             total += nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
-            gradient.view_as(flat)[positions] = ((found.exp_() - wanted.exp_()) / temperature).to(logits.dtype)
+            gradient.view_as(flat)[chunk] = ((found.exp_() - wanted.exp_()) / temperature).to(logits.dtype)
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient * grads[0].to(gradient.dtype), None, None, None
+
+
+def _log_softmax(logits: torch.Tensor, unread: torch.Tensor | None) -> torch.Tensor:
+    """Return log-probabilities, uniform at positions that don't count: equal ones have no divergence, nor gradient."""
+    return (logits if unread is None else logits.masked_fill_(unread, 0.0)).log_softmax(-1)
 
 
 def divergence(
-    teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, int]:
-    """Return the sum of T^2 KL(teacher || student) over the positions that have a target, and how many there are.
+    teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """Return the sum of T^2 KL(teacher || student) over the positions that have a target; the host waits for nothing.
 
     T^2 keeps the gradient's size whatever the temperature (Hinton et al. 2015, section 2).
 
     Args:
         logits: the student's, (B, T, V), with gradients.
-        targets: (B, T), -100 where nothing is to be learnt.
+        targets: (B, T), -100 where nothing is to be learnt; None where all positions count.
     """
-    positions = (targets.flatten() != IGNORED).nonzero().flatten()
-    total = _DivergenceSum.apply(logits, teacher.rows(inputs, positions), temperature)
-    return total * temperature**2, len(positions)
+    ignored = None if targets is None else targets.flatten() == IGNORED
+    total: torch.Tensor = _DivergenceSum.apply(logits, teacher.rows(inputs), ignored, temperature)
+    return total * temperature**2
+
+
+def num_targets(targets: torch.Tensor) -> torch.Tensor:
+    """Return how many positions count, 1 at least."""
+    return (targets != IGNORED).sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -79,13 +92,14 @@ def lead(teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targ
         targets: (B, T), -100 where nothing is to be learnt.
     """
     flat, wanted = logits.flatten(0, 1), targets.flatten()
-    places, behind = (wanted != IGNORED).nonzero().flatten(), torch.zeros((), device=logits.device)
-    for chunk, known in teacher.rows(inputs, places):
+    behind = torch.zeros((), device=logits.device)
+    for chunk, known in teacher.rows(inputs):
         student, its = (
-            nn.functional.cross_entropy(each.float(), wanted[chunk], reduction="sum") for each in (flat[chunk], known)
+            nn.functional.cross_entropy(each.float(), wanted[chunk], reduction="sum", ignore_index=IGNORED)
+            for each in (flat[chunk], known)
         )
         behind += student - its
-    return mean_over_ranks(behind / max(1, len(places)), behind.device)
+    return mean_over_ranks(behind / num_targets(targets), behind.device)
 
 
 @contextlib.contextmanager
@@ -226,8 +240,8 @@ class Distillation:
             self._ahead = lead(self.teacher, batch, logits, targets) > 0
             if not self._ahead:
                 return result
-        summed, count = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)
-        self._scaled, divisor = self._normalisation(count, num_items)
+        summed = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)
+        self._scaled, divisor = self._normalisation(targets, num_items)
         term = summed / divisor
         self._plain, self._last = loss.detach().mean(), term.detach()
         loss = (1 - self._alpha) * loss + self._alpha * term
@@ -278,7 +292,7 @@ class Distillation:
             )
         return model(**{name: value for name, value in batch.items() if name not in TARGETS}).logits
 
-    def _normalisation(self, count: int, num_items: torch.Tensor | int | None) -> tuple[bool, Any]:
+    def _normalisation(self, targets: torch.Tensor, num_items: torch.Tensor | int | None) -> tuple[bool, Any]:
         """Return whether losses are scaled for gradient accumulation already, and what the sum is divided by.
 
         As the trainer does it with its own loss: by the tokens of all micro-batches and processes, or by this one's.
@@ -286,7 +300,7 @@ class Distillation:
         trainer = self._trainer
         scaled = is_scaled(trainer, num_items)
         if num_items is None or not scaled:
-            return scaled, max(1, count)
+            return scaled, num_targets(targets)
         args = trainer.args
         processes = trainer.accelerator.num_processes // trainer.get_tp_size() if args.n_gpu <= 1 else args.n_gpu
         return scaled, num_items / (processes if args.average_tokens_across_devices else 1)

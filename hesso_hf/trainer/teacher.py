@@ -1,6 +1,6 @@
 """Teachers: frozen models whose logits come a chunk of positions at a time, whole on a device or sharded.
 
-Shapes: B batch, T tokens, N positions that are trained on, D embedding channels, V vocabulary.
+Shapes: B batch, T tokens, D embedding channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ class Teacher:
             self._trunk = _separate_(model, self._device)
 
     @torch.no_grad()
-    def rows(self, inputs: Mapping[str, Any], positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield flat positions (n,) of a (B, T) batch with the logits there (n, V), until all N were had.
+    def rows(self, inputs: Mapping[str, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield which flat positions of a (B, T) batch, n in a row, with the logits there (n, V), until all were had.
 
-        A model whose head can't be run alone computes the logits of a whole example at a time.
+        Which of them count isn't asked: the host would have to wait for the device to know how many. A model whose head
+        can't be run alone computes the logits of a whole example at a time.
         """
         inputs = {name: value for name, value in inputs.items() if name not in TARGETS} | {"use_cache": False}
-        rows = self._rows_by_example if self._trunk is None else self._rows_by_chunk
-        yield from rows(inputs, positions)
+        yield from (self._rows_by_example if self._trunk is None else self._rows_by_chunk)(inputs)
         reshard(self.model)
 
     @contextlib.contextmanager
@@ -102,22 +102,19 @@ class Teacher:
                 setattr(self.model, name, self._trunk)
             reshard(self.model)
 
-    def _rows_by_chunk(
-        self, inputs: Mapping[str, Any], positions: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _rows_by_chunk(self, inputs: Mapping[str, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
         assert self._trunk is not None
         self.model(**inputs)
         assert self._trunk.hidden is not None
         hidden, self._trunk.hidden = self._trunk.hidden.flatten(0, 1), None
         size = max(1, CHUNK_LOGITS // self.model.config.get_text_config().vocab_size)
-        for chunk in self._in_step([chunk for chunk in positions.split(size) if len(chunk)]):
+        chunks = [slice(start, min(start + size, len(hidden))) for start in range(0, len(hidden), size)]
+        for chunk in self._in_step(chunks):
             logits = _head(self.model, self._trunk, hidden[:1] if chunk is None else hidden[chunk])
             if chunk is not None:
                 yield chunk, logits
 
-    def _rows_by_example(
-        self, inputs: Mapping[str, Any], positions: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _rows_by_example(self, inputs: Mapping[str, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         others = {name: value for name, value in inputs.items() if name not in tensors}
         sizes = {len(value) for value in tensors.values()}
@@ -127,12 +124,9 @@ class Teacher:
         for part in self._in_step(parts):
             given = {name: value[parts[0] if part is None else part] for name, value in tensors.items()}
             logits = self.model(**given, **others).logits.flatten(0, 1)
-            if part is None:
-                continue
-            chosen = positions[(positions >= start) & (positions < start + len(logits))]
-            if len(chosen):
-                yield chosen, logits[chosen - start]
-            start += len(logits)
+            if part is not None:
+                yield slice(start, start + len(logits)), logits
+                start += len(logits)
 
     def _in_step(self, parts: Sequence[_Part]) -> Iterator[_Part | None]:
         """Yield the parts; under sharding then None, until every process has had as many as any."""

@@ -468,6 +468,21 @@ def test_gpu_measures_the_share_of_a_step_by_phase(tmp_path: Path) -> None:
     found = gpu_parts.PARTS["overhead_8k"](True, tmp_path)
     assert {"warmup", "first of a period, period 1", "shrinking, period 2", "recovery"} <= found["steps"].keys()
     assert all(0 < kind["hesso_seconds"] < kind["step_seconds"] for kind in found["steps"].values())
+    assert (found["steps"]["warmup"]["goal"], found["steps"]["warmup, scored"]["goal"]) == (0.03, 0.10)
+
+
+def test_gpu_compares_the_defaults_with_a_plain_trainer_and_times_a_periods_start(tmp_path: Path) -> None:
+    import gpu_parts
+
+    found = gpu_parts.PARTS["trainer_defaults"](True, tmp_path)
+    assert found["replay"]
+    assert {"warmup", "first of a period, period 1", "shrinking, period 2", "recovery"} <= found["steps"].keys()
+    for kind, step in found["steps"].items():
+        assert step["share"] == pytest.approx(step["step_seconds"] / found["plain_step_seconds"] - 1)
+        assert kind.startswith("first") or step["reached"] is (step["share"] <= step["goal"])
+    start = gpu_parts.PARTS["period_start"](True, tmp_path)
+    assert start["seconds"].keys() == {"fisher", "costs", "corrections"}
+    assert start["matrices"] == 4  # two a layer
 
 
 @pytest.mark.slow
@@ -483,5 +498,7 @@ def test_every_part_of_gpu_works_in_a_dry_run(tmp_path: Path, monkeypatch: pytes
     for name in ("tf32", "fp16", "lora", "fsdp2"):
         assert parts[name]["fold_error"] < 1e-4
     assert parts["fsdp2"]["backend"] == "gloo"
+    assert parts["trainer_cric_path"]["steps"]["CRIC's sample"]["goal"] == 0.15
+    assert "CRIC's probe" in parts["trainer_cric_probe"]["steps"]
     for name in ("full_determinism", "plain_determinism"):  # on a CPU both are
         assert (parts[name]["two runs differ by"], parts[name]["resumed differs by"]) == (0.0, 0.0)

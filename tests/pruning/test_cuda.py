@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 STEPS = 30
 CRIC = {"cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2}
+DEFAULTS = {"healing": "auto", "stream_basis": "auto", "replay_share": 0.25, "compact": "auto"}
 MODELS = {
     "llama": tiny_llama,
     "gemma2": tiny_gemma2,
@@ -113,7 +114,7 @@ def test_recovery_launches_no_more_than_its_budget():
 
 
 @pytest.mark.parametrize("build", [tiny_llama, lambda: tiny_lora(tiny_llama())], ids=["plain", "adapter"])
-@pytest.mark.parametrize("changes", [{}, CRIC], ids=["HESSO", "CRIC"])
+@pytest.mark.parametrize("changes", [{}, CRIC, DEFAULTS], ids=["HESSO", "CRIC", "defaults"])
 def test_a_run_on_the_gpu_ends_in_a_verified_smaller_model(build: Any, changes: dict[str, Any], tmp_path: Path):
     run = trainer(tmp_path / "out", model=build(), config=hesso_config(**changes), use_cpu=False, max_steps=STEPS)
     run.train()

@@ -10,7 +10,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from hesso_hf import HessoConfig, wrap_optimizer
+from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.optimizer import HessoOptimizer
+from hesso_hf.pruning.plan import PruningPlan
+from hesso_hf.pruning.saliency import no_units
+from hesso_hf.pruning.schedule import Schedule
 from tests.support import pretend_device
 from tests.support.lora import tiny_lora
 from tests.support.moe import moe_model
@@ -36,7 +40,7 @@ def wrapped(case: str, moved: bool = False) -> tuple[nn.Module, HessoOptimizer]:
     options = {"pruning_ratio": 0.4, "round_to": 1, "warmup_steps": 2, "pruning_steps": 4, "pruning_periods": 2}
     model = build()
     if moved:
-        pretend_device.move_(model)
+        model.to(pretend_device.DEVICE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     base = torch.optim.AdamW(trained, lr=1e-2)
     return model, wrap_optimizer(base, model, HessoConfig(**(options | changes)), STEPS)
@@ -65,7 +69,7 @@ def moved_after(case: str) -> list[dict[str, torch.Tensor]]:
     for moved in (True, False):
         model, optimizer = wrapped(case, moved)
         if not moved:
-            pretend_device.move_(model)
+            model.to(pretend_device.DEVICE)
         train(model, optimizer, 0, STEPS)
         found.append(result(model, optimizer))
     return found
@@ -79,10 +83,36 @@ def resumed(case: str) -> list[dict[str, torch.Tensor]]:
     train(model, optimizer, 4, STEPS)
     again, loaded = wrapped(case)
     again.load_state_dict(saved[0])
-    pretend_device.move_(again)
+    again.to(pretend_device.DEVICE)
     loaded.load_state_dict(saved[1])
     train(again, loaded, 4, STEPS)
     return [result(model, optimizer), result(again, loaded)]
+
+
+def healed(place: str) -> dict[str, torch.Tensor]:
+    """Return what a period begins with where units are healed, found on a device."""
+    model = tiny_llama().to(place)  # type: ignore[arg-type]
+    bound = PruningPlan.prepare(model, HessoConfig(pruning_ratio=0.1)).process(Schedule(0, 4, 1, STEPS)).bound
+    ids = torch.cat(token_batches(2)).to(place)
+    healer = Healer(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    pruned, marked = (no_units(bound.shapes(), ids.device) for _ in range(2))
+    for units in marked.values():
+        units[:, 0] = True
+    fisher = healer.fisher(bound)
+    assert fisher.rows.keys() == {reader.name for reader in healer.readers(bound)}, "a backward pass failed"
+    found = {f"norms of {name}": norms for name, norms in fisher.norms.items()}
+    found |= {f"costs of {name}": costs for name, costs in healer.costs(bound, pruned, fisher=fisher).items()}
+    found |= healer.corrections(bound, marked, pruned, fisher)
+    assert {value.device.type for value in found.values()} == {torch.device(place).type}
+    return {name: value.cpu() for name, value in found.items()}
+
+
+def test_a_period_begins_on_the_device_as_on_the_cpu():
+    expected, found = healed("cpu"), pretend_device.apart(healed, pretend_device.DEVICE)
+    assert expected.keys() == found.keys()
+    assert all(
+        torch.allclose(found[name].to(value.dtype), value, rtol=1e-3, atol=1e-6) for name, value in expected.items()
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

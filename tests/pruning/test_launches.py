@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hesso_hf import HessoConfig, wrap_optimizer
+from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.saliency import chunk_size
 from hesso_hf.trainer.callbacks import metrics
@@ -33,6 +34,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "CRIC": (LLAMA, CRIC),
     "experts": (MOE, {"structures": ["experts"], "pruning_ratio": 0.25}),
     "norms stored less one": (tiny_gemma2, {}),
+    "healed": (LLAMA, {}),
     "norms that centre": (tiny_phi, {}),
 }
 SLOW = ("norms stored less one", "norms that centre")
@@ -45,10 +47,13 @@ def counted(names: list[str]) -> dict[str, Any]:
     for name in names:
         build, changes = CASES[name]
         model = build()
-        pretend_device.move_(model)
+        model.to(pretend_device.DEVICE)
         options = {"pruning_ratio": 0.4, "round_to": 1, "warmup_steps": 2, "pruning_steps": 6, "pruning_periods": 2}
         config = HessoConfig(**(options | {"saliency_batches": 1} | changes))
         optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, config, STEPS)
+        if name == "healed":
+            ids = torch.cat(token_batches(2)).to(pretend_device.DEVICE)
+            optimizer.process.heal_with(Healer(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
         steps: dict[str, dict[str, int]] = {}
         for batch in token_batches(8 + optimizer.process.schedule.sampling_end):
             kind, count = counted_step(model, optimizer, batch.to(pretend_device.DEVICE))

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from transformers import TrainingArguments
 
+from hesso_hf.pruning.weights import holdings
 from tests.support import forks
 
 DEVICE = "pretend:0"
@@ -43,12 +45,45 @@ class PretendTensor(torch.Tensor):
         found.held = held
         return found
 
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: PretendTensor) -> None:
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.held = value.held
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:  # which tells tied weights
+        return self.held.untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return torch._utils._rebuild_device_tensor_from_cpu_tensor, (self.held, self.dtype, DEVICE, self.requires_grad)
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PretendTensor({self.held!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+class PretendGenerator(torch.Generator):
+    """A generator on the device, or on the CPU."""
+
+    def __new__(cls, device: Any = "cpu") -> PretendGenerator:
+        found = super().__new__(cls, "cpu")
+        _GENERATORS[found._cdata] = torch.device(device).type  # operators are given another object around the same
+        return found
+
+
+_GENERATORS: dict[int, str] = {}
 
 
 class _Factories(TorchDispatchMode):
@@ -68,13 +103,15 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     others = [value for value in given if not isinstance(value, PretendTensor) and value.dim()]
     if ours and others and func not in ACROSS:
         raise MixedDevicesError(f"{func}: tensors on {DEVICE} and on the CPU")
-    device = kwargs.get("device")
+    generator, device = kwargs.get("generator"), kwargs.get("device")
+    here = bool(ours) if device is None else torch.device(device).type == "pretend"
+    if generator is not None and (_GENERATORS.get(generator._cdata) == "pretend") != here:
+        raise MixedDevicesError(f"{func}: a generator and tensors on different devices")
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
     if func is aten.copy_.default:
         return args[0]
-    here = bool(ours) if device is None else torch.device(device).type == "pretend"
     same = {id(value.held): value for value in ours}  # what was changed in place is given back itself
 
     def wrapped(value: Any) -> Any:
@@ -92,10 +129,25 @@ def _start() -> None:
     _LIBRARY.impl("empty_strided", lambda size, _, *, dtype=None, **__: _empty(size, dtype), "PrivateUse1")
     for name in ("_copy_from", "_copy_from_and_resize"):
         _LIBRARY.impl(name, _copy_from, "PrivateUse1")
+    torch.Generator, torch.load = PretendGenerator, _load  # type: ignore[misc]
+    torch.__future__.set_swap_module_params_on_conversion(True)  # `model.to` leaves an optimizer's parameters in place
+    plain = (torch.Tensor, PretendTensor)
+    holdings.is_plain = lambda value: type(value) in plain and value.is_floating_point()
+    PartialState.default_device = property(lambda _: torch.device(DEVICE))
+    TrainingArguments.device = property(lambda args: args._setup_devices and torch.device(DEVICE))
     _Factories().__enter__()
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+_plain_load = torch.load
+
+
+def _load(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
+    """Load as torch does, whose storages don't know the device."""
+    found = _plain_load(*args, map_location="cpu", **kwargs)
+    return found if map_location is None else tree_map_only(torch.Tensor, lambda value: value.to(map_location), found)
 
 
 def _empty(size: Any, dtype: torch.dtype | None) -> torch.Tensor:
@@ -105,15 +157,6 @@ def _empty(size: Any, dtype: torch.dtype | None) -> torch.Tensor:
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     _held(target).copy_(_held(source))
     return target
-
-
-def move_(model: nn.Module) -> None:
-    """Move a model as `model.to("cuda")` does: an optimizer's parameters are the same ones afterwards."""
-    for parameter in model.parameters():
-        torch.utils.swap_tensors(parameter, nn.Parameter(PretendTensor(parameter.detach()), parameter.requires_grad))
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = PretendTensor(buffer)
 
 
 def apart(work: Callable[..., Any], *args: Any) -> Any:

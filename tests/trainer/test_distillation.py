@@ -21,7 +21,7 @@ from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.trainer import distillation
 from hesso_hf.trainer import teacher as teachers
-from hesso_hf.trainer.distillation import divergence, lead
+from hesso_hf.trainer.distillation import divergence, lead, num_targets
 from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher
 from tests.support.checks import propagated
 from tests.support.tiny import MLP, VOCAB, tiny_gemma2, tiny_gpt2, tiny_llama, token_batches
@@ -78,11 +78,11 @@ def test_value_and_gradient_are_the_definitions(
     (ids,) = token_batches(1, shape=(3, 7))
     targets = masked_targets(ids)
     logits = TEACHERS[family](1)(input_ids=ids).logits.detach().requires_grad_()
-    found, count = divergence(teacher, {"input_ids": ids, "labels": ids}, logits, targets, temperature)
+    found = divergence(teacher, {"input_ids": ids, "labels": ids}, logits, targets, temperature)
     (gradient,) = torch.autograd.grad(found * 0.3, logits)
     expected = plain_divergence(original.eval(), ids, logits, targets, temperature)
     (wanted,) = torch.autograd.grad(expected * 0.3, logits)
-    assert count == 3 * 6 - 3
+    assert num_targets(targets) == 3 * 6 - 3
     assert float(expected.detach()) > 1e-3
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=0)
     assert torch.allclose(gradient, wanted, rtol=1e-3, atol=1e-6)
@@ -92,9 +92,10 @@ def test_value_and_gradient_are_the_definitions(
 def test_a_batch_without_targets_has_no_divergence() -> None:
     (ids,) = token_batches(1)
     logits = tiny_llama(1)(input_ids=ids).logits
-    found, count = divergence(Teacher(tiny_llama(2)), {"input_ids": ids}, logits, torch.full_like(ids, -100), 1.0)
+    targets = torch.full_like(ids, -100)
+    found = divergence(Teacher(tiny_llama(2)), {"input_ids": ids}, logits, targets, 1.0)
     found.backward()
-    assert (float(found.detach()), count) == (0.0, 0)
+    assert (float(found.detach()), num_targets(targets)) == (0.0, 1)  # what it is divided by
 
 
 class Sizes(TorchDispatchMode):
@@ -126,7 +127,7 @@ def test_the_teachers_logits_never_live_as_a_whole(monkeypatch: pytest.MonkeyPat
         Sizes() as sizes,
         torch.autograd.graph.saved_tensors_hooks(lambda each: saved.append(each) or each, lambda each: each),
     ):
-        found, _ = divergence(teacher, {"input_ids": ids}, logits, targets, 1.0)
+        found = divergence(teacher, {"input_ids": ids}, logits, targets, 1.0)
     assert [size for size in sizes.found if size >= whole // 4] == [whole]  # the gradient for the student's logits
     assert [each.numel() for each in saved if each.numel() >= whole // 4] == [whole]
     with Sizes() as sizes:
