@@ -43,6 +43,7 @@ class Model:
         batch, accumulation: examples of a micro-batch, micro-batches of a step.
         expected: its name in benchmarks/results/quality.json, and how one calls what was measured there.
         ratios: percentages that there is a recipe for.
+        hesso: what its pruning needs beside the defaults, and why.
     """
 
     folder: str
@@ -60,6 +61,7 @@ class Model:
     checkpointing: bool = True
     expected: tuple[str, str] | None = None
     ratios: tuple[int, ...] = tuple(STEPS)
+    hesso: tuple[dict[str, Any], str] = ({}, "")
 
     @property
     def config(self) -> PretrainedConfig:
@@ -129,6 +131,7 @@ MODELS = {
         Model(
             "mixtral", "mixtral-8x7b", "mistralai/Mixtral-8x7B-v0.1", "Mixtral 8x7B", "mixtral",
             _llama(4096, 14336, 32, 32, 8, 32000), 3e-5, gpus=16, batch=1,
+            hesso=({"round_to": 64}, "`round_to`: by default sizes of a mixture of experts are multiples of 8 alone."),
         ),
         Model(
             "llama", "llama-3.1-70b", "meta-llama/Llama-3.1-70B", "Llama 3.1 70B", "llama",
@@ -247,7 +250,7 @@ class Recipe:
             "save_total_limit": 2,
             **({"enable_jit_checkpoint": True} if several else {}),
         }
-        hesso: dict[str, Any] = {"pruning_ratio": self.percent / 100}
+        hesso: dict[str, Any] = {"pruning_ratio": self.percent / 100, **model.hesso[0]}
         if self.lora:
             hesso["structures"] = ["attention_heads", "mlp_channels"]
         else:
@@ -284,7 +287,8 @@ class Recipe:
             f"H100s. Memory and hours are estimates of"
         )
         lines = [*_wrap(what), "", *[f"  {command}" for command in self.commands], "", *_wrap(needs)]
-        lines += [f"  {self.plan_command}", *_wrap(f"What to expect: {self.expected()}"), ""]
+        lines += [f"  {self.plan_command}", *_wrap(f"What to expect: {self.expected()}")]
+        lines += [*_wrap(self.model.hesso[1]), ""]
         lines += ["Written by recipes/write.py; options on the command line come before those here."]
         return "\n".join(f"# {line}".rstrip() for line in lines)
 

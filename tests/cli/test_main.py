@@ -191,7 +191,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_read_and_its_sizes_and_schedule_are_found(recipe: Path, tiny: Callable[[Path], Path]) -> None:
     """All that comes before the first step, on a tiny model of its class."""
-    found = parse_recipe(str(recipe), ["--model", str(tiny(recipe)), "--use_cpu", "true"])
+    found = parse_recipe(str(recipe), ["--model", str(tiny(recipe)), "--use_cpu", "true", "--hesso_round_to", "1"])
     assert found.training.output_dir == f"runs/{recipe.stem}"
     assert (found.run.adapter() is not None) == recipe.stem.endswith("-lora")
     plan = PruningPlan.prepare(AutoModelForCausalLM.from_pretrained(tiny(recipe)), found.hesso)
