@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf.budget.cost import build_cost
 from hesso_hf.bundled import bundled_model_path
-from hesso_hf.cli import comparison_plot, data, evaluate
+from hesso_hf.cli import comparison_plot, evaluate, joined
 from hesso_hf.cli.commands import eval_flags
 from hesso_hf.cli.comparison import evaluation_of
 from hesso_hf.cli.data import text_blocks
@@ -213,11 +213,11 @@ def test_joined_text_is_read_by_the_wikitext_protocol(
     """All text in one, windows of the context that don't overlap, the mean loss of the tokens that are predicted."""
     asked, texts = [], [json.loads(line)["text"] for line in Path("text.jsonl").read_text().splitlines()]
 
-    def hub(*source: object) -> Dataset:
+    def hub(*source: object, bounded: bool) -> tuple[Dataset, None]:
         asked.append(source)
-        return Dataset.from_dict({"text": texts})
+        return Dataset.from_dict({"text": texts}), None
 
-    monkeypatch.setattr(data, "_load", hub)
+    monkeypatch.setattr(joined, "load_rows", hub)
     assert main(["eval", "small", "--dataset", "wikitext2", "--no-speed", "--json"]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
