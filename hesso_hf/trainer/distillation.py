@@ -44,8 +44,7 @@ class _DivergenceSum(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=logits.device)
         for chunk, teacher in rows:
             unread = None if ignored is None else ignored[chunk, None]
-            wanted = _log_softmax(teacher.to(dtype) / temperature, unread)
-            found = _log_softmax(flat[chunk].to(dtype) / temperature, unread)
+            wanted, found = (_log_softmax(each.to(dtype) / temperature, unread) for each in (teacher, flat[chunk]))
             total += nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
             gradient.view_as(flat)[chunk] = ((found.exp_() - wanted.exp_()) / temperature).to(logits.dtype)
         ctx.save_for_backward(gradient)

@@ -143,11 +143,14 @@ class HessoProgressCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say before the first step what goes and when."""
-        if self._begun or not state.is_world_process_zero:
+        if self._begun:
             return
         self._begun = True
+        takes = before(self._trainer)  # of a stream all processes take the main one's rows
+        if not state.is_world_process_zero:
+            return
         plan = self._trainer.hesso_plan.preview(self._trainer.hesso_optimizer.process.schedule)
-        self._say("\n  ".join([plan, *before(self._trainer)]))
+        self._say("\n  ".join([plan, *takes]))
         self._enter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

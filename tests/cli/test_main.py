@@ -152,15 +152,20 @@ def test_ctrl_c_is_one_line(command: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err == "\nhesso-hf: interrupted\n"
 
 
-@pytest.mark.parametrize("argv", [["eval", "--help"], ["report", "small", "--json"]], ids=str)
-def test_a_closed_pipe_is_no_traceback(argv: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argv", "unbuffered"),
+    [(["eval", "--help"], ""), (["report", "small", "--json"], ""), (["report", "small", "--json"], "1")],
+    ids=["help", "a report", "a report, unbuffered"],
+)
+def test_a_closed_pipe_is_no_traceback(argv: list[str], unbuffered: str, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     parts = {name: {} for name in ("parameters", "pruning_ratio", "sizes", "verification")}
     (tmp_path / "small" / "pruning_report.json").write_text(json.dumps({**parts, "long": list(range(50_000))}))
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "hesso_hf", *argv]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -78,7 +78,7 @@ def test_every_copy_in_fp32_asks_for_room_and_devices_do_not_mix(case: str):
 def merged_on() -> set[str]:
     """Merge adapters of a device into a model on the CPU, and return where that is computed."""
     model, found = tiny_lora(tiny_llama().bfloat16()), set()
-    pretend_device.move_(model)
+    model.to(pretend_device.DEVICE)
     plain = Adapters.effective
 
     def effective(*args: Any) -> torch.Tensor:

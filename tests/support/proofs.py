@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fcntl
 import functools
 import hashlib
@@ -17,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 FOLDER = "HESSO_TESTS_PROOFS"  # environment variable: where they lie
+_anew = contextvars.ContextVar("_anew", default=False)  # for those that took `prove` by name too
 CACHE = "HESSO_HF_CACHE"  # the library's own, which commands find that are started as users start them
 
 
@@ -38,7 +40,7 @@ def _shared(plain: Callable[..., Any], model_class: type, config: Any, *names: A
     from hesso_hf.structures.proof.kept import Case
 
     folder = Path(os.environ.get(FOLDER, ""))
-    if FOLDER not in os.environ or not folder.exists():
+    if _anew.get() or FOLDER not in os.environ or not folder.exists():
         return plain(model_class, config, *names)
     says = Case.of(model_class, config).says
     told = (plain.__name__, model_class.__module__, model_class.__qualname__, says, names)
@@ -94,6 +96,7 @@ def made_again(whether: bool = True) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_in(""))
+        stack.callback(_anew.reset, _anew.set(True))
         for module, (plain, remembered) in _plain().items():
             anew = {_modules()[module]: plain, "_remembered": remembered.__wrapped__}
             stack.enter_context(mock.patch.multiple(module, **anew))
