@@ -312,7 +312,7 @@ def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypat
     plays.write_text("".join(python_docs_texts("test"))[:40_000], encoding="utf-8")
     small = texts.Setting("stories", 32, 2, 1e-3, calibration_examples=0, blocks=1, windows=1)
     monkeypatch.setitem(texts.SETTINGS, "stories", small)
-    flags = ["--data", str(tmp_path), "--steps", "6", "--widths", "96", "--seeds", "0", "--output", str(output)]
+    flags = ["--data", str(tmp_path), "--steps", "6", "--widths", "32", "--seeds", "0", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["compaction.py", *flags])
     assert compaction.main() == 0
     found = json.loads(output.read_text())
@@ -321,7 +321,7 @@ def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypat
     assert masked["trained"] > masked["parameters"] == compacted["parameters"] == compacted["trained"]
     assert compacted["cut_error"] < 1e-5
     assert abs(masked["loss"] - compacted["loss"]) < 0.1
-    assert list(found["medians"]) == ["width 96, masked", "width 96, compacted"]
+    assert list(found["medians"]) == ["width 32, masked", "width 32, compacted"]
 
 
 def test_speed_compares_every_size_with_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
