@@ -34,6 +34,7 @@ from .verify import random_tokens
 TOLERANCE = 1e-3  # relative, fp32: engines add up in other orders; a size that is misread moves logits by a tenth
 LENGTHS, WRITTEN = (11, 6), 16  # tokens of the prompts, and of what is written after each
 CONVERTER = "convert_hf_to_gguf.py"
+EXPORTERS = {"transformers.exporters": "'transformers>=5.23'"}  # older ones may lack it
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _export(kind: str, model: PreTrainedModel, folder: Path) -> None:
 
 
 class _OnnxRuntime(Engine):
-    packages: ClassVar = {name: name for name in ("onnx", "onnxscript", "onnxruntime")}
+    packages: ClassVar = {name: name for name in ("onnx", "onnxscript", "onnxruntime")} | EXPORTERS
 
     @classmethod
     def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:
@@ -224,7 +225,7 @@ class _OnnxRuntime(Engine):
 
 
 class _OpenVINO(Engine):
-    packages: ClassVar = {"openvino": "openvino"}
+    packages: ClassVar = {"openvino": "openvino"} | EXPORTERS
 
     @classmethod
     def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:

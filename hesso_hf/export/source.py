@@ -175,11 +175,10 @@ def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool, cut
         zero_units_(parameters_of(plain), structures, kept)
         plain = cut_model(plain, structures, kept, plain.dtype)
     heal_base_(dict(plain.named_parameters()), folder)
-    if cut:
-        return base_of(PeftModel.from_pretrained(plain, folder))
     model: PreTrainedModel = base_of(PeftModel.from_pretrained(plain, folder))
-    structures = groups_for(model, kept)
-    zero_units_(parameters_of(model), Adapters.of(model).extend(structures), kept)
+    if not cut:
+        structures = groups_for(model, kept)
+        zero_units_(parameters_of(model), Adapters.of(model).extend(structures), kept)
     return model
 
 

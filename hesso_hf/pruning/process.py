@@ -178,7 +178,7 @@ class PruningProcess:
             parameters: what is left.
         """
         centred = [name for name, axes in self.bound.axes.items() if any(axis.centred for *_, axis in axes)]
-        self._changed = [name for name in {*self._healed(), *centred} if name in parameters]
+        self._changed = [name for name in dict.fromkeys([*self._healed(), *centred]) if name in parameters]
         self.bound.let_go(parameters)
         self.state.compaction = compaction
 

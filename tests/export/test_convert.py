@@ -82,7 +82,10 @@ def test_an_engine_that_fails_is_named_with_its_reason(part: str, model: Path, m
 
 def test_packages_that_are_missing_are_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(HessoError, match=r"needs packages that aren't here: pip install onnx onnxscript onnxruntime$"):
+    with pytest.raises(
+        HessoError,
+        match=r"needs packages that aren't here: pip install onnx onnxscript onnxruntime 'transformers>=5.23'$",
+    ):
         check_conversion("onnx")
     with pytest.raises(HessoError, match=r"pip install gguf sentencepiece llama-cpp-python$"):
         check_conversion("gguf")

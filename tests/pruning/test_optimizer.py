@@ -287,8 +287,6 @@ def _norm_in(state: dict[str, torch.Tensor], units: Structures, keys: set[tuple[
 
 @pytest.mark.parametrize("make", [adamw, fused_adamw, sgd_momentum, adafactor, muon])
 def test_pruned_groups_stay_exactly_zero(make: OptimizerFactory) -> None:
-    if make is muon and not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
     model = tiny_llama()
     units = decoder_units(model)
     schedule = Schedule(warmup_steps=2, pruning_steps=5, pruning_periods=2, total_steps=12)

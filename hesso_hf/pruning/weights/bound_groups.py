@@ -72,9 +72,8 @@ class BoundGroups(HeldAxes):
         self.axes, self._scored, self.held, self._gates = {}, {}, {}, None
         self.parameters = dict(parameters)
         frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
-        self.frozen = FrozenWeights(
-            frozen, {name: [] for name in frozen}
-        )  # which still says whether the base is the same
+        # no unit lies on them; a checkpoint still tells by them whether the base is the same
+        self.frozen = FrozenWeights(frozen, {name: [] for name in frozen})
 
     @property
     def sharded(self) -> bool:
