@@ -7,6 +7,8 @@ packages, and that no other private name is used anywhere.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -100,6 +102,27 @@ def experts_of(config: PretrainedConfig) -> str | None:
 def set_attention(config: PretrainedConfig, name: str | None) -> None:
     """Choose the attention of a model that has been built already (PretrainedConfig)."""
     config._attn_implementation = name
+
+
+@contextmanager
+def whole_rows(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Have a forward of token ids alone take each row as one sequence (transformers.masking_utils).
+
+    It looks for packed ones in position ids that it has made itself, and the host waits for the device to know.
+    """
+    from transformers import masking_utils
+
+    plain = masking_utils.find_packed_sequence_indices
+    if inputs.keys() <= {"input_ids", "use_cache"}:
+        masking_utils.find_packed_sequence_indices = _one_sequence
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = plain
+
+
+def _one_sequence(position_ids: torch.Tensor) -> None:
+    return None
 
 
 def supports_sdpa(model: PreTrainedModel) -> bool:

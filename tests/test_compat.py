@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, masking_utils
 
 import hesso_hf
 from hesso_hf import HessoMixin, compat
@@ -258,6 +258,22 @@ def test_attention_is_what_the_model_computes_with() -> None:
     compat.set_attention(model.config, "eager")
     assert compat.attention_of(model.config) == "eager"
     assert model(torch.zeros(1, 3, dtype=torch.long), output_attentions=True).attentions[0] is not None
+
+
+def test_rows_of_token_ids_alone_are_not_looked_through_for_packed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = tiny_llama().eval(), []
+    inputs = {"input_ids": torch.tensor([[3, 4, 5], [6, 7, 8]]), "use_cache": False}  # with a cache nothing is asked
+    plain = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(ids) or plain(ids))
+    expected = model(**inputs).logits
+    assert len(asked) == 1, "a forward asks otherwise now"
+    with compat.whole_rows(inputs):
+        assert torch.equal(model(**inputs).logits, expected)
+    assert len(asked) == 1
+    packed = inputs | {"position_ids": torch.tensor([[0, 1, 0], [0, 1, 2]])}
+    with compat.whole_rows(packed):
+        model(**packed)
+    assert len(asked) == 2
 
 
 def test_tensors_are_multiplied_in_one_call_around_what_is_added_to_them() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from ..compat import whole_rows
 from ..config import HessoConfig
 from ..config.names import AUTO_REPLAY_SHARE
 from ..distributed.collectives import from_main, is_main_process
@@ -98,7 +99,8 @@ class Replay:
         ids = self._next_windows()
         ids = (ids.pin_memory() if loss.is_cuda else ids).to(loss.device, non_blocking=True)
         inputs = {"input_ids": ids}  # with a mask the host would wait to know whether it masks anything
-        logits = model(**inputs, use_cache=False).logits
+        with whole_rows(inputs):
+            logits = model(**inputs, use_cache=False).logits
         term = divergence(self.teacher, inputs, logits, None, temperature=1.0) / ids.numel()
         parts = accumulated(self._trainer)
         self._scaled = is_scaled(self._trainer, num_items)

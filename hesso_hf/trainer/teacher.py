@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from ..compat import whole_rows
 from ..distributed.collectives import from_main, is_main_process, max_over_ranks
 from ..distributed.parts import reshard
 from ..engines.deepspeed.holdings import gathered
@@ -104,7 +105,8 @@ class Teacher:
 
     def _rows_by_chunk(self, inputs: Mapping[str, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
         assert self._trunk is not None
-        self.model(**inputs)
+        with whole_rows(inputs):
+            self.model(**inputs)
         assert self._trunk.hidden is not None
         hidden, self._trunk.hidden = self._trunk.hidden.flatten(0, 1), None
         size = max(1, CHUNK_LOGITS // self.model.config.get_text_config().vocab_size)
@@ -123,7 +125,9 @@ class Teacher:
         start = 0
         for part in self._in_step(parts):
             given = {name: value[parts[0] if part is None else part] for name, value in tensors.items()}
-            logits = self.model(**given, **others).logits.flatten(0, 1)
+            given |= others
+            with whole_rows(given):
+                logits = self.model(**given).logits.flatten(0, 1)
             if part is not None:
                 yield slice(start, start + len(logits)), logits
                 start += len(logits)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch import nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import TrainingArguments
 
@@ -45,15 +45,6 @@ class PretendTensor(torch.Tensor):
         found.held = held
         return found
 
-    @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
-
-    @data.setter
-    def data(self, value: PretendTensor) -> None:
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.held = value.held
-
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
@@ -86,40 +77,46 @@ class PretendGenerator(torch.Generator):
 _GENERATORS: dict[int, str] = {}
 
 
-class _Factories(TorchDispatchMode):
-    """Lets functions that make tensors make them on the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
 def _held(value: Any) -> Any:
     return value.held if isinstance(value, PretendTensor) else value
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    ours = [value for value in given if isinstance(value, PretendTensor)]
-    others = [value for value in given if not isinstance(value, PretendTensor) and value.dim()]
-    if ours and others and func not in ACROSS:
+    """Have the CPU do it with what tensors on the device hold; pytree's own walk would take most of a run's time."""
+    same: dict[int, PretendTensor] = {}  # what was changed in place is given back itself
+    others = False
+
+    def inner(value: Any) -> Any:
+        nonlocal others
+        if isinstance(value, PretendTensor):
+            same[id(value.held)] = value
+            return value.held
+        if isinstance(value, torch.Tensor):
+            others = others or value.dim() > 0
+        elif isinstance(value, list | tuple):
+            return type(value)([inner(part) for part in value])
+        return value
+
+    def outer(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return same[id(value)] if id(value) in same else PretendTensor(value)
+        return type(value)([outer(part) for part in value]) if isinstance(value, list | tuple) else value
+
+    given, named = [inner(value) for value in args], {key: inner(value) for key, value in kwargs.items()}
+    if same and others and func not in ACROSS:
         raise MixedDevicesError(f"{func}: tensors on {DEVICE} and on the CPU")
-    generator, device = kwargs.get("generator"), kwargs.get("device")
-    here = bool(ours) if device is None else torch.device(device).type == "pretend"
+    device, generator = named.get("device"), named.get("generator")
+    here = bool(same) if device is None else torch.device(device).type == "pretend"
     if generator is not None and (_GENERATORS.get(generator._cdata) == "pretend") != here:
         raise MixedDevicesError(f"{func}: a generator and tensors on different devices")
     if device is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        named["device"] = torch.device("cpu")
+    if func is aten.histc.default and here:
+        given[0] = given[0].float()  # a GPU counts integers too
+    found = func(*given, **named)
     if func is aten.copy_.default:
         return args[0]
-    same = {id(value.held): value for value in ours}  # what was changed in place is given back itself
-
-    def wrapped(value: Any) -> Any:
-        if not here or not isinstance(value, torch.Tensor) or isinstance(value, PretendTensor):
-            return value
-        return same[id(value)] if id(value) in same else PretendTensor(value)
-
-    return tree_map(wrapped, found)
+    return outer(found) if here else found
 
 
 def _start() -> None:
@@ -130,15 +127,30 @@ def _start() -> None:
     for name in ("_copy_from", "_copy_from_and_resize"):
         _LIBRARY.impl(name, _copy_from, "PrivateUse1")
     torch.Generator, torch.load = PretendGenerator, _load  # type: ignore[misc]
-    torch.__future__.set_swap_module_params_on_conversion(True)  # `model.to` leaves an optimizer's parameters in place
+    torch.Tensor.data = property(_PLAIN_DATA.__get__, _set_data)  # type: ignore[assignment]
+    torch._has_compatible_shallow_copy_type = lambda *_: True  # `model.to` leaves an optimizer's parameters in place
     plain = (torch.Tensor, PretendTensor)
     holdings.is_plain = lambda value: type(value) in plain and value.is_floating_point()
     PartialState.default_device = property(lambda _: torch.device(DEVICE))
     TrainingArguments.device = property(lambda args: args._setup_devices and torch.device(DEVICE))
-    _Factories().__enter__()
 
 
 _LIBRARY = torch.library.Library("aten", "IMPL")
+
+
+_PLAIN_DATA: Any = torch.Tensor.data
+
+
+def _set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor other values, on whichever device they are, as those of a GPU and of the CPU take each other's."""
+    if isinstance(tensor, PretendTensor) == isinstance(value, PretendTensor):
+        _PLAIN_DATA.__set__(tensor, value)
+        if isinstance(tensor, PretendTensor):
+            tensor.held = _held(value)
+    else:
+        value = value.detach()
+        kept = isinstance(tensor, nn.Parameter)
+        torch.utils.swap_tensors(tensor, nn.Parameter(value, tensor.requires_grad) if kept else value)
 
 
 _plain_load = torch.load
