@@ -136,8 +136,8 @@ class Engine:
 
     @property
     def heals(self) -> bool:
-        """Whether it has the whole matrices that healing works on."""
-        return not self.sharded and not self.deepspeed
+        """Whether matrices are healed under it."""
+        return not self.deepspeed
 
     @property
     def setting(self) -> str:
