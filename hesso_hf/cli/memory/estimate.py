@@ -116,8 +116,7 @@ class Run:
             "step": self._step(),
         }
         if self.workload.healing and self.engine.heals:
-            gathered, gradients = self._gathered(backward=False), self._gradients(sizes.parameters)
-            flows["healing"] = {"gradients": gradients, "buffers": gathered, "healing": self._healing()}
+            flows["healing"] = {"gradients": self._gradients(sizes.parameters), "healing": self._healing()}
         resident = self.residents()
         return {
             name: {part: resident.get(part, 0.0) + flow.get(part, 0.0) for part in COMPONENTS}
@@ -205,15 +204,13 @@ class Run:
         First the gradients behind its matrices, one example at a time, not checkpointed; of TOKENS tokens they stay.
         Then one forward pass of HEALING_TOKENS, in which each matrix (O, C) in turn takes five fp64 matrices (C, C)
         and one (O, C), beside three fp32 copies of what it reads; after that five copies, to pass on what is healed.
-        The counts are those of the allocations. Where matrices are sharded, the main process' GPU takes that, and holds
-        the matrix, and what is added to it, whole.
+        The counts are those of the allocations.
         """
         sizes, length, width = self.sizes, self.workload.sequence_length, self.sizes.widest_input
         kept = 4 * TOKENS * sizes.hidden * 2 * sizes.layers
         gradients = length * (sizes.layers * saved_per_token(sizes, self.kind) + 16 * sizes.vocabulary)
         tokens = 4 * max(HEALING_TOKENS, 16 * length)
         refit = max(8 * width * (5 * width + sizes.hidden) + 3 * tokens * width, 5 * tokens * width)
-        refit += 8 * width * sizes.hidden if self.engine.shards_parameters else 0
         return kept + max(gradients, refit + 4 * tokens * sizes.hidden)
 
 

@@ -136,8 +136,8 @@ class Engine:
 
     @property
     def heals(self) -> bool:
-        """Whether matrices are healed under it."""
-        return not self.deepspeed
+        """Whether what healing takes is counted: on shards it takes what room there is, and leaves out the rest."""
+        return not self.sharded and not self.deepspeed
 
     @property
     def setting(self) -> str:
