@@ -12,6 +12,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig
+from hesso_hf.errors import HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing, refit
 from hesso_hf.pruning.calibration import measure_curves
@@ -369,6 +370,31 @@ def test_without_room_what_was_healed_stays_and_the_rest_is_named(
     assert torch.equal(found[name][0], whole[name][0])
     assert "no room to look at 1 of 2 matrices of LlamaForCausalLM" in caplog.text
     assert "no room to look at 4 of 4 matrices of LlamaForCausalLM" in caplog.text
+
+
+def test_where_processes_share_matrices_one_without_room_goes_on_with_the_pass_or_ends_the_run(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(seed=3)
+    bound, marked, given = bound_to(model), none_of(bound_to(model)), []
+    marked[CHANNELS][:, :3] = True
+    bound._holdings.sharded = True
+    healer, gram = Healer(model, tokens()), refit.gram_of
+
+    def not_the_first(rows: torch.Tensor) -> torch.Tensor:
+        given.append(rows)
+        if len(given) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gram(rows)
+
+    monkeypatch.setattr(refit, "gram_of", not_the_first)
+    with caplog.at_level(logging.WARNING, "hesso_hf"):
+        found = healer.corrections(bound, marked, none_of(bound))
+    assert [bool(piece.any()) for _, (piece,) in sorted(found.items())] == [False, True]
+    assert "no room to look at model.layers.0.mlp.down_proj.weight" in caplog.text
+    monkeypatch.setattr(bound, "whole", lambda name: not_the_first(given.clear() or tokens()))
+    with pytest.raises(HessoError, match="no room to look at 2 of 2 matrices of LlamaForCausalLM; use 'off'"):
+        healer.corrections(bound, marked, none_of(bound), healer.fisher(bound))
 
 
 def test_structures_that_no_linear_layer_reads_are_named(caplog: pytest.LogCaptureFixture):
