@@ -26,6 +26,7 @@ from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
+from ..pruning.schedule import Schedule
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
 
@@ -75,8 +76,11 @@ class Run(Protocol):
     def new_process(self) -> PruningProcess:
         """Fix sizes and schedule, and make the pruning state."""
 
-    def settle_sizes(self) -> None:
-        """Measure the split between structures, through the engine's `measure`."""
+    def settle(self) -> None:
+        """Choose the basis and measure the split between structures, through the engine's `measure`."""
+
+    def process_on(self, schedule: Schedule) -> PruningProcess:
+        """Make the pruning state of a run that begins, on the parameters that the model has now."""
 
     def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Count a micro-batch's loss, and return the one to watch for a collapse."""
@@ -116,7 +120,8 @@ class Engine(ABC, Generic[_Steps]):
 
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
     measures_quality = True  # whether the model computes a loss outside training's steps
-    turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
+    turns_stream = True  # whether it can turn the stream
+    keeps_whole = True  # whether every process has the whole model while it trains
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
         self.args, self.accelerator, self.config = args, accelerator, config
@@ -216,15 +221,10 @@ class Engine(ABC, Generic[_Steps]):
         return model.to(self.accelerator.device), False  # type: ignore[arg-type]
 
 
-def refuse_where_divided(config: HessoConfig, adapters: bool) -> None:
+def refuse_where_divided(adapters: bool) -> None:
     """Refuse what needs a whole model on every process."""
     if adapters:
         raise HessoError("LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first")
-    if config.stream_basis == "principal":
-        raise HessoError(
-            "`stream_basis` ('principal') needs the whole model on every process, which FSDP and DeepSpeed don't have; "
-            "use 'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
-        )
 
 
 def write_divided(

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
-from ..errors import HessoError
 from ..export.decision import Compaction
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.lora import NO_ADAPTERS, Adapters
@@ -151,13 +150,7 @@ class PruningProcess:
         self.run.centre()
 
     def heal_with(self, healer: Healer) -> None:
-        """Have marked units' contributions refitted into those that stay, from the next period on.
-
-        Raises:
-            HessoError: where parameters are divided among processes.
-        """
-        if self.bound.sharded:
-            raise HessoError("healing needs whole matrices, which FSDP and DeepSpeed don't have; leave it out")
+        """Have marked units' contributions refitted into those that stay, from the next period on."""
         self.run.healer = healer
 
     def healed_base(self) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,19 @@ class PruningRun:
             self.plan = _prepared(self._trainer, self.whole, self._config)
         if self.first_state is None:
             self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer)
-        process = self.plan.process(self._settle())
+        process = self.process_on(self._settle())
         warn_where_saved(self)
-        if self._healer is not None:
-            process.heal_with(self._healer)
         if self._config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
                 self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
             )
+        return process
+
+    def process_on(self, schedule: Schedule) -> PruningProcess:
+        """Make the pruning state of a run that begins, on the parameters that the model has now."""
+        process = self.plan.process(schedule)
+        if self._healer is not None:
+            process.heal_with(self._healer.on(self.model))
         return process
 
     def _settle(self) -> Schedule:
@@ -156,13 +162,8 @@ class PruningRun:
         self.teaching.begin(schedule.total_steps)
         if first is not None:  # sizes and basis are settled
             return schedule
-        if self._config.stream_basis == "auto" and not engine.turns_stream:
-            logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
-        if engine.measures_shards:
-            return schedule
-        wanted = self._config.stream_basis if engine.turns_stream else "given"
-        tolerance = self._config.stream_basis_tolerance
-        self.basis = settle_in_basis(self.plan, self.model, self.measurer, self.settle_sizes, wanted, tolerance)
+        if not engine.measures_shards:
+            self.settle()
         return schedule
 
     def _settle_from(self, folder: Path) -> Schedule:
@@ -205,16 +206,18 @@ class PruningRun:
         *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
         return max_steps
 
-    def settle_sizes(self) -> None:
-        """Measure the split between structures, and take what the main process found."""
-        self.plan.settle(lambda: self._engine().measure(self.model, self.curves))
-        target, *rungs = from_main([self.plan.target, *self.plan.rungs])
-        self.plan.target, self.plan.rungs = target, tuple(rungs)
-        logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
+    def settle(self) -> None:
+        """Choose the basis and measure the split between structures, through the engine's `measure`."""
+        wanted, tolerance = self._config.stream_basis, self._config.stream_basis_tolerance
+        if wanted == "auto" and not self._engine().turns_stream:
+            logger.warning(f"{GIVEN}: it takes the whole model on every process, which DeepSpeed doesn't have")
+            wanted = "given"
+        sizes = partial(_settle_sizes, self.plan, partial(self._engine().measure, self.model, self.curves))
+        self.basis = settle_in_basis(self.plan, self.model, self.measurer, sizes, wanted, tolerance)
 
     def curves(self) -> LossCurves:
         """Measure what each structure costs."""
-        healer = self._healer.fewer(TRIAL_TOKENS) if self._healer is not None else None
+        healer = self._healer.on(self.model).fewer(TRIAL_TOKENS) if self._healer is not None else None
         return self.measurer.curves(self.model, self.plan.groups, healer)
 
     # -- on the way -----------------------------------------------------------------------------------------------
@@ -249,6 +252,14 @@ class PruningRun:
         }
 
 
+def _settle_sizes(plan: PruningPlan, measure: Callable[[], LossCurves]) -> None:
+    """Measure the split between structures, and take what the main process found."""
+    plan.settle(measure)
+    target, *rungs = from_main([plan.target, *plan.rungs])
+    plan.target, plan.rungs = target, tuple(rungs)
+    logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
+
+
 def _decided(process: PruningProcess, plan: PruningPlan, config: HessoConfig) -> dict[str, Any]:
     """Return how it was decided what goes, and what share of the parameters was gone after which step."""
     ended = {0: Fraction(0)} | {p.end: p.share for p in process.schedule.periods if p.end <= process.step}
@@ -275,7 +286,7 @@ def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:
 def _make_healer(model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer) -> Healer | None:
     if config.healing == "off" and RECONSTRUCTION not in config.saliency_weights:
         return None
-    if reason := _why_not_healed(model, engine, measurer):
+    if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
         return None
     return Healer(model, padded(measurer.tokens(HEALING_TOKENS, between=True), engine.args.device))
@@ -287,10 +298,8 @@ def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> Prunin
     return PruningPlan.prepare(model, config, trainer.args.device, dtype)
 
 
-def _why_not_healed(model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
+def _why_not_healed(model: PreTrainedModel, measurer: Measurer) -> str:
     """Return why nothing can be healed, "" where it can."""
-    if engine.measures_shards:
-        return "it needs whole matrices, which FSDP and DeepSpeed don't have"
     if model.config.is_encoder_decoder:
         return "it knows one stack of layers, not an encoder with a decoder"
     return measurer.why_none() or unreadable(measurer.examples(4))

@@ -125,7 +125,7 @@ def test_an_engine_that_divides_the_model_says_that_it_stays_as_it_is(tmp_path: 
         run.create_optimizer()
         assert run.hesso_run.basis is None
     (warning,) = said
-    assert "whole model on every process, which FSDP and DeepSpeed don't have" in warning
+    assert "whole model on every process, which DeepSpeed doesn't have" in warning
 
 
 def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: Path, monkeypatch):

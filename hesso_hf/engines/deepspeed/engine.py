@@ -38,6 +38,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
 
     measures_quality = False
     turns_stream = False
+    keeps_whole = False
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
     def refuse(self, adapters: bool) -> None:
         """Refuse what ZeRO doesn't allow, and what needs a whole model."""
         refuse_zero(self._settings, self.config)
-        refuse_where_divided(self.config, adapters)
+        refuse_where_divided(adapters)
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""
@@ -165,6 +166,11 @@ def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
     if config.cric and config.cric_mode == "probe":
         raise HessoError(
             "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path'"
+        )
+    if config.stream_basis == "principal":
+        raise HessoError(
+            "`stream_basis` ('principal') needs the whole model on every process, which DeepSpeed doesn't have; use "
+            "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
         )
     if config.prune_vocabulary:
         raise HessoError(

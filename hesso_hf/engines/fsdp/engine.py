@@ -24,13 +24,13 @@ class Fsdp2Engine(PlainEngine):
     """FSDP2: HESSO is around the optimizer as on one process, on parameters of which each process holds a shard."""
 
     measures_shards = True
-    turns_stream = False
+    keeps_whole = False
 
     def refuse(self, adapters: bool) -> None:
-        """Refuse FSDP1, and what needs whole parameters."""
+        """Refuse FSDP1, and what needs the whole model."""
         if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
-        refuse_where_divided(self.config, adapters)
+        refuse_where_divided(adapters)
         if self.config.prune_vocabulary:
             raise HessoError(
                 "`prune_vocabulary` (True) isn't supported where parameters are sharded; leave it out, and trim the "
@@ -38,20 +38,20 @@ class Fsdp2Engine(PlainEngine):
             )
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
-        """Shard the model, then measure on the shards and begin on them."""
+        """Shard the model, then choose basis and sizes on the shards, and begin anew on them, where they lie."""
         if self.args.torch_compile:
             # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
             self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         prepared = plain()
         if run.resume_from is None:
             run.quality.begin()
-            run.settle_sizes()
+            run.settle()
             self._renew(run)
         return prepared
 
     def _renew(self, run: Run) -> None:
         """Begin anew on the parameters that sharding has put in the place of the model's, on the device they are on."""
-        self.made_steps.process = run.plan.process(self.made_steps.process.schedule)
+        self.made_steps.process = run.process_on(self.made_steps.process.schedule)
 
     def save(self, run: Run, folder: Path) -> None:
         """Write what torch leaves out: the pruning state, config and tokenizer."""
