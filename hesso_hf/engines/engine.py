@@ -18,14 +18,16 @@ from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError
 from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
-from ..export.decision import Decision
+from ..export.decision import NOTHING_CUT, Compaction, Decision
 from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
 from ..pruning.calibration import LossCurves
+from ..pruning.compaction import compact, parallel_of, why_not_compact, why_not_refit_parallel
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
+from ..structures.groups import PruningGroups
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
 
@@ -117,6 +119,7 @@ class Engine(ABC, Generic[_Steps]):
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
     measures_quality = True  # whether the model computes a loss outside training's steps
     turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
+    compacts = True  # whether training goes on with the smaller model, from where it was cut or from a checkpoint
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
         self.args, self.accelerator, self.config = args, accelerator, config
@@ -160,6 +163,23 @@ class Engine(ABC, Generic[_Steps]):
     def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
         """Measure what structures cost, where the model can compute that."""
         return curves()
+
+    @abstractmethod
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Return why the model in memory can't become the smaller one, "" where it can.
+
+        Args:
+            base: the optimizer that HESSO is around, where there is one already.
+            model: in all that it is wrapped in, once it is prepared.
+        """
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Have the model in memory become the smaller one, where nothing is against it.
+
+        Raises:
+            HessoError: where it can't; all is as it was then.
+        """
+        raise NotImplementedError
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Count a micro-batch's loss after its backward pass, where the engine's own step doesn't see it."""
@@ -233,7 +253,10 @@ def write_divided(
     """Write the smaller model from the parts that the engine's processes hold, which `source` knows."""
     dtype = engine.config.export_dtype
     output = Output(target, DTYPES[dtype] if dtype else run.model.dtype, run.tokenizer)
-    decision = Decision(run.plan.groups, engine.made_steps.process.kept_units())
+    process = engine.made_steps.process
+    decision = Decision(run.plan.groups, process.kept_units())
+    if process.state.compaction is not None:  # nothing is left to cut
+        decision = Decision(PruningGroups({}), NOTHING_CUT, compaction=process.state.compaction)
     return write_pruned(on_all(lambda: source(decision)), output, run.record())
 
 
@@ -257,6 +280,17 @@ class PlainEngine(Engine[HessoOptimizer]):
         self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
         run.compacting.to_resume(self.steps)
         return self.steps
+
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Return what stands against it in the optimizer, or in what trains the model."""
+        if self.accelerator.state.dynamo_plugin.use_regional_compilation:
+            return "regional compilation trains a copy of it"
+        against = why_not_compact(base, self.config.layer_widths)
+        return against or ("" if model is None else why_not_refit_parallel(model))
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Cut it on every process."""
+        return compact(parallel_of(model) or run.whole, self.made_steps)
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Add up the losses of a step."""
