@@ -159,6 +159,10 @@ def drop_states(model: nn.Module, undo: list[Callable[[], Any]]) -> None:
     before = known.all_states
     undo.append(lambda: setattr(known, "all_states", before))
     known.all_states = [state for state in before if state in left]
+    for state in before:  # no backward pass is to come that goes by the order of the forward passes so far
+        for group in state._fsdp_param_groups:
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
 
 
 @contextlib.contextmanager
