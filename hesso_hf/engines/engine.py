@@ -102,7 +102,30 @@ class Steps(Protocol):
 _Steps = TypeVar("_Steps", bound=Steps)
 
 
-class Engine(ABC, Generic[_Steps]):
+class Compacts(ABC):
+    """That the model in memory becomes the smaller one."""
+
+    compacts = True  # whether training goes on with the smaller model, from where it was cut or from a checkpoint
+
+    @abstractmethod
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Return why the model in memory can't become the smaller one, "" where it can.
+
+        Args:
+            base: the optimizer that HESSO is around, where there is one already.
+            model: in all that it is wrapped in, once it is prepared.
+        """
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Have the model in memory become the smaller one, where nothing is against it.
+
+        Raises:
+            HessoError: where it can't; all is as it was then.
+        """
+        raise NotImplementedError
+
+
+class Engine(Compacts, Generic[_Steps]):
     """How a model is trained, and how its state and the smaller model are saved from there.
 
     Each method that takes `plain` stands around one of `Trainer`'s own, which `plain` calls.
@@ -119,7 +142,6 @@ class Engine(ABC, Generic[_Steps]):
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
     measures_quality = True  # whether the model computes a loss outside training's steps
     turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
-    compacts = True  # whether training goes on with the smaller model, from where it was cut or from a checkpoint
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
         self.args, self.accelerator, self.config = args, accelerator, config
@@ -163,23 +185,6 @@ class Engine(ABC, Generic[_Steps]):
     def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
         """Measure what structures cost, where the model can compute that."""
         return curves()
-
-    @abstractmethod
-    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
-        """Return why the model in memory can't become the smaller one, "" where it can.
-
-        Args:
-            base: the optimizer that HESSO is around, where there is one already.
-            model: in all that it is wrapped in, once it is prepared.
-        """
-
-    def compact(self, run: Run, model: nn.Module) -> Compaction:
-        """Have the model in memory become the smaller one, where nothing is against it.
-
-        Raises:
-            HessoError: where it can't; all is as it was then.
-        """
-        raise NotImplementedError
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Count a micro-batch's loss after its backward pass, where the engine's own step doesn't see it."""
