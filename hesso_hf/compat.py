@@ -7,7 +7,8 @@ packages, and that no other private name is used anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from torch.distributed import ProcessGroup, Store
+    from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -84,6 +86,104 @@ def refit(ddp: DistributedDataParallel) -> None:
     named = ddp.module.named_parameters()
     ddp._module_parameters = [parameter for name, parameter in named if name not in ddp.parameters_to_ignore]
     ddp.__setstate__(ddp.__getstate__())
+
+
+def fsdp_states(model: nn.Module) -> list[Any]:
+    """Return what FSDP2 keeps of a model's modules, of some together once (FSDPModule)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    found = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return list(dict.fromkeys(found))
+
+
+def put_shards(
+    model: nn.Module, shard_of: Callable[[nn.Parameter], DTensor | None], undo: list[Callable[[], Any]]
+) -> None:
+    """Have FSDP2 gather and train other shards in the place of a model's, which no forward pass has left gathered.
+
+    What it keeps of each is made anew, as for a model on the meta device (FSDPState, FSDPParamGroup, FSDPParam).
+
+    Args:
+        shard_of: returns what takes a parameter's place, split over the same processes; None for one of a module that
+            goes.
+        undo: takes what undoes it, in this order, also where it fails half-way.
+    """
+    for state in fsdp_states(model):
+        for group in state._fsdp_param_groups:
+            before, made = group.fsdp_params, list[Any]()
+            undo.append(functools.partial(_put_back, group, before, made))
+            for old in before:
+                shard = shard_of(old.sharded_param)
+                made.append(old if shard is None else _resharded(old, shard, group.offload_policy))
+            group.fsdp_params = made
+            group._init_mp_dtypes()
+
+
+def _resharded(old: Any, shard: DTensor, offload_policy: Any) -> Any:
+    import torch
+
+    trained = old.sharded_param.requires_grad
+    like = torch.nn.Parameter(torch.empty(shard.shape, dtype=shard.dtype, device="meta"), requires_grad=trained)
+    known = old._module_info, old.mesh_info, old.post_forward_mesh_info, old.device
+    new = type(old)(like, *known, None, old.mp_policy, offload_policy)
+    old._post_load_hook_handle.remove()
+    try:
+        new._setattr_on_modules(torch.nn.Parameter(shard, requires_grad=trained))
+        new.reset_sharded_param()  # pads it
+    except Exception:
+        _put_back(None, [old], [new])
+        raise
+    return new
+
+
+def _put_back(group: Any, before: list[Any], made: list[Any]) -> None:
+    for new in made:
+        new._post_load_hook_handle.remove()
+    for old in before:
+        old._post_load_hook_handle.remove()
+        register = old._module_info.module.register_load_state_dict_post_hook
+        old._post_load_hook_handle = register(lambda *_, param=old: param.reset_sharded_param())
+        old._setattr_on_modules(old.sharded_param)
+    if group is not None:
+        group.fsdp_params = before
+        group._init_mp_dtypes()
+
+
+def drop_states(model: nn.Module, undo: list[Callable[[], Any]]) -> None:
+    """Have FSDP2 forget modules that are no longer in a model (FSDPStateContext).
+
+    Args:
+        undo: takes what undoes it.
+    """
+    known, left = fsdp_states(model)[0]._state_ctx, fsdp_states(model)
+    before = known.all_states
+    undo.append(lambda: setattr(known, "all_states", before))
+    known.all_states = [state for state in before if state in left]
+    for state in before:  # no backward pass is to come that goes by the order of the forward passes so far
+        for group in state._fsdp_param_groups:
+            group.comm_ctx.post_forward_order.clear()
+            group._post_forward_indices.clear()
+
+
+@contextmanager
+def in_shards_dtype(model: nn.Module) -> Iterator[None]:
+    """Have FSDP2 gather and compute in the dtype of the shards that `put_shards` puts in meanwhile (FSDPState)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    states = fsdp_states(model)
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    before = [state._mp_policy for state in states], [group.mp_policy for group in groups]
+    try:
+        for state in states:
+            state._mp_policy = MixedPrecisionPolicy()
+        for group in groups:
+            group.mp_policy = MixedPrecisionPolicy()
+        yield
+    finally:
+        for state, policy in zip(states, before[0], strict=True):
+            state._mp_policy = policy
+        for group, policy in zip(groups, before[1], strict=True):
+            group.mp_policy = policy
 
 
 # -- transformers ------------------------------------------------------------------------------------------------------

@@ -15,12 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import init_device_mesh
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, masking_utils
 
 import hesso_hf
 from hesso_hf import HessoMixin, compat
+from hesso_hf.distributed.parts import reshard
 from hesso_hf.structures.in_place import set_data
 from tests.support.tiny import tiny_llama
 
@@ -216,6 +220,52 @@ def test_gradients_are_averaged_where_parameters_have_other_shapes_and_some_are_
     for _ in range(2):  # buckets are made anew after the first backward pass
         parallel(torch.ones(1, 5)).sum().backward()
     assert layers[0].weight.grad.tolist() == [[4.0] * 5] * 4
+
+
+@pytest.mark.usefixtures("alone")
+def test_fsdp2_trains_other_shards_and_has_the_old_ones_back() -> None:
+    mesh, ids = init_device_mesh("cpu", (1,)), torch.ones(1, 4)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 4))
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    expected = model(ids)
+    expected.sum().backward()
+    reshard(model)
+    old, first, undo = list(model.parameters()), model[0].weight, []
+    shapes = {old[0]: (5, 4), old[1]: (5,), old[2]: (4, 5)}
+
+    def smaller(parameter: nn.Parameter) -> DTensor | None:
+        if parameter in shapes:
+            return distribute_tensor(torch.ones(shapes[parameter]), mesh, [Shard(0)])
+        return parameter.detach() if parameter is old[3] else None  # none of the layer that goes
+
+    def failing(parameter: nn.Parameter) -> DTensor | None:
+        return None if parameter is first else distribute_tensor(torch.ones(shapes[parameter]), mesh, [Shard(1)])
+
+    with compat.in_shards_dtype(model):
+        compat.put_shards(model, smaller, undo)
+        dropped = model[2]
+        del model[2]
+        compat.drop_states(model, undo)
+        assert (model(ids) - 25.0 - old[3].full_tensor()).abs().max() < 1e-5
+        reshard(model)
+    compat.put_shards(model, lambda parameter: parameter.detach(), undo)
+    assert len(compat.fsdp_states(model)) == len(compat.fsdp_states(model)[0]._state_ctx.all_states) == 3
+    assert [parameter.shape for parameter in model.parameters()] == [(5, 4), (5,), (4, 5), (4,)]
+    found = model(ids)
+    assert found.dtype == torch.bfloat16
+    found.sum().backward()
+    assert model[0].weight.grad.full_tensor().tolist() == [[4.0] * 4] * 5
+    model.load_state_dict({name: value.detach().clone() for name, value in model.state_dict().items()})
+    reshard(model)
+    with pytest.raises(KeyError):
+        compat.put_shards(model, failing, undo)
+    undo.insert(2, lambda: model.append(dropped))  # before the states are those of all modules again
+    while undo:
+        undo.pop()()
+    assert all(ours is theirs for ours, theirs in zip(model.parameters(), old, strict=True))
+    model.load_state_dict({name: value.detach().clone() for name, value in model.state_dict().items()})
+    assert torch.equal(model(ids), expected)
 
 
 @pytest.mark.usefixtures("alone")

@@ -18,15 +18,17 @@ from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError
 from ..export import export_pruned
 from ..export.checkpoint_state import load_converted_
-from ..export.decision import Decision
+from ..export.decision import NOTHING_CUT, Compaction, Decision
 from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
 from ..pruning.calibration import LossCurves
+from ..pruning.compaction import compact, parallel_of, why_not_compact, why_not_refit_parallel
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.schedule import Schedule
+from ..structures.groups import PruningGroups
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
 
@@ -104,7 +106,30 @@ class Steps(Protocol):
 _Steps = TypeVar("_Steps", bound=Steps)
 
 
-class Engine(ABC, Generic[_Steps]):
+class Compacts(ABC):
+    """That the model in memory becomes the smaller one."""
+
+    compacts = True  # whether training goes on with the smaller model, from where it was cut or from a checkpoint
+
+    @abstractmethod
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Return why the model in memory can't become the smaller one, "" where it can.
+
+        Args:
+            base: the optimizer that HESSO is around, where there is one already.
+            model: in all that it is wrapped in, once it is prepared.
+        """
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Have the model in memory become the smaller one, where nothing is against it.
+
+        Raises:
+            HessoError: where it can't; all is as it was then.
+        """
+        raise NotImplementedError
+
+
+class Engine(Compacts, Generic[_Steps]):
     """How a model is trained, and how its state and the smaller model are saved from there.
 
     Each method that takes `plain` stands around one of `Trainer`'s own, which `plain` calls.
@@ -233,7 +258,10 @@ def write_divided(
     """Write the smaller model from the parts that the engine's processes hold, which `source` knows."""
     dtype = engine.config.export_dtype
     output = Output(target, DTYPES[dtype] if dtype else run.model.dtype, run.tokenizer)
-    decision = Decision(run.plan.groups, engine.made_steps.process.kept_units())
+    process = engine.made_steps.process
+    decision = Decision(run.plan.groups, process.kept_units())
+    if process.state.compaction is not None:  # nothing is left to cut
+        decision = Decision(PruningGroups({}), NOTHING_CUT, compaction=process.state.compaction)
     return write_pruned(on_all(lambda: source(decision)), output, run.record())
 
 
@@ -257,6 +285,17 @@ class PlainEngine(Engine[HessoOptimizer]):
         self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
         run.compacting.to_resume(self.steps)
         return self.steps
+
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Return what stands against it in the optimizer, or in what trains the model."""
+        if self.accelerator.state.dynamo_plugin.use_regional_compilation:
+            return "regional compilation trains a copy of it"
+        against = why_not_compact(base, self.config.layer_widths)
+        return against or ("" if model is None else why_not_refit_parallel(model))
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Cut it on every process."""
+        return compact(parallel_of(model) or run.whole, self.made_steps)
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Add up the losses of a step."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,13 +23,13 @@ from ..distributed.collectives import on_all, world_size
 from ..errors import HessoError, VerificationError
 from ..export.adapter import AdapterSource
 from ..export.decision import Compaction, Decision, decide
-from ..export.parameters import WholeSource
+from ..export.parameters import ParameterSource, WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
 from ..hf_models.build import first_line
-from ..structures.cut import cuts_by_tensor, zero_units_
-from ..structures.groups import Axis, KeptUnits, PruningGroups
-from ..structures.in_place import InPlace, set_data
-from ..structures.layers import is_dropped
+from ..structures.cut import Cuts, cuts_by_tensor, zero_units_
+from ..structures.groups import Axis, KeptUnits
+from ..structures.in_place import InPlace
+from ..structures.layers import full_names
 from ..structures.lora import Adapters, base_of, lora_layers, num_parameters, parameters_of
 from ..structures.router_gates import remove_gates
 from .optimizer import HessoOptimizer
@@ -52,17 +53,20 @@ MEANS = {"exp_avg_sq_row": -1, "row_var": -1, "exp_avg_sq_col": -2, "col_var": -
 _CUT = "cut the model in memory"
 
 
-def why_not_compact(model: nn.Module, base: Optimizer | None, layer_widths: str) -> str:
+def why_not_compact(
+    base: Optimizer | None, layer_widths: str, known_optimizers: Iterable[type[Optimizer]] = tuple(STATE_POWERS)
+) -> str:
     """Return why a model that trains can't become the smaller one, "" where it can.
 
     Args:
         base: the optimizer that HESSO is around, where there is one already.
         layer_widths: as in `HessoConfig`.
+        known_optimizers: whose state can be cut.
     """
     if layer_widths == "per_layer":
         return "`layer_widths` ('per_layer') has a model that no stock class is"
-    if base is not None and type(base) not in STATE_POWERS:
-        known = ", ".join(kind.__name__ for kind in STATE_POWERS)
+    if base is not None and type(base) not in known_optimizers:
+        known = ", ".join(kind.__name__ for kind in known_optimizers)
         return f"the state of {type(base).__module__}.{type(base).__name__} can't be cut ({known} of torch's can)"
     return ""
 
@@ -84,12 +88,54 @@ def why_not_refit_parallel(model: nn.Module) -> str:
     return "it is trained on several processes, and not by DDP" if parallel is None else why_not_refit(parallel)
 
 
+class InMemory:
+    """A model that trains, to become the smaller one where it stands: every process has all of it.
+
+    Attributes:
+        place: that the smaller one is put into.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.place = model, InPlace(model)
+
+    def decision(self, process: PruningProcess) -> Decision:
+        """Return what stays.
+
+        Raises:
+            HessoError: where a unit that goes isn't at zero.
+        """
+        return decide(self.model, process.kept_units(), process.groups)
+
+    def source(self, decision: Decision) -> ParameterSource:
+        """Return what makes the smaller model."""
+        model = self.model
+        adapted = bool(lora_layers(model))
+        return AdapterSource(model, decision, str(model.name_or_path)) if adapted else WholeSource(model, decision)
+
+    def in_fp32(self) -> AbstractContextManager[None]:
+        """Have the model compute in fp32 for a while, where its parameters are."""
+        return nullcontext()
+
+    def cut_state(self, name: str, values: torch.Tensor, cuts: Cuts, mean: int | None, like: nn.Parameter) -> Any:
+        """Return what is left of a tensor of the optimizer's state, not scaled.
+
+        Args:
+            name: of the parameter that it belongs to.
+            mean: the dimension that it is the mean over, None where it has all.
+            like: the smaller parameter.
+        """
+        for axis, units, total in cuts:
+            values = _cut_values(values, axis, units, total, like.dim(), mean)
+        return values
+
+
 def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
     """Cut the pruned units out of a model that goes on training, and out of its optimizer's state.
 
     For training loops of one's own: call it between two steps, once `optimizer.process.finished`, on every process. The
     model and its parameters stay the objects that they are; gradients are forgotten. A model that `torch.compile`
-    returned compiles anew, and DDP makes its buckets anew.
+    returned compiles anew, and DDP makes its buckets anew. For a model under FSDP2 there is
+    `hesso_hf.engines.fsdp.compaction.compact`.
 
     Args:
         model: the transformers model that `wrap_optimizer` was given; on several processes in its
@@ -100,30 +146,51 @@ def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
         VerificationError: where the smaller model's logits differ. Nothing has changed then, on any process, as after
             an error of another one (HessoError) and where there is no room.
     """
-    process, parallel = optimizer.process, parallel_of(model)
+    parallel = parallel_of(model)
     whole = parallel.module if parallel is not None else model
-    reason = why_not_compact(whole, optimizer.base, process.config.layer_widths) or why_not_refit_parallel(model)
+    reason = why_not_compact(optimizer.base, optimizer.process.config.layer_widths)
+    check_compactable(optimizer, reason or why_not_refit_parallel(model))
+    try:
+        return cut_in_memory(InMemory(base_of(whole)), optimizer)
+    finally:
+        if parallel is not None:
+            refit(parallel)  # a cut that was undone has left gradients without their way to the others
+
+
+def check_compactable(optimizer: HessoOptimizer, reason: str) -> None:
+    """Refuse to cut where there is a reason against it, and before or after the time.
+
+    Raises:
+        HessoError: with the reason.
+    """
+    process = optimizer.process
     if reason:
         raise HessoError(f"`model` can't be cut while it trains: {reason}; `export_pruned` cuts it afterwards")
     if not process.finished or process.state.compaction is not None:
         found = "the model was cut already" if process.finished else "cut the model when pruning has finished"
         raise HessoError(f"`optimizer` is at step {process.step}, pruning ends at {process.schedule.end}: {found}")
-    trained = base_of(whole)
-    decision = decide(trained, process.kept_units(), process.groups)
+
+
+def cut_in_memory(memory: InMemory, optimizer: HessoOptimizer) -> Compaction:
+    """Cut the pruned units out of a model, however it lies in memory, and out of its optimizer's state.
+
+    Raises:
+        HessoError, VerificationError: as `compact` does.
+    """
+    trained, process = memory.model, optimizer.process
+    decision = memory.decision(process)
     trained.zero_grad(set_to_none=True)
     was_training = trained.training
     try:
         with kept_random_state(trained.device):
-            verifier = on_all(lambda: Verifier(_source(trained, decision)), _CUT)
+            verifier = on_all(lambda: Verifier(memory.source(decision)), _CUT)
             small, error = on_all(verifier.checked_cut, _CUT)
             compaction = Compaction(
                 process.step, error, num_parameters(trained), decision.sizes_before, decision.kept_units
             )
-            _put_(base_of(small), trained, optimizer, decision, verifier)
+            _put_(base_of(small), memory, optimizer, decision, verifier)
     finally:
         trained.train(was_training)
-        if parallel is not None:
-            refit(parallel)  # a cut that was undone has left gradients without their way to the others
     _forget_(trained, process, compaction)
     return compaction
 
@@ -135,37 +202,27 @@ def compact_as(model: PreTrainedModel, optimizer: HessoOptimizer, compaction: Co
         model: as large as the one that the run began with.
         kept: the checkpoint's decision.
     """
-    decision = Decision(optimizer.process.groups, kept)
+    decision, memory = Decision(optimizer.process.groups, kept), InMemory(model)
     with kept_random_state(model.device):
         zero_units_(parameters_of(model), Adapters.of(model).extend(decision.groups), kept)  # a base as it is on disk
-        _put_(base_of(_source(model, decision).cut(kept)), model, optimizer, decision, None)
+        _put_(base_of(memory.source(decision).cut(kept)), memory, optimizer, decision, None)
     _forget_(model, optimizer.process, compaction)
-
-
-def _source(model: PreTrainedModel, decision: Decision) -> WholeSource:
-    adapted = bool(lora_layers(model))
-    return AdapterSource(model, decision, str(model.name_or_path)) if adapted else WholeSource(model, decision)
 
 
 @torch.no_grad()
 def _put_(
-    small: PreTrainedModel,
-    model: PreTrainedModel,
-    optimizer: HessoOptimizer,
-    decision: Decision,
-    verifier: Verifier | None,
+    small: PreTrainedModel, memory: InMemory, optimizer: HessoOptimizer, decision: Decision, verifier: Verifier | None
 ) -> None:
     """Put the smaller model in the larger one's place where a verifier finds that it computes the same there.
 
     Raises:
         VerificationError: where it doesn't; everything is as it was then, as after any other error.
     """
-    process, place, adapters = optimizer.process, InPlace(model), Adapters.of(model)
-    named, dtypes = parameters_of(model), {parameter: parameter.dtype for parameter in model.parameters()}
+    model, place, process = memory.model, memory.place, optimizer.process
+    groups, parameters = Adapters.of(model).extend(decision.groups), parameters_of(model)
     process.bound.route({name: torch.ones_like(scales) for name, scales in process.scales.items()})
 
-    def put() -> None:
-        place.put(small, decision.groups, decision.kept)
+    def check() -> None:
         error = verifier.error_of(model) if verifier is not None else 0.0
         if not error <= FOLD_TOLERANCE:
             raise VerificationError(
@@ -174,7 +231,10 @@ def _put_(
             )
 
     try:
-        on_all(put, _CUT)
+        with memory.in_fp32():
+            on_all(lambda: place.put(small, decision.groups, decision.kept), _CUT)
+            on_all(check, _CUT)
+        on_all(place.settle, _CUT)
     except Exception as error:
         place.undo()
         process.bound.route(process.scales)
@@ -182,10 +242,18 @@ def _put_(
             raise
         # model code that goes by other sizes than its modules' may fail in any way
         raise VerificationError(f"{type(model).__name__} can't be cut in memory: {first_line(error)}") from error
-    for parameter in model.parameters():
-        set_data(parameter, parameter.data.to(dtypes[parameter]))
+    place.keep()
     remove_gates(model)
-    _cut_state_(optimizer.base, named, decision, adapters.extend(decision.groups))
+    left = parameters_of(model)
+    now = {origin: left[name] for name, origin in full_names(left, decision.groups, decision.kept).items()}
+    _exchange_(optimizer.base, parameters, now)
+    try:
+        _cut_state_(optimizer.base, now, cuts_by_tensor(groups, decision.kept), memory)
+    except Exception as error:
+        raise RuntimeError(
+            f"{type(model).__name__} was cut in memory, and its optimizer's state could not be ({first_line(error)}): "
+            "go on from the last checkpoint, with `compact` 'never'"
+        ) from error
 
 
 def _forget_(model: PreTrainedModel, process: PruningProcess, compaction: Compaction) -> None:
@@ -197,31 +265,40 @@ def _forget_(model: PreTrainedModel, process: PruningProcess, compaction: Compac
         torch.cuda.empty_cache()
 
 
+def _exchange_(base: Optimizer, parameters: dict[str, nn.Parameter], now: Mapping[str, nn.Parameter]) -> None:
+    """Have an optimizer train what is left of a model's parameters; what is gone isn't held any more.
+
+    Args:
+        parameters: those of the larger model; emptied.
+        now: those of the smaller one, by the names that they had in the larger one.
+    """
+    others = {id(parameter): now.get(name) for name, parameter in parameters.items()}
+    for group in base.param_groups:
+        found = [others.get(id(parameter), parameter) for parameter in group["params"]]
+        group["params"] = [parameter for parameter in found if parameter is not None]
+    for name, parameter in parameters.items():
+        state = base.state.pop(parameter, None)
+        if state is not None and name in now:
+            base.state[now[name]] = state
+    parameters.clear()
+
+
 def _cut_state_(
-    base: Optimizer, parameters: Mapping[str, nn.Parameter], decision: Decision, groups: PruningGroups
+    base: Optimizer, parameters: Mapping[str, nn.Parameter], cuts: Mapping[str, Cuts], memory: InMemory
 ) -> None:
     """Cut what an optimizer keeps of each parameter, and scale it as the gradient is scaled by a factor on the weight.
 
     Args:
-        parameters: those of the larger model, by the names that they had there.
-        groups: those of the decision, adapters' factors among them.
+        parameters: those of the smaller model, by the names that they had in the larger one.
+        cuts: of each parameter.
     """
-    cuts, powers, gone = cuts_by_tensor(groups, decision.kept), STATE_POWERS.get(type(base), {}), set()
     for name, parameter in parameters.items():
-        if is_dropped(name, decision.groups, decision.kept):
-            base.state.pop(parameter, None)
-            gone.add(id(parameter))
-            continue
         state: dict[str, Any] = base.state.get(parameter, {})
-        axes = cuts.get(name, [])
+        axes = cuts.get(name, ())
         factor = math.prod(math.sqrt(len(units) / total) ** axis.power for axis, units, total in axes)
-        for key, power in powers.items():
+        for key, power in STATE_POWERS.get(type(base), {}).items():
             if isinstance(values := state.get(key), torch.Tensor) and axes:
-                for axis, units, total in axes:
-                    values = _cut_values(values, axis, units, total, parameter.dim(), MEANS.get(key))
-                state[key] = values / factor**power
-    for group in base.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+                state[key] = memory.cut_state(name, values, axes, MEANS.get(key), parameter) / factor**power
 
 
 def _cut_values(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
 logger = logging.get_logger(__name__)
 
+Cuts = Sequence[tuple[Axis, torch.Tensor, int]]  # (axis, kept units, all units) of each cut of a tensor
 MARK = "hesso_hf"  # name in a config: of a model that a run has saved, and that is as large as the base
 
 
@@ -65,7 +66,7 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
 
 
 def cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
-    """Return, per parameter or buffer, (axis, kept units, all units) of each cut."""
+    """Return the cuts of each parameter or buffer."""
     cuts: dict[str, list[tuple[Axis, torch.Tensor, int]]] = {}
     for name, layers in kept.kept.items():
         structure = groups.structures[name]
@@ -101,13 +102,10 @@ def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> t
     return cut_part(tensor, whole(tensor.shape), [(axis, units, total)])
 
 
-def cut_part(tensor: torch.Tensor, part: Part, cuts: Iterable[tuple[Axis, torch.Tensor, int]]) -> torch.Tensor:
+def cut_part(tensor: torch.Tensor, part: Part, cuts: Cuts) -> torch.Tensor:
     """Return what is left of a part of a tensor when units are cut; it has fewer indices where the part has some.
 
     What takes a power of c, the root of the share of units that are kept, is folded in fp32.
-
-    Args:
-        cuts: (axis, kept units, all units) of each cut.
     """
     for axis, units, total in cuts:
         indices = axis.layout.indices(units, total)

@@ -1,4 +1,4 @@
-"""A smaller model in a larger one's place: modules and parameters stay the objects that they are.
+"""A smaller model in a larger one's place: modules stay the objects that they are, and parameters that are whole.
 
 Whoever holds the model, a module or a parameter (a training loop, an optimizer, hooks, a patched `forward`) holds the
 smaller one's from then on.
@@ -6,7 +6,7 @@ smaller one's from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compat import set_buffer
+from ..distributed.parts import named_parameters, plain_name
 from .groups import KeptUnits, PruningGroups
 from .layers import LAYER_UNITS, full_names, kept_layers
 from .lora import unset_like
 
+_EVERY_MODULES = frozenset(vars(nn.Module()))  # its hooks, whether it trains
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, range, PretrainedConfig)
 
 
@@ -25,12 +27,13 @@ class InPlace:
     """What a model was before a smaller one took its place, so that it can be again.
 
     Example:
-        >>> # place = InPlace(model); place.put(small, groups, kept); place.undo()
+        >>> # place = InPlace(model); place.put(small, groups, kept); place.settle(); place.undo()
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._undo: list[Callable[[], Any]] = []
+        self._dtypes: dict[str, torch.dtype] = {}
 
     @torch.no_grad()
     def put(self, small: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> None:
@@ -42,18 +45,19 @@ class InPlace:
         """
         model = self._model
         plain = dict(unset_like(model).named_modules())
-        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
-        buffers, smaller = dict(model.named_buffers()), dict(small.named_modules())
+        modules = {plain_name(name): module for name, module in model.named_modules()}
+        buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+        smaller = dict(small.named_modules())
         use_cache = vars(model.config).get("use_cache")
         if use_cache is not None:
             small.config.use_cache = use_cache  # a run may have turned it off
         for name, origin in full_names(smaller, groups, kept).items():
             self._set_attributes(modules[origin], smaller[name], plain[origin])
-        found = dict(small.named_parameters())
-        for name, origin in full_names(found, groups, kept).items():
-            parameter, values = parameters[origin], parameters[origin].data
-            self._undo.append(lambda p=parameter, v=values: set_data(p, v))  # type: ignore[misc]
-            set_data(parameter, found[name].data.to(parameter.device))
+        found, parameters = named_parameters(small), named_parameters(model)
+        origins = full_names(found, groups, kept)
+        self._dtypes = {name: parameters[origin].dtype for name, origin in origins.items()}
+        self._put_parameters({parameters[origin]: found[name].data for name, origin in origins.items()})
+        del found, parameters
         held = dict(small.named_buffers())
         for name, origin in full_names(held, groups, kept).items():
             before, after = buffers[origin], held[name]
@@ -70,16 +74,32 @@ class InPlace:
                 self._undo.append(lambda i=index, m=layer: layers.insert(i, m))  # type: ignore[misc]
                 del layers[index]
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the parameters, in the dtype of the smaller model so far, the dtypes that the model's had."""
+        for name, parameter in named_parameters(self._model).items():
+            set_data(parameter, parameter.data.to(self._dtypes[name]))
+
     def undo(self) -> None:
         """Make the model what it was."""
         while self._undo:
             self._undo.pop()()
 
+    def keep(self) -> None:
+        """Let go what the model was."""
+        self._undo.clear()
+
+    def _put_parameters(self, values: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Give parameters values of other shapes and another dtype."""
+        for parameter, tensor in values.items():
+            self._undo.append(lambda p=parameter, v=parameter.data: set_data(p, v))  # type: ignore[misc]
+            set_data(parameter, tensor.to(parameter.device))
+
     def _set_attributes(self, module: nn.Module, smaller: nn.Module, plain: nn.Module) -> None:
         held = vars(module)
         for key, value in vars(smaller).items():
             before = vars(plain).get(key)
-            if key == "training" or not _is_plain(value) or not _is_plain(before):
+            if key in _EVERY_MODULES or not _is_plain(value) or not _is_plain(before):
                 continue
             if isinstance(value, PretrainedConfig) or value != before:
                 present = {key: held[key]} if key in held else {}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.utils import logging
@@ -15,7 +16,7 @@ from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
 from ..export.checkpoint_state import read_state
 from ..export.decision import Compaction
-from ..pruning.compaction import compact, compact_as, parallel_of, why_not_compact, why_not_refit_parallel
+from ..pruning.compaction import compact_as
 from ..pruning.optimizer import HessoOptimizer
 from ..structures.groups import KeptUnits
 from ..structures.lora import num_parameters, parameters_of
@@ -55,33 +56,28 @@ class Compacting:
         if self._config.compact == "end" and (reason := self._why_not(base)):
             raise HessoError(f"`compact` ('end'): {_WHOLE}: {reason}; use 'auto' or 'never'")
 
-    def _why_not(self, base: Optimizer | None) -> str:
-        args, compiled = self._trainer.args, self._trainer.accelerator.state.dynamo_plugin
-        if not self._engine().keeps_whole:
-            return "FSDP and DeepSpeed divide it over the processes"
+    def _why_not(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        args = self._trainer.args
         if args.auto_find_batch_size:
             return "`auto_find_batch_size` (True) may have training begin again with the larger one"
         if args.n_gpu > 1:
             return "DataParallel copies it to several devices"
-        if compiled.use_regional_compilation:
-            return "regional compilation trains a copy of it"
-        return why_not_compact(self._run.whole, base, self._config.layer_widths)
+        return self._engine().why_not_compact(base, model)
 
     def at_the_end(self) -> None:
         """After a step, when gradients are gone: cut the units, where the step was the last of the last period.
 
         Where the smaller model isn't the same, or there is no room for it, the run goes on masked, with a warning.
         """
-        process, optimizer, wrapped = self._run.process, self._engine().steps, self._trainer.model_wrapped
+        process, engine, wrapped = self._run.process, self._engine(), self._trainer.model_wrapped
         if self._config.compact == "never" or not (process.finished and process.period_ended):
             return
         if self._stays_whole or process.state.compaction is not None or process.kept_units().all_stay:
             return
-        reason = self._why_not(getattr(optimizer, "base", None)) or why_not_refit_parallel(wrapped)
+        reason = self._why_not(getattr(engine.steps, "base", None), wrapped)
         if not reason:
-            assert isinstance(optimizer, HessoOptimizer)
             try:
-                found = compact(parallel_of(wrapped) or self._run.whole, optimizer)
+                found = engine.compact(self._run, wrapped)
             except (HessoError, torch.OutOfMemoryError) as error:
                 logger.warning(f"{_WHOLE}, its pruned units at zero: {error}")
             else:
@@ -109,9 +105,9 @@ class Compacting:
             CheckpointMismatchError: naming the checkpoint and the remedy.
         """
         smaller = state["training"].get("compaction") is not None
-        if smaller and (not self._engine().keeps_whole or self._trainer.args.auto_find_batch_size):
+        if smaller and (not self._engine().compacts or self._trainer.args.auto_find_batch_size):
             raise CheckpointMismatchError(
-                f"the model in {folder} is the smaller one already, with which neither FSDP, DeepSpeed nor "
+                f"the model in {folder} is the smaller one already, with which neither DeepSpeed nor "
                 "`auto_find_batch_size` can go on: resume without them, or export it and fine-tune that"
             )
 

@@ -17,6 +17,7 @@ from hesso_hf.engines.checkpoint import FOLDER
 from hesso_hf.engines.fsdp import engine as engines
 from hesso_hf.engines.fsdp.export import Writers
 from hesso_hf.errors import CheckpointMismatchError
+from tests.engines.test_fsdp_compaction import check_alike
 from tests.support import sharded
 from tests.support.sharded import CRIC, HESSO, launch
 
@@ -153,7 +154,9 @@ REPLICATED: dict[str, dict[str, Any]] = {
 
 def test_replicas_of_shards_are_counted_once(tmp_path: Path) -> None:
     four = [("train", tmp_path / name, {"mesh": "replicate_shard", **options}) for name, options in REPLICATED.items()]
-    launch(tmp_path, four, processes=4)
+    cut = {"family": "gemma2", "mesh": "replicate_shard"}
+    launch(tmp_path, [*four, ("compacted", tmp_path / "compacted", cut)], processes=4)
+    check_alike(tmp_path / "compacted", "gemma2", tmp_path, processes=4)
     for name, options in REPLICATED.items():
         (tmp_path / "one" / name).mkdir(parents=True)
         sharded.train(tmp_path / "one" / name, mesh=None, **options)

@@ -240,6 +240,13 @@ def export(folder: Path, kind: str, dtype: str | None = None, layers: int = 2, *
         whole_model.save_pretrained(folder / "plain-dense")
 
 
+def compacted(folder: Path, family: str, mesh: str) -> None:
+    """Prune, cut the model in memory and train on."""
+    from tests.engines.test_fsdp_compaction import loop_job  # which takes its models' sharding from here
+
+    loop_job(str(folder), dist.get_world_size(), family, mesh)
+
+
 def write_sharded(
     model: PreTrainedModel, decision: Decision, folder: Path, dtype: str | None, max_shard_size: str
 ) -> PruningReport:

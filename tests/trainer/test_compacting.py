@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
+from hesso_hf.engines.deepspeed.engine import DeepSpeedEngine
 from hesso_hf.errors import CheckpointMismatchError, HessoError, VerificationError
 from hesso_hf.export.checkpoint_state import read_state
 from hesso_hf.pruning.compaction import parallel_of
@@ -185,8 +186,8 @@ def test_a_checkpoint_of_the_smaller_model_is_resumed_with_the_larger_one_alone(
     with pytest.raises(CheckpointMismatchError, match="go on with the model that the run began with"):
         other.train(resume_from_checkpoint=str(last))
     divided = made(tmp_path)
-    divided.hesso_engine.keeps_whole = False  # as under FSDP2 and DeepSpeed
-    with pytest.raises(CheckpointMismatchError, match="is the smaller one already, with which neither FSDP, DeepSpeed"):
+    divided.hesso_engine.compacts = False  # as under DeepSpeed
+    with pytest.raises(CheckpointMismatchError, match="is the smaller one already, with which neither DeepSpeed nor"):
         divided.hesso_run.compacting.check_resumable(read_state(last), str(last))
 
 
@@ -261,7 +262,7 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path, monkeypat
     with pytest.raises(HessoError, match=refused + "the state of .*NAdam can't be cut"):
         made(tmp_path, options=NO_OTHER).train()
     for place, value, reason in (
-        ("hesso_hf.engines.engine.PlainEngine.keeps_whole", False, "FSDP and DeepSpeed divide it"),
+        ("hesso_hf.engines.engine.PlainEngine.why_not_compact", DeepSpeedEngine.why_not_compact, "DeepSpeed divides"),
         ("transformers.TrainingArguments.n_gpu", 2, "DataParallel copies it"),
     ):
         with monkeypatch.context() as patch:
@@ -293,7 +294,7 @@ def test_a_cut_that_fails_leaves_the_run_masked_with_a_warning(
     def failing(*_: Any) -> None:
         raise kind("the reason")
 
-    monkeypatch.setattr("hesso_hf.trainer.compacting.compact", failing)
+    monkeypatch.setattr("hesso_hf.engines.engine.compact", failing)
     with propagated(caplog):
         run = done(tmp_path)
     assert "stays whole, its pruned units at zero: the reason" in caplog.text
@@ -307,7 +308,7 @@ def test_a_cut_that_failed_is_not_tried_again(tmp_path: Path, monkeypatch: pytes
         tried.append(True)
         raise VerificationError("the logits differ")
 
-    monkeypatch.setattr("hesso_hf.trainer.compacting.compact", failing)
+    monkeypatch.setattr("hesso_hf.engines.engine.compact", failing)
     run = done(tmp_path, max_steps=END)
     run.hesso_run.compacting.at_the_end()  # as after a step that is skipped
     assert tried == [True]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -39,6 +41,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
     measures_quality = False
     turns_stream = False
     keeps_whole = False
+    compacts = False
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -52,6 +55,10 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         """Refuse what ZeRO doesn't allow, and what needs a whole model."""
         refuse_zero(self._settings, self.config)
         refuse_where_divided(adapters)
+
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Say that flat buffers can't be cut."""
+        return "DeepSpeed divides it over the processes"
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""

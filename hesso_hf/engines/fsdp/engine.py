@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import fsdp2_prepare_model
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainingArguments
 
 from ...distributed.collectives import from_all, world_size
+from ...distributed.parts import named_parameters
 from ...errors import HessoError
-from ...export.decision import NOTHING_CUT, Decision
+from ...export.decision import NOTHING_CUT, Compaction, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
+from ...pruning.compaction import why_not_compact
 from ..engine import PlainEngine, Run, refuse_where_divided, write_divided
+from .compaction import OPTIMIZERS, compact, why_not_exchange
 from .export import ShardedSource, Writers
 from .state import load_pruning_state, save_pruning_state
 
@@ -43,7 +48,7 @@ class Fsdp2Engine(PlainEngine):
             # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
             self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         prepared = plain()
-        if run.resume_from is None:
+        if run.resume_from is None and self.made_steps.process.state.compaction is None:
             run.quality.begin()
             run.settle()
             self._renew(run)
@@ -51,7 +56,20 @@ class Fsdp2Engine(PlainEngine):
 
     def _renew(self, run: Run) -> None:
         """Begin anew on the parameters that sharding has put in the place of the model's, on the device they are on."""
-        self.made_steps.process = run.process_on(self.made_steps.process.schedule)
+        process = self.made_steps.process
+        if process.state.compaction is None:
+            self.made_steps.process = run.process_on(process.schedule)
+        else:
+            process.bound.let_go(named_parameters(run.model))
+
+    def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
+        """Return what stands against it in the optimizer, or in how the model is divided."""
+        against = why_not_compact(base, self.config.layer_widths, OPTIMIZERS)
+        return against or ("" if model is None else why_not_exchange(model))
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Exchange the shards for those of the smaller model."""
+        return compact(run.model, self.made_steps)
 
     def save(self, run: Run, folder: Path) -> None:
         """Write what torch leaves out: the pruning state, config and tokenizer."""

@@ -29,13 +29,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ...compat import set_buffer
-from ...distributed.collectives import from_all, use_each
+from ...distributed.collectives import all_or_none, from_all, use_each
 from ...distributed.parts import local, named_parameters, part_of, plain_name, stock_class
 from ...errors import HessoError, VerificationError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.parameters import ParameterSource, check_shape, check_stored
 from ...hf_models.tiny_model import logits_of
-from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
+from ...structures.cut import Cuts, build_cut, copy_buffers, cut_part, cuts_by_tensor
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
 
@@ -90,18 +90,13 @@ class ShardedSource(ParameterSource):
     def cut(self, kept: KeptUnits) -> PreTrainedModel:
         """Cut each process' own rows, and give each its own rows of what is left; one parameter at a time."""
         groups = self.decision.groups
-        small = sharded_copy(self.model, groups, kept)
+        small = all_or_none(lambda: sharded_copy(self.model, groups, kept), device_of(self.model))
         sources, cuts = named_parameters(self.model), cuts_by_tensor(groups, kept)
         parameters = named_parameters(small)
         origins = full_names(parameters, groups, kept)
+        for name, parameter in parameters.items():
+            cut_shards(name, sources[origins[name]], cuts.get(origins[name], ()), parameter)
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                source = sources[origins[name]]
-                held = cut_part(local(source.detach()).float(), part_of(name, source), cuts.get(origins[name], ()))
-                part = part_of(name, parameter)
-                values = _together(held, source)
-                check_shape(name, values.shape, part.shape)
-                local(parameter).copy_(values[part.window()])
             copy_buffers(small, self.model, groups, kept)
         return small.eval()
 
@@ -208,23 +203,51 @@ def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits)
     return small
 
 
-def _together(held: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a parameter of which each process cut its own rows (or columns)."""
-    if not isinstance(source, DTensor):
-        return held
-    for mesh_dim, placement in reversed(list(enumerate(source.placements))):
-        if not isinstance(placement, Shard):
-            continue
-        group, dim = source.device_mesh.get_group(mesh_dim), placement.dim
-        lengths = [torch.zeros(1, dtype=torch.int64, device=held.device) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(lengths, torch.tensor([held.shape[dim]], device=held.device), group=group)
-        longest = max(int(length) for length in lengths)
-        padded = held.new_zeros([longest if n == dim else size for n, size in enumerate(held.shape)])
-        padded.narrow(dim, 0, held.shape[dim]).copy_(held)
-        found = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(found, padded, group=group)
-        held = torch.cat([piece.narrow(dim, 0, int(n)) for piece, n in zip(found, lengths, strict=True)], dim)
-    return held
+@torch.no_grad()
+def cut_shards(name: str, source: torch.Tensor, cuts: Cuts, target: torch.Tensor) -> None:
+    """Write what is left of a tensor when units are cut into another one, of which each process has its own rows too.
+
+    It is put together on every process for a moment. Where one process fails, for want of memory, all raise.
+    """
+    device, part = _device_of(source), part_of(name, target)
+    held = all_or_none(lambda: cut_part(local(source).float(), part_of(name, source), cuts).to(device), device)
+    if isinstance(source, DTensor):
+        for mesh_dim, placement in reversed(list(enumerate(source.placements))):
+            if isinstance(placement, Shard):
+                held = _together(held, source.device_mesh.get_group(mesh_dim), placement.dim, device)
+    check_shape(name, held.shape, part.shape)
+    local(target).copy_(held[part.window()])
+
+
+def _together(held: torch.Tensor, group: dist.ProcessGroup, dim: int, device: torch.device) -> torch.Tensor:
+    """Return the whole of a tensor of which each process of a group has some rows (or columns)."""
+    lengths = [torch.zeros(1, dtype=torch.int64, device=held.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([held.shape[dim]], device=held.device), group=group)
+    sizes = [int(length) for length in lengths]
+
+    def allocated() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        def of_length(length: int) -> torch.Tensor:
+            return held.new_zeros([length if n == dim else size for n, size in enumerate(held.shape)])
+
+        return of_length(max(sizes)), [of_length(max(sizes)) for _ in sizes], of_length(sum(sizes))
+
+    padded, found, whole = all_or_none(allocated, device)
+    padded.narrow(dim, 0, held.shape[dim]).copy_(held)
+    dist.all_gather(found, padded, group=group)
+    for piece, size, place in zip(found, sizes, whole.split(sizes, dim), strict=True):
+        place.copy_(piece.narrow(dim, 0, size))
+    return whole
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of collectives on what a model's processes share."""
+    return next(_device_of(parameter) for parameter in model.parameters())
+
+
+def _device_of(tensor: torch.Tensor) -> torch.device:
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.device_type == tensor.device.type:
+        return tensor.device
+    return torch.device(tensor.device_mesh.device_type, torch.accelerator.current_device_index())  # it is offloaded
 
 
 def _stored_files(folder: Path) -> Mapping[str, Path]:

@@ -71,6 +71,7 @@ class BoundGroups(HeldAxes):
         """Hold no axis any more, so that nothing is done to the parameters that are left: other units lie on them."""
         self.axes, self._scored, self.held, self._gates = {}, {}, {}, None
         self.parameters = dict(parameters)
+        self._holdings = Holdings(self.parameters.values())
         frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
         # no unit lies on them; a checkpoint still tells by them whether the base is the same
         self.frozen = FrozenWeights(frozen, {name: [] for name in frozen})
