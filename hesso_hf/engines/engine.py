@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -116,7 +117,7 @@ class Engine(ABC, Generic[_Steps]):
 
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
     measures_quality = True  # whether the model computes a loss outside training's steps
-    turns_stream = True  # whether the model is whole, and on every process, when its stream would be turned
+    keeps_whole = True  # whether every process has the whole model while it trains
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
         self.args, self.accelerator, self.config = args, accelerator, config
@@ -156,6 +157,11 @@ class Engine(ABC, Generic[_Steps]):
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Have model and optimizer prepared, with pruning on what comes out."""
         return plain()
+
+    @contextmanager
+    def computing(self, model: PreTrainedModel) -> Iterator[str]:
+        """Have the model compute before `prepare` divides it; yields on all processes why it can't, "" where it can."""
+        yield ""
 
     def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
         """Measure what structures cost, where the model can compute that."""
@@ -216,15 +222,10 @@ class Engine(ABC, Generic[_Steps]):
         return model.to(self.accelerator.device), False  # type: ignore[arg-type]
 
 
-def refuse_where_divided(config: HessoConfig, adapters: bool) -> None:
-    """Refuse what needs a whole model on every process."""
+def refuse_adapters(adapters: bool) -> None:
+    """Refuse LoRA, which needs a whole model on every process."""
     if adapters:
         raise HessoError("LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first")
-    if config.stream_basis == "principal":
-        raise HessoError(
-            "`stream_basis` ('principal') needs the whole model on every process, which FSDP and DeepSpeed don't have; "
-            "use 'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
-        )
 
 
 def write_divided(

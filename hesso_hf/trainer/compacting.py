@@ -57,7 +57,7 @@ class Compacting:
 
     def _why_not(self, base: Optimizer | None) -> str:
         args, compiled = self._trainer.args, self._trainer.accelerator.state.dynamo_plugin
-        if not self._engine().turns_stream:
+        if not self._engine().keeps_whole:
             return "FSDP and DeepSpeed divide it over the processes"
         if args.auto_find_batch_size:
             return "`auto_find_batch_size` (True) may have training begin again with the larger one"
@@ -109,7 +109,7 @@ class Compacting:
             CheckpointMismatchError: naming the checkpoint and the remedy.
         """
         smaller = state["training"].get("compaction") is not None
-        if smaller and (not self._engine().turns_stream or self._trainer.args.auto_find_batch_size):
+        if smaller and (not self._engine().keeps_whole or self._trainer.args.auto_find_batch_size):
             raise CheckpointMismatchError(
                 f"the model in {folder} is the smaller one already, with which neither FSDP, DeepSpeed nor "
                 "`auto_find_batch_size` can go on: resume without them, or export it and fine-tune that"

@@ -46,7 +46,7 @@ class Pace:
 def before(trainer: Any) -> list[str]:
     """Say what can be told of a run's tokens and memory before its first step."""
     run, lines = trainer.hesso_run, _tokens(trainer)
-    if trainer.hesso_engine.turns_stream:  # else each process has a part
+    if trainer.hesso_engine.keeps_whole:  # else each process has a part
         parameters = list(run.whole.parameters())
         trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
         size = sum(p.numel() * p.element_size() for p in parameters) + 3 * trained

@@ -156,13 +156,14 @@ class PruningRun:
         self.teaching.begin(schedule.total_steps)
         if first is not None:  # sizes and basis are settled
             return schedule
-        if self._config.stream_basis == "auto" and not engine.turns_stream:
-            logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP and DeepSpeed don't have")
         if engine.measures_shards:
+            if self._config.stream_basis == "auto":
+                logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP doesn't have")
             return schedule
-        wanted = self._config.stream_basis if engine.turns_stream else "given"
-        tolerance = self._config.stream_basis_tolerance
-        self.basis = settle_in_basis(self.plan, self.model, self.measurer, self.settle_sizes, wanted, tolerance)
+        with engine.computing(self.model) as hindrance:
+            self.basis = settle_in_basis(
+                self.plan, self.model, self.measurer, self.settle_sizes, self._config, hindrance
+            )
         return schedule
 
     def _settle_from(self, folder: Path) -> Schedule:

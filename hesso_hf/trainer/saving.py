@@ -148,7 +148,7 @@ def pruned_model(engine: Engine, run: PruningRun) -> PreTrainedModel:
         raise HessoError(
             f"`pruned_model`: pruning {how_far(process)}, so the model is dense: train until it has finished"
         )
-    if not engine.turns_stream:
+    if not engine.keeps_whole:
         raise HessoError(
             "`pruned_model`: under FSDP and DeepSpeed no process has the model whole; `save_model(folder)` on all of "
             "them, and load the folder"

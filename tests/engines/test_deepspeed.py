@@ -64,7 +64,8 @@ ROUTED: dict[str, Any] = {
 } | SAVED
 DEEP: dict[str, Any] = {"hesso": {"structures": ["layers"], "target_sizes": {"num_hidden_layers": 1}}} | SAVED
 UNEVEN: dict[str, Any] = {"hesso": RATIO | {"layer_widths": "per_layer"}} | SAVED
-LADDER: dict[str, Any] = {"hesso": RATIO | {"export_at": [0.15], "ladder_recovery": 1}}
+TURNED: dict[str, Any] = {"stream_basis": "principal"}
+LADDER: dict[str, Any] = {"hesso": RATIO | TURNED | {"export_at": [0.15], "ladder_recovery": 1}}
 REPLAYED: dict[str, Any] = {"hesso": LADDER["hesso"] | {"replay_share": 0.5}, "window": 10}
 HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -201,7 +202,7 @@ def result(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    for key in ("kept", "target", "cric", "step", "pauses", "fingerprint"):
+    for key in ("kept", "target", "cric", "step", "pauses", "fingerprint", "basis"):
         assert found[key] == expected[key], key
     for name, weight in expected["weights"].items():
         assert (found["weights"][name] - weight).abs().max() <= tolerance * weight.abs().max(), name
@@ -229,6 +230,7 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_deepspeed
 @pytest.mark.parametrize("name", BASIC)
 def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Path, tmp_path: Path) -> None:
+    assert result(basic / name)["basis"]["tokens"] >= 512
     assert_equal_one(name, basic)
     for rank in range(2):
         assert_same(result(basic / f"{name}-again", rank), result(basic / name, rank), 0.0)

@@ -163,6 +163,7 @@ def job(
         ],
         "watch": process.state_dict()["watch"] if process.config.on_collapse == "pause" else None,  # of all processes
         "pauses": list(process.schedule.pauses),
+        "basis": run.hesso_run.record()["stream_basis"],
         "fingerprint": run.distillation.teacher.fingerprint if run.distillation else None,
         "evaluated": evaluated,
         "best": run.state.best_model_checkpoint,

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_the_smaller_model_is_resumed_with_the_larger_one_alone(
     with pytest.raises(CheckpointMismatchError, match="go on with the model that the run began with"):
         other.train(resume_from_checkpoint=str(last))
     divided = made(tmp_path)
-    divided.hesso_engine.turns_stream = False  # as under FSDP2 and DeepSpeed
+    divided.hesso_engine.keeps_whole = False  # as under FSDP2 and DeepSpeed
     with pytest.raises(CheckpointMismatchError, match="is the smaller one already, with which neither FSDP, DeepSpeed"):
         divided.hesso_run.compacting.check_resumable(read_state(last), str(last))
 
@@ -261,7 +261,7 @@ def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path, monkeypat
     with pytest.raises(HessoError, match=refused + "the state of .*NAdam can't be cut"):
         made(tmp_path, options=NO_OTHER).train()
     for place, value, reason in (
-        ("hesso_hf.engines.engine.PlainEngine.turns_stream", False, "FSDP and DeepSpeed divide it"),
+        ("hesso_hf.engines.engine.PlainEngine.keeps_whole", False, "FSDP and DeepSpeed divide it"),
         ("transformers.TrainingArguments.n_gpu", 2, "DataParallel copies it"),
     ):
         with monkeypatch.context() as patch:

@@ -79,7 +79,7 @@ def test_a_model_that_is_not_what_was_trained_is_not_given_out(
 def test_where_no_process_has_the_model_whole_there_is_none_in_memory(
     run: HessoTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.hesso_engine, "turns_stream", False)
+    monkeypatch.setattr(run.hesso_engine, "keeps_whole", False)
     with pytest.raises(
         HessoError, match=r"`pruned_model`: under FSDP and DeepSpeed .*`save_model\(folder\)` on all of"
     ):

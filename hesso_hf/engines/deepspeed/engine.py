@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...config import HessoConfig
+from ...distributed.collectives import from_all
 from ...distributed.parts import named_parameters
 from ...errors import HessoError
 from ...export.decision import NOTHING_CUT, Decision
@@ -17,7 +19,7 @@ from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
 from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
-from ..engine import Engine, Run, refuse_where_divided, write_divided
+from ..engine import Engine, Run, refuse_adapters, write_divided
 from .export import ZeroSource, loading_whole
 from .holdings import divide_frozen
 from .state import (
@@ -37,7 +39,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
     """ZeRO 1 to 3: HESSO is around the steps of DeepSpeed's engine, on its fp32 masters."""
 
     measures_quality = False
-    turns_stream = False
+    keeps_whole = False
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -50,7 +52,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
     def refuse(self, adapters: bool) -> None:
         """Refuse what ZeRO doesn't allow, and what needs a whole model."""
         refuse_zero(self._settings, self.config)
-        refuse_where_divided(self.config, adapters)
+        refuse_adapters(adapters)
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""
@@ -72,31 +74,42 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
             steps.process = run.plan.process(steps.process.schedule)
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
 
-    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
-        """Measure before DeepSpeed takes the model, on the device that trains.
+    @contextmanager
+    def computing(self, model: PreTrainedModel) -> Iterator[str]:
+        """Have the model compute on the device that trains, before DeepSpeed takes it.
 
-        ZeRO-3 may have sharded the model already, or only all processes together hold it: it isn't measured then.
+        ZeRO-3 may have sharded it already, or only all processes together hold it: it doesn't compute then.
         """
-        device, place = self.args.device, model.device
-        size = 2 * sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-        hindrance = remedy = ""
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            hindrance = "the model was sharded by ZeRO-3 while it was loaded"
-            remedy = "load the model before the TrainingArguments are made"
-        elif device_with_room(device, size) != device:
-            hindrance = f"the model and its gradients ({size / 1e9:.1f} GB) don't fit {device}"
-            remedy = "use FSDP2, where it is measured on the shards"
-        if hindrance:
-            logger.warning(
-                f"{hindrance}, so the split between structures can't be measured: they share the cut evenly. Give "
-                "`structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`, or " + remedy
-            )
-            return LossCurves({}, {})
+        found = from_all(self._hindrance(model))  # on one process a GPU may be fuller than on the others
+        if hindrance := next(filter(None, found), ""):
+            yield hindrance
+            return
+        place = model.device
         try:
-            model.to(device)  # type: ignore[arg-type]
-            return curves()
+            model.to(self.args.device)  # type: ignore[arg-type]
+            yield ""
         finally:
             model.to(place)  # type: ignore[arg-type]
+
+    def _hindrance(self, model: PreTrainedModel) -> str:
+        """Return why the model can't compute by itself on this process, "" where it can."""
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            return "the model was sharded by ZeRO-3 while it was loaded (load it before TrainingArguments are made)"
+        device, size = self.args.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        if device_with_room(device, size if model.device == device else 2 * size) != device:
+            return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
+        return ""
+
+    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
+        """Measure before DeepSpeed takes the model, where it can compute by itself."""
+        with self.computing(model) as hindrance:
+            if not hindrance:
+                return curves()
+        logger.warning(
+            f"the split between structures can't be measured: {hindrance}: they share the cut evenly. Give "
+            "`structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`"
+        )
+        return LossCurves({}, {})
 
     def save(self, run: Run, folder: Path) -> None:
         """Write the pruning state beside DeepSpeed's checkpoint."""

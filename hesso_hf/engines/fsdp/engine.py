@@ -15,7 +15,7 @@ from ...errors import HessoError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
-from ..engine import PlainEngine, Run, refuse_where_divided, write_divided
+from ..engine import PlainEngine, Run, refuse_adapters, write_divided
 from .export import ShardedSource, Writers
 from .state import load_pruning_state, save_pruning_state
 
@@ -24,13 +24,18 @@ class Fsdp2Engine(PlainEngine):
     """FSDP2: HESSO is around the optimizer as on one process, on parameters of which each process holds a shard."""
 
     measures_shards = True
-    turns_stream = False
+    keeps_whole = False
 
     def refuse(self, adapters: bool) -> None:
         """Refuse FSDP1, and what needs whole parameters."""
         if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
-        refuse_where_divided(self.config, adapters)
+        refuse_adapters(adapters)
+        if self.config.stream_basis == "principal":
+            raise HessoError(
+                "`stream_basis` ('principal') needs the whole model on every process, which FSDP doesn't have; use "
+                "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
+            )
         if self.config.prune_vocabulary:
             raise HessoError(
                 "`prune_vocabulary` (True) isn't supported where parameters are sharded; leave it out, and trim the "
