@@ -194,6 +194,28 @@ def on_all(work: Callable[[], _T], doing: str = "save the smaller model") -> _T:
     return result
 
 
+def all_or_none(work: Callable[[], _T], device: torch.device) -> _T:
+    """Do a little on every process between two collectives; where one fails, all raise.
+
+    Args:
+        device: that the processes' collectives work on.
+    """
+    failed: Exception | None = None
+    result: Any = None
+    try:
+        result = work()
+    except Exception as error:  # the other processes must hear of any
+        failed = error
+    if max_over_ranks(int(failed is not None), device):
+        on_all(lambda: _raise(failed))
+    return result
+
+
+def _raise(failed: Exception | None) -> None:
+    if failed is not None:
+        raise failed
+
+
 def use_each(made: Iterable[_T], use: Callable[[_T], object]) -> None:
     """Use what all processes make together, one after the other; after an error go on making, as the others must."""
     failed: Exception | None = None

@@ -255,6 +255,22 @@ def test_what_zero_trained_is_kept_where_the_small_model_is_another(name: str, b
 
 
 @needs_deepspeed
+@pytest.mark.parametrize("name", BASIC)
+def test_memory_that_runs_out_on_one_process_at_the_export_costs_no_run(name: str, basic: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        lost = result(basic / name, rank)["lost"]
+        for where in ("together", "cut"):
+            assert f"is saved in {basic / name / where}-dense" in lost[where]
+            assert "memory ran out while the smaller model was made" in lost[where]
+        assert (lost["streamed"], lost["filled"]) == ("", "")  # the CPU has computed the logits
+    export_pruned(basic / name / "together-dense", tmp_path / "again")
+    files = tmp_path / "again", basic / name / "small", basic / name / "filled"
+    again, small, other = (load_file(path / "model.safetensors") for path in files)
+    assert max(float((again[key] - small[key]).abs().max()) for key in small) < 1e-5
+    assert all(torch.equal(other[key], small[key]) for key in small)
+
+
+@needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_under_zero_equal_one(name: str, runs: Path) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ...distributed.collectives import is_main_process
+from ...distributed.collectives import all_or_none, is_main_process
+from ...distributed.parts import full_shape
 from ...errors import CheckpointMismatchError, HessoError
 from ...pruning.weights.holdings import Held, Holdings
 from ...pruning.weights.snapshot import Snapshot
@@ -189,10 +190,20 @@ def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size:
     return engine.module
 
 
+def room_for(parameter: torch.Tensor) -> None:
+    """Take memory for a whole parameter in fp32, which DeepSpeed will take next.
+
+    Raises:
+        OutOfMemoryError: where there is none.
+    """
+    torch.empty(full_shape(parameter), dtype=torch.float32, device=parameter.device)
+
+
 def whole_fp32(parameter: Any) -> torch.Tensor:
-    """Return a whole parameter in fp32; all processes call it, in the same order."""
+    """Return a whole parameter in fp32; all processes call it, in one order, and all raise where one has no room."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    all_or_none(lambda: room_for(parameter), parameter.device)
     if parameter.requires_grad:
         return safe_get_full_fp32_param(parameter).detach()
     with gathered(parameter):
