@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from ..compat import set_buffer, set_parameter
 from ..distributed.collectives import from_all, from_main, is_main_process, on_all, use_each
+from ..export.parameters import Routing
 from ..hf_models.tiny_model import logits_of
 from ..structures.cut import build_cut, copy_buffers
 from ..structures.groups import KeptUnits, PruningGroups
@@ -44,7 +44,7 @@ def streamed(
     sources: Mapping[str, nn.Parameter],
     whole: Whole,
     input_ids: torch.Tensor,
-    routing: Callable[[nn.Module], AbstractContextManager[None]],
+    routing: Routing,
 ) -> torch.Tensor:
     """Return a model's logits, on the CPU; where the device of `input_ids` has no room, the CPU computes.
 
@@ -72,7 +72,7 @@ def _streamed_on(
     sources: Mapping[str, nn.Parameter],
     whole: Whole,
     input_ids: torch.Tensor,
-    routing: Callable[[nn.Module], AbstractContextManager[None]],
+    routing: Routing,
 ) -> torch.Tensor:
     def lead() -> torch.Tensor:
         try:

@@ -22,6 +22,7 @@ from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
 logger = logging.get_logger(__name__)
 
+Cuts = Iterable[tuple[Axis, torch.Tensor, int]]  # (axis, kept units, all units) of each cut
 MARK = "hesso_hf"  # name in a config: of a model that a run has saved, and that is as large as the base
 
 
@@ -101,7 +102,7 @@ def _cut(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> t
     return cut_part(tensor, whole(tensor.shape), [(axis, units, total)])
 
 
-def cut_part(tensor: torch.Tensor, part: Part, cuts: Iterable[tuple[Axis, torch.Tensor, int]]) -> torch.Tensor:
+def cut_part(tensor: torch.Tensor, part: Part, cuts: Cuts) -> torch.Tensor:
     """Return what is left of a part of a tensor when units are cut; it has fewer indices where the part has some.
 
     What takes a power of c, the root of the share of units that are kept, is folded in fp32.

@@ -1,13 +1,12 @@
 """Export from shards: the smaller model is cut, verified and written without a full copy of it on any process.
 
 Every process cuts its own rows; one parameter at a time is put together and goes on to the process that writes the file
-it belongs to. Verification runs on fp32 copies that are sharded as the trained model is.
+it belongs to. Logits are compared in fp32, in forward passes that put one layer together at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -29,15 +28,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ...compat import set_buffer
-from ...distributed.collectives import from_all, use_each
+from ...distributed.collectives import all_or_none, from_all, use_each
 from ...distributed.parts import local, named_parameters, part_of, plain_name, stock_class
 from ...errors import HessoError, VerificationError
 from ...export.decision import NOTHING_CUT, Decision
-from ...export.parameters import ParameterSource, check_shape, check_stored
-from ...hf_models.tiny_model import logits_of
-from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor
+from ...export.parameters import ParameterSource, Routing, check_shape, check_stored
+from ...structures.cut import Cuts, build_cut, copy_buffers, cut_part, cuts_by_tensor
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
+from ..streamed import streamed, without_weights
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,17 @@ class ShardedSource(ParameterSource):
         return found
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return those of an fp32 copy that is sharded as the model is, and let it go."""
-        full = self.cut(NOTHING_CUT)
-        with self.decision.routing(full):
-            logits = logits_of(full, input_ids)
-        del full
-        gc.collect()  # FSDP2's modules refer to each other in circles
-        return logits
+        """Return those of a forward pass that puts one layer together at a time."""
+        full = without_weights(self.model, self.decision.groups, NOTHING_CUT)
+        return streamed(full, named_parameters(self.model), _whole_fp32, input_ids, self.decision.routing)
+
+    def logits_of_cut(
+        self, small: PreTrainedModel, kept: KeptUnits, input_ids: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        """Return those of a forward pass that puts one layer together at a time."""
+        alike = without_weights(self.model, self.decision.groups, kept)
+        copy_buffers(alike, small, self.decision.groups, NOTHING_CUT)
+        return streamed(alike, named_parameters(small), _whole_fp32, input_ids, routing)
 
     def cut(self, kept: KeptUnits) -> PreTrainedModel:
         """Cut each process' own rows, and give each its own rows of what is left; one parameter at a time."""
@@ -96,10 +99,7 @@ class ShardedSource(ParameterSource):
         origins = full_names(parameters, groups, kept)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                source = sources[origins[name]]
-                held = cut_part(local(source.detach()).float(), part_of(name, source), cuts.get(origins[name], ()))
-                part = part_of(name, parameter)
-                values = _together(held, source)
+                part, values = part_of(name, parameter), _together(sources[origins[name]], cuts.get(origins[name], ()))
                 check_shape(name, values.shape, part.shape)
                 local(parameter).copy_(values[part.window()])
             copy_buffers(small, self.model, groups, kept)
@@ -208,23 +208,41 @@ def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits)
     return small
 
 
-def _together(held: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a parameter of which each process cut its own rows (or columns)."""
+def _whole_fp32(parameter: torch.Tensor) -> torch.Tensor:
+    return _together(parameter, ())
+
+
+def _together(source: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """Return the whole of a parameter in fp32, of which each process cuts its own rows (or columns).
+
+    All processes call it; where one has no room all raise.
+    """
+    part, device = part_of("", source), local(source).device
+    held = all_or_none(lambda: cut_part(local(source.detach()).float(), part, cuts), device)
     if not isinstance(source, DTensor):
         return held
     for mesh_dim, placement in reversed(list(enumerate(source.placements))):
-        if not isinstance(placement, Shard):
-            continue
-        group, dim = source.device_mesh.get_group(mesh_dim), placement.dim
-        lengths = [torch.zeros(1, dtype=torch.int64, device=held.device) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(lengths, torch.tensor([held.shape[dim]], device=held.device), group=group)
-        longest = max(int(length) for length in lengths)
-        padded = held.new_zeros([longest if n == dim else size for n, size in enumerate(held.shape)])
-        padded.narrow(dim, 0, held.shape[dim]).copy_(held)
-        found = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(found, padded, group=group)
-        held = torch.cat([piece.narrow(dim, 0, int(n)) for piece, n in zip(found, lengths, strict=True)], dim)
+        if isinstance(placement, Shard):
+            held = _gathered(held, placement.dim, source.device_mesh.get_group(mesh_dim))
     return held
+
+
+def _gathered(held: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+    """Return what the processes of a group hold one after the other along a dimension."""
+    lengths = [torch.zeros(1, dtype=torch.int64, device=held.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(lengths, torch.tensor([held.shape[dim]], device=held.device), group=group)
+    longest = max(int(length) for length in lengths)
+    shape = [longest if n == dim else size for n, size in enumerate(held.shape)]
+
+    def buffers() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        padded = held.new_zeros(shape)
+        padded.narrow(dim, 0, held.shape[dim]).copy_(held)
+        return padded, [torch.empty_like(padded) for _ in lengths]
+
+    padded, found = all_or_none(buffers, held.device)
+    dist.all_gather(found, padded, group=group)
+    pieces = [piece.narrow(dim, 0, int(n)) for piece, n in zip(found, lengths, strict=True)]
+    return all_or_none(lambda: torch.cat(pieces, dim), held.device)
 
 
 def _stored_files(folder: Path) -> Mapping[str, Path]:
