@@ -7,7 +7,7 @@ holds all of it. What is done to a parameter is done to the parts at hand, and n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,11 @@ class Part:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.sizes)
+
+    @property
+    def first(self) -> int:
+        """Position of its first element in the parameter when that is flattened."""
+        return sum(start * math.prod(self.shape[dim + 1 :]) for dim, start in enumerate(self.starts))
 
     def window(self, but: int | None = None) -> tuple[slice, ...]:
         """Return the part's place in the whole parameter, as slices; along one dimension, `but`, all."""
@@ -166,6 +171,35 @@ def stock_class(model: nn.Module) -> type:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this process holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def splits(tensor: torch.Tensor, dim: int) -> bool:
+    """Whether processes hold different indices of a dimension: the same answer on all of them."""
+    placements = tensor.placements if isinstance(tensor, DTensor) else ()
+    return any(isinstance(placement, Shard) and placement.dim == dim for placement in placements)
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, put together on the device that computes where processes hold parts of it: all call it then."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return like_parameter(local(tensor.detach()).to(tensor.device_mesh.device_type), tensor).full_tensor()
+
+
+@torch.no_grad()
+def rewrite_(parameter: torch.Tensor, dim: int, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Put in a parameter's place what `change` makes of it, which may mix indices of one dimension and no other.
+
+    Where processes hold different indices of that dimension, they put the parameter together for it: all call it.
+    """
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(change(parameter))
+        return
+    held = local(parameter.detach())
+    if splits(parameter, dim):
+        held.copy_(change(whole_of(parameter))[part_of("", parameter).window()])
+    else:
+        held.copy_(change(held.to(parameter.device_mesh.device_type)))
 
 
 def like_parameter(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

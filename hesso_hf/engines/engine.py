@@ -76,8 +76,11 @@ class Run(Protocol):
     def new_process(self) -> PruningProcess:
         """Fix sizes and schedule, and make the pruning state."""
 
-    def settle_sizes(self) -> None:
-        """Measure the split between structures, through the engine's `measure`."""
+    def settle(self) -> None:
+        """Choose the basis and measure the split between structures, through the engine's `measure`."""
+
+    def renewed(self) -> PruningProcess:
+        """Make the pruning state anew, as it began, on the parameters that the engine has put in the model."""
 
     def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Count a micro-batch's loss, and return the one to watch for a collapse."""
@@ -222,8 +225,8 @@ class Engine(ABC, Generic[_Steps]):
         return model.to(self.accelerator.device), False  # type: ignore[arg-type]
 
 
-def refuse_adapters(adapters: bool) -> None:
-    """Refuse LoRA, which needs a whole model on every process."""
+def refuse_where_divided(adapters: bool) -> None:
+    """Refuse what needs a whole model on every process."""
     if adapters:
         raise HessoError("LoRA together with FSDP or DeepSpeed isn't supported; use DDP, or merge the adapter first")
 

@@ -79,11 +79,11 @@ def _streamed_on(
             with _filled_in_time(full, sources, whole, input_ids.device), routing(full):
                 return logits_of(full, input_ids).cpu()
         finally:
-            from_main(())
+            _told()
 
     def follow() -> None:
         failed: Exception | None = None
-        while names := from_main(()):
+        while names := _told():
             try:
                 for name in names:
                     whole(sources[name])
@@ -111,7 +111,7 @@ def _filled_in_time(
         names = list(dict.fromkeys(empty[id(parameter)] for *_, parameter in owners))
         if not names:  # which would say that it is over
             return
-        from_main(names)
+        _told(names)
         made: dict[str, nn.Parameter] = {}
 
         def keep(found: tuple[str, torch.Tensor]) -> None:
@@ -139,6 +139,11 @@ def _filled_in_time(
 
 def _owners(module: nn.Module) -> list[_Owner]:
     return [(part, leaf, p) for part in module.modules() for leaf, p in part.named_parameters(recurse=False)]
+
+
+def _told(names: list[str] | None = None) -> list[str]:
+    """Tell, or on the other processes hear, which parameters come next; none when it is over."""
+    return from_main(names or [])
 
 
 def _put_buffers(model: PreTrainedModel, place: torch.device) -> None:

@@ -8,7 +8,7 @@ Legend: D channels of the stream, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..distributed.collectives import from_main
+from ..distributed.parts import local, plain_name, rewrite_, whole_of
+from ..distributed.passes import evaluating
 from ..errors import HessoError
 from ..hf_models.tiny_model import without_cache
 from ..structures.lora import Adapters, parameters_of
@@ -74,7 +76,7 @@ def turn_stream(
     """Turn a model in memory into the principal axes of its own hidden states; its function stays.
 
     The model is an ordinary dense one of its class afterwards. Parameters keep their identity, so an optimizer may hold
-    them already, but not have stepped.
+    them already, but not have stepped. Where FSDP2 has divided the model, all processes call it, with the same batches.
 
     Args:
         batches: what the model's forward takes, with at least max(16,384, 8 D) tokens that aren't padding; with labels
@@ -137,23 +139,18 @@ def stream_covariance(
             hidden = hidden[mask.to(hidden.device)]
         total.add_(_outer(hidden.reshape(-1, turn.width), turn.centred))
 
-    was_training = model.training
-    model.eval()
-    with _hooked(model, owners, note):
-        try:
-            for batch in batches:
-                mask = batch.get("attention_mask")
-                current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
-                seen += int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel()
-                model(**_on(model.device, batch), **without_cache(model))
-        finally:
-            model.train(was_training)
+    with _hooked(model, owners, note), evaluating(model):
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
+            seen += int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel()
+            model(**_on(model.device, batch), **without_cache(model))
     return total, seen
 
 
 @contextmanager
-def _hooked(model: nn.Module, owners: Iterable[str], note: Callable[..., None]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_pre_hook(note) for name in owners]
+def _hooked(model: nn.Module, owners: Container[str], note: Callable[..., None]) -> Iterator[None]:
+    handles = [m.register_forward_pre_hook(note) for name, m in model.named_modules() if plain_name(name) in owners]
     try:
         yield
     finally:
@@ -224,10 +221,11 @@ def make_gain_uniform_(turn: StreamTurn, parameters: Mapping[str, torch.Tensor],
     if turn.tied_norm is None:
         return [list(range(turn.width))]
     gain = parameters[turn.tied_norm.scale]
-    before = gain.double()
-    blocks = gain_clusters(before.cpu() + turn.tied_norm.shift, clusters)
+    uniform = whole_of(gain).double()
+    blocks = gain_clusters(uniform.cpu() + turn.tied_norm.shift, clusters)
     for block in blocks:
-        gain[block] = before[block].mean().to(gain.dtype)
+        uniform[block] = uniform[block].mean()
+    rewrite_(gain, 0, lambda _: uniform)
     return blocks
 
 
@@ -249,7 +247,7 @@ def _turn_within_(
     """
     coarse = [parameter.dtype for parameter in parameters.values() if parameter.dtype.itemsize < 4]
     changed = list(parameters) if coarse else [turn.tied_norm.scale] if turn.tied_norm else []
-    before = {name: parameters[name].detach().to("cpu", copy=True) for name in changed}
+    before = {name: local(parameters[name].detach()).to("cpu", copy=True) for name in changed}
     lost = measured() if changed else 0.0
     blocks = make_gain_uniform_(turn, parameters, clusters)
     rotation = from_main(principal_rotation(total, turn.centred, blocks))  # sums may differ in the last bit
@@ -258,7 +256,7 @@ def _turn_within_(
     rise = measured() - lost if changed else 0.0
     if not rise <= tolerance:
         for name, values in before.items():
-            parameters[name].copy_(values)
+            local(parameters[name].detach()).copy_(values)
         if turn.tied_norm:
             reason = "the last norm's gains differ too much to turn a model whose embedding is its output matrix too"
             remedy = f"raise `clusters` ({clusters}) or untie the embedding"
@@ -273,12 +271,8 @@ def _turn_within_(
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, batches: Iterable[Any], loss: Loss) -> float:
     """Return the mean of the batches' losses that are finite, without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         found = [float(loss(model, batch)) for batch in batches]
-    finally:
-        model.train(was_training)
     finite = [value for value in found if math.isfinite(value)]
     if not finite:
         raise HessoError("`batches` give no finite loss; give `labels` along, or `loss`")

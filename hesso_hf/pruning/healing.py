@@ -3,11 +3,15 @@
 With X the activations that a matrix W reads, S the units that stay and R the marked ones, W_S takes on W_R B, where
 B = argmin |X_R - X_S B^T|^2 + ridge |B|^2 says the marked units by the others. The matrices are taken in the order of
 the forward pass, each on activations that its healed predecessors make: one forward pass of all examples finds all.
+Where processes hold parts of the matrices, all run the same pass and put one matrix together at a time; the main one
+alone looks, and each takes what belongs to its parts.
 Shapes: N examples, T tokens, C columns of a matrix, O outputs; S and R index columns.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,25 +23,24 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed.collectives import broadcast_, from_main, is_main_process
+from ..distributed.passes import evaluating, gathers_in_hooks
+from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 from .fisher import OutputFisher, output_fisher
 from .ranking import lowest_units
 from .readers import Reader, readers_of
 from .reconstruction import RIDGE, removal_costs
+from .refit import gram_of, healed, said_by_others, solved
 from .saliency import PerUnit, float_sums, no_units
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
 
-RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
-# A smaller one may serve held-out tokens a little better by much larger weights, with which gradients explode. That is
-# worth it where others repeat what goes: there it leaves less than this share of the error.
-SMALL_RIDGE, WORTH_IT = 1e-6, 0.5
-HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
 HEALING_TOKENS = 8192  # that a run heals on, or 16 examples where these have more
-CHUNK = 2048  # tokens that are multiplied at a time
 LONGEST = 512  # tokens of a row: a batch of 16 has as many as are worth reading
 WIDEST = 4  # times the mean length: what is padded is computed too
+_NO_ROOM = "beside what training holds there is no room to look at"
 
 
 class Healer:
@@ -64,6 +67,12 @@ class Healer:
         fewer._told = self._told  # what the one has said the other needn't
         return fewer
 
+    def on(self, model: PreTrainedModel) -> Healer:
+        """Return one that works on the model as an engine has prepared it, which may be another object."""
+        other = copy.copy(self)
+        other._model = model
+        return other
+
     def readers(self, bound: BoundGroups) -> list[Reader]:
         """Return the matrices that are refitted where the units go that they read."""
         return readers_of(self._model, bound)
@@ -74,7 +83,7 @@ class Healer:
         examples = [ids[real.bool()][None] for ids, real in rows]
         modules, found, reason = {r.name: r.module for r in self.readers(bound)}, OutputFisher(), ""
         try:
-            with _looking_at(self._model):
+            with _looking_at(self._model), bound.passes():
                 found = output_fisher(self._model, examples, modules)
             if missing := sorted(modules.keys() - found.rows.keys()):
                 of = f"{len(missing)} of {len(modules)} matrices of {type(self._model).__name__}, such as {missing[0]}"
@@ -82,6 +91,8 @@ class Healer:
         except torch.OutOfMemoryError:
             longest = max(example.numel() for example in examples)
             reason = f"a backward pass of {longest} tokens, beside what training holds, doesn't fit"
+            if bound.sharded:  # the others wait for this process
+                raise HessoError(f"`healing`: {reason}; use 'off'") from None
         except torch.AcceleratorError:  # of whatever was computed before: the device is lost
             raise
         except Exception as error:  # model code may fail with any exception type
@@ -93,30 +104,43 @@ class Healer:
     @torch.no_grad()
     def corrections(
         self, bound: BoundGroups, marked: PerUnit, pruned: PerUnit, fisher: OutputFisher | None = None
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, list[torch.Tensor]]:
         """Return what is to be added to each reader's weight by the time its marked units are at zero.
 
         Args:
             fisher: what `fisher` has found; by default it is looked for.
+
+        Returns:
+            By the reader's name, what belongs to each piece of it that this process holds: all of it where that is one.
         """
-        found: dict[str, torch.Tensor] = {}
         readers, fisher = self.readers(bound), fisher or self.fisher(bound)
+        made: dict[str, torch.Tensor] = {}
+        found: dict[str, list[torch.Tensor]] = {}
         self._name_unread(readers, marked)
 
-        def refit(reader: Reader, rows: torch.Tensor) -> torch.Tensor:
-            gone, weight = reader.columns(marked), reader.weight(bound)
-            stays = ~gone & ~reader.columns(pruned)
+        def refit(reader: Reader, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            gone = reader.columns(marked).to(rows.device)
+            stays = ~gone & ~reader.columns(pruned).to(rows.device)
             counted = fisher.of_tokens(reader.name, rows[self._tokens])
-            said = self._said_by_others(counted, weight[:, gone], gone, stays)
+            said = said_by_others(counted, weight[:, gone], gone, stays)
             if said is not None:
-                correction = torch.zeros_like(weight)
-                correction[:, stays] = (weight[:, gone].to(said.dtype) @ said).to(weight.dtype)
-                found[reader.name] = correction if reader.dim == 1 else correction.T.contiguous()
-            return _healed(rows, said, gone, stays)
+                added = torch.zeros_like(weight)
+                added[:, stays] = (weight[:, gone].to(said.dtype) @ said).to(weight.dtype)
+                made[reader.name] = added if reader.dim == 1 else added.T.contiguous()
+                _leave_out(bound, reader.name, made[reader.name], marked, pruned)
+            return healed(rows, said, gone, stays)
 
-        self._read([reader for reader in readers if bool(reader.columns(marked).any())], refit)
-        for name, correction in found.items():
-            _leave_out(bound, name, correction, marked, pruned)
+        def look(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
+            weight, held = reader.weight(bound), bound.held[reader.name]
+            instead = self._by_main(bound, reader, lambda: refit(reader, weight, rows))
+            if bound.sharded:
+                made.setdefault(reader.name, weight.new_zeros(held.shape))
+                broadcast_([made[reader.name]])
+            if reader.name in made:
+                found[reader.name] = held.pieces_of(made.pop(reader.name))
+            return instead
+
+        self._read(bound, [reader for reader in readers if bool(reader.columns(marked).any())], look)
         return found
 
     @torch.no_grad()
@@ -141,13 +165,13 @@ class Healer:
         found = {name: torch.zeros(shape, dtype=float_sums(bound.device)) for name, shape in shapes.items()}
         seen: set[tuple[str, int]] = set()
 
-        def add(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
-            gram = _gram(fisher.of_tokens(reader.name, rows[self._tokens]))
-            weight = fisher.of_errors(reader.name, reader.weight(bound).to(gram.dtype))
-            leaving = no_units(shapes, bound.device)
+        def add(reader: Reader, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+            gram = gram_of(fisher.of_tokens(reader.name, rows[self._tokens]))
+            weight = fisher.of_errors(reader.name, weight.to(gram.dtype))
+            leaving = no_units(shapes, rows.device)
             for structure, layer, axis in reader.axes:
                 units = axis.layout.expand(torch.arange(shapes[structure][1], device=rows.device), -1)
-                gone = pruned[structure][layer]
+                gone = pruned[structure][layer].to(rows.device)
                 costs = removal_costs(gram, weight, units, gone)
                 found[structure][layer] += costs.to(found[structure].device)
                 seen.add((structure, layer))
@@ -157,15 +181,34 @@ class Healer:
             columns = reader.columns(leaving)
             if not bool(columns.any()):
                 return None
-            stays = ~columns & ~reader.columns(pruned)
-            return _healed(rows, _solve(gram, RIDGE, columns, stays), columns, stays)
+            stays = ~columns & ~reader.columns(pruned).to(rows.device)
+            return healed(rows, solved(gram, RIDGE, columns, stays), columns, stays)
 
-        self._read(self.readers(bound), add)
-        return {
-            name: costs.to(bound.device)
-            for name, costs in found.items()
-            if all((name, layer) in seen for layer in range(len(costs)))
+        def look(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
+            weight = reader.weight(bound)
+            return self._by_main(bound, reader, lambda: add(reader, weight, rows))
+
+        self._read(bound, self.readers(bound), look)
+        judged = {
+            name: costs for name, costs in found.items() if all((name, layer) in seen for layer in range(len(costs)))
         }
+        judged = from_main(judged) if bound.sharded else judged
+        return {name: costs.to(bound.device) for name, costs in judged.items()}
+
+    def _by_main(
+        self, bound: BoundGroups, reader: Reader, work: Callable[[], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """Do what one process does for all where they share the matrices; None where it isn't this one, or has no room.
+
+        Without room the pass must go on there: the other processes are in it too.
+        """
+        if not bound.sharded:
+            return work()
+        try:
+            return work() if is_main_process() else None
+        except torch.OutOfMemoryError:
+            self._warn(f"healing: {_NO_ROOM} {reader.name}: units go unhealed there")
+            return None
 
     def _name_unread(self, readers: list[Reader], marked: PerUnit) -> None:
         """Warn of structures whose units no linear layer reads; channels of the stream are never healed."""
@@ -180,7 +223,9 @@ class Healer:
             self._told.add(message)
             logger.warning(message)
 
-    def _read(self, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]) -> None:
+    def _read(
+        self, bound: BoundGroups, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]
+    ) -> None:
         """Run the model, without its head, on the batch, and show what each reader is given, as far as there is room.
 
         Args:
@@ -193,88 +238,24 @@ class Healer:
             if len(rows) != len(self._tokens):
                 self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens")
                 return args
-            instead = look(reader, rows)
+            with torch.autocast(rows.device.type, enabled=False):
+                instead = look(reader, rows)
             nonlocal looked
             looked += 1
             return args if instead is None else (instead.view_as(args[0]), *args[1:])
 
         handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
         try:
-            with _looking_at(self._model):
-                self._model.base_model(**self._batch, use_cache=False)
-        except torch.OutOfMemoryError:
+            with _looking_at(self._model), bound.passes():
+                _run(self._model, self._batch)
+        except torch.OutOfMemoryError as error:
             left = f"{len(readers) - looked} of {len(readers)} matrices of {type(self._model).__name__}"
-            self._warn(
-                f"healing: beside what training holds there is no room to look at {left}: units go unhealed there"
-            )
+            if bound.sharded:  # the others wait for this process
+                raise HessoError(f"`healing`: {_NO_ROOM} {left}; use 'off'") from error
+            self._warn(f"healing: {_NO_ROOM} {left}: units go unhealed there")
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _said_by_others(
-        self, rows: torch.Tensor, weight: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Return B (R, S), with the ridge that serves held-out tokens best; None where none lowers their error.
-
-        Args:
-            weight: of the marked units, (O, R): errors count by what they do behind it.
-        """
-        held = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        held[::HELD_OUT] = True
-        fit, check = _gram(rows[~held]), _gram(rows[held])
-        weight = weight.to(fit.dtype)
-        unhealed = _error(check, weight, None, gone, stays)
-        errors = {ridge: _error(check, weight, _solve(fit, ridge, gone, stays), gone, stays) for ridge in RIDGES}
-        best = min(errors, key=lambda ridge: errors[ridge])
-        errors[SMALL_RIDGE] = _error(check, weight, _solve(fit, SMALL_RIDGE, gone, stays), gone, stays)
-        if errors[SMALL_RIDGE] < WORTH_IT * errors[best]:
-            best = SMALL_RIDGE
-        if not errors[best] < unhealed:
-            return None
-        return _solve(fit + check, best, gone, stays)
-
-
-def _healed(rows: torch.Tensor, said: torch.Tensor | None, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
-    """Return what an old matrix makes of as the healed one makes of the units that stay.
-
-    Args:
-        said: the marked units by the others, (R, S); None where nothing is refitted.
-    """
-    healed = rows.clone()
-    healed[:, gone] = 0 if said is None else (rows[:, stays].to(said.dtype) @ said.T).to(rows.dtype)
-    return healed
-
-
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """Return X^T X, (C, C)."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=float_sums(rows.device), device=rows.device)
-    for chunk in rows.split(CHUNK):
-        chunk = chunk.float()
-        total += chunk.T @ chunk  # sums of so few tokens are exact enough in fp32
-    return total
-
-
-def _solve(gram: torch.Tensor, ridge: float, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
-    """Return the ridge regression of the marked columns on the others, (R, S)."""
-    among = gram[stays][:, stays]
-    among.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    factor, failed = torch.linalg.cholesky_ex(among)
-    if bool(failed):  # columns that repeat each other, and a small ridge
-        return torch.zeros(int(gone.sum()), int(stays.sum()), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(gram[stays][:, gone], factor).T
-
-
-def _error(
-    gram: torch.Tensor, weight: torch.Tensor, said: torch.Tensor | None, gone: torch.Tensor, stays: torch.Tensor
-) -> float:
-    """Return the squared error behind the matrix, summed over tokens and outputs."""
-    of_gone = gram[gone][:, gone]
-    total = ((weight @ of_gone) * weight).sum()
-    if said is not None:
-        refitted = weight @ said
-        total = total - 2 * ((weight @ gram[gone][:, stays]) * refitted).sum()
-        total = total + ((refitted @ gram[stays][:, stays]) * refitted).sum()
-    return float(total)
 
 
 def _leave_out(bound: BoundGroups, name: str, correction: torch.Tensor, marked: PerUnit, pruned: PerUnit) -> None:
@@ -282,19 +263,23 @@ def _leave_out(bound: BoundGroups, name: str, correction: torch.Tensor, marked: 
     for structure, layer, axis in bound.axes[name]:
         if structure in marked:
             gone = marked[structure][layer] | pruned[structure][layer]
-            correction.mul_(axis.spread((~gone).to(correction.dtype), correction.dim()))
+            correction.mul_(axis.spread((~gone).to(correction), correction.dim()))
+
+
+def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Run a model up to its last reader."""
+    if not gathers_in_hooks(model):
+        model.base_model(**batch, use_cache=False)
+        return
+    # what lies in no layer is gathered where the whole model is called: its head is computed, of as little as may be
+    one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+    model(**batch, use_cache=False, **one)
 
 
 @contextmanager
 def _looking_at(model: nn.Module) -> Iterator[None]:
-    training = {module for module in model.modules() if module.training}
-    model.eval()
-    try:
-        with attention_in_fp32(model), ieee_fp32():  # a ridge of 1e-6 means nothing to TF32
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), attention_in_fp32(model), ieee_fp32():  # a ridge of 1e-6 means nothing to TF32
+        yield
 
 
 def unreadable(examples: list[Mapping[str, Any]]) -> str:

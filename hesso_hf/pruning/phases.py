@@ -57,7 +57,7 @@ class Run:
         """Have what the marked units say refitted into the others, which take it on as the period goes along."""
         if self.healer is not None and self.config.healing != "off":
             found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned(), fisher)
-            self.state.healing = self.bound.from_main(found)
+            self.state.healing = found if self.bound.sharded else self.bound.from_main(found)
 
     def new_trial(self) -> CricTrial | None:
         """Return CRIC before its first cycle, with as many samples as the schedule says; None without CRIC."""

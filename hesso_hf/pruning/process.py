@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
-from ..errors import HessoError
 from ..export.decision import Compaction
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.lora import NO_ADAPTERS, Adapters
@@ -151,17 +150,13 @@ class PruningProcess:
         self.run.centre()
 
     def heal_with(self, healer: Healer) -> None:
-        """Have marked units' contributions refitted into those that stay, from the next period on.
-
-        Raises:
-            HessoError: where parameters are divided among processes.
-        """
-        if self.bound.sharded:
-            raise HessoError("healing needs whole matrices, which FSDP and DeepSpeed don't have; leave it out")
+        """Have marked units' contributions refitted into those that stay, from the next period on."""
         self.run.healer = healer
 
     def healed_base(self) -> dict[str, torch.Tensor]:
         """Return frozen matrices that aren't as the base on disk has them, which nothing else in a checkpoint holds."""
+        if self.bound.sharded:  # their checkpoints hold frozen weights too
+            return {}
         cut, begun = self.state.compaction is not None, self.step > self.schedule.periods[0].start
         names = self._changed if cut else self._healed() if begun else []
         return {name: self.bound.parameters[name] for name in names if not self.bound.parameters[name].requires_grad}

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..distributed.parts import plain_name
 from ..structures.groups import Axis
 from .saliency import PerUnit
 from .weights.bound_groups import BoundGroups
@@ -31,14 +32,14 @@ class Reader:
         return torch.stack(chosen).any(0)
 
     def weight(self, bound: BoundGroups) -> torch.Tensor:
-        """Return its weight, adapters included, as (O, C)."""
-        weight = bound.effective(self.name)
+        """Return its whole weight, adapters included, as (O, C); where processes hold parts of it all call it."""
+        weight = bound.whole(self.name)
         return weight if self.dim == 1 else weight.T
 
 
 def readers_of(model: nn.Module, bound: BoundGroups) -> list[Reader]:
     """Return the linear layers whose input is made of units: down projections and attention outputs."""
-    modules = dict(model.named_modules())
+    modules = {plain_name(name): module for name, module in model.named_modules()}
     found = []
     for name, axes in bound.axes.items():
         module = modules.get(name.removesuffix(".weight"))

@@ -43,7 +43,8 @@ class PruningState:
         watch: on the loss.
         trial: CRIC's sets, sums and snapshot; None without CRIC.
         period_start: snapshot of the period's start, while it may be paused.
-        healing: what is added to matrices in this period, by parameter, all its steps together.
+        healing: what is added to matrices in this period, all its steps together: by parameter, what belongs to each
+            piece that this process holds.
         compaction: that the pruned units were cut out of the model; None while it has them.
         judged: (L, U) per structure: each unit's score when it was last judged, by which a pruned one went; for the
             report alone.
@@ -60,7 +61,7 @@ class PruningState:
     step: int = 0
     order: PerUnit | None = None
     period_start: Snapshot | None = None
-    healing: dict[str, torch.Tensor] = field(default_factory=dict)
+    healing: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     compaction: Compaction | None = None
     judged: PerUnit = field(default_factory=dict)
 
@@ -99,7 +100,8 @@ class PruningState:
     def to_(self, device: torch.device) -> None:
         """Move all tensors to another device; snapshots stay where they are."""
         self.scales, self.redundant = on_device(self.scales, device), on_device(self.redundant, device)
-        self.sums.sums, self.healing = on_device(self.sums.sums, device), on_device(self.healing, device)
+        self.sums.sums = on_device(self.sums.sums, device)
+        self.healing = {name: [piece.to(device) for piece in pieces] for name, pieces in self.healing.items()}
         self.order = None if self.order is None else on_device(self.order, device)
         self.judged = on_device(self.judged, device)
         if self.trial is not None:
@@ -108,8 +110,8 @@ class PruningState:
     def to_dict(self, bound: BoundGroups) -> dict[str, Any]:
         """Return tensors and plain containers only, as `torch.load(weights_only=True)` reads them.
 
-        Where parameters are sharded all processes call it, since sums are added up, and a snapshot in it holds this
-        process' parts.
+        Where parameters are sharded all processes call it, since sums are added up; snapshots and healing in it are
+        this process' parts.
         """
         return {
             "format": FORMAT,
@@ -167,7 +169,10 @@ class PruningState:
         order = saved["order"]
         self.order = None if order is None else {name: score.to(bound.device) for name, score in order.items()}
         self.watch.load_state_dict(saved["watch"])
-        self.healing = {name: added.to(bound.device) for name, added in saved.get("healing", {}).items()}
+        self.healing = {
+            name: [piece.to(bound.device) for piece in ([found] if isinstance(found, torch.Tensor) else found)]
+            for name, found in saved.get("healing", {}).items()  # one whole matrix each, in earlier code
+        }
         self.judged = {name: score.to(bound.device) for name, score in saved.get("judged", {}).items()}
 
     def load_snapshots(self, saved: Mapping[str, Any], bound: BoundGroups, base: Optimizer, on_cpu: bool) -> None:

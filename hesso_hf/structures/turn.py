@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from ..distributed.parts import rewrite_, whole_of
 from ..errors import UnsupportedStructureError
 from .groups import AxisName
 from .lora import Adapters
@@ -95,24 +97,25 @@ class StreamTurn(TurnScheme):
     def fold_gains_(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Put every gain into what reads its norm, in place; the gain of a tied last norm stays.
 
-        A norm's bias is divided by the gain; where that is almost nothing it goes into the readers' own biases.
+        A norm's bias is divided by the gain; where that is almost nothing it goes into the readers' own biases. Where
+        processes hold parts of the parameters, all call this, as everything here.
 
         Raises:
             UnsupportedStructureError: where a reader has none then; nothing is changed.
         """
         self.check_gains(parameters)
         for norm in self.norms:
-            gain, closed = parameters[norm.scale].double() + norm.shift, _closed(norm, parameters)
+            gain, closed = whole_of(parameters[norm.scale]).double() + norm.shift, _closed(norm, parameters)
             for name, dim in norm.readers:
                 if closed.any() and (bias := _bias_of(name, dim, parameters)) is not None:
-                    moved = torch.where(closed, parameters[norm.offset].double(), 0.0)
-                    bias.copy_(bias.double() + parameters[name].double().movedim(dim, -1) @ moved)
-                scaled = parameters[name].double().movedim(dim, -1) * gain
-                parameters[name].copy_(scaled.movedim(-1, dim))
+                    moved = torch.where(closed, whole_of(parameters[norm.offset]).double(), 0.0)
+                    added = whole_of(parameters[name]).double().movedim(dim, -1) @ moved
+                    rewrite_(bias, 0, partial(_added, added=added))
+                rewrite_(parameters[name], dim, partial(_scaled, dim=dim, factors=gain))
             parameters[norm.scale].fill_(1.0 - norm.shift)
             if norm.offset:
-                left = torch.where(closed, 0.0, parameters[norm.offset].double())
-                parameters[norm.offset].copy_(left / torch.where(closed | (gain == 0), 1.0, gain))
+                left = torch.where(closed, 0.0, 1.0 / torch.where(closed | (gain == 0), 1.0, gain))
+                rewrite_(parameters[norm.offset], 0, partial(_scaled, dim=0, factors=left))
 
     def check_gains(self, parameters: Mapping[str, torch.Tensor]) -> None:
         """Refuse what `fold_gains_` can't do, before anything is changed.
@@ -141,16 +144,24 @@ class StreamTurn(TurnScheme):
         norms = (*self.norms, self.tied_norm) if self.tied_norm else self.norms
         offsets = [norm.offset for norm in norms if norm.offset]
         for name, dim in (*self.axes, *((name, 0) for name in offsets)):
-            parameter = parameters[name]
-            turned = _rotated(parameter.double().movedim(dim, -1), rotation.to(parameter.device, torch.float64))
-            parameter.copy_(turned.movedim(-1, dim))
+            rewrite_(parameters[name], dim, partial(_rotated, dim=dim, rotation=rotation))
 
 
-def _rotated(values: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotate along the last dimension: runs of the channels, of copies of the stream; behind them what isn't of it."""
+def _added(values: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    return values.double() + added
+
+
+def _scaled(values: torch.Tensor, dim: int, factors: torch.Tensor) -> torch.Tensor:
+    return (values.double().movedim(dim, -1) * factors).movedim(-1, dim)
+
+
+def _rotated(values: torch.Tensor, dim: int, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate along a dimension: runs of the channels, of copies of the stream; behind them what isn't of it."""
+    values, rotation = values.double().movedim(dim, -1), rotation.to(values.device, torch.float64)
     runs = values.shape[-1] // len(rotation)
     along, rest = values.tensor_split([runs * len(rotation)], dim=-1)
-    return torch.cat([(along.unflatten(-1, (runs, -1)) @ rotation).flatten(-2), rest], dim=-1)
+    turned = (along.unflatten(-1, (runs, len(rotation))) @ rotation).flatten(-2)
+    return torch.cat([turned, rest], dim=-1).movedim(-1, dim)
 
 
 def _named(norm: NormScheme, named: Mapping[str, Mapping[str, list[str]]], layer: str) -> NormScheme:
@@ -168,10 +179,10 @@ def _named(norm: NormScheme, named: Mapping[str, Mapping[str, list[str]]], layer
 
 def _closed(norm: NormScheme, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return which channels of a norm, bool (D,), have a bias and almost no gain to divide it by."""
-    gain = (parameters[norm.scale].double() + norm.shift).abs()
+    gain = (whole_of(parameters[norm.scale]).double() + norm.shift).abs()
     if not norm.offset:
         return torch.zeros_like(gain, dtype=torch.bool)
-    return (gain < _LEAST_GAIN * gain.max()) & (parameters[norm.offset] != 0)
+    return (gain < _LEAST_GAIN * gain.max()) & (whole_of(parameters[norm.offset]) != 0)
 
 
 def _bias_of(name: str, dim: int, parameters: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

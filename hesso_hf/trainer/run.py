@@ -37,7 +37,7 @@ from .dense import warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
-from .stream import GIVEN, settle_in_basis
+from .stream import settle_in_basis
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
@@ -133,15 +133,23 @@ class PruningRun:
             self.plan = _prepared(self._trainer, self.whole, self._config)
         if self.first_state is None:
             self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer)
-        process = self.plan.process(self._settle())
+        process = self._process(self._settle())
         warn_where_saved(self)
-        if self._healer is not None:
-            process.heal_with(self._healer)
         if self._config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
                 self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
             )
         return process
+
+    def _process(self, schedule: Schedule) -> PruningProcess:
+        process = self.plan.process(schedule)
+        if self._healer is not None:
+            process.heal_with(self._healer.on(self.model))
+        return process
+
+    def renewed(self) -> PruningProcess:
+        """Make the pruning state anew, as it began, on the parameters that the engine has put in the model."""
+        return self._process(self.process.schedule)
 
     def _settle(self) -> Schedule:
         """Fix sizes and schedule: a checkpoint's, or those of the first state, else by measuring and counting."""
@@ -156,14 +164,8 @@ class PruningRun:
         self.teaching.begin(schedule.total_steps)
         if first is not None:  # sizes and basis are settled
             return schedule
-        if engine.measures_shards:
-            if self._config.stream_basis == "auto":
-                logger.warning(f"{GIVEN}: it takes the whole model on every process, which FSDP doesn't have")
-            return schedule
-        with engine.computing(self.model) as hindrance:
-            self.basis = settle_in_basis(
-                self.plan, self.model, self.measurer, self.settle_sizes, self._config, hindrance
-            )
+        if not engine.measures_shards:
+            self.settle()
         return schedule
 
     def _settle_from(self, folder: Path) -> Schedule:
@@ -206,7 +208,14 @@ class PruningRun:
         *_, max_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
         return max_steps
 
-    def settle_sizes(self) -> None:
+    def settle(self) -> None:
+        """Choose the basis and measure the split between structures, through the engine's `measure`."""
+        with self._engine().computing(self.model) as hindrance:
+            self.basis = settle_in_basis(
+                self.plan, self.model, self.measurer, self._settle_sizes, self._config, hindrance
+            )
+
+    def _settle_sizes(self) -> None:
         """Measure the split between structures, and take what the main process found."""
         self.plan.settle(lambda: self._engine().measure(self.model, self.curves))
         target, *rungs = from_main([self.plan.target, *self.plan.rungs])
@@ -215,7 +224,7 @@ class PruningRun:
 
     def curves(self) -> LossCurves:
         """Measure what each structure costs."""
-        healer = self._healer.fewer(TRIAL_TOKENS) if self._healer is not None else None
+        healer = self._healer.on(self.model).fewer(TRIAL_TOKENS) if self._healer is not None else None
         return self.measurer.curves(self.model, self.plan.groups, healer)
 
     # -- on the way -----------------------------------------------------------------------------------------------
@@ -276,7 +285,7 @@ def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:
 def _make_healer(model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer) -> Healer | None:
     if config.healing == "off" and RECONSTRUCTION not in config.saliency_weights:
         return None
-    if reason := _why_not_healed(model, engine, measurer):
+    if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
         return None
     return Healer(model, padded(measurer.tokens(HEALING_TOKENS, between=True), engine.args.device))
@@ -288,10 +297,8 @@ def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> Prunin
     return PruningPlan.prepare(model, config, trainer.args.device, dtype)
 
 
-def _why_not_healed(model: PreTrainedModel, engine: Engine, measurer: Measurer) -> str:
+def _why_not_healed(model: PreTrainedModel, measurer: Measurer) -> str:
     """Return why nothing can be healed, "" where it can."""
-    if engine.measures_shards:
-        return "it needs whole matrices, which FSDP and DeepSpeed don't have"
     if model.config.is_encoder_decoder:
         return "it knows one stack of layers, not an encoder with a decoder"
     return measurer.why_none() or unreadable(measurer.examples(4))

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..distributed.parts import local, named_parameters
 from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
 from ..hf_models.tiny_model import attention_in_fp32
@@ -44,8 +45,8 @@ def settle_in_basis(
         settle()
         if not _channels_go(plan):
             return None
-    kept = model.named_parameters() if wanted == "auto" else ()
-    before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in kept}
+    kept = named_parameters(model).items() if wanted == "auto" else ()
+    before = {name: local(parameter.detach()).to("cpu", copy=True) for name, parameter in kept}
     try:
         if not pruned:
             raise HessoError("no channel of the stream is pruned")
@@ -65,8 +66,8 @@ def settle_in_basis(
         logger.info(f"the stream is turned into its principal axes; energy of the first channels: {basis.energy}")
         return basis
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(before[name])
+        for name, parameter in named_parameters(model).items():
+            local(parameter.detach()).copy_(before[name])
     logger.info(f"{GIVEN}: none of its channels goes")
     return None
 

@@ -27,11 +27,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "one-plus-w": {"steps": 16, "kind": "gemma2"},
     "layer-norm": {"steps": 16, "kind": "phi"},
     "cric": {"steps": 14, "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2},
+    "healed": {"steps": 16, "heal": True},
+    "healing": {"steps": 4, "heal": True},  # the first period's first step
 }  # fmt: skip
 
 SUMMED: dict[str, Any] = {"saliency_batches": 3}  # of steps 1, 2 and 3
 PAUSING: dict[str, Any] = {
-    "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, "on_collapse": "pause",
+    "cric": True, "cric_sampling_steps": 3, "cric_max_cycles": 2, "on_collapse": "pause", "heal": True,
+}  # fmt: skip
+TURNS: dict[str, dict[str, Any]] = {
+    "untied": {}, "tied": {"tie_word_embeddings": True}, "centred": {"kind": "phi"},
 }  # fmt: skip
 STEPS = 14
 SAVED_AFTER = (4, 5, 9)  # twice in a cycle, once while units shrink
@@ -65,6 +70,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(("train_and_save", f"saved-{step}", {"steps": step, **PAUSING}) for step in SAVED_AFTER),
         *(("load_and_train", f"from-{s}", resumed(folder, f"saved-{s}", STEPS - s, **PAUSING)) for s in SAVED_AFTER),
     ]
+    jobs += [("turn", f"turned-{name}", options) for name, options in TURNS.items()]
     sharded_jobs = [(job, folder / name, {"mesh": "shard", **options}) for job, name, options in jobs]
     exports = [("export", folder / "exports" / name, options) for name, options in EXPORTS.items()]
     launch(folder, [*sharded_jobs, *exports, ("forget_the_pruning_state", folder / "forgotten", {})])
@@ -94,6 +100,24 @@ def test_two_processes_that_hold_half_each_equal_one(name: str, two: Path, tmp_p
         assert_same(found, alone)
         assert found["cric"] == alone["cric"]
         assert bool(found["cric"]) == (name == "cric")
+        assert found["healing"].keys() == alone["healing"].keys()
+        assert bool(found["healing"]) == (name == "healing")
+        for matrix, expected in alone["healing"].items():
+            assert expected.any()
+            assert (found["healing"][matrix] - expected).abs().max() <= 1e-6, matrix
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_shards_are_turned_as_whole_parameters_are(name: str, two: Path, tmp_path: Path) -> None:
+    sharded.turn(tmp_path, None, **TURNS[name])
+    (alone,) = results(tmp_path, 1)
+    for found in results(two / f"turned-{name}"):
+        assert found["basis"] == alone["basis"]
+        before, after = found["logits"]
+        assert name == "tied" or (after - before).abs().max() <= 1e-5 * before.abs().max()
+        assert (after - alone["logits"][1]).abs().max() <= 1e-5 * before.abs().max()
+        for parameter, weight in alone["weights"].items():
+            assert (found["weights"][parameter] - weight).abs().max() <= 1e-4 * weight.abs().max(), parameter
 
 
 def test_communication_is_one_sum_one_decision_and_one_checksum_a_scoring(two: Path) -> None:
@@ -123,6 +147,7 @@ REPLICATED: dict[str, dict[str, Any]] = {
     "shrinking": {"steps": 5},
     "centred": {"steps": 16, "kind": "phi"},
     "summed": {"steps": 3, "saliency_batches": 3},
+    "healed": {"steps": 8, "heal": True},
 }  # fmt: skip
 
 
@@ -153,8 +178,9 @@ def test_a_sharded_run_goes_on_bit_for_bit(step: int, two: Path) -> None:
         assert found["cric"] == straight["cric"]
 
 
-def test_a_sharded_run_goes_on_with_one_process(two: Path, tmp_path: Path) -> None:
-    sharded.load_and_train(tmp_path, mesh=None, **resumed(two, "saved-5", STEPS - 5, **PAUSING))
+@pytest.mark.parametrize("step", [5, 9])
+def test_a_sharded_run_goes_on_with_one_process(step: int, two: Path, tmp_path: Path) -> None:
+    sharded.load_and_train(tmp_path, mesh=None, **resumed(two, f"saved-{step}", STEPS - step, **PAUSING))
     straight, (found,) = results(two / "straight")[0], results(tmp_path, 1)
     assert_same(found, straight)
     assert found["cric"] == straight["cric"]

@@ -64,8 +64,9 @@ ROUTED: dict[str, Any] = {
 } | SAVED
 DEEP: dict[str, Any] = {"hesso": {"structures": ["layers"], "target_sizes": {"num_hidden_layers": 1}}} | SAVED
 UNEVEN: dict[str, Any] = {"hesso": RATIO | {"layer_widths": "per_layer"}} | SAVED
+HEALED: dict[str, Any] = {"healing": "auto"}  # and units scored by reconstruction
 TURNED: dict[str, Any] = {"stream_basis": "principal"}
-LADDER: dict[str, Any] = {"hesso": RATIO | TURNED | {"export_at": [0.15], "ladder_recovery": 1}}
+LADDER: dict[str, Any] = {"hesso": RATIO | TURNED | HEALED | {"export_at": [0.15], "ladder_recovery": 1}}
 REPLAYED: dict[str, Any] = {"hesso": LADDER["hesso"] | {"replay_share": 0.5}, "window": 10}
 HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -231,6 +232,8 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", BASIC)
 def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Path, tmp_path: Path) -> None:
     assert result(basic / name)["basis"]["tokens"] >= 512
+    halfway = torch.load(basic / name / "out" / "checkpoint-6" / FOLDER / SHARED_NAME, weights_only=True)
+    assert halfway["healing"], "nothing is healed in the second period"
     assert_equal_one(name, basic)
     for rank in range(2):
         assert_same(result(basic / f"{name}-again", rank), result(basic / name, rank), 0.0)

@@ -102,7 +102,7 @@ def healed(place: str) -> dict[str, torch.Tensor]:
     assert fisher.rows.keys() == {reader.name for reader in healer.readers(bound)}, "a backward pass failed"
     found = {f"norms of {name}": norms for name, norms in fisher.norms.items()}
     found |= {f"costs of {name}": costs for name, costs in healer.costs(bound, pruned, fisher=fisher).items()}
-    found |= healer.corrections(bound, marked, pruned, fisher)
+    found |= {name: whole for name, (whole,) in healer.corrections(bound, marked, pruned, fisher).items()}
     assert {value.device.type for value in found.values()} == {torch.device(place).type}
     return {name: value.cpu() for name, value in found.items()}
 

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
-from hesso_hf.pruning import healing
+from hesso_hf.pruning import healing, refit
 from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.fisher import DAMPING
 from hesso_hf.pruning.healing import Healer, padded, unreadable
@@ -21,6 +21,7 @@ from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
 from hesso_hf.pruning.readers import readers_of
 from hesso_hf.pruning.reconstruction import RIDGE
+from hesso_hf.pruning.refit import said_by_others
 from hesso_hf.pruning.saliency import PerUnit
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of
@@ -47,7 +48,7 @@ def none_of(bound: BoundGroups) -> PerUnit:
     return {name: torch.zeros(shape, dtype=torch.bool) for name, shape in bound.shapes().items()}
 
 
-def leave_(bound: BoundGroups, marked: PerUnit, corrections: dict[str, torch.Tensor]) -> None:
+def leave_(bound: BoundGroups, marked: PerUnit, corrections: dict[str, list[torch.Tensor]]) -> None:
     """Do at once what a period does along its steps."""
     bound.add_(corrections, 1.0)
     bound.mask_weights_(marked)
@@ -106,7 +107,7 @@ def activations(model: PreTrainedModel, module: torch.nn.Module, batch: dict[str
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["linear", "conv1d"])
 def test_a_correction_is_the_ridge_regression_on_the_tokens_that_count(make: Any, monkeypatch: pytest.MonkeyPatch):
     """The first layer's, whose activations don't depend on others' healing; the rest of a padded row counts nothing."""
-    monkeypatch.setattr(healing, "RIDGES", (0.1,))
+    monkeypatch.setattr(refit, "RIDGES", (0.1,))
     model, batch = make(seed=5), tokens()
     batch["attention_mask"][3:7, 15:] = 0
     bound = bound_to(model)
@@ -115,7 +116,7 @@ def test_a_correction_is_the_ridge_regression_on_the_tokens_that_count(make: Any
     marked[CHANNELS][0, [1, 4, 7]] = True
     pruned[CHANNELS][0, [0, 2]] = True
     healer = Healer(model, batch)
-    found, norms = healer.corrections(bound, marked, pruned)[reader.name], healer.fisher(bound).norms[reader.name]
+    (found,), norms = healer.corrections(bound, marked, pruned)[reader.name], healer.fisher(bound).norms[reader.name]
     counts = (norms / norms.mean() + DAMPING) / (1 + DAMPING)  # of the errors of each token
     assert len(counts) == 16 * 24 - 4 * 9
     assert float(counts.max()) > 2 * float(counts.min())
@@ -145,17 +146,16 @@ def test_later_matrices_are_fitted_to_what_healed_ones_make():
     second = none_of(bound)
     second[CHANNELS][1] = marked[CHANNELS][1]
     after = healer.corrections(bound, second, none_of(bound), fisher)
-    name = "model.layers.1.mlp.down_proj.weight"
-    assert (together[name] - after[name]).abs().max() <= 1e-4 * after[name].abs().max()
+    (found,), (expected,) = (those["model.layers.1.mlp.down_proj.weight"] for those in (together, after))
+    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_noise_is_left_alone():
     """Where no unit says anything of another, the held-out tokens are not said better by any ridge."""
-    healer = Healer(tiny_llama(), tokens())
     rows = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
     gone = torch.zeros(48, dtype=torch.bool)
     gone[:4] = True
-    assert healer._said_by_others(rows, torch.randn(6, 4), gone, ~gone) is None
+    assert said_by_others(rows, torch.randn(6, 4), gone, ~gone) is None
 
 
 def test_of_units_that_repeat_each_other_one_costs_little() -> None:
@@ -195,7 +195,7 @@ def test_later_layers_are_judged_where_the_cheapest_of_earlier_ones_are_gone_and
     assert float((costs[CHANNELS][1] - plain[CHANNELS][1]).abs().max()) > 1e-3 * float(plain[CHANNELS][1].max())
     marked = none_of(bound)
     marked[CHANNELS][0, costs[CHANNELS][0].argsort()[:9]] = True
-    monkeypatch.setattr(healing, "RIDGES", (RIDGE,))  # that costs are measured with
+    monkeypatch.setattr(refit, "RIDGES", (RIDGE,))  # that costs are measured with
     found = healer.corrections(bound, marked, none_of(bound), fisher)
     with torch.no_grad():
         bound.add_(found, 1.0)
@@ -276,7 +276,7 @@ def test_units_take_the_correction_on_as_the_marked_ones_shrink():
     optimizer = run(model, healed=True)
     step(model, optimizer, 1)
     process = optimizer.process
-    correction = process.state.healing[name].clone()
+    correction = process.state.healing[name][0].clone()
     stays = ~process.redundant[CHANNELS][1]
     rows = ~process.redundant[STREAM][0]
     assert correction[:, ~stays].abs().max() == 0
@@ -358,14 +358,15 @@ def test_without_room_what_was_healed_stays_and_the_rest_is_named(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gram(rows)
 
-    gram = healing._gram
-    monkeypatch.setattr(healing, "_gram", one_alone)
+    gram = refit.gram_of
+    for module in (refit, healing):
+        monkeypatch.setattr(module, "gram_of", one_alone)
     with caplog.at_level(logging.WARNING, "hesso_hf"):
         found = healer.corrections(bound, marked, none_of(bound))
         assert healer.costs(bound, none_of(bound)) == {}
     name = min(whole)
     assert found.keys() == {name}
-    assert torch.equal(found[name], whole[name])
+    assert torch.equal(found[name][0], whole[name][0])
     assert "no room to look at 1 of 2 matrices of LlamaForCausalLM" in caplog.text
     assert "no room to look at 4 of 4 matrices of LlamaForCausalLM" in caplog.text
 
@@ -403,7 +404,6 @@ def test_weights_grow_only_where_others_repeat_what_goes(noise: float, repeats: 
     rows[:, 1] = rows[:, 0] + difference
     rows[:, 5] = 100 * difference + noise * torch.randn(400, generator=generator) + (0 if repeats else 1.5 * rows[:, 2])
     gone = torch.tensor([False] * 5 + [True])
-    healer = Healer(tiny_llama(), tokens())
-    said = healer._said_by_others(rows, torch.ones(3, 1), gone, ~gone)
+    said = said_by_others(rows, torch.ones(3, 1), gone, ~gone)
     assert said is not None
     assert (float(said.abs().max()) > 50) == repeats

@@ -93,7 +93,7 @@ def test_a_pruned_unit_keeps_the_score_that_it_went_by() -> None:
 
 def test_every_field_is_saved() -> None:
     process = process_for(tiny_llama(), KEPT, Schedule(1, 2, 1, 3))
-    process.state.healing = {"a matrix": torch.zeros(2)}  # is saved where there is some
+    process.state.healing = {"a matrix": [torch.zeros(2)]}  # is saved where there is some
     process.state.compaction = Compaction(2, 0.0, 10, {}, process.kept_units())  # and this
     process.state.judged = {"mlp_channels": torch.zeros(2, 44)}  # and this
     assert {field.name for field in dataclasses.fields(PruningState)} <= process.state_dict().keys()

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from hesso_hf import HessoConfig, HessoOptimizer, export_pruned
-from hesso_hf.distributed.parts import part_of
+from hesso_hf.distributed.parts import like_parameter, named_parameters, part_of
 from hesso_hf.engines.fsdp import export as shard_export
 from hesso_hf.engines.fsdp.export import ShardedSource, Writers
 from hesso_hf.engines.fsdp.state import load_pruning_state, save_pruning_state
@@ -29,6 +29,9 @@ from hesso_hf.export import publish
 from hesso_hf.export.decision import NOTHING_CUT, Decision
 from hesso_hf.export.report import PruningReport
 from hesso_hf.export.write import DTYPES, Output, write_pruned, write_uncut
+from hesso_hf.hf_models.tiny_model import logits_of
+from hesso_hf.pruning.basis import turn_stream
+from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
 from hesso_hf.structures.groups import KeptUnits
@@ -52,9 +55,12 @@ class Run:
 
     Args:
         mesh: how the processes are laid out, "shard" or "replicate_shard"; None for no sharding.
+        heal: whether what stays is refitted.
     """
 
-    def __init__(self, kind: str = "llama", mesh: str | None = None, layers: int = 2, **config: Any) -> None:
+    def __init__(
+        self, kind: str = "llama", mesh: str | None = None, layers: int = 2, heal: bool = False, **config: Any
+    ) -> None:
         self.model = MODELS[kind](seed=5, **({"num_hidden_layers": layers} if layers != 2 else {})).train()
         sizes = PHI_SIZES if kind == "phi" else SIZES
         self.config = HessoConfig(**({"target_sizes": sizes, "saliency_batches": 2} | config))
@@ -64,6 +70,8 @@ class Run:
         # a key bias has a gradient of zero but for rounding, which Adam's usual epsilon would blow up to a full step
         base = torch.optim.AdamW(self.model.parameters(), lr=2e-3, weight_decay=0.1, eps=1e-4)
         self.optimizer = HessoOptimizer(base, self.plan.process(CRIC if self.config.cric else HESSO))
+        if heal:
+            self.optimizer.process.heal_with(Healer(self.model, read(20)))
         self.losses: list[float] = []
         self.collectives: list[int] = []
 
@@ -90,7 +98,11 @@ class Run:
             "norm": self.optimizer.process.redundant_norm(),
             "sums": self.optimizer.process.state_dict()["sums"],
             "cric": self._cric(),
+            "healing": {name: self._whole(name, *held) for name, held in self.optimizer.process.state.healing.items()},
         }
+
+    def _whole(self, name: str, piece: torch.Tensor) -> torch.Tensor:
+        return whole(like_parameter(piece, self.optimizer.process.bound.parameters[name]))
 
     def _cric(self) -> dict[str, Any]:
         """Return which units CRIC tried and corrected, without the values on the way."""
@@ -98,6 +110,12 @@ class Run:
         return {
             name: {key: value for key, value in found.items() if key != "paths"} for name, found in structures.items()
         }
+
+
+def read(rows: int) -> dict[str, torch.Tensor]:
+    """Return tokens to look at a model by, the same on all processes."""
+    ids = torch.randint(3, VOCAB, (rows, 24), generator=torch.Generator().manual_seed(rows))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class Collectives:
@@ -146,6 +164,22 @@ def train(folder: Path, steps: int, mesh: str | None, kind: str = "llama", **con
     for _ in range(steps):
         run.step()
     torch.save(run.result(), folder / f"rank{dist.get_rank() if dist.is_initialized() else 0}.pt")
+
+
+def turn(folder: Path, mesh: str | None, kind: str = "llama", **changes: Any) -> None:
+    """Turn a model into its principal axes; leave its weights, how it was turned, and logits before and after."""
+    model = MODELS[kind](seed=5, **changes)
+    if mesh:
+        shard_(model, mesh)
+    ids, before = read(2)["input_ids"], {name: p.requires_grad for name, p in model.named_parameters()}
+    logits = [logits_of(model, ids)]
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in read(100)["input_ids"]]
+    basis = turn_stream(model, batches, tolerance=1.0)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+    logits.append(logits_of(model, ids))
+    weights = {name: whole(p.detach()) for name, p in named_parameters(model).items()}
+    found = {"weights": weights, "basis": basis.to_dict(), "logits": logits}
+    torch.save(found, folder / f"rank{dist.get_rank() if dist.is_initialized() else 0}.pt")
 
 
 def train_and_save(folder: Path, steps: int, mesh: str | None, kind: str = "llama", **config: Any) -> None:

@@ -194,12 +194,12 @@ def said_of_spoilt(run: HessoTrainer, target: Path) -> str:
 def said_without_room(run: HessoTrainer, where: Path) -> dict[str, str]:
     """Save the small model where memory runs out on one process, by where it does; return what is said of it there."""
     from hesso_hf.engines import streamed
-    from hesso_hf.engines.deepspeed import export, holdings
+    from hesso_hf.engines.deepspeed import export, gathering
 
     count, said = len(list(run.hesso_run.model.parameters())), {}
     for name, module, attribute, at, process in (
-        ("streamed", holdings, "room_for", 3, 1), ("filled", streamed, "set_parameter", 12, 0),
-        ("together", holdings, "room_for", count + 3, 1), ("cut", export, "cut_part", 3, 0),
+        ("streamed", gathering, "room_for", 3, 1), ("filled", streamed, "set_parameter", 12, 0),
+        ("together", gathering, "room_for", count + 3, 1), ("cut", export, "cut_part", 3, 0),
     ):  # fmt: skip
         plain = getattr(module, attribute)
         failing = functools.partial(
@@ -230,7 +230,7 @@ def weights(run: HessoTrainer) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
     import deepspeed
 
-    from hesso_hf.engines.deepspeed.holdings import whole_fp32
+    from hesso_hf.engines.deepspeed.gathering import whole_fp32
 
     found = {name: whole_fp32(p).clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():

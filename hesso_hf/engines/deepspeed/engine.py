@@ -19,7 +19,7 @@ from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
 from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
-from ..engine import Engine, Run, refuse_adapters, write_divided
+from ..engine import Engine, Run, refuse_where_divided, write_divided
 from .export import ZeroSource, loading_whole
 from .holdings import divide_frozen
 from .state import (
@@ -52,7 +52,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
     def refuse(self, adapters: bool) -> None:
         """Refuse what ZeRO doesn't allow, and what needs a whole model."""
         refuse_zero(self._settings, self.config)
-        refuse_adapters(adapters)
+        refuse_where_divided(adapters)
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""
@@ -71,7 +71,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         """Put HESSO around the steps of DeepSpeed's engine, once."""
         steps = self.made_steps
         if not steps.attached:
-            steps.process = run.plan.process(steps.process.schedule)
+            steps.process = run.renewed()
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
 
     @contextmanager

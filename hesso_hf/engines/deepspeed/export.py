@@ -24,7 +24,7 @@ from ...structures.cut import build_cut, copy_buffers, cut_part, cuts_by_tensor,
 from ...structures.groups import KeptUnits
 from ...structures.layers import full_names
 from ..streamed import streamed, without_weights
-from .holdings import whole_fp32
+from .gathering import whole_fp32
 
 
 class ZeroSource(ParameterSource):

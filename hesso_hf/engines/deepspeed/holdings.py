@@ -6,8 +6,8 @@ on the others when DeepSpeed gathers them at the end of its step.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ...distributed.collectives import all_or_none, is_main_process
-from ...distributed.parts import full_shape
+from ...distributed.collectives import is_main_process
 from ...errors import CheckpointMismatchError, HessoError
 from ...pruning.weights.holdings import Held, Holdings
 from ...pruning.weights.snapshot import Snapshot
@@ -119,6 +118,16 @@ class ZeroHoldings(Holdings):
         if persistent:
             persistent[0].all_gather(persistent)
 
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Make passes through the model within DeepSpeed's step, where ZeRO-3 has all weights divided."""
+        try:
+            yield
+        finally:
+            if self._divides:
+                self.zero.parameter_offload.release_backward_leftovers()
+                self.zero.parameter_offload.partition_all_parameters()
+
 
 class ZeroSnapshot(Snapshot):
     """A snapshot of ZeRO's flat vectors; the weights of the model follow when they return."""
@@ -156,15 +165,6 @@ class ZeroSnapshot(Snapshot):
         super().load_state_dict(state)
 
 
-def gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
-    """Put a parameter that ZeRO-3 has divided together for a while; all processes do it, in the same order."""
-    if not hasattr(parameter, "ds_tensor"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
-
-
 def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size: int) -> PreTrainedModel:
     """Divide a model that isn't trained over the processes, as ZeRO-3 divides the one that is.
 
@@ -188,23 +188,3 @@ def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size:
         },
     )
     return engine.module
-
-
-def room_for(parameter: torch.Tensor) -> None:
-    """Take memory for a whole parameter in fp32, which DeepSpeed will take next.
-
-    Raises:
-        OutOfMemoryError: where there is none.
-    """
-    torch.empty(full_shape(parameter), dtype=torch.float32, device=parameter.device)
-
-
-def whole_fp32(parameter: Any) -> torch.Tensor:
-    """Return a whole parameter in fp32; all processes call it, in one order, and all raise where one has no room."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    all_or_none(lambda: room_for(parameter), parameter.device)
-    if parameter.requires_grad:
-        return safe_get_full_fp32_param(parameter).detach()
-    with gathered(parameter):
-        return parameter.detach().float().clone()

@@ -15,7 +15,7 @@ from ...errors import HessoError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
-from ..engine import PlainEngine, Run, refuse_adapters, write_divided
+from ..engine import PlainEngine, Run, refuse_where_divided, write_divided
 from .export import ShardedSource, Writers
 from .state import load_pruning_state, save_pruning_state
 
@@ -27,15 +27,10 @@ class Fsdp2Engine(PlainEngine):
     keeps_whole = False
 
     def refuse(self, adapters: bool) -> None:
-        """Refuse FSDP1, and what needs whole parameters."""
+        """Refuse FSDP1, and what needs the whole model."""
         if getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
             raise HessoError("`fsdp_version` (1) keeps flat parameters whose rows can't be told apart; set it to 2")
-        refuse_adapters(adapters)
-        if self.config.stream_basis == "principal":
-            raise HessoError(
-                "`stream_basis` ('principal') needs the whole model on every process, which FSDP doesn't have; use "
-                "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
-            )
+        refuse_where_divided(adapters)
         if self.config.prune_vocabulary:
             raise HessoError(
                 "`prune_vocabulary` (True) isn't supported where parameters are sharded; leave it out, and trim the "
@@ -43,20 +38,16 @@ class Fsdp2Engine(PlainEngine):
             )
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
-        """Shard the model, then measure on the shards and begin on them."""
+        """Shard the model, then choose basis and sizes on the shards, and begin anew on them, where they lie."""
         if self.args.torch_compile:
             # compiled as a whole, the model isn't the root of what FSDP2 shards: its forwards pass the hooks by
             self.accelerator.state.dynamo_plugin.use_regional_compilation = True
         prepared = plain()
         if run.resume_from is None:
             run.quality.begin()
-            run.settle_sizes()
-            self._renew(run)
+            run.settle()
+            self.made_steps.process = run.renewed()
         return prepared
-
-    def _renew(self, run: Run) -> None:
-        """Begin anew on the parameters that sharding has put in the place of the model's, on the device they are on."""
-        self.made_steps.process = run.plan.process(self.made_steps.process.schedule)
 
     def save(self, run: Run, folder: Path) -> None:
         """Write what torch leaves out: the pruning state, config and tokenizer."""
@@ -68,7 +59,7 @@ class Fsdp2Engine(PlainEngine):
 
     def load(self, run: Run, folder: Path, plain: Callable[[], None]) -> None:
         """Load the sharded optimizer, then the pruning state beside it."""
-        self._renew(run)
+        self.made_steps.process = run.renewed()
         plain()
         load_pruning_state(self.made_steps, run.model, folder)
 

@@ -1,7 +1,7 @@
 """The pruning state of a sharded run in files of its own: every process writes what it holds, any number reads it.
 
 torch's distributed checkpoints keep what they know of an optimizer's state and silently drop the rest. So what all
-processes share goes into one small file, and the parts of a CRIC snapshot into one safetensors file a process.
+processes share goes into one small file, and the parts of snapshots and of healing into one safetensors file a process.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def save_pruning_state(
     """
     target = folder / FOLDER
     state = optimizer.process.state_dict()  # collective: sums are added up
-    copied = _copied_parts(optimizer, model)
+    copied, held = _copied_parts(optimizer, model), optimizer.process.bound.held
     parts: dict[str, tuple[torch.Tensor, Part]] = {}
+    for name, (piece,) in state.get("healing", {}).items():  # of a DTensor there is one
+        parts[f"healing/weights/{name}"] = (piece, held[name].parts[0])
+    state |= {"healing": dict.fromkeys(state.get("healing", {}))}
     for kind, snapshot in snapshots_in(state):
         shared: list[dict[str, Any]] = []
         for (name, part), weights, own in zip(copied, snapshot["weights"], snapshot["state"], strict=True):
@@ -87,6 +90,8 @@ def load_pruning_state(optimizer: HessoOptimizer, model: nn.Module, folder: Path
             states.append(shared | own or None)
         random = random_state(optimizer.process.bound.device)
         snapshot |= {"weights": weights, "state": states, "random": random}
+    healing, held = state.get("healing", {}), optimizer.process.bound.held
+    healing |= {name: [stored.read(f"healing/weights/{name}", held[name].parts[0])] for name in healing}
     optimizer.load_pruning_state(state)
     load_random_states(optimizer, folder)
 

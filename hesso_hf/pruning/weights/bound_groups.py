@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -88,6 +89,10 @@ class BoundGroups(HeldAxes):
         """Let all processes compute with weights that were changed outside of a training step."""
         self._holdings.publish()
 
+    def passes(self) -> AbstractContextManager[None]:
+        """Make passes through the model beside those of training; what was gathered for them is let go."""
+        return self._holdings.passes()
+
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
@@ -107,6 +112,10 @@ class BoundGroups(HeldAxes):
     ) -> torch.Tensor:
         """Return a weight with what its adapter adds, from the values of parameters that no process shares."""
         return self._adapters.effective(name, lambda key: values(self.parameters[key]))
+
+    def whole(self, name: str) -> torch.Tensor:
+        """Return a whole weight with what its adapter adds; where processes hold parts of it all call it."""
+        return self.held[name].whole() if self.sharded else self.effective(name)
 
     def copied(self, name: str, snapshot: Snapshot) -> list[torch.Tensor]:
         """Return the copies in a snapshot of each piece of a weight, with what its adapter adds."""
@@ -140,16 +149,18 @@ class BoundGroups(HeldAxes):
         """Return the sums of all processes' parts; the same where each holds all of the model."""
         return sums.over_ranks() if self.sharded else sums
 
-    def add_(self, added: Mapping[str, torch.Tensor], share: float) -> None:
-        """Add a share of matrices to parameters that this process holds whole."""
-        for name, values in added.items():
-            self.parameters[name].data.add_(values, alpha=share)
+    def add_(self, added: Mapping[str, list[torch.Tensor]], share: float) -> None:
+        """Add a share of matrices to parameters, of which there is what belongs to each piece at hand."""
+        for name, pieces in added.items():
+            for weights, piece in zip(self.held[name].weights(), pieces, strict=True):
+                weights.add_(piece.to(weights.device), alpha=share)
+            self.held[name].weights_changed()
 
-    def from_main(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return rank 0's tensors of parameters' shapes on every rank."""
+    def from_main(self, values: Mapping[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+        """Return rank 0's tensors of parameters' shapes on every rank, all of which hold them whole."""
         names = from_main(sorted(values))
-        shared = {name: values.get(name, torch.empty_like(self.parameters[name])) for name in names}
-        broadcast_(list(shared.values()))
+        shared = {name: values.get(name, [torch.empty_like(self.parameters[name])]) for name in names}
+        broadcast_([piece for pieces in shared.values() for piece in pieces])
         return shared
 
     def route(self, scales: PerUnit, ask: bool = True) -> None:

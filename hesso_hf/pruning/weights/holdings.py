@@ -7,15 +7,16 @@ parameter, which is several rectangles.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ...distributed.collectives import is_main_process
-from ...distributed.parts import Part, full_shape, is_sharded, local, part_of
+from ...distributed.parts import Part, full_shape, is_sharded, local, part_of, splits, whole_of
 from .snapshot import Snapshot, snapshotted
 
 
@@ -65,8 +66,21 @@ class Held:
 
     def splits(self, dim: int) -> bool:
         """Whether processes hold different indices of a dimension: the same answer on all of them."""
-        placements = self.parameter.placements if isinstance(self.parameter, DTensor) else ()
-        return any(isinstance(placement, Shard) and placement.dim == dim for placement in placements)
+        return splits(self.parameter, dim)
+
+    def whole(self) -> torch.Tensor:
+        """Return all of the weights, of which processes may hold parts: all call it, for one parameter after another.
+
+        They are those that are trained, on the device that computes, and no copy where this process holds them all.
+        """
+        return whole_of(self.parameter.data)
+
+    def pieces_of(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """Return what of a tensor of the parameter's shape belongs to each piece, where the weights lie."""
+        return [
+            (whole if part.is_whole else whole[part.window()].clone()).to(weights.device)
+            for part, weights in zip(self.parts, self.weights(), strict=True)
+        ]
 
     def weights_changed(self) -> None:
         """Let the weights that the model computes with follow."""
@@ -101,6 +115,11 @@ class Holdings:
 
     def publish(self) -> None:
         """Let all processes compute with weights that were changed outside of a training step."""
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Make passes through the model beside those of training; what was gathered for them is let go."""
+        yield
 
 
 MakeHoldings = Callable[[Iterable[nn.Parameter]], Holdings]
