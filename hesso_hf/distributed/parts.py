@@ -183,7 +183,9 @@ def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, put together on the device that computes where processes hold parts of it: all call it then."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return like_parameter(local(tensor.detach()).to(tensor.device_mesh.device_type), tensor).full_tensor()
+    held = like_parameter(local(tensor.detach()).to(tensor.device_mesh.device_type), tensor)
+    assert isinstance(held, DTensor)
+    return held.full_tensor()
 
 
 @torch.no_grad()

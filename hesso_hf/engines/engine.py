@@ -27,6 +27,7 @@ from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
+from ..pruning.schedule import Schedule
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
 
 
@@ -79,8 +80,8 @@ class Run(Protocol):
     def settle(self) -> None:
         """Choose the basis and measure the split between structures, through the engine's `measure`."""
 
-    def renewed(self) -> PruningProcess:
-        """Make the pruning state anew, as it began, on the parameters that the engine has put in the model."""
+    def process_on(self, schedule: Schedule) -> PruningProcess:
+        """Make the pruning state of a run that begins, on the parameters that the model has now."""
 
     def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Count a micro-batch's loss, and return the one to watch for a collapse."""

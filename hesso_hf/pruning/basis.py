@@ -19,8 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..distributed.collectives import from_main
-from ..distributed.parts import local, plain_name, rewrite_, whole_of
+from ..distributed.collectives import from_main, rank, summed_over_ranks, world_size
+from ..distributed.parts import is_sharded, local, named_parameters, plain_name, rewrite_, whole_of
 from ..distributed.passes import evaluating
 from ..errors import HessoError
 from ..hf_models.tiny_model import without_cache
@@ -118,15 +118,19 @@ def stream_covariance(
 ) -> tuple[torch.Tensor, int]:
     """Sum x x^T over the inputs of all norms of the stream, each x scaled to a root mean square of 1.
 
+    Where processes hold parts of the model each takes some of the batches, which are the same on all of them.
+
     Returns:
         The sum, shape (D, D), fp64, on the CPU, and the number of tokens that went into it for each norm.
     """
-    total = torch.zeros(turn.width, turn.width, dtype=torch.float64)
-    seen = 0
+    total, seen = torch.zeros(turn.width, turn.width, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    batches, shared = list(batches), is_sharded(named_parameters(model).values())
+    first, step = (rank(), world_size()) if shared else (0, 1)
     names = {norm.scale for norm in (*turn.norms, *([turn.tied_norm] if turn.tied_norm else []))}
     names = names or {name for name, dim in turn.axes if name.endswith("weight")}  # norms without weights
     owners = {name.rpartition(".")[0] for name in names}
     current: list[torch.Tensor | None] = [None]
+    counts = True
 
     def note(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
@@ -137,15 +141,21 @@ def stream_covariance(
         mask = current[0]
         if mask is not None and mask.shape == hidden.shape[:-1]:
             hidden = hidden[mask.to(hidden.device)]
-        total.add_(_outer(hidden.reshape(-1, turn.width), turn.centred))
+        if counts:
+            total.add_(_outer(hidden.reshape(-1, turn.width), turn.centred))
 
     with _hooked(model, owners, note), evaluating(model):
-        for batch in batches:
+        for start in range(0, len(batches), step):
+            counts = start + first < len(batches)  # with none left for it a process still takes part in the pass
+            batch = batches[start + first if counts else start]
             mask = batch.get("attention_mask")
             current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
-            seen += int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel()
+            seen += counts * (int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel())
             model(**_on(model.device, batch), **without_cache(model))
-    return total, seen
+    if shared:
+        found = summed_over_ranks(torch.cat([total.flatten(), seen]).to(model.device)).cpu()
+        total, seen = found[:-1].view_as(total), found[-1:]
+    return total, int(seen)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from .ranking import lowest_units
 from .readers import Reader, readers_of
 from .reconstruction import RIDGE, removal_costs
 from .refit import gram_of, healed, said_by_others, solved
-from .saliency import PerUnit, float_sums, no_units
+from .saliency import PerUnit, float_sums, no_units, on_device
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 HEALING_TOKENS = 8192  # that a run heals on, or 16 examples where these have more
 LONGEST = 512  # tokens of a row: a batch of 16 has as many as are worth reading
 WIDEST = 4  # times the mean length: what is padded is computed too
+Look = Callable[[], torch.Tensor | None]
 _NO_ROOM = "beside what training holds there is no room to look at"
 
 
@@ -132,7 +133,7 @@ class Healer:
 
         def look(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
             weight, held = reader.weight(bound), bound.held[reader.name]
-            instead = self._by_main(bound, reader, lambda: refit(reader, weight, rows))
+            instead = self._looked(bound, reader, rows, lambda: refit(reader, weight, rows))
             if bound.sharded:
                 made.setdefault(reader.name, weight.new_zeros(held.shape))
                 broadcast_([made[reader.name]])
@@ -186,27 +187,20 @@ class Healer:
 
         def look(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
             weight = reader.weight(bound)
-            return self._by_main(bound, reader, lambda: add(reader, weight, rows))
+            return self._looked(bound, reader, rows, lambda: add(reader, weight, rows))
 
         self._read(bound, self.readers(bound), look)
-        judged = {
-            name: costs for name, costs in found.items() if all((name, layer) in seen for layer in range(len(costs)))
-        }
-        judged = from_main(judged) if bound.sharded else judged
-        return {name: costs.to(bound.device) for name, costs in judged.items()}
+        judged = {name: c for name, c in found.items() if all((name, layer) in seen for layer in range(len(c)))}
+        return on_device(from_main(judged) if bound.sharded else judged, bound.device)
 
-    def _by_main(
-        self, bound: BoundGroups, reader: Reader, work: Callable[[], torch.Tensor | None]
-    ) -> torch.Tensor | None:
-        """Do what one process does for all where they share the matrices; None where it isn't this one, or has no room.
-
-        Without room the pass must go on there: the other processes are in it too.
-        """
+    def _looked(self, bound: BoundGroups, reader: Reader, rows: torch.Tensor, look: Look) -> torch.Tensor | None:
+        """Have the main process alone look where processes hold parts; None on the others, and where it has no room."""
         if not bound.sharded:
-            return work()
+            return look()
         try:
-            return work() if is_main_process() else None
-        except torch.OutOfMemoryError:
+            with torch.autocast(rows.device.type, enabled=False):  # the whole model was called, which may turn it on
+                return look() if is_main_process() else None
+        except torch.OutOfMemoryError:  # the others go on with the pass, and so must this one
             self._warn(f"healing: {_NO_ROOM} {reader.name}: units go unhealed there")
             return None
 
@@ -231,31 +225,25 @@ class Healer:
         Args:
             look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
         """
-        looked = 0
+        looked: set[str] = set()
 
         def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = args[0].flatten(0, -2)
             if len(rows) != len(self._tokens):
                 self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens")
                 return args
-            with torch.autocast(rows.device.type, enabled=False):
-                instead = look(reader, rows)
-            nonlocal looked
-            looked += 1
+            instead = look(reader, rows)
+            looked.add(reader.name)
             return args if instead is None else (instead.view_as(args[0]), *args[1:])
 
-        handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
         try:
-            with _looking_at(self._model), bound.passes():
+            with _hooked(readers, hook), _looking_at(self._model), bound.passes():
                 _run(self._model, self._batch)
         except torch.OutOfMemoryError as error:
-            left = f"{len(readers) - looked} of {len(readers)} matrices of {type(self._model).__name__}"
+            left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"
             if bound.sharded:  # the others wait for this process
                 raise HessoError(f"`healing`: {_NO_ROOM} {left}; use 'off'") from error
             self._warn(f"healing: {_NO_ROOM} {left}: units go unhealed there")
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _leave_out(bound: BoundGroups, name: str, correction: torch.Tensor, marked: PerUnit, pruned: PerUnit) -> None:
@@ -264,6 +252,16 @@ def _leave_out(bound: BoundGroups, name: str, correction: torch.Tensor, marked: 
         if structure in marked:
             gone = marked[structure][layer] | pruned[structure][layer]
             correction.mul_(axis.spread((~gone).to(correction), correction.dim()))
+
+
+@contextmanager
+def _hooked(readers: list[Reader], hook: Callable[..., tuple[Any, ...]]) -> Iterator[None]:
+    handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:

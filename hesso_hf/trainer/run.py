@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class PruningRun:
             self.plan = _prepared(self._trainer, self.whole, self._config)
         if self.first_state is None:
             self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer)
-        process = self._process(self._settle())
+        process = self.process_on(self._settle())
         warn_where_saved(self)
         if self._config.prune_vocabulary:
             self.kept_tokens = keep_tokens(
@@ -141,15 +142,12 @@ class PruningRun:
             )
         return process
 
-    def _process(self, schedule: Schedule) -> PruningProcess:
+    def process_on(self, schedule: Schedule) -> PruningProcess:
+        """Make the pruning state of a run that begins, on the parameters that the model has now."""
         process = self.plan.process(schedule)
         if self._healer is not None:
             process.heal_with(self._healer.on(self.model))
         return process
-
-    def renewed(self) -> PruningProcess:
-        """Make the pruning state anew, as it began, on the parameters that the engine has put in the model."""
-        return self._process(self.process.schedule)
 
     def _settle(self) -> Schedule:
         """Fix sizes and schedule: a checkpoint's, or those of the first state, else by measuring and counting."""
@@ -210,17 +208,9 @@ class PruningRun:
 
     def settle(self) -> None:
         """Choose the basis and measure the split between structures, through the engine's `measure`."""
+        sizes = partial(_settle_sizes, self.plan, partial(self._engine().measure, self.model, self.curves))
         with self._engine().computing(self.model) as hindrance:
-            self.basis = settle_in_basis(
-                self.plan, self.model, self.measurer, self._settle_sizes, self._config, hindrance
-            )
-
-    def _settle_sizes(self) -> None:
-        """Measure the split between structures, and take what the main process found."""
-        self.plan.settle(lambda: self._engine().measure(self.model, self.curves))
-        target, *rungs = from_main([self.plan.target, *self.plan.rungs])
-        self.plan.target, self.plan.rungs = target, tuple(rungs)
-        logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
+            self.basis = settle_in_basis(self.plan, self.model, self.measurer, sizes, self._config, hindrance)
 
     def curves(self) -> LossCurves:
         """Measure what each structure costs."""
@@ -257,6 +247,14 @@ class PruningRun:
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _settle_sizes(plan: PruningPlan, measure: Callable[[], LossCurves]) -> None:
+    """Measure the split between structures, and take what the main process found."""
+    plan.settle(measure)
+    target, *rungs = from_main([plan.target, *plan.rungs])
+    plan.target, plan.rungs = target, tuple(rungs)
+    logger.info(f"HESSO prunes {target.parameter_ratio:.1%} of the parameters: {target.sizes}")
 
 
 def _decided(process: PruningProcess, plan: PruningPlan, config: HessoConfig) -> dict[str, Any]:

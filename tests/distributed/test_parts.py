@@ -147,7 +147,7 @@ REPLICATED: dict[str, dict[str, Any]] = {
     "shrinking": {"steps": 5},
     "centred": {"steps": 16, "kind": "phi"},
     "summed": {"steps": 3, "saliency_batches": 3},
-    "healed": {"steps": 8, "heal": True},
+    "healed": {"steps": 16, "heal": True},
 }  # fmt: skip
 
 

@@ -19,8 +19,15 @@ from hesso_hf import HessoConfig, HessoError, export_pruned
 from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.engines.deepspeed import state as zero_state
 from hesso_hf.engines.deepspeed.engine import refuse_zero
-from hesso_hf.engines.deepspeed.ranges import Master12, Place
-from hesso_hf.engines.deepspeed.state import check_trained, check_zero_state, load_ranges, save_ranges, save_zero_state
+from hesso_hf.engines.deepspeed.ranges import HeldRange, Master12, Place
+from hesso_hf.engines.deepspeed.state import (
+    check_trained,
+    check_zero_state,
+    load_healing,
+    load_ranges,
+    save_ranges,
+    save_zero_state,
+)
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
@@ -528,6 +535,31 @@ def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
     assert (found["options"], found["random"]) == ([{"step": 3}], {"of": 1})
     with pytest.raises(CheckpointMismatchError, match="b: 2 elements of a CRIC snapshot are missing"):
         load_ranges(tmp_path, 2, holdings_of({"b": Place(0, 0, 3, 4)}, 9))
+
+
+def test_what_heals_is_put_together_from_the_ranges_of_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added, weight = torch.arange(1.0, 13.0).view(3, 4), torch.nn.Parameter(torch.zeros(3, 4))
+
+    def held(start: int, count: int) -> HeldRange:
+        found = HeldRange(weight, start, count)
+        monkeypatch.setattr(found, "weights", lambda: found.pieces(torch.zeros(count)))
+        return found
+
+    for rank, (start, count) in enumerate(((0, 7), (7, 5), (12, 0))):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        places = {"a": Place(0, 0, start, count)} if count else {}
+        save_ranges(tmp_path, {}, holdings_of(places, 7), {"a": held(start, count).pieces_of(added)})
+    monkeypatch.setattr(zero_state, "world_size", lambda: 2)
+    for start, count in ((0, 6), (6, 6), (3, 0)):
+        mine = held(start, count)
+        found = load_healing(tmp_path, 3, {"a": mine})["a"]
+        assert [piece.tolist() for piece in found] == [piece.tolist() for piece in mine.pieces_of(added)]
+    (tmp_path / "ranges-00001.pt").rename(tmp_path / "lost")
+    torch.save({"snapshots": {}, "places": {}, "healing": {}}, tmp_path / "ranges-00001.pt")
+    with pytest.raises(CheckpointMismatchError, match="a: 5 elements of what heals it are missing"):
+        load_healing(tmp_path, 3, {"a": held(6, 6)})
 
 
 def test_frozen_weights_that_deepspeed_would_leave_out_are_named(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def turn(folder: Path, mesh: str | None, kind: str = "llama", **changes: Any) ->
         shard_(model, mesh)
     ids, before = read(2)["input_ids"], {name: p.requires_grad for name, p in model.named_parameters()}
     logits = [logits_of(model, ids)]
-    batches = [{"input_ids": row[None], "labels": row[None]} for row in read(100)["input_ids"]]
+    batches = [{"input_ids": row[None], "labels": row[None]} for row in read(101)["input_ids"]]
     basis = turn_stream(model, batches, tolerance=1.0)
     assert before == {name: p.requires_grad for name, p in model.named_parameters()}
     logits.append(logits_of(model, ids))

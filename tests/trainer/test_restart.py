@@ -82,8 +82,8 @@ def test_a_run_that_ran_out_of_memory_is_that_with_the_smaller_batch(
 
     run = made(tmp_path / "found", 4)
     run.fails_at = fails_at
-    plain, settled = run.hesso_run._settle_sizes, []
-    run.hesso_run._settle_sizes = lambda: settled.append(plain())  # type: ignore[method-assign]
+    plain, settled = run.hesso_run.settle, []
+    run.hesso_run.settle = lambda: settled.append(plain())  # type: ignore[method-assign]
     with propagated(caplog):
         run.train()
     assert run._train_batch_size == FITS

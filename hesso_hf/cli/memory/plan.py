@@ -123,7 +123,11 @@ class MemoryPlan:
         notes = [advice, lasting, ASSUMED]
         if self.workload.healing:
             healed = [ENGINES[name].title for name in self.engines if ENGINES[name].heals]
-            notes.insert(2, f"Healing is counted where there is some: {' and '.join(healed)} (--healing off: without).")
+            notes.insert(
+                2,
+                f"Healing is counted where matrices are whole: {' and '.join(healed)} (--healing off: without). Under "
+                "FSDP2 and DeepSpeed those for which the main process' GPU has no room go unhealed.",
+            )
         return notes
 
 

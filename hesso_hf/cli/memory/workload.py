@@ -136,7 +136,7 @@ class Engine:
 
     @property
     def heals(self) -> bool:
-        """Whether it has the whole matrices that healing works on."""
+        """Whether what healing takes is counted: on shards it takes what room there is, and leaves out the rest."""
         return not self.sharded and not self.deepspeed
 
     @property

@@ -71,7 +71,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         """Put HESSO around the steps of DeepSpeed's engine, once."""
         steps = self.made_steps
         if not steps.attached:
-            steps.process = run.renewed()
+            steps.process = run.process_on(steps.process.schedule)
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
 
     @contextmanager

@@ -46,8 +46,12 @@ class Fsdp2Engine(PlainEngine):
         if run.resume_from is None:
             run.quality.begin()
             run.settle()
-            self.made_steps.process = run.renewed()
+            self._renew(run)
         return prepared
+
+    def _renew(self, run: Run) -> None:
+        """Begin anew on the parameters that sharding has put in the place of the model's, on the device they are on."""
+        self.made_steps.process = run.process_on(self.made_steps.process.schedule)
 
     def save(self, run: Run, folder: Path) -> None:
         """Write what torch leaves out: the pruning state, config and tokenizer."""
@@ -59,7 +63,7 @@ class Fsdp2Engine(PlainEngine):
 
     def load(self, run: Run, folder: Path, plain: Callable[[], None]) -> None:
         """Load the sharded optimizer, then the pruning state beside it."""
-        self.made_steps.process = run.renewed()
+        self._renew(run)
         plain()
         load_pruning_state(self.made_steps, run.model, folder)
 
