@@ -23,7 +23,6 @@ from ..export.decision import Decision
 from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
-from ..pruning.calibration import LossCurves
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
@@ -78,7 +77,7 @@ class Run(Protocol):
         """Fix sizes and schedule, and make the pruning state."""
 
     def settle(self) -> None:
-        """Choose the basis and measure the split between structures, through the engine's `measure`."""
+        """Choose the basis and measure the split between structures, as the engine has the model compute."""
 
     def process_on(self, schedule: Schedule) -> PruningProcess:
         """Make the pruning state of a run that begins, on the parameters that the model has now."""
@@ -166,10 +165,6 @@ class Engine(ABC, Generic[_Steps]):
     def computing(self, model: PreTrainedModel) -> Iterator[str]:
         """Have the model compute before `prepare` divides it; yields on all processes why it can't, "" where it can."""
         yield ""
-
-    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
-        """Measure what structures cost, where the model can compute that."""
-        return curves()
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Count a micro-batch's loss after its backward pass, where the engine's own step doesn't see it."""

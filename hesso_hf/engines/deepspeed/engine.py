@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ...config import HessoConfig
 from ...distributed.collectives import from_all
@@ -17,7 +16,6 @@ from ...errors import HessoError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
-from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
 from ..engine import Engine, Run, refuse_where_divided, write_divided
 from .export import ZeroSource, loading_whole
@@ -31,8 +29,6 @@ from .state import (
     save_zero_state,
 )
 from .steps import ZeroSteps
-
-logger = logging.get_logger(__name__)
 
 
 class DeepSpeedEngine(Engine[ZeroSteps]):
@@ -99,17 +95,6 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         if device_with_room(device, size if model.device == device else 2 * size) != device:
             return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
         return ""
-
-    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
-        """Measure before DeepSpeed takes the model, where it can compute by itself."""
-        with self.computing(model) as hindrance:
-            if not hindrance:
-                return curves()
-        logger.warning(
-            f"the split between structures can't be measured: {hindrance}: they share the cut evenly. Give "
-            "`structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`"
-        )
-        return LossCurves({}, {})
 
     def save(self, run: Run, folder: Path) -> None:
         """Write the pruning state beside DeepSpeed's checkpoint."""
