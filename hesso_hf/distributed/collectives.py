@@ -197,10 +197,10 @@ def on_all(work: Callable[[], _T], doing: str = "save the smaller model") -> _T:
 def all_or_none(work: Callable[[], _T], device: torch.device) -> _T:
     """Do a part of something that all processes do, where the next part is a collective; where one fails, all raise.
 
-    Unlike `on_all` it takes one number from each, and doesn't say what failed elsewhere.
+    Unlike `on_all` it takes one number from each as long as all goes well.
 
     Args:
-        device: for collectives.
+        device: that the processes' collectives work on.
     """
     failed: Exception | None = None
     result: Any = None
@@ -208,14 +208,14 @@ def all_or_none(work: Callable[[], _T], device: torch.device) -> _T:
         result = work()
     except Exception as error:  # the other processes must hear of any
         failed = error
-    if world_size() > 1:
-        went_well = torch.tensor(int(failed is None), device=device)
-        dist.all_reduce(went_well, op=dist.ReduceOp.MIN)
-        if failed is None and not went_well:
-            raise HessoError("another process could not do its part")
+    if max_over_ranks(int(failed is not None), device):
+        on_all(lambda: _raise(failed))
+    return result
+
+
+def _raise(failed: Exception | None) -> None:
     if failed is not None:
         raise failed
-    return result
 
 
 def use_each(made: Iterable[_T], use: Callable[[_T], object]) -> None:

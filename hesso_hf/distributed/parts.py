@@ -45,6 +45,11 @@ class Part:
         """Number of elements."""
         return math.prod(self.sizes)
 
+    @property
+    def first(self) -> int:
+        """Position of its first element in the parameter when that is flattened."""
+        return sum(start * math.prod(self.shape[dim + 1 :]) for dim, start in enumerate(self.starts))
+
     def window(self, but: int | None = None) -> tuple[slice, ...]:
         """Return the part's place in the whole parameter, as slices; along one dimension, `but`, all."""
         stretches = enumerate(zip(self.starts, self.sizes, strict=True))

@@ -12,6 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from .parts import reshard
 
 
+def gathers_in_hooks(model: nn.Module) -> bool:
+    """Whether hooks on the call of the whole model take part in putting its weights together: FSDP2's and ZeRO-3's."""
+    return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Make passes without dropout, in which hooks see every module; mode and shards are as before afterwards."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,7 +23,6 @@ from ..export.decision import NOTHING_CUT, Compaction, Decision
 from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
-from ..pruning.calibration import LossCurves
 from ..pruning.compaction import compact, parallel_of, why_not_compact, why_not_refit_parallel
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
@@ -79,7 +79,7 @@ class Run(Protocol):
         """Fix sizes and schedule, and make the pruning state."""
 
     def settle(self) -> None:
-        """Choose the basis and measure the split between structures, through the engine's `measure`."""
+        """Choose the basis and measure the split between structures, as the engine has the model compute."""
 
     def process_on(self, schedule: Schedule) -> PruningProcess:
         """Make the pruning state of a run that begins, on the parameters that the model has now."""
@@ -145,7 +145,6 @@ class Engine(Compacts, Generic[_Steps]):
 
     measures_shards = False  # whether the split is measured on what `prepare` has shared out, not before
     measures_quality = True  # whether the model computes a loss outside training's steps
-    turns_stream = True  # whether it can turn the stream
     keeps_whole = True  # whether every process has the whole model while it trains
 
     def __init__(self, args: TrainingArguments, accelerator: Accelerator, config: HessoConfig) -> None:
@@ -187,9 +186,10 @@ class Engine(Compacts, Generic[_Steps]):
         """Have model and optimizer prepared, with pruning on what comes out."""
         return plain()
 
-    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
-        """Measure what structures cost, where the model can compute that."""
-        return curves()
+    @contextmanager
+    def computing(self, model: PreTrainedModel) -> Iterator[str]:
+        """Have the model compute before `prepare` divides it; yields on all processes why it can't, "" where it can."""
+        yield ""
 
     def note_loss(self, loss: torch.Tensor, run: Run) -> None:
         """Count a micro-batch's loss after its backward pass, where the engine's own step doesn't see it."""

@@ -6,6 +6,7 @@ import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from ..vocabulary.trim_embeddings import trim_embeddings
 from .decision import Decision
 
 _T = TypeVar("_T")
+Routing = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 class ParameterSource(ABC):
@@ -63,6 +65,16 @@ class ParameterSource(ABC):
     @abstractmethod
     def cut(self, kept: KeptUnits) -> Any:
         """Return the smaller model in fp32 that keeps these units and the tokens of the decision."""
+
+    def logits_of_cut(self, small: Any, kept: KeptUnits, input_ids: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Return the logits of what `cut` returned for these units; where it lies in parts all processes call it.
+
+        Args:
+            routing: of a model, what its forward pass is done in.
+        """
+        place = next(small.parameters()).device  # it may not fit where the trained model is
+        with routing(small):
+            return logits_of(small.eval(), input_ids.to(place))
 
     def save(self, small: Any, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Any:
         """Write the smaller model's weights and configs, rounded to `dtype`; return the model that was written.

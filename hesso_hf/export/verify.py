@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..distributed.parts import reshard
 from ..errors import VerificationError
 from ..hf_models.build import first_line
-from ..hf_models.tiny_model import logits_of, relative_error
+from ..hf_models.tiny_model import relative_error
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits
 from .parameters import ParameterSource
@@ -86,19 +85,17 @@ class Verifier:
     def _compared(self, small: Any, kept: KeptUnits | None) -> float | None:
         if small is None:  # another process has it
             return None
-        place = next(small.parameters()).device  # it may not fit where the trained model is
         gated = kept is not None and EXPERT_UNITS not in kept.kept
-        with self._source.decision.routing(small) if gated else nullcontext():
-            try:
-                found = logits_of(small.eval(), self.input_ids.to(place))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # kernels and model code refuse sizes with exceptions of any type
-                raise VerificationError(
-                    f"the smaller model can't compute with its sizes: {first_line(error)}; take others with "
-                    "`round_to` or `target_sizes`"
-                ) from error
-        reshard(small)
+        routing = self._source.decision.routing if gated else nullcontext
+        try:
+            found = self._source.logits_of_cut(small, kept or self._source.decision.kept, self.input_ids, routing)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # kernels and model code refuse sizes with exceptions of any type
+            raise VerificationError(
+                f"the smaller model can't compute with its sizes: {first_line(error)}; take others with `round_to` or "
+                "`target_sizes`"
+            ) from error
         return relative_error(found.to(self.logits.device), self.logits)
 
     def _error_of_cut(self, kept: KeptUnits) -> float:

@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..distributed.collectives import broadcast_, from_main, is_main_process
-from ..distributed.passes import evaluating
+from ..distributed.passes import evaluating, gathers_in_hooks
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 from .fisher import OutputFisher, output_fisher
@@ -85,7 +84,7 @@ class Healer:
         examples = [ids[real.bool()][None] for ids, real in rows]
         modules, found, reason = {r.name: r.module for r in self.readers(bound)}, OutputFisher(), ""
         try:
-            with _looking_at(self._model):
+            with _looking_at(self._model), bound.passes():
                 found = output_fisher(self._model, examples, modules)
             if missing := sorted(modules.keys() - found.rows.keys()):
                 of = f"{len(missing)} of {len(modules)} matrices of {type(self._model).__name__}, such as {missing[0]}"
@@ -238,7 +237,7 @@ class Healer:
             return args if instead is None else (instead.view_as(args[0]), *args[1:])
 
         try:
-            with _hooked(readers, hook), _looking_at(self._model):
+            with _hooked(readers, hook), _looking_at(self._model), bound.passes():
                 _run(self._model, self._batch)
         except torch.OutOfMemoryError as error:
             left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"
@@ -267,7 +266,7 @@ def _hooked(readers: list[Reader], hook: Callable[..., tuple[Any, ...]]) -> Iter
 
 def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
     """Run a model up to its last reader."""
-    if not isinstance(model, FSDPModule):
+    if not gathers_in_hooks(model):
         model.base_model(**batch, use_cache=False)
         return
     # what lies in no layer is gathered where the whole model is called: its head is computed, of as little as may be

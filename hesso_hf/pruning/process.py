@@ -155,6 +155,8 @@ class PruningProcess:
 
     def healed_base(self) -> dict[str, torch.Tensor]:
         """Return frozen matrices that aren't as the base on disk has them, which nothing else in a checkpoint holds."""
+        if self.bound.sharded:  # their checkpoints hold frozen weights too
+            return {}
         cut, begun = self.state.compaction is not None, self.step > self.schedule.periods[0].start
         names = self._changed if cut else self._healed() if begun else []
         return {name: self.bound.parameters[name] for name in names if not self.bound.parameters[name].requires_grad}

@@ -38,7 +38,7 @@ from .dense import warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
-from .stream import GIVEN, settle_in_basis
+from .stream import settle_in_basis
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
@@ -207,13 +207,10 @@ class PruningRun:
         return max_steps
 
     def settle(self) -> None:
-        """Choose the basis and measure the split between structures, through the engine's `measure`."""
-        wanted, tolerance = self._config.stream_basis, self._config.stream_basis_tolerance
-        if wanted == "auto" and not self._engine().turns_stream:
-            logger.warning(f"{GIVEN}: it takes the whole model on every process, which DeepSpeed doesn't have")
-            wanted = "given"
-        sizes = partial(_settle_sizes, self.plan, partial(self._engine().measure, self.model, self.curves))
-        self.basis = settle_in_basis(self.plan, self.model, self.measurer, sizes, wanted, tolerance)
+        """Choose the basis and measure the split between structures, as the engine has the model compute."""
+        with self._engine().computing(self.model) as hindrance:
+            sizes = partial(_settle_sizes, self.plan, partial(_unmeasured, hindrance) if hindrance else self.curves)
+            self.basis = settle_in_basis(self.plan, self.model, self.measurer, sizes, self._config, hindrance)
 
     def curves(self) -> LossCurves:
         """Measure what each structure costs."""
@@ -250,6 +247,14 @@ class PruningRun:
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _unmeasured(hindrance: str) -> LossCurves:
+    logger.warning(
+        f"the split between structures can't be measured: {hindrance}: they share the cut evenly. Give `structures` "
+        "shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`"
+    )
+    return LossCurves({}, {})
 
 
 def _settle_sizes(plan: PruningPlan, measure: Callable[[], LossCurves]) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..config import HessoConfig
 from ..distributed.parts import local, named_parameters
 from ..errors import HessoError
 from ..hf_models.sizes import HIDDEN, get_size
@@ -23,20 +24,20 @@ GIVEN = "`stream_basis` ('auto'): the stream stays in its given basis"
 
 
 def settle_in_basis(
-    plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, settle: Callable[[], None], wanted: str,
-    tolerance: float,
+    plan: PruningPlan, model: PreTrainedModel, measurer: Measurer, settle: Callable[[], None], config: HessoConfig,
+    hindrance: str = "",
 ) -> StreamBasis | None:  # fmt: skip
     """Fix a run's sizes in the basis that is wanted; return how the stream was turned, None in the given basis.
 
     Args:
         settle: measures the split between structures and takes the sizes that cost least.
-        wanted: `given`, `principal`, or `auto`: principal where that can be had and channels go.
-        tolerance: nats a token that turning may cost, with tied embeddings or weights below fp32.
+        config: of the run.
+        hindrance: why the model can't be turned, "" where it can.
 
     Raises:
         HessoError: where `principal` is asked for and can't be had.
     """
-    pruned = CHANNELS in plan.groups.structures
+    pruned, wanted = CHANNELS in plan.groups.structures, config.stream_basis
     if wanted == "given" or (wanted == "auto" and not pruned):
         settle()
         return None
@@ -49,11 +50,11 @@ def settle_in_basis(
     try:
         if not pruned:
             raise HessoError("no channel of the stream is pruned")
-        if reason := measurer.why_none():
+        if reason := hindrance or measurer.why_none():
             raise HessoError(reason)
         tokens = measurer.tokens(_tokens_wanted(model))
         with attention_in_fp32(model):  # autocast comes with Accelerate, later
-            basis = turn_stream(model, tokens, tolerance=tolerance, loss=measurer.loss)
+            basis = turn_stream(model, tokens, tolerance=config.stream_basis_tolerance, loss=measurer.loss)
     except HessoError as error:
         if wanted == "principal":
             raise HessoError(f"`stream_basis` ('principal'): {error}; use 'auto' or 'given'") from error

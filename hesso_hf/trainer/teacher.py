@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, logging
 from ..compat import whole_rows
 from ..distributed.collectives import from_main, is_main_process, max_over_ranks
 from ..distributed.parts import reshard
-from ..engines.deepspeed.holdings import gathered
+from ..engines.deepspeed.gathering import gathered
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32

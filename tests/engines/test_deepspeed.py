@@ -19,8 +19,15 @@ from hesso_hf import HessoConfig, HessoError, export_pruned
 from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.engines.deepspeed import state as zero_state
 from hesso_hf.engines.deepspeed.engine import refuse_zero
-from hesso_hf.engines.deepspeed.ranges import Master12, Place
-from hesso_hf.engines.deepspeed.state import check_trained, check_zero_state, load_ranges, save_ranges, save_zero_state
+from hesso_hf.engines.deepspeed.ranges import HeldRange, Master12, Place
+from hesso_hf.engines.deepspeed.state import (
+    check_trained,
+    check_zero_state,
+    load_healing,
+    load_ranges,
+    save_ranges,
+    save_zero_state,
+)
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.pruning.saliency import UnitSums
 from hesso_hf.pruning.schedule import Schedule
@@ -64,7 +71,9 @@ ROUTED: dict[str, Any] = {
 } | SAVED
 DEEP: dict[str, Any] = {"hesso": {"structures": ["layers"], "target_sizes": {"num_hidden_layers": 1}}} | SAVED
 UNEVEN: dict[str, Any] = {"hesso": RATIO | {"layer_widths": "per_layer"}} | SAVED
-LADDER: dict[str, Any] = {"hesso": RATIO | {"export_at": [0.15], "ladder_recovery": 1}}
+HEALED: dict[str, Any] = {"healing": "auto"}  # and units scored by reconstruction
+TURNED: dict[str, Any] = {"stream_basis": "principal"}
+LADDER: dict[str, Any] = {"hesso": RATIO | TURNED | HEALED | {"export_at": [0.15], "ladder_recovery": 1}}
 REPLAYED: dict[str, Any] = {"hesso": LADDER["hesso"] | {"replay_share": 0.5}, "window": 10}
 HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -201,7 +210,7 @@ def result(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    for key in ("kept", "target", "cric", "step", "pauses", "fingerprint"):
+    for key in ("kept", "target", "cric", "step", "pauses", "fingerprint", "basis"):
         assert found[key] == expected[key], key
     for name, weight in expected["weights"].items():
         assert (found["weights"][name] - weight).abs().max() <= tolerance * weight.abs().max(), name
@@ -229,6 +238,9 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_deepspeed
 @pytest.mark.parametrize("name", BASIC)
 def test_zero_trains_goes_on_from_a_checkpoint_and_exports(name: str, basic: Path, tmp_path: Path) -> None:
+    assert result(basic / name)["basis"]["tokens"] >= 512
+    halfway = torch.load(basic / name / "out" / "checkpoint-6" / FOLDER / SHARED_NAME, weights_only=True)
+    assert halfway["healing"], "nothing is healed in the second period"
     assert_equal_one(name, basic)
     for rank in range(2):
         assert_same(result(basic / f"{name}-again", rank), result(basic / name, rank), 0.0)
@@ -250,6 +262,22 @@ def test_what_zero_trained_is_kept_where_the_small_model_is_another(name: str, b
     again, small = (load_file(path / "model.safetensors") for path in (tmp_path / "again", basic / name / "small"))
     assert again.keys() == small.keys()
     assert max(float((again[key] - small[key]).abs().max()) for key in small) < 1e-5
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", BASIC)
+def test_memory_that_runs_out_on_one_process_at_the_export_costs_no_run(name: str, basic: Path, tmp_path: Path) -> None:
+    for rank in range(2):
+        lost = result(basic / name, rank)["lost"]
+        for where in ("together", "cut"):
+            assert f"is saved in {basic / name / where}-dense" in lost[where]
+            assert "memory ran out while the smaller model was made" in lost[where]
+        assert (lost["streamed"], lost["filled"]) == ("", "")  # the CPU has computed the logits
+    export_pruned(basic / name / "together-dense", tmp_path / "again")
+    files = tmp_path / "again", basic / name / "small", basic / name / "filled"
+    again, small, other = (load_file(path / "model.safetensors") for path in files)
+    assert max(float((again[key] - small[key]).abs().max()) for key in small) < 1e-5
+    assert all(torch.equal(other[key], small[key]) for key in small)
 
 
 @needs_deepspeed
@@ -507,6 +535,31 @@ def test_a_snapshot_is_put_together_from_the_ranges_of_other_processes(
     assert (found["options"], found["random"]) == ([{"step": 3}], {"of": 1})
     with pytest.raises(CheckpointMismatchError, match="b: 2 elements of a CRIC snapshot are missing"):
         load_ranges(tmp_path, 2, holdings_of({"b": Place(0, 0, 3, 4)}, 9))
+
+
+def test_what_heals_is_put_together_from_the_ranges_of_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added, weight = torch.arange(1.0, 13.0).view(3, 4), torch.nn.Parameter(torch.zeros(3, 4))
+
+    def held(start: int, count: int) -> HeldRange:
+        found = HeldRange(weight, start, count)
+        monkeypatch.setattr(found, "weights", lambda: found.pieces(torch.zeros(count)))
+        return found
+
+    for rank, (start, count) in enumerate(((0, 7), (7, 5), (12, 0))):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        places = {"a": Place(0, 0, start, count)} if count else {}
+        save_ranges(tmp_path, {}, holdings_of(places, 7), {"a": held(start, count).pieces_of(added)})
+    monkeypatch.setattr(zero_state, "world_size", lambda: 2)
+    for start, count in ((0, 6), (6, 6), (3, 0)):
+        mine = held(start, count)
+        found = load_healing(tmp_path, 3, {"a": mine})["a"]
+        assert [piece.tolist() for piece in found] == [piece.tolist() for piece in mine.pieces_of(added)]
+    (tmp_path / "ranges-00001.pt").rename(tmp_path / "lost")
+    torch.save({"snapshots": {}, "places": {}, "healing": {}}, tmp_path / "ranges-00001.pt")
+    with pytest.raises(CheckpointMismatchError, match="a: 5 elements of what heals it are missing"):
+        load_healing(tmp_path, 3, {"a": held(6, 6)})
 
 
 def test_frozen_weights_that_deepspeed_would_leave_out_are_named(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hesso_hf import HessoTrainer
-from hesso_hf.errors import VerificationError
+from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.trainer import replay, teacher
 from tests.support import ROOT, forks
 from tests.support.moe import moe_model
@@ -163,11 +164,13 @@ def job(
         ],
         "watch": process.state_dict()["watch"] if process.config.on_collapse == "pause" else None,  # of all processes
         "pauses": list(process.schedule.pauses),
+        "basis": run.hesso_run.record()["stream_basis"],
         "fingerprint": run.distillation.teacher.fingerprint if run.distillation else None,
         "evaluated": evaluated,
         "best": run.state.best_model_checkpoint,
         "evaluations": evaluations,
         "said": said_of_spoilt(run, where / "spoilt") if spoilt else "",
+        "lost": said_without_room(run, where) if spoilt else {},
         "teacher": sum(p.numel() for p in run.distillation.teacher.model.parameters()) if run.distillation else 0,
     }
     torch.save(found, where / f"rank{run.args.process_index}.pt")
@@ -188,6 +191,38 @@ def said_of_spoilt(run: HessoTrainer, target: Path) -> str:
     raise AssertionError("it was saved")
 
 
+def said_without_room(run: HessoTrainer, where: Path) -> dict[str, str]:
+    """Save the small model where memory runs out on one process, by where it does; return what is said of it there."""
+    from hesso_hf.engines import streamed
+    from hesso_hf.engines.deepspeed import export, gathering
+
+    count, said = len(list(run.hesso_run.model.parameters())), {}
+    for name, module, attribute, at, process in (
+        ("streamed", gathering, "room_for", 3, 1), ("filled", streamed, "set_parameter", 12, 0),
+        ("together", gathering, "room_for", count + 3, 1), ("cut", export, "cut_part", 3, 0),
+    ):  # fmt: skip
+        plain = getattr(module, attribute)
+        failing = functools.partial(
+            fails_once, plain, itertools.count(1), at if run.args.process_index == process else 0
+        )
+        setattr(module, attribute, failing)
+        try:
+            run.save_model(str(where / name))
+            said[name] = ""
+        except HessoError as error:
+            said[name] = str(error)
+        finally:
+            setattr(module, attribute, plain)
+    return said
+
+
+def fails_once(plain: Callable[..., Any], calls: Iterator[int], at: int, *args: Any) -> Any:
+    """Call what is plain, but run out of memory in one call, counted from 1."""
+    if next(calls) == at:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return plain(*args)
+
+
 def weights(run: HessoTrainer) -> dict[str, torch.Tensor]:
     """Return the whole weights in fp32: ZeRO's masters, and check that the model computes with the same."""
     model = run.accelerator.unwrap_model(run.model)
@@ -195,7 +230,7 @@ def weights(run: HessoTrainer) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
     import deepspeed
 
-    from hesso_hf.engines.deepspeed.holdings import whole_fp32
+    from hesso_hf.engines.deepspeed.gathering import whole_fp32
 
     found = {name: whole_fp32(p).clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():

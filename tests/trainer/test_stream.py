@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hesso_hf import HessoConfig, HessoTrainer
+from hesso_hf.engines.deepspeed.engine import DeepSpeedEngine
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from tests.support import shortened
@@ -116,16 +117,23 @@ def test_what_cannot_be_turned_is_refused_by_name_or_stays_as_it_is(tmp_path: Pa
         trainer(tmp_path, tiny_llama(), only_heads).create_optimizer()
 
 
-def test_an_engine_that_divides_the_model_says_that_it_stays_as_it_is(tmp_path: Path, monkeypatch):
+def test_a_model_that_zero_3_has_divided_already_is_not_turned(tmp_path: Path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("hesso_hf.trainer.run.logger.warning", said.append)
-    for wanted in ("auto", "given"):
+    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
+
+    def begun(wanted: str) -> HessoTrainer:
         run = trainer(tmp_path, tiny_llama(), HessoConfig(**RATIO, stream_basis=wanted))
-        run.hesso_engine.turns_stream = False
-        run.create_optimizer()
-        assert run.hesso_run.basis is None
+        next(run.model.parameters()).ds_id = 0
+        run.hesso_engine = DeepSpeedEngine(run.args, run.accelerator, run.hesso_config)
+        run.hesso_run.new_process()
+        return run
+
+    for wanted in ("auto", "given"):
+        assert begun(wanted).hesso_run.basis is None
     (warning,) = said
-    assert "whole model on every process, which DeepSpeed doesn't have" in warning
+    assert "stays in its given basis: the model was sharded by ZeRO-3 while it was loaded" in warning
+    with pytest.raises(HessoError, match=r"`stream_basis` \('principal'\): .* sharded by ZeRO-3 .* use 'auto'"):
+        begun("principal")
 
 
 def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: Path, monkeypatch):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ...config import HessoConfig
+from ...distributed.collectives import from_all
 from ...distributed.parts import named_parameters
 from ...errors import HessoError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
-from ...pruning.calibration import LossCurves
 from ...structures.cut import device_with_room
 from ..engine import Engine, Run, refuse_where_divided, write_divided
 from .export import ZeroSource, loading_whole
@@ -32,14 +32,11 @@ from .state import (
 )
 from .steps import ZeroSteps
 
-logger = logging.get_logger(__name__)
-
 
 class DeepSpeedEngine(Engine[ZeroSteps]):
     """ZeRO 1 to 3: HESSO is around the steps of DeepSpeed's engine, on its fp32 masters."""
 
     measures_quality = False
-    turns_stream = False
     keeps_whole = False
     compacts = False
 
@@ -77,34 +74,34 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         """Put HESSO around the steps of DeepSpeed's engine, once."""
         steps = self.made_steps
         if not steps.attached:
-            steps.process = run.plan.process(steps.process.schedule)
+            steps.process = run.process_on(steps.process.schedule)
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
 
-    def measure(self, model: PreTrainedModel, curves: Callable[[], LossCurves]) -> LossCurves:
-        """Measure before DeepSpeed takes the model, on the device that trains.
+    @contextmanager
+    def computing(self, model: PreTrainedModel) -> Iterator[str]:
+        """Have the model compute on the device that trains, before DeepSpeed takes it.
 
-        ZeRO-3 may have sharded the model already, or only all processes together hold it: it isn't measured then.
+        ZeRO-3 may have sharded it already, or only all processes together hold it: it doesn't compute then.
         """
-        device, place = self.args.device, model.device
-        size = 2 * sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-        hindrance = remedy = ""
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            hindrance = "the model was sharded by ZeRO-3 while it was loaded"
-            remedy = "load the model before the TrainingArguments are made"
-        elif device_with_room(device, size) != device:
-            hindrance = f"the model and its gradients ({size / 1e9:.1f} GB) don't fit {device}"
-            remedy = "use FSDP2, where it is measured on the shards"
-        if hindrance:
-            logger.warning(
-                f"{hindrance}, so the split between structures can't be measured: they share the cut evenly. Give "
-                "`structures` shares ({'mlp_channels': 3, 'attention_heads': 1}) or set `target_sizes`, or " + remedy
-            )
-            return LossCurves({}, {})
+        found = from_all(self._hindrance(model))  # on one process a GPU may be fuller than on the others
+        if hindrance := next(filter(None, found), ""):
+            yield hindrance
+            return
+        place = model.device
         try:
-            model.to(device)  # type: ignore[arg-type]
-            return curves()
+            model.to(self.args.device)  # type: ignore[arg-type]
+            yield ""
         finally:
             model.to(place)  # type: ignore[arg-type]
+
+    def _hindrance(self, model: PreTrainedModel) -> str:
+        """Return why the model can't compute by itself on this process, "" where it can."""
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            return "the model was sharded by ZeRO-3 while it was loaded (load it before TrainingArguments are made)"
+        device, size = self.args.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+        if device_with_room(device, size if model.device == device else 2 * size) != device:
+            return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
+        return ""
 
     def save(self, run: Run, folder: Path) -> None:
         """Write the pruning state beside DeepSpeed's checkpoint."""
@@ -173,11 +170,6 @@ def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
     if config.cric and config.cric_mode == "probe":
         raise HessoError(
             "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path'"
-        )
-    if config.stream_basis == "principal":
-        raise HessoError(
-            "`stream_basis` ('principal') needs the whole model on every process, which DeepSpeed doesn't have; use "
-            "'auto' or 'given', or turn the model beforehand (hesso_hf.pruning.turn_stream) and save it"
         )
     if config.prune_vocabulary:
         raise HessoError(

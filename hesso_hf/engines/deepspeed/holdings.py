@@ -6,8 +6,8 @@ on the others when DeepSpeed gathers them at the end of its step.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +118,16 @@ class ZeroHoldings(Holdings):
         if persistent:
             persistent[0].all_gather(persistent)
 
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Make passes through the model within DeepSpeed's step, where ZeRO-3 has all weights divided."""
+        try:
+            yield
+        finally:
+            if self._divides:
+                self.zero.parameter_offload.release_backward_leftovers()
+                self.zero.parameter_offload.partition_all_parameters()
+
 
 class ZeroSnapshot(Snapshot):
     """A snapshot of ZeRO's flat vectors; the weights of the model follow when they return."""
@@ -155,15 +165,6 @@ class ZeroSnapshot(Snapshot):
         super().load_state_dict(state)
 
 
-def gathered(parameter: Any) -> contextlib.AbstractContextManager[Any]:
-    """Put a parameter that ZeRO-3 has divided together for a while; all processes do it, in the same order."""
-    if not hasattr(parameter, "ds_tensor"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter])
-
-
 def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size: int) -> PreTrainedModel:
     """Divide a model that isn't trained over the processes, as ZeRO-3 divides the one that is.
 
@@ -187,13 +188,3 @@ def divide_frozen(model: PreTrainedModel, config: Mapping[str, Any], batch_size:
         },
     )
     return engine.module
-
-
-def whole_fp32(parameter: Any) -> torch.Tensor:
-    """Return a whole parameter in fp32; all processes call it, in the same order."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    if parameter.requires_grad:
-        return safe_get_full_fp32_param(parameter).detach()
-    with gathered(parameter):
-        return parameter.detach().float().clone()

@@ -10,6 +10,7 @@ import torch
 from ...distributed.parts import flat_parts
 from ...pruning.weights.holdings import Held, is_plain
 from ...pruning.weights.snapshot import Snapshot
+from .gathering import whole_fp32
 
 
 class Place(NamedTuple):
@@ -73,6 +74,10 @@ class HeldRange(Held):
     def copied(self, snapshot: Snapshot) -> list[torch.Tensor]:
         """Return no piece."""
         return []
+
+    def whole(self) -> torch.Tensor:
+        """Return all of the weights in fp32, the masters of those that are trained: all processes call it."""
+        return whole_fp32(self.parameter)
 
 
 class Frozen3(HeldRange):

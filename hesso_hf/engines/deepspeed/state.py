@@ -1,7 +1,7 @@
 """The pruning state of a run under ZeRO, beside DeepSpeed's own checkpoint.
 
-What all processes share goes into one file, each process' ranges of a CRIC snapshot into one of its own; they are put
-together for another number of processes.
+What all processes share goes into one file, each process' ranges of a CRIC snapshot and of healing into one of its own;
+they are put together for another number of processes.
 
 DeepSpeed's own checkpoint holds each process' flat vectors and is read by as many processes only. Its tool
 `ds_to_universal` takes them apart by parameter into a second folder beside the first, and a run whose config says
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.utils import logging
 from ...compat import engine_options
 from ...distributed.collectives import barrier, world_size
 from ...errors import CheckpointMismatchError
+from ...pruning.weights.holdings import Held
 from ...pruning.weights.snapshot import random_state
 from ..checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from .holdings import ZeroHoldings
@@ -44,13 +46,15 @@ def save_zero_state(steps: ZeroSteps, folder: Path, stage: int, writes_shared: b
     target = folder / FOLDER
     state = steps.process.state_dict()  # collective: sums are added up
     own = {kind: dict(snapshot) for kind, snapshot in snapshots_in(state)}
+    healing = state.pop("healing", {})
     for _, snapshot in snapshots_in(state):
         snapshot |= dict.fromkeys(snapshot)
     target.mkdir(parents=True, exist_ok=True)
     if writes_shared:
-        torch.save(state | {"zero": {"processes": world_size(), "stage": stage}}, target / SHARED_NAME)
-    if own:
-        save_ranges(target, own, steps.holdings)
+        shared = {"healing": dict.fromkeys(healing), "zero": {"processes": world_size(), "stage": stage}}
+        torch.save(state | shared, target / SHARED_NAME)
+    if own or healing:
+        save_ranges(target, own, steps.holdings, healing)
     barrier()
 
 
@@ -70,6 +74,9 @@ def load_zero_state(steps: ZeroSteps, folder: Path, stage: int, universal: bool)
     own = load_ranges(folder / FOLDER, state["zero"]["processes"], steps.holdings) if kinds else {}
     for kind, snapshot in kinds:
         snapshot |= own[kind]
+    if state.get("healing"):  # which earlier code doesn't know
+        held = {name: steps.process.bound.held[name] for name in state["healing"]}
+        state["healing"] = load_healing(folder / FOLDER, state["zero"]["processes"], held)
     steps.load_pruning_state(state)
 
 
@@ -168,13 +175,23 @@ def repair_optimizer(base: Optimizer, folder: Path) -> None:
         state |= {key: value.clone() for key, value in scalars.items()}
 
 
-# -- ranges of a CRIC snapshot -----------------------------------------------------------------------------------------
+# -- ranges of a CRIC snapshot and of healing --------------------------------------------------------------------------
 
 
-def save_ranges(folder: Path, snapshots: Mapping[str, Any], holdings: ZeroHoldings) -> None:
-    """Write this process' snapshots, and where in their vectors which range of a parameter lies."""
+def save_ranges(
+    folder: Path,
+    snapshots: Mapping[str, Any],
+    holdings: ZeroHoldings,
+    healing: Mapping[str, list[torch.Tensor]] = MappingProxyType({}),
+) -> None:
+    """Write this process' snapshots, and where in their vectors which range of a parameter lies; and of healing.
+
+    Args:
+        healing: by parameter, what belongs to each piece that this process holds.
+    """
     places = {name: tuple(place) for name, place in holdings.places().items()}
-    torch.save({"snapshots": snapshots, "places": places}, folder / _name(dist.get_rank()))
+    ranges = {name: torch.cat([piece.flatten() for piece in pieces]) for name, pieces in healing.items() if pieces}
+    torch.save({"snapshots": snapshots, "places": places, "healing": ranges}, folder / _name(dist.get_rank()))
 
 
 def load_ranges(folder: Path, processes: int, holdings: ZeroHoldings) -> dict[str, Any]:
@@ -201,6 +218,36 @@ def load_ranges(folder: Path, processes: int, holdings: ZeroHoldings) -> dict[st
         else:
             logger.warning(f"process {rank} is new: it goes on with the random state of now after the trial")
             snapshot["random"] = random_state(holdings.vectors()[0].device)
+    return found
+
+
+def load_healing(folder: Path, processes: int, held: Mapping[str, Held]) -> dict[str, list[torch.Tensor]]:
+    """Return what belongs to each piece that this process holds of some parameters.
+
+    Args:
+        processes: how many wrote the files of the folder.
+
+    Raises:
+        CheckpointMismatchError: where elements are missing.
+    """
+    writers = [dist.get_rank()] if processes == world_size() else range(processes)
+    files = [torch.load(folder / _name(writer), map_location="cpu", weights_only=True, mmap=True) for writer in writers]
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, of_name in held.items():
+        weights, filled = of_name.weights(), 0
+        target = torch.zeros(sum(piece.numel() for piece in weights))
+        place = Place(0, 0, of_name.parts[0].first if weights else 0, len(target))
+        for file in files:
+            if name in file["healing"]:
+                values = file["healing"][name]
+                start = file["places"][name][2] if name in file["places"] else 0
+                filled += _copy_range(target, place, values, Place(0, 0, start, len(values)))
+        if filled < place.length:
+            raise CheckpointMismatchError(
+                f"{name}: {place.length - filled} elements of what heals it are missing; is a file lost?"
+            )
+        pieces = target.split([piece.numel() for piece in weights])
+        found[name] = [piece.view_as(like).to(like.device) for piece, like in zip(pieces, weights, strict=True)]
     return found
 
 

@@ -1,13 +1,12 @@
 """Export from shards: the smaller model is cut, verified and written without a full copy of it on any process.
 
 Every process cuts its own rows; one parameter at a time is put together and goes on to the process that writes the file
-it belongs to. Verification runs on fp32 copies that are sharded as the trained model is.
+it belongs to. Logits are compared in fp32, in forward passes that put one layer together at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -33,11 +32,11 @@ from ...distributed.collectives import all_or_none, from_all, use_each
 from ...distributed.parts import local, named_parameters, part_of, plain_name, stock_class
 from ...errors import HessoError, VerificationError
 from ...export.decision import NOTHING_CUT, Decision
-from ...export.parameters import ParameterSource, check_shape, check_stored
-from ...hf_models.tiny_model import logits_of
+from ...export.parameters import ParameterSource, Routing, check_shape, check_stored
 from ...structures.cut import Cuts, build_cut, copy_buffers, cut_part, cuts_by_tensor
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
+from ..streamed import streamed, without_weights
 
 
 @dataclass(frozen=True)
@@ -79,13 +78,17 @@ class ShardedSource(ParameterSource):
         return found
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return those of an fp32 copy that is sharded as the model is, and let it go."""
-        full = self.cut(NOTHING_CUT)
-        with self.decision.routing(full):
-            logits = logits_of(full, input_ids)
-        del full
-        gc.collect()  # FSDP2's modules refer to each other in circles
-        return logits
+        """Return those of a forward pass that puts one layer together at a time."""
+        full = without_weights(self.model, self.decision.groups, NOTHING_CUT)
+        return streamed(full, named_parameters(self.model), _whole_fp32, input_ids, self.decision.routing)
+
+    def logits_of_cut(
+        self, small: PreTrainedModel, kept: KeptUnits, input_ids: torch.Tensor, routing: Routing
+    ) -> torch.Tensor:
+        """Return those of a forward pass that puts one layer together at a time."""
+        alike = without_weights(self.model, self.decision.groups, kept)
+        copy_buffers(alike, small, self.decision.groups, NOTHING_CUT)
+        return streamed(alike, named_parameters(small), _whole_fp32, input_ids, routing)
 
     def cut(self, kept: KeptUnits) -> PreTrainedModel:
         """Cut each process' own rows, and give each its own rows of what is left; one parameter at a time."""
@@ -209,17 +212,27 @@ def cut_shards(name: str, source: torch.Tensor, cuts: Cuts, target: torch.Tensor
 
     It is put together on every process for a moment. Where one process fails, for want of memory, all raise.
     """
-    device, part = _device_of(source), part_of(name, target)
-    held = all_or_none(lambda: cut_part(local(source).float(), part_of(name, source), cuts).to(device), device)
+    part, values = part_of(name, target), _together(name, source, cuts)
+    check_shape(name, values.shape, part.shape)
+    local(target).copy_(values[part.window()])
+
+
+def _whole_fp32(parameter: torch.Tensor) -> torch.Tensor:
+    return _together("", parameter, ())
+
+
+def _together(name: str, source: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+    """Return what is left of a tensor, fp32, of which each process cuts its own rows (or columns); all call it."""
+    device = _device_of(source)
+    held = all_or_none(lambda: cut_part(local(source.detach()).float(), part_of(name, source), cuts).to(device), device)
     if isinstance(source, DTensor):
         for mesh_dim, placement in reversed(list(enumerate(source.placements))):
             if isinstance(placement, Shard):
-                held = _together(held, source.device_mesh.get_group(mesh_dim), placement.dim, device)
-    check_shape(name, held.shape, part.shape)
-    local(target).copy_(held[part.window()])
+                held = _gathered(held, source.device_mesh.get_group(mesh_dim), placement.dim, device)
+    return held
 
 
-def _together(held: torch.Tensor, group: dist.ProcessGroup, dim: int, device: torch.device) -> torch.Tensor:
+def _gathered(held: torch.Tensor, group: dist.ProcessGroup, dim: int, device: torch.device) -> torch.Tensor:
     """Return the whole of a tensor of which each process of a group has some rows (or columns)."""
     lengths = [torch.zeros(1, dtype=torch.int64, device=held.device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, torch.tensor([held.shape[dim]], device=held.device), group=group)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -89,6 +90,10 @@ class BoundGroups(HeldAxes):
         """Let all processes compute with weights that were changed outside of a training step."""
         self._holdings.publish()
 
+    def passes(self) -> AbstractContextManager[None]:
+        """Make passes through the model beside those of training; what was gathered for them is let go."""
+        return self._holdings.passes()
+
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
@@ -149,7 +154,7 @@ class BoundGroups(HeldAxes):
         """Add a share of matrices to parameters, of which there is what belongs to each piece at hand."""
         for name, pieces in added.items():
             for weights, piece in zip(self.held[name].weights(), pieces, strict=True):
-                weights.add_(piece, alpha=share)
+                weights.add_(piece.to(weights.device), alpha=share)
             self.held[name].weights_changed()
 
     def from_main(self, values: Mapping[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:

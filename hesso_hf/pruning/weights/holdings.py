@@ -7,6 +7,7 @@ parameter, which is several rectangles.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -114,6 +115,11 @@ class Holdings:
 
     def publish(self) -> None:
         """Let all processes compute with weights that were changed outside of a training step."""
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Make passes through the model beside those of training; what was gathered for them is let go."""
+        yield
 
 
 MakeHoldings = Callable[[Iterable[nn.Parameter]], Holdings]
