@@ -209,7 +209,7 @@ def all_or_none(work: Callable[[], _T], device: torch.device) -> _T:
     except Exception as error:  # the other processes must hear of any
         failed = error
     if max_over_ranks(int(failed is not None), device):
-        on_all(lambda: _raise(failed))
+        on_all(lambda: _raise(failed), "do its part")
     return result
 
 
