@@ -27,7 +27,7 @@ LONG = (
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
 REMEMBERED = "tests.structures.test_remembered"  # where those do that move or replace something
-# No proof depends on what is replaced here: what comes after the structures in the order of imports, and what writes no proof.
+# No proof depends on what is replaced here: what comes after the structures in the order of imports, and other things.
 APART = (
     *(f"hesso_hf.{name}" for name in ("budget", "cli", "engines", "export", "pruning", "trainer", "vocabulary")),
     "accelerate", "datasets", "huggingface_hub", "subprocess", "sys", "tests",
