@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,12 @@ LONG = (
 )  # fmt: skip
 
 FRESH = "tests.structures.proof."  # whose tests prove anew
-APART = "tests.project."  # whose tests replace nothing that a proof depends on
+REMEMBERED = "tests.structures.test_remembered"  # where those do that move or replace something
+# No proof depends on what is replaced here: what comes after the structures in the order of imports, and other things.
+APART = (
+    *(f"hesso_hf.{name}" for name in ("budget", "cli", "engines", "export", "pruning", "trainer", "vocabulary")),
+    "accelerate", "datasets", "huggingface_hub", "subprocess", "sys", "tests",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,11 +57,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _proofs_are_made_once(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Take a config's proof from an earlier test, but where proofs are tested or something is replaced."""
+    """Take a config's proof from an earlier test, but where proofs are tested."""
     name = request.module.__name__
-    fresh = name.startswith(FRESH) or ("monkeypatch" in request.fixturenames and not name.startswith(APART))
-    with proofs.made_again(fresh):
+    with proofs.made_again(name.startswith(FRESH) or (name == REMEMBERED and "monkeypatch" in request.fixturenames)):
         yield
+
+
+class _Patch(pytest.MonkeyPatch):
+    """Has proofs made anew where something is replaced that one may depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stack = contextlib.ExitStack()
+
+    def setattr(self, target: Any, *args: Any, **kwargs: Any) -> None:
+        """Replace an attribute of an object, or of what a dotted name stands for."""
+        owner = pkgutil.resolve_name(target.rpartition(".")[0]) if isinstance(target, str) else target
+        module = getattr(owner, "__name__" if isinstance(owner, ModuleType) else "__module__", "")
+        if not any(f"{module}.".startswith(f"{name}.") for name in APART):
+            self._stack.enter_context(proofs.made_again())
+        super().setattr(target, *args, **kwargs)
+
+    def undo(self) -> None:
+        """Put back what was replaced."""
+        super().undo()
+        self._stack.close()
+
+
+@pytest.fixture
+def monkeypatch(request: pytest.FixtureRequest) -> Iterator[pytest.MonkeyPatch]:
+    """Replace things, as pytest's own fixture."""
+    name = request.module.__name__  # no proof depends on what is replaced in the first ones
+    patch = pytest.MonkeyPatch() if name.startswith("tests.project.") or name == REMEMBERED else _Patch()
+    yield patch
+    patch.undo()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ and one of gradients, and every formula is applied to those vectors.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -175,14 +176,22 @@ def phi_units(model: PreTrainedModel) -> tuple[Structures, dict[str, int]]:
     return units, writers | {"model.embed_tokens.weight": 1}
 
 
+_tensor = functools.cache(torch.tensor)  # of indices: the same ones are asked for at every step
+
+
 def piece_of(tensor: torch.Tensor, piece: Slice) -> torch.Tensor:
     """Copy a slice's values out of a tensor of the parameter's shape."""
-    return tensor.index_select(piece.dim, torch.tensor(piece.indices))
+    return tensor.index_select(piece.dim, _tensor(piece.indices))
 
 
 def write_piece(tensor: torch.Tensor, piece: Slice, values: torch.Tensor) -> None:
     """Put values into a slice."""
-    tensor.index_copy_(piece.dim, torch.tensor(piece.indices), values)
+    tensor.index_copy_(piece.dim, _tensor(piece.indices), values)
+
+
+def fill_piece(tensor: torch.Tensor, piece: Slice, value: float) -> None:
+    """Put one value into all of a slice."""
+    tensor.index_fill_(piece.dim, _tensor(piece.indices), value)
 
 
 @torch.no_grad()
@@ -200,6 +209,41 @@ def flat_gradients(parameters: dict[str, nn.Parameter], unit: Unit) -> torch.Ten
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         pieces.append(piece_of(gradient, piece).flatten().double())
     return torch.cat(pieces)
+
+
+class Gathering:
+    """`flat_weights` of all units at once: where their elements lie in the vector of all parameters."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], units: dict[Key, Unit]) -> None:
+        ends = np.cumsum([parameter.numel() for parameter in parameters.values()])
+        places = {
+            name: torch.arange(end - parameter.numel(), end).view(parameter.shape)
+            for (name, parameter), end in zip(parameters.items(), ends.tolist(), strict=True)
+        }
+        found = [torch.cat([piece_of(places[s.parameter], s).flatten() for s in unit]) for unit in units.values()]
+        self.keys, self.sizes, self.places = list(units), [len(unit) for unit in found], torch.cat(found)
+        offsets = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+        for piece in {piece for unit in units.values() for piece in unit}:
+            fill_piece(offsets[piece.parameter], piece, piece.offset)
+        self.offsets = self._vector(offsets.values())
+
+    def weights(self, tensors: Iterable[torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """Each unit's (effective) weights as one float64 vector."""
+        return self._split(self._vector(tensors) + self.offsets)
+
+    def gradients(self, parameters: Iterable[nn.Parameter]) -> dict[Key, torch.Tensor]:
+        """The gradients of each unit's weights, zero for frozen ones."""
+        return self.plain(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+
+    def plain(self, tensors: Iterable[torch.Tensor]) -> dict[Key, torch.Tensor]:
+        """Each unit's elements of tensors of the parameters' shapes, in the parameters' order."""
+        return self._split(self._vector(tensors))
+
+    def _vector(self, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+
+    def _split(self, vector: torch.Tensor) -> dict[Key, torch.Tensor]:
+        return dict(zip(self.keys, vector[self.places].split(self.sizes), strict=True))
 
 
 def saliency_of(criterion: str, steps: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -256,6 +300,7 @@ class ReferenceHesso:
             for layer, row in enumerate(units[name])
             for j, unit in enumerate(row)
         }
+        self.gathering = Gathering(self.parameters, self.units)
         self.periods: list[tuple[int, int]] = []  # first step and length of each
         length = pruning_steps // pruning_periods
         for period in range(pruning_periods):
@@ -315,12 +360,9 @@ class ReferenceHesso:
 
     def observe(self) -> None:
         """Remember every unit's weights and gradient of this step."""
-        self.history.append(
-            {
-                key: (flat_weights(self.parameters, unit), flat_gradients(self.parameters, unit))
-                for key, unit in self.units.items()
-            }
-        )
+        parameters = self.parameters.values()
+        weights, gradients = self.gathering.weights(parameters), self.gathering.gradients(parameters)
+        self.history.append({key: (weights[key], gradients[key]) for key in self.units})
 
     def scores(self) -> dict[Key, float]:
         """Weighted sum of the criteria of all kept units, each divided by its norm over those that compete."""
@@ -399,7 +441,7 @@ class ReferenceHesso:
                 tensors += [(value, 0.0) for value in self.base.state.get(parameter, {}).values()]
             for tensor, zero in tensors:
                 if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
-                    write_piece(tensor, piece, torch.full_like(piece_of(tensor, piece), zero))
+                    fill_piece(tensor, piece, zero)
 
 
 @dataclass(frozen=True)
@@ -502,12 +544,13 @@ class ReferenceCric(ReferenceHesso):
     def _sample(self, t: int) -> None:
         """Value all units at this point, and let those that would be removed from here wait for a cycle."""
         cycle, left = len(self.violating) - 1, (self.cycle_steps - t) / self.cycle_steps
-        remaining = self._remaining(left)
+        parameters = self.parameters.values()
+        weights, gradients = self.gathering.weights(parameters), self.gathering.gradients(parameters)
+        ways = self._ways(self._remaining(left))
         values: dict[str, dict[Key, float]] = {criterion: {} for criterion in self.saliency}
-        for key, unit in self.units.items():
-            shrinks = key in self.shrinking[-1]
-            x = self._way(key[0], unit, remaining) if shrinks else flat_weights(self.parameters, unit)
-            g = flat_gradients(self.parameters, unit)
+        for key in self.units:
+            x = ways[key[0]][key] if key in self.shrinking[-1] else weights[key]
+            g = gradients[key]
             for criterion in self.saliency:
                 signed = criterion == "taylor_first_order"
                 values[criterion][key] = -float(x @ g) if signed else saliency_of(criterion, [(x, g)])
@@ -524,19 +567,21 @@ class ReferenceCric(ReferenceHesso):
                 shape = self.parameters[piece.parameter].shape
                 of_structure = remaining.setdefault(key[0], {})
                 scales = of_structure.setdefault(piece.parameter, torch.ones(shape, dtype=torch.float64))
-                write_piece(scales, piece, torch.full_like(piece_of(scales, piece), left))
+                fill_piece(scales, piece, left)
         return remaining
 
-    def _way(self, structure: str, unit: Unit, remaining: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
-        """The whole way of a unit from the snapshot to zero, as the units of other structures leave it."""
-        parts = []
-        for piece in unit:
-            way = piece_of(self.weights[piece.parameter], piece).double() + piece.offset
+    def _ways(self, remaining: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[Key, torch.Tensor]]:
+        """For each structure, the whole way of its units from the snapshot to zero, as those of others leave it."""
+        way = self.gathering.weights(self.weights.values())
+        ways = {}
+        for structure in self.removed:
+            left = {name: torch.ones_like(weights, dtype=torch.float64) for name, weights in self.weights.items()}
             for other, scales in remaining.items():
-                if other != structure and piece.parameter in scales:
-                    way = way * piece_of(scales[piece.parameter], piece)
-            parts.append(way.flatten())
-        return torch.cat(parts)
+                for name in scales if other != structure else ():
+                    left[name] *= scales[name]
+            shares = self.gathering.plain(left.values())
+            ways[structure] = {key: way[key] * shares[key] for key in self.units}
+        return ways
 
     # -- cycles -------------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class Bench:
             for (name, _), fill in gates.items():
                 self.gradients.parameters[name].masked_fill_(mask, fill)
 
-        owners = self.gradients.owners(self.width, zero, axes)
+        owners = self.gradients.owners(self.width, zero, axes, tuple(gates.items()))
         one_each = Layout((Segment(1, 1),))
         along = set(gates) | {axis for axis in axes if layout_of(owners[axis], len(owners[axis])) == one_each}
         along |= {axis for axis in axes if self.gradients.output_axis(axis[0]) in along}  # biases, as weights' rows

@@ -9,7 +9,7 @@ Legend: U units.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -116,14 +116,12 @@ class Search:
     Attributes:
         remaining: pattern and dimension to the axes that it stands for, of all that no branch has yet.
         units: U of the tiny model.
-        owners: what readers with their layouts have been found to own, since each search for a branch tries all again.
     """
 
     probe: GradientProbe
     axis_map: AxisMap
     remaining: dict[AxisName, list[AxisName]]
     units: int
-    owners: dict[tuple[tuple[AxisName, Layout], ...], dict[AxisName, torch.Tensor]] = field(default_factory=dict)
 
     def best(self, granule: int, strided: bool) -> Branch | None:
         """Try each matrix as the reader, the last of a block first; take the one that accounts for most axes."""
@@ -201,10 +199,8 @@ class Search:
                     Axis(name, 0, layout).mask_(bias, mask, fill=0.0)
 
         others = {pattern: axes for pattern, axes in self.remaining.items() if pattern not in readers}
-        key = tuple(readers.items())
-        if key not in self.owners:  # of more axes than later, as those that remain get fewer
-            self.owners[key] = probe.owners(units, zero, [axis for axes in others.values() for axis in axes])
-        owners = self.owners[key]
+        # first of more axes than later, as those that remain get fewer
+        owners = probe.owners(units, zero, [axis for axes in others.values() for axis in axes], tuple(read))
         layouts: dict[AxisName, Layout] = dict(readers)
         unclear: dict[AxisName, list[torch.Tensor]] = {}
         for pattern, axes in others.items():

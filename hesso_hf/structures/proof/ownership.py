@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -85,16 +85,25 @@ class GradientProbe:
         self.model = copy.deepcopy(model).requires_grad_(True)
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         self._input_ids, self._forward = input_ids, forward
+        self._known: dict[Hashable, dict[AxisName, torch.Tensor]] = {}
 
     def owners(
-        self, units: int, zero: Callable[[torch.Tensor], Any], axes: Iterable[AxisName]
+        self, units: int, zero: Callable[[torch.Tensor], Any], axes: Collection[AxisName], what: Hashable = None
     ) -> dict[AxisName, torch.Tensor]:
         """Return the owner of each index of each axis, shape (N,): a unit, NOBODY, or UNKNOWN without any gradient.
 
         Args:
             zero: zeroes in place what reads the units of a mask, shape (U,), bool; undone afterwards.
+            what: says what is zeroed, if what is found is to be remembered: proofs try the same again and again.
         """
-        axes = list(axes)
+        known = self._known.setdefault((units, what), {}) if what is not None else {}
+        if missing := [axis for axis in axes if axis not in known]:
+            known |= self._found(units, zero, missing)
+        return {axis: known[axis] for axis in axes}
+
+    def _found(
+        self, units: int, zero: Callable[[torch.Tensor], Any], axes: list[AxisName]
+    ) -> dict[AxisName, torch.Tensor]:
         bits, codes = _codes(units)
         found = {axis: torch.zeros(self.parameters[axis[0]].shape[axis[1]], dtype=torch.long) for axis in axes}
         for bit in range(bits):

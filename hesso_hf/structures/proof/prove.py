@@ -138,6 +138,15 @@ class Prover:
             proofs |= self._coupled_after_all()
         return {name: proofs[name] for name in names}
 
+    def prove_stream(self) -> StructureProof:
+        """Prove the embedding channels, and heads only where the two may have to shrink together."""
+        if self.bench.axis_map.coupling is not None:
+            return self.prove(COUPLED)["embedding_channels"]
+        found = self.prove(("embedding_channels",))
+        if found["embedding_channels"].scheme is None and self.prove(COUPLED[:1])[COUPLED[0]].scheme is None:
+            found |= self._coupled_after_all()
+        return found["embedding_channels"]
+
     def _width_after_all(self, reason: str) -> dict[str, StructureProof]:
         """Some classes have their heads' sizes elsewhere: the width alone may be proved then, and heads are refused."""
         before = self.bench.axis_map

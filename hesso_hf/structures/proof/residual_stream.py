@@ -324,7 +324,7 @@ class Sides:
                 runs, rest = divmod(parameter.shape[dim], self.width)
                 Axis(name, dim, layout_with_rest(runs, 1, rest)).mask_(parameter, mask, fill)
 
-        found = self.probe.owners(self.width, zero, axes)
+        found = self.probe.owners(self.width, zero, axes, tuple(fills.items()))
         return {axis: bool((owner >= 0).all()) for axis, owner in found.items() if bool((owner != UNKNOWN).any())}
 
 

@@ -38,7 +38,7 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
         with torch.random.fork_rng(devices=[]), torch.enable_grad():  # whatever the caller's numbers and mode are
             torch.manual_seed(SEED)
             bench = Bench(model_class, covering_config(model_class, config))
-            proof = Prover(bench).prove(("attention_heads", "embedding_channels"))["embedding_channels"]
+            proof = Prover(bench).prove_stream()
             if not isinstance(proof.scheme, Scheme):
                 raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
             scheme = turn_scheme(bench, proof.scheme)

@@ -96,9 +96,9 @@ def test_more_experts_are_more_runs_and_experts_exclude_their_channels():
 
 
 def test_the_same_readers_are_zeroed_once_however_many_branches_there_are(monkeypatch: pytest.MonkeyPatch):
-    plain, zeroed = GradientProbe.owners, []
+    plain, zeroed = GradientProbe._found, []
 
-    def owners(probe: GradientProbe, units: int, zero, axes):
+    def found(probe: GradientProbe, units: int, zero, axes):
         with probe.undone():
             for parameter in probe.parameters.values():
                 parameter.fill_(1.0)
@@ -106,7 +106,7 @@ def test_the_same_readers_are_zeroed_once_however_many_branches_there_are(monkey
             zeroed.append(tuple((p == 0).numpy().tobytes() for p in probe.parameters.values()))
         return plain(probe, units, zero, axes)
 
-    monkeypatch.setattr(GradientProbe, "owners", owners)
+    monkeypatch.setattr(GradientProbe, "_found", found)
     sizes = {"d_model": 60, "d_kv": 8, "d_ff": 44, "num_heads": 6, "num_layers": 1, "vocab_size": 67}
     assert prove(T5ForConditionalGeneration, T5Config(**sizes), (HEADS,)).structures[HEADS].scheme is not None
     assert len(zeroed) > 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -30,12 +31,21 @@ def known(model_type: str, *others: str):
     return pytest.param(model_type, *others, marks=needs(model_type))
 
 
-def turned(kind: str, seed: int = 3):
-    """Return a model, its turn, and its logits; the last gain of a tied one is made uniform."""
+@functools.cache
+def proved(kind: str):
+    """Return a model's scheme, found once for all tests."""
     model = MODELS[kind]()
     scheme, error = prove_turn(type(model), model.config)
     assert error <= 1e-5
-    turn = StreamTurn.of(scheme, probe_axes(type(model), model.config), model.get_input_embeddings().weight.shape[1])
+    return scheme
+
+
+def turned(kind: str):
+    """Return a model, its turn, and its logits; the last gain of a tied one is made uniform."""
+    model = MODELS[kind]()
+    turn = StreamTurn.of(
+        proved(kind), probe_axes(type(model), model.config), model.get_input_embeddings().weight.shape[1]
+    )
     if turn.tied_norm:
         with torch.no_grad():
             dict(model.named_parameters())[turn.tied_norm.scale].fill_(1.3)
