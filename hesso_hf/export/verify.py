@@ -86,9 +86,9 @@ class Verifier:
     def _compared(self, small: Any, kept: KeptUnits | None) -> float | None:
         if small is None:  # another process has it
             return None
-        place = next(small.parameters()).device  # it may not fit where the trained model is
         gated = kept is not None and EXPERT_UNITS not in kept.kept
-        with self._source.decision.routing(small) if gated else nullcontext():
+        with self._source.reading(small), self._source.decision.routing(small) if gated else nullcontext():
+            place = next(small.parameters()).device  # it may not fit where the trained model is
             try:
                 found = logits_of(small.eval(), self.input_ids.to(place))
             except torch.OutOfMemoryError:
