@@ -158,6 +158,7 @@ def export(arguments: argparse.Namespace) -> None:
                 checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
             )
         print_report(report.to_dict(), arguments.output)
+        print(f"written in {report.seconds['writing']:.1f} s, verified in {report.seconds['verification']:.1f} s")
     _convert(Path(arguments.output or checkpoint), arguments.engines, arguments.converter)
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config import OPT_IN, structures_around
 from ..errors import HessoError
+from ..structures.cut import take
 from ..structures.experts import EXPERT_UNITS, num_experts
 from ..structures.groups import KeptUnits, PruningGroups
 from ..structures.layers import LAYER_UNITS, without_dropped_layers
@@ -23,6 +24,7 @@ from ..structures.router_gates import routed_by
 from ..vocabulary.tokens import KeptTokens
 
 NOTHING_CUT = KeptUnits({}, {})
+Weights = Mapping[str, Callable[[], torch.Tensor]]  # by name what makes, or reads, a weight
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def decide(
     groups: PruningGroups | None = None,
     vocabulary: KeptTokens | None = None,
     compaction: Compaction | None = None,
+    stored: Mapping[str, torch.Tensor] | None = None,
 ) -> Decision:
     """Decide which units stay: those of a decision at hand, or those that aren't exactly zero.
 
@@ -105,17 +108,19 @@ def decide(
         groups: by default proved here.
         vocabulary: handed on.
         compaction: that cut the units out already: the others don't count then.
+        stored: the weights, where the model is without them.
 
     Raises:
         HessoError: where a unit that is to be cut isn't zero, or the layers would differ unasked.
     """
     if compaction is not None:
         return Decision(PruningGroups({}), NOTHING_CUT, vocabulary, compaction)
+    weights = _weights(model, stored)
     if groups is None:
-        groups = groups_for(model, kept_units)
+        groups = groups_for(model, kept_units, weights)
     if kept_units is not None:
         _check_kept(kept_units, groups)
-    zero = zero_units(model, groups)
+    zero = zero_units(weights, groups, kept_units)
     living = {name: ~found for name, found in zero.items() if name not in OPT_IN or bool(found.any())}
     kept = kept_units or KeptUnits.of(living)
     _check_zero(zero, kept)
@@ -137,41 +142,59 @@ def _check_found(kept: KeptUnits, groups: PruningGroups) -> None:
         )
 
 
-def groups_for(model: PreTrainedModel, kept: KeptUnits | None) -> PruningGroups:
-    """Prove the structures of a decision; without one, also those that must be named where some of them are at zero."""
+def groups_for(model: PreTrainedModel, kept: KeptUnits | None, weights: Weights | None = None) -> PruningGroups:
+    """Prove the structures of a decision; without one, also those that must be named where some of them are at zero.
+
+    Args:
+        weights: by default the model's own.
+    """
     if kept is not None:
         return proved_groups(type(model), model.config, structures_around(kept.kept))[0]
+    weights = weights or _weights(model)
     named = [EXPERT_UNITS] if num_experts(model.config) is not None else []
-    if any(weight().dim() > 1 and not weight().any() for weight in _weights(model).values()):
+    if any(weight().dim() > 1 and not weight().any() for weight in weights.values()):
         named.append(LAYER_UNITS)  # in a layer that does nothing, what writes to the stream is all zero
     groups = proved_groups(type(model), model.config, structures_around(named))[0]
     others = dict(groups.structures)
     whole = others.pop("attention_heads", None)
-    if whole is None or zero_units(model, PruningGroups({"attention_heads": whole}))["attention_heads"].any():
+    if whole is None or zero_units(weights, PruningGroups({"attention_heads": whole}))["attention_heads"].any():
         return groups
     single = proved_groups(type(model), model.config, ("query_heads",))[0]
-    if not single.structures or not zero_units(model, single)["query_heads"].any():
+    if not single.structures or not zero_units(weights, single)["query_heads"].any():
         return groups
     return PruningGroups(single.structures | others, groups.refused)
 
 
 @torch.no_grad()
-def zero_units(model: PreTrainedModel, groups: PruningGroups) -> dict[str, torch.Tensor]:
-    """Return, per structure, which units' effective weights are all exactly zero: shape (L, U), bool."""
+def zero_units(weights: Weights, groups: PruningGroups, kept: KeptUnits | None = None) -> dict[str, torch.Tensor]:
+    """Return, per structure, which units' effective weights are all exactly zero: shape (L, U), bool.
+
+    Args:
+        kept: with it only the weights of the other units are looked at, and nothing is said of those that stay.
+    """
     lives = {name: torch.zeros(len(g.layers), g.num_units) for name, g in groups.structures.items()}
-    weights = _weights(model)
     for name, axes in groups.by_parameter().items():
         weight = weights[name]()
         for structure, layer, axis in axes:
+            units = groups.structures[structure].num_units
+            asked = torch.ones(units, dtype=torch.bool)
+            if kept is not None:
+                asked = ~kept_mask(kept, structure)[layer] if structure in kept.kept else ~asked
+            at = axis.layout.expand(asked, fixed_value=False).nonzero().flatten()
+            if not len(at):
+                continue
             others = [dim for dim in range(weight.dim()) if dim != axis.dim]
-            held = weight != -axis.shift
-            along = held.any(dim=others) if others else held
-            lives[structure][layer] += axis.layout.collect(along.float().cpu(), groups.structures[structure].num_units)
+            held = (weight if len(at) == weight.shape[axis.dim] else take(weight, axis.dim, at)) != -axis.shift
+            along = torch.zeros(axis.layout.size(units))
+            along[at] = (held.any(dim=others) if others else held).float().cpu()
+            lives[structure][layer] += axis.layout.collect(along, units)
     return {name: found == 0 for name, found in lives.items()}
 
 
-def _weights(model: PreTrainedModel) -> dict[str, Callable[[], torch.Tensor]]:
+def _weights(model: PreTrainedModel, stored: Mapping[str, torch.Tensor] | None = None) -> Weights:
     """Return what makes each weight that the model computes with: a sum, where an adapter adds to it."""
+    if stored is not None:
+        return {name: partial(stored.__getitem__, name) for name, _ in model.named_parameters()}
     adapters, parameters = Adapters.of(model), parameters_of(model)
     names = parameters.keys() - set(adapters.factors())
     return {name: partial(adapters.effective, name, lambda key: parameters[key].data) for name in names}

@@ -16,6 +16,7 @@ from ..structures.groups import KeptUnits, PruningGroups
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
+from .checkpoint import CheckpointSource
 from .decision import decide
 from .parameters import WholeSource
 from .report import PruningReport
@@ -42,6 +43,10 @@ def export_pruned(
 ) -> PruningReport:
     """Cut the pruned units out of a model, verify the result and publish it atomically.
 
+    From a checkpoint that holds the whole model in safetensors files, these are read, cut and written a stretch at a
+    time, and one layer is in memory at a time. What holds an adapter, DeepSpeed's or FSDP's files, or loses tokens, is
+    loaded whole.
+
     Args:
         source: a model (or a PeftModel with LoRA) whose pruned units are at zero, or a checkpoint folder that training
             wrote.
@@ -65,10 +70,10 @@ def export_pruned(
     for name in ("trainer_state.json", "optimizer.pt"):
         if (Path(output_dir) / name).exists() and Path(output_dir).name.startswith("checkpoint-"):
             raise HessoError(f"`output_dir` ({str(output_dir)!r}) is a checkpoint of a run; choose another folder")
-    found = read_source(source, kept_units, tokenizer, training, trust_pickles)
+    found = read_source(source, kept_units, tokenizer, training, trust_pickles, vocabulary is not None)
     adapted = found.lora_export(lora_export)
     vocabulary = vocabulary or found.vocabulary
-    decision = decide(found.model, found.kept, groups, vocabulary, found.compaction)
+    decision = decide(found.model, found.kept, groups, vocabulary, found.compaction, found.stored)
     if found.kept is None and decision.kept.all_stay and decision.compaction is None:
         if not isinstance(source, nn.Module):
             raise HessoError(
@@ -84,6 +89,8 @@ def export_pruned(
     )
     if adapted == "adapter":
         return write_pruned(AdapterSource(found.model, decision, output.folder), output, found.training)
+    if found.stored is not None:
+        return write_pruned(CheckpointSource(found.model, found.stored, decision), output, found.training)
     return write_pruned(WholeSource(found.model, decision), output, found.training)
 
 

@@ -110,15 +110,30 @@ class ParameterSource(ABC):
         with without_bars():
             reloaded = loader.from_pretrained(folder, attn_implementation=attention_of(written.config), **options)
         found = dict(reloaded.named_parameters()) | dict(reloaded.named_buffers())
-        groups, buffers = self.decision.groups.structures.values(), dict(written.named_buffers())
-        cut = [axis.parameter for group in groups for axes in group.buffers for axis in axes]
-        for name, tensor in (*written.named_parameters(), *((name, buffers[name]) for name in cut if name in buffers)):
+        for name, tensor in (*written.named_parameters(), *self.cut_buffers(written)):
             check_stored(name, found.get(name), tensor, folder)
         return reloaded.to(written.device).eval()
 
+    def cut_buffers(self, small: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """Return the smaller model's buffers that units lie on."""
+        groups, buffers = self.decision.groups.structures.values(), dict(small.named_buffers())
+        cut = [axis.parameter for group in groups for axes in group.buffers for axis in axes]
+        return [(name, buffers[name]) for name in cut if name in buffers]
 
-class WholeSource(ParameterSource):
-    """A model that lies whole on one process, which exports it alone: the others know nothing of it.
+
+class LoneSource(ParameterSource):
+    """What one process exports alone: the others know nothing of it."""
+
+    def together(self, work: Callable[[], _T]) -> _T:
+        return work()
+
+    def shared(self, value: _T | None) -> _T:
+        assert value is not None
+        return value
+
+
+class WholeSource(LoneSource):
+    """A model that lies whole on one process.
 
     There is one fp32 copy of it at a time: with adapters the reference's first, then the merged one.
 
@@ -141,13 +156,6 @@ class WholeSource(ParameterSource):
         trained, vocabulary = self._trained, self.decision.vocabulary
         full = dense_model(trained, torch.float32, device=fp32_place(trained)) if self._adapted else self._copy
         return trim_embeddings(full, vocabulary) if vocabulary else full
-
-    def together(self, work: Callable[[], _T]) -> _T:
-        return work()
-
-    def shared(self, value: _T | None) -> _T:
-        assert value is not None
-        return value
 
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return them; the model's mode stays as it is, and a copy with adapters is let go."""

@@ -8,7 +8,7 @@ import platform
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,6 +49,7 @@ class PruningReport:
         training: config, schedule, steps and history of the run, empty for a bare export.
         vocabulary: tokens and parameters removed with them, and the old ids of the kept ones; None for a whole one.
         serving: of engines that take one of its sizes for another.
+        seconds: that `writing` and `verification` took; not part of what is published.
     """
 
     model_class: str
@@ -63,6 +64,7 @@ class PruningReport:
     training: Mapping[str, Any]
     vocabulary: Mapping[str, Any] | None
     serving: tuple[str, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(

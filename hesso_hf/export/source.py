@@ -27,9 +27,11 @@ from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.tokens import KeptTokens
+from .checkpoint import NotStreamedError, open_checkpoint
 from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
 from .decision import Compaction, groups_for
 from .report import REPORT_NAME
+from .stored import StoredWeights
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +46,7 @@ class ExportSource:
         kept: the decision, where there is one.
         tokenizer: that is saved along.
         training: what the run says of itself, plain JSON types; empty for a bare export.
+        stored: what reads the model's parameters, where they are left in a checkpoint's files.
     """
 
     model: PreTrainedModel
@@ -51,6 +54,7 @@ class ExportSource:
     kept: KeptUnits | None
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None
     training: Mapping[str, Any]
+    stored: StoredWeights | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -91,8 +95,12 @@ def read_source(
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     training: Mapping[str, Any] | None,
     trust_pickles: bool,
+    vocabulary: bool = False,
 ) -> ExportSource:
     """Take a model as it is, or load a checkpoint; what is given counts more than what lies beside the weights.
+
+    Args:
+        vocabulary: whether tokens are removed.
 
     Raises:
         HessoError: where it is no checkpoint, pruning hasn't finished in it, or it can't be read.
@@ -130,17 +138,44 @@ def read_source(
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
     training = training or {}
-    model = _load_trained(folder, kept, trust_pickles, cut=bool(training.get("compaction")))
+    if (folder / ADAPTER_CONFIG).exists():
+        model, stored = _load_adapted(folder, kept, cut=bool(training.get("compaction"))), None
+    else:
+        model, stored = _load_full(folder, trust_pickles, vocabulary or bool(training.get("vocabulary")))
     model.config.name_or_path = training.get("base_model") or model.config.name_or_path
     if tokenizer is None and (folder / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    stored = model.config.dtype
-    dtype = stored if holds_masters(folder) and isinstance(stored, torch.dtype) else model.dtype
-    return ExportSource(model, dtype, kept, tokenizer, training)
+    dtype = stored.dtypes().pop() if stored is not None else model.dtype
+    if holds_masters(folder) and isinstance(model.config.dtype, torch.dtype):
+        dtype = model.config.dtype
+    return ExportSource(model, dtype, kept, tokenizer, training, stored)
 
 
-def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool, cut: bool) -> PreTrainedModel:
-    """Load a checkpoint's weights; where it holds an adapter only, into the base model that this names.
+def _load_full(folder: Path, trust_pickles: bool, vocabulary: bool) -> tuple[PreTrainedModel, StoredWeights | None]:
+    """Open a checkpoint's weights or, where they must be, load them."""
+    config = load_config(folder)
+    model_class = model_class_of(config)
+    if holds_masters(folder):
+        return load_masters(model_class, config, folder, trust_pickles), None
+    if (folder / SHARDS_NAME).is_dir():
+        return load_shards(model_class, config, folder), None
+    try:
+        if vocabulary:
+            raise NotStreamedError("tokens are removed")
+        return open_checkpoint(model_class, config, folder)
+    except NotStreamedError as reason:
+        logger.info(f"the model in {folder} is loaded whole: {reason}")
+    try:
+        return model_class.from_pretrained(folder), None
+    except OSError as error:
+        raise HessoError(
+            f"`source` ({str(folder)!r}) holds no weights ({first_line(error)}); give a checkpoint-* folder that "
+            "training wrote"
+        ) from error
+
+
+def _load_adapted(folder: Path, kept: KeptUnits | None, cut: bool) -> PreTrainedModel:
+    """Load a checkpoint's adapter into the base model that this names.
 
     Args:
         cut: whether the units were cut out of the base before the checkpoint.
@@ -148,20 +183,6 @@ def _load_trained(folder: Path, kept: KeptUnits | None, trust_pickles: bool, cut
     Raises:
         HessoError: where the base model can't be told.
     """
-    if not (folder / ADAPTER_CONFIG).exists():
-        config = load_config(folder)
-        model_class = model_class_of(config)
-        if holds_masters(folder):
-            return load_masters(model_class, config, folder, trust_pickles)
-        if (folder / SHARDS_NAME).is_dir():
-            return load_shards(model_class, config, folder)
-        try:
-            return model_class.from_pretrained(folder)
-        except OSError as error:
-            raise HessoError(
-                f"`source` ({str(folder)!r}) holds no weights ({first_line(error)}); give a checkpoint-* folder that "
-                "training wrote"
-            ) from error
     from peft import PeftConfig, PeftModel
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,19 @@ def write_uncut(source: ParameterSource, output: Output) -> None:
 
 def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any] | None) -> PruningReport | None:
     """Do each step of an export; return the report, where one is to be written, on the main process."""
+    times = [time.perf_counter()]  # by turns verifying begins, and writing
     verifier = source.together(lambda: Verifier(source)) if training is not None else None
     if verifier is not None:
         small, fold_error = verifier.checked_cut()
     else:  # there may be no room for the logits of an uncut model
         small, fold_error = source.together(lambda: source.cut(source.decision.kept)), 0.0
+    times.append(time.perf_counter())
     with writing("the smaller model", output.folder, _size(small, output.dtype)), ExitStack() as stack:
         made = source.together(lambda: stack.enter_context(staged_folder(output.folder)) if source.main else None)
         folder = source.together(lambda: source.common_folder(made))
         written = source.together(lambda: source.save(small, folder, output.dtype, output.max_shard_size))
         source.together(lambda: _add_files(source, output, folder, written) if source.main else None)
+        times.append(time.perf_counter())
         stored = source.together(lambda: source.read_back(small, written, folder, output.dtype))
 
         def reported() -> PruningReport | None:
@@ -94,12 +98,15 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
         if verifier is not None:
             dtype, tokens = str(output.dtype).removeprefix("torch."), verifier.input_ids.numel()
             verification = Verification(fold_error, verifier.error_of(stored), dtype, tokens)
+        times.append(time.perf_counter())
         report = source.together(reported)
         new = {name for name in (*SHOWING, ADAPTER_FOLDER) if source.main and (folder / name).exists()}
         source.together(stack.close)  # publishes
     if source.main:
         _remove_leftovers(output.folder, new)
-    return report
+    begun, cut, saved, compared, published = *times, time.perf_counter()
+    seconds = {"writing": saved - cut + published - compared, "verification": cut - begun + compared - saved}
+    return replace(report, seconds=seconds) if report is not None else None
 
 
 def _size(small: Any, dtype: torch.dtype) -> int:

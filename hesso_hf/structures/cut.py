@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import EllipsisType
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -22,6 +24,8 @@ from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
 logger = logging.get_logger(__name__)
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; NumPy has no bfloat16
+Where = slice | torch.Tensor | EllipsisType  # some rows of a tensor; all of it where it has none
 Cuts = Sequence[tuple[Axis, torch.Tensor, int]]  # (axis, kept units, all units) of each cut of a tensor
 MARK = "hesso_hf"  # name in a config: of a model that a run has saved, and that is as large as the base
 
@@ -32,13 +36,21 @@ def zero_units_(parameters: Mapping[str, torch.Tensor], groups: PruningGroups, k
     for name, layers in kept.kept.items():
         structure = groups.structures[name]
         for layer, axis in structure.all_axes():
-            parameter = parameters[axis.parameter].data
-            pruned = torch.ones(structure.num_units, dtype=torch.bool, device=parameter.device)
-            pruned[list(layers[layer])] = False
-            axis.mask_(parameter, pruned)
-            if axis.centred and pruned.any():
-                portions = portions_of((~pruned).float()).to(parameter.dtype)
-                axis.centre_(parameter, axis.layout.expand(portions, fixed_value=0.0))
+            zero_axis_(parameters[axis.parameter].data, axis, layers[layer], structure.num_units)
+
+
+def zero_axis_(parameter: torch.Tensor, axis: Axis, units: Collection[int], total: int) -> None:
+    """Do along one axis what `zero_units_` does.
+
+    Args:
+        units: those that are kept, of `total`.
+    """
+    pruned = torch.ones(total, dtype=torch.bool, device=parameter.device)
+    pruned[list(units)] = False
+    axis.mask_(parameter, pruned)
+    if axis.centred and pruned.any():
+        portions = portions_of((~pruned).float()).to(parameter.dtype)
+        axis.centre_(parameter, axis.layout.expand(portions, fixed_value=0.0))
 
 
 @torch.no_grad()
@@ -50,9 +62,7 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
     """
     parameters = dict(small.named_parameters())
     origins = full_names(parameters, groups, kept)
-    odd = sorted(set(origins.values()) ^ {name for name in full if not is_dropped(name, groups, kept)})
-    if odd:
-        raise UnsupportedStructureError(f"parameter {odd[0]} exists in only one of the full and the smaller model")
+    check_origins(origins, full, groups, kept)
     cuts = cuts_by_tensor(groups, kept)
     for name, parameter in parameters.items():
         tensor = full[origins[name]].detach()
@@ -63,6 +73,21 @@ def load_cut(small: PreTrainedModel, full: Mapping[str, torch.Tensor], groups: P
                 f"{name} has shape {tuple(tensor.shape)} after cutting, the smaller model {tuple(parameter.shape)}"
             )
         parameter.copy_(tensor)
+
+
+def check_origins(origins: Mapping[str, str], full: Iterable[str], groups: PruningGroups, kept: KeptUnits) -> None:
+    """Compare what the smaller model takes from the full one with what this has.
+
+    Args:
+        origins: names in the smaller model to those in the full one.
+        full: names in the full model.
+
+    Raises:
+        UnsupportedStructureError: naming the first parameter that one of the two lacks.
+    """
+    odd = sorted(set(origins.values()) ^ {name for name in full if not is_dropped(name, groups, kept)})
+    if odd:
+        raise UnsupportedStructureError(f"parameter {odd[0]} exists in only one of the full and the smaller model")
 
 
 def cuts_by_tensor(groups: PruningGroups, kept: KeptUnits) -> dict[str, list[tuple[Axis, torch.Tensor, int]]]:
@@ -111,10 +136,42 @@ def cut_part(tensor: torch.Tensor, part: Part, cuts: Cuts) -> torch.Tensor:
         indices = axis.layout.indices(units, total)
         first, held = part.starts[axis.dim], part.sizes[axis.dim]
         here = indices[(indices >= first) & (indices < first + held)] - first
-        tensor = tensor.index_select(axis.dim, here.to(tensor.device))
-        if axis.power:
-            tensor = (tensor.float() + axis.shift) * math.sqrt(len(units) / total) ** axis.power - axis.shift
+        tensor = _folded(take(tensor, axis.dim, here), axis, units, total)
     return tensor
+
+
+def cut_rows(tensor: torch.Tensor, rows: Where, cuts: Cuts) -> torch.Tensor:
+    """Return some rows of what is left of a tensor when units are cut, as `cut_part` gives them; no more is read.
+
+    Args:
+        rows: of what is left.
+        cuts: as for `cut_part`.
+    """
+    chosen = None
+    for axis, units, total in cuts:
+        if axis.dim == 0:
+            indices = axis.layout.indices(units, total)
+            chosen = indices if chosen is None else chosen[indices]
+    tensor = tensor[rows] if chosen is None else take(tensor, 0, chosen[rows])
+    for axis, units, total in cuts:
+        if axis.dim:
+            tensor = take(tensor, axis.dim, axis.layout.indices(units, total))
+        tensor = _folded(tensor, axis, units, total)
+    return tensor
+
+
+def take(tensor: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor:
+    """Return what a tensor has at some indices of a dimension; on the CPU by NumPy, which is several times as fast."""
+    if tensor.device.type != "cpu" or not tensor.dim():
+        return tensor.index_select(dim, indices.to(tensor.device))
+    bits = tensor.detach().view(_BITS[tensor.element_size()]).numpy()
+    return torch.from_numpy(np.take(bits, indices.cpu().numpy(), axis=dim)).view(tensor.dtype)
+
+
+def _folded(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:
+    if not axis.power:
+        return tensor
+    return (tensor.float() + axis.shift) * math.sqrt(len(units) / total) ** axis.power - axis.shift
 
 
 def kept_sizes(groups: PruningGroups, kept: KeptUnits) -> dict[str, int]:

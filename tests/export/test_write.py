@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -20,10 +21,12 @@ from hesso_hf.engines.deepspeed import export as zero_export
 from hesso_hf.engines.fsdp.export import ShardedSource, Writers
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import export_pruned, parameters, publish, verify, write
+from hesso_hf.export.checkpoint import CheckpointSource, open_checkpoint
 from hesso_hf.export.decision import Decision
 from hesso_hf.export.parameters import ParameterSource
 from hesso_hf.export.plots import PLOT_NAME
 from hesso_hf.export.report import PruningReport
+from hesso_hf.hf_models.build import load_config
 from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits, PruningGroups
 from hesso_hf.structures.proof.prove import proved_groups
@@ -87,11 +90,19 @@ def zero(model: PreTrainedModel, folder: Path) -> PruningReport:
         return _written(zero_export.ZeroSource(model, Decision(groups(), kept_units()), True), folder)
 
 
+def streamed(model: PreTrainedModel, folder: Path) -> PruningReport:
+    with tempfile.TemporaryDirectory() as dense:
+        copy.deepcopy(model).save_pretrained(dense)  # which says in a config how it was saved
+        files = open_checkpoint(type(model), load_config(dense), Path(dense))
+        files[0].config.name_or_path = model.config.name_or_path
+        return _written(CheckpointSource(*files, Decision(groups(), kept_units())), folder)
+
+
 def _written(source: ParameterSource, folder: Path) -> PruningReport:
     return write.write_pruned(source, write.Output(folder, torch.float32), {"steps": 7})
 
 
-WAYS: dict[str, Export] = {"whole": whole, "adapter": adapter, "sharded": sharded, "zero": zero}
+WAYS: dict[str, Export] = {"whole": whole, "adapter": adapter, "sharded": sharded, "zero": zero, "streamed": streamed}
 OTHERS = [name for name in WAYS if name != "whole"]
 
 
@@ -154,7 +165,9 @@ def refused(way: str, folder: Path, error: type[Exception]) -> str:
     assert contents(folder) == {"config.json"}
     assert not list(folder.parent.glob(".*staging*"))
     text = _without_numbers(str(caught.value)).replace(str(folder.parent), "")
-    return re.sub(r"staging-\d+|(/|^)(whole|adapter|sharded|zero)\b|\.(whole|adapter|sharded|zero)\.", "", text)
+    return re.sub(
+        r"staging-\d+|(/|^)(whole|adapter|sharded|zero|streamed)\b|\.(whole|adapter|sharded|zero|streamed)\.", "", text
+    )
 
 
 @pytest.mark.parametrize("way", OTHERS)

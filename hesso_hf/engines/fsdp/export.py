@@ -6,9 +6,6 @@ it belongs to. Logits are compared in fp32, in forward passes that put one layer
 
 from __future__ import annotations
 
-import copy
-import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import init_empty_weights
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ...compat import set_buffer
 from ...distributed.collectives import all_or_none, from_all, use_each
@@ -33,6 +27,8 @@ from ...distributed.parts import local, named_parameters, part_of, plain_name, s
 from ...errors import HessoError, VerificationError
 from ...export.decision import NOTHING_CUT, Decision
 from ...export.parameters import ParameterSource, Routing, check_shape, check_stored
+from ...export.stored import stored_files
+from ...export.weight_files import WeightFiles, by_layer, saved_tensors, stored_shapes, write_configs
 from ...structures.cut import Cuts, build_cut, copy_buffers, cut_part, cuts_by_tensor
 from ...structures.groups import KeptUnits, PruningGroups
 from ...structures.layers import full_names
@@ -106,37 +102,28 @@ class ShardedSource(ParameterSource):
     # -- writing --------------------------------------------------------------------------------------------------
 
     def save(self, small: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> PreTrainedModel:
-        """Put one layer after the other together, and write this process' files, each when its last tensor has come.
+        """Put one layer after the other together, and write this process' files, a tensor when it has come.
 
         Of n processes each writes every n-th file.
         """
-        split = split_torch_state_dict_into_shards(_stored_shapes(small, dtype), max_shard_size=max_shard_size)
-        files = split.filename_to_tensors
-        waiting: dict[str, dict[str, torch.Tensor]]
-        waiting = {file: {} for n, file in enumerate(files) if n % self._writers.count == self._writers.rank}
+        shapes, files = stored_shapes(small, dtype), list[WeightFiles]()
 
         def take(batch: Mapping[str, torch.Tensor]) -> None:
+            if not files:
+                files.append(WeightFiles(folder, shapes, max_shard_size, self._writers.rank, self._writers.count))
             for name, tensor in batch.items():
-                file = split.tensor_to_filename[name]
-                if file not in waiting:
-                    continue
-                waiting[file][name] = tensor.contiguous()
-                if len(waiting[file]) == len(files[file]):
-                    save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+                files[0].write(name, [tensor])
 
         use_each(_batches(small, dtype), take)
-        assert not waiting
+        files[0].finish()
         if self.main:
-            _write_configs(small, folder, dtype)
-            if split.is_sharded:
-                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-                text = json.dumps(index, indent=2, sort_keys=True)
-                (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+            write_configs(small, folder, dtype)
+            files[0].write_index(small.num_parameters())
         return small
 
     def read_back(self, small: PreTrainedModel, written: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         """Compare what this process holds of each parameter with what lies on disk, and round it as that is."""
-        stored, names = _stored_files(folder), _stored_shapes(small, dtype).keys()
+        stored, names = stored_files(folder), stored_shapes(small, dtype).keys()
         if stored.keys() != names:
             raise VerificationError(f"{min(stored.keys() ^ names)} is missing in {folder}, or shouldn't be there")
         with torch.no_grad():
@@ -150,41 +137,15 @@ class ShardedSource(ParameterSource):
         return small
 
 
-def _write_configs(small: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    config = copy.deepcopy(small.config)
-    config.dtype = dtype
-    config.architectures = [stock_class(small).__name__]
-    config.save_pretrained(folder)
-    if small.can_generate() and small.generation_config is not None:
-        small.generation_config.save_pretrained(folder)
-
-
-def _batches(small: PreTrainedModel, dtype: torch.dtype, meta: bool = False) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the tensors (or just their shapes, on the meta device) as the class stores them, a layer at a time."""
-    once = {name for name, _ in small.named_parameters()}
-    repeated = {name for name, _ in small.named_parameters(remove_duplicate=False)} - once  # tied ones
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in small.state_dict(keep_vars=True).items():
-        if name in repeated:
-            continue
-        found = re.match(r".*?\.\d+(?=\.)", name)
-        layers.setdefault(found.group() if found else name, {})[name] = tensor
-    for tensors in layers.values():
+def _batches(small: PreTrainedModel, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the tensors as the class stores them, a layer at a time."""
+    for tensors in by_layer(saved_tensors(small)):
         made = {}
         for name, tensor in tensors.items():
-            stored = dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
-            if meta:
-                made[name] = torch.empty(tensor.shape, dtype=stored, device="meta")
-            else:
-                value = tensor.detach()
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                made[name] = whole.to(dtype=stored, device="cpu")
+            value = tensor.detach()
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            made[name] = whole.to(dtype=dtype if isinstance(tensor, nn.Parameter) else tensor.dtype, device="cpu")
         yield revert_weight_conversion(small, made)
-
-
-def _stored_shapes(small: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return what will be stored, on the meta device."""
-    return {name: shape for batch in _batches(small, dtype, meta=True) for name, shape in batch.items()}
 
 
 def sharded_copy(model: PreTrainedModel, groups: PruningGroups, kept: KeptUnits) -> PreTrainedModel:
@@ -261,11 +222,3 @@ def _device_of(tensor: torch.Tensor) -> torch.device:
     if not isinstance(tensor, DTensor) or tensor.device_mesh.device_type == tensor.device.type:
         return tensor.device
     return torch.device(tensor.device_mesh.device_type, torch.accelerator.current_device_index())  # it is offloaded
-
-
-def _stored_files(folder: Path) -> Mapping[str, Path]:
-    found: dict[str, Path] = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as stored:
-            found |= dict.fromkeys(stored.keys(), path)
-    return found
