@@ -17,10 +17,10 @@ from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
 from .checkpoint import CheckpointSource
-from .decision import decide
-from .parameters import WholeSource
+from .decision import Decision, decide
+from .parameters import ParameterSource, WholeSource
 from .report import PruningReport
-from .source import read_source
+from .source import ExportSource, read_source
 from .verify import Verifier
 from .write import DTYPES, Output, write_pruned
 
@@ -81,17 +81,19 @@ def export_pruned(
             )
         logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
     wanted = dtype or found.config.get("export_dtype")
-    output = Output(
-        Path(output_dir),
-        DTYPES[wanted] if wanted else found.dtype,
-        _trimmed(found.tokenizer, vocabulary) if vocabulary else found.tokenizer,
-        max_shard_size,
-    )
-    if adapted == "adapter":
-        return write_pruned(AdapterSource(found.model, decision, output.folder), output, found.training)
-    if found.stored is not None:
-        return write_pruned(CheckpointSource(found.model, found.stored, decision), output, found.training)
-    return write_pruned(WholeSource(found.model, decision), output, found.training)
+    saved = _trimmed(found.tokenizer, vocabulary) if vocabulary else found.tokenizer
+    output = Output(Path(output_dir), DTYPES[wanted] if wanted else found.dtype, saved, max_shard_size)
+    adapter = output.folder if adapted == "adapter" else None
+    return write_pruned(_parameters_of(found, decision, adapter), output, found.training)
+
+
+def _parameters_of(found: ExportSource, decision: Decision, adapter: Path | None) -> ParameterSource:
+    """Return where the trained parameters come from; with an adapter, the folder that it is written for."""
+    if adapter is not None:
+        return AdapterSource(found.model, decision, adapter)
+    if found.stored is None:
+        return WholeSource(found.model, decision)
+    return CheckpointSource(found.model, found.stored, decision)
 
 
 def cut_pruned(
