@@ -17,10 +17,10 @@ from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
 from .checkpoint import CheckpointSource
-from .decision import decide
-from .parameters import WholeSource
+from .decision import Decision, decide
+from .parameters import ParameterSource, WholeSource
 from .report import PruningReport
-from .source import read_source
+from .source import ExportSource, read_source
 from .verify import Verifier
 from .write import DTYPES, Output, write_pruned
 
@@ -43,9 +43,8 @@ def export_pruned(
 ) -> PruningReport:
     """Cut the pruned units out of a model, verify the result and publish it atomically.
 
-    From a checkpoint that holds the whole model in safetensors files, these are read, cut and written a stretch at a
-    time, and one layer is in memory at a time. What holds an adapter, DeepSpeed's or FSDP's files, or loses tokens, is
-    loaded whole.
+    Of a checkpoint that holds the whole model in safetensors files one layer is in memory at a time; what holds an
+    adapter, DeepSpeed's or FSDP's files, or loses tokens, is loaded whole.
 
     Args:
         source: a model (or a PeftModel with LoRA) whose pruned units are at zero, or a checkpoint folder that training
@@ -87,11 +86,7 @@ def export_pruned(
         _trimmed(found.tokenizer, vocabulary) if vocabulary else found.tokenizer,
         max_shard_size,
     )
-    if adapted == "adapter":
-        return write_pruned(AdapterSource(found.model, decision, output.folder), output, found.training)
-    if found.stored is not None:
-        return write_pruned(CheckpointSource(found.model, found.stored, decision), output, found.training)
-    return write_pruned(WholeSource(found.model, decision), output, found.training)
+    return write_pruned(_parameters(found, decision, adapted, output.folder), output, found.training)
 
 
 def cut_pruned(
@@ -117,6 +112,14 @@ def cut_pruned(
     for parameter in small.parameters():
         parameter.data = parameter.data.to(stored)
     return small
+
+
+def _parameters(found: ExportSource, decision: Decision, adapted: str | None, folder: Path) -> ParameterSource:
+    if adapted == "adapter":
+        return AdapterSource(found.model, decision, folder)
+    if found.stored is not None:
+        return CheckpointSource(found.model, found.stored, decision)
+    return WholeSource(found.model, decision)
 
 
 def _trimmed(tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None, vocabulary: KeptTokens) -> Any:
