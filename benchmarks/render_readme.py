@@ -329,6 +329,30 @@ def compaction(result: dict[str, Any]) -> str:
     return _table(["stories260K", "a step in recovery", "the whole run", "loss"], rows) + "\n\n" + _wrap(note)
 
 
+def export_scale(result: dict[str, Any]) -> str:
+    """Seconds and memory of an export from a checkpoint's files, beside those of copying the file."""
+    dense, found, copies = result["checkpoint"], result["export"], result["copy_seconds"]
+    seconds, peak, size = found["seconds"], found["peak"], dense["bytes"]
+    copying = sum(copies) / len(copies)
+    rows = [
+        ["written", f"{seconds['writing']:.0f} s"],
+        ["verified", f"{seconds['verification']:.0f} s"],
+        ["all, with the proof and the look for zeros", f"{seconds['all']:.0f} s"],
+        ["the checkpoint copied, before and after", " and ".join(f"{copy:.0f} s" for copy in copies)],
+        ["speed of writing over that of copying, mean", f"{copying / seconds['writing']:.0%}"],
+        ["memory allocated at most", f"{peak['anonymous'] / 1e9:.2f} GB"],
+        ["of it before the export, by the imports", f"{found['before']['anonymous'] / 1e9:.2f} GB"],
+        ["resident at most, pages of the files included", f"{peak['high_water'] / 1e9:.2f} GB"],
+    ]
+    note = (
+        f"A checkpoint of {size / 1e9:.1f} GB ({dense['parameters'] / 1e9:.1f}B random parameters in bf16, the largest "
+        f"tensor {dense['largest_tensor'] / 1e9:.2f} GB) of which {found['bytes'] / 1e9:.1f} GB stay, on "
+        f"{result['cores']} CPU cores with other work on them, once. Files are forced to the disk. Pages of files are "
+        "the system's to take back."
+    )
+    return _table(["export", ""], rows) + "\n\n" + _wrap(note)
+
+
 def ladder(result: dict[str, Any]) -> str:
     """Losses of models saved on the way and of the last one, beside runs of their own."""
     medians, rows = dict(result["medians"]), []
@@ -558,6 +582,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),
+    "export_scale": ("export_scale.json", "python benchmarks/export_scale.py", export_scale),
     "speed": ("speed.json", "python benchmarks/speed.py", speed),
     "ladder": ("ladder.json", "python benchmarks/ladder.py", ladder),
     "schedule": ("schedule.json", "python benchmarks/schedule.py", schedule),

@@ -123,7 +123,11 @@ def plan(arguments: argparse.Namespace) -> None:
 
 
 def export_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="checkpoint-* folder of a run whose pruning has finished")
+    parser.add_argument(
+        "checkpoint",
+        help="checkpoint-* folder of a run whose pruning has finished; one layer at a time is in memory, but for "
+        "adapters, DeepSpeed's and FSDP's files, and removed tokens",
+    )
     parser.add_argument("output", nargs="?", help="folder for the smaller model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="stored dtype")
     parser.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")

@@ -419,7 +419,9 @@ def test_export_eval_and_report(tmp_path: Path, text_file: Path, capsys: pytest.
     assert (
         main(["export", str(tmp_path / "run" / "checkpoint-12"), str(tmp_path / "later"), "--dtype", "bfloat16"]) == 0
     )
-    assert "stored as bfloat16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stored as bfloat16" in said
+    assert re.search(r"^written in \d+\.\d s, verified in \d+\.\d s$", said, re.MULTILINE)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "later").dtype.itemsize == 2
     assert (tmp_path / "later" / "tokenizer.json").exists()
     assert main(["report", str(tmp_path / "later")]) == 0

@@ -324,6 +324,24 @@ def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypat
     assert list(found["medians"]) == ["width 32, masked", "width 32, compacted"]
 
 
+@pytest.mark.slow
+def test_export_scale_measures_an_export_beside_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import export_scale
+    import render_readme
+
+    sizes = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8,
+             "head_dim": 8, "vocab_size": 1000}  # fmt: skip
+    flags = ["--layers", "2", "--sizes", json.dumps(sizes), "--folder", str(tmp_path), "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", ["export_scale.py", *flags, "--output", str(tmp_path / "export_scale.json")])
+    assert export_scale.main() == 0
+    found = json.loads((tmp_path / "export_scale.json").read_text())
+    assert found["export"]["parameters"] < found["checkpoint"]["parameters"]
+    assert found["export"]["fold_error"] < 1e-4
+    assert found["export"]["peak"]["anonymous"] >= found["export"]["before"]["anonymous"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export_scale.json"]
+    assert "| written |" in render_readme.render_table("export_scale", tmp_path)
+
+
 def test_speed_compares_every_size_with_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import render_readme
     import speed
