@@ -179,12 +179,7 @@ def on_all(work: Callable[[], _T], doing: str = "save the smaller model") -> _T:
     Args:
         doing: what an error says that another process could not do.
     """
-    failed: Exception | None = None
-    result: Any = None
-    try:
-        result = work()
-    except Exception as error:  # the other processes must hear of any
-        failed = error
+    result, failed = _tried(work)
     told = from_all(f"{type(failed).__name__}: {failed}" if failed else None)
     if failed is not None:
         raise failed
@@ -202,15 +197,17 @@ def all_or_none(work: Callable[[], _T], device: torch.device) -> _T:
     Args:
         device: that the processes' collectives work on.
     """
-    failed: Exception | None = None
-    result: Any = None
-    try:
-        result = work()
-    except Exception as error:  # the other processes must hear of any
-        failed = error
+    result, failed = _tried(work)
     if max_over_ranks(int(failed is not None), device):
         on_all(lambda: _raise(failed), "do its part")
     return result
+
+
+def _tried(work: Callable[[], _T]) -> tuple[Any, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:  # the other processes must hear of any
+        return None, error
 
 
 def _raise(failed: Exception | None) -> None:

@@ -1,7 +1,8 @@
 """Shards: which part of a parameter this process holds, and sums over all processes.
 
 Under FSDP2 every process holds some rows of a parameter (a DTensor), under ZeRO a range of its elements; elsewhere it
-holds all of it. What is done to a parameter is done to the parts at hand, and no parameter is gathered.
+holds all of it. What is done to a parameter is done to the parts at hand; only what mixes the indices that processes
+hold apart (`whole_of`, `rewrite_`) puts one together for a moment.
 """
 
 from __future__ import annotations

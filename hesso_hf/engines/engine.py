@@ -126,7 +126,7 @@ class Compacts(ABC):
         Raises:
             HessoError: where it can't; all is as it was then.
         """
-        raise NotImplementedError
+        raise HessoError(f"the model in memory stays whole: {self.why_not_compact(None, model)}")
 
 
 class Engine(Compacts, Generic[_Steps]):
