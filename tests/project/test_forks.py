@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support import forks, proofs
+from tests.support import forks, killing, proofs
 
 FRESH = """
 import gc, os, sys, threading
@@ -125,3 +125,8 @@ def test_workers_that_prove_the_same_at_once_prove_it_once(tmp_path: Path) -> No
     done = forks.run(PROVE, str(tmp_path / "provers"), processes=2, env={proofs.FOLDER: str(tmp_path / "proofs")})
     assert done.stdout.split() == ["proved", "proved"], done.stderr
     assert len(list((tmp_path / "provers").iterdir())) == 1
+
+
+def test_every_event_that_a_run_is_killed_at_can_be_found() -> None:
+    for places in killing.EVENTS.values():
+        assert all(callable(getattr(killing.owner_of(place), name)) for place, name in places)

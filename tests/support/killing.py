@@ -23,7 +23,7 @@ EVENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "distributed files": (("torch.distributed.checkpoint", "save"),),
     "torch file": (("torch", "save"),),
     "replacing": (("os", "replace"),),
-    "small model": (("hesso_hf.engines.fsdp.export", "save_file"), ("safetensors.torch", "save_file")),
+    "small model": (("hesso_hf.export.weight_files:WeightFiles", "finish"), ("safetensors.torch", "save_file")),
 }
 
 ON_ALL_RANKS = ("step", "pruning state", "parts", "distributed files")
@@ -47,10 +47,15 @@ def arm() -> None:
         return counting
 
     for place, name in EVENTS[kind]:
-        module, _, inner = place.partition(":")
-        owner: Any = importlib.import_module(module)
-        owner = getattr(owner, inner) if inner else owner
+        owner = owner_of(place)
         setattr(owner, name, counted(getattr(owner, name)))
+
+
+def owner_of(place: str) -> Any:
+    """Return the module, or the class in one, that EVENTS names."""
+    module, _, inner = place.partition(":")
+    owner = importlib.import_module(module)
+    return getattr(owner, inner) if inner else owner
 
 
 def run_and_kill(start: Callable[[dict[str, str]], Forked], mark: Path, event: str, rank: int) -> bool:
