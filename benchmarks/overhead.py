@@ -14,7 +14,6 @@ import contextlib
 import json
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, LlamaForCausalLM
 
 from hesso_hf import HessoConfig, HessoOptimizer
 from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli.allocations import Allocations
 from hesso_hf.export.report import versions
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.schedule import Schedule
@@ -44,35 +42,6 @@ SCALES = {
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
     },
 }  # fmt: skip
-
-
-class Allocations(TorchDispatchMode):
-    """Track the bytes of tensors made while active, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage(), given)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        if storage._cdata in given or storage._cdata in self._seen or storage.device.type == "meta":
-            return
-        self._seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.now -= size
 
 
 @dataclass

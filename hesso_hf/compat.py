@@ -37,6 +37,13 @@ def default_group() -> ProcessGroup:
     return _get_default_group()
 
 
+def dispatch_mode() -> type:
+    """Return the class whose children see every operation (torch.utils has no public form of it)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    return TorchDispatchMode
+
+
 def set_buffer(module: nn.Module, name: str, value: torch.Tensor) -> None:
     """Put another tensor in a buffer's place; `register_buffer` would forget whether it is saved (nn.Module)."""
     module._buffers[name] = value

@@ -224,8 +224,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print(content)
         return
     print_table(title, header, rows)
-    if found[0]["device"] == "cpu":
-        print("peak memory is measured on a GPU alone: what a process holds on a CPU isn't one model's")
 
 
 def _write(path: Path, found: list[dict[str, Any]], content: str, page: str) -> None:

@@ -18,6 +18,7 @@ from ..hf_models.build import first_line, load_config
 from ..hf_models.loading import load_model, load_tokenizer
 from ..structures.groups import PruningGroups
 from ..structures.shape_probe import AxisMap, describe_parameters
+from .allocations import Allocations
 from .data import block_size_within, held_out_split, text_blocks
 from .joined import WIKITEXT2, joined_windows
 from .speed import first_token_seconds, tokens_per_second, tokens_written_per_second
@@ -37,7 +38,7 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
 
     Returns:
         For each model what was measured, and how: `bytes` is None without safetensors, `flops_per_token` where they
-        can't be told; how fast it writes, where tokens are to be written; `peak_memory` (bytes) on a GPU; `loss` (nats
+        can't be told; how fast it writes, where tokens are to be written; `peak_memory` (bytes) there; `loss` (nats
         a token), `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
 
     Raises:
@@ -70,7 +71,7 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
             "bytes": _bytes_on_disk(flags.models[name]), "memory": model.get_memory_footprint(),
             "flops_per_token": flops_per_token(model), **speeds[name],
         }  # fmt: skip
-        if device.type == "cuda":
+        if device.type == "cuda" or not flags.no_speed:
             row["peak_memory"] = peak_memory(model, flags.batch_size, block_size, flags.new_tokens)
         if blocks is not None:
             loss = held_out_loss(model, blocks, flags.batch_size)
@@ -113,16 +114,25 @@ def flops_per_token(model: PreTrainedModel) -> float | None:
 
 
 def peak_memory(model: PreTrainedModel, batch_size: int, length: int, new_tokens: int) -> int:
-    """Return the most bytes of a GPU that a model needs, its weights and what it works with, whatever else lies there.
+    """Return the most bytes that a model needs, its weights and what it works with, whatever else lies in memory.
 
-    It reads a batch of blocks and, where it can, writes to a batch of prompts.
+    It reads a batch of blocks and, where it can, writes to a batch of prompts. A GPU's allocator says what that took;
+    elsewhere the tensors are counted, without what single operations take within.
     """
+    written = min(new_tokens, length - 2) if model.can_generate() else 0
+
+    def work() -> None:
+        tokens_per_second([model], batch_size, length, 1)
+        if written > 0:
+            tokens_written_per_second([model], batch_size, length - 1 - written, written, 1)
+
+    if model.device.type != "cuda":
+        with Allocations() as made:
+            work()
+        return int(model.get_memory_footprint() + made.peak)
     torch.cuda.reset_peak_memory_stats(model.device)
     before = torch.cuda.memory_allocated(model.device)
-    tokens_per_second([model], batch_size, length, 1)
-    written = min(new_tokens, length - 2) if model.can_generate() else 0
-    if written > 0:
-        tokens_written_per_second([model], batch_size, length - 1 - written, written, 1)
+    work()
     return model.get_memory_footprint() + torch.cuda.max_memory_allocated(model.device) - before
 
 

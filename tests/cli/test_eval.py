@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hesso_hf.budget.cost import build_cost
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.cli import comparison_plot, evaluate, joined
+from hesso_hf.cli.allocations import Allocations
 from hesso_hf.cli.commands import eval_flags
 from hesso_hf.cli.comparison import evaluation_of
 from hesso_hf.cli.data import text_blocks
@@ -35,6 +37,7 @@ from tests.support.lm_eval import stand_in
 from tests.support.tiny import tiny_llama
 
 TEXT, CONTEXT = ["--dataset", "text.jsonl"], 128  # tokens that `small` reads at once; `bundled` reads 512
+SIZES = ["parameters", "bytes on disk", "FLOPs a token", "peak memory"]
 SHORT = [*TEXT, "--block-size", "16", "--batch-size", "3", "--limit", "4", "--new-tokens", "0"]
 
 
@@ -118,7 +121,7 @@ def test_without_text_and_tasks_it_is_sizes_and_speed(
 
     monkeypatch.setattr(evaluate, "tokens_written_per_second", written)
     found = result(["bundled", "small", "--block-size", "12", "--batch-size", "2", "--new-tokens", "3"], capsys)
-    assert asked == [(1, 8, 3), (2, 8, 3)]  # as many as a block has: 8 of the prompt, the first one, 3 more
+    assert asked[:2] == [(1, 8, 3), (2, 8, 3)]  # as many as a block has: 8 of the prompt, the first one, 3 more
     for row, bytes_each in zip(found["models"], (2, 4), strict=True):
         assert 0 < row["memory"] - bytes_each * row["parameters"] < 200  # the rotary embedding's frequencies
         assert all(row[key] > 0 for key in ("first_token_seconds", "tokens_written_per_second"))
@@ -246,14 +249,30 @@ def test_operations_are_those_of_a_budget_and_of_the_layers_as_they_are() -> Non
 
 
 def test_peak_memory_is_a_model_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, worked = tiny_llama(), []
+    model: Any = SimpleNamespace(device=torch.device("cuda"), get_memory_footprint=lambda: 5, can_generate=lambda: True)
+    worked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: worked.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 1700 if len(worked) == 3 else 0)
     monkeypatch.setattr(evaluate, "tokens_per_second", lambda _, *how: worked.append(how))
     monkeypatch.setattr(evaluate, "tokens_written_per_second", lambda _, *how: worked.append(how))
-    assert evaluate.peak_memory(model, 4, 32, 8) == model.get_memory_footprint() + 700
+    assert evaluate.peak_memory(model, 4, 32, 8) == 705
     assert worked == ["reset", (4, 32, 1), (4, 23, 8, 1)]
+
+
+def test_on_a_cpu_the_tensors_of_the_work_are_added_up() -> None:
+    with Allocations() as made:
+        first = torch.ones(1000)
+        (first + 1).sum()
+        second = first.view(10, 100).clone()
+        del first, second
+        torch.ones(100)
+    assert (made.now, made.peak) == (0, 8000 + 4), "1,000 numbers twice, and their sum"
+    model, small = tiny_llama(), tiny_llama(intermediate_size=7)
+    peak, less = (evaluate.peak_memory(each, 4, 32, 8) for each in (model, small))
+    logits = 4 * 4 * 32 * model.config.vocab_size
+    assert logits < peak - model.get_memory_footprint() < 10 * logits
+    assert less < peak
 
 
 @pytest.mark.parametrize("name", ["found.svg", "found.png"])
@@ -267,7 +286,7 @@ def test_a_picture_compares_the_models(
     assert main(["eval", "bundled", "small", *SHORT, "--tasks", "lambada", "--output", str(output)]) == 0
     assert output.read_bytes().startswith(b"<?xml" if name.endswith("svg") else b"\x89PNG")
     size, speed, perplexity, tasks = drawn[0].axes
-    assert [label.get_text() for label in size.get_yticklabels()] == ["parameters", "bytes on disk", "FLOPs a token"]
+    assert [label.get_text() for label in size.get_yticklabels()] == SIZES
     assert [round(bars[0].get_width(), 3) for bars in bars_of(size)] == [1.0, 0.18]
     assert [label.get_text() for label in speed.get_yticklabels()] == ["prefill, batch 1", "prefill, batch 3"]
     assert all(bars[0].get_width() > 1 for bars in bars_of(perplexity))
