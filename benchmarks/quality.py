@@ -56,7 +56,8 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, distillation": {"distillation_alpha": "auto"},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     ALIKE: {},
-    "hesso, with CRIC": {"cric": True, "cric_mode": "probe"},
+    "hesso, without CRIC": {"cric": False},
+    "hesso, CRIC by gradients": {"cric": True, "cric_mode": "probe"},
     "hesso, alone": ALONE,
     "hesso, healing": ALONE | {"healing": "auto"},
     "hesso, healing, replay": ALONE | {"healing": "auto", "replay_share": 0.25},
@@ -156,7 +157,7 @@ def hesso_config(method: str, ratio: float, setting: Setting) -> HessoConfig:
 
 
 def cut_once(options: argparse.Namespace, folder: Path, train_set: Dataset, run: dict[str, Any], sizes: Any) -> Path:
-    """Return the folder of a peer's smaller model, made in a run's first call, on the examples that HESSO takes."""
+    """Return the folder of a peer's smaller model, made in a run's first call, on training data as HESSO takes it."""
     target = folder / "cut"
     if not target.exists():
         model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32)

@@ -28,7 +28,7 @@ def report_flags(parser: argparse.ArgumentParser) -> None:
         "compared",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON and write nothing, of several models a list")
-    parser.add_argument("--plot", help="draw what CRIC did into this file (.png, .svg or .pdf)")
+    parser.add_argument("--plot", help="draw CRIC's cycles into this file (.png, .svg or .pdf)")
     parser.add_argument("--html", help="write the page, which needs nothing beside it, into this file (.html)")
     parser.add_argument("--run", help="folder of the run whose log the page shows (default: the model's own losses)")
 
@@ -119,11 +119,14 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _plot(found: dict[str, Any], path: str) -> None:
-    """Draw what CRIC did, from a pruning report."""
-    if not found.get("cric"):
-        raise HessoError("`--plot` draws what CRIC did, and this model was pruned without it (`cric` in HessoConfig)")
-    from ..export.plots import draw_cric
+    """Draw CRIC's cycles, from a pruning report."""
+    from ..export.plots import draw_cric, has_cycles
 
+    if not has_cycles(found.get("cric")):
+        raise HessoError(
+            "`--plot` draws CRIC's cycles, and this model was pruned without any (`cric_mode` 'path' or 'probe' in "
+            "HessoConfig)"
+        )
     if not draw_cric(found["cric"], Path(path)):
         raise HessoError("`--plot` needs matplotlib: pip install 'hesso_hf[plots]'")
 

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ..errors import HessoError
-from .names import INSTEAD_OF, SALIENCIES, STRUCTURES, weights_by_name
+from .names import CRIC_TRIALS, INSTEAD_OF, RECONSTRUCTION, SALIENCIES, STRUCTURES, weights_by_name
 
 if TYPE_CHECKING:
     from .hesso_config import HessoConfig
@@ -20,7 +20,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "compact": ("never", "end", "auto"),
     "export_dtype": (None, "float32", "bfloat16", "float16"),
     "lora_export": ("merged", "adapter"),
-    "cric_mode": ("path", "probe"),
+    "cric_mode": ("path", "probe", "healed"),
     "cric_snapshot": ("cpu", "device"),
     "on_collapse": ("warn", "pause"),
 }
@@ -52,10 +52,12 @@ def _check_types(config: HessoConfig) -> None:
             continue
         if float in kinds and str not in kinds and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise HessoError(f"`{name}` ({value!r}) must be a number; in YAML write 0.5 or 5.0e-1")
-        if int in kinds:
+        if int in kinds and str not in kinds:
             check_integer(name, value, _LEAST.get(name, 1), or_none=NoneType in kinds)
         if bool in kinds and not isinstance(value, bool):
             raise HessoError(f"`{name}` ({value!r}) must be true or false")
+    if config.cric != "auto" and not isinstance(config.cric, bool):
+        raise HessoError(f"`cric` ({config.cric!r}) must be true, false or 'auto'")
     for name, allowed in _CHOICES.items():
         if getattr(config, name) not in allowed:
             raise HessoError(f"`{name}` ({getattr(config, name)!r}) must be one of {list(allowed)}")
@@ -149,7 +151,20 @@ def _check_schedule(config: HessoConfig) -> None:
         )
 
 
+def why_not_healed(config: HessoConfig) -> str:
+    """Return why CRIC can't judge units with the lowest gone and healed, "" where it can."""
+    if config.healing == "off":
+        return "with `healing` ('off')"
+    if config.layer_widths == "per_layer":
+        return "with `layer_widths` ('per_layer'): how many units of a layer go isn't known beforehand"
+    if config.saliency is not None and set(config.saliency_weights) != {RECONSTRUCTION}:
+        return f"with `saliency` ({config.saliency!r}), but with 'reconstruction' alone"
+    return ""
+
+
 def _check_collapse(config: HessoConfig) -> None:
+    if config.cric is True and config.cric_mode == "healed" and (reason := why_not_healed(config)):
+        raise HessoError(f"`cric_mode` ('healed') can't be had {reason}; change that, or use 'path'")
     if not 0 <= config.cric_tolerance < math.inf:
         raise HessoError(
             f"`cric_tolerance` ({config.cric_tolerance}) must be a count of units or, below 1, a share of those that "
@@ -189,16 +204,19 @@ def _check_replay(config: HessoConfig) -> None:
 
 def _check_idle(config: HessoConfig) -> None:
     """Refuse choices that would have no effect."""
-    cric, alpha = "without `cric` (False)", "with `distillation_alpha` (0); set that too, to 0.9 for example"
+    alpha = "with `distillation_alpha` (0); set that too, to 0.9 for example"
     idle: dict[str, str] = {}
     if not config.rungs:
         idle["ladder_recovery"] = "without `export_at`"
     if config.stream_basis == "given":
         idle["stream_basis_tolerance"] = "with `stream_basis` ('given')"
-    if not config.cric:
-        idle |= dict.fromkeys(("cric_mode", "cric_sampling_steps", "cric_max_cycles", "cric_tolerance"), cric)
+    if config.cric_way not in CRIC_TRIALS:
+        cric = f"with `cric` ({config.cric!r})" + (" and `cric_mode` ('healed')" if config.cric is True else "")
+        idle |= dict.fromkeys(("cric_sampling_steps", "cric_max_cycles", "cric_tolerance"), cric)
+        if config.cric is not True:
+            idle["cric_mode"] = f"{cric}; set that too, to True"
         if config.on_collapse != "pause":
-            idle["cric_snapshot"] = f"{cric} or `on_collapse` 'pause'"
+            idle["cric_snapshot"] = f"{cric}, unless `on_collapse` is 'pause'"
     if config.distillation_alpha == 0:
         idle |= dict.fromkeys(("distillation_temperature", "distill_from"), alpha)
     if config.distillation_alpha == "auto" and config.replay_share == 0 and config.distill_from is None:

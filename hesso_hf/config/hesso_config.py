@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .checks import check
+from .checks import check, why_not_healed
 from .names import (
+    AUTO_CRIC,
     CRIC_SALIENCY,
+    CRIC_TRIALS,
     DEFAULT_SALIENCY,
     DEFAULT_STRUCTURES,
     RECONSTRUCTION,
@@ -17,13 +19,14 @@ from .names import (
     number,
     numbers,
     parse,
+    truth,
     weights_by_name,
 )
 
 
-def _option(default: Any, meaning: str) -> Any:
-    """Return a field with the help that a command line shows."""
-    return field(default=default, metadata={"help": meaning})
+def _option(default: Any, meaning: str, **flag: Any) -> Any:
+    """Return a field with the help that a command line shows, and what else its flag takes."""
+    return field(default=default, metadata={"help": meaning} | flag)
 
 
 @names_checked
@@ -93,14 +96,21 @@ class HessoConfig:
         None,
         "Saliency criterion, or a dict of weights: magnitude, avg_magnitude, cosine_similarity, "
         "taylor_first_order, taylor_second_order, reconstruction (default reconstruction, and taylor_second_order "
-        "where nothing is healed; with cric, both Taylor terms).",
+        "where nothing is healed; with cric by path or probe, both Taylor terms).",
     )
     saliency_batches: int = _option(8, "Steps before a scoring over which gradients are averaged (steps).")
-    cric: bool = _option(
-        False, "Look along the way to zero before deciding (CRIC): some steps after warm-up go into that."
+    # a bool or "auto"; HfArgumentParser can't take `bool | str`, and needs to be told that a flag alone is true
+    cric: int | str | None = _option(
+        "auto",
+        "Look along the way to zero before deciding (CRIC): true, false, or auto, by cric_mode healed where units are "
+        "judged by reconstruction alone.",
+        nargs="?",
+        const="true",
     )
     cric_mode: str = _option(
-        "path", "path: train while CRIC's units shrink; probe: only take gradients there, on a few batches."
+        "path",
+        "path: train while CRIC's units shrink, in some steps after warm-up; probe: only take gradients there, on a "
+        "few batches; healed: each period judges units again as the model is once the lowest are gone and healed.",
     )
     cric_sampling_steps: int | None = _option(
         None, "Samples on the way to zero in one CRIC cycle (default 8 at most) (steps)."
@@ -162,16 +172,24 @@ class HessoConfig:
         self.export_at = numbers(self.export_at)
         self.saliency = parse(self.saliency)
         self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
+        self.cric = "auto" if self.cric is None else truth(self.cric)
         self.distillation_alpha = 0.0 if self.distillation_alpha is None else number(self.distillation_alpha)
         check(self)
 
     @property
     def saliency_weights(self) -> dict[str, float]:
         """Weight of each saliency criterion in use."""
-        if self.saliency is None and self.cric:
+        if self.saliency is None and self.cric is True and self.cric_mode in CRIC_TRIALS:
             return dict(CRIC_SALIENCY)
         default = DEFAULT_SALIENCY if self.healing == "off" else RECONSTRUCTION
         return weights_by_name("saliency", self.saliency or default, SALIENCIES)
+
+    @property
+    def cric_way(self) -> str | None:
+        """How CRIC looks along the way to zero: path, probe or healed; None where it doesn't."""
+        if self.cric != "auto":
+            return self.cric_mode if self.cric else None
+        return None if why_not_healed(self) else AUTO_CRIC
 
     @property
     def calibration_weights(self) -> dict[str, float]:

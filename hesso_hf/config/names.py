@@ -27,6 +27,8 @@ SALIENCIES = (
 DEFAULT_SALIENCY = "taylor_second_order"
 AUTO_REPLAY_SHARE = 0.25
 AUTO_DISTILLATION_ALPHA = 0.9
+AUTO_CRIC = "healed"  # where units are judged by reconstruction
+CRIC_TRIALS = ("path", "probe")  # in which units go the way to zero, scored by gradients
 CRIC_SALIENCY = {"taylor_first_order": 1.0, "taylor_second_order": 3.0}  # the path's integral, and its curvature
 
 
@@ -48,6 +50,11 @@ def parse(value: Any) -> Any:
     if isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def truth(value: Any) -> Any:
+    """Turn a truth value's text (from a command line) into it; leave everything else alone."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def number(value: Any) -> Any:

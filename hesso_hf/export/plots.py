@@ -1,10 +1,10 @@
-"""A picture of what CRIC did, drawn from the pruning report."""
+"""A picture of CRIC's cycles, drawn from the pruning report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers.utils import logging
 
@@ -15,6 +15,11 @@ logger = logging.get_logger(__name__)
 PLOT_NAME = "cric.png"
 _ROLES = {"corrected": ("#1b7837", "first thought redundant, kept"), "replacing": ("#b2182b", "removed instead")}
 _CRITERION = "taylor_first_order"  # along the path: the estimated rise of the loss if the unit goes
+
+
+def has_cycles(cric: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Tell whether units went the way to zero in cycles, which can be drawn; a look in each period has no way."""
+    return cric is not None and cric["mode"] != "healed"
 
 
 def draw_cric(cric: Mapping[str, Any], path: Path) -> bool:

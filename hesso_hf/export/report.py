@@ -29,7 +29,7 @@ from ..vocabulary.trim_embeddings import rows_elements
 from .card import CARD_NAME, card, licence_of
 from .decision import Decision
 from .page.page import PAGE_NAME, write_page
-from .plots import PLOT_NAME, draw_cric
+from .plots import PLOT_NAME, draw_cric, has_cycles
 from .verify import Verification
 
 logger = logging.get_logger(__name__)
@@ -117,8 +117,8 @@ class PruningReport:
 
     def write(self, folder: Path) -> None:
         """Write the report, the page and the card that show it, and what there is: the recipe, a picture of CRIC."""
-        cric, report = self.training.get("cric") or {}, self.to_dict()
-        picture = bool(cric) and _shown_in(folder / PLOT_NAME, lambda path: draw_cric(cric, path))
+        cric, report = self.training.get("cric"), self.to_dict()
+        picture = has_cycles(cric) and _shown_in(folder / PLOT_NAME, lambda path: draw_cric(cric, path))
         if report.get("recipe"):
             recipe = yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True)
             (folder / RECIPE_NAME).write_text(f"# {report['command']}\n{recipe}", encoding="utf-8")

@@ -134,8 +134,8 @@ class Cric:
                 "first": int(self.first[name].sum()),
                 "violating": [sizes[name] for sizes in self.sizes],
                 "num_corrected": int(corrected.sum()),
-                "corrected": _listed(corrected),
-                "replaced_by": _listed(replacing),
+                "corrected": listed(corrected),
+                "replaced_by": listed(replacing),
                 "paths": self._paths(name, corrected, replacing, layers[name], criteria),
             }
         return {
@@ -191,7 +191,7 @@ class Cric:
 _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_own", "_all")
 
 
-def _listed(units: torch.Tensor) -> dict[str, list[int]]:
+def listed(units: torch.Tensor) -> dict[str, list[int]]:
     """Return the marked units as {layer index: [unit, ...]}, layers without any left out."""
     found: dict[str, list[int]] = {}
     for layer, unit in units.nonzero().tolist():

@@ -7,126 +7,22 @@
     Recovery       after the last period, and before a model on the way is saved: pruned units stay at zero; once they
                    are cut out of the model it is a `Phase` again
 
-`cric_mode="probe"` takes no step, so it is no phase: CRIC looks between warm-up and the first period.
+Only `cric_mode="path"` takes steps. `probe` looks between warm-up and the first period, `healed` where a period marks.
 Legend: L layers, U units a layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fractions import Fraction
-
 import torch
 from torch.optim import Optimizer
 
-from ..config import HessoConfig
-from ..distributed.collectives import check_agreement, mean_over_ranks
+from ..distributed.collectives import mean_over_ranks
 from ..errors import HessoError
 from .collapse import LEVEL_STEPS, RECENT_STEPS
-from .cric import CricTrial
-from .fisher import OutputFisher
-from .healing import Healer
-from .ranking import Ranking, agreed
-from .saliency import PerUnit, UnitSums
+from .ranking import agreed
+from .run import Run
+from .saliency import UnitSums
 from .schedule import PeriodStep, Schedule
-from .state import PruningState
-from .weights.bound_groups import BoundGroups
-
-
-@dataclass
-class Run:
-    """What the phases of a run share: its state, the groups on the model's parameters, and the ranking."""
-
-    state: PruningState
-    bound: BoundGroups
-    ranking: Ranking
-    config: HessoConfig
-    healer: Healer | None = None
-    keeps_zeros: bool = False  # the base optimizer does, where weight, gradient and state are zero
-
-    def fisher(self, judges: bool) -> OutputFisher | None:
-        """Look how much the model minds errors, by which units are judged, if they still are, and healed; None without.
-
-        Args:
-            judges: whether units are yet to be judged.
-        """
-        wanted = self.config.healing != "off" or (judges and self.ranking.reconstructs)
-        return self.healer.fisher(self.bound) if self.healer is not None and wanted else None
-
-    def heal(self, fisher: OutputFisher | None) -> None:
-        """Have what the marked units say refitted into the others, which take it on as the period goes along."""
-        if self.healer is not None and self.config.healing != "off":
-            found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned(), fisher)
-            self.state.healing = found if self.bound.sharded else self.bound.from_main(found)
-
-    def new_trial(self) -> CricTrial | None:
-        """Return CRIC before its first cycle, with as many samples as the schedule says; None without CRIC."""
-        wanted = self.config.cric and self.ranking.removes_any
-        return CricTrial(self.bound, self.ranking, self.state.schedule, self.config) if wanted else None
-
-    @property
-    def snapshots_on_cpu(self) -> bool:
-        """Where snapshots lie."""
-        return self.config.cric_snapshot == "cpu"
-
-    @property
-    def pausing(self) -> bool:
-        """Whether a collapse gives the period up."""
-        return self.config.on_collapse == "pause"
-
-    @property
-    def masking(self) -> bool:
-        """Whether the model has pruned units: a period that marks some has ended, and they weren't cut out yet."""
-        if self.state.compaction is not None:
-            return False
-        ended = (period.share and period.end <= self.state.step for period in self.state.schedule.periods)
-        return self.ranking.removes_any and any(ended)
-
-    @property
-    def shrinking(self) -> bool:
-        """Whether units are on their way to zero: between the first and the last step of a period."""
-        position = self.state.schedule.period_step(self.state.step)
-        return self.ranking.removes_any and position is not None and position.t > 0
-
-    def check_agreement(self, period: int = 0) -> None:
-        """Check that all processes have the same scales, and are in the same period."""
-        check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
-
-    def scores(self, share: Fraction | None = None, fisher: OutputFisher | None = None) -> PerUnit:
-        """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure.
-
-        Args:
-            share: of all units that are to go, those that will have gone after this scoring, where that is known.
-            fisher: as `fisher` has found it, by default it is looked for.
-        """
-        sums, costs = self.bound.over_ranks(self.state.sums), None
-        if self.healer is not None and self.ranking.reconstructs:
-            going = None
-            if share is not None and self.config.healing != "off":
-                going = self.ranking.going(share)
-            costs = self.healer.costs(self.bound, self.state.pruned(), going, fisher)
-        return self.ranking.scores(sums, {name: scales > 0 for name, scales in self.state.scales.items()}, costs)
-
-    def pruned(self) -> PerUnit:
-        """Return the pruned units of the structures that lose any, bool (L, U)."""
-        return {name: units for name, units in self.state.pruned().items() if self.ranking.removed[name]}
-
-    def mask(self, shifted_only: bool = False) -> None:
-        """Put the pruned units' weights at zero, or only those for which a number stands that isn't zero."""
-        self.bound.mask_weights_(self.pruned(), shifted_only)
-
-    def centre(self, share: float = 1.0) -> None:
-        """Keep the mean of a stream at zero whose norms subtract it, so that they see no difference in the end."""
-        self.bound.centre_({n: scales for n, scales in self.state.scales.items() if self.ranking.removed[n]}, share)
-
-    def end_period(self) -> None:
-        """Forget the period: its marks, its snapshot, and its order unless CRIC decided it."""
-        for redundant in self.state.redundant.values():
-            redundant.zero_()
-        self.state.period_start = None
-        self.state.healing = {}
-        if self.state.trial is None:
-            self.state.order = None
 
 
 class Phase:
@@ -220,8 +116,10 @@ class PruningPeriod(Phase):
             )
         run.check_agreement(index)
         share, pruned = state.schedule.periods[index].share, state.pruned()
-        fisher = run.fisher(judges=state.order is None)
-        order = run.scores(share, fisher) if state.order is None else state.order
+        if state.order is None:
+            order, fisher = run.judge(share)
+        else:
+            order, fisher = state.order, run.fisher(judges=False)
         marked = agreed(run.ranking.lowest(order, share, pruned))
         for name, units in marked.items():
             state.redundant[name].copy_(units > pruned[name])  # and not pruned, in one kernel

@@ -25,6 +25,7 @@ from .collapse import CollapseWatch
 from .cric import CricTrial
 from .healing import Healer
 from .ranking import Ranking
+from .run import Run
 from .saliency import PerUnit, float_sums, no_units, on_device
 from .schedule import Schedule
 from .state import PruningState, choices_of
@@ -77,7 +78,7 @@ class PruningProcess:
             sums=ranking.empty_sums(device),
             watch=CollapseWatch(config.collapse_threshold),
         )
-        self.run = phases.Run(self.state, self.bound, ranking, config)
+        self.run = Run(self.state, self.bound, ranking, config)
         self.state.trial = self.run.new_trial()
         self._changed: list[str] = []  # of a frozen base, once the larger model is let go
         self._pending = ranking.empty_sums(device)  # of the coming step
@@ -271,7 +272,7 @@ class PruningProcess:
 
     def cric_report(self) -> dict[str, Any] | None:
         """Return what CRIC did as plain JSON types, None without it."""
-        return self.trial.report() if self.trial is not None else None
+        return self.state.corrections.report() if self.trial is None else self.trial.report()
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ Shapes: N tokens, C columns, O outputs; S columns stay, R are marked; masks of c
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .saliency import float_sums
@@ -41,15 +43,29 @@ def said_by_others(
     return solved(fit + check, best, gone, stays)
 
 
-def healed(rows: torch.Tensor, said: torch.Tensor | None, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
-    """Return what an old matrix makes of as the healed one makes of the units that stay.
+@dataclass(frozen=True)
+class StandIn:
+    """What stands in for the marked columns of a matrix.
 
-    Args:
-        said: the marked units by the others, (R, S); None where nothing is refitted.
+    Attributes:
+        said: the marked columns by those that stay, (R, S); None where nothing is refitted.
+        gone, stays: bool (C,), or their places.
     """
-    found = rows.clone()
-    found[:, gone] = 0 if said is None else (rows[:, stays].to(said.dtype) @ said.T).to(rows.dtype)
-    return found
+
+    said: torch.Tensor | None
+    gone: torch.Tensor
+    stays: torch.Tensor
+
+    def healed(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what the old matrix makes of as the healed one makes of the columns that stay, (N, C)."""
+        found, said = rows.clone(), self.said
+        found[:, self.gone] = 0 if said is None else (rows[:, self.stays].to(said.dtype) @ said.T).to(rows.dtype)
+        return found
+
+    def as_read(self, dtype: torch.dtype) -> StandIn:
+        """Return it for many passes: numbers of the dtype that is read, and places, which no host needs to wait for."""
+        gone, stays = (columns.nonzero().flatten() for columns in (self.gone, self.stays))
+        return StandIn(None if self.said is None else self.said.to(dtype), gone, stays)
 
 
 def gram_of(rows: torch.Tensor) -> torch.Tensor:

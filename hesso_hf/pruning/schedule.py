@@ -246,7 +246,7 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
         )
     _warn_of_few_steps(config, total_steps, left, pruning, periods)
     steps, cycles = 0, 0
-    if config.cric and config.cric_mode == "path":
+    if config.cric_way == "path":
         steps, cycles = _sampling(config, left // 2, total_steps)
     return Schedule(warmup, pruning, periods, total_steps, steps, cycles, (), rungs, rung_steps)
 

@@ -18,6 +18,7 @@ from ..distributed.collectives import is_main_process
 from ..errors import CheckpointMismatchError, check_same
 from ..export.decision import Compaction
 from .collapse import CollapseWatch
+from .corrections import Corrections
 from .cric import CricTrial
 from .saliency import PerUnit, UnitSums, on_device
 from .schedule import Schedule
@@ -48,6 +49,7 @@ class PruningState:
         compaction: that the pruned units were cut out of the model; None while it has them.
         judged: (L, U) per structure: each unit's score when it was last judged, by which a pruned one went; for the
             report alone.
+        corrections: what CRIC has corrected where it looks ahead once a period; for the report alone.
     """
 
     target: TargetSizes
@@ -64,6 +66,7 @@ class PruningState:
     healing: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     compaction: Compaction | None = None
     judged: PerUnit = field(default_factory=dict)
+    corrections: Corrections = field(default_factory=Corrections)
 
     def __str__(self) -> str:
         lines = [f"step {self.step} of {self.schedule.total_steps} ({self.schedule.phase(self.step)})"]
@@ -104,6 +107,7 @@ class PruningState:
         self.healing = {name: [piece.to(device) for piece in pieces] for name, pieces in self.healing.items()}
         self.order = None if self.order is None else on_device(self.order, device)
         self.judged = on_device(self.judged, device)
+        self.corrections.to_(device)
         if self.trial is not None:
             self.trial.cric.to_(device)
 
@@ -131,6 +135,7 @@ class PruningState:
             **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
             **({"compaction": self.compaction.to_dict()} if self.compaction else {}),  # nor this
             **({"judged": dict(self.judged)} if self.judged else {}),  # nor this
+            **({"corrections": self.corrections.state_dict()} if self.corrections.sizes else {}),  # nor this
             "frozen": bound.frozen.state_dict(self.on_the_way),
         }
 
@@ -173,7 +178,9 @@ class PruningState:
             name: [piece.to(bound.device) for piece in ([found] if isinstance(found, torch.Tensor) else found)]
             for name, found in saved.get("healing", {}).items()  # one whole matrix each, in earlier code
         }
-        self.judged = {name: score.to(bound.device) for name, score in saved.get("judged", {}).items()}
+        self.judged = on_device(saved.get("judged", {}), bound.device)
+        if "corrections" in saved:
+            self.corrections = Corrections.of(saved["corrections"], bound.device)
 
     def load_snapshots(self, saved: Mapping[str, Any], bound: BoundGroups, base: Optimizer, on_cpu: bool) -> None:
         """Take over CRIC's trial and the snapshots, which belong to the parameters of `base`."""
@@ -191,4 +198,5 @@ def choices_of(config: HessoConfig) -> dict[str, Any]:
     names += ["healing"] if config.healing != "off" else []  # which earlier checkpoints don't know
     names += ["export_at"] if config.rungs else []  # nor this
     names += [name for name in config.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
-    return {"saliency": config.saliency_weights} | {name: getattr(config, name) for name in names}
+    found = {"saliency": config.saliency_weights} | {name: getattr(config, name) for name in names}
+    return found if config.cric_way else found | {"cric": False}

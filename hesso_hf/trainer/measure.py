@@ -142,7 +142,7 @@ class Measurer:
         """
         config, reason = self._config, self.why_none()
         needing = {
-            "cric_mode": config.cric and config.cric_mode == "probe",
+            "cric_mode": config.cric_way == "probe",
             "stream_basis": config.stream_basis == "principal",
             "replay_share": config.replay_share and config.replay_share != "auto",
         }

@@ -23,12 +23,13 @@ from ..export.checkpoint_state import check_config, keep_defaults, read_state
 from ..export.page.losses import Losses
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
-from ..pruning.healing import HEALING_TOKENS, Healer, padded, unreadable
+from ..pruning.healing import HEALING_TOKENS, Healer
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.ranking import ranked
 from ..pruning.schedule import Schedule, resolve_schedule
+from ..pruning.windows import padded, unreadable
 from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens

@@ -207,7 +207,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "recovery of nothing": ({"ladder_recovery": 5}, r"`ladder_recovery` \(5\) does nothing without `export_at`"),
     "periods that don't fit": ({"export_at": [0.2], "pruning_periods": 3}, r"`pruning_periods` \(3\) must be a mul"),
     "heads twice": ({"structures": ["query_heads", "attention_heads"]}, r"can't have both.*name one of them"),
-    "an option of what is off": ({"cric_mode": "probe"}, r"`cric_mode` \('probe'\) does nothing without `cric` \(Fals"),
+    "an option of what is off": ({"cric_mode": "probe"}, r"`cric_mode` \('probe'\) does nothing with `cric` \('au"),
 }  # fmt: skip
 
 

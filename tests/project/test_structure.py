@@ -26,6 +26,7 @@ LARGER = {
     "HessoOptimizer": "torch's contract of an optimizer, and what the trainer tells it",
     "PruningProcess": "the face of the pruning state that trainer and engines ask",
     "BoundGroups": "what is done to a unit's weights: scaled, masked, centred, summed, each in a few lines",
+    "HessoConfig": "a field with its help for every option",
     "CricTrial": "CRIC's history, sets and report",
 }
 DOCUMENTED = re.compile(r"\bhesso_hf(?:\.[A-Za-z_]\w*)+")

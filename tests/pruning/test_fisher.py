@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
-from hesso_hf.pruning import fisher, healing
+from hesso_hf.pruning import fisher, reading
 from hesso_hf.pruning.fisher import DAMPING, TOKENS, OutputFisher, output_fisher
 from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.readers import readers_of
@@ -159,7 +159,7 @@ def test_where_no_gradients_can_be_had_errors_count_alike_and_a_warning_says_so(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(healing, "output_fisher", fail)
+    monkeypatch.setattr(reading, "output_fisher", fail)
     model = tiny_llama()
     with caplog.at_level(logging.WARNING, "hesso_hf"):
         assert Healer(model, tokens()).fisher(bound_to(model)) == OutputFisher()

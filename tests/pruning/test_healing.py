@@ -17,7 +17,7 @@ from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.pruning import healing, refit
 from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.fisher import DAMPING
-from hesso_hf.pruning.healing import Healer, padded, unreadable
+from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan, wrap_optimizer
 from hesso_hf.pruning.readers import readers_of
@@ -25,6 +25,7 @@ from hesso_hf.pruning.reconstruction import RIDGE
 from hesso_hf.pruning.refit import said_by_others
 from hesso_hf.pruning.saliency import PerUnit
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
+from hesso_hf.pruning.windows import padded, unreadable
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of
 from tests.support.checks import propagated
 from tests.support.lora import tiny_lora

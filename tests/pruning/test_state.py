@@ -96,4 +96,5 @@ def test_every_field_is_saved() -> None:
     process.state.healing = {"a matrix": [torch.zeros(2)]}  # is saved where there is some
     process.state.compaction = Compaction(2, 0.0, 10, {}, process.kept_units())  # and this
     process.state.judged = {"mlp_channels": torch.zeros(2, 44)}  # and this
+    process.state.corrections.sizes.append({})  # and this
     assert {field.name for field in dataclasses.fields(PruningState)} <= process.state_dict().keys()

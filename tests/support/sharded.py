@@ -69,7 +69,7 @@ class Run:
         self.plan = PruningPlan.prepare(self.model, self.config)
         # a key bias has a gradient of zero but for rounding, which Adam's usual epsilon would blow up to a full step
         base = torch.optim.AdamW(self.model.parameters(), lr=2e-3, weight_decay=0.1, eps=1e-4)
-        self.optimizer = HessoOptimizer(base, self.plan.process(CRIC if self.config.cric else HESSO))
+        self.optimizer = HessoOptimizer(base, self.plan.process(CRIC if self.config.cric_way == "path" else HESSO))
         if heal:
             self.optimizer.process.heal_with(Healer(self.model, read(20)))
         self.losses: list[float] = []

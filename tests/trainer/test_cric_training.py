@@ -639,7 +639,7 @@ def test_both_processes_pause_at_the_same_step(tmp_path: Path) -> None:
     [
         ({"cric": "yes"}, r"`cric` \('yes'\)"),
         ({"cric": 1}, r"`cric` \(1\)"),
-        ({"cric": None}, r"`cric` \(None\)"),
+        ({"cric": "maybe"}, r"`cric` \('maybe'\) must be true, false or 'auto'"),
         ({"cric_mode": "walk"}, r"`cric_mode` \('walk'\).*path.*probe"),
         ({"cric_mode": None}, r"`cric_mode` \(None\)"),
         ({"cric_mode": ["path"]}, r"`cric_mode` \(\['path'\]\)"),
@@ -676,8 +676,9 @@ def test_bad_values_are_refused_with_argument_and_value(values: dict[str, Any], 
 
 @pytest.mark.parametrize("setting", [{"cric_mode": "probe"}, {"cric_tolerance": 1.0}])
 def test_settings_that_only_cric_reads_are_refused_without_it(setting: dict[str, Any]) -> None:
-    with pytest.raises(HessoError, match=rf"`{next(iter(setting))}`.*`cric` \(False\)"):
-        HessoConfig(0.5, **setting)
+    for cric in (False, "auto"):
+        with pytest.raises(HessoError, match=rf"`{next(iter(setting))}`.*`cric` \({cric!r}\)"):
+            HessoConfig(0.5, cric=cric, **setting)
 
 
 @pytest.mark.parametrize(

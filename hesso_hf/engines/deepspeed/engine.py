@@ -167,9 +167,10 @@ def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
     for found, name in ((zero, "zenflow"), (engine_config, "torch_autocast"), (engine_config, "tensor_parallel")):
         if found.get(name):
             raise HessoError(f"`{name}` ({found[name]}) of DeepSpeed's config isn't supported: leave it out")
-    if config.cric and config.cric_mode == "probe":
+    if config.cric_way == "probe":
         raise HessoError(
-            "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path'"
+            "`cric_mode` ('probe') isn't supported with DeepSpeed, whose backward passes belong to steps; use 'path', "
+            "or leave `cric` out"
         )
     if config.prune_vocabulary:
         raise HessoError(

@@ -154,11 +154,18 @@ def _cric(cric: Mapping[str, Any] | None) -> Markup:
         (named(name), f"{found['first']:,}", f"{found['num_corrected']:,}", " → ".join(map(str, found["violating"])))
         for name, found in cric["structures"].items()
     )
+    how = (
+        f"go part of that way in {cric['cycles']:,} cycles of {cric['samples_per_cycle']:,} looks each, and judged "
+        "them again by what it saw."
+    )
+    if cric["mode"] == "healed":
+        how = (
+            f"go on trial once in each of the {cric['cycles']:,} pruning periods, the others standing in for them, and "
+            "judged all units again by what the model then minded."
+        )
     return joined([
         element("h3", "Corrections by CRIC"),
         element("p", "A unit that looks unneeded may turn out to be needed on its way to zero. CRIC let the candidates "
-                     f"go part of that way in {cric['cycles']:,} cycles of {cric['samples_per_cycle']:,} looks each, "
-                     "and judged them again by what it saw. Corrected units were candidates at first and stayed in "
-                     "the end; as many others went instead."),
-        table(["", "candidates at first", "corrected", "tried for the first time in each cycle"], rows),
+                     f"{how} Corrected units were candidates and stayed in the end; as many others went instead."),
+        table(["", "candidates", "corrected", "tried for the first time in each cycle"], rows),
     ])  # fmt: skip

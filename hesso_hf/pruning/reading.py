@@ -1,0 +1,177 @@
+"""What a model reads on a few examples, matrix by matrix, and how much it minds errors behind each.
+
+Where processes hold parts of the matrices, all run the same pass and put one matrix together at a time; the main one
+alone looks.
+Shapes: N examples, T tokens, C columns of a matrix, O outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..distributed.collectives import is_main_process
+from ..distributed.passes import evaluating, gathers_in_hooks
+from ..errors import HessoError
+from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
+from .fisher import OutputFisher, output_fisher
+from .readers import Reader, readers_of
+from .refit import StandIn
+from .weights.bound_groups import BoundGroups
+
+logger = logging.get_logger(__name__)
+
+Look = Callable[[], torch.Tensor | None]
+_NO_ROOM = "beside what training holds there is no room to look at"
+
+
+class ModelReading:
+    """Passes of a model over a few examples.
+
+    Args:
+        model: which is run.
+        batch: what its forward pass takes: `input_ids` (N, T) and `attention_mask`, padded on the right.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+        self._model, self._batch = model, dict(batch)
+        self._tokens = self._batch["attention_mask"].flatten().bool()
+        self._told: set[str] = set()
+
+    def fewer(self, tokens: int) -> Self:
+        """Return one that works on so many tokens about, of examples spread over the batch."""
+        rows = len(self._batch["attention_mask"])
+        step = max(1, int(self._tokens.sum()) // tokens)
+        fewer = type(self)(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
+        fewer._told = self._told  # what the one has said the other needn't
+        return fewer
+
+    def on(self, model: PreTrainedModel) -> Self:
+        """Return one that works on the model as an engine has prepared it, which may be another object."""
+        other = copy.copy(self)
+        other._model = model
+        return other
+
+    def readers(self, bound: BoundGroups) -> list[Reader]:
+        """Return the matrices that are refitted where the units go that they read."""
+        return readers_of(self._model, bound)
+
+    def fisher(self, bound: BoundGroups, trial: Mapping[str, StandIn] | None = None) -> OutputFisher:
+        """Look how much the model minds errors behind its readers; where that fails, all count alike.
+
+        Args:
+            trial: what stands in for units on trial, by reader; by default the model is looked at as it is.
+        """
+        rows = zip(self._batch["input_ids"], self._batch["attention_mask"], strict=True)
+        examples = [ids[real.bool()][None] for ids, real in rows]
+        modules, found, reason = {r.name: r.module for r in self.readers(bound)}, OutputFisher(), ""
+        try:
+            with _on_trial(self.readers(bound), trial or {}), _looking_at(self._model), bound.passes():
+                found = output_fisher(self._model, examples, modules)
+            if missing := sorted(modules.keys() - found.rows.keys()):
+                of = f"{len(missing)} of {len(modules)} matrices of {type(self._model).__name__}, such as {missing[0]}"
+                reason = f"no gradient of logits that is finite reaches {of}"
+        except torch.OutOfMemoryError:
+            longest = max(example.numel() for example in examples)
+            reason = f"a backward pass of {longest} tokens, beside what training holds, doesn't fit"
+            if bound.sharded:  # the others wait for this process
+                raise HessoError(f"`healing`: {reason}; use 'off'") from None
+        except torch.AcceleratorError:  # of whatever was computed before: the device is lost
+            raise
+        except Exception as error:  # model code may fail with any exception type
+            reason = f"the backward pass of {type(self._model).__name__} failed ({type(error).__name__}: {error})"
+        if reason:
+            alike = "healing: errors count alike, whatever the token and output"
+            then = "CRIC: units are judged as the model is" if trial else alike
+            self._warn(f"{then}: {reason}")
+        return found
+
+    def _looked(self, bound: BoundGroups, reader: Reader, rows: torch.Tensor, look: Look) -> torch.Tensor | None:
+        """Have the main process alone look where processes hold parts; None on the others, and where it has no room."""
+        if not bound.sharded:
+            return look()
+        try:
+            with torch.autocast(rows.device.type, enabled=False):  # the whole model was called, which may turn it on
+                return look() if is_main_process() else None
+        except torch.OutOfMemoryError:  # the others go on with the pass, and so must this one
+            self._warn(f"healing: {_NO_ROOM} {reader.name}: units go unhealed there")
+            return None
+
+    def _warn(self, message: str) -> None:
+        """Warn, each message once: there are many periods, and in a process there may be several runs."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
+
+    def _read(
+        self, bound: BoundGroups, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]
+    ) -> None:
+        """Run the model, without its head, on the batch, and show what each reader is given, as far as there is room.
+
+        Args:
+            look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
+        """
+        looked: set[str] = set()
+
+        def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            rows = args[0].flatten(0, -2)
+            if len(rows) != len(self._tokens):
+                self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens")
+                return args
+            instead = look(reader, rows)
+            looked.add(reader.name)
+            return args if instead is None else (instead.view_as(args[0]), *args[1:])
+
+        try:
+            with _hooked(readers, hook), _looking_at(self._model), bound.passes():
+                _run(self._model, self._batch)
+        except torch.OutOfMemoryError as error:
+            left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"
+            if bound.sharded:  # the others wait for this process
+                raise HessoError(f"`healing`: {_NO_ROOM} {left}; use 'off'") from error
+            self._warn(f"healing: {_NO_ROOM} {left}: units go unhealed there")
+
+
+@contextmanager
+def _hooked(readers: list[Reader], hook: Callable[..., tuple[Any, ...]]) -> Iterator[None]:
+    handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_trial(readers: list[Reader], trial: Mapping[str, StandIn]) -> AbstractContextManager[None]:
+    """Have readers read what stands in for units on trial."""
+
+    def read(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows = args[0].flatten(0, -2)
+        return (trial[reader.name].healed(rows).view_as(args[0]), *args[1:])
+
+    return _hooked([reader for reader in readers if reader.name in trial], read)
+
+
+def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
+    """Run a model up to its last reader."""
+    if not gathers_in_hooks(model):
+        model.base_model(**batch, use_cache=False)
+        return
+    # what lies in no layer is gathered where the whole model is called: its head is computed, of as little as may be
+    one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+    model(**batch, use_cache=False, **one)
+
+
+@contextmanager
+def _looking_at(model: nn.Module) -> Iterator[None]:
+    with evaluating(model), attention_in_fp32(model), ieee_fp32():  # a ridge of 1e-6 means nothing to TF32
+        yield
