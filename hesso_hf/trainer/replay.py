@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ LONGEST = 512  # tokens of a window
 # pass, training on one three times that, so this is 5% of the run.
 MOST_WRITTEN = 0.15
 FEWEST = 16  # windows: fewer are learnt by heart
+JUDGED, JUDGED_SHARE = 4096, 0.25  # tokens to judge units on where none are trained on, and of the run's tokens at most
 FOLDER = "replay"
 
 
@@ -68,6 +69,29 @@ class ReplaySizes:
         length = max(2, round(wanted / rows))
         most = int(MOST_WRITTEN * micro_batch * micro_batches / length)
         return cls(share, rows, length, min(rows * micro_batches, max(FEWEST, most)), most < FEWEST)
+
+    def to_judge(self, tokens: int) -> ReplaySizes:
+        """Return what is written for units to be judged on alone, in a run of so many tokens."""
+        count = max(1, round(min(JUDGED, JUDGED_SHARE * tokens) / self.length))
+        return replace(self, share=0.0, rows=0, windows=count)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the base model knew, for units to be judged on.
+
+    Attributes:
+        windows: that it wrote, token ids (N, T).
+        record: what a checkpoint says of them.
+    """
+
+    windows: torch.Tensor
+    record: dict[str, Any]
+
+    def examples(self, tokens: int) -> list[dict[str, torch.Tensor]]:
+        """Return about so many tokens of it, or all that there are, as examples of one window each."""
+        count = max(1, round(tokens / self.windows.shape[1]))
+        return [{"input_ids": window} for window in self.windows[:count].split(1)]
 
 
 class Replay:

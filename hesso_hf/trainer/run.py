@@ -39,6 +39,7 @@ from .dense import warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
+from .replay import Known
 from .stream import settle_in_basis
 from .teaching import Teaching
 
@@ -133,8 +134,6 @@ class PruningRun:
         self.measurer.check_examples()
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
-        if self.first_state is None:
-            self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer)
         process = self.process_on(self._settle())
         warn_where_saved(self)
         if self._config.prune_vocabulary:
@@ -163,6 +162,7 @@ class PruningRun:
         self.teaching.begin(schedule.total_steps)
         if first is not None:  # sizes and basis are settled
             return schedule
+        self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
         if not engine.measures_shards:
             self.settle()
         return schedule
@@ -173,6 +173,7 @@ class PruningRun:
         check_config(state["config"], self._config.to_dict(), str(folder))
         self.compacting.check_resumable(state, str(folder))
         self.teaching.go_on(state["training"], str(folder))
+        self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
         self.quality.go_on(state["training"].get("quality"))
         turned = state["training"].get("stream_basis")
         tensors = read_turn(folder)
@@ -289,13 +290,18 @@ def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:
     }
 
 
-def _make_healer(model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer) -> Healer | None:
+def _make_healer(
+    model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer, known: Known | None
+) -> Healer | None:
+    """Take the examples that units are judged and healed on: the user's, and what the base model wrote."""
     if config.healing == "off" and RECONSTRUCTION not in config.saliency_weights:
         return None
     if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
         return None
-    return Healer(model, padded(measurer.tokens(HEALING_TOKENS, between=True), engine.args.device))
+    examples = measurer.tokens(HEALING_TOKENS, between=True)
+    examples += [] if known is None else known.examples(HEALING_TOKENS)
+    return Healer(model, padded(examples, engine.args.device))
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

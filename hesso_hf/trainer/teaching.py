@@ -19,7 +19,7 @@ from ..errors import CheckpointMismatchError, HessoError
 from ..structures.cut import device_with_room
 from .distillation import Distillation, check_labels
 from .measure import Measurer
-from .replay import Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
+from .replay import Known, Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
 from .replay_text import Script
 from .teacher import Teacher, make_teacher, teacher_size
 
@@ -42,6 +42,7 @@ class Teaching:
     Attributes:
         distillation: from a teacher, where there is one.
         replay: of what the base model wrote, where there is some; `begin` or `go_on` makes it.
+        known: the windows of that, or where none are trained on some that units are judged on alone.
 
     Raises:
         HessoError: where there can't be such a teacher, or no replay for such a model.
@@ -60,6 +61,7 @@ class Teaching:
         self._measurer = measurer
         self.distillation: Distillation | None = None
         self.replay: Replay | None = None
+        self.known: Known | None = None
         self._replays = False
         self._base: Teacher | None = None
         alpha = config.distillation_alpha
@@ -115,7 +117,12 @@ class Teaching:
         if self._base is None:
             return
         self._learn_from(self._base)  # however short the run is
-        self.replay = self._written(self._base, steps)
+        self._take(self._written(self._base, steps))
+
+    def _take(self, written: Replay | None) -> None:
+        """Have what was written, and the base model no longer than it is learnt from."""
+        self.known = Known(written.windows, written.record()) if written is not None else None
+        self.replay = written if written is not None and written.sizes.share else None
         if self.replay is None and self.distillation is None:
             self._base = None
 
@@ -123,16 +130,19 @@ class Teaching:
         if reason := self._measurer.why_none():
             self._say_without(reason)
             return None
-        args = self._trainer.args
-        sizes = ReplaySizes.of(
-            share_of(self._config),
+        tokens, batches = (
             self._measurer.tokens_per_micro_batch(),
-            steps * args.gradient_accumulation_steps * world_size(),
-            getattr(self._model.config.get_text_config(), "max_position_embeddings", None),
+            steps * self._trainer.args.gradient_accumulation_steps,
         )
+        batches *= world_size()
+        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        sizes = ReplaySizes.of(share_of(self._config), tokens, batches, longest)
         if sizes.dear and self._config.replay_share == "auto":
-            self._say_without("the run is so short that writing it would take more than a twentieth of the time")
-            return None
+            sizes = sizes.to_judge(tokens * batches)
+            self._say_without(
+                "the run is so short that writing it would take more than a twentieth of the time; units are judged on "
+                f"{sizes.windows} windows of it all the same"
+            )
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
     def _learn_from(self, base: Teacher) -> None:
@@ -148,7 +158,7 @@ class Teaching:
         Raises:
             CheckpointMismatchError: where they were others.
         """
-        taught, replayed = saved.get("distillation"), saved.get("replay")
+        taught, replayed, known = (saved.get(name) for name in ("distillation", "replay", "known"))
         if self._base is not None and taught is not None:
             self._learn_from(self._base)
         if self.distillation is not None:
@@ -158,11 +168,12 @@ class Teaching:
                 f"{folder} was trained with {'a teacher' if replayed is None else 'replay'}, and here there is none (a "
                 "warning says why); go on where there can be, or start anew with `replay_share=0`"
             )
-        if replayed is None or self._base is None:
+        found = replayed or known
+        if found is None or self._base is None:
             return
-        check_replay(replayed, self._base, folder)
-        sizes = ReplaySizes(**{name: replayed[name] for name in ReplaySizes.__dataclass_fields__})
-        self.replay = make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer)
+        check_replay(found, self._base, folder)
+        sizes = ReplaySizes(**{name: found[name] for name in ReplaySizes.__dataclass_fields__})
+        self._take(make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer))
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -219,4 +230,5 @@ class Teaching:
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of them."""
         found: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
-        return {name: part.record() if part is not None else None for name, part in found.items()}
+        known = self.known.record if self.known is not None and self.replay is None else None
+        return {name: part.record() if part is not None else None for name, part in found.items()} | {"known": known}

@@ -18,7 +18,8 @@ from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.trainer import hub, replay, replay_text, teaching
-from hesso_hf.trainer.replay import FEWEST, MOST_WRITTEN, Replay, ReplaySizes, why_not
+from hesso_hf.trainer import run as runs
+from hesso_hf.trainer.replay import FEWEST, JUDGED_SHARE, MOST_WRITTEN, Replay, ReplaySizes, why_not
 from hesso_hf.trainer.replay_text import MARK, Script, load_windows, order, read_windows, save_windows, write_windows
 from hesso_hf.trainer.teacher import Teacher, frozen_copy
 from tests.engines.test_fsdp import RATIO, build
@@ -236,6 +237,47 @@ def test_a_run_logs_the_users_loss_and_the_divergence_apart(tmp_path: Path):
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
     assert report["replay"]["share"] == SHARE
     assert not (tmp_path / "small" / "replay").exists()
+
+
+def test_units_are_judged_and_healed_on_replay_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As many tokens of it as of the user's data at most, and without replay of these alone."""
+    monkeypatch.setattr(runs, "HEALING_TOKENS", 4 * LENGTH)
+    batches = {}
+    for share in (0, SHARE):
+        config = hesso_config(replay_share=share, healing="auto")
+        run = trainer(tmp_path / str(share), base(), config=config)
+        run.create_optimizer()
+        batches[share] = run.hesso_run.process.run.healer._batch
+    windows = run.replay.windows
+    assert len(windows) > 4
+    plain, mixed = batches[0]["input_ids"], batches[SHARE]["input_ids"]
+    assert torch.equal(mixed[: len(plain), : plain.shape[1]], plain)
+    assert len(mixed) == len(plain) + round(4 * LENGTH / windows.shape[1])
+    assert torch.equal(mixed[len(plain) :, : windows.shape[1]], windows[: len(mixed) - len(plain)])
+    assert int(batches[SHARE]["attention_mask"].sum()) == plain.numel() + (len(mixed) - len(plain)) * windows.shape[1]
+
+
+def test_a_run_too_short_for_replay_judges_units_on_some_of_it_and_goes_on_so(tmp_path: Path):
+    """The base model is let go once it has written."""
+    config = hesso_config(replay_share="auto", healing="auto", saliency="reconstruction")
+
+    def begun() -> HessoTrainer:
+        return trainer(tmp_path, base(), config=config, save_strategy="steps", save_steps=5)
+
+    whole, again, other = begun(), begun(), trainer(tmp_path / "other", base(), config=hesso_config(healing="auto"))
+    other.create_optimizer()
+    whole.train()
+    teaching, healer = whole.hesso_run.teaching, whole.hesso_run.process.run.healer
+    assert (whole.replay, teaching._base) == (None, None)
+    known = teaching.known
+    assert known is not None
+    assert known.windows.numel() <= JUDGED_SHARE * whole.args.max_steps * 4 * LENGTH + known.windows.shape[1]
+    rows = len(other.hesso_run.process.run.healer._batch["input_ids"])
+    assert torch.equal(healer._batch["input_ids"][rows:, : known.windows.shape[1]], known.windows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again.hesso_run.teaching._base is None
+    for (name, found), expected in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
 
 
 def test_replay_keeps_the_pruned_model_nearer_to_the_base_model(tmp_path: Path):
