@@ -499,7 +499,7 @@ def test_gpu_compares_the_defaults_with_a_plain_trainer_and_times_a_periods_star
         assert step["share"] == pytest.approx(step["step_seconds"] / found["plain_step_seconds"] - 1)
         assert kind.startswith("first") or step["reached"] is (step["share"] <= step["goal"])
     start = gpu_parts.PARTS["period_start"](True, tmp_path)
-    assert start["seconds"].keys() == {"fisher", "costs", "corrections"}
+    assert start["seconds"].keys() == {"fisher", "look ahead", "corrections"}
     assert start["matrices"] == 4  # two a layer
 
 
