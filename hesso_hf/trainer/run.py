@@ -160,9 +160,9 @@ class PruningRun:
         if first is None and not engine.measures_shards:
             self.quality.begin()
         self.teaching.begin(schedule.total_steps)
+        self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
         if first is not None:  # sizes and basis are settled
             return schedule
-        self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
         if not engine.measures_shards:
             self.settle()
         return schedule
