@@ -58,11 +58,10 @@ class Teaching:
         measurer: Measurer,
     ) -> None:
         self._trainer, self._config, self._model, self._tokenizer = trainer, config, model, tokenizer
-        self._measurer = measurer
+        self._measurer, self._replays = measurer, False
         self.distillation: Distillation | None = None
         self.replay: Replay | None = None
         self.known: Known | None = None
-        self._replays = False
         self._base: Teacher | None = None
         alpha = config.distillation_alpha
         asks = config.distill_from is not None or alpha not in (0, "auto")  # else the base model, where replay has it
@@ -130,19 +129,14 @@ class Teaching:
         if reason := self._measurer.why_none():
             self._say_without(reason)
             return None
-        tokens, batches = (
-            self._measurer.tokens_per_micro_batch(),
-            steps * self._trainer.args.gradient_accumulation_steps,
-        )
-        batches *= world_size()
+        tokens = self._measurer.tokens_per_micro_batch()
+        batches = steps * self._trainer.args.gradient_accumulation_steps * world_size()
         longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         sizes = ReplaySizes.of(share_of(self._config), tokens, batches, longest)
         if sizes.dear and self._config.replay_share == "auto":
             sizes = sizes.to_judge(tokens * batches)
-            self._say_without(
-                "the run is so short that writing it would take more than a twentieth of the time; units are judged on "
-                f"{sizes.windows} windows of it all the same"
-            )
+            dear = "the run is so short that writing it would take more than a twentieth of the time"
+            self._say_without(f"{dear}; units are judged on {sizes.windows} windows of it all the same")
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
     def _learn_from(self, base: Teacher) -> None:
@@ -229,6 +223,6 @@ class Teaching:
 
     def record(self) -> dict[str, Any]:
         """Return what checkpoints and the report say of them."""
-        found: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
-        known = self.known.record if self.known is not None and self.replay is None else None
-        return {name: part.record() if part is not None else None for name, part in found.items()} | {"known": known}
+        parts: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
+        found = {name: None if part is None else part.record() for name, part in parts.items()}
+        return found | {"known": self.known.record if self.known is not None and self.replay is None else None}
