@@ -276,7 +276,8 @@ def test_replay_runs_each_arm_on_a_text_that_the_model_learnt_first(
     assert [(run["domain"], run["arm"]) for run in found["runs"]] == [
         ("known", arm) for arm in ("dense", "none", "healing, share 0.25")
     ]
-    assert len({run["parameters"] for run in found["runs"] if run["ratio"]}) == 1
+    sizes = [run["parameters"] for run in found["runs"] if run["ratio"]]
+    assert max(sizes) < 1.01 * min(sizes), "the split is measured on replay too, where there is some"
     assert set(found["base"]) == {"known", "unknown"}
 
 
