@@ -172,7 +172,7 @@ class PruningRun:
         keep_defaults(state["config"], self._config, str(folder))
         check_config(state["config"], self._config.to_dict(), str(folder))
         self.compacting.check_resumable(state, str(folder))
-        self.teaching.go_on(state["training"], str(folder))
+        self.teaching.go_on(state["training"], str(folder), judges=not state["finished"])
         self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
         self.quality.go_on(state["training"].get("quality"))
         turned = state["training"].get("stream_basis")

@@ -104,8 +104,7 @@ class Teaching:
                 Script.of(self._model, self._tokenizer)
             except HessoError as error:
                 return str(error)
-        # beside the copy, training takes gradients and two states of Adam
-        size = sum((p.itemsize + 8) * p.numel() for p in self._model.parameters() if p.requires_grad)
+        size = sum((p.itemsize + 8) * p.numel() for p in self._model.parameters() if p.requires_grad)  # Adam, grads
         size += teacher_size(self._model, engine.args.device)
         if not engine.measures_shards and device_with_room(engine.args.device, size) != engine.args.device:
             return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
@@ -143,11 +142,12 @@ class Teaching:
         if self.distillation is None and self._config.distillation_alpha == "auto":
             self.distillation = Distillation(self._trainer, self._config, base)
 
-    def go_on(self, saved: Mapping[str, Any], folder: str) -> None:
+    def go_on(self, saved: Mapping[str, Any], folder: str, judges: bool) -> None:
         """Compare teachers with those that a checkpoint was trained with, and have the same replay.
 
         Args:
             saved: the record of the run in the checkpoint.
+            judges: whether units are yet to be judged.
 
         Raises:
             CheckpointMismatchError: where they were others.
@@ -162,7 +162,7 @@ class Teaching:
                 f"{folder} was trained with {'a teacher' if replayed is None else 'replay'}, and here there is none (a "
                 "warning says why); go on where there can be, or start anew with `replay_share=0`"
             )
-        found = replayed or known
+        found = replayed or (known if judges else None)
         if found is None or self._base is None:
             return
         check_replay(found, self._base, folder)
