@@ -277,6 +277,15 @@ def test_several_of_one_base_model_are_drawn_over_the_share_that_was_removed() -
         assert losses_by_share([one, other]) == {}
 
 
+def test_a_look_in_each_period_is_told_as_one_and_cycles_as_cycles() -> None:
+    path = small_report()["cric"]
+    healed = path | {"mode": "healed", "cycles": 5, "samples_per_cycle": 1, "samples": 5}
+    assert "go part of that way in 2 cycles of 4 looks each" in parsed(small_report()).text
+    text = parsed(small_report(cric=healed)).text
+    assert "go on trial once in each of the 5 pruning periods, the others standing in for them" in text
+    assert "cycles of" not in text
+
+
 def test_the_config_on_it_is_the_run_s() -> None:
     asked = HessoConfig(
         pruning_ratio=0.3, structures={"mlp_channels": 3, "attention_heads": 1}, replay_dataset="a: 'b' # <c>"
