@@ -73,9 +73,10 @@ class ModelReading:
         """
         rows = zip(self._batch["input_ids"], self._batch["attention_mask"], strict=True)
         examples = [ids[real.bool()][None] for ids, real in rows]
-        modules, found, reason = {r.name: r.module for r in self.readers(bound)}, OutputFisher(), ""
+        readers, found, reason = self.readers(bound), OutputFisher(), ""
+        modules = {reader.name: reader.module for reader in readers}
         try:
-            with _on_trial(self.readers(bound), trial or {}), _looking_at(self._model), bound.passes():
+            with _on_trial(readers, trial or {}), _looking_at(self._model), bound.passes():
                 found = output_fisher(self._model, examples, modules)
             if missing := sorted(modules.keys() - found.rows.keys()):
                 of = f"{len(missing)} of {len(modules)} matrices of {type(self._model).__name__}, such as {missing[0]}"

@@ -76,8 +76,7 @@ class Teaching:
             self.distillation = Distillation(trainer, config, teacher)
 
     def _wants_replay(self, engine: Engine) -> bool:
-        share = self._config.replay_share
-        if not share:
+        if not (share := self._config.replay_share):
             return False
         reason = why_not(self._model) or self._measurer.generates
         if share == "auto" and not reason:
@@ -157,17 +156,18 @@ class Teaching:
             self._learn_from(self._base)
         if self.distillation is not None:
             self.distillation.go_on(taught, folder)
-        if self._base is None and (replayed is not None or (taught is not None and self.distillation is None)):
-            raise CheckpointMismatchError(
-                f"{folder} was trained with {'a teacher' if replayed is None else 'replay'}, and here there is none (a "
-                "warning says why); go on where there can be, or start anew with `replay_share=0`"
-            )
         found = replayed or (known if judges else None)
+        if self._base is None and (found is not None or (taught is not None and self.distillation is None)):
+            what = "replay" if replayed or not taught else "a teacher"
+            raise CheckpointMismatchError(
+                f"{folder} was trained with {what}, and here there is none (a warning says why); go on where there can "
+                "be, or start anew with `replay_share=0`"
+            )
         if found is None or self._base is None:
-            return
+            return self._take(None)
         check_replay(found, self._base, folder)
         sizes = ReplaySizes(**{name: found[name] for name in ReplaySizes.__dataclass_fields__})
-        self._take(make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer))
+        return self._take(make_replay(self._trainer, self._base, self._config, sizes, self._tokenizer))
 
     # -- the loss -------------------------------------------------------------------------------------------------
 

@@ -276,6 +276,9 @@ def test_a_run_too_short_for_replay_judges_units_on_some_of_it_and_goes_on_so(tm
     assert torch.equal(healer._batch["input_ids"][rows:, : known.windows.shape[1]], known.windows)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert again.hesso_run.teaching._base is None
+    over = begun()
+    over.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{whole.state.global_step}"))
+    assert (over.hesso_run.teaching.known, over.hesso_run.teaching._base) == (None, None), "nothing is judged any more"
     for (name, found), expected in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(found, expected), name
 
