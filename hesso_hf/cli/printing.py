@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..export.page.quality import evaluation_rows, quality_rows
-from ..export.page.words import text_of
+from ..export.page.words import extent_of, text_of
 
 
 def print_report(report: dict[str, Any], folder: str) -> None:
@@ -27,7 +27,7 @@ def print_report(report: dict[str, Any], folder: str) -> None:
     cric = report.get("cric")
     if cric:
         corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in cric["structures"].items())
-        print(f"CRIC: {cric['cycles']} cycles, {cric['samples']} samples; corrected: {corrected}")
+        print(f"CRIC: {extent_of(cric)}; corrected: {corrected}")
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

@@ -23,6 +23,7 @@ from hesso_hf.export.page.figures import strip
 from hesso_hf.export.page.losses import Losses
 from hesso_hf.export.page.markup import element
 from hesso_hf.export.page.page import Model, report_page
+from hesso_hf.export.page.words import extent_of
 from hesso_hf.export.verify import Verification
 from hesso_hf.pruning.schedule import PHASES, Schedule
 
@@ -254,7 +255,7 @@ def test_several_have_a_column_each() -> None:
     assert found.rows[0] == ["", "small-a", "small-b"]
     assert ["parameters after", "23,456", "34,567"] in found.rows
     assert ["healing", "auto", "–"] in found.rows
-    assert ["CRIC", "2 cycles", "–"] in found.rows
+    assert ["CRIC", "2 cycles, 8 samples", "–"] in found.rows
     assert ["piqa acc", "0.6543", "–"] in found.rows
     assert found.text.count("What was removed") == 2
 
@@ -284,6 +285,9 @@ def test_a_look_in_each_period_is_told_as_one_and_cycles_as_cycles() -> None:
     text = parsed(small_report(cric=healed)).text
     assert "go on trial once in each of the 5 pruning periods, the others standing in for them" in text
     assert "cycles of" not in text
+    assert extent_of(path) == "2 cycles, 8 samples"
+    assert extent_of(healed) == "a look in each of 5 periods"
+    assert extent_of(healed | {"cycles": 1}) == "one look"
 
 
 def test_the_config_on_it_is_the_run_s() -> None:

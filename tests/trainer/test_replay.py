@@ -325,6 +325,19 @@ def test_a_run_with_replay_isnt_gone_on_with_where_there_can_be_none(tmp_path: P
         replayed(tmp_path, share="auto", max_steps=40).train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
 
 
+def test_units_judged_on_replay_arent_judged_on_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Once all are judged it makes no difference."""
+    config = hesso_config(replay_share="auto", healing="auto", saliency="reconstruction")
+    run = trainer(tmp_path, base(), config=config, save_strategy="steps", save_steps=5)
+    run.train()
+    monkeypatch.setattr(teaching, "device_with_room", lambda device, size: torch.device("meta"))
+    with pytest.raises(CheckpointMismatchError, match="checkpoint-5 was trained with replay, and here there is none"):
+        trainer(tmp_path, base(), config=config).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    over = trainer(tmp_path, base(), config=config)
+    over.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{run.state.global_step}"))
+    assert over.state.global_step == run.state.global_step
+
+
 def crowded_job(folder: str, processes: int) -> None:
     """Make a trainer where the second process' device is full; leave whether there is to be replay."""
     rank = int(os.environ["RANK"])

@@ -8,7 +8,7 @@ from typing import Any
 from .figures import chart, courses
 from .markup import Markup, table
 from .quality import evaluation_rows
-from .words import VERIFIED, logged, named, percent, scientific, sized, stored_bytes, text_of
+from .words import VERIFIED, extent_of, logged, named, percent, scientific, sized, stored_bytes, text_of
 
 Report = Mapping[str, Any]
 
@@ -66,7 +66,7 @@ def _facts(report: Report) -> dict[str, str]:
         "steps": f"{report['steps']:,}" if report.get("steps") else None,
         "saliency": ", ".join(map(named, report.get("saliency") or {})),
         **{named(name): config.get(name) for name in ("stream_basis", "healing", "layer_widths")},
-        "CRIC": f"{report['cric']['cycles']:,} cycles" if report.get("cric") else None,
+        "CRIC": extent_of(report["cric"]) if report.get("cric") else None,
         "teacher": (report.get("distillation") or {}).get("teacher"),
         "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
         **{f"{logged(key)}, {when}": f"{found[when]['loss']:.4f}"

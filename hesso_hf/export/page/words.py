@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 STRUCTURES = {
     "attention_heads": "Parts of attention that each look at earlier tokens in a way of their own, with the keys and "
@@ -56,6 +58,13 @@ VERIFIED = {
 def named(name: str) -> str:
     """Return a name of the report in words."""
     return name.replace("mlp", "MLP").replace("warmup", "warm-up").replace("_", " ")
+
+
+def extent_of(cric: Mapping[str, Any]) -> str:
+    """Return how often CRIC looked, of what `pruning_report.json` has under `cric`."""
+    if cric["mode"] == "healed":
+        return f"a look in each of {cric['cycles']:,} periods" if cric["cycles"] > 1 else "one look"
+    return f"{cric['cycles']:,} cycles, {cric['samples']:,} samples"
 
 
 def logged(key: str) -> str:
