@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .saliency import float_sums
+
 TOKENS = 1024  # of the gradients of a matrix about so many are kept, of the others the norms
 DAMPING = 1e-2  # times the mean: what no gradient was seen for is little, not nothing
 
@@ -44,10 +46,10 @@ class OutputFisher:
         """
         if name not in self.rows:
             return weight
-        rows = self.rows[name].to(weight.dtype)
+        rows = self.rows[name].to(float_sums(weight.device))
         information = rows.T @ rows / len(rows)
         information.diagonal().add_(DAMPING * information.diagonal().mean())
-        return torch.linalg.cholesky(information).T @ weight
+        return torch.linalg.cholesky(information).T.to(weight.dtype) @ weight
 
     def of_tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
         """Return what a matrix reads, (N, C), as much of each token as its errors count: squares are weighed by |g|."""

@@ -25,31 +25,49 @@ def removal_costs(gram: torch.Tensor, weight: torch.Tensor, units: torch.Tensor,
         units: of which unit each column is, (C,).
         pruned: bool (U,).
     """
-    columns = units.argsort(stable=True).view(len(pruned), -1)  # (U, k)
+    try:
+        return _removal_costs(gram, weight, units, pruned)
+    except torch.linalg.LinAlgError:
+        if gram.dtype == torch.float64:
+            raise
+        return _removal_costs(gram.double(), weight.double(), units, pruned)
+
+
+def _removal_costs(gram: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:
     alive = (~pruned).nonzero().flatten()
+    places = units.argsort(stable=True).view(len(pruned), -1)[alive]  # (n, k), n units that are left
     costs = torch.zeros(len(pruned), dtype=gram.dtype, device=gram.device)
-    inverse, weight = _inverse(gram, columns[alive].flatten()), weight.clone()
     floor = torch.zeros((), dtype=gram.dtype, device=gram.device)
+    inverse, weight, places = _among(gram, weight, places)
+    inverse = _inverse_(inverse)
     while len(alive):
-        now = _costs(inverse, weight, columns[alive])
+        now = _costs(inverse, weight, places)
         cheapest = now.argsort(stable=True)[: max(1, len(alive) // AT_ONCE)]
         # those that go together ascend by what they cost alone, and none costs less than one that went before
         costs[alive[cheapest]] = torch.maximum(now[cheapest], floor)
         floor = costs[alive[cheapest[-1]]] * (1 + 1e-9)
-        _remove_(inverse, weight, columns[alive[cheapest]].flatten())
+        _remove_(inverse, weight, places[cheapest].flatten())
         stays = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
         stays[cheapest] = False
-        alive = alive[stays]
+        alive, places = alive[stays], places[stays]
+        if places.numel() <= len(inverse) // 2:
+            inverse, weight, places = _among(inverse, weight, places)
     return costs
 
 
-def _inverse(gram: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return the inverse of a ridge matrix among some columns, zero elsewhere, (C, C)."""
-    among = gram[columns][:, columns]
-    among.diagonal().add_(RIDGE * among.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    inverse = torch.zeros_like(gram)
-    inverse[columns[:, None], columns] = torch.cholesky_inverse(torch.linalg.cholesky(among))
-    return inverse
+def _among(
+    square: torch.Tensor, weight: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return copies of a matrix (C, C) and of W with the columns of units alone, and where these are then."""
+    columns = places.flatten()
+    then = torch.arange(len(columns), device=columns.device).view(places.shape)
+    return square[columns][:, columns], weight[:, columns], then
+
+
+def _inverse_(gram: torch.Tensor) -> torch.Tensor:
+    """Return the inverse of a ridge matrix."""
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram))
 
 
 def _costs(inverse: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

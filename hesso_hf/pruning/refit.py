@@ -6,6 +6,7 @@ Shapes: N tokens, C columns, O outputs; S columns stay, R are marked; masks of c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -14,7 +15,8 @@ from .saliency import float_sums
 RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
 # A smaller one may serve held-out tokens a little better by much larger weights, with which gradients explode. That is
 # worth it where others repeat what goes: there it leaves less than this share of the error.
-SMALL_RIDGE, WORTH_IT = 1e-6, 0.5
+# In fp32 rounding is as much as a ridge of 1e-4 where columns are many.
+SMALL_RIDGE, WORTH_IT = {torch.float64: 1e-6, torch.float32: 1e-4}, 0.5
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
 CHUNK = 2048  # tokens that are multiplied at a time
 
@@ -30,17 +32,28 @@ def said_by_others(
     """
     held = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
     held[::HELD_OUT] = True
-    fit, check = gram_of(rows[~held]), gram_of(rows[held])
+    fit, check = rows[~held], rows[held]
+    if len(rows) < rows.shape[1]:
+        return _with_best_ridge(TokenSums.of(fit, gone, stays), TokenSums.of(check, gone, stays), weight)
+    return _with_best_ridge(ColumnSums.of(fit, gone, stays), ColumnSums.of(check, gone, stays), weight)
+
+
+def _with_best_ridge(fit: Sums, check: Sums, weight: torch.Tensor) -> torch.Tensor | None:
     weight = weight.to(fit.dtype)
-    unhealed = _error(check, weight, None, gone, stays)
-    errors = {ridge: _error(check, weight, solved(fit, ridge, gone, stays), gone, stays) for ridge in RIDGES}
+
+    def error(ridge: float) -> float:
+        return check.error(weight, fit.refitted(weight, ridge))
+
+    errors = {ridge: error(ridge) for ridge in RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
-    errors[SMALL_RIDGE] = _error(check, weight, solved(fit, SMALL_RIDGE, gone, stays), gone, stays)
-    if errors[SMALL_RIDGE] < WORTH_IT * errors[best]:
-        best = SMALL_RIDGE
-    if not errors[best] < unhealed:
+    small = SMALL_RIDGE[fit.dtype]
+    errors[small] = error(small)
+    if errors[small] < WORTH_IT * errors[best]:
+        best = small
+    if not errors[best] < check.error(weight, None):
         return None
-    return solved(fit + check, best, gone, stays)
+    fit.add_(check)
+    return fit.said(best)
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,116 @@ class StandIn:
         return StandIn(None if self.said is None else self.said.to(dtype), gone, stays)
 
 
+@dataclass
+class ColumnSums:
+    """Ridge regression of marked columns on those that stay, by the second moments of columns.
+
+    Attributes:
+        gram: X^T X, (C, C).
+        gone, stays: bool (C,).
+    """
+
+    gram: torch.Tensor
+    gone: torch.Tensor
+    stays: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor) -> ColumnSums:
+        """Look at rows X, (N, C)."""
+        return cls(gram_of(rows), gone, stays)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That sums are kept and systems solved in."""
+        return self.gram.dtype
+
+    def add_(self, other: ColumnSums) -> None:
+        """Look at the other's rows too."""
+        self.gram += other.gram
+
+    def said(self, ridge: float) -> torch.Tensor:
+        """Return B, (R, S)."""
+        return self._solved(self._cross, ridge).T
+
+    def refitted(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Return W_R B, (O, S), of weights (O, R)."""
+        return self._solved(self._cross @ weight.T, ridge).T
+
+    def error(self, weight: torch.Tensor, refitted: torch.Tensor | None) -> float:
+        """Return the squared error behind the matrix where the columns that stay take on so much, all outputs' sum."""
+        total = ((weight @ self.gram[self.gone][:, self.gone]) * weight).sum()
+        if refitted is not None:
+            total = total - 2 * ((self._cross @ weight.T).T * refitted).sum()
+            total = total + ((refitted @ self._among) * refitted).sum()
+        return float(total)
+
+    @property
+    def _among(self) -> torch.Tensor:
+        return self.gram[self.stays][:, self.stays]
+
+    @property
+    def _cross(self) -> torch.Tensor:
+        return self.gram[self.stays][:, self.gone]
+
+    def _solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
+        return _ridge_solved(self._among, wanted, ridge * self.gram.diagonal().mean())
+
+
+@dataclass
+class TokenSums:
+    """The same by the products of tokens, which are fewer than columns: no matrix (C, C) is made.
+
+    With K = X_S X_S^T, (X_S^T X_S + ridge)^-1 X_S^T = X_S^T (K + ridge)^-1.
+
+    Attributes:
+        rows: X, (N, C).
+        gone, stays: bool (C,).
+    """
+
+    rows: torch.Tensor
+    gone: torch.Tensor
+    stays: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor) -> TokenSums:
+        """Look at rows X, (N, C)."""
+        return cls(rows.to(float_sums(rows.device)), gone, stays)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That systems are solved in."""
+        return self.rows.dtype
+
+    def add_(self, other: TokenSums) -> None:
+        """Look at the other's rows too."""
+        self.rows = torch.cat([self.rows, other.rows])
+
+    def said(self, ridge: float) -> torch.Tensor:
+        """Return B, (R, S)."""
+        return self._solved(self.rows[:, self.gone], ridge).T
+
+    def refitted(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Return W_R B, (O, S), of weights (O, R)."""
+        return self._solved(self.rows[:, self.gone] @ weight.T, ridge).T
+
+    def error(self, weight: torch.Tensor, refitted: torch.Tensor | None) -> float:
+        """Return the squared error behind the matrix where the columns that stay take on so much, all outputs' sum."""
+        left = self.rows[:, self.gone] @ weight.T
+        return float((left if refitted is None else left - self.rows[:, self.stays] @ refitted.T).square().sum())
+
+    def _solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
+        among = self.rows[:, self.stays]
+        mean = self.rows.square().sum() / self.rows.shape[1]
+        return among.T @ _ridge_solved(among @ among.T, wanted, ridge * mean)
+
+
+Sums = TypeVar("Sums", ColumnSums, TokenSums)
+
+
 def gram_of(rows: torch.Tensor) -> torch.Tensor:
     """Return X^T X, (C, C)."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=float_sums(rows.device), device=rows.device)
+    dtype = torch.float64 if rows.device.type == "cpu" else torch.float32  # most GPUs are far slower in fp64
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=rows.device)
     for chunk in rows.split(CHUNK):
         chunk = chunk.float()
         total += chunk.T @ chunk  # sums of so few tokens are exact enough in fp32
@@ -79,22 +199,11 @@ def gram_of(rows: torch.Tensor) -> torch.Tensor:
 
 def solved(gram: torch.Tensor, ridge: float, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
     """Return the ridge regression of the marked columns on the others, (R, S)."""
-    among = gram[stays][:, stays]
-    among.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    factor, failed = torch.linalg.cholesky_ex(among)
-    if bool(failed):  # columns that repeat each other, and a small ridge
-        return torch.zeros(int(gone.sum()), int(stays.sum()), dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(gram[stays][:, gone], factor).T
+    return ColumnSums(gram, gone, stays).said(ridge)
 
 
-def _error(
-    gram: torch.Tensor, weight: torch.Tensor, said: torch.Tensor | None, gone: torch.Tensor, stays: torch.Tensor
-) -> float:
-    """Return the squared error behind the matrix, summed over tokens and outputs."""
-    of_gone = gram[gone][:, gone]
-    total = ((weight @ of_gone) * weight).sum()
-    if said is not None:
-        refitted = weight @ said
-        total = total - 2 * ((weight @ gram[gone][:, stays]) * refitted).sum()
-        total = total + ((refitted @ gram[stays][:, stays]) * refitted).sum()
-    return float(total)
+def _ridge_solved(matrix: torch.Tensor, wanted: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+    """Return (M + ridge)^-1 Y, zeros where that isn't positive definite: rows repeat each other, the ridge is small."""
+    matrix.diagonal().add_(ridge + torch.finfo(torch.float32).tiny)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.zeros_like(wanted) if bool(failed) else torch.cholesky_solve(wanted, factor)

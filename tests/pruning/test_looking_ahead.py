@@ -53,7 +53,7 @@ def test_on_trial_a_model_minds_what_it_would_with_the_lowest_cut_and_healed(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refit, "RIDGES", (RIDGE,))  # that units on trial are refitted with
-    monkeypatch.setattr(refit, "SMALL_RIDGE", RIDGE)
+    monkeypatch.setattr(refit, "SMALL_RIDGE", {torch.float64: RIDGE})
     model = make(seed=5)
     bound = bound_to(model)
     healer, pruned = Healer(model, tokens()), none_of(bound)

@@ -24,6 +24,7 @@ DEEPSPEED_BUCKET = 5e8  # elements: the default of DeepSpeed's `reduce_bucket_si
 DEEPSPEED_LIVE = 1e9  # elements: the default of `stage3_max_live_parameters` and `sub_group_size`
 PROCESS = 4 * GB  # host memory of a process before any weight: Python, CUDA and NCCL (assumed)
 MAX_BATCH = 4096
+SUM_BYTES = 4  # of a number of what healing sums up (pruning/refit.py), on a GPU
 TRIAL = 5 / 36  # of a matrix (C, C): what stands in for a sixth of its columns, of half of them in three periods
 
 
@@ -204,8 +205,8 @@ class Run:
 
         First the gradients behind its matrices, one example at a time, not checkpointed; of TOKENS tokens they stay.
         Then one forward pass of HEALING_TOKENS, with replay twice as many, in which each matrix (O, C) in turn takes
-        five fp64 matrices (C, C) and one (O, C), beside three fp32 copies of what it reads; after that five copies, to
-        pass on what is healed.
+        three matrices (C, C) and one (O, C) of sums, beside three fp32 copies of what it reads; after that five
+        copies, to pass on what is healed.
         CRIC looks and judges twice: what stands in for the units on trial, TRIAL of (C, C) a layer, is made in the
         first pass, read in the second look, and gone after it. The counts are those of the allocations.
         """
@@ -213,7 +214,7 @@ class Run:
         kept = 4 * TOKENS * sizes.hidden * 2 * sizes.layers
         gradients = length * (sizes.layers * saved_per_token(sizes, self.kind) + 16 * sizes.vocabulary)
         tokens = 4 * (max(HEALING_TOKENS, 16 * length) + bool(self.workload.replay_share) * HEALING_TOKENS)
-        refit = max(8 * width * (5 * width + sizes.hidden) + 3 * tokens * width, 5 * tokens * width)
+        refit = max(SUM_BYTES * width * (3 * width + sizes.hidden) + 3 * tokens * width, 5 * tokens * width)
         refit += 4 * tokens * sizes.hidden
         stand_in = 4 * TRIAL * width**2
         first = kept + (sizes.layers - 1) * stand_in + refit

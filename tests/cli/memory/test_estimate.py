@@ -327,7 +327,7 @@ def test_the_plan_says_that_hours_are_estimated_and_of_what() -> None:
 # -- healing -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "tokens"), [(640, 16), (128, 256)], ids=["matrices", "activations"])
+@pytest.mark.parametrize(("width", "tokens"), [(640, 48), (128, 256)], ids=["matrices", "activations"])
 def test_healing_takes_about_what_is_counted(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocations of a period's first step: errors that the model minds, the order of the units, the refit."""
     monkeypatch.syspath_prepend(str(RESULTS.parent))
@@ -349,6 +349,7 @@ def test_healing_takes_about_what_is_counted(width: int, tokens: int, monkeypatc
         going = {"attention_heads": 1, "mlp_channels": width // 3, "embedding_channels": 0}
         _, _, fisher = healer.look_ahead(bound, pruned, going, fisher)
         healer.corrections(bound, marked, pruned, fisher)
+    monkeypatch.setattr(estimates, "SUM_BYTES", 8)  # on a CPU
     monkeypatch.setattr(estimates, "TRIAL", 2 / 9)  # a third of the channels at once
     monkeypatch.setattr(estimates, "HEALING_TOKENS", ids.numel())
     work = Workload(sequence_length=tokens, dtype="float32", healing=True)
@@ -363,7 +364,7 @@ def test_healing_is_counted_where_matrices_are_whole(big: ModelSizes) -> None:
     assert all("healing" not in run(big, name, plain, 8).moments() for name in ENGINES)
     found = estimate(run(big, "lora", replace(healed, gradient_checkpointing=True), 1))
     assert found.phase == "healing"
-    assert found.parts["healing"] > 5 * 8 * 14336**2
+    assert found.parts["healing"] > 3 * 4 * 14336**2
     notes = plan_memory(EIGHT_B, healed, Cluster(8, 80e9)).notes()
     (note,) = (note for note in notes if note.startswith("Healing is counted where matrices are whole"))
     assert ": one GPU, DDP and LoRA, DDP (" in note
