@@ -21,7 +21,7 @@ class Corrections:
 
     Attributes:
         first, chosen: of all looks together, bool (L, U) per structure.
-        sizes: how many units were on trial for the first time, per look.
+        sizes: how many units were on trial for the first time, per look, of the structures that it could judge.
     """
 
     first: PerUnit = field(default_factory=dict)
@@ -29,7 +29,11 @@ class Corrections:
     sizes: list[dict[str, int]] = field(default_factory=list)
 
     def note(self, first: Mapping[str, torch.Tensor], chosen: Mapping[str, torch.Tensor]) -> None:
-        """Add a look: the lowest units before it, which were on trial, and those after it."""
+        """Add a look: the lowest units before it, which were on trial, and those after it.
+
+        What memory allowed to judge but once isn't counted.
+        """
+        first, chosen = ({n: u for n, u in units.items() if n in first and n in chosen} for units in (first, chosen))
         self.sizes.append({n: int((u & ~self.first[n] if n in self.first else u).sum()) for n, u in first.items()})
         for kept, units in ((self.first, first), (self.chosen, chosen)):
             kept |= {name: kept[name] | each if name in kept else each for name, each in units.items()}
@@ -47,7 +51,7 @@ class Corrections:
             corrected, replacing = first & ~self.chosen[name], self.chosen[name] & ~first
             structures[name] = {
                 "first": int(first.sum()),
-                "violating": [sizes[name] for sizes in self.sizes],
+                "violating": [sizes.get(name, 0) for sizes in self.sizes],
                 "num_corrected": int(corrected.sum()),
                 "corrected": listed(corrected),
                 "replaced_by": listed(replacing),

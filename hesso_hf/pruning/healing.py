@@ -156,9 +156,10 @@ class Healer(ModelReading):
 
         def look(reader: Reader, rows: torch.Tensor) -> torch.Tensor | None:
             weight = reader.weight(bound)
-            return self._looked(bound, reader, rows, lambda: add(reader, weight, rows))
+            return self._looked(bound, reader, rows, lambda: add(reader, weight, rows), else_)
 
-        self._read(bound, self.readers(bound), look)
+        else_ = "gradients judge units there" if trial is None else "no unit is on trial there"
+        self._read(bound, self.readers(bound), look, else_)
         judged = {name: c for name, c in found.items() if all((name, layer) in seen for layer in range(len(c)))}
         return on_device(from_main(judged) if bound.sharded else judged, bound.device)
 

@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 
 Look = Callable[[], torch.Tensor | None]
 _NO_ROOM = "beside what training holds there is no room to look at"
+_UNHEALED = "units go unhealed there"
 
 
 class ModelReading:
@@ -96,7 +97,9 @@ class ModelReading:
             self._warn(f"{then}: {reason}")
         return found
 
-    def _looked(self, bound: BoundGroups, reader: Reader, rows: torch.Tensor, look: Look) -> torch.Tensor | None:
+    def _looked(
+        self, bound: BoundGroups, reader: Reader, rows: torch.Tensor, look: Look, else_: str = _UNHEALED
+    ) -> torch.Tensor | None:
         """Have the main process alone look where processes hold parts; None on the others, and where it has no room."""
         if not bound.sharded:
             return look()
@@ -104,7 +107,7 @@ class ModelReading:
             with torch.autocast(rows.device.type, enabled=False):  # the whole model was called, which may turn it on
                 return look() if is_main_process() else None
         except torch.OutOfMemoryError:  # the others go on with the pass, and so must this one
-            self._warn(f"healing: {_NO_ROOM} {reader.name}: units go unhealed there")
+            self._warn(f"healing: {_NO_ROOM} {reader.name}: {else_}")
             return None
 
     def _warn(self, message: str) -> None:
@@ -114,12 +117,17 @@ class ModelReading:
             logger.warning(message)
 
     def _read(
-        self, bound: BoundGroups, readers: list[Reader], look: Callable[[Reader, torch.Tensor], torch.Tensor | None]
+        self,
+        bound: BoundGroups,
+        readers: list[Reader],
+        look: Callable[[Reader, torch.Tensor], torch.Tensor | None],
+        else_: str = _UNHEALED,
     ) -> None:
         """Run the model, without its head, on the batch, and show what each reader is given, as far as there is room.
 
         Args:
             look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
+            else_: what a warning says of the readers that there is no room for.
         """
         looked: set[str] = set()
 
@@ -139,7 +147,7 @@ class ModelReading:
             left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"
             if bound.sharded:  # the others wait for this process
                 raise HessoError(f"`healing`: {_NO_ROOM} {left}; use 'off'") from error
-            self._warn(f"healing: {_NO_ROOM} {left}: units go unhealed there")
+            self._warn(f"healing: {_NO_ROOM} {left}: {else_}")
 
 
 @contextmanager

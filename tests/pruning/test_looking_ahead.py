@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hesso_hf import HessoConfig
 from hesso_hf.errors import HessoError
-from hesso_hf.pruning import reading, refit
+from hesso_hf.pruning import healing, reading, refit
 from hesso_hf.pruning.corrections import Corrections
 from hesso_hf.pruning.fisher import OutputFisher
 from hesso_hf.pruning.healing import Healer
@@ -174,6 +174,26 @@ def test_units_come_back_and_go_in_later_looks_are_counted_once() -> None:
     assert report["structures"][CHANNELS] == {
         "first": 3, "violating": [2, 0, 1], "num_corrected": 0, "corrected": {}, "replaced_by": {"0": [2]}, "paths": [],
     }  # fmt: skip
+
+
+def test_where_memory_allows_no_look_the_next_ones_are_reported(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = curved(seed=6)
+    optimizer, gram, calls = pruning(model), healing.gram_of, iter(range(99))
+
+    def full_at_first(rows: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 1:  # after the first layer
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gram(rows)
+
+    monkeypatch.setattr(healing, "gram_of", full_at_first)
+    with propagated(caplog), caplog.at_level(logging.WARNING):
+        step(model, optimizer, 3)
+    assert "no room to look at 1 of 2 matrices of LlamaForCausalLM: no unit is on trial there" in caplog.text
+    found = optimizer.process.cric_report()
+    assert found is not None
+    assert [tried > 0 for tried in found["structures"][CHANNELS]["violating"]] == [False, True]
 
 
 @pytest.mark.parametrize(
