@@ -24,6 +24,9 @@ def unreadable(examples: list[Mapping[str, Any]]) -> str:
         other = [key for key, value in example.items() if torch.is_tensor(value) and _is_signal(value)]
         if other:
             return f"the examples hold `{other[0]}`, and it gives the model tokens alone"
+        mask, ids = example.get("attention_mask"), example["input_ids"]
+        if mask is not None and mask.shape != ids.shape:
+            return f"`attention_mask` is {tuple(mask.shape)} for `input_ids` of {tuple(ids.shape)}, not one a token"
     return ""
 
 
@@ -40,7 +43,7 @@ def padded(examples: list[Mapping[str, Any]], device: torch.device) -> dict[str,
     for example in examples:
         ids = example["input_ids"].to(device)
         mask = example.get("attention_mask", torch.ones_like(ids)).to(device)
-        rows += [row[real.bool()] for row, real in zip(ids, mask, strict=True)]
+        rows += [row[real.bool()] for row, real in zip(ids, mask, strict=True) if bool(real.any())]
     width = min(LONGEST, math.ceil(WIDEST * sum(map(len, rows)) / max(1, len(rows))))
     for index, row in enumerate(rows):
         start = max(0, len(row) - width) * index // max(1, len(rows) - 1)

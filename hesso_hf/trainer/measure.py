@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -31,10 +31,13 @@ logger = logging.get_logger(__name__)
 NO_EXAMPLES = "there is neither a `train_dataset` nor a `get_train_dataloader` of the trainer's own over rows by index"
 
 
-def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
+def _rows_of(dataset: Any, count: int, between: bool) -> list[Iterable[Any]]:
+    """Return for each row that is wanted itself, and of a data set by index those that may stand in for it."""
     if _is_indexed(dataset):
         step = max(1, len(dataset) // count)
-        return [dataset[index] for index in range(step // 2 if between else 0, len(dataset), step)][:count]
+        starts = range(step // 2 if between else 0, len(dataset), step)[:count]
+        near = max(1, step // 2)
+        return [map(dataset.__getitem__, range(start, min(start + near, len(dataset)))) for start in starts]
 
     def read() -> list[Any]:
         if not is_main_process():
@@ -43,20 +46,34 @@ def _rows_of(dataset: Any, count: int, between: bool) -> Sequence[Any]:
             return dataset.peek(count)
         return list(itertools.islice(iter(dataset), count))  # of the package datasets, which begins anew each time
 
-    return from_main(on_all(read, "read the data"))  # processes may have other streams
+    return [[row] for row in from_main(on_all(read, "read the data"))]  # processes may have other streams
 
 
 def _tokens_of(example: Any) -> int:
-    return int(example["input_ids"].numel()) if "input_ids" in example else 0
+    """Return how many tokens an example has, 0 where it holds none: what it is padded with isn't read."""
+    if "input_ids" not in example:
+        return 0
+    ids, mask = example["input_ids"], example.get("attention_mask")
+    padded = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
+    return int(mask.bool().sum() if padded else ids.numel())
+
+
+def _is_empty(example: Any) -> bool:
+    """Whether an example is that of an empty text, which a model reads only among others of a batch."""
+    return "input_ids" in example and not _tokens_of(example)
 
 
 def singles(trainer: Trainer, dataset: Any, count: int, between: bool = False) -> list[Any]:
     """Return examples spread over a data set (a stream's first ones), each as a batch of the trainer's collator.
 
-    A stream's are the main process' on all processes, which all call this.
+    A stream's are the main process' on all processes, which all call this. Those without a token are left out, or of a
+    data set by index the next one is taken.
     """
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
-    return [collate([row]) for row in _rows_of(dataset, count, between)]
+    found = []
+    for rows in _rows_of(dataset, count, between):
+        found += itertools.islice((example for row in rows if not _is_empty(example := collate([row]))), 1)
+    return found
 
 
 def _made(loader: DataLoader, count: int, between: bool) -> list[Any]:

@@ -244,6 +244,9 @@ def test_examples_that_hold_more_than_tokens_are_named() -> None:
     assert unreadable([{"input_ids": ids, "labels": ids, "advantages": torch.ones(1, 4)}]) == ""
     assert "hold `pixel_values`" in unreadable([{"input_ids": ids}, {"input_ids": ids, "pixel_values": image}])
     assert "no `input_ids`" in unreadable([{"pixel_values": image}])
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    assert "`attention_mask` is (1, 1, 4, 4) for" in unreadable([{"input_ids": ids, "attention_mask": mask}])
+    assert unreadable([{"input_ids": ids, "attention_mask": mask[0, 0, :1]}]) == ""
 
 
 def test_few_tokens_are_of_examples_spread_over_the_batch() -> None:
@@ -324,8 +327,8 @@ def test_examples_of_several_lengths_are_padded_on_the_right():
     examples = [
         {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[0, 1, 1]])},
         {
-            "input_ids": torch.tensor([[8, 9, 3, 4], [5, 5, 0, 0]]),
-            "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]]),
+            "input_ids": torch.tensor([[8, 9, 3, 4], [0] * 4, [5, 5, 0, 0]]),
+            "attention_mask": torch.tensor([[1] * 4, [0] * 4, [1, 1, 0, 0]]),  # an empty text is no row
         },
     ]
     batch = padded(examples, torch.device("cpu"))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import default_data_collator
 
@@ -57,6 +59,30 @@ def test_a_loader_of_its_own_makes_what_is_measured_on(tmp_path: Path) -> None:
     run.train()
     assert run.hesso_plan.curves is not None
     assert run.hesso_run.process.run.healer is not None
+
+
+def test_what_rows_are_padded_with_isnt_counted_and_empty_ones_are_left_out(tmp_path: Path) -> None:
+    rows = blocks(64)["input_ids"]
+    long = [{"input_ids": [*row, *[0] * 90], "attention_mask": [1] * 10 + [0] * 90} for row in rows]
+    measurer = trainer(tmp_path / "long", config=CONFIG, data=Dataset.from_list(long)).hesso_run.measurer
+    assert measurer.tokens_per_example() == 10
+    assert len(measurer.tokens(300)) == 30, "of a hundred tokens each they would be 16"
+    uneven = [{"input_ids": row[: 10 * (index % 2)]} for index, row in enumerate(rows)]
+
+    def collated(given: list[Any]) -> dict[str, Any]:
+        ids = [torch.tensor(row["input_ids"], dtype=torch.long) for row in given]
+        return {"input_ids": pad_sequence(ids, batch_first=True), "labels": pad_sequence(ids, batch_first=True)}
+
+    options = {"data_collator": collated}
+    run = trainer(tmp_path / "empty", config=CONFIG, data=Dataset.from_list(uneven), max_steps=2, options=options)
+    measurer = run.hesso_run.measurer
+    assert [len(example["input_ids"][0]) for example in measurer.examples(64)] == [10] * 32
+    first, others = (measurer.examples(8, between) for between in (False, True))
+    assert [example["input_ids"][0].tolist() for example in first] == rows[1::8]
+    assert [example["input_ids"][0].tolist() for example in others] == rows[5::8]
+    run.train()
+    assert run.hesso_plan.curves is not None
+    assert run.hesso_run.process.finished
 
 
 def test_of_a_loader_that_may_be_read_once_nothing_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
