@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -123,6 +124,8 @@ class Replay:
         ids = self._next_windows()
         ids = (ids.pin_memory() if loss.is_cuda else ids).to(loss.device, non_blocking=True)
         inputs = {"input_ids": ids}  # with a mask the host would wait to know whether it masks anything
+        if isinstance(model, DistributedDataParallel):  # it looks for unused parameters in one forward, the user's
+            model = model.module
         with whole_rows(inputs):
             logits = model(**inputs, use_cache=False).logits
         term = divergence(self.teacher, inputs, logits, None, temperature=1.0) / ids.numel()

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForConditionalGeneration, Trainer
 
 from hesso_hf import HessoConfig, HessoTrainer
@@ -201,6 +203,39 @@ def test_the_loss_is_the_users_and_the_divergence_by_their_shares(items: Any, pa
         assert (parameter.grad - gradients[name]).abs().max() <= 1e-6, name
     assert float(mixer.without(loss)) == pytest.approx(1.75 / (1 if scaled else parts))
     assert mixer.mean() == pytest.approx(float(divergence) / parts, abs=1e-6)
+
+
+class Sighted(nn.Module):
+    """Has weights for what replay, which is text alone, doesn't hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.sight = tiny_llama(seed=1), nn.Linear(3, 1)
+
+    def forward(self, input_ids: torch.Tensor, seen: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        output = self.text(input_ids=input_ids, **kwargs)
+        output.logits = output.logits if seen is None else output.logits + self.sight(seen)
+        return output
+
+
+def sighted_job(folder: str, processes: int) -> None:
+    """Take two backward passes of DDP with replay, which doesn't use what the user's batch does."""
+    torch.distributed.init_process_group("gloo")
+    model = DistributedDataParallel(Sighted(), find_unused_parameters=True)
+    windows, teacher = torch.randint(3, VOCAB, (5, 9)), Teacher(frozen_copy(tiny_llama(seed=2), torch.float32))
+    mixer = Replay(fake_trainer(), teacher, ReplaySizes(0.25, 3, 9, 5), windows, "it")
+    for _ in range(2):
+        user = model(windows[:2], torch.ones(2, 9, 3) + torch.distributed.get_rank()).logits.square().mean()
+        mixer.mixed(user, model, None).backward()
+    torch.save(model.module.sight.weight.grad, f"{folder}/rank{torch.distributed.get_rank()}.pt")
+
+
+def test_replay_may_leave_weights_unused_that_ddp_waits_for(tmp_path: Path):
+    done = fsdp_cpu.run(tmp_path, __name__, "sighted_job", sharded=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert torch.equal(*found)
+    assert bool(found[0].any())
 
 
 def test_micro_batches_and_processes_take_windows_in_turn():
