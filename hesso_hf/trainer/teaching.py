@@ -78,13 +78,21 @@ class Teaching:
     def _wants_replay(self, engine: Engine) -> bool:
         if not (share := self._config.replay_share):
             return False
-        reason = why_not(self._model) or self._measurer.generates
+        reason = why_not(self._model) or self._measurer.generates or self._why_one_forward(engine)
         if share == "auto" and not reason:
             found = from_all(self._hindrance(engine))  # on one process a GPU may be fuller than on the others
             reason = next(filter(None, found), "")
         if reason:
             self._say_without(reason)
         return not reason
+
+    def _why_one_forward(self, engine: Engine) -> str:
+        """Return why a step can't take a second forward pass, "" where it can."""
+        args = self._trainer.args
+        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if not reentrant or world_size() == 1 or not engine.keeps_whole:
+            return ""
+        return "under DDP, checkpointing with `use_reentrant` (True) allows one forward pass a step (False allows more)"
 
     def _say_without(self, reason: str) -> None:
         if self._config.replay_share != "auto":

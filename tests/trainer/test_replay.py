@@ -509,6 +509,23 @@ def test_by_default_there_is_replay_but_for_a_reason_that_is_named(
     assert reason in message
 
 
+def test_checkpointing_that_ddp_takes_one_forward_of_leaves_no_room_for_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(teaching, "world_size", lambda: 2)
+
+    def made(reentrant: bool, share: Any) -> HessoTrainer:
+        kwargs = {"use_reentrant": reentrant}
+        return replayed(tmp_path, share=share, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+
+    with propagated(caplog):
+        assert made(True, "auto").hesso_run.teaching._base is None
+    assert "no replay: under DDP, checkpointing with `use_reentrant` (True) allows one forward pass" in caplog.text
+    with pytest.raises(HessoError, match=r"`replay_share` \(0.5\): under DDP, checkpointing with `use_reentrant`"):
+        made(True, SHARE)
+    assert made(False, SHARE).hesso_run.teaching._base is not None
+
+
 @pytest.mark.parametrize("share", [1.0, -0.1, "much", True])
 def test_a_share_out_of_range_is_refused(share: Any):
     with pytest.raises(HessoError, match=r"`replay_share` \(.*\) must be 'auto' or lie in \[0, 1\)"):
