@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 from ..distributed.collectives import is_main_process, rank, summed_over_ranks, world_size
@@ -49,11 +49,12 @@ class Script:
         """
         settings = model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        known = {token for token in (*ends, getattr(tokenizer, "eos_token_id", None)) if token is not None}
+        of_text = _of_text(tokenizer)
+        known = {token for token in (*ends, getattr(of_text, "eos_token_id", None)) if token is not None}
         size = model.config.get_text_config().vocab_size
         if getattr(tokenizer, "chat_template", None):
             return cls(_turns(tokenizer), frozenset(known))
-        starts = (getattr(tokenizer, "bos_token_id", None), settings.bos_token_id, *sorted(known))
+        starts = (getattr(of_text, "bos_token_id", None), settings.bos_token_id, *sorted(known))
         start = next((token for token in starts if token is not None and token < size), None)
         if start is None:
             raise HessoError(
@@ -63,15 +64,24 @@ class Script:
         return cls(((start,),), frozenset(known))
 
 
+def _of_text(tokenizer: Any) -> Any:
+    """Return the tokenizer in a processor of texts and images, itself where it is none."""
+    return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer  # type: ignore[attr-defined]
+
+
 def _turns(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """Return what stands before a user's words, and between them and the answer."""
-    said = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
-    )
+    words = [{"type": "text", "text": MARK}] if isinstance(tokenizer, ProcessorMixin) else MARK
+    try:
+        said = tokenizer.apply_chat_template(
+            [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template may raise anything
+        raise HessoError(f"the chat template takes no user's words ({error}); give text in `replay_dataset`") from error
     before, found, between = said.partition(MARK)
     if not found:
         raise HessoError("the chat template leaves the user's words out; give text in `replay_dataset`")
-    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between)]
+    ids = [_of_text(tokenizer)(part, add_special_tokens=False)["input_ids"] for part in (before, between)]
     return tuple(tuple(part) for part in ids if part)
 
 
@@ -153,6 +163,7 @@ def read_windows(source: str, tokenizer: Any, count: int, length: int) -> torch.
     if tokenizer is None:
         raise HessoError(f"`replay_dataset` ({source!r}) needs a tokenizer: give the trainer `processing_class`")
     ids: list[int] = []
+    tokenizer = _of_text(tokenizer)
     between = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for text in _texts(source):
         ids += tokenizer(text)["input_ids"] + between

@@ -14,7 +14,15 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5ForConditionalGeneration, Trainer
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
@@ -104,6 +112,17 @@ def test_of_a_chat_the_users_turn_is_written_and_then_the_answer():
         forced = (scores[0] > -torch.inf).sum() == 1
         written[0].append(int(scores[0].argmax()) if forced else END)
     assert written[0] == [5, 6, 9, END, 7, 8, END, 5, 6, END, 7]
+
+
+def test_a_processor_of_images_and_texts_writes_as_its_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    template = CHAT.replace("m['content']", "m['content'][0]['text']")
+    script = Script.of(base(), LlavaProcessor(CLIPImageProcessor(), tokenizer, chat_template=template))
+    assert [tokenizer.decode(part) for part in script.parts] == ["<|user|>", "</s><|assistant|>"]
+    assert tokenizer.eos_token_id in script.ends
+    tokenizer.chat_template = "{{ messages[0]['content'].nothing.there }}"
+    with pytest.raises(HessoError, match="the chat template takes no user's words"):
+        Script.of(base(), tokenizer)
 
 
 def test_a_text_without_a_beginning_is_refused():
