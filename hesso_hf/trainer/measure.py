@@ -70,7 +70,7 @@ def singles(trainer: Trainer, dataset: Any, count: int, between: bool = False) -
     data set by index the next one is taken.
     """
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
-    found = []
+    found: list[Any] = []
     for rows in _rows_of(dataset, count, between):
         found += itertools.islice((example for row in rows if not _is_empty(example := collate([row]))), 1)
     return found

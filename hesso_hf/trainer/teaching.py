@@ -89,8 +89,8 @@ class Teaching:
     def _why_one_forward(self, engine: Engine) -> str:
         """Return why a step can't take a second forward pass, "" where it can."""
         args = self._trainer.args
-        reentrant = args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
-        if not reentrant or world_size() == 1 or not engine.keeps_whole:
+        asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
+        if not isinstance(asked, dict) or not asked.get("use_reentrant") or world_size() == 1 or not engine.keeps_whole:
             return ""
         return "under DDP, checkpointing with `use_reentrant` (True) allows one forward pass a step (False allows more)"
 
