@@ -128,7 +128,7 @@ class Teaching:
         """Have what was written, and the base model no longer than it is learnt from."""
         self.known = Known(written.windows, written.record()) if written is not None else None
         self.replay = written if written is not None and written.sizes.share else None
-        if self.replay is None and self.distillation is None:
+        if self.replay is None and (self.distillation is None or self.distillation.teacher is not self._base):
             self._base = None
 
     def _written(self, base: Teacher, steps: int) -> Replay | None:

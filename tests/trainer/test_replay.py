@@ -528,6 +528,17 @@ def test_by_default_there_is_replay_but_for_a_reason_that_is_named(
     assert reason in message
 
 
+def test_the_base_model_isnt_kept_beside_another_teacher_once_it_has_written(tmp_path: Path):
+    tiny_llama(seed=3).save_pretrained(tmp_path / "teacher")
+    taught = {"distill_from": str(tmp_path / "teacher"), "distillation_alpha": 0.5}
+    run = trainer(tmp_path, base(), config=hesso_config(replay_share="auto", **taught), max_steps=7)
+    teaching = run.hesso_run.teaching
+    assert teaching._base is not None
+    run.create_optimizer()
+    assert teaching.known is not None
+    assert (run.replay, teaching._base) == (None, None)
+
+
 def test_checkpointing_that_ddp_takes_one_forward_of_leaves_no_room_for_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
