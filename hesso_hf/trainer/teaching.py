@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..config import HessoConfig
@@ -78,21 +78,13 @@ class Teaching:
     def _wants_replay(self, engine: Engine) -> bool:
         if not (share := self._config.replay_share):
             return False
-        reason = why_not(self._model) or self._measurer.generates or self._why_one_forward(engine)
+        reason = why_not(self._model) or self._measurer.generates or _why_one_forward(self._trainer.args, engine)
         if share == "auto" and not reason:
             found = from_all(self._hindrance(engine))  # on one process a GPU may be fuller than on the others
             reason = next(filter(None, found), "")
         if reason:
             self._say_without(reason)
         return not reason
-
-    def _why_one_forward(self, engine: Engine) -> str:
-        """Return why a step can't take a second forward pass, "" where it can."""
-        args = self._trainer.args
-        asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
-        if not isinstance(asked, dict) or not asked.get("use_reentrant") or world_size() == 1 or not engine.keeps_whole:
-            return ""
-        return "under DDP, checkpointing with `use_reentrant` (True) allows one forward pass a step (False allows more)"
 
     def _say_without(self, reason: str) -> None:
         if self._config.replay_share != "auto":
@@ -234,3 +226,11 @@ class Teaching:
         parts: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
         found = {name: None if part is None else part.record() for name, part in parts.items()}
         return found | {"known": self.known.record if self.known is not None and self.replay is None else None}
+
+
+def _why_one_forward(args: TrainingArguments, engine: Engine) -> str:
+    """Return why a step can't take a second forward pass, "" where it can."""
+    asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
+    if not isinstance(asked, dict) or not asked.get("use_reentrant") or world_size() == 1 or not engine.keeps_whole:
+        return ""
+    return "under DDP, checkpointing with `use_reentrant` (True) allows one forward pass a step (False allows more)"
