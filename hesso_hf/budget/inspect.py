@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import OPT_IN, HessoConfig
 from ..errors import HessoError
-from ..hf_models.build import load_config, model_class_of
+from ..hf_models.build import class_to_build, load_config
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.proof.prove import proved_groups
 from ..structures.proof.result import Proof
@@ -82,7 +82,8 @@ def inspect_model(
         pruning_ratios: shares of the parameters for which feasible sizes are listed.
 
     Raises:
-        HessoError: where no config is found at `source`, or a ratio doesn't lie between 0 and 1.
+        HessoError: where no config is found at `source`, its layers differ in width and `trust_remote_code` isn't
+            given, or a ratio doesn't lie between 0 and 1.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -91,7 +92,8 @@ def inspect_model(
     """
     budgets = {str(ratio): HessoConfig(pruning_ratio=ratio) for ratio in pruning_ratios}
     config = load_config(source, trust_remote_code)
-    model_class = type(source) if isinstance(source, PreTrainedModel) else model_class_of(config)
+    is_model = isinstance(source, PreTrainedModel)
+    model_class = type(source) if is_model else class_to_build(config, trust_remote_code)
     groups, proof, axis_map = proved_groups(model_class, config)
     structures = _describe_all(groups, proof, axis_map)
     for name in OPT_IN:  # the default ones do without them, so they are proved and priced apart

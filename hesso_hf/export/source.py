@@ -26,6 +26,7 @@ from ..structures.cut import cut_model, zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
+from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from .checkpoint import NotStreamedError, open_checkpoint
 from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
@@ -154,6 +155,11 @@ def read_source(
 def _load_full(folder: Path, trust_pickles: bool, vocabulary: bool) -> tuple[PreTrainedModel, StoredWeights | None]:
     """Open a checkpoint's weights or, where they must be, load them."""
     config = load_config(folder)
+    if uneven_sizes(config):
+        raise HessoError(
+            f"`source` ({str(folder)!r}): the layers differed in width before this run, and a checkpoint's code isn't "
+            "run here; go on with the run (`resume_from_checkpoint`), which saves the smaller model itself"
+        )
     model_class = model_class_of(config)
     if holds_masters(folder):
         return load_masters(model_class, config, folder, trust_pickles), None

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..distributed.parts import stock_class
 from ..structures.lora import ADAPTER_CONFIG
-from ..structures.uneven_layers import layer_list, uneven_sizes, write_modelling_file
+from ..structures.uneven_layers import uneven_sizes, write_modelling_file
 from ..vocabulary.trim_tokenizer import check_saved_tokenizer
 from .adapter import ADAPTER_FOLDER
 from .parameters import ParameterSource
@@ -117,7 +117,7 @@ def _size(small: Any, dtype: torch.dtype) -> int:
 def _add_files(source: ParameterSource, output: Output, folder: Path, written: Any) -> None:
     """Write what lies beside the weights and is needed to load them."""
     if uneven_sizes(written.config):
-        write_modelling_file(folder, stock_class(source.model).__name__, layer_list(source.decision.groups))
+        write_modelling_file(folder, stock_class(source.model), source.decision.groups)
     if output.tokenizer is not None:
         output.tokenizer.save_pretrained(folder)
     if source.decision.vocabulary is not None and isinstance(output.tokenizer, PreTrainedTokenizerBase):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.utils import CONFIG_NAME
 
@@ -34,6 +35,23 @@ def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
         if hasattr(transformers, name):
             return getattr(transformers, name)
     return causal_class_of(type(config), config.model_type)
+
+
+def class_to_build(config: PretrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """Return the class that builds a config's model: its own where the layers differ in width, else the stock class.
+
+    Raises:
+        HessoError: where it is its own, whose code isn't allowed to run.
+    """
+    if not vars(config).get("layer_sizes"):
+        return model_class_of(config)
+    if not trust_remote_code:
+        raise HessoError(
+            f"`model` ({config.name_or_path!r}) has layers of different widths, which need the code that lies beside "
+            "it: allow that with `--trust-remote-code` (in Python, `trust_remote_code=True`)"
+        )
+    found: Any = get_class_from_dynamic_module(config.auto_map[AutoModelForCausalLM.__name__], config.name_or_path)
+    return found
 
 
 def causal_class_of(config_class: type[PretrainedConfig], model_type: str) -> type[PreTrainedModel]:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..compat import build_model
 from ..errors import HessoError
-from .build import first_line, load_config, model_class_of
+from .build import class_to_build, first_line, load_config, model_class_of
 
 
 @contextlib.contextmanager
@@ -41,8 +41,8 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
         HessoError: where there is none, or it needs code of its own that isn't allowed.
     """
     config = load_config(source, trust_remote_code)
-    if hasattr(config, "layer_sizes") and not trust_remote_code:
-        raise HessoError(f"`model` ({source!r}) has layers of different widths: give --trust-remote-code")
+    if not trust_remote_code:
+        class_to_build(config, trust_remote_code)
     try:
         if _weights_come_from_another():
             return _without_weights(source, config, dtype, trust_remote_code)

@@ -7,7 +7,9 @@ A stock config has one size for all layers, so such a model is published with a 
 from __future__ import annotations
 
 import copy
+import inspect
 import re
+import shutil
 from pathlib import Path
 
 from torch import nn
@@ -100,10 +102,14 @@ def uneven_sizes(config: PretrainedConfig) -> list[dict[str, int]]:
     return vars(config).get("layer_sizes") or []
 
 
-def write_modelling_file(folder: Path, model_class: str, name: str) -> None:
-    """Write the modelling file beside the weights."""
-    text = _MODELLING_FILE.format(model_class=model_class, layer_list=name)
-    (folder / f"{MODULE_NAME}.py").write_text(text, encoding="utf-8")
+def write_modelling_file(folder: Path, model_class: type, groups: PruningGroups) -> None:
+    """Write the modelling file beside the weights: the model's own, where its layers differed before it was pruned."""
+    file = folder / f"{MODULE_NAME}.py"
+    if model_class.__module__.endswith(MODULE_NAME):
+        shutil.copyfile(inspect.getfile(model_class), file)
+        return
+    text = _MODELLING_FILE.format(model_class=model_class.__name__, layer_list=layer_list(groups))
+    file.write_text(text, encoding="utf-8")
 
 
 def _layer_of(label: str) -> str:

@@ -20,10 +20,14 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import hesso_hf
+from hesso_hf.budget import inspect_model
+from hesso_hf.cli.memory.model_sizes import model_sizes
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export.checkpoint_state import STATE_NAME
 from hesso_hf.export.export import export_pruned
 from hesso_hf.export.report import REPORT_NAME
+from hesso_hf.hf_models.build import load_config
+from hesso_hf.hf_models.loading import load_model
 from hesso_hf.structures import cut
 from hesso_hf.structures.cut import device_with_room
 from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups
@@ -180,6 +184,37 @@ def test_layers_of_different_widths_come_with_a_modelling_file_of_their_own(tmp_
     assert "hesso_hf" not in (folder / "modeling_pruned.py").read_text()
     with pytest.raises((RuntimeError, ValueError)):  # the stock class says that it doesn't fit
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_model_whose_layers_differ_is_pruned_again(tmp_path: Path):
+    model, kept = uneven()
+    export_pruned(model, tmp_path / "small", groups=groups_of("llama"), kept_units=kept)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    groups = proved_groups(type(small), small.config, (STREAM,))[0]
+    fewer = random_units(groups, {STREAM: 36})
+    zero_pruned_(small, groups, fewer)
+    small.save_pretrained(tmp_path / "dense")
+    export_pruned(small, tmp_path / "again", groups=groups, kept_units=fewer)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again.config.hidden_size == 36
+    assert again.config.layer_sizes == small.config.layer_sizes
+    input_ids = token_ids(model.config)
+    assert relative_difference(logits(again, input_ids), logits(small, input_ids)) <= 1e-5
+    with pytest.raises(HessoError, match=r"`source` \('.*dense'\): the layers differed in width before this run"):
+        export_pruned(tmp_path / "dense", tmp_path / "more")
+
+
+def test_what_is_said_of_a_model_whose_layers_differ_is_of_its_own_class(tmp_path: Path):
+    model, kept = uneven()
+    report = export_pruned(model, tmp_path / "small", groups=groups_of("llama"), kept_units=kept)
+    assert model_sizes(load_config(tmp_path / "small"), trust_remote_code=True).parameters == report.parameters_after
+    for ask in (
+        inspect_model,
+        lambda folder: model_sizes(load_config(folder)),
+        lambda folder: load_model(folder, None),
+    ):
+        with pytest.raises(HessoError, match=r"small'\) has layers of different widths.*`--trust-remote-code` \(in Py"):
+            ask(str(tmp_path / "small"))
 
 
 def test_the_card_of_layers_of_different_widths_does_not_promise_a_stock_class(tmp_path: Path):

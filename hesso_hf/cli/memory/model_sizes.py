@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import HessoError
-from ...hf_models.build import build_meta, model_class_of
+from ...hf_models.build import build_meta, class_to_build
 from ...hf_models.sizes import EXPERT_MLP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes
 from ...structures.experts import experts_per_token, num_experts
 
@@ -58,13 +58,13 @@ class ModelSizes:
     widest_input: int
 
 
-def model_sizes(config: PretrainedConfig) -> ModelSizes:
+def model_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> ModelSizes:
     """Count a model's sizes from its config.
 
     Raises:
         HessoError: where the config doesn't give a width of layers, heads or MLP, or the class has no layers.
     """
-    model = build_meta(model_class_of(config), config)
+    model = build_meta(class_to_build(config, trust_remote_code), config)
     layers = _layers(model)
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
