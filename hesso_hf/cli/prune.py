@@ -60,7 +60,8 @@ def _interrupted(recipe: Recipe, flags: list[str]) -> str:
     output_dir = Path(str(recipe.training.output_dir))
     last = last_checkpoint(output_dir)
     found = f"goes on from {last}" if last else f"starts anew, since there is no checkpoint in {output_dir} yet"
-    command = shlex.join(["hesso-hf", "prune", *flags, "--resume_from_checkpoint", "auto"])
+    asked = [] if recipe.training.resume_from_checkpoint == "auto" else ["--resume_from_checkpoint", "auto"]
+    command = shlex.join(["hesso-hf", "prune", *flags, *asked])
     return f"interrupted; this {found}:\n  {command}"
 
 

@@ -114,7 +114,7 @@ def test_ctrl_c_prints_the_command_that_goes_on(
 
     def training_step(self: HessoTrainer, *args: Any, **kwargs: Any) -> Any:
         steps.append(self.state.global_step)
-        if len(steps) in (2, 5):
+        if len(steps) in (2, 5, 6):
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
@@ -128,8 +128,10 @@ def test_ctrl_c_prints_the_command_that_goes_on(
     name, *argv = shlex.split(text.strip().splitlines()[-1])
     assert name == "hesso-hf"
     assert argv == [*flags, "--resume_from_checkpoint", "auto"]
+    assert main(argv) == 130
+    assert capsys.readouterr().err.strip().endswith(shlex.join(argv))  # which is no longer than before
     assert main(argv) == 0
-    assert steps == [0, 1, 0, 1, 2, *range(2, 6)]
+    assert steps == [0, 1, 0, 1, 2, 2, *range(2, 6)]
     assert (tmp_path / "a run" / "small" / "config.json").exists()
 
 
