@@ -138,9 +138,8 @@ def _units_of(name: str, size: int, group: StructureGroups) -> int:
     least = max(step, group.least * increment)
     if size % step or not least <= size <= full:
         reason = f", for {group.needed_for}" if group.needed_for else ""
-        raise HessoError(
-            f"`target_sizes[{name!r}]` ({size}) must be a multiple of {step} between {least} and {full}{reason}"
-        )
+        kind = f"a multiple of {step}" if step > 1 else "an integer"
+        raise HessoError(f"`target_sizes[{name!r}]` ({size}) must be {kind} between {least} and {full}{reason}")
     return size // increment
 
 
@@ -231,7 +230,8 @@ class _Solver:
     def _nearest(self, grid: dict[str, np.ndarray], off: np.ndarray) -> list[int]:
         """Return a few accepted indices whose sizes differ, the nearest first."""
         found: dict[tuple[int, ...], int] = {}
-        for index in self._accepted(grid, np.argsort(off, kind="stable")):
+        nearest = np.argsort(off, kind="stable")[: np.isfinite(off).sum()]
+        for index in self._accepted(grid, nearest):
             found.setdefault(tuple(self._row(grid, index).values()), index)
             if len(found) == _NAMED:
                 break

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,10 @@ def plan(arguments: argparse.Namespace) -> None:
         arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
         arguments.lora_rank, arguments.replay_share, arguments.healing != "off",
     )  # fmt: skip
+    for name in ("gpus", "gpu_memory", "gpus_per_node", "host_memory"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise HessoError(f"`--{name.replace('_', '-')}` ({value:g}) must be a number above zero")
     host = None if arguments.host_memory is None else arguments.host_memory * GB
     cluster = Cluster(arguments.gpus, arguments.gpu_memory * GB, arguments.gpus_per_node, host)
     pace = Pace(arguments.tokens, arguments.device_tflops)
@@ -155,8 +160,10 @@ def export(arguments: argparse.Namespace) -> None:
         raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
     if arguments.output is not None:
         from ..export import export_pruned
+        from ..export.storage import check_writable
         from ..hf_models.loading import without_bars
 
+        check_writable("output", Path(arguments.output))
         with without_bars():
             report = export_pruned(
                 checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles

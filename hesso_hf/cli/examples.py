@@ -227,7 +227,7 @@ def _columns(source: str, row: Mapping[str, Any], text_column: str) -> tuple[str
     hint = nearest_name(text_column, columns)
     if text_column == TEXT_COLUMN:
         hint += ", nor are `messages`, or `prompt` and `completion`"
-    raise HessoError(f"`text_column` ({text_column!r}) isn't in {source}{hint}; columns: {columns}")
+    raise HessoError(f"`text_column` ({text_column!r}) isn't in {source}{hint}; name the column: {columns}")
 
 
 def _are_messages(value: Any) -> bool:

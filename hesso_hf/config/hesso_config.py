@@ -167,10 +167,10 @@ class HessoConfig:
 
     def __post_init__(self) -> None:
         # `| str | None` lets HfArgumentParser take JSON, a comma list or a name; None means the default
-        self.structures = "all" if self.structures is None else parse(self.structures)
-        self.target_sizes = parse(self.target_sizes)
-        self.export_at = numbers(self.export_at)
-        self.saliency = parse(self.saliency)
+        self.structures = "all" if self.structures is None else parse("structures", self.structures)
+        self.target_sizes = parse("target_sizes", self.target_sizes)
+        self.export_at = numbers("export_at", self.export_at)
+        self.saliency = parse("saliency", self.saliency)
         self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
         self.cric = "auto" if self.cric is None else truth(self.cric)
         self.distillation_alpha = 0.0 if self.distillation_alpha is None else number(self.distillation_alpha)

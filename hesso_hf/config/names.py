@@ -40,13 +40,19 @@ def structures_around(names: Iterable[str]) -> tuple[str, ...]:
     return (*(instead.get(name, name) for name in DEFAULT_STRUCTURES), *added)
 
 
-def parse(value: Any) -> Any:
-    """Turn a JSON string (from a command line) into what it says; leave everything else alone."""
+def parse(name: str, value: Any) -> Any:
+    """Turn a JSON string (from a command line) into what it says; leave everything else alone.
+
+    Raises:
+        HessoError: naming the argument, where it isn't JSON.
+    """
     if isinstance(value, str) and value.strip()[:1] in ("{", "["):
         try:
             return json.loads(value)
         except json.JSONDecodeError as error:
-            raise HessoError(f"{value!r} is not valid JSON: {error}") from error
+            raise HessoError(
+                f"`{name}` ({value!r}) is not valid JSON: {error}; in a shell put it between single quotes"
+            ) from error
     if isinstance(value, str) and "," in value:
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -65,9 +71,9 @@ def number(value: Any) -> Any:
         return value
 
 
-def numbers(value: Any) -> Any:
+def numbers(name: str, value: Any) -> Any:
     """Turn one number or several, or their text (from a command line), into a list; leave everything else alone."""
-    value = parse(value)
+    value = parse(name, value)
     if isinstance(value, tuple):
         value = list(value)
     values = [number(each) for each in (value if isinstance(value, list) else [value])]

@@ -85,7 +85,7 @@ def writing(what: str, folder: Path, size: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in _TORCH_WRITER):
             raise
         raise StorageError(
-            f"{what} can't be written in {str(folder)!r}, which takes about {shown(size)}, and there is room for "
+            f"{what} (about {shown(size)}) can't be written in {str(folder)!r}, where there is room for "
             f"{shown(room(folder))}: {str(error).splitlines()[0]}"
         ) from error
 

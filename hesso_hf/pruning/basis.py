@@ -103,7 +103,8 @@ def turn_stream(
         raise HessoError("`batches`: no norm of the stream was given hidden states, so there is no basis to turn into")
     if tokens < (wanted := max(LEAST_TOKENS, LEAST_PER_CHANNEL * turn.width)):
         logger.warning(
-            f"`batches` have {tokens:,} tokens for a basis of {turn.width} channels; {wanted:,} or more tell more"
+            f"the stream's basis ({turn.width} channels) is measured on only {tokens:,} tokens; with {wanted:,} or "
+            "more it is more reliable"
         )
     measured = partial(mean_loss, model, batches, loss or _own_loss)
     blocks, rotation, rise = _turn_within_(turn, parameters, total, clusters, tolerance, measured)

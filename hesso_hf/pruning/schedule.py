@@ -253,7 +253,7 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
 
 def _warn_of_few_steps(config: HessoConfig, total_steps: int, recovery: int, pruning: int, periods: int) -> None:
     """Say so where the run has too few steps for the usual periods, or none to recover in."""
-    given = config.pruning_steps
+    given, recovering = config.pruning_steps, f"{recovery or 'no'} steps recover"
     if config.pruning_periods is None and periods < PERIODS:
         remedy = f"set `pruning_steps` to {PERIODS} or more"
         if given < 1:
@@ -261,8 +261,9 @@ def _warn_of_few_steps(config: HessoConfig, total_steps: int, recovery: int, pru
             enough += _count(given, enough, least=1) < PERIODS  # a half is rounded to the even side
             remedy = f"train for {enough} steps or more, or {remedy}"
         logger.warning(
-            f"the run is short: `pruning_steps` ({given:g}) is {pruning} of its {total_steps} steps, so units go in "
-            f"{periods} period{'s' * (periods > 1)} instead of {PERIODS}, and {recovery} steps recover; {remedy}"
+            f"the run is short: `pruning_steps` ({given:g}) is {pruning} of its {total_steps} "
+            f"step{'s' * (total_steps > 1)}, so units go in {periods} period{'s' * (periods > 1)} instead of "
+            f"{PERIODS}, and {'1 step recovers' if recovery == 1 else recovering}; {remedy}"
         )
     elif not recovery:
         logger.warning(

@@ -272,6 +272,12 @@ def test_an_unreachable_ratio_of_one_structure_is_a_budget_error():
         solve(ONE_B, pruning_ratio=0.6, structures=[HEADS])
 
 
+def test_no_cut_at_all_is_not_named_as_feasible():
+    with pytest.raises(BudgetError) as caught:
+        solve(ONE_B, pruning_ratio=0.3, structures=[HEADS], tensor_parallel_size=4)
+    assert str(caught.value).partition("nearest feasible: ")[2].count(" with ") == 1
+
+
 def test_a_coarse_choice_warns_and_names_what_is_used(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("WARNING"):
         target = solve(ONE_B, pruning_ratio=0.14, structures=[HEADS, MLP], round_to=2048)
@@ -387,6 +393,8 @@ def test_query_heads_can_be_pinned_and_an_error_names_the_multiples():
             HessoError, match=rf"num_attention_heads.*\({size}\) must be a multiple of 4 between 4 and 24"
         ):
             solve(SINGLE, target_sizes={"num_attention_heads": size}, structures=[QUERY])
+    with pytest.raises(HessoError, match=r"\(9999\) must be an integer between 1 and 2048"):
+        solve(ONE_B, target_sizes={"hidden_size": 9999})
     with pytest.raises(HessoError, match=r"'num_key_value_heads' is no size that can be pruned"):
         solve(SINGLE, target_sizes={"num_key_value_heads": 2}, structures=[QUERY])
 

@@ -125,7 +125,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     ),
     "prompts alone": (
         [*RUN, "--dataset", "prompts.jsonl"],
-        r"`text_column` \('text'\) isn't in prompts.jsonl, nor are `messages`, or `prompt` and `completion`; columns",
+        r"`text_column` \('text'\) isn't in prompts.jsonl, nor are `messages`, or `prompt` and `completion`; name the",
     ),
     "conversations of another format": (
         [*RUN, "--dataset", "shared.jsonl", "--text_column", "conversations"], r"holds list, not text or messages \(",
@@ -170,6 +170,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a checkpoint that doesn't exist": (
         [*RUN, "--resume_from_checkpoint", "run/checkpoint-9"], r"`resume_from_checkpoint` \('run/checkpoint-9'\) does",
     ),
+    "a file to export to": (["export", "model", "text.jsonl"], r"`output` \('text.jsonl'\) can't be written: Not a d"),
     "a base model exported": (["export", "model", "out"], r"`source` \('model'\): nothing in it is pruned; give a che"),
     "weights that aren't there exported": (["export", "weightless", "out"], r"`source` \('weightless'\) holds no weig"),
 }  # fmt: skip
@@ -198,6 +199,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a structure misspelt": ({"structures": ["attention_head"]}, r"`structures`.*did you mean 'attention_heads'"),
     "a number as structures": ({"structures": 3}, r"`structures` \(3\) must be a name, a list of names or a dict"),
     "a saliency misspelt": ({"saliency": "magnitud"}, r"`saliency`: unknown name 'magnitud' \(did you mean 'magnitude"),
+    "sizes without quotes": (
+        {"target_sizes": "{hidden_size: 4}"}, r"`target_sizes` \('{hidden_size: 4}'\) is not valid JSON: .*single quo",
+    ),
+    "shares in brackets": ({"export_at": "[0.2"}, r"`export_at` \('\[0.2'\) is not valid JSON"),
     "sizes in words": ({"target_sizes": "hidden_size=4"}, r"`target_sizes` \('hidden_size=4'\) must map config sizes"),
     "fewer steps than periods": ({"pruning_steps": 3, "pruning_periods": 5}, r"`pruning_steps` \(3\) must be at least"),
     "shares on the way in percent": ({"export_at": [20]}, r"`export_at` \(\[20\]\) must ascend between 0"),

@@ -46,7 +46,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["inspect", "./nowhere"], 2, "no such file or folder"),
         (["inspect", "bundled", "--ratio", "50"], 2, "`pruning_ratio` (50.0)"),
         (["plan", "nowhere/config.json"], 2, "no such file or folder"),
-        (["plan", "bundled", "--gpus", "0"], 2, "`num_gpus` (0)"),
+        (["plan", "bundled", "--gpus", "0"], 2, "`--gpus` (0)"),
         (["export", "nowhere", "out"], 2, "is no folder"),
         (["eval", "bundled", "--new-tokens", "-1"], 2, "must be at least 0"),
         (["eval", "bundled", "--dataset", "no.txt"], 2, "no such file"),

@@ -104,7 +104,7 @@ def test_too_few_tokens_are_warned_of(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("hesso_hf.pruning.basis.logger.warning", said.append)
     turn_stream(tiny_llama(), BATCHES[:1])
-    assert "64 tokens for a basis of 60 channels" in said[0]
+    assert "basis (60 channels) is measured on only 64 tokens" in said[0]
 
 
 def test_a_tied_model_whose_gains_differ_too_much_stays_as_it_is():

@@ -433,6 +433,15 @@ def test_a_run_that_is_too_short_for_the_periods_names_the_steps_that_are_enough
             assert ("the run is short" in caplog.text) == few
 
 
+@pytest.mark.parametrize(("steps", "said"), [(1, "1 step, so"), (1, "and no steps rec"), (2, "and 1 step recovers;")])
+def test_steps_are_counted_in_words_that_fit_their_number(
+    steps: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with propagated(caplog):
+        resolved(steps, pruning_steps=0.08)
+    assert said in caplog.text
+
+
 def test_a_run_that_ends_with_pruning_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with propagated(caplog):
         resolved(10, warmup_steps=2, pruning_steps=8)

@@ -109,6 +109,8 @@ class MemoryPlan:
         """Return what to say below the tables."""
         if self.recommended is None:
             advice = "No engine fits: lower batch size or sequence length, checkpoint gradients, or take more GPUs."
+            if any(found.margin >= 0 for found in self.engines.values()):
+                advice = "No engine fits: the GPUs have room, but a node's main memory (--host-memory) is too small."
         else:
             engine = ENGINES[self.recommended]
             file = f", with {self.config_file}" if self.config_file else ""
@@ -153,7 +155,7 @@ def plan_memory(
         'fsdp2'
     """
     config = load_config(source, trust_remote_code)
-    sizes, pace = model_sizes(config), pace or Pace()
+    sizes, pace = model_sizes(config, trust_remote_code), pace or Pace()
     runs = {
         name: Run(sizes, engine, workload, cluster)
         for name, engine in ENGINES.items()

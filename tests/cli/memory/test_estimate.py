@@ -254,7 +254,10 @@ def test_the_recommendation_is_the_first_that_fits_gpu_and_host() -> None:
     small = plan_memory(EIGHT_B, work, Cluster(8, 16e9))
     assert small.recommended == "fsdp2_offload"
     assert "`fsdp_offload_params: true`" in small.notes()[0]
-    assert plan_memory(EIGHT_B, work, Cluster(8, 16e9, host_memory=100e9)).recommended is None
+    short = plan_memory(EIGHT_B, work, Cluster(8, 16e9, host_memory=100e9))
+    assert short.recommended is None
+    assert "main memory (--host-memory) is too small" in short.notes()[0]
+    assert "take more GPUs" in plan_memory(EIGHT_B, work, Cluster(1, 1e9)).notes()[0]
     assert (
         plan_memory(EIGHT_B, work, Cluster(16, 80e9)).config_file == "recipes/accelerate_configs/multi_node_fsdp2.yaml"
     )
