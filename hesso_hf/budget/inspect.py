@@ -92,8 +92,10 @@ def inspect_model(
     """
     budgets = {str(ratio): HessoConfig(pruning_ratio=ratio) for ratio in pruning_ratios}
     config = load_config(source, trust_remote_code)
-    is_model = isinstance(source, PreTrainedModel)
-    model_class = type(source) if is_model else class_to_build(config, trust_remote_code)
+    if isinstance(source, PreTrainedModel):
+        model_class: type[PreTrainedModel] = type(source)
+    else:
+        model_class = class_to_build(config, trust_remote_code)
     groups, proof, axis_map = proved_groups(model_class, config)
     structures = _describe_all(groups, proof, axis_map)
     for name in OPT_IN:  # the default ones do without them, so they are proved and priced apart

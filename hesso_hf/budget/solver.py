@@ -19,7 +19,7 @@ from ..config import HessoConfig
 from ..errors import BudgetError, HessoError, nearest_name
 from ..hf_models.build import model_class_of
 from ..hf_models.resize import buildable_config, resized_config
-from ..hf_models.sizes import ConfigSizes, canonical_name
+from ..hf_models.sizes import EXPERTS, LAYERS, ConfigSizes, canonical_name
 from ..structures.groups import PruningGroups, StructureGroups
 from .cost import Cost, Counts
 from .rounding import CHANNELS, MULTIPLES, allowed_counts
@@ -31,6 +31,7 @@ MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
 MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
 _NAMED = 3  # of the nearest sizes, in messages
+_NAMED_APART = {LAYERS: "layers", EXPERTS: "experts"}  # sizes of structures that 'all' doesn't stand for
 
 PriceFunction = Callable[[Counts], np.ndarray]
 LossFunction = Callable[[Counts], np.ndarray]
@@ -112,9 +113,11 @@ def pinned_units(config: HessoConfig, model_config: PretrainedConfig, groups: Pr
     for asked, size in config.pinned_sizes.items():
         name = asked if asked in by_size else canonical_name(model_config, asked)
         if name not in by_size:
+            hint = nearest_name(name, list(by_size))
+            if name in _NAMED_APART:
+                hint = f": name {_NAMED_APART[name]!r} in `structures` too, which are pruned only then"
             raise HessoError(
-                f"`target_sizes`: {name!r} is no size that can be pruned here"
-                f"{nearest_name(name, list(by_size))}; can be pinned: {sorted(by_size)}"
+                f"`target_sizes`: {name!r} is no size that can be pruned here{hint}; can be pinned: {sorted(by_size)}"
             )
         units, structure = _units_of(name, size, by_size[name]), by_size[name].structure
         ratio = groups.coupled.get(structure, 1)

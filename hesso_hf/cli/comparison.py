@@ -55,6 +55,8 @@ def check_comparison(flags: Namespace) -> None:
             raise HessoError(
                 f"`--{name.replace('_', '-')}` ({value!r}) does nothing without `--{needed}`: give that too"
             )
+    if flags.limit is not None and flags.dataset is None and flags.tasks is None:
+        raise HessoError(f"`--limit` ({flags.limit}) does nothing without `--dataset` or `--tasks`: give one of them")
     for name, least in (("block_size", 2), ("batch_size", 1), ("limit", 1), ("num_fewshot", 0), ("new_tokens", 0)):
         value = getattr(flags, name)
         if value is not None and value < least:

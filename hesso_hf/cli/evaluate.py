@@ -147,6 +147,11 @@ def _speeds(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[st
         for name, one, many in zip(models, alone, together, strict=True)
     }
     new_tokens = min(flags.new_tokens, length - 2)
+    if new_tokens < flags.new_tokens:
+        short = (
+            f"{new_tokens} tokens are written, not {flags.new_tokens}: with the prompt they fill a block of {length}"
+        )
+        print(f"hesso-hf: {short}", file=sys.stderr)
     if new_tokens < 1:
         return found
     writers = {name: model for name, model in models.items() if model.can_generate()}

@@ -129,7 +129,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     """Say of which models and on what the losses are, and what was measured afterwards."""
     text, quality = "", report.get("quality") or {}
     if quality:
-        on = ", ".join(f"{found['examples']:,} of {text_of(key)}" for key, found in quality.items())
+        on = ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
         text += (
             "\nLosses and perplexities are those of the base model and of the trained one,\n"
             f"on the same examples: {on}.\n"

@@ -50,7 +50,8 @@ def class_to_build(config: PretrainedConfig, trust_remote_code: bool) -> type[Pr
             f"`model` ({config.name_or_path!r}) has layers of different widths, which need the code that lies beside "
             "it: allow that with `--trust-remote-code` (in Python, `trust_remote_code=True`)"
         )
-    found: Any = get_class_from_dynamic_module(config.auto_map[AutoModelForCausalLM.__name__], config.name_or_path)
+    name, folder = config.auto_map[AutoModelForCausalLM.__name__], str(config.name_or_path)
+    found: Any = get_class_from_dynamic_module(name, folder)
     return found
 
 

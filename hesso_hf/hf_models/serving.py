@@ -56,9 +56,9 @@ def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
         group = heads // (get_size(text, KV_HEADS) or heads) or 1
         fit = max(group, hidden // head_dim // group * group)
         found += [
-            f"{each.engine} takes {HEAD_DIM} of {text.model_type} for {HIDDEN} / {HEADS} ({hidden} / {heads}), which "
-            f"the config states as {head_dim}, and {each.then}; `target_sizes` that suit it are such as {HEADS} {fit} "
-            f"and {KV_HEADS} {fit // group} with {HIDDEN} {fit * head_dim}"
+            f"{each.engine} computes {HEAD_DIM} of {text.model_type} as {HIDDEN} / {HEADS} ({hidden} / {heads}), "
+            f"though the config says {head_dim}, and {each.then}; it would serve, for example, {HEADS} {fit} and "
+            f"{KV_HEADS} {fit // group} with {HIDDEN} {fit * head_dim} (`target_sizes`)"
             for each in DERIVES_HEAD_DIM
             if each.misreads(text)
         ]
@@ -66,7 +66,8 @@ def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
     if odd and text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         named = " and ".join(f"{name} ({size})" for name, size in odd.items())
         found.append(
-            f"llama.cpp quantises rows in blocks of {GGUF_ROWS} (q8_0) or 256 (k-quants), which {named} "
-            f"{'are' if len(odd) > 1 else 'is'} no multiple of; a multiple of {GGUF_ROWS} as `round_to` suits it"
+            f"llama.cpp quantises rows in blocks of {GGUF_ROWS} (q8_0) or 256 (k-quants), and {named} "
+            f"{'are no multiples' if len(odd) > 1 else 'is no multiple'} of these; set `round_to` to a multiple of "
+            f"{GGUF_ROWS}"
         )
     return found

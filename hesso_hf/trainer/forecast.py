@@ -44,8 +44,12 @@ class Pace:
 
 
 def before(trainer: Any) -> list[str]:
-    """Say what can be told of a run's tokens and memory before its first step."""
+    """Say what can be told of a run's vocabulary, tokens and memory before its first step."""
     run, lines = trainer.hesso_run, _tokens(trainer)
+    if kept := run.kept_tokens:
+        lines.insert(
+            0, f"vocabulary: {kept.vocab_size:,} -> {len(kept.kept):,} tokens, removed on top of this when saved"
+        )
     if trainer.hesso_engine.keeps_whole:  # else each process has a part
         parameters = list(run.whole.parameters())
         trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)

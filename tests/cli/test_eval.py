@@ -127,8 +127,10 @@ def test_without_text_and_tasks_it_is_sizes_and_speed(
         assert all(row[key] > 0 for key in ("first_token_seconds", "tokens_written_per_second"))
         assert "loss" not in row
     monkeypatch.setattr("transformers.LlamaForCausalLM.can_generate", lambda self: self.config.hidden_size == 60)
-    assert main(["eval", "bundled", "small", "--block-size", "12", "--new-tokens", "1"]) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "first token (s)" in line)
+    assert main(["eval", "bundled", "small", "--block-size", "4", "--new-tokens", "9"]) == 0
+    said = capsys.readouterr()
+    assert "2 tokens are written, not 9: with the prompt they fill a block of 4" in said.err
+    line = next(line for line in said.out.splitlines() if "first token (s)" in line)
     assert re.search(r" - .* 0\.\d+", line)
 
 
@@ -354,6 +356,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "an unknown ending": (["small", *TEXT, "--output", "found.csv"], "`--output` ('found.csv') must end in .json,"),
     "a picture of one model": (["small", "--output", "found.svg"], "compares models: name two or more"),
     "a folder under two names": (["small", "./small", *SHORT], "a folder is named twice: "),
+    "a limit of nothing": (["small", "--limit", "5"], "`--limit` (5) does nothing without `--dataset` or `--tasks`"),
     "joined without text": (["small", "--joined"], "`--joined` (True) does nothing without `--dataset`"),
     "a configuration of no data": (["small", "--dataset-config", "x"], "`--dataset-config` ('x') does nothing with"),
     "a window that the text doesn't fill": (

@@ -274,6 +274,9 @@ TRAINERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "a size above the model's": (lambda: ids(target_sizes={"hidden_size": 640}), r"\(640\) must be .* between 1 and 6"),
     "a size that halves a unit": (lambda: ids(target_sizes={"num_attention_heads": 5}), r"\(5\) must be a multiple of"),
     "a size that stays": (lambda: ids(target_sizes={"vocab_size": 32}), r"'vocab_size' is no size that can be pruned "),
+    "a number of layers alone": (
+        lambda: ids(target_sizes={"num_hidden_layers": 1}), r"'num_hidden_layers' .*: name 'layers' in `structures` t",
+    ),
     "a ratio at which nothing goes": (
         lambda: ids(pruning_ratio=0.001), r"`pruning_ratio` \(0.001\) is too small: the least.*take 0.009 or more",
     ),

@@ -33,13 +33,13 @@ def test_engines_that_derive_head_dim_are_named_for_the_classes_where_they_do(
     found = not_served_as_they_are(sized(kind))
     assert [said.split(" ")[0] for said in found] == engines
     for said in found:
-        assert f"head_dim of {kind.model_type} for hidden_size / num_attention_heads (576 / 6)" in said
-        assert "states as 64" in said
+        assert f"head_dim of {kind.model_type} as hidden_size / num_attention_heads (576 / 6)" in said
+        assert "though the config says 64, and " in said
 
 
 def test_a_model_that_an_engine_knows_by_its_layers_is_named_with_so_many_alone() -> None:
     (said,) = not_served_as_they_are(sized(Gemma3TextConfig, num_hidden_layers=62))
-    assert said.startswith("llama.cpp takes head_dim of gemma3_text for hidden_size / num_attention_heads (576 / 6)")
+    assert said.startswith("llama.cpp computes head_dim of gemma3_text as hidden_size / num_attention_heads (576 / 6)")
     assert not not_served_as_they_are(sized(Gemma3TextConfig, num_hidden_layers=34))
 
 
@@ -60,10 +60,10 @@ def test_the_sizes_that_are_named_suit(sizes: dict[str, int]) -> None:
 
 def test_rows_that_no_block_of_a_quantisation_divides_are_named() -> None:
     (said,) = not_served_as_they_are(sized(MistralConfig, hidden_size=570, intermediate_size=410))
-    assert "hidden_size (570) and intermediate_size (410) are no multiple of; a multiple of 32 as" in said
+    assert "hidden_size (570) and intermediate_size (410) are no multiples of these; set `round_to` to a mult" in said
     (said,) = not_served_as_they_are(sized(MistralConfig, intermediate_size=400))
-    assert "which intermediate_size (400) is no multiple of" in said
+    assert "and intermediate_size (400) is no multiple of" in said
     experts = Qwen3MoeConfig(hidden_size=64, intermediate_size=96, moe_intermediate_size=100, head_dim=16)
     (said,) = not_served_as_they_are(experts)
-    assert "which moe_intermediate_size (100) is no multiple of" in said
+    assert "and moe_intermediate_size (100) is no multiple of" in said
     assert not not_served_as_they_are(ViTConfig(hidden_size=90, num_attention_heads=3))

@@ -38,6 +38,7 @@ from hesso_hf import HessoConfig, HessoTrainer, KeptTokens, export_pruned, inspe
 from hesso_hf.bundled import bundled_model_path, python_docs_texts
 from hesso_hf.errors import HessoError, UnsupportedStructureError, VerificationError
 from hesso_hf.hf_models.tiny_model import random_model
+from hesso_hf.trainer import forecast
 from hesso_hf.vocabulary.tokenizer_file import BYTE_TOKENS, read_backend, read_spelling
 from hesso_hf.vocabulary.tokens import TokenUse, count_tokens
 from hesso_hf.vocabulary.trim_embeddings import config_token_ids, rows_elements, trim_embeddings, vocabulary_axes
@@ -805,6 +806,7 @@ def test_embedding_channels_and_tokens_go_together(tmp_path: Path) -> None:
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     kept = trainer.kept_tokens
     assert kept is not None
+    assert forecast.before(trainer)[0].startswith(f"vocabulary: {len(tokenizer)} -> {small.config.vocab_size} tokens, ")
     assert small.get_input_embeddings().weight.shape == (len(kept.kept), 48)
     assert len(kept.kept) % 4 == 0
     assert_same_logits(small, trainer.model.eval(), kept, 1e-4)

@@ -128,7 +128,7 @@ class MemoryPlan:
             notes.insert(
                 2,
                 f"Healing is counted where matrices are whole: {' and '.join(healed)} (--healing off: without). Under "
-                "FSDP2 and DeepSpeed those for which the main process' GPU has no room go unhealed.",
+                "FSDP2 and DeepSpeed, matrices for which the main process's GPU has no room aren't healed.",
             )
         return notes
 

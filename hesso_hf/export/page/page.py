@@ -95,7 +95,7 @@ def _gained(report: Report) -> Markup:
     """Return what is known of the base model and the smaller one: size, loss, tasks, speed."""
     found = [table(["", "before", "after", "change"], gained_rows(report))]
     if report.get("quality"):
-        on = ", ".join(f"{part['examples']:,} of {text_of(key)}" for key, part in report["quality"].items())
+        on = ", ".join(f"{text_of(key)} ({part['examples']:,})" for key, part in report["quality"].items())
         said = (
             "Before is the base model, after the trained model with its removed units at zero, both by the trainer's "
             f"own loss on the same examples: {on}."
