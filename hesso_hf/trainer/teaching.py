@@ -134,9 +134,7 @@ class Teaching:
         if sizes.dear and self._config.replay_share == "auto":
             sizes = sizes.to_judge(tokens * batches)
             dear = "the run is so short that writing it would take more than a twentieth of the time"
-            self._say_without(
-                f"{dear}; units are judged on {sizes.windows} window{'s' * (sizes.windows > 1)} of it all the same"
-            )
+            self._say_without(f"{dear}; units are judged on a little of it all the same (windows: {sizes.windows})")
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
     def _learn_from(self, base: Teacher) -> None:
