@@ -185,6 +185,11 @@ class HessoConfig:
         return weights_by_name("saliency", self.saliency or default, SALIENCIES)
 
     @property
+    def reads_examples(self) -> bool:
+        """Whether units are judged or healed by what matrices read of examples."""
+        return self.healing != "off" or RECONSTRUCTION in self.saliency_weights
+
+    @property
     def cric_way(self) -> str | None:
         """How CRIC looks along the way to zero: path, probe or healed; None where it doesn't."""
         if self.cric != "auto":

@@ -20,7 +20,7 @@ from .ranking import lowest_units
 from .readers import Reader
 from .reading import ModelReading
 from .reconstruction import RIDGE, removal_costs
-from .refit import StandIn, gram_of, said_by_others, solved
+from .refit import StandIn, gram_of, places_of, said_by_others, solved
 from .saliency import PerUnit, float_sums, no_units, on_device
 from .weights.bound_groups import BoundGroups
 
@@ -55,8 +55,8 @@ class Healer(ModelReading):
         self._name_unread(readers, marked)
 
         def refit(reader: Reader, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-            gone = reader.columns(marked).to(rows.device)
-            stays = ~gone & ~reader.columns(pruned).to(rows.device)
+            going, away = (reader.columns(units).to(rows.device) for units in (marked, pruned))
+            gone, stays = places_of(going), places_of(~going & ~away)
             counted = fisher.of_tokens(reader.name, rows[self._tokens])
             said = said_by_others(counted, weight[:, gone], gone, stays)
             if said is not None:
@@ -146,10 +146,10 @@ class Healer(ModelReading):
                     cheapest = lowest_units(costs[None], gone[None], going[structure], False, pools[structure])[0]
                     leaving[structure][layer] = cheapest & ~gone
             columns = reader.columns(leaving)
-            if not bool(columns.any()):
+            gone, stays = places_of(columns), places_of(~columns & ~reader.columns(pruned).to(rows.device))
+            if not len(gone):
                 return None
-            stays = ~columns & ~reader.columns(pruned).to(rows.device)
-            stand_in = StandIn(solved(gram, RIDGE, columns, stays), columns, stays)
+            stand_in = StandIn(solved(gram, RIDGE, gone, stays), gone, stays)
             if trial is not None:
                 trial[reader.name] = stand_in.as_read(rows.dtype)
             return stand_in.healed(rows)

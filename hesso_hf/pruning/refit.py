@@ -5,7 +5,7 @@ Shapes: N tokens, C columns, O outputs; S columns stay, R are marked; masks of c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -62,7 +62,7 @@ class StandIn:
 
     Attributes:
         said: the marked columns by those that stay, (R, S); None where nothing is refitted.
-        gone, stays: bool (C,), or their places.
+        gone, stays: places of columns, or bool (C,).
     """
 
     said: torch.Tensor | None
@@ -76,9 +76,8 @@ class StandIn:
         return found
 
     def as_read(self, dtype: torch.dtype) -> StandIn:
-        """Return it for many passes: numbers of the dtype that is read, and places, which no host needs to wait for."""
-        gone, stays = (columns.nonzero().flatten() for columns in (self.gone, self.stays))
-        return StandIn(None if self.said is None else self.said.to(dtype), gone, stays)
+        """Return it for many passes, with numbers of the dtype that is read."""
+        return replace(self, said=None if self.said is None else self.said.to(dtype))
 
 
 @dataclass
@@ -87,7 +86,7 @@ class ColumnSums:
 
     Attributes:
         gram: X^T X, (C, C).
-        gone, stays: bool (C,).
+        gone, stays: places of columns, or bool (C,).
     """
 
     gram: torch.Tensor
@@ -144,7 +143,7 @@ class TokenSums:
 
     Attributes:
         rows: X, (N, C).
-        gone, stays: bool (C,).
+        gone, stays: places of columns, or bool (C,).
     """
 
     rows: torch.Tensor
@@ -200,6 +199,11 @@ def gram_of(rows: torch.Tensor) -> torch.Tensor:
 def solved(gram: torch.Tensor, ridge: float, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
     """Return the ridge regression of the marked columns on the others, (R, S)."""
     return ColumnSums(gram, gone, stays).said(ridge)
+
+
+def places_of(columns: torch.Tensor) -> torch.Tensor:
+    """Return where columns lie, of a mask (C,): the host waits to know it once, not whenever they are looked up."""
+    return columns.nonzero().flatten()
 
 
 def _ridge_solved(matrix: torch.Tensor, wanted: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
-from ..config.names import RECONSTRUCTION
 from ..distributed.collectives import from_main, world_size
 from ..engines.engine import Engine
 from ..errors import HessoError
@@ -294,7 +293,7 @@ def _make_healer(
     model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer, known: Known | None
 ) -> Healer | None:
     """Take the examples that units are judged and healed on: the user's, and what the base model wrote."""
-    if config.healing == "off" and RECONSTRUCTION not in config.saliency_weights:
+    if not config.reads_examples:
         return None
     if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")

@@ -25,6 +25,9 @@ from .teacher import Teacher, make_teacher, teacher_size
 
 logger = logging.get_logger(__name__)
 
+_DEAR = "the run is so short that writing it would take more than a twentieth of the time"
+_ON_SOME = "; units are judged on a little of it all the same (windows: {})"
+
 
 class Teaching:
     """Distillation and replay of a run, as far as they are asked for.
@@ -57,7 +60,8 @@ class Teaching:
         tokenizer: Any,
         measurer: Measurer,
     ) -> None:
-        self._trainer, self._config, self._model, self._tokenizer = trainer, config, model, tokenizer
+        self._trainer, self._config, self._tokenizer = trainer, config, tokenizer
+        self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._measurer, self._replays = measurer, False
         self.distillation: Distillation | None = None
         self.replay: Replay | None = None
@@ -67,7 +71,7 @@ class Teaching:
         asks = config.distill_from is not None or alpha not in (0, "auto")  # else the base model, where replay has it
         if asks:
             check_labels(trainer, config, measurer)
-        if self._wants_replay(engine):
+        if self._wants_replay(engine, model):
             self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share!r})")
         if asks:
             teacher = self._base if config.distill_from is None else None
@@ -75,13 +79,12 @@ class Teaching:
             teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
             self.distillation = Distillation(trainer, config, teacher)
 
-    def _wants_replay(self, engine: Engine) -> bool:
+    def _wants_replay(self, engine: Engine, model: PreTrainedModel) -> bool:
         if not (share := self._config.replay_share):
             return False
-        reason = why_not(self._model) or self._measurer.generates or _why_one_forward(self._trainer.args, engine)
+        reason = why_not(model) or self._measurer.generates or _why_one_forward(self._trainer.args, engine)
         if share == "auto" and not reason:
-            found = from_all(self._hindrance(engine))  # on one process a GPU may be fuller than on the others
-            reason = next(filter(None, found), "")
+            reason = next(filter(None, from_all(self._hindrance(engine, model))), "")  # of all GPUs
         if reason:
             self._say_without(reason)
         return not reason
@@ -94,17 +97,17 @@ class Teaching:
             "that this is meant"
         )
 
-    def _hindrance(self, engine: Engine) -> str:
+    def _hindrance(self, engine: Engine, model: PreTrainedModel) -> str:
         """Return what stands against replay that nobody asked for, "" where nothing does."""
-        if any(hasattr(parameter, "ds_tensor") for parameter in self._model.parameters()):
+        if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
             return "the model was divided by ZeRO-3 while it was loaded, so it can't be copied"
         if self._config.replay_dataset is None:
             try:
-                Script.of(self._model, self._tokenizer)
+                Script.of(model, self._tokenizer)
             except HessoError as error:
                 return str(error)
-        size = sum((p.itemsize + 8) * p.numel() for p in self._model.parameters() if p.requires_grad)  # Adam, grads
-        size += teacher_size(self._model, engine.args.device)
+        size = sum((p.itemsize + 8) * p.numel() for p in model.parameters() if p.requires_grad)  # Adam, grads
+        size += teacher_size(model, engine.args.device)
         if not engine.measures_shards and device_with_room(engine.args.device, size) != engine.args.device:
             return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
         return ""
@@ -129,12 +132,12 @@ class Teaching:
             return None
         tokens = self._measurer.tokens_per_micro_batch()
         batches = steps * self._trainer.args.gradient_accumulation_steps * world_size()
-        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        sizes = ReplaySizes.of(share_of(self._config), tokens, batches, longest)
+        sizes = ReplaySizes.of(share_of(self._config), tokens, batches, self._longest)
         if sizes.dear and self._config.replay_share == "auto":
-            sizes = sizes.to_judge(tokens * batches)
-            dear = "the run is so short that writing it would take more than a twentieth of the time"
-            self._say_without(f"{dear}; units are judged on a little of it all the same (windows: {sizes.windows})")
+            sizes, judges = sizes.to_judge(tokens * batches), self._config.reads_examples
+            self._say_without(_DEAR + judges * _ON_SOME.format(sizes.windows))
+            if not judges:
+                return None
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
     def _learn_from(self, base: Teacher) -> None:

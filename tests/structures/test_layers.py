@@ -420,7 +420,7 @@ def test_the_budget_is_met_by_layers_alone_and_with_others() -> None:
     assert target.ratio == pytest.approx(0.5, abs=0.01)
     with pytest.raises(BudgetError, match=r"nearest feasible: .* with \{'num_hidden_layers': 1\}"):
         solve_budget(HessoConfig(0.95, structures="layers"), config, only, alone)
-    with pytest.raises(HessoError, match="multiple of 1 between 1 and 6"):
+    with pytest.raises(HessoError, match="an integer between 1 and 6"):
         solve_budget(HessoConfig(target_sizes={"num_hidden_layers": 7}, structures="layers"), config, only, alone)
 
 

@@ -497,6 +497,7 @@ def test_auto_is_off_where_it_costs_too_much_or_the_model_writes_nothing(tmp_pat
     run = replayed(tmp_path, share="auto", max_steps=7)
     run.create_optimizer()
     assert run.replay is None
+    assert not (tmp_path / "replay").exists(), "nothing is judged on it either"
     run = replayed(tmp_path / "long", share="auto", max_steps=40)
     run.create_optimizer()
     assert run.replay is not None

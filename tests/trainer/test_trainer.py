@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import weakref
@@ -554,10 +555,14 @@ def test_mixin_with_another_trainer_class(tmp_path: Path) -> None:
 
 
 def test_model_init(tmp_path: Path) -> None:
+    """It is called for the trainer, and again when training begins: the first model isn't kept."""
     run = HessoTrainer(
         model_init=lambda: tiny_llama(), args=arguments(tmp_path), train_dataset=blocks(), hesso_config=hesso_config()
     )
+    first = weakref.ref(run.model)
     run.train()
+    gc.collect()
+    assert first() is None
     run.save_model(str(tmp_path / "small"))
     check_small_model(run, tmp_path / "small", hesso_config().pinned_sizes)
 

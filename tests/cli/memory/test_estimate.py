@@ -371,7 +371,7 @@ def test_healing_is_counted_where_matrices_are_whole(big: ModelSizes) -> None:
     notes = plan_memory(EIGHT_B, healed, Cluster(8, 80e9)).notes()
     (note,) = (note for note in notes if note.startswith("Healing is counted where matrices are whole"))
     assert ": one GPU, DDP and LoRA, DDP (" in note
-    assert "Under FSDP2 and DeepSpeed those for which" in note
+    assert "Under FSDP2 and DeepSpeed, matrices for which" in note
     assert "healing" in plan_memory(EIGHT_B, replace(healed, gradient_checkpointing=True), Cluster(8, 80e9)).peaks()[0]
 
 
