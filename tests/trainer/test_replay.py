@@ -532,7 +532,8 @@ def test_by_default_there_is_replay_but_for_a_reason_that_is_named(
 def test_the_base_model_isnt_kept_beside_another_teacher_once_it_has_written(tmp_path: Path):
     tiny_llama(seed=3).save_pretrained(tmp_path / "teacher")
     taught = {"distill_from": str(tmp_path / "teacher"), "distillation_alpha": 0.5}
-    run = trainer(tmp_path, base(), config=hesso_config(replay_share="auto", **taught), max_steps=7)
+    judged = {"healing": "auto", "saliency": "reconstruction"}
+    run = trainer(tmp_path, base(), config=hesso_config(replay_share="auto", **judged, **taught), max_steps=7)
     teaching = run.hesso_run.teaching
     assert teaching._base is not None
     run.create_optimizer()
