@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -354,10 +355,13 @@ def test_speed_compares_every_size_with_the_dense_model(tmp_path: Path, monkeypa
     assert speed.main() == 0
     found = json.loads(output.read_text())
     dense, small, exact, fast = found["models"].values()
-    assert dense["ratios"] == dict.fromkeys(dense["ratios"], 1.0)
+    ratios = {key: ratio for key, ratio in dense["ratios"].items() if not math.isnan(ratio)}  # NaN: too noisy
+    assert ratios == {"parameters": 1.0} | dict.fromkeys(ratios, 1.0)
     assert abs(exact["ratios"]["parameters"] - 2) < 0.1
     assert small["parameters"] < dense["parameters"] > fast["parameters"]
     for key, more_is_better in (("forward", True), ("first_token", False), ("written, batch 2", True)):
+        if math.isnan(small["ratios"][key]):
+            continue
         times = small["measured"][key] / dense["measured"][key]
         assert abs(small["ratios"][key] - (times if more_is_better else 1 / times)) < 1e-3 + 0.01 * small["ratios"][key]
     assert "| 50% removed, any size | " in render_readme.speed(found)
