@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from .saliency import float_sums
+
 RIDGE = 1e-2  # times the mean square of an activation: order, not weights, depends on it
 AT_ONCE = 8  # of so many units that are left, the cheapest go together, before the others are looked at again
 
@@ -28,9 +30,10 @@ def removal_costs(gram: torch.Tensor, weight: torch.Tensor, units: torch.Tensor,
     try:
         return _removal_costs(gram, weight, units, pruned)
     except torch.linalg.LinAlgError:
-        if gram.dtype == torch.float64:
+        wider = float_sums(gram.device)
+        if gram.dtype == wider:
             raise
-        return _removal_costs(gram.double(), weight.double(), units, pruned)
+        return _removal_costs(gram.to(wider), weight.to(wider), units, pruned)
 
 
 def _removal_costs(gram: torch.Tensor, weight: torch.Tensor, units: torch.Tensor, pruned: torch.Tensor) -> torch.Tensor:

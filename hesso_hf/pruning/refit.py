@@ -5,6 +5,7 @@ Shapes: N tokens, C columns, O outputs; S columns stay, R are marked; masks of c
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -34,15 +35,19 @@ def said_by_others(
     held[::HELD_OUT] = True
     fit, check = rows[~held], rows[held]
     if len(rows) < rows.shape[1]:
-        return _with_best_ridge(TokenSums.of(fit, gone, stays), TokenSums.of(check, gone, stays), weight)
-    return _with_best_ridge(ColumnSums.of(fit, gone, stays), ColumnSums.of(check, gone, stays), weight)
+        fit, check = (part.to(float_sums(rows.device)) for part in (fit, check))
+        return _with_best_ridge(TokenSums(fit, gone, stays), TokenSums(check, gone, stays), weight)
+    fit, check = gram_of(fit), gram_of(check)
+    return _with_best_ridge(ColumnSums(fit, gone, stays), ColumnSums(check, gone, stays), weight)
 
 
 def _with_best_ridge(fit: Sums, check: Sums, weight: torch.Tensor) -> torch.Tensor | None:
     weight = weight.to(fit.dtype)
+    wanted, held = fit.behind(weight), check.behind(weight)
+    unhealed = check.unhealed(weight, held)
 
     def error(ridge: float) -> float:
-        return check.error(weight, fit.refitted(weight, ridge))
+        return float(check.error(held, unhealed, fit.solved(wanted, ridge)))
 
     errors = {ridge: error(ridge) for ridge in RIDGES}
     best = min(errors, key=lambda ridge: errors[ridge])
@@ -50,7 +55,7 @@ def _with_best_ridge(fit: Sums, check: Sums, weight: torch.Tensor) -> torch.Tens
     errors[small] = error(small)
     if errors[small] < WORTH_IT * errors[best]:
         best = small
-    if not errors[best] < check.error(weight, None):
+    if not errors[best] < float(unhealed):
         return None
     fit.add_(check)
     return fit.said(best)
@@ -80,9 +85,35 @@ class StandIn:
         return replace(self, said=None if self.said is None else self.said.to(dtype))
 
 
+class RidgeRegression(ABC):
+    """Ridge regression of marked columns on those that stay, by sums over what a matrix reads."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """That sums are kept and systems solved in."""
+
+    @abstractmethod
+    def solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
+        """Return the coefficients of the columns that stay (S, n), of n things that are `wanted`."""
+
+    @property
+    @abstractmethod
+    def gone_columns(self) -> torch.Tensor:
+        """The marked columns as `solved` wants them."""
+
+    def said(self, ridge: float) -> torch.Tensor:
+        """Return B, (R, S)."""
+        return self.solved(self.gone_columns, ridge).T
+
+    def behind(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return what marked columns do behind the matrix, as `solved` wants it, of their weights (O, R)."""
+        return self.gone_columns @ weight.T
+
+
 @dataclass
-class ColumnSums:
-    """Ridge regression of marked columns on those that stay, by the second moments of columns.
+class ColumnSums(RidgeRegression):
+    """By the second moments of columns.
 
     Attributes:
         gram: X^T X, (C, C).
@@ -93,51 +124,37 @@ class ColumnSums:
     gone: torch.Tensor
     stays: torch.Tensor
 
-    @classmethod
-    def of(cls, rows: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor) -> ColumnSums:
-        """Look at rows X, (N, C)."""
-        return cls(gram_of(rows), gone, stays)
-
     @property
     def dtype(self) -> torch.dtype:
-        """That sums are kept and systems solved in."""
         return self.gram.dtype
+
+    @property
+    def gone_columns(self) -> torch.Tensor:
+        return self.gram[self.stays][:, self.gone]
 
     def add_(self, other: ColumnSums) -> None:
         """Look at the other's rows too."""
         self.gram += other.gram
 
-    def said(self, ridge: float) -> torch.Tensor:
-        """Return B, (R, S)."""
-        return self._solved(self._cross, ridge).T
+    def solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
+        return _ridge_solved(self._among, wanted, ridge * self.gram.diagonal().mean())
 
-    def refitted(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Return W_R B, (O, S), of weights (O, R)."""
-        return self._solved(self._cross @ weight.T, ridge).T
+    def unhealed(self, weight: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """Return the squared error behind the matrix where marked columns are missing, over all outputs."""
+        return ((weight @ self.gram[self.gone][:, self.gone]) * weight).sum()
 
-    def error(self, weight: torch.Tensor, refitted: torch.Tensor | None) -> float:
-        """Return the squared error behind the matrix where the columns that stay take on so much, all outputs' sum."""
-        total = ((weight @ self.gram[self.gone][:, self.gone]) * weight).sum()
-        if refitted is not None:
-            total = total - 2 * ((self._cross @ weight.T).T * refitted).sum()
-            total = total + ((refitted @ self._among) * refitted).sum()
-        return float(total)
+    def error(self, behind: torch.Tensor, unhealed: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """Return what is left of it where so much (S, O) is added to the weights of the columns that stay."""
+        return unhealed - 2 * (behind * added).sum() + ((self._among @ added) * added).sum()
 
     @property
     def _among(self) -> torch.Tensor:
         return self.gram[self.stays][:, self.stays]
 
-    @property
-    def _cross(self) -> torch.Tensor:
-        return self.gram[self.stays][:, self.gone]
-
-    def _solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
-        return _ridge_solved(self._among, wanted, ridge * self.gram.diagonal().mean())
-
 
 @dataclass
-class TokenSums:
-    """The same by the products of tokens, which are fewer than columns: no matrix (C, C) is made.
+class TokenSums(RidgeRegression):
+    """By the products of tokens, which are fewer than columns: no matrix (C, C) is made.
 
     With K = X_S X_S^T, (X_S^T X_S + ridge)^-1 X_S^T = X_S^T (K + ridge)^-1.
 
@@ -150,37 +167,30 @@ class TokenSums:
     gone: torch.Tensor
     stays: torch.Tensor
 
-    @classmethod
-    def of(cls, rows: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor) -> TokenSums:
-        """Look at rows X, (N, C)."""
-        return cls(rows.to(float_sums(rows.device)), gone, stays)
-
     @property
     def dtype(self) -> torch.dtype:
-        """That systems are solved in."""
         return self.rows.dtype
+
+    @property
+    def gone_columns(self) -> torch.Tensor:
+        return self.rows[:, self.gone]
 
     def add_(self, other: TokenSums) -> None:
         """Look at the other's rows too."""
         self.rows = torch.cat([self.rows, other.rows])
 
-    def said(self, ridge: float) -> torch.Tensor:
-        """Return B, (R, S)."""
-        return self._solved(self.rows[:, self.gone], ridge).T
-
-    def refitted(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
-        """Return W_R B, (O, S), of weights (O, R)."""
-        return self._solved(self.rows[:, self.gone] @ weight.T, ridge).T
-
-    def error(self, weight: torch.Tensor, refitted: torch.Tensor | None) -> float:
-        """Return the squared error behind the matrix where the columns that stay take on so much, all outputs' sum."""
-        left = self.rows[:, self.gone] @ weight.T
-        return float((left if refitted is None else left - self.rows[:, self.stays] @ refitted.T).square().sum())
-
-    def _solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
+    def solved(self, wanted: torch.Tensor, ridge: float) -> torch.Tensor:
         among = self.rows[:, self.stays]
         mean = self.rows.square().sum() / self.rows.shape[1]
         return among.T @ _ridge_solved(among @ among.T, wanted, ridge * mean)
+
+    def unhealed(self, weight: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """Return the squared error behind the matrix where marked columns are missing, over all outputs."""
+        return behind.square().sum()
+
+    def error(self, behind: torch.Tensor, unhealed: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+        """Return what is left of it where so much (S, O) is added to the weights of the columns that stay."""
+        return (behind - self.rows[:, self.stays] @ added).square().sum()
 
 
 Sums = TypeVar("Sums", ColumnSums, TokenSums)

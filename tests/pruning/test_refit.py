@@ -25,7 +25,7 @@ def setting(tokens: int, columns: int = COLUMNS) -> tuple[torch.Tensor, torch.Te
 
 
 def by_columns(rows: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor) -> ColumnSums:
-    """As `ColumnSums.of`, all in fp64."""
+    """Columns' sums, all in fp64."""
     return ColumnSums(rows.double().T @ rows.double(), gone, stays)
 
 
@@ -33,19 +33,20 @@ def by_columns(rows: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor) -> C
 def test_columns_and_tokens_give_the_same_regression(tokens: int) -> None:
     rows, weight, gone, stays = setting(tokens)
     weight = weight.double()
-    columns, tokenwise = by_columns(rows[:10], gone, stays), TokenSums.of(rows[:10], gone, stays)
+    columns, tokenwise = by_columns(rows[:10], gone, stays), TokenSums(rows[:10].double(), gone, stays)
     columns.add_(by_columns(rows[10:], gone, stays))
-    tokenwise.add_(TokenSums.of(rows[10:], gone, stays))
+    tokenwise.add_(TokenSums(rows[10:].double(), gone, stays))
     for ridge in (1e-2, 1.0):
         assert columns.said(ridge).shape == (int(gone.sum()), int(stays.sum()))
         assert (columns.said(ridge) - tokenwise.said(ridge)).abs().max() < 1e-10
     left = rows[:, gone].double() @ weight.T
     for sums in (columns, tokenwise):
-        refitted = sums.refitted(weight, 0.1)
-        assert (refitted - weight @ sums.said(0.1)).abs().max() < 1e-10
-        assert sums.error(weight, None) == pytest.approx(float(left.square().sum()), rel=1e-10)
-        rest = left - rows[:, stays].double() @ refitted.T
-        assert sums.error(weight, refitted) == pytest.approx(float(rest.square().sum()), rel=1e-8)
+        behind = sums.behind(weight)
+        added, unhealed = sums.solved(behind, 0.1), sums.unhealed(weight, behind)
+        assert (added.T - weight @ sums.said(0.1)).abs().max() < 1e-10
+        assert float(unhealed) == pytest.approx(float(left.square().sum()), rel=1e-10)
+        rest = left - rows[:, stays].double() @ added
+        assert float(sums.error(behind, unhealed, added)) == pytest.approx(float(rest.square().sum()), rel=1e-8)
 
 
 def test_of_few_tokens_no_matrix_of_all_columns_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,14 +71,15 @@ def test_sums_in_fp32_are_enough() -> None:
     rows, weight, gone, stays = setting(1500, columns)
     rows[0] *= 100
     rows[:, ::50] *= 30
-    exact = ColumnSums.of(rows, gone, stays)
+    exact = ColumnSums(refit.gram_of(rows), gone, stays)
     rounded = ColumnSums(exact.gram.float(), gone, stays)
-    unhealed = exact.error(weight.double(), None)
     for ridge in refit.RIDGES:
-        errors = [
-            sums.error(weight.to(sums.dtype), sums.refitted(weight.to(sums.dtype), ridge)) for sums in (exact, rounded)
-        ]
-        assert abs(errors[0] - errors[1]) < 1e-5 * unhealed
+        errors = []
+        for sums in (exact, rounded):
+            behind = sums.behind(weight.to(sums.dtype))
+            unhealed = sums.unhealed(weight.to(sums.dtype), behind)
+            errors.append(float(sums.error(behind, unhealed, sums.solved(behind, ridge))))
+        assert abs(errors[0] - errors[1]) < 1e-5 * float(unhealed)
     every, none = torch.arange(columns), torch.zeros(columns, dtype=torch.bool)
     read = torch.randn(OUT, columns, generator=torch.Generator().manual_seed(1))
     wanted, found = (removal_costs(sums.gram, read.to(sums.dtype), every, none) for sums in (exact, rounded))
@@ -87,8 +89,8 @@ def test_sums_in_fp32_are_enough() -> None:
 
 
 def test_where_fp32_is_not_enough_costs_are_those_of_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, _, gone, stays = setting(90)
-    gram = ColumnSums.of(rows, gone, stays).gram
+    rows = setting(90)[0]
+    gram = refit.gram_of(rows)
     units, none = torch.arange(COLUMNS), torch.zeros(COLUMNS, dtype=torch.bool)
     weight = torch.randn(OUT, COLUMNS, generator=torch.Generator().manual_seed(1))
     expected, plain = removal_costs(gram.float().double(), weight.double(), units, none), torch.linalg.cholesky
