@@ -27,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 _DEAR = "the run is so short that writing it would take more than a twentieth of the time"
 _ON_SOME = "; units are judged on a little of it all the same (windows: {})"
+_OF_THE_TRAINER = ("every_n_layers", "offload")  # among the arguments of checkpointing, and not torch's
 
 
 class Teaching:
@@ -233,7 +234,9 @@ class Teaching:
 
 def _why_one_forward(args: TrainingArguments, engine: Engine) -> str:
     """Return why a step can't take a second forward pass, "" where it can."""
-    asked = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
-    if not isinstance(asked, dict) or not asked.get("use_reentrant") or world_size() == 1 or not engine.keeps_whole:
+    given = (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else {}
+    asked = {name: value for name, value in given.items() if name not in _OF_THE_TRAINER}
+    # Transformers asks for the other way where it is given nothing, and torch for this one where it isn't named
+    if not asked or not asked.get("use_reentrant", True) or world_size() == 1 or not engine.keeps_whole:
         return ""
     return "under DDP, checkpointing with `use_reentrant` (True) allows one forward pass a step (False allows more)"

@@ -546,16 +546,16 @@ def test_checkpointing_that_ddp_takes_one_forward_of_leaves_no_room_for_replay(
 ):
     monkeypatch.setattr(teaching, "world_size", lambda: 2)
 
-    def made(reentrant: bool, share: Any) -> HessoTrainer:
-        kwargs = {"use_reentrant": reentrant}
+    def made(share: Any, **kwargs: Any) -> HessoTrainer:
         return replayed(tmp_path, share=share, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
 
     with propagated(caplog):
-        assert made(True, "auto").hesso_run.teaching._base is None
+        assert made("auto", use_reentrant=True).hesso_run.teaching._base is None
     assert "no replay: under DDP, checkpointing with `use_reentrant` (True) allows one forward pass" in caplog.text
     with pytest.raises(HessoError, match=r"`replay_share` \(0.5\): under DDP, checkpointing with `use_reentrant`"):
-        made(True, SHARE)
-    assert made(False, SHARE).hesso_run.teaching._base is not None
+        made(SHARE, preserve_rng_state=False)  # torch's own default is the reentrant one, Transformers' isn't
+    for kwargs in ({"use_reentrant": False}, {}, {"every_n_layers": 2}):
+        assert made(SHARE, **kwargs).hesso_run.teaching._base is not None
 
 
 @pytest.mark.parametrize("share", [1.0, -0.1, "much", True])
