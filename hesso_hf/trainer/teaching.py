@@ -234,8 +234,10 @@ class Teaching:
 
 def _why_one_forward(args: TrainingArguments, engine: Engine) -> str:
     """Return why a step can't take a second forward pass, "" where it can."""
-    given = (args.gradient_checkpointing_kwargs or {}) if args.gradient_checkpointing else {}
-    asked = {name: value for name, value in given.items() if name not in _OF_THE_TRAINER}
+    given = args.gradient_checkpointing_kwargs if args.gradient_checkpointing else None
+    asked = (
+        {name: value for name, value in given.items() if name not in _OF_THE_TRAINER} if isinstance(given, dict) else {}
+    )
     # Transformers asks for the other way where it is given nothing, and torch for this one where it isn't named
     if not asked or not asked.get("use_reentrant", True) or world_size() == 1 or not engine.keeps_whole:
         return ""
