@@ -21,6 +21,7 @@ from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Pace, Workload
 from .printing import print_report, print_table
 
 WIDTH = 100  # of a line that quickstart prints
+MEASURED_IN = "default: the checkpoints', float32 where they differ"
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="written to measure generation; 0: it isn't")
     parser.add_argument("--no-speed", action="store_true", help="leave speed out, which takes long on a CPU")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the checkpoint's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=MEASURED_IN)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     parser.add_argument("--output", help="write the results there too: .json, .md, or a picture, .svg or .png")
     parser.add_argument("--card", action="store_true", help="write them into smaller models' cards, pages and reports")

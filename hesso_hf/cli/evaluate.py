@@ -58,10 +58,8 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     reads = flags.models.items() if flags.dataset is not None or tasks is not None else ()
     tokenizers = {name: load_tokenizer(source, trust) for name, source in reads}
     blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size, joined)
-    models = {}
-    for name, source in flags.models.items():
-        dtype = flags.dtype or str(configs[name].dtype or "float32").removeprefix("torch.")
-        models[name] = _load(name, source, getattr(torch, dtype), device, trust)
+    dtype = getattr(torch, flags.dtype) if flags.dtype else _stored_dtype(configs)
+    models = {name: _load(name, source, dtype, device, trust) for name, source in flags.models.items()}
     speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, block_size)
     found = []
     for name, model in models.items():
@@ -212,6 +210,18 @@ def _common_blocks(flags: Namespace, tokenizers: dict[str, Any], block_size: int
             )
         blocks = own
     return blocks
+
+
+def _stored_dtype(configs: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that all models are stored in; speed and memory in different ones say nothing: then float32."""
+    stored = {str(config.dtype or "float32").removeprefix("torch."): None for config in configs.values()}
+    if len(stored) == 1:
+        return getattr(torch, *stored)
+    print(
+        f"hesso-hf: the models are stored in {' and '.join(stored)}; all are measured in float32 (`--dtype` chooses)",
+        file=sys.stderr,
+    )
+    return torch.float32
 
 
 def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
