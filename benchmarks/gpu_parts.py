@@ -30,10 +30,11 @@ from transformers import (
 
 from hesso_hf import HessoConfig, HessoOptimizer
 from hesso_hf.bundled import python_docs_texts
-from hesso_hf.pruning.healing import Healer
+from hesso_hf.pruning.healing import HEALING_TOKENS, Healer
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.saliency import no_units
 from hesso_hf.pruning.schedule import Schedule
+from hesso_hf.pruning.windows import LONGEST
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -47,7 +48,6 @@ SMALL = {
 LENGTH = 2048
 CHECKPOINT, STEPS = 10, 30  # of a run that goes on from a checkpoint
 SAVING = {"save_strategy": "steps", "save_steps": CHECKPOINT}
-HEALING_TOKENS = 8192  # as the trainer takes them
 # What HESSO may add to a step, of the plain step's time; a period's first step is measured by `period_start`.
 GOAL, GOAL_OF_SCORING, GOAL_OF_CRIC = 0.03, 0.10, 0.15
 QUALITY = ROOT / "benchmarks" / "results" / "quality_gpu.json"
@@ -272,7 +272,7 @@ def trainer_steps(hesso: dict[str, Any]) -> Callable[[bool, Path], dict[str, Any
 def period_start(dry: bool, folder: Path) -> dict[str, Any]:
     """Time what a period of the 1B model begins with: what errors matter, what units cost, what refits the others."""
     device = torch.device("cpu" if dry else "cuda")
-    sizes, rows, length = (TINY, 4, 16) if dry else (SCALES["1b"], HEALING_TOKENS // LENGTH, LENGTH)
+    sizes, rows, length = (TINY, 4, 16) if dry else (SCALES["1b"], HEALING_TOKENS // LONGEST, LONGEST)
     with device:
         model = llama(sizes).train()
         ids = torch.randint(3, sizes["vocab_size"], (rows, length))

@@ -202,3 +202,11 @@ def test_a_tolerance_of_a_basis_that_is_not_turned_is_refused():
     with pytest.raises(HessoError, match=r"`stream_basis_tolerance` \(0.2\) does nothing with `stream_basis`"):
         HessoConfig(pruning_ratio=0.5, stream_basis="given", stream_basis_tolerance=0.2)
     assert HessoConfig(pruning_ratio=0.5, stream_basis_tolerance=0.2).stream_basis == "auto"
+
+
+def test_tokens_to_heal_on_are_refused_where_no_unit_is_judged_or_healed_on_any():
+    with pytest.raises(HessoError, match=r"`healing_tokens` \(64\) does nothing with `healing` \('off'\) where units"):
+        HessoConfig(pruning_ratio=0.5, healing="off", healing_tokens=64)
+    with pytest.raises(HessoError, match=r"`healing_tokens` \(0\) must be an integer of at least 1"):
+        HessoConfig(pruning_ratio=0.5, healing_tokens=0)
+    assert HessoConfig(0.5, healing="off", saliency="reconstruction", healing_tokens=64).reads_examples

@@ -91,6 +91,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
         "--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens, with that teacher; 0 for none"
     )
     parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
+    parser.add_argument("--healing-tokens", type=int, help="as in the run's config")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--tokens", type=float, default=1e9, help="of the data that are trained on (1e9: a billion)")
     parser.add_argument("--device-tflops", type=float, default=989.0, help="peak of one GPU (989: an H100 in bf16)")
@@ -103,7 +104,7 @@ def plan(arguments: argparse.Namespace) -> None:
     workload = Workload(
         arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
         arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
-        arguments.lora_rank, arguments.replay_share, arguments.healing != "off",
+        arguments.lora_rank, arguments.replay_share, arguments.healing != "off", arguments.healing_tokens,
     )  # fmt: skip
     for name in ("gpus", "gpu_memory", "gpus_per_node", "host_memory"):
         value = getattr(arguments, name)

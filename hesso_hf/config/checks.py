@@ -208,6 +208,8 @@ def _check_idle(config: HessoConfig) -> None:
     idle: dict[str, str] = {}
     if not config.rungs:
         idle["ladder_recovery"] = "without `export_at`"
+    if not config.reads_examples:
+        idle["healing_tokens"] = "with `healing` ('off') where units aren't judged by `reconstruction`"
     if config.stream_basis == "given":
         idle["stream_basis_tolerance"] = "with `stream_basis` ('given')"
     if config.cric_way not in CRIC_TRIALS:

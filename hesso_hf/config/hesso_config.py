@@ -84,6 +84,9 @@ class HessoConfig:
         "auto: what marked units contribute is refitted into those that stay, where that lowers the error on held-out "
         "tokens; off: training alone makes up for it.",
     )
+    healing_tokens: int | None = _option(
+        None, "Tokens of the training data on which units are judged and healed (default 8192)."
+    )
     warmup_steps: float = _option(0.02, "Ordinary steps before the first scoring (steps).")
     pruning_steps: float = _option(0.08, "Length of all pruning periods together (steps).")
     pruning_periods: int | None = _option(None, "Number of pruning periods (default 3, fewer in very short runs).")

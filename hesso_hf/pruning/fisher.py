@@ -51,13 +51,16 @@ class OutputFisher:
         information.diagonal().add_(DAMPING * information.diagonal().mean())
         return torch.linalg.cholesky(information).T.to(weight.dtype) @ weight
 
-    def of_tokens(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        """Return what a matrix reads, (N, C), as much of each token as its errors count: squares are weighed by |g|."""
+    def scale_of(self, name: str, tokens: int) -> torch.Tensor | None:
+        """Return what tokens' rows of what a matrix reads are multiplied by, (N,): squares are weighed by |g|.
+
+        Args:
+            tokens: N; where other ones were looked at all count alike, None.
+        """
         norms = self.norms.get(name)
-        if norms is None or len(norms) != len(inputs):
-            return inputs
-        weights = (norms / norms.mean() + DAMPING) / (1 + DAMPING)
-        return inputs * weights.sqrt().to(inputs.dtype)[:, None]
+        if norms is None or len(norms) != tokens:
+            return None
+        return ((norms / norms.mean() + DAMPING) / (1 + DAMPING)).sqrt()
 
 
 @torch.enable_grad()

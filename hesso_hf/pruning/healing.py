@@ -20,11 +20,11 @@ from .ranking import lowest_units
 from .readers import Reader
 from .reading import ModelReading
 from .reconstruction import RIDGE, removal_costs
-from .refit import StandIn, gram_of, places_of, said_by_others, solved
+from .refit import StandIn, places_of, said_by_others, solved
 from .saliency import PerUnit, float_sums, no_units, on_device
 from .weights.bound_groups import BoundGroups
 
-HEALING_TOKENS = 8192  # that a run heals on, or 16 examples where these have more
+HEALING_TOKENS = 8192  # that a run heals on where nothing is asked for, or 16 windows
 
 
 class Healer(ModelReading):
@@ -57,8 +57,7 @@ class Healer(ModelReading):
         def refit(reader: Reader, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             going, away = (reader.columns(units).to(rows.device) for units in (marked, pruned))
             gone, stays = places_of(going), places_of(~going & ~away)
-            counted = fisher.of_tokens(reader.name, rows[self._tokens])
-            said = said_by_others(counted, weight[:, gone], gone, stays)
+            said = said_by_others(self._counted(reader.name, rows, fisher), weight[:, gone], gone, stays)
             if said is not None:
                 added = torch.zeros_like(weight)
                 added[:, stays] = (weight[:, gone].to(said.dtype) @ said).to(weight.dtype)
@@ -133,7 +132,7 @@ class Healer(ModelReading):
         seen: set[tuple[str, int]] = set()
 
         def add(reader: Reader, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
-            gram = gram_of(fisher.of_tokens(reader.name, rows[self._tokens]))
+            gram = self._counted(reader.name, rows, fisher).gram()
             weight = fisher.of_errors(reader.name, weight.to(gram.dtype))
             leaving = no_units(shapes, rows.device)
             for structure, layer, axis in reader.axes:

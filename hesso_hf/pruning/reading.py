@@ -26,6 +26,7 @@ from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 from .fisher import OutputFisher, output_fisher
 from .readers import Reader, readers_of
 from .refit import StandIn
+from .token_rows import TokenRows
 from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
@@ -46,12 +47,13 @@ class ModelReading:
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         self._model, self._batch = model, dict(batch)
         self._tokens = self._batch["attention_mask"].flatten().bool()
+        self._places = self._tokens.nonzero().flatten()
         self._told: set[str] = set()
 
     def fewer(self, tokens: int) -> Self:
         """Return one that works on so many tokens about, of examples spread over the batch."""
         rows = len(self._batch["attention_mask"])
-        step = max(1, int(self._tokens.sum()) // tokens)
+        step = max(1, len(self._places) // tokens)
         fewer = type(self)(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
         fewer._told = self._told  # what the one has said the other needn't
         return fewer
@@ -96,6 +98,10 @@ class ModelReading:
             then = "CRIC: units are judged as the model is" if trial else alike
             self._warn(f"{then}: {reason}")
         return found
+
+    def _counted(self, name: str, rows: torch.Tensor, fisher: OutputFisher) -> TokenRows:
+        """Return what a reader is given of the tokens, as much of each as errors count there."""
+        return TokenRows(rows, self._places, fisher.scale_of(name, len(self._places)))
 
     def _looked(
         self, bound: BoundGroups, reader: Reader, rows: torch.Tensor, look: Look, else_: str = _UNHEALED

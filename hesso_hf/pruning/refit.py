@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from .saliency import float_sums
+from .token_rows import CHUNK, TokenRows
 
 RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
 # A smaller one may serve held-out tokens a little better by much larger weights, with which gradients explode. That is
@@ -19,26 +20,25 @@ RIDGES = (1e-2, 1e-1, 1.0)  # times the mean square of an activation
 # In fp32 rounding is as much as a ridge of 1e-4 where columns are many.
 SMALL_RIDGE, WORTH_IT = {torch.float64: 1e-6, torch.float32: 1e-4}, 0.5
 HELD_OUT = 4  # every fourth token chooses the ridge, and whether there is anything to gain
-CHUNK = 2048  # tokens that are multiplied at a time
 
 
 def said_by_others(
-    rows: torch.Tensor, weight: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor
+    tokens: TokenRows, weight: torch.Tensor, gone: torch.Tensor, stays: torch.Tensor
 ) -> torch.Tensor | None:
     """Return B (R, S), with the ridge that serves held-out tokens best; None where none lowers their error.
 
     Args:
-        rows: X, (N, C).
+        tokens: X, (N, C).
         weight: of the marked units, (O, R): errors count by what they do behind it.
     """
-    held = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-    held[::HELD_OUT] = True
-    fit, check = rows[~held], rows[held]
-    if len(rows) < rows.shape[1]:
-        fit, check = (part.to(float_sums(rows.device)) for part in (fit, check))
-        return _with_best_ridge(TokenSums(fit, gone, stays), TokenSums(check, gone, stays), weight)
-    fit, check = gram_of(fit), gram_of(check)
-    return _with_best_ridge(ColumnSums(fit, gone, stays), ColumnSums(check, gone, stays), weight)
+    places = torch.arange(len(tokens), device=tokens.places.device)
+    check = tokens.chosen(places[::HELD_OUT])
+    fit = tokens.chosen(places[places % HELD_OUT != 0])
+    if len(tokens) < tokens.columns:
+        few, held = (TokenSums(part.all(float_sums(part.rows.device)), gone, stays) for part in (fit, check))
+        return _with_best_ridge(few, held, weight)
+    sums, held_out = (ColumnSums(part.gram(), gone, stays) for part in (fit, check))
+    return _with_best_ridge(sums, held_out, weight)
 
 
 def _with_best_ridge(fit: Sums, check: Sums, weight: torch.Tensor) -> torch.Tensor | None:
@@ -77,7 +77,9 @@ class StandIn:
     def healed(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what the old matrix makes of as the healed one makes of the columns that stay, (N, C)."""
         found, said = rows.clone(), self.said
-        found[:, self.gone] = 0 if said is None else (rows[:, self.stays].to(said.dtype) @ said.T).to(rows.dtype)
+        for start in range(0, len(rows), CHUNK):
+            few, old = found[start : start + CHUNK], rows[start : start + CHUNK]
+            few[:, self.gone] = 0 if said is None else (old[:, self.stays].to(said.dtype) @ said.T).to(rows.dtype)
         return found
 
     def as_read(self, dtype: torch.dtype) -> StandIn:
@@ -194,16 +196,6 @@ class TokenSums(RidgeRegression):
 
 
 Sums = TypeVar("Sums", ColumnSums, TokenSums)
-
-
-def gram_of(rows: torch.Tensor) -> torch.Tensor:
-    """Return X^T X, (C, C)."""
-    dtype = torch.float64 if rows.device.type == "cpu" else torch.float32  # most GPUs are far slower in fp64
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=dtype, device=rows.device)
-    for chunk in rows.split(CHUNK):
-        chunk = chunk.float()
-        total += chunk.T @ chunk  # sums of so few tokens are exact enough in fp32
-    return total
 
 
 def solved(gram: torch.Tensor, ridge: float, gone: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:

@@ -49,13 +49,17 @@ def _rows_of(dataset: Any, count: int, between: bool) -> list[Iterable[Any]]:
     return [[row] for row in from_main(on_all(read, "read the data"))]  # processes may have other streams
 
 
-def _tokens_of(example: Any) -> int:
-    """Return how many tokens an example has, 0 where it holds none: what it is padded with isn't read."""
+def _tokens_of(example: Any, longest: int | None = None) -> int:
+    """Return how many tokens an example has, 0 where it holds none: what it is padded with isn't read.
+
+    Args:
+        longest: of a row that count at most.
+    """
     if "input_ids" not in example:
         return 0
     ids, mask = example["input_ids"], example.get("attention_mask")
-    padded = isinstance(mask, torch.Tensor) and mask.shape == ids.shape
-    return int(mask.bool().sum() if padded else ids.numel())
+    real = mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
+    return int(real.sum(-1).clamp(max=longest).sum() if longest else real.sum())
 
 
 def _is_empty(example: Any) -> bool:
@@ -194,14 +198,18 @@ class Measurer:
         indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_indexed(loader.dataset)
         return loader if indexed else None
 
-    def tokens(self, count: int, between: bool = False) -> list[Any]:
-        """Take examples with about so many tokens that the model reads, or all that there are."""
-        return self.examples(max(16, math.ceil(count / self.tokens_per_example())), between)
+    def tokens(self, count: int, between: bool = False, longest: int | None = None) -> list[Any]:
+        """Take examples with about so many tokens that the model reads, or all that there are.
 
-    def tokens_per_example(self) -> float:
+        Args:
+            longest: tokens of a row that are read at most; by default all are.
+        """
+        return self.examples(max(16, math.ceil(count / self.tokens_per_example(longest))), between)
+
+    def tokens_per_example(self, longest: int | None = None) -> float:
         """Return how many tokens the model reads of what `examples` gives, by a few of them, at least 1."""
         few = self.examples(16)
-        return max(1.0, sum(_tokens_of(example) for example in few) / max(1, len(few)))
+        return max(1.0, sum(_tokens_of(example, longest) for example in few) / max(1, len(few)))
 
     def tokens_per_micro_batch(self) -> int:
         """Return about how many tokens a process reads in one forward pass of training."""

@@ -28,7 +28,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.ranking import ranked
 from ..pruning.schedule import Schedule, resolve_schedule
-from ..pruning.windows import padded, unreadable
+from ..pruning.windows import LONGEST, padded, unreadable
 from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
@@ -298,8 +298,9 @@ def _make_healer(
     if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
         return None
-    examples = measurer.tokens(HEALING_TOKENS, between=True)
-    examples += [] if known is None else known.examples(HEALING_TOKENS)
+    tokens = config.healing_tokens or HEALING_TOKENS
+    examples = measurer.tokens(tokens, between=True, longest=LONGEST)
+    examples += [] if known is None else known.examples(tokens)
     return Healer(model, padded(examples, engine.args.device))
 
 

@@ -108,11 +108,12 @@ def test_squared_norms_by_column_are_what_the_fisher_information_says() -> None:
 
 
 def test_a_token_counts_by_the_norm_of_its_gradient() -> None:
-    inputs = torch.ones(4, 2, dtype=torch.float64)
     norms = torch.tensor([0.0, 1.0, 3.0, 4.0], dtype=torch.float64)
-    counted = OutputFisher(norms={"a": norms}).of_tokens("a", inputs).square()[:, 0]
-    assert float((counted - (norms / 2 + DAMPING) / (1 + DAMPING)).abs().max()) < 1e-12
-    assert OutputFisher().of_tokens("a", inputs) is inputs
+    scale = OutputFisher(norms={"a": norms}).scale_of("a", 4)
+    assert scale is not None
+    assert float((scale.square() - (norms / 2 + DAMPING) / (1 + DAMPING)).abs().max()) < 1e-12
+    assert OutputFisher(norms={"a": norms}).scale_of("a", 3) is None
+    assert OutputFisher().scale_of("a", 4) is None
 
 
 @torch.no_grad()

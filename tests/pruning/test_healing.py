@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
-from hesso_hf.pruning import healing, refit
+from hesso_hf.pruning import refit
 from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.fisher import DAMPING
 from hesso_hf.pruning.healing import Healer
@@ -24,6 +24,7 @@ from hesso_hf.pruning.readers import readers_of
 from hesso_hf.pruning.reconstruction import RIDGE
 from hesso_hf.pruning.refit import said_by_others
 from hesso_hf.pruning.saliency import PerUnit
+from hesso_hf.pruning.token_rows import TokenRows
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.pruning.windows import padded, unreadable
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of
@@ -157,7 +158,7 @@ def test_noise_is_left_alone():
     rows = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
     gone = torch.zeros(48, dtype=torch.bool)
     gone[:4] = True
-    assert said_by_others(rows, torch.randn(6, 4), gone, ~gone) is None
+    assert said_by_others(TokenRows.of(rows), torch.randn(6, 4), gone, ~gone) is None
 
 
 def test_of_units_that_repeat_each_other_one_costs_little() -> None:
@@ -357,15 +358,14 @@ def test_without_room_what_was_healed_stays_and_the_rest_is_named(
     healer, given = Healer(model, tokens()), []
     whole = healer.corrections(bound, marked, none_of(bound))
 
-    def one_alone(rows: torch.Tensor) -> torch.Tensor:
+    def one_alone(rows: TokenRows) -> torch.Tensor:
         given.append(rows)
         if len(given) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gram(rows)
 
-    gram = refit.gram_of
-    for module in (refit, healing):
-        monkeypatch.setattr(module, "gram_of", one_alone)
+    gram = TokenRows.gram
+    monkeypatch.setattr(TokenRows, "gram", one_alone)
     with caplog.at_level(logging.WARNING, "hesso_hf"):
         found = healer.corrections(bound, marked, none_of(bound))
         assert healer.costs(bound, none_of(bound)) == {}
@@ -383,15 +383,15 @@ def test_where_processes_share_matrices_one_without_room_goes_on_with_the_pass_o
     bound, marked, given = bound_to(model), none_of(bound_to(model)), []
     marked[CHANNELS][:, :3] = True
     bound._holdings.sharded = True
-    healer, gram = Healer(model, tokens()), refit.gram_of
+    healer, gram = Healer(model, tokens()), TokenRows.gram
 
-    def not_the_first(rows: torch.Tensor) -> torch.Tensor:
+    def not_the_first(rows: TokenRows) -> torch.Tensor:
         given.append(rows)
         if len(given) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gram(rows)
 
-    monkeypatch.setattr(refit, "gram_of", not_the_first)
+    monkeypatch.setattr(TokenRows, "gram", not_the_first)
     with caplog.at_level(logging.WARNING, "hesso_hf"):
         found = healer.corrections(bound, marked, none_of(bound))
     assert [bool(piece.any()) for _, (piece,) in sorted(found.items())] == [False, True]
@@ -434,6 +434,6 @@ def test_weights_grow_only_where_others_repeat_what_goes(noise: float, repeats: 
     rows[:, 1] = rows[:, 0] + difference
     rows[:, 5] = 100 * difference + noise * torch.randn(400, generator=generator) + (0 if repeats else 1.5 * rows[:, 2])
     gone = torch.tensor([False] * 5 + [True])
-    said = said_by_others(rows, torch.ones(3, 1), gone, ~gone)
+    said = said_by_others(TokenRows.of(rows), torch.ones(3, 1), gone, ~gone)
     assert said is not None
     assert (float(said.abs().max()) > 50) == repeats

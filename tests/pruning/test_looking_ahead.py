@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from hesso_hf import HessoConfig
 from hesso_hf.errors import HessoError
-from hesso_hf.pruning import healing, reading, refit
+from hesso_hf.pruning import reading, refit
 from hesso_hf.pruning.corrections import Corrections
 from hesso_hf.pruning.fisher import OutputFisher
 from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import wrap_optimizer
 from hesso_hf.pruning.reconstruction import RIDGE
+from hesso_hf.pruning.token_rows import TokenRows
 from hesso_hf.structures.lora import base_of
 from tests.pruning.test_healing import CHANNELS, HEADS, STREAM, bound_to, leave_, none_of, step, tokens
 from tests.support.checks import propagated
@@ -180,14 +181,14 @@ def test_where_memory_allows_no_look_the_next_ones_are_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = curved(seed=6)
-    optimizer, gram, calls = pruning(model), healing.gram_of, iter(range(99))
+    optimizer, gram, calls = pruning(model), TokenRows.gram, iter(range(99))
 
-    def full_at_first(rows: torch.Tensor) -> torch.Tensor:
+    def full_at_first(rows: TokenRows) -> torch.Tensor:
         if next(calls) == 1:  # after the first layer
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gram(rows)
 
-    monkeypatch.setattr(healing, "gram_of", full_at_first)
+    monkeypatch.setattr(TokenRows, "gram", full_at_first)
     with propagated(caplog), caplog.at_level(logging.WARNING):
         step(model, optimizer, 3)
     assert "no room to look at 1 of 2 matrices of LlamaForCausalLM: no unit is on trial there" in caplog.text

@@ -10,6 +10,7 @@ import torch
 from hesso_hf.pruning import reconstruction, refit
 from hesso_hf.pruning.reconstruction import removal_costs
 from hesso_hf.pruning.refit import ColumnSums, TokenSums, said_by_others
+from hesso_hf.pruning.token_rows import TokenRows
 
 COLUMNS, OUT = 40, 7
 
@@ -53,16 +54,16 @@ def test_of_few_tokens_no_matrix_of_all_columns_is_made(monkeypatch: pytest.Monk
     rows, weight, gone, stays = setting(32)
     expected = by_columns(rows, gone, stays)
 
-    def too_large(rows: torch.Tensor) -> Any:
+    def too_large(rows: TokenRows) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(refit, "gram_of", too_large)
-    found = said_by_others(rows, weight, gone, stays)
+    monkeypatch.setattr(TokenRows, "gram", too_large)
+    found = said_by_others(TokenRows.of(rows), weight, gone, stays)
     assert found is not None
     nearest = min((expected.said(ridge) - found).abs().max() for ridge in refit.RIDGES)
     assert nearest < 1e-10
     with pytest.raises(torch.OutOfMemoryError):
-        said_by_others(setting(50)[0], weight, gone, stays)
+        said_by_others(TokenRows.of(setting(50)[0]), weight, gone, stays)
 
 
 def test_sums_in_fp32_are_enough() -> None:
@@ -71,7 +72,7 @@ def test_sums_in_fp32_are_enough() -> None:
     rows, weight, gone, stays = setting(1500, columns)
     rows[0] *= 100
     rows[:, ::50] *= 30
-    exact = ColumnSums(refit.gram_of(rows), gone, stays)
+    exact = ColumnSums(TokenRows.of(rows).gram(), gone, stays)
     rounded = ColumnSums(exact.gram.float(), gone, stays)
     for ridge in refit.RIDGES:
         errors = []
@@ -90,7 +91,7 @@ def test_sums_in_fp32_are_enough() -> None:
 
 def test_where_fp32_is_not_enough_costs_are_those_of_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = setting(90)[0]
-    gram = refit.gram_of(rows)
+    gram = TokenRows.of(rows).gram()
     units, none = torch.arange(COLUMNS), torch.zeros(COLUMNS, dtype=torch.bool)
     weight = torch.randn(OUT, COLUMNS, generator=torch.Generator().manual_seed(1))
     expected, plain = removal_costs(gram.float().double(), weight.double(), units, none), torch.linalg.cholesky

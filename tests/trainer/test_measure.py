@@ -67,6 +67,7 @@ def test_what_rows_are_padded_with_isnt_counted_and_empty_ones_are_left_out(tmp_
     measurer = trainer(tmp_path / "long", config=CONFIG, data=Dataset.from_list(long)).hesso_run.measurer
     assert measurer.tokens_per_example() == 10
     assert len(measurer.tokens(300)) == 30, "of a hundred tokens each they would be 16"
+    assert len(measurer.tokens(300, longest=6)) == 50, "of each the model reads six"
     uneven = [{"input_ids": row[: 10 * (index % 2)]} for index, row in enumerate(rows)]
 
     def collated(given: list[Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.trainer import hub, replay, replay_text, teaching
-from hesso_hf.trainer import run as runs
 from hesso_hf.trainer.replay import FEWEST, JUDGED_SHARE, MOST_WRITTEN, Replay, ReplaySizes, why_not
 from hesso_hf.trainer.replay_text import MARK, Script, load_windows, order, read_windows, save_windows, write_windows
 from hesso_hf.trainer.teacher import Teacher, frozen_copy
@@ -293,12 +292,11 @@ def test_a_run_logs_the_users_loss_and_the_divergence_apart(tmp_path: Path):
     assert not (tmp_path / "small" / "replay").exists()
 
 
-def test_units_are_judged_and_healed_on_replay_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_units_are_judged_and_healed_on_replay_too(tmp_path: Path):
     """As many tokens of it as of the user's data at most, and without replay of these alone."""
-    monkeypatch.setattr(runs, "HEALING_TOKENS", 4 * LENGTH)
     batches = {}
     for share in (0, SHARE):
-        config = hesso_config(replay_share=share, healing="auto")
+        config = hesso_config(replay_share=share, healing="auto", healing_tokens=4 * LENGTH)
         run = trainer(tmp_path / str(share), base(), config=config)
         run.create_optimizer()
         batches[share] = run.hesso_run.process.run.healer._batch

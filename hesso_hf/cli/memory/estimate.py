@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...pruning.fisher import TOKENS
 from ...pruning.healing import HEALING_TOKENS
+from ...pruning.token_rows import CHUNK
+from ...pruning.windows import LONGEST
 from .workload import COMPONENTS, GB, Cluster, Engine, Parts, Sharded, Workload
 
 if TYPE_CHECKING:
@@ -203,19 +205,22 @@ class Run:
     def _healing(self) -> float:
         """Return what healing takes beside what training holds (pruning/healing.py, pruning/fisher.py).
 
-        First the gradients behind its matrices, one example at a time, not checkpointed; of TOKENS tokens they stay.
-        Then one forward pass of HEALING_TOKENS, with replay twice as many, in which each matrix (O, C) in turn takes
-        three matrices (C, C) and one (O, C) of sums, beside three fp32 copies of what it reads; after that five
-        copies, to pass on what is healed.
+        First the gradients behind its matrices, one window at a time, not checkpointed; of TOKENS tokens they stay.
+        Then one forward pass of `healing_tokens`, with replay twice as many. A gated MLP takes three copies of what its
+        last matrix (O, C) reads, which then looks at one, CHUNK tokens at a time, in three matrices (C, C) and one
+        (O, C) of sums; after that it takes two and one matrix (C, C), to pass on what is healed.
         CRIC looks and judges twice: what stands in for the units on trial, TRIAL of (C, C) a layer, is made in the
         first pass, read in the second look, and gone after it. The counts are those of the allocations.
         """
-        sizes, length, width = self.sizes, self.workload.sequence_length, self.sizes.widest_input
+        sizes, length, width = self.sizes, min(self.workload.sequence_length, LONGEST), self.sizes.widest_input
         kept = 4 * TOKENS * sizes.hidden * 2 * sizes.layers
         gradients = length * (sizes.layers * saved_per_token(sizes, self.kind) + 16 * sizes.vocabulary)
-        tokens = 4 * (max(HEALING_TOKENS, 16 * length) + bool(self.workload.replay_share) * HEALING_TOKENS)
-        refit = max(SUM_BYTES * width * (3 * width + sizes.hidden) + 3 * tokens * width, 5 * tokens * width)
-        refit += 4 * tokens * sizes.hidden
+        asked = self.workload.healing_tokens or HEALING_TOKENS
+        tokens = max(asked, 16 * length) + bool(self.workload.replay_share) * asked
+        read, chunk = 4 * tokens * width, 2 * 4 * min(CHUNK, tokens) * width
+        sums = SUM_BYTES * width * (3 * width + sizes.hidden)
+        refit = max(3 * read, read + sums + chunk, 2 * read + SUM_BYTES * width**2 + chunk)
+        refit += 4 * 4 * tokens * sizes.hidden
         stand_in = 4 * TRIAL * width**2
         first = kept + (sizes.layers - 1) * stand_in + refit
         return max(first, 2 * kept + sizes.layers * stand_in + gradients, 2 * kept + refit)

@@ -32,6 +32,7 @@ class Workload:
         distillation: whether a teacher, the original model in bf16, runs beside it.
         replay_share: of all tokens, on which the original model runs beside it; they come on top of the batch.
         healing: whether what goes is refitted into what stays, as far as the engine has whole matrices.
+        healing_tokens: as in `HessoConfig`.
     """
 
     batch_size: int = 1
@@ -45,6 +46,7 @@ class Workload:
     lora_rank: int = 16
     replay_share: float = 0.0
     healing: bool = False
+    healing_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "lora_rank"):

@@ -354,8 +354,7 @@ def test_healing_takes_about_what_is_counted(width: int, tokens: int, monkeypatc
         healer.corrections(bound, marked, pruned, fisher)
     monkeypatch.setattr(estimates, "SUM_BYTES", 8)  # on a CPU
     monkeypatch.setattr(estimates, "TRIAL", 2 / 9)  # a third of the channels at once
-    monkeypatch.setattr(estimates, "HEALING_TOKENS", ids.numel())
-    work = Workload(sequence_length=tokens, dtype="float32", healing=True)
+    work = Workload(sequence_length=tokens, dtype="float32", healing=True, healing_tokens=ids.numel())
     found = run(model_sizes(config), "ddp", work).moments()["healing"]["healing"]
     assert 0.95 < found / made.peak < 1.15
 
