@@ -4,8 +4,7 @@ With g the gradient, of one token, of -log p(y) by the matrix' output, and y dra
 G = E[g g^T]; an error E of the matrix (O, C), whose inputs have the second moment A, costs tr(G E A E^T) / 2. These are
 the two factors of K-FAC (arXiv 1503.05671), by which LLM Surgeon (arXiv 2312.17244) prunes too. They take all tokens'
 gradients for alike, which they are not: behind an attention sink, whose stream is far larger than others' (massive
-activations, arXiv 2402.17762), an error is nothing. So a token counts in A by |g|, and a token that has none by half as
-much as the mean one.
+activations, arXiv 2402.17762), an error is nothing. So a token counts in A by |g|, a token that has none by little.
 Shapes: N tokens, T those of an example, O outputs, C columns.
 """
 
@@ -24,9 +23,7 @@ from transformers import PreTrainedModel
 from .saliency import float_sums
 
 TOKENS = 1024  # of the gradients of a matrix about so many are kept, of the others the norms
-# Times the mean, added to what gradients say of tokens and of outputs: half of what counts is alike for all of them.
-# Two factors take tokens and outputs for independent, and gradients of a few tokens say less than they seem to.
-DAMPING = 1.0
+DAMPING = 1e-2  # times the mean: what no gradient was seen for is little, not nothing
 
 
 @dataclass

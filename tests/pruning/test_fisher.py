@@ -125,19 +125,12 @@ def test_a_unit_that_says_what_nothing_reads_costs_little() -> None:
     down[0, 4] = 1.0  # the norm's mean square still reads it a little
     down[:, :4] *= 0.3
     bound = bound_to(model)
-
-    def rank() -> int:
-        costs = Healer(model, tokens()).costs(bound, none_of(bound))[CHANNELS][-1]
-        return int((costs < costs[4]).sum())
-
-    ranks = [rank()]
+    costs = Healer(model, tokens()).costs(bound, none_of(bound))[CHANNELS][-1]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(fisher, "DAMPING", 1e-2)
-        ranks.insert(0, rank())
         monkeypatch.setattr(Healer, "fisher", lambda *_: OutputFisher())
-        ranks.append(rank())
-    assert ranks[0] == 0, ranks
-    assert ranks == sorted(set(ranks)), "by gradients alone, half by them, and all errors alike"
+        alike = Healer(model, tokens()).costs(bound, none_of(bound))[CHANNELS][-1]
+    rank, before = int((costs < costs[4]).sum()), int((alike < alike[4]).sum())
+    assert rank == 0 < before, (rank, before)
 
 
 def test_a_model_without_logits_is_named(caplog: pytest.LogCaptureFixture) -> None:
