@@ -148,10 +148,11 @@ def _tokens(runs: Iterable[dict[str, Any]], ratio: float) -> set[int]:
 
 
 def _series(runs: list[dict[str, Any]], side: str, place: Callable[[dict[str, Any]], float]) -> tuple[Series, ...]:
+    """Return a series for each method, but for HESSO's variants that were measured less often than HESSO."""
     methods = dict.fromkeys(run["method"] for run in runs)
-    return tuple(
-        Series(method, _points([run for run in runs if run["method"] == method], side, place)) for method in methods
-    )
+    found = [Series(each, _points([run for run in runs if run["method"] == each], side, place)) for each in methods]
+    often = max((len(series.points) for series in found if series.method == "hesso"), default=0)
+    return tuple(each for each in found if len(each.points) >= often or not each.method.startswith("hesso, "))
 
 
 def _points(
