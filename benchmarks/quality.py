@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.cli.evaluate import held_out_loss
 from hesso_hf.export.checkpoint_state import last_checkpoint
 from hesso_hf.export.report import versions
+from hesso_hf.pruning import fisher
 from hesso_hf.pruning.fisher import OutputFisher
 from hesso_hf.pruning.healing import HEALING_TOKENS, Healer
 from hesso_hf.trainer.measure import Measurer
@@ -45,7 +46,9 @@ ALONE: dict[str, Any] = {
     "stream_basis": "given", "healing": "off", "replay_share": 0.0, "distillation_alpha": 0.0, "cric": False,
     "compact": "never",
 }  # fmt: skip
-ALIKE = "hesso, all errors alike"  # not by how much the model minds them: of no use but to be compared with
+# For these there is no option: they are of no use but to be compared with.
+ALIKE = "hesso, all errors alike"  # not by how much the model minds them
+HALF = "hesso, errors half alike"  # half of what counts is the same for all tokens and outputs
 HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults
     "hesso, principal basis": {"stream_basis": "principal"},
@@ -55,6 +58,7 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, distillation": {"distillation_alpha": "auto"},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     ALIKE: {},
+    HALF: {},
     "hesso, twice the examples": {"healing_tokens": 2 * HEALING_TOKENS},
     "hesso, four times the examples": {"healing_tokens": 4 * HEALING_TOKENS},  # to judge and heal on
     "hesso, without CRIC": {"cric": False},
@@ -140,7 +144,7 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         "callbacks": [clock], "processing_class": AutoTokenizer.from_pretrained(options.folder),
     }  # fmt: skip
     trainer: Any = Trainer(**common) if config is None else HessoTrainer(**common, hesso_config=config)
-    with patch.object(Healer, "fisher", return_value=OutputFisher()) if method == ALIKE else nullcontext():
+    with _changed(method):
         trainer.train(resume_from_checkpoint=last_checkpoint(out) is not None or None)
     if clock.stopped:
         raise Unfinished
@@ -150,6 +154,13 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         trainer.save_model(str(folder / "small"))
         model = AutoModelForCausalLM.from_pretrained(folder / "small", dtype=torch.float32)
     return model, {name: model.config.to_dict()[name] for name in (HEADS, KV_HEADS, HIDDEN, MLP, LAYERS)}
+
+
+def _changed(method: str) -> AbstractContextManager[Any]:
+    """Have that be otherwise for which there is no option."""
+    if method == ALIKE:
+        return patch.object(Healer, "fisher", return_value=OutputFisher())
+    return patch.object(fisher, "DAMPING", 1.0) if method == HALF else nullcontext()
 
 
 def hesso_config(method: str, ratio: float, setting: Setting) -> HessoConfig:
@@ -237,7 +248,7 @@ def is_done(run: dict[str, Any], result: dict[str, Any], setting: Setting) -> bo
     """Tell whether a run needn't be made: there it is, or it is what the defaults are."""
     if any(all(entry[key] == run[key] for key in KEY) for entry in result["runs"]):
         return True
-    if run["method"] in HESSO and run["method"] not in ("hesso", ALIKE):
+    if run["method"] in HESSO and run["method"] not in ("hesso", ALIKE, HALF):
         alike = hesso_config(run["method"], run["ratio"], setting) == hesso_config("hesso", run["ratio"], setting)
         if alike:
             print(f"{run['method']} is what the defaults are: see hesso", flush=True)

@@ -446,6 +446,8 @@ QUALITY_METHODS = {
     "hesso, CRIC by gradients": "HESSO, CRIC by gradients (probe)",
     "hesso, alone": "HESSO, nothing beside",
     "hesso, all errors alike": "HESSO, all errors alike",
+    "hesso, errors half alike": "HESSO, errors half alike",
+    "hesso, twice the examples": "HESSO, judged and healed on twice as many examples",
     "hesso, four times the examples": "HESSO, judged and healed on four times as many examples",
     "hesso, healing": "HESSO, healing",
     "hesso, healing, replay": "HESSO, healing, a quarter replay",
