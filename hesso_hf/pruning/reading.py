@@ -46,8 +46,7 @@ class ModelReading:
 
     def __init__(self, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
         self._model, self._batch = model, dict(batch)
-        self._tokens = self._batch["attention_mask"].flatten().bool()
-        self._places = self._tokens.nonzero().flatten()
+        self._places = self._batch["attention_mask"].flatten().nonzero().flatten()  # of tokens among all rows
         self._told: set[str] = set()
 
     def fewer(self, tokens: int) -> Self:
@@ -139,8 +138,9 @@ class ModelReading:
 
         def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             rows = args[0].flatten(0, -2)
-            if len(rows) != len(self._tokens):
-                self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {len(self._tokens)} tokens")
+            if len(rows) != self._batch["attention_mask"].numel():
+                given = self._batch["attention_mask"].numel()
+                self._warn(f"{reader.name} isn't healed: it reads {len(rows)} rows of {given} tokens")
                 return args
             instead = look(reader, rows)
             looked.add(reader.name)
