@@ -73,6 +73,16 @@ def test_the_panels_hold_the_medians_of_the_largest_model(picture: ModuleType) -
     assert by_share.dense == ((0.0, loss("dense", 0.0, 40_000)),)
     assert [x for x, _ in by_tokens.dense] == [10_000, 40_000]
     assert picture.panels(result, "big", "out")[0].series[0].points[0][1] == 9.0
+
+
+def test_a_variant_that_was_measured_less_often_than_hesso_is_left_to_the_tables(picture: ModuleType) -> None:
+    result = measured()
+    like = [run for run in result["runs"] if run["model"] == "big" and run["method"] == "hesso"]
+    often = [run | {"method": "hesso, often"} for run in like]
+    once = [run | {"method": "hesso, once"} for run in like if run["ratio"] == 0.5]
+    result["runs"] += often + once
+    by_share, _ = picture.panels(result, "big", "in")
+    assert {series.method for series in by_share.series} == {*GAPS, "hesso, often"} - {"dense"}
     with pytest.raises(SystemExit, match="no run of small"):
         picture.panels({**result, "runs": [run for run in result["runs"] if run["model"] == "big"]}, "small", "in")
 
