@@ -17,6 +17,7 @@ import torch, torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 assert not PartialState._shared_state and not AcceleratorState._shared_state and not GradientState._shared_state
 assert not dist.is_initialized() and threading.active_count() == 1 and torch.get_num_threads() == 1
+assert all(each.line_buffering and not each.write_through for each in (sys.stdout, sys.stderr)), "lines in pieces"
 assert not [item for item in gc.get_objects() if type(item) is torch.nn.Parameter]
 words = ["FRESH", os.environ.get("RANK", "-"), os.environ["OF_THE_TEST"], *sys.argv[1:]]
 os.write(1, " ".join(words).encode() + b"\\n")

@@ -198,6 +198,8 @@ def serve() -> None:
     proofs.keep()
     shortened.shorten()
     torch.set_num_threads(1)
+    for stream in (sys.stdout, sys.stderr):  # which workers share: a line is one write, buffered or not
+        stream.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     for name in PRELOADED:
         importlib.import_module(name)
     if importlib.util.find_spec(IF_THERE):
