@@ -1,12 +1,12 @@
-"""Draw docs/quality.svg: the loss over the removed share, and over training tokens or on other text, by quality.json.
+"""Draw docs/quality.svg from quality.json: the loss over the removed share and over training tokens, on two texts.
 
-    make picture        or  python benchmarks/picture.py [--model smollm2] [--side in] [--output docs/quality.svg]
+    make picture        or  python benchmarks/picture.py [--model smollm2] [--output docs/quality.svg]
 
-The model is the largest one measured at several ratios. Left: at the largest number of training tokens, the loss of
-each method over the share of the parameters that was really removed. Right: the loss over training tokens at the ratio
-that was measured at most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge
-with its number. The colours are of one lightness, which stands out from a white page as from a dark one; the ground is
-left transparent.
+The model is the largest one measured at several ratios. Left: text like that trained on. Right: other text. Above: the
+loss of each method over the share of the parameters that was really removed, at the number of training tokens at which
+most ratios were measured. Below, where there is a curve: over training tokens, at the ratio that was measured at most
+of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with its number. The
+colours are of one lightness, which stands out from a white page as from a dark one; the ground is left transparent.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ PEERS = {
 DENSE = "dense"
 REACH = 3.0  # times HESSO's largest gap to the dense model: what lies above is named at the edge
 LINE = 0.058  # height of a label, as a share of the panel's
+HEIGHT, HEAD, FOOT, GAP = 3.95, 0.35, 0.54, 0.28  # inches: of a row, of the title, below and above a panel
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ def largest(result: dict[str, Any]) -> str:
     return max(several or ratios, key=lambda name: result["base"][name]["parameters"])
 
 
-def panels(result: dict[str, Any], model: str, side: str) -> tuple[Panel, Panel]:
-    """Return both panels of a model: by share and by tokens, or by share on either text where tokens make no curve.
+def panels(result: dict[str, Any], model: str) -> tuple[tuple[Panel, Panel], ...]:
+    """Return a model's panels by row, each on text like that trained on and on other text.
+
+    The first row is by share, the second, where there is a curve, by tokens.
 
     Raises:
         SystemExit: where nothing of it was pruned.
@@ -111,36 +114,47 @@ def panels(result: dict[str, Any], model: str, side: str) -> tuple[Panel, Panel]
     pruned = [run for run in runs if run["ratio"]]
     if not pruned:
         raise SystemExit(f"quality.json has no run of {model} with anything removed")
+    text, full = result["settings"][model]["text"], result["base"][model]["parameters"]
+    known, other = SIDES[text, "in"], f"other text: {SIDES[text, 'out']}"
+    most = max({run["tokens"] for run in pruned}, key=lambda tokens: (len(_ratios(pruned, tokens)), tokens))
+    alike = [run for run in runs if run["tokens"] == most]
+    by_share = (_by_share(alike, full, "in", known), _by_share(alike, full, "out", other))
     ratio = max({run["ratio"] for run in pruned}, key=lambda ratio: (len(_tokens(pruned, ratio)), ratio))
-    most, ticks = max(run["tokens"] for run in pruned), tuple(sorted(_tokens(pruned, ratio)))
-    by_share = _by_share(result, runs, side, f"after {most:,} training tokens")
-    if len(ticks) == 1:
-        text, other = result["settings"][model]["text"], "out" if side == "in" else "in"
-        known = f"other text: {SIDES[text, other]}" if other == "out" else SIDES[text, other]
-        return replace(by_share, title=SIDES[text, side]), _by_share(result, runs, other, known)
-    by_tokens = Panel(
-        f"{ratio:.0%} of the parameters removed",
+    if len(_tokens(pruned, ratio)) == 1:
+        return (by_share,)
+    share = f"{ratio:.0%} removed"
+    return by_share, (_by_tokens(runs, ratio, "in", share), _by_tokens(runs, ratio, "out", f"{share}, other text"))
+
+
+def _by_share(runs: list[dict[str, Any]], full: int, side: str, title: str) -> Panel:
+    """Return the losses over the share removed of `full` parameters, of one model's runs on as many tokens."""
+    pruned = [run for run in runs if run["ratio"]]
+    return Panel(
+        title,
+        f"parameters removed, after {runs[0]['tokens']:,} tokens",
+        (0.0, *sorted({run["ratio"] for run in pruned})),
+        _series(pruned, side, lambda run: 1 - run["parameters"] / full),
+        _points([run for run in runs if run["method"] == DENSE], side, lambda run: 0.0),
+    )
+
+
+def _by_tokens(runs: list[dict[str, Any]], ratio: float, side: str, title: str) -> Panel:
+    """Return the losses over training tokens at one ratio, of the methods that were measured as often as HESSO."""
+    pruned = [run for run in runs if run["ratio"] == ratio]
+    found = _series(pruned, side, lambda run: run["tokens"])
+    often = max((len(series.points) for series in found if series.method == "hesso"), default=0)
+    return Panel(
+        title,
         "training tokens",
-        ticks,
-        _series([run for run in pruned if run["ratio"] == ratio], side, lambda run: run["tokens"]),
+        tuple(sorted(_tokens(pruned, ratio))),
+        tuple(series for series in found if len(series.points) >= often),
         _points([run for run in runs if run["method"] == DENSE], side, lambda run: run["tokens"]),
         logarithmic=True,
     )
-    return by_share, by_tokens
 
 
-def _by_share(result: dict[str, Any], runs: list[dict[str, Any]], side: str, title: str) -> Panel:
-    """Return the losses after the most tokens over the share removed, of one model's runs."""
-    full, most = result["base"][runs[0]["model"]]["parameters"], max(run["tokens"] for run in runs if run["ratio"])
-    alike = [run for run in runs if run["tokens"] == most]
-    pruned = [run for run in alike if run["ratio"]]
-    return Panel(
-        title,
-        "parameters removed",
-        (0.0, *sorted({run["ratio"] for run in pruned})),
-        _series(pruned, side, lambda run: 1 - run["parameters"] / full),
-        _points([run for run in alike if run["method"] == DENSE], side, lambda run: 0.0),
-    )
+def _ratios(runs: Iterable[dict[str, Any]], tokens: int) -> set[float]:
+    return {run["ratio"] for run in runs if run["tokens"] == tokens}
 
 
 def _tokens(runs: Iterable[dict[str, Any]], ratio: float) -> set[int]:
@@ -169,19 +183,19 @@ def _points(
     return tuple(sorted(medians))
 
 
-def draw(result: dict[str, Any], model: str, side: str) -> Figure:
-    """Draw both panels."""
-    figure = Figure(figsize=(8.0, 4.3))
+def draw(result: dict[str, Any], model: str) -> Figure:
+    """Draw all panels."""
+    rows = panels(result, model)
+    height = HEIGHT * len(rows) + HEAD
+    figure = Figure(figsize=(8.0, height))
     figure.patch.set_alpha(0)
-    left, right = panels(result, model, side)
-    text = f"loss on {SIDES[result['settings'][model]['text'], side]}"
-    if not right.logarithmic:
-        text = f"loss after {max(run['tokens'] for run in result['runs'] if run['model'] == model):,} training tokens"
-    for axis, panel, start in zip(figure.subplots(1, 2), (left, right), (0.055, 0.56), strict=True):
-        axis.set_position((start, 0.125, 0.25, 0.73))
-        _draw_panel(axis, panel)
-    title = f"{MODELS.get(model, model)}: {text} (nats a token)"
-    figure.text(0.012, 0.955, title, color=INK, fontsize=11, fontweight="bold", va="center")
+    for row, axes, above in zip(rows, figure.subplots(len(rows), 2, squeeze=False), range(len(rows)), strict=True):
+        for axis, panel, start in zip(axes, row, (0.055, 0.56), strict=True):
+            bottom = height - HEAD - HEIGHT * (above + 1) + FOOT
+            axis.set_position((start, bottom / height, 0.25, (HEIGHT - FOOT - GAP) / height))
+            _draw_panel(axis, panel)
+    title = f"{MODELS.get(model, model)}: loss (nats a token)"
+    figure.text(0.012, 1 - 0.5 * HEAD / height, title, color=INK, fontsize=11, fontweight="bold", va="center")
     return figure
 
 
@@ -216,7 +230,7 @@ def _draw_frame(axis: Any, panel: Panel) -> None:
     axis.grid(axis="y", color=INK, alpha=0.2, linewidth=0.7)
     axis.tick_params(colors=INK, labelsize=9.5)
     axis.set_title(panel.title, color=INK, fontsize=10, loc="left")
-    axis.set_xlabel(panel.x_label, color=INK, fontsize=10)
+    axis.set_xlabel(panel.x_label, color=INK, fontsize=10, loc="left")
     if panel.logarithmic:
         axis.set_xscale("log")
         axis.set_xlim(panel.ticks[0] / 1.6, panel.ticks[-1] * 1.3)
@@ -239,7 +253,9 @@ def _label(axis: Any, panel: Panel) -> None:
     """Write each method beside its last point, apart from the others; above the edge with an arrow and its number."""
     floor, ceiling = axis.get_ylim()
     wanted = [(*series.points[-1], series.label, series.colour, series.method == "hesso") for series in panel.series]
-    wanted += [(axis.get_xlim()[1], panel.dense[-1][1], "dense", INK, False)] if panel.dense else []
+    if panel.dense:
+        end = panel.dense[-1] if len(panel.dense) > 1 else (axis.get_xlim()[1], panel.dense[0][1])
+        wanted.append((*end, "dense", INK, False))
     wanted.sort(key=lambda entry: entry[1])  # by the loss
     shares = [min(1.0, (entry[1] - floor) / (ceiling - floor)) for entry in wanted]
     for height, (x, loss, label, colour, bold) in zip(spread(shares, LINE), wanted, strict=True):
@@ -270,11 +286,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--model", help="by default the largest one measured at several ratios")
-    parser.add_argument("--side", choices=("in", "out"), default="in", help="text like that trained on, or other text")
     parser.add_argument("--output", type=Path, default=PICTURE, help="SVG or PNG")
     options = parser.parse_args(argv)
     result = json.loads(options.results.read_text(encoding="utf-8"))
-    figure = draw(result, options.model or largest(result), options.side)
+    figure = draw(result, options.model or largest(result))
     # the same JSON gives the same file; text stays text
     with matplotlib.rc_context({"svg.hashsalt": "quality", "svg.fonttype": "none"}):
         dated = {"Date": None} if options.output.suffix == ".svg" else {}

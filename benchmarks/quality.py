@@ -91,6 +91,27 @@ class StopAfter(transformers.TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
+class Clock:
+    """What a run takes from the start of its first call to the end of its last, cut, replay and save included.
+
+    `cpu_seconds` is the processor's time of all threads, which other processes on the machine change least.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._begun = path, self._now()
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+
+    def stop(self) -> dict[str, float]:
+        """Return what has gone by in all calls, and keep it for the next."""
+        before = json.loads(self._path.read_text()) if self._path.exists() else {}
+        spent = {name: round(before.get(name, 0.0) + now - self._begun[name], 1) for name, now in self._now().items()}
+        self._path.write_text(json.dumps(spent))
+        return spent
+
+
 def arguments(folder: Path, setting: Setting, tokens: int, seed: int, share: float) -> TrainingArguments:
     """Training arguments that all methods share; replay takes the place of user tokens."""
     steps = tokens // (setting.batch * setting.block)
@@ -258,15 +279,16 @@ def is_done(run: dict[str, Any], result: dict[str, Any], setting: Setting) -> bo
 
 def one_run(options: argparse.Namespace, run: dict[str, Any], data: Data, result: Any) -> bool:
     """Do one run and write the result; return False where it is to go on in the next call."""
-    started = time.perf_counter()
     transformers.set_seed(run["seed"])
     folder = options.cache / "runs" / "-".join(str(run[key]).replace(", ", "+").replace(" ", "_") for key in KEY)
     folder.mkdir(parents=True, exist_ok=True)
+    clock = Clock(folder / "clock.json")
     try:
         model, sizes = train(options, folder, data.train, run, sizes_for(run, result))
     except Unfinished:
+        clock.stop()
         return False
-    found = {"parameters": model.num_parameters(), "sizes": sizes, "seconds": round(time.perf_counter() - started, 1)}
+    found = {"parameters": model.num_parameters(), "sizes": sizes} | clock.stop()
     if run["method"] in HESSO:
         config = hesso_config(run["method"], run["ratio"], options.setting).to_dict()
         found["config"] = {name: config[name] for name in ALONE}
