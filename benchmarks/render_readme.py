@@ -25,8 +25,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 _TABLE = re.compile(r"(<!-- begin:(\w+) -->\n)(.*?)(<!-- end:\2 -->)", re.DOTALL)
 _MARKER = re.compile(r"<!-- (?:begin|end):(\w+) -->")
 
-NOT_RUN = "not run yet"
-
 
 def quickstart(result: dict[str, Any]) -> str:
     """The comparison that `hesso-hf quickstart` prints."""
@@ -510,30 +508,30 @@ PEER_METHODS = (
 
 def peers(result: dict[str, Any]) -> str:
     """Losses of HESSO and its peers, a column for each model and ratio; on other text where the model knows it."""
-    runs, columns = result["runs"], []
-    for model in sorted(result["base"]):
-        tokens = max(run["tokens"] for run in runs if run["model"] == model)
-        ratios = {run["ratio"] for run in runs if (run["model"], run["tokens"]) == (model, tokens) and run["ratio"]}
-        columns += [(model, tokens, ratio) for ratio in sorted(ratios)]
+    runs = result["runs"]
+    found = {(run["model"], run["tokens"], run["ratio"]) for run in runs if run["method"] in PEER_METHODS[2:]}
+    columns = sorted(found & {(run["model"], run["tokens"], run["ratio"]) for run in runs if run["method"] == "hesso"})
     cells = {(method, column): _peer_losses(result, method, *column) for method in PEER_METHODS for column in columns}
     best = {column: _lowest([cells[method, column] for method in PEER_METHODS[1:]]) for column in columns}
     rows = []
     for method in PEER_METHODS:
-        shown = [
-            _marked(cells[method, column], best[column] if method != "dense" else {}) or NOT_RUN for column in columns
-        ]
+        shown = [_marked(cells[method, column], best[column] if method != "dense" else {}) or "-" for column in columns]
         rows.append([QUALITY_METHODS[method], *shown])
-    header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
+    models = [model for model, _ in {(model, tokens) for model, tokens, _ in columns}]
+    header = [
+        f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" + f", {tokens:,} tokens" * (models.count(model) > 1)
+        for model, tokens, ratio in columns
+    ]
     notes = []
-    for model, tokens in dict.fromkeys((model, tokens) for model, tokens, _ in columns):
-        found = [run for run in runs if (run["model"], run["tokens"]) == (model, tokens)]
-        counts = {
-            len([r for r in found if (r["method"], r["ratio"]) == (one["method"], one["ratio"])]) for one in found
-        }
+    for model in dict.fromkeys(model for model, _, _ in columns):
+        lengths = sorted({tokens for one, tokens, _ in columns if one == model})
+        made = [(run["method"], run["ratio"], run["tokens"]) for run in runs if run["model"] == model]
+        counts = {made.count(one) for one in made if one[2] in lengths}
         before = " / ".join(f"{result['base'][model][side]:.3f}" for side in _sides(result, model))
         notes.append(
-            f"{QUALITY_MODELS.get(model, model)}: {PEER_TEXTS[result['settings'][model]['text']]}, {tokens:,} training "
-            f"tokens each, {_seeds(counts)}, before training {before}"
+            f"{QUALITY_MODELS.get(model, model)}: {PEER_TEXTS[result['settings'][model]['text']]}, "
+            f"{' or '.join(f'{tokens:,}' for tokens in lengths)} training tokens each, {_seeds(counts)}, before "
+            f"training {before}"
         )
     note = f"Nats a token, medians over seeds. {'; '.join(notes)}."
     return "\n".join([_table(["", *header], rows), "", _wrap(note)])

@@ -304,9 +304,28 @@ def test_the_table_of_peers_reads_what_the_benchmark_writes(
     result = {"settings": {"m": {"text": text}}, "base": {"m": {"in": 1.25, "out": 3.0}}, "runs": runs}
     (tmp_path / "quality.json").write_text(json.dumps(result))
     table = renderer.render_table("peers", tmp_path)
-    for method, cell in zip(("not pruned", "HESSO", "structured OBS", "FLAP"), (*rows, "not run yet"), strict=True):
+    for method, cell in zip(("not pruned", "HESSO", "structured OBS", "FLAP"), (*rows, "-"), strict=True):
         assert f"| {method} | {cell} |" in table
     assert f"500 training tokens each, 2 seeds, before training {before}" in table.replace("\n", " ")
+
+
+def test_the_table_of_peers_has_a_column_for_each_length_that_hesso_and_a_peer_were_trained_for(
+    renderer: ModuleType, tmp_path: Path
+) -> None:
+    runs = [
+        {"model": "m", "method": method, "ratio": ratio, "tokens": tokens, "seed": 0, "in": loss, "out": 9.0}
+        for method, ratio, tokens, loss in (
+            ("hesso", 0.3, 100, 3.0), ("OBS", 0.3, 100, 3.1), ("hesso", 0.5, 100, 4.0), ("FLAP", 0.5, 100, 4.1),
+            ("hesso", 0.5, 900, 3.5), ("OBS", 0.5, 900, 3.6), ("hesso", 0.5, 700, 1.0), ("dense", 0.0, 900, 2.0),
+        )
+    ]  # fmt: skip
+    result = {"settings": {"m": {"text": "stories"}}, "base": {"m": {"in": 1.25}}, "runs": runs}
+    (tmp_path / "quality.json").write_text(json.dumps(result))
+    table = renderer.render_table("peers", tmp_path)
+    assert "|  | m, 30% removed, 100 tokens | m, 50% removed, 100 tokens | m, 50% removed, 900 tokens |" in table
+    assert "| HESSO | **3.000** | **4.000** | **3.500** |" in table
+    assert "| structured OBS | 3.100 | - | 3.600 |" in table
+    assert "100 or 900 training tokens each, 1 seed," in table.replace("\n", " ")
 
 
 def test_the_quickstart_table_reads_what_the_quickstart_writes(renderer: ModuleType, tmp_path: Path) -> None:
