@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 CLUSTERS = 4  # of a tied model's last gain
 TOLERANCE = 0.05  # nats a token that making that gain uniform within clusters may cost
 LEAST_TOKENS, LEAST_PER_CHANNEL = 16384, 8
+LOSS_TOKENS = 4096  # for what that costs: a difference on the same text, which takes fewer tokens than the axes
 FAR = 3.0  # quartile ranges beyond the quartiles, from where a gain is a cluster by itself
 
 Loss = Callable[[PreTrainedModel, Any], torch.Tensor]
@@ -82,7 +83,8 @@ def turn_stream(
         batches: what the model's forward takes, with at least max(16,384, 8 D) tokens that aren't padding; with labels
             where the embedding is the output matrix too, or weights are below fp32.
         clusters: into how many clusters of like values the last norm's gain is put where it is tied.
-        tolerance: nats a token that this, and rounding weights below fp32, may cost.
+        tolerance: nats a token that this, and rounding weights below fp32, may cost on some of the batches, about
+            4,096 tokens.
         loss: of a model and a batch, a scalar; by default what its forward returns for the batch.
 
     Raises:
@@ -106,7 +108,8 @@ def turn_stream(
             f"the stream's basis ({turn.width} channels) is measured on only {tokens:,} tokens; with {wanted:,} or "
             "more it is more reliable"
         )
-    measured = partial(mean_loss, model, batches, loss or _own_loss)
+    some = batches[:: max(1, tokens // LOSS_TOKENS)]
+    measured = partial(mean_loss, model, some, loss or _own_loss)
     blocks, rotation, rise = _turn_within_(turn, parameters, total, clusters, tolerance, measured)
     last_gain = parameters[turn.tied_norm.scale] if turn.tied_norm else None
     tensors = turn_tensors(rotation, last_gain) if adapters else {}

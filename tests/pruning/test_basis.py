@@ -123,6 +123,19 @@ def test_a_tied_model_needs_a_loss():
     assert turn_stream(untied, [{"input_ids": BATCHES[0]["input_ids"]}]).clusters == 1
 
 
+def test_what_turning_costs_is_measured_on_some_batches_spread_over_all(monkeypatch):
+    monkeypatch.setattr("hesso_hf.pruning.basis.LOSS_TOKENS", 640)
+    read: list[int] = []
+
+    def loss(model, batch):
+        read.append(id(batch))
+        return model(**batch).loss
+
+    basis = turn_stream(tiny_llama(tie_word_embeddings=True), BATCHES, tolerance=9.0, loss=loss)
+    assert basis.tokens == 20 * 64
+    assert read == 2 * [id(batch) for batch in BATCHES[::2]]
+
+
 def test_what_is_refused_for_its_gains_keeps_the_last_gain_too():
     """A tied model's gain is made uniform only when nothing else can be in the way."""
     model = tiny_gpt2()
