@@ -160,7 +160,7 @@ class PruningProcess:
             return {}
         cut, begun = self.state.compaction is not None, self.step > self.schedule.periods[0].start
         names = self._changed if cut else self._healed() if begun else []
-        return {name: self.bound.parameters[name] for name in names if not self.bound.parameters[name].requires_grad}
+        return {name: self.bound.parameters[name] for name in names if name in self.bound.frozen}
 
     def _healed(self) -> list[str]:
         if self.run.healer is None or self.config.healing == "off":

@@ -17,7 +17,7 @@ from hesso_hf.errors import CheckpointMismatchError, HessoError, UnsupportedStru
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.pruning import turn_stream
 from hesso_hf.structures.lora import Adapters, base_of, dense_model, parameters_of
-from hesso_hf.structures.turned_base import BASIS_NAME
+from hesso_hf.structures.turned_base import BASIS_NAME, HEALED_NAME
 from tests.support.checks import check_equal
 from tests.support.lora import LINEARS, tiny_lora
 from tests.support.tiny import tiny_gpt2, tiny_llama, tiny_phi, token_batches
@@ -92,6 +92,20 @@ def test_a_resumed_run_with_adapters_is_the_uninterrupted_one(kind: str, tmp_pat
     save_file(tensors | {"rotation": rotation}, folder / BASIS_NAME)
     with pytest.raises(CheckpointMismatchError, match="which is frozen, differs"):
         trainer(tmp_path / "twice", model(), config).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_checkpoint_from_just_before_a_scoring_holds_what_was_healed_in_the_base(tmp_path: Path) -> None:
+    """By then frozen weights have gradients for a while, and are no less frozen."""
+    config = HessoConfig(**RATIO | {"pruning_steps": 6})
+    once = trainer(tmp_path / "once", tiny_lora(), config, save_strategy="steps", save_steps=1)
+    once.train()
+    periods = once.hesso_run.process.schedule.periods
+    for step in range(periods[0].start + 1, periods[-1].end):
+        assert (tmp_path / "once" / f"checkpoint-{step}" / HEALED_NAME).exists(), step
+    folder = tmp_path / "once" / f"checkpoint-{periods[1].start}"  # the next step scores
+    second = trainer(tmp_path / "twice", tiny_lora(), config)
+    second.train(resume_from_checkpoint=str(folder))
+    check_equal(second, once)
 
 
 @pytest.mark.parametrize("lora_export", ["merged", "adapter"])

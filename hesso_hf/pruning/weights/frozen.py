@@ -31,6 +31,10 @@ class FrozenWeights:
         self._parameters, self._axes = dict(parameters), axes
         self._are_revealed = False
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a parameter is one of them, though its gradient may be wanted just now."""
+        return name in self._parameters
+
     def reveal(self, wanted: bool) -> None:
         """Let backward passes compute gradients of the weights, or not."""
         if wanted != self._are_revealed:
