@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -26,6 +25,7 @@ from ..config.names import AUTO_REPLAY_SHARE
 from ..distributed.collectives import from_main, is_main_process
 from ..errors import CheckpointMismatchError, HessoError
 from ..hf_models.tiny_model import attention_in_fp32
+from ..pruning.compaction import parallel_of
 from .distillation import StepMean, accumulated, divergence, is_scaled
 from .replay_text import Script, load_windows, order, read_windows, save_windows, write_windows
 from .teacher import Teacher
@@ -124,8 +124,8 @@ class Replay:
         ids = self._next_windows()
         ids = (ids.pin_memory() if loss.is_cuda else ids).to(loss.device, non_blocking=True)
         inputs = {"input_ids": ids}  # with a mask the host would wait to know whether it masks anything
-        if isinstance(model, DistributedDataParallel):  # it looks for unused parameters in one forward, the user's
-            model = model.module
+        if (parallel := parallel_of(model)) is not None:  # it looks for unused parameters in one forward, the user's
+            model = parallel.module
         with whole_rows(inputs):
             logits = model(**inputs, use_cache=False).logits
         term = divergence(self.teacher, inputs, logits, None, temperature=1.0) / ids.numel()
