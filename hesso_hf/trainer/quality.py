@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..distributed.collectives import from_all
 from ..engines.engine import Engine
 from ..pruning.weights.snapshot import kept_random_state
 from .measure import Measurer, singles
@@ -104,13 +105,14 @@ class Quality:
             if hindrance:
                 logger.warning(f"`{key}` isn't measured {when} training: {hindrance}")
                 continue
+            measured, reason = MeanLoss(math.nan, 0, 0), ""
             try:
                 measured = _mean_loss(self._trainer, self._measurer, model, data, self._config.quality_examples)
+                reason = "" if math.isfinite(measured.loss) else f"it is {measured.loss}"
             except Exception as error:  # of a loss that isn't this library's, there is no type for all
-                logger.warning(f"`{key}` isn't measured {when} training: {type(error).__name__}: {error}")
-                continue
-            if not math.isfinite(measured.loss):
-                logger.warning(f"`{key}` isn't measured {when} training: it is {measured.loss}")
+                reason = f"{type(error).__name__}: {error}"
+            if reason := next(filter(None, from_all(reason)), ""):  # on all processes, where it fails on one
+                logger.warning(f"`{key}` isn't measured {when} training: {reason}")
                 continue
             found = {"loss": measured.loss}
             if measured.tokens and model.can_generate():

@@ -15,6 +15,7 @@ from transformers import default_data_collator
 from hesso_hf import HessoTrainer
 from hesso_hf.export import export_pruned
 from hesso_hf.trainer.measure import Measurer
+from tests.support import fsdp_cpu
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
 from tests.support.training import blocks, hesso_config, logged, trainer
@@ -156,6 +157,36 @@ def test_what_fails_is_named_and_costs_no_run(
     assert said in caplog.text
     assert run.model.training
     assert run.hesso_run.quality.record() is None
+
+
+def failing_job(folder: str, processes: int) -> None:
+    """Measure one text with a loss that fails on the second process, and another with one that doesn't."""
+    failing, fine = blocks(7, seed=2), blocks(5, seed=4)
+    run = made(Path(folder) / "out", {"first": failing, "second": fine})
+    rank, plain, text = run.args.process_index, run.compute_loss, torch.tensor(failing["input_ids"])
+
+    def compute_loss(model: Any, inputs: Any, **kwargs: Any) -> Any:
+        if rank == 1 and (text == inputs["input_ids"].cpu()).all(1).any():
+            raise RuntimeError("no such layer")
+        return plain(model, inputs, **kwargs)
+
+    run.compute_loss = compute_loss  # type: ignore[method-assign]
+    run.create_optimizer_and_scheduler(12)
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(run.hesso_run.quality.record()))
+
+
+def test_what_fails_on_one_process_is_left_out_on_all_and_none_waits(tmp_path: Path) -> None:
+    done = fsdp_cpu.run(tmp_path, __name__, "failing_job", sharded=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert found[0] == found[1]
+    assert found[0].keys() == {"eval_second_loss"}
+    alone = made(tmp_path / "alone", {"second": blocks(5, seed=4)})
+    alone.create_optimizer_and_scheduler(12)
+    record = alone.hesso_run.quality.record()
+    assert record is not None
+    assert found[0]["eval_second_loss"]["before"]["loss"] == pytest.approx(record["eval_second_loss"]["before"]["loss"])
+    assert done.stderr.count("`eval_first_loss` isn't measured before training: RuntimeError: no such layer") >= 1
 
 
 @pytest.mark.parametrize("hindrance", ["engine", "trainer"])
