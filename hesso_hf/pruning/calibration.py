@@ -189,7 +189,7 @@ def _rises(
             pruned = lowest_units(scores, None, count, across_layers=False, pools=structure.pools)
             if healer is not None:
                 none = no_units(bound.shapes(), bound.device)
-                bound.add_(healer.corrections(bound, {**none, name: pruned}, none, fisher), 1.0)
+                bound.add_(healer.corrections(bound, {**none, name: pruned}, none, fisher))
             bound.mask_weights_({name: pruned})
             bound.centre_({name: (~pruned).float()})
             with routed_by(model, structure if name == EXPERT_UNITS else None, ~pruned):

@@ -141,7 +141,7 @@ class PruningPeriod(Phase):
             factors[name] = (self.state.scales[name] > 0).float().masked_fill_(redundant, position.factor)
             self.state.scales[name].masked_fill_(redundant, scale)
         self.run.bound.route(self.state.scales, ask=position.t == 0)
-        self.run.bound.add_(self.state.healing, 1.0 / position.length)
+        self.run.bound.add_(self.state.healing, left, position.length)
         if position.last:
             self.run.end_period()
             self.run.mask()

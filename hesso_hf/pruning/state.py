@@ -44,8 +44,8 @@ class PruningState:
         watch: on the loss.
         trial: CRIC's sets, sums and snapshot; None without CRIC.
         period_start: snapshot of the period's start, while it may be paused.
-        healing: what is added to matrices in this period, all its steps together: by parameter, what belongs to each
-            piece that this process holds.
+        healing: what is added to matrices in this period, all its steps together (below fp32 what is left of it): by
+            parameter, what belongs to each piece that this process holds.
         compaction: that the pruned units were cut out of the model; None while it has them.
         judged: (L, U) per structure: each unit's score when it was last judged, by which a pruned one went; for the
             report alone.
@@ -132,7 +132,8 @@ class PruningState:
             "watch": self.watch.state_dict(),
             "trial": self.trial.state_dict() if self.trial else None,
             "period_start": self.period_start.state_dict() if self.period_start else None,
-            **({"healing": dict(self.healing)} if self.healing else {}),  # which earlier code doesn't know
+            # which earlier code doesn't know; what it wrote is all of it, also below fp32
+            **({"healing": dict(self.healing), "healing_left": True} if self.healing else {}),
             **({"compaction": self.compaction.to_dict()} if self.compaction else {}),  # nor this
             **({"judged": dict(self.judged)} if self.judged else {}),  # nor this
             **({"corrections": self.corrections.state_dict()} if self.corrections.sizes else {}),  # nor this
@@ -178,6 +179,9 @@ class PruningState:
             name: [piece.to(bound.device) for piece in ([found] if isinstance(found, torch.Tensor) else found)]
             for name, found in saved.get("healing", {}).items()  # one whole matrix each, in earlier code
         }
+        position = self.schedule.period_step(self.step)
+        if position is not None and not saved.get("healing_left"):
+            bound.not_yet_added(self.healing, 1 - position.t / position.length)
         self.judged = on_device(saved.get("judged", {}), bound.device)
         if "corrections" in saved:
             self.corrections = Corrections.of(saved["corrections"], bound.device)

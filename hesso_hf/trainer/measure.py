@@ -97,6 +97,22 @@ def makes_its_loader(trainer: Trainer) -> bool:
     return made_by is not Trainer.get_train_dataloader
 
 
+def _items_in(trainer: Trainer, batch: Any) -> Any:
+    """Return what a loss is divided by, as a trainer counts it over processes, which all have this batch.
+
+    It isn't gathered from them: one that fails alone would leave the others waiting.
+    """
+    args, count = trainer.args, trainer._get_num_items_in_batch
+    if args.world_size == 1 or not args.average_tokens_across_devices:
+        return count([batch], args.device)
+    args.average_tokens_across_devices = False
+    try:
+        items = count([batch], args.device)
+    finally:
+        args.average_tokens_across_devices = True
+    return None if items is None else items * args.world_size
+
+
 class Measurer:
     """Measures a model with a trainer's loss on examples, and leaves the trainer as it was.
 
@@ -224,25 +240,10 @@ class Measurer:
     def _loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         trainer = self._trainer
         with trainer.compute_loss_context_manager():
-            items = self._count(batch)
+            items = _items_in(trainer, batch)
             # it may take labels out of the dict
             loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
         return loss[0] if isinstance(loss, tuple) else loss
-
-    def _count(self, batch: Any) -> Any:
-        """Return what a loss is divided by, as the trainer counts it over processes, which all have this batch.
-
-        It isn't gathered from them: one that fails alone would leave the others waiting.
-        """
-        args, count = self._trainer.args, self._trainer._get_num_items_in_batch
-        if args.world_size == 1 or not args.average_tokens_across_devices:
-            return count([batch], args.device)
-        args.average_tokens_across_devices = False
-        try:
-            items = count([batch], args.device)
-        finally:
-            args.average_tokens_across_devices = True
-        return None if items is None else items * args.world_size
 
     def _loss_of(self, model: PreTrainedModel, examples: list[Any], loss_scale: float) -> Callable[[], torch.Tensor]:
         """Return what computes the mean loss of some examples, with all but the last one's gradients taken already."""

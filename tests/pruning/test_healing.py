@@ -53,7 +53,7 @@ def none_of(bound: BoundGroups) -> PerUnit:
 
 def leave_(bound: BoundGroups, marked: PerUnit, corrections: dict[str, list[torch.Tensor]]) -> None:
     """Do at once what a period does along its steps."""
-    bound.add_(corrections, 1.0)
+    bound.add_(corrections)
     bound.mask_weights_(marked)
 
 
@@ -201,7 +201,7 @@ def test_later_layers_are_judged_where_the_cheapest_of_earlier_ones_are_gone_and
     monkeypatch.setattr(refit, "RIDGES", (RIDGE,))  # that costs are measured with
     found = healer.corrections(bound, marked, none_of(bound), fisher)
     with torch.no_grad():
-        bound.add_(found, 1.0)
+        bound.add_(found)
         bound.mask_weights_(marked)
     again = healer.costs(bound, marked, fisher=fisher)[CHANNELS][1]
     assert float((again - costs[CHANNELS][1]).abs().max()) < 2e-2 * float(again.max())
@@ -273,6 +273,31 @@ def step(model: PreTrainedModel, optimizer: HessoOptimizer, count: int) -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_below_fp32_all_that_heals_is_added_in_however_many_steps() -> None:
+    """Shares of a hundredth are less than half of what the weights' last bits are."""
+    model, name = tiny_llama(seed=5).to(torch.bfloat16), "model.layers.1.mlp.down_proj.weight"
+    bound, weight = bound_to(model), model.get_parameter(name).data
+    added = torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.1 * float(weight.float().std())
+    wanted, left = weight.float() + added, {name: [added.clone()]}
+    for done in range(100):
+        bound.add_(left, 100 - done, 100)
+    once = float((wanted.to(torch.bfloat16).float() - wanted).norm())
+    assert float((weight.float() - wanted).norm()) <= 1.01 * once
+
+
+def test_of_healing_that_earlier_code_saved_whole_what_is_left_is_added() -> None:
+    model = tiny_llama(seed=5).to(torch.bfloat16)
+    optimizer = run(model, healed=True)
+    step(model, optimizer, 1)
+    saved = optimizer.process.state_dict()
+    saved["healing"] = copy.deepcopy(saved["healing"])
+    for marked, share in ((True, 1.0), (False, 0.75)):
+        state = {name: value for name, value in saved.items() if marked or name != "healing_left"}
+        optimizer.process.load_state_dict(copy.deepcopy(state), optimizer.base)
+        for name, pieces in optimizer.process.state.healing.items():
+            assert torch.equal(pieces[0], saved["healing"][name][0] * share), name
 
 
 def test_units_take_the_correction_on_as_the_marked_ones_shrink():

@@ -150,12 +150,28 @@ class BoundGroups(HeldAxes):
         """Return the sums of all processes' parts; the same where each holds all of the model."""
         return sums.over_ranks() if self.sharded else sums
 
-    def add_(self, added: Mapping[str, list[torch.Tensor]], share: float) -> None:
-        """Add a share of matrices to parameters, of which there is what belongs to each piece at hand."""
+    def add_(self, added: Mapping[str, list[torch.Tensor]], left: int = 1, of: int = 1) -> None:
+        """Add to parameters what falls to the first of the last `left` of `of` steps, of what belongs to each piece.
+
+        Below fp32 small shares would be lost to rounding: what was added to such a weight is taken off `added`, so that
+        the last step adds what the others couldn't.
+        """
         for name, pieces in added.items():
             for weights, piece in zip(self.held[name].weights(), pieces, strict=True):
-                weights.add_(piece.to(weights.device), alpha=share)
+                if weights.dtype.itemsize >= 4:
+                    weights.add_(piece.to(weights.device), alpha=1 / of)
+                    continue
+                before = weights.clone()
+                weights.add_(piece.to(weights.device), alpha=1 / left)
+                piece.sub_((weights - before).to(piece.device))
             self.held[name].weights_changed()
+
+    def not_yet_added(self, added: Mapping[str, list[torch.Tensor]], share: float) -> None:
+        """Take off what belongs to weights below fp32 all but a share."""
+        for name, pieces in added.items():
+            for weights, piece in zip(self.held[name].weights(), pieces, strict=True):
+                if weights.dtype.itemsize < 4:
+                    piece.mul_(share)
 
     def from_main(self, values: Mapping[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         """Return rank 0's tensors of parameters' shapes on every rank, all of which hold them whole."""
