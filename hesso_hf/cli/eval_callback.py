@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..distributed.collectives import from_main, is_main_process
+from ..distributed.passes import in_eval
 from ..errors import HessoError
 from ..pruning.weights.snapshot import kept_random_state
 from .tasks import Tasks
@@ -72,13 +73,8 @@ class EvalCallback(TrainerCallback):
     def _ask(self, device: Any) -> dict[str, float]:
         run = self._trainer.hesso_run
         model: nn.Module = run.whole
-        was_training = model.training
-        model.eval()
-        try:
-            with kept_random_state(device), self._trainer.compute_loss_context_manager():
-                found = self._tasks.scores(model, run.tokenizer)  # type: ignore[arg-type]
-        finally:
-            model.train(was_training)
+        with in_eval(model), kept_random_state(device), self._trainer.compute_loss_context_manager():
+            found = self._tasks.scores(model, run.tokenizer)  # type: ignore[arg-type]
         return {f"eval_{task}_{_named(key)}": value for task, scores in found.items() for key, value in scores.items()
                 if "," in key}  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from transformers.utils import CONFIG_NAME, cached_file
 
 from ..budget.cost import build_cost
+from ..distributed.passes import in_eval
 from ..errors import HessoError
 from ..hf_models.build import first_line, load_config
 from ..hf_models.loading import load_model, load_tokenizer
@@ -84,16 +85,14 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, blocks: Any, batch_size: int = 8) -> float:
     """Return the mean negative log-likelihood in nats a predicted token over blocks of `input_ids`."""
-    was_training = model.training
-    model.eval()
     total, tokens = 0.0, 0
     ids = blocks["input_ids"]
-    for start in range(0, len(ids), batch_size):
-        batch = torch.tensor(ids[start : start + batch_size], device=model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-        total, tokens = total + float(losses), tokens + batch[:, 1:].numel()
-    model.train(was_training)
+    with in_eval(model):
+        for start in range(0, len(ids), batch_size):
+            batch = torch.tensor(ids[start : start + batch_size], device=model.device)
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+            total, tokens = total + float(losses), tokens + batch[:, 1:].numel()
     return total / tokens
 
 

@@ -18,14 +18,24 @@ def gathers_in_hooks(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Have a model compute as in evaluation; each of its modules is in the mode that it was in afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Make passes without dropout, in which hooks see every module; mode and shards are as before afterwards."""
-    training = {module for module in model.modules() if module.training}
-    model.eval()
     # compiled layers pass hooks by; FSDP2 compiles them in place
     eager = torch.compiler.set_stance("force_eager") if isinstance(model, FSDPModule) else contextlib.nullcontext()
     try:
-        with eager:
+        with in_eval(model), eager:
             yield
     except Exception:
         if isinstance(model, FSDPModule):
@@ -33,5 +43,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         reshard(model)  # weights may change before the next pass
-        for module in training:
-            module.training = True

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..compat import attention_of
 from ..distributed.collectives import from_main, on_all
 from ..distributed.parts import stock_class
+from ..distributed.passes import in_eval
 from ..errors import VerificationError
 from ..hf_models.build import build_meta
 from ..hf_models.loading import without_bars
@@ -160,12 +161,8 @@ class WholeSource(LoneSource):
     def logits(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return them; the model's mode stays as it is, and a copy with adapters is let go."""
         model = _in_fp32(self._trained, self.decision) if self._adapted else self._copy
-        was_training = model.training
-        try:
-            with self.decision.routing(model):  # a checkpoint's model has no gates
-                return logits_of(model.eval(), input_ids.to(model.device)).to(self.device)
-        finally:
-            model.train(was_training)
+        with in_eval(model), self.decision.routing(model):  # a checkpoint's model has no gates
+            return logits_of(model, input_ids.to(model.device)).to(self.device)
 
     def cut(self, kept: KeptUnits) -> PreTrainedModel:
         """Cut it on its device, or on the CPU where that has no room."""

@@ -22,6 +22,7 @@ from ..budget.solver import LossFunction
 from ..config import HessoConfig
 from ..config.names import RECONSTRUCTION
 from ..distributed.parts import local, reshard
+from ..distributed.passes import in_eval
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
@@ -93,18 +94,17 @@ def measure_curves(
     counts = {name: _counts(structure) for name, structure in groups.structures.items()}
     passes = len(batches) * (3 + sum(map(len, counts.values())))
     bound = BoundGroups(parameters_of(model), groups, adapters=Adapters.of(model))
-    was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         logging.tqdm(total=passes, desc="Measuring what structures cost", disable=not progress) as bar,
         torch.random.fork_rng(devices=devices),
+        in_eval(model),
     ):
 
         def counted_loss(model: PreTrainedModel, batch: Any) -> torch.Tensor:
             bar.update()
             return batch_loss(model, batch)
 
-        model.eval()
         try:
             batches = usable(model, batches, counted_loss)
             if not batches:
@@ -120,7 +120,6 @@ def measure_curves(
                 for name in counts
             }
         finally:
-            model.train(was_training)
             model.zero_grad(set_to_none=True)
     sizes = {name: structure.pool_size for name, structure in groups.structures.items()}
     return LossCurves(

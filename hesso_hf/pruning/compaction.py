@@ -20,6 +20,7 @@ from transformers import Adafactor, PreTrainedModel
 
 from ..compat import refit, why_not_refit
 from ..distributed.collectives import on_all, world_size
+from ..distributed.passes import in_eval
 from ..errors import HessoError, VerificationError
 from ..export.adapter import AdapterSource
 from ..export.decision import Compaction, Decision, decide
@@ -180,17 +181,13 @@ def cut_in_memory(memory: InMemory, optimizer: HessoOptimizer) -> Compaction:
     trained, process = memory.model, optimizer.process
     decision = memory.decision(process)
     trained.zero_grad(set_to_none=True)
-    was_training = trained.training
-    try:
-        with kept_random_state(trained.device):
-            verifier = on_all(lambda: Verifier(memory.source(decision)), _CUT)
-            small, error = on_all(verifier.checked_cut, _CUT)
-            compaction = Compaction(
-                process.step, error, num_parameters(trained), decision.sizes_before, decision.kept_units
-            )
-            _put_(base_of(small), memory, optimizer, decision, verifier)
-    finally:
-        trained.train(was_training)
+    with in_eval(trained), kept_random_state(trained.device):
+        verifier = on_all(lambda: Verifier(memory.source(decision)), _CUT)
+        small, error = on_all(verifier.checked_cut, _CUT)
+        compaction = Compaction(
+            process.step, error, num_parameters(trained), decision.sizes_before, decision.kept_units
+        )
+        _put_(base_of(small), memory, optimizer, decision, verifier)
     _forget_(trained, process, compaction)
     return compaction
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..distributed.collectives import from_all
+from ..distributed.passes import in_eval
 from ..engines.engine import Engine
 from ..pruning.weights.snapshot import kept_random_state
 from .measure import Measurer, singles
@@ -124,21 +125,16 @@ class Quality:
 @torch.no_grad()
 def _mean_loss(trainer: Trainer, measurer: Measurer, model: PreTrainedModel, dataset: Any, count: int) -> MeanLoss:
     """Measure a model as the trainer evaluates it, on examples spread over a data set."""
-    was_training = model.training
     total, weight, tokens, examples = 0.0, 0, 0, 0
-    model.eval()
-    try:
-        with kept_random_state(trainer.args.device), trainer.accelerator.autocast():
-            for example in singles(trainer, dataset, count):
-                batch = trainer._prepare_inputs(example)
-                predicted = _tokens_predicted(model, batch)
-                if predicted == 0:
-                    continue
-                share = 1 if predicted is None else predicted
-                total += share * float(measurer.loss(model, batch))
-                weight, tokens, examples = weight + share, tokens + (predicted or 0), examples + 1
-    finally:
-        model.train(was_training)
+    with in_eval(model), kept_random_state(trainer.args.device), trainer.accelerator.autocast():
+        for example in singles(trainer, dataset, count):
+            batch = trainer._prepare_inputs(example)
+            predicted = _tokens_predicted(model, batch)
+            if predicted == 0:
+                continue
+            share = 1 if predicted is None else predicted
+            total += share * float(measurer.loss(model, batch))
+            weight, tokens, examples = weight + share, tokens + (predicted or 0), examples + 1
     return MeanLoss(total / weight if weight else math.nan, examples, tokens)
 
 

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pro
 from transformers.utils import logging
 
 from ..distributed.collectives import is_main_process, rank, summed_over_ranks, world_size
+from ..distributed.passes import in_eval
 from ..errors import CheckpointMismatchError, HessoError
 from ..pruning.weights.snapshot import kept_random_state
 
@@ -125,11 +126,10 @@ def write_windows(
     settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length - len(begin), pad_token_id=0)
     windows = torch.zeros(count, length, dtype=torch.int64, device=model.device)
     starts = range(0, count, ROWS)
-    was_training, own = model.training, model.generation_config
-    model.eval()
+    own = model.generation_config
     model.generation_config = GenerationConfig()  # a model's own would end rows, and sample otherwise
     try:
-        with kept_random_state(model.device):
+        with in_eval(model), kept_random_state(model.device):
             turns = range(math.ceil(len(starts) / world_size()))
             for turn in logging.tqdm(turns, desc="Writing text for replay", disable=not progress):
                 place = turn * world_size() + rank()
@@ -144,7 +144,6 @@ def write_windows(
                     windows[start : start + ROWS] = written
     finally:
         model.generation_config = own
-        model.train(was_training)
     return summed_over_ranks(windows).cpu()
 
 

@@ -321,11 +321,12 @@ def test_what_does_not_fit_a_gpu_beside_the_rest_is_made_on_the_cpu(monkeypatch:
 
 def test_exporting_changes_nothing_about_the_trained_model(tmp_path: Path):
     model, kept = zeroed()
-    model.train()
+    model.train().model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config = copy.deepcopy(model.config.to_dict())
     export_pruned(model, tmp_path / "small", groups=groups_of("llama"), kept_units=kept, dtype="bfloat16")
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert model.config.to_dict() == config
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -236,9 +236,12 @@ def test_hooks_patched_attributes_and_graphs_that_are_held_survive() -> None:
     model.model.layers[0].self_attn.attention_dropout = 0.25  # by hand: no size says so
     model.config.use_cache, model.config.name_or_path = False, "someone/base"
     held = model(token_batches(1)[0]).logits.sum()
-    compact(model.train(), optimizer)
+    model.train().model.layers[1].eval()
+    compact(model, optimizer)
     calls.clear()
-    assert model.training
+    assert [module.training for module in model.modules()] == [
+        name.startswith("model.layers.1") is False for name, _ in model.named_modules()
+    ]
     train(model, optimizer, 1)
     assert calls.count("hook") == 2  # once more in the recomputation
     assert calls.count("patched") == 1

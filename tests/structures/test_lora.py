@@ -141,6 +141,8 @@ def test_the_split_is_measured_as_on_the_dense_model() -> None:
     dense = copy.deepcopy(dense_model(model))
     groups = PruningPlan.prepare(dense, HessoConfig(0.3)).groups
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train().model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
     curves = [
         measure_curves(m, groups, token_batches(2), lambda m, batch: m(batch, labels=batch).loss, HessoConfig(0.3))
         for m in (model, dense)
@@ -150,6 +152,7 @@ def test_the_split_is_measured_as_on_the_dense_model() -> None:
     assert max(curves[0].rises["embedding_channels"]) > 0.01
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for n, p in model.named_parameters() if "lora" not in n)
+    assert [module.training for module in model.modules()] == modes
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

@@ -150,12 +150,13 @@ def test_what_fails_is_named_and_costs_no_run(
         return torch.tensor(loss)
 
     run = made(tmp_path, blocks(7, seed=2))
-    run.model.train()
+    run.model.train().model.layers[0].eval()
+    modes = [module.training for module in run.model.modules()]
     monkeypatch.setattr(Measurer, "loss", failing)
     with propagated(caplog):
         run.create_optimizer_and_scheduler(12)
     assert said in caplog.text
-    assert run.model.training
+    assert [module.training for module in run.model.modules()] == modes
     assert run.hesso_run.quality.record() is None
 
 

@@ -68,13 +68,15 @@ def test_windows_begin_with_the_start_token_and_go_on_with_another_text_where_on
 
 def test_writing_leaves_the_model_and_random_numbers_as_they_were():
     model = base().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
     settings = model.generation_config
     first = write_windows(model, Script.of(model, None), 5, 12, seed=4)
     assert torch.equal(torch.rand(4), expected)
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert model.generation_config is settings
     assert torch.equal(write_windows(model, Script.of(model, None), 5, 12, seed=4), first)
     assert not torch.equal(write_windows(model, Script.of(model, None), 5, 12, seed=5), first)
