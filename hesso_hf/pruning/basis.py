@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -164,12 +164,11 @@ def stream_covariance(
 
 @contextmanager
 def _hooked(model: nn.Module, owners: Container[str], note: Callable[..., None]) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(note) for name, m in model.named_modules() if plain_name(name) in owners]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if plain_name(name) in owners:
+                hooks.enter_context(module.register_forward_pre_hook(note))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _outer(hidden: torch.Tensor, centred: bool) -> torch.Tensor:

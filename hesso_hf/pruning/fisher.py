@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,11 +87,9 @@ def output_fisher(
         rows[name].append(g[::every].clone() if signs is None else signs.to(g.dtype) @ g)
         squares[name][-1] = squares[name][-1] + g.float().square().sum(1)  # of a matrix that is used twice, both
 
-    handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: watch(name, output))
-        for name, module in modules.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: watch(name, output)))
         for example in examples:
             for parts in squares.values():
                 parts.append(torch.zeros((), device=example.device))
@@ -100,9 +98,6 @@ def output_fisher(
                 signs = _signs(example, every, generator) if logits is not None and logits.dim() < 3 else None
                 if isinstance(logits, torch.Tensor) and logits.requires_grad:
                     torch.autograd.grad(logits, leaves, _by_drawn_labels(logits, generator), allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
     norms = {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in modules if rows[name]}
     kept = {name: torch.cat(rows[name]) for name in norms}
     sizes = [torch.stack([kept[name].float().abs().sum(), norms[name].sum()]) for name in norms]
@@ -132,11 +127,8 @@ def _grown_from_embeddings(model: PreTrainedModel) -> Iterator[list[torch.Tensor
         leaves.append(output.detach().requires_grad_())
         return leaves[-1].clone()  # which may be changed in place
 
-    handle = model.get_input_embeddings().register_forward_hook(cut_off)
-    try:
+    with model.get_input_embeddings().register_forward_hook(cut_off):
         yield leaves
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Self
 
@@ -158,12 +158,10 @@ class ModelReading:
 
 @contextmanager
 def _hooked(readers: list[Reader], hook: Callable[..., tuple[Any, ...]]) -> Iterator[None]:
-    handles = [reader.module.register_forward_pre_hook(partial(hook, reader)) for reader in readers]
-    try:
+    with ExitStack() as hooks:
+        for reader in readers:
+            hooks.enter_context(reader.module.register_forward_pre_hook(partial(hook, reader)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _on_trial(readers: list[Reader], trial: Mapping[str, StandIn]) -> AbstractContextManager[None]:

@@ -111,11 +111,8 @@ def _recorded_logits(model: nn.Module) -> Iterator[list[torch.Tensor]]:
         if logits is not None and (logits.requires_grad or not torch.is_grad_enabled()):
             found.append(logits)
 
-    handle = model.register_forward_hook(record)
-    try:
+    with model.register_forward_hook(record):
         yield found
-    finally:
-        handle.remove()
 
 
 class StepMean:

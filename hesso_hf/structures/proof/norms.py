@@ -7,6 +7,7 @@ counts zeroed ones too; everything else of the shape of a vector is taken as it 
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -101,7 +102,6 @@ def norms_after_writers(model: PreTrainedModel, input_ids: torch.Tensor, writers
     names = {module: name for name, module in model.named_modules()}
     written: dict[int, torch.Tensor] = {}
     found: set[str] = set()
-    handles = []
 
     def note(module: nn.Module, args: tuple, output: object) -> None:
         name = names[module]
@@ -113,15 +113,12 @@ def norms_after_writers(model: PreTrainedModel, input_ids: torch.Tensor, writers
                 written[id(first)] = first  # held, so that no other tensor gets its id
 
     embeddings = model.get_input_embeddings()
-    for module, name in names.items():
-        holds_layers = any(isinstance(child, nn.ModuleList) for child in module.children())
-        if name and module is not embeddings and id(module) not in layers and not holds_layers:
-            handles.append(module.register_forward_hook(note))
-    try:
+    with ExitStack() as hooks:
+        for module, name in names.items():
+            holds_layers = any(isinstance(child, nn.ModuleList) for child in module.children())
+            if name and module is not embeddings and id(module) not in layers and not holds_layers:
+                hooks.enter_context(module.register_forward_hook(note))
         forward_logits(model, input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
@@ -147,11 +144,10 @@ def norm_of_the_stream(model: PreTrainedModel, input_ids: torch.Tensor, norms: s
         if isinstance(given, torch.Tensor):
             found.extend(name for name, output in normed.items() if torch.equal(output, given))
 
-    handles = [modules[name].register_forward_hook(partial(note, name)) for name in sorted(norms)]
-    handles += [layer.register_forward_pre_hook(compare, with_kwargs=True) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for name in sorted(norms):
+            hooks.enter_context(modules[name].register_forward_hook(partial(note, name)))
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(compare, with_kwargs=True))
         forward_logits(model, input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
