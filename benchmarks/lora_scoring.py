@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hesso_hf import HessoConfig
 from hesso_hf.bundled import bundled_model_path, python_docs_dataset
 from hesso_hf.export.report import versions
-from hesso_hf.pruning.criteria import saliency_scores
+from hesso_hf.pruning.criteria import combine_criteria, criteria_of
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.pruning.ranking import lowest_units
 from hesso_hf.pruning.saliency import UnitSums, accumulate_
@@ -95,8 +95,8 @@ def _compare(
     scored["magnitude"] = (sums["weights"], "magnitude")
     elements, pools = bound.elements_per_unit(), {name: g.pools for name, g in groups.structures.items()}
     scores = {
-        label: saliency_scores(values, {criterion: 1.0}, elements, across_layers=False, pools=pools)
-        for label, (values, criterion) in scored.items()
+        label: combine_criteria(criteria_of(found, [name], elements), {name: 1.0}, across_layers=False, pools=pools)
+        for label, (found, name) in scored.items()
     }
     before = _loss(model, held_out)
     variants = {}

@@ -27,7 +27,7 @@ from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
 from ..structures.router_gates import routed_by
-from .criteria import needed_sums, saliency_scores
+from .criteria import combine_criteria, criteria_of, needed_sums
 from .fisher import OutputFisher
 from .healing import Healer
 from .ranking import lowest_units
@@ -163,7 +163,8 @@ def _scores(
     criteria, costs = config.calibration_weights, None
     if healer is not None and RECONSTRUCTION in criteria:
         costs = healer.costs(bound, no_units(bound.shapes(), bound.device), fisher=fisher)
-    return saliency_scores(sums, criteria, elements, across_layers=False, pools=pools, costs=costs)
+    values = criteria_of(sums, criteria, elements, costs=costs)
+    return combine_criteria(values, criteria, across_layers=False, pools=pools)
 
 
 @torch.no_grad()

@@ -27,29 +27,6 @@ def needed_sums(weights: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({term for name in weights for term in _NEEDS[name]}))
 
 
-def saliency_scores(
-    sums: UnitSums,
-    weights: Mapping[str, float],
-    elements: Mapping[str, int],
-    across_layers: bool,
-    competing: Mapping[str, torch.Tensor] | None = None,
-    pools: Mapping[str, int] | None = None,
-    costs: PerUnit | None = None,
-) -> dict[str, torch.Tensor]:
-    """Combine the criteria to one score per unit, (L, U) per structure; the lowest are redundant.
-
-    Args:
-        weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
-        elements: number of elements n of one unit, per structure.
-        across_layers: whether units compete across layers or within each.
-        competing: per structure the units (L, U) that still compete, bool; all by default.
-        pools: runs of a layer's units that compete each for itself, per structure; one by default.
-        costs: of reconstruction, for the structures that have such.
-    """
-    values = criteria_of(sums, weights, elements, costs=costs)
-    return combine_criteria(values, weights, across_layers, competing, pools)
-
-
 def criteria_of(
     sums: UnitSums,
     names: Iterable[str],
@@ -60,6 +37,7 @@ def criteria_of(
     """Return each criterion's values, shape (C, L, U) per structure, C criteria in the order of `names`.
 
     Args:
+        elements: number of elements n of one unit, per structure.
         signed: whether the first-order term keeps its sign, as it does along a path to zero.
         costs: of reconstruction, for the structures that have such; for others its stand-in counts.
     """
@@ -82,7 +60,14 @@ def combine_criteria(
     competing: Mapping[str, torch.Tensor] | None = None,
     pools: Mapping[str, int] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Divide each criterion's values (C, L, U) by their norm over the units that compete, and add them weighted."""
+    """Combine the criteria's values (C, L, U) to one score per unit, (L, U); the lowest are redundant.
+
+    Args:
+        weights: weight of each criterion; each is divided by its L2 norm over the units that compete.
+        across_layers: whether units compete across layers or within each.
+        competing: per structure the units (L, U) that still compete, bool; all by default.
+        pools: runs of a layer's units that compete each for itself, per structure; one by default.
+    """
     scores = {}
     for structure, stacked in values.items():
         total = torch.zeros_like(stacked[0])

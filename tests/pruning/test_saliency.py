@@ -11,7 +11,7 @@ import torch
 from hesso_hf.config import SALIENCIES, HessoConfig
 from hesso_hf.errors import HessoError
 from hesso_hf.pruning import saliency
-from hesso_hf.pruning.criteria import criterion, needed_sums, saliency_scores
+from hesso_hf.pruning.criteria import combine_criteria, criteria_of, criterion, needed_sums
 from hesso_hf.pruning.ranking import SHOWN_SCORES, lowest_units, ranked
 from hesso_hf.pruning.saliency import UnitSums, accumulate_
 from hesso_hf.pruning.schedule import Schedule
@@ -189,10 +189,11 @@ def test_criteria_are_normalised_over_the_units_that_compete_and_then_weighted()
     xg = torch.tensor([[5.0, -12.0], [0.0, 1.0]], dtype=torch.float64)  # 5 12 and 0 1
     sums = UnitSums({"mlp_channels": {"x2": x2, "xg": xg}}, batches=1)
     weights, elements = {"magnitude": 2.0, "taylor_first_order": 0.5}, {"mlp_channels": 7}
-    within = saliency_scores(sums, weights, elements, across_layers=False)["mlp_channels"]
+    values = criteria_of(sums, weights, elements)
+    within = combine_criteria(values, weights, across_layers=False)["mlp_channels"]
     expected = [[2 * 0.6 + 0.5 * 5 / 13, 2 * 0.8 + 0.5 * 12 / 13], [2 * 0.6 + 0.0, 2 * 0.8 + 0.5 * 1.0]]
     torch.testing.assert_close(within, torch.tensor(expected, dtype=torch.float64))
-    across = saliency_scores(sums, weights, elements, across_layers=True)["mlp_channels"]
+    across = combine_criteria(values, weights, across_layers=True)["mlp_channels"]
     magnitudes, slopes = torch.tensor([[3.0, 4], [6, 8]]), torch.tensor([[5.0, 12], [0, 1]])
     expected_across = 2 * magnitudes / math.sqrt(125) + 0.5 * slopes / math.sqrt(170)
     torch.testing.assert_close(across, expected_across.double(), rtol=1e-6, atol=0)
@@ -202,7 +203,8 @@ def test_all_zero_sums_give_zero_scores_and_no_nan() -> None:
     zeros = torch.zeros(1, 3, dtype=torch.float64)
     sums = UnitSums({"mlp_channels": {"xg": zeros.clone(), "xg2": zeros.clone()}}, batches=1)
     weights = {"taylor_first_order": 1.0, "taylor_second_order": 1.0}
-    assert saliency_scores(sums, weights, {"mlp_channels": 2}, False)["mlp_channels"].tolist() == [[0.0, 0.0, 0.0]]
+    values = criteria_of(sums, weights, {"mlp_channels": 2})
+    assert combine_criteria(values, weights, False)["mlp_channels"].tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_only_the_sums_in_use_are_kept() -> None:
@@ -279,7 +281,8 @@ def test_of_many_scores_some_are_told_and_both_sides_of_the_cut():
 def test_criteria_are_normalised_within_a_pool():
     sums = UnitSums({"query_heads": {"x2": torch.tensor([[9.0, 16.0, 36.0, 64.0]]).double()}}, batches=1)
     weights = {"magnitude": 1.0}
-    found = saliency_scores(sums, weights, {"query_heads": 2}, False, pools={"query_heads": 2})["query_heads"]
+    values = criteria_of(sums, weights, {"query_heads": 2})
+    found = combine_criteria(values, weights, False, pools={"query_heads": 2})["query_heads"]
     torch.testing.assert_close(found, torch.tensor([[0.6, 0.8, 0.6, 0.8]]).double())
-    across = saliency_scores(sums, weights, {"query_heads": 2}, True, pools={"query_heads": 2})["query_heads"]
+    across = combine_criteria(values, weights, True, pools={"query_heads": 2})["query_heads"]
     torch.testing.assert_close(across, torch.tensor([[3.0, 4.0, 6.0, 8.0]]).double() / 125**0.5)
