@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, LlamaForCausalLM
 
 from hesso_hf import HessoConfig, HessoOptimizer
@@ -181,8 +182,15 @@ def _run_cric(
         snapshot = optimizer.process.on_trial
         if snapshot is not None:
             held = [*model.parameters(), *(v for state in optimizer.state.values() for v in state.values())]
-            share = snapshot.num_bytes() / sum(value.numel() * value.element_size() for value in held)
+            copies = snapshot.state_dict()
+            share = _num_bytes([copies["weights"], copies["state"]]) / _num_bytes(held)
     return share
+
+
+def _num_bytes(values: Any) -> int:
+    """Return the size of the tensors in lists and dictionaries."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _plan(model: LlamaForCausalLM, structures: list[str], cric: bool = False) -> PruningPlan:

@@ -22,6 +22,7 @@ from ..structures.shape_probe import AxisMap, ParameterInfo
 Counts = Mapping[str, "np.ndarray | int"]
 Factor = tuple[str, int, int]  # structure, indices per unit, fixed indices: the length of a dimension
 CONTEXT = 2048  # tokens that the attention and cache terms of `flops` and `memory` are taken at
+_BYTES = 2  # of an element, of weights and cache alike
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,7 @@ def length_of(factor: Factor, kept: Counts, units: Mapping[str, int]) -> np.ndar
     return np.asarray(kept.get(structure, units.get(structure, 0)), dtype=np.float64) * per_unit + fixed
 
 
-def build_cost(
-    metric: str, groups: PruningGroups, axis_map: AxisMap, config: PretrainedConfig, bytes_per: int = 2
-) -> Cost:
+def build_cost(metric: str, groups: PruningGroups, axis_map: AxisMap, config: PretrainedConfig) -> Cost:
     """Build the cost model of a metric from the proved groups (`latency` is measured elsewhere)."""
     moving = moving_sizes(groups)
     terms: defaultdict[tuple[Factor, ...], float] = defaultdict(float)
@@ -69,7 +68,7 @@ def build_cost(
         place = in_stack(groups, info)
         if place == "other":  # the first layer stands for all
             continue
-        weight = _weight(metric, info, axis_map, config, bytes_per)
+        weight = _weight(metric, info, axis_map, config)
         factors = moving.get(info.name, {})
         if metric == "flops" and _is_expert_weight(info):  # a token's share of the experts, however many there are
             factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERT_UNITS}
@@ -77,7 +76,7 @@ def build_cost(
             weight *= 1 if dim in factors else size
         depth = [(LAYER_UNITS, 1, 0)] if place == "first" else []
         terms[tuple(sorted([*factors.values(), *depth]))] += weight
-    _add_attention(terms, metric, groups, config, bytes_per)
+    _add_attention(terms, metric, groups, config)
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     return Cost(metric, tuple((weight, factors) for factors, weight in terms.items() if weight), units)
 
@@ -94,12 +93,12 @@ def moving_sizes(groups: PruningGroups) -> dict[str, dict[int, Factor]]:
     }
 
 
-def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: PretrainedConfig, bytes_per: int) -> float:
+def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: PretrainedConfig) -> float:
     """Return what one element of a parameter costs."""
     if metric == "parameters":
         return 1.0
     if metric == "memory":
-        return float(bytes_per)
+        return float(_BYTES)
     if info.role in ("norm", "bias"):
         return 1.0
     if info.role == "embedding":  # a look-up costs nothing, a tied output matrix its product
@@ -120,13 +119,12 @@ def _add_attention(
     metric: str,
     groups: PruningGroups,
     config: PretrainedConfig,
-    bytes_per: int,
 ) -> None:
     """Add the scores and weighted sums (flops) or the key-value cache (memory) of CONTEXT tokens."""
     layers, heads, head_dim = get_size(config, LAYERS), get_size(config, HEADS), head_dim_of(config)
     if metric == "parameters" or not (layers and head_dim and heads):
         return
-    counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * bytes_per)
+    counted, weight = (HEADS, 4.0) if metric == "flops" else (KV_HEADS, 2.0 * _BYTES)
     per_token, depth = weight * head_dim * CONTEXT, [(LAYER_UNITS, 1, 0)]
     if LAYER_UNITS not in groups.structures:
         per_token, depth = per_token * layers, []

@@ -62,9 +62,9 @@ class Part:
             return values
         return values.narrow(0, self.starts[dim], self.sizes[dim])
 
-    def spread_out(self, sums: torch.Tensor, dim: int, start: int = 0) -> torch.Tensor:
-        """Return one value per index of the whole dimension: the given ones, from the part's `start` on, zero else."""
-        length, before = self.shape[dim], self.starts[dim] + start
+    def spread_out(self, sums: torch.Tensor, dim: int) -> torch.Tensor:
+        """Return one value per index of the whole dimension: the given ones where the part lies, zero else."""
+        length, before = self.shape[dim], self.starts[dim]
         if len(sums) == length:
             return sums
         return torch.nn.functional.pad(sums, (before, length - before - len(sums)))

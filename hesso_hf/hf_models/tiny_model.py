@@ -117,8 +117,8 @@ def attention_in_fp32(model: nn.Module) -> Iterator[None]:
             set_attention(configs[key], name)
 
 
-def token_ids(config: PretrainedConfig, seed: int = SEED, rows: int = SHAPE[0]) -> torch.Tensor:
+def token_ids(config: PretrainedConfig, rows: int = SHAPE[0]) -> torch.Tensor:
     """Return random token ids, shape (rows, 12), none of them a special one."""
     vocab = get_size(config, VOCAB)
     assert vocab is not None
-    return torch.randint(3, vocab, (rows, SHAPE[1]), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, vocab, (rows, SHAPE[1]), generator=torch.Generator().manual_seed(SEED))

@@ -27,11 +27,6 @@ class TokenRows:
     places: torch.Tensor
     scale: torch.Tensor | None = None
 
-    @classmethod
-    def of(cls, rows: torch.Tensor) -> TokenRows:
-        """Take all rows, and all alike."""
-        return cls(rows, torch.arange(len(rows), device=rows.device))
-
     def __len__(self) -> int:
         return len(self.places)
 

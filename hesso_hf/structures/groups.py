@@ -49,19 +49,16 @@ class Axis:
         return self.lay(self.layout.expand(values, fixed_value), ndim)
 
     @torch.no_grad()
-    def mask_(
-        self, tensor: torch.Tensor, pruned: torch.Tensor, fill: float | None = None, part: Part | None = None
-    ) -> None:
+    def mask_(self, tensor: torch.Tensor, pruned: torch.Tensor, fill: float | None = None) -> None:
         """Set pruned units' slices to what stands for zero, in place, even where they hold NaN.
 
         Args:
-            tensor: the parameter's data, or what this process holds of it.
+            tensor: the parameter's data.
             pruned: shape (U,), bool.
             fill: the value; by default -shift, so that the effective weight is zero.
-            part: which part `tensor` is; all of it by default.
         """
         along = self.layout.expand(pruned.to(tensor.device), fixed_value=False)
-        tensor.masked_fill_(self.lay(along, tensor.dim(), part), -self.shift if fill is None else fill)
+        tensor.masked_fill_(self.lay(along, tensor.dim()), -self.shift if fill is None else fill)
 
     @torch.no_grad()
     def centre_(
@@ -77,7 +74,8 @@ class Axis:
         at zero the kept ones have mean zero among themselves.
 
         Args:
-            tensor, part: as for `mask_`.
+            tensor: the parameter's data, or what this process holds of it.
+            part: which part `tensor` is; all of it by default.
             portions: per index of the whole axis, in the tensor's dtype (`portions_of`).
             total: sum over the channels of all parts, where `tensor` holds some of them.
         """

@@ -73,7 +73,6 @@ def settle_in_basis(
 
 
 def _channels_go(plan: PruningPlan) -> bool:
-    assert plan.target is not None
     return plan.target.kept_units[CHANNELS] < plan.target.num_units[CHANNELS]
 
 

@@ -30,7 +30,7 @@ from hesso_hf.pruning.windows import padded, unreadable
 from hesso_hf.structures.lora import Adapters, base_of, parameters_of
 from tests.support.checks import propagated
 from tests.support.lora import tiny_lora
-from tests.support.tiny import HEAD_DIM, KV_HEADS, MLP, VOCAB, tiny_gpt2, tiny_llama
+from tests.support.tiny import HEAD_DIM, KV_HEADS, MLP, VOCAB, all_rows, tiny_gpt2, tiny_llama
 
 REPEATED = 10
 HEADS, CHANNELS, STREAM = "attention_heads", "mlp_channels", "embedding_channels"
@@ -158,7 +158,7 @@ def test_noise_is_left_alone():
     rows = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
     gone = torch.zeros(48, dtype=torch.bool)
     gone[:4] = True
-    assert said_by_others(TokenRows.of(rows), torch.randn(6, 4), gone, ~gone) is None
+    assert said_by_others(all_rows(rows), torch.randn(6, 4), gone, ~gone) is None
 
 
 def test_of_units_that_repeat_each_other_one_costs_little() -> None:
@@ -459,6 +459,6 @@ def test_weights_grow_only_where_others_repeat_what_goes(noise: float, repeats: 
     rows[:, 1] = rows[:, 0] + difference
     rows[:, 5] = 100 * difference + noise * torch.randn(400, generator=generator) + (0 if repeats else 1.5 * rows[:, 2])
     gone = torch.tensor([False] * 5 + [True])
-    said = said_by_others(TokenRows.of(rows), torch.ones(3, 1), gone, ~gone)
+    said = said_by_others(all_rows(rows), torch.ones(3, 1), gone, ~gone)
     assert said is not None
     assert (float(said.abs().max()) > 50) == repeats

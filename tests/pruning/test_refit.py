@@ -11,6 +11,7 @@ from hesso_hf.pruning import reconstruction, refit
 from hesso_hf.pruning.reconstruction import removal_costs
 from hesso_hf.pruning.refit import ColumnSums, TokenSums, said_by_others
 from hesso_hf.pruning.token_rows import TokenRows
+from tests.support.tiny import all_rows
 
 COLUMNS, OUT = 40, 7
 
@@ -58,12 +59,12 @@ def test_of_few_tokens_no_matrix_of_all_columns_is_made(monkeypatch: pytest.Monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(TokenRows, "gram", too_large)
-    found = said_by_others(TokenRows.of(rows), weight, gone, stays)
+    found = said_by_others(all_rows(rows), weight, gone, stays)
     assert found is not None
     nearest = min((expected.said(ridge) - found).abs().max() for ridge in refit.RIDGES)
     assert nearest < 1e-10
     with pytest.raises(torch.OutOfMemoryError):
-        said_by_others(TokenRows.of(setting(50)[0]), weight, gone, stays)
+        said_by_others(all_rows(setting(50)[0]), weight, gone, stays)
 
 
 def test_sums_in_fp32_are_enough() -> None:
@@ -72,7 +73,7 @@ def test_sums_in_fp32_are_enough() -> None:
     rows, weight, gone, stays = setting(1500, columns)
     rows[0] *= 100
     rows[:, ::50] *= 30
-    exact = ColumnSums(TokenRows.of(rows).gram(), gone, stays)
+    exact = ColumnSums(all_rows(rows).gram(), gone, stays)
     rounded = ColumnSums(exact.gram.float(), gone, stays)
     for ridge in refit.RIDGES:
         errors = []
@@ -91,7 +92,7 @@ def test_sums_in_fp32_are_enough() -> None:
 
 def test_where_fp32_is_not_enough_costs_are_those_of_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = setting(90)[0]
-    gram = TokenRows.of(rows).gram()
+    gram = all_rows(rows).gram()
     units, none = torch.arange(COLUMNS), torch.zeros(COLUMNS, dtype=torch.bool)
     weight = torch.randn(OUT, COLUMNS, generator=torch.Generator().manual_seed(1))
     expected, plain = removal_costs(gram.float().double(), weight.double(), units, none), torch.linalg.cholesky

@@ -8,6 +8,7 @@ import torch
 from hesso_hf.pruning import refit, token_rows
 from hesso_hf.pruning.refit import StandIn
 from hesso_hf.pruning.token_rows import TokenRows
+from tests.support.tiny import all_rows
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def test_sums_over_a_few_rows_at_a_time_are_those_of_all_that_count() -> None:
     assert float((tokens.gram() - whole.double().T @ whole.double()).abs().max()) < 1e-5
     some = torch.tensor([1, 3, 8])
     assert torch.equal(tokens.chosen(some).all(torch.float32), whole[some])
-    assert torch.equal(TokenRows.of(rows).all(torch.float32), rows)
+    assert torch.equal(all_rows(rows).all(torch.float32), rows)
 
 
 def test_what_stands_in_for_columns_is_put_in_their_place_in_every_row() -> None:

@@ -307,7 +307,9 @@ def export_in_little_memory(folder: Path) -> None:
     with torch.no_grad():
         for _, axis in structure.all_axes():
             parameter = model.get_parameter(axis.parameter)
-            axis.mask_(parameter.to_local(), torch.arange(1280) >= 640, part=part_of(axis.parameter, parameter))
+            along = axis.layout.expand(torch.arange(1280) >= 640, fixed_value=False)
+            mask = axis.lay(along, parameter.dim(), part_of(axis.parameter, parameter))
+            parameter.to_local().masked_fill_(mask, 0.0)
     kept = KeptUnits({"mlp_channels": 1280}, {"mlp_channels": (tuple(range(640)),) * len(structure.layers)})
     gc.collect()
     with Growth() as grown:

@@ -29,6 +29,7 @@ from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.process import PruningProcess
 from hesso_hf.pruning.schedule import Schedule
+from hesso_hf.pruning.token_rows import TokenRows
 from hesso_hf.structures.groups import PruningGroups
 from hesso_hf.structures.proof.prove import proved_groups
 from hesso_hf.structures.shape_probe import AxisMap
@@ -113,6 +114,11 @@ def process_for(
     cost = build_cost("parameters", groups, axis_map, model.config)
     target = solve_budget(hesso_config, model.config, groups, cost)
     return PruningProcess(dict(model.named_parameters()), groups, target, schedule, hesso_config)
+
+
+def all_rows(rows: torch.Tensor) -> TokenRows:
+    """What a matrix reads, where all tokens count, and all alike."""
+    return TokenRows(rows, torch.arange(len(rows)))
 
 
 def token_batches(count: int, seed: int = 7, shape: tuple[int, int] = (2, 9)) -> list[torch.Tensor]:

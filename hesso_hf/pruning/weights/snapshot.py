@@ -94,10 +94,6 @@ class Snapshot:
         self._options = _put_back(list(state["options"]), self._options, self._device)
         self.random = state["random"]
 
-    def num_bytes(self) -> int:
-        """Return the size of all copies."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in _tensors([self._weights, self._state]))
-
     @property
     def _device(self) -> torch.device:
         return self._parameters[0].device
@@ -165,17 +161,6 @@ def _own_options(group: Mapping[str, Any]) -> list[str]:
 def _like(sequence: Any, parts: list[Any]) -> Any:
     """Return `parts` as a list, tuple or named tuple, as `sequence` is."""
     return type(sequence)(*parts) if hasattr(sequence, "_fields") else type(sequence)(parts)
-
-
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ...hf_models.tiny_model import forward_logits, logits_of, random_model, rel
 from ..build import build_groups, coupled_units, num_units
 from ..cut import cuts_by_tensor, load_cut, zero_units_
 from ..groups import AxisName, PruningGroups, Scheme
-from ..layout import Layout, Segment
+from ..layout import block_layout
 from ..shape_probe import probe_axes
 from .experts import ids_for_all_experts
 from .norms import norms_after_writers
@@ -75,7 +75,7 @@ class Bench:
                 self.gradients.parameters[name].masked_fill_(mask, fill)
 
         owners = self.gradients.owners(self.width, zero, axes, tuple(gates.items()))
-        one_each = Layout((Segment(1, 1),))
+        one_each = block_layout(1)
         along = set(gates) | {axis for axis in axes if layout_of(owners[axis], len(owners[axis])) == one_each}
         along |= {axis for axis in axes if self.gradients.output_axis(axis[0]) in along}  # biases, as weights' rows
         return [axis for axis in axes if axis in along], [axis for axis in axes if axis not in along]

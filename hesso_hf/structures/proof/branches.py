@@ -18,7 +18,7 @@ from ...errors import HessoError, UnsupportedStructureError
 from ...hf_models.sizes import ConfigSizes
 from ..build import num_units
 from ..groups import Axis, AxisName, Branch
-from ..layout import Layout, Segment
+from ..layout import Layout, Segment, block_layout
 from ..shape_probe import AxisMap
 from .ownership import NOBODY, UNKNOWN, GradientProbe, layout_of
 
@@ -161,7 +161,7 @@ class Search:
             linear = isinstance(self.probe.model.get_submodule(info.module), nn.Linear)
             if linear and axis[1] == 1 and info.shape[1] % self.units == 0 and info.role == "matrix":
                 block = axis[0].rpartition(".")[0].rpartition(".")[0]
-                layout = Layout((Segment(1, info.shape[1] // self.units),))
+                layout = block_layout(info.shape[1] // self.units)
                 blocks.setdefault(block, {})[axis] = layout
                 stack = info.layer.rpartition(".")[0]
                 blocks.setdefault(f"{stack}|{info.module.removeprefix(info.layer)}", {})[axis] = layout
@@ -226,7 +226,7 @@ def _reader_layouts(size: int, units: int, granule: int) -> list[Layout]:
     per_unit, rest = divmod(size, units)
     layouts = []
     if not rest:
-        layouts.append(Layout((Segment(1, per_unit),)))
+        layouts.append(block_layout(per_unit))
         if per_unit > granule and per_unit % granule == 0:
             layouts.append(Layout((Segment(per_unit // granule, granule),)))
     return layouts

@@ -25,6 +25,7 @@ from ..groups import KeptUnits, PruningGroups
 from ..layers import LAYER_UNITS, LayerScheme, full_names, layer_groups, stack_of
 from .bench import Bench
 from .residual_stream import StreamAxis
+from .result import TOLERANCE
 
 _MAX_KINDS = 4  # so many kinds of layers are dropped as a whole, each
 _JOINT_LAYERS = 4  # so many are kept where other structures are cut as well: rounding grows with depth
@@ -33,9 +34,9 @@ _JOINT_LAYERS = 4  # so many are kept where other structures are cut as well: ro
 class LayerTrial:
     """Drops layers of a tiny model in several ways and finds the parameters that have to be zero for it."""
 
-    def __init__(self, bench: Bench, tolerance: float) -> None:
+    def __init__(self, bench: Bench) -> None:
         stack_of(bench.axis_map)
-        self.bench, self.tolerance = bench, tolerance
+        self.bench = bench
         _vary_buffers(bench.model)
         self.logits = logits_of(bench.model, bench.input_ids)
         self.layers = bench.axis_map.sizes.get(LAYERS) or 0
@@ -55,7 +56,7 @@ class LayerTrial:
             if not scheme.writers:
                 continue
             error = self._worst(scheme)
-            if error <= self.tolerance:
+            if error <= TOLERANCE:
                 scheme = self._smallest(scheme)
                 return scheme, self._worst(scheme)
             best = error if best is None else min(best, error)
@@ -63,7 +64,7 @@ class LayerTrial:
             raise UnsupportedStructureError("nothing was found that writes to the residual stream in a layer")
         raise UnsupportedStructureError(
             f"a model without some layers isn't the one in which they write nothing (relative error {best:.1e} > "
-            f"{self.tolerance:.0e}): layers use one another or their index"
+            f"{TOLERANCE:.0e}): layers use one another or their index"
         )
 
     def joint_error(self, scheme: LayerScheme, others: PruningGroups, units: KeptUnits) -> float:
@@ -79,7 +80,7 @@ class LayerTrial:
         first = next(ways_to_drop(self.bench.config, self.layers))
         for module in sorted({pattern.rpartition(".")[0] for pattern, _ in scheme.writers}):
             fewer = scheme.without_module(module)
-            if fewer.writers and self._error_of(fewer, first) <= self.tolerance:
+            if fewer.writers and self._error_of(fewer, first) <= TOLERANCE:
                 scheme = fewer
         return scheme
 
@@ -90,7 +91,7 @@ class LayerTrial:
         groups = self._groups(scheme)
         kept = KeptUnits({LAYER_UNITS: self.layers}, {LAYER_UNITS: (layers,)})
         zeroed = logits_of(self._zeroed(groups, kept), self.bench.input_ids)
-        if relative_error(zeroed, self.logits) < 100 * self.tolerance:
+        if relative_error(zeroed, self.logits) < 100 * TOLERANCE:
             return math.inf  # they do nothing anyway, so nothing is learnt
         if layers not in self._small:
             self._small[layers] = self._cut(groups, kept, self.bench.model)

@@ -79,7 +79,7 @@ def _prove_layers(
     bench = Bench(model_class, tiny_config(model_class, config, all_layers=True))
     if not others.coupled:
         bench.axis_map = replace(bench.axis_map, coupling=None)
-    trial = LayerTrial(bench, TOLERANCE)  # refuses first what needs no model
+    trial = LayerTrial(bench)  # refuses first what needs no model
     scheme, error = trial.find(bench.stream(list(bench.axis_map.moving((HIDDEN,))))[0])
     if proved := _unit_schemes(others.structures):
         groups = bench.groups(proved)
