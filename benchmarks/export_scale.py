@@ -30,7 +30,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hesso_hf import export_pruned
-from hesso_hf.export.checkpoint_state import STATE_NAME
+from hesso_hf.config.files import STATE_NAME
 from hesso_hf.export.report import versions
 from hesso_hf.export.weight_files import WeightFiles, stored_shapes, write_configs
 from hesso_hf.hf_models.build import build_meta

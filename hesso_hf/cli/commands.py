@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import HessoConfig
-from ..config.names import AUTO_REPLAY_SHARE
+from ..config.files import STATE_NAME
+from ..config.names import AUTO_REPLAY_SHARE, DTYPE_NAMES
 from ..errors import HessoError
 from .comparison import PICTURES, check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
@@ -136,7 +137,7 @@ def export_flags(parser: argparse.ArgumentParser) -> None:
         "adapters, DeepSpeed's and FSDP's files, and removed tokens",
     )
     parser.add_argument("output", nargs="?", help="folder for the smaller model")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="stored dtype")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="stored dtype")
     parser.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")
     parser.add_argument(
         "--for", nargs="+", dest="engines", choices=["onnx", "openvino", "gguf"], default=[], metavar="ENGINE",
@@ -158,7 +159,7 @@ def export(arguments: argparse.Namespace) -> None:
 
         for engine in arguments.engines:
             check_conversion(engine, arguments.converter)
-    if arguments.output is None and (not arguments.engines or (checkpoint / "hesso_state.json").exists()):
+    if arguments.output is None and (not arguments.engines or (checkpoint / STATE_NAME).exists()):
         raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
     if arguments.output is not None:
         from ..export import export_pruned
@@ -209,7 +210,7 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, help="written to measure generation; 0: it isn't")
     parser.add_argument("--no-speed", action="store_true", help="leave speed out, which takes long on a CPU")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help=MEASURED_IN)
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help=MEASURED_IN)
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     parser.add_argument("--output", help="write the results there too: .json, .md, or a picture, .svg or .png")
     parser.add_argument("--card", action="store_true", help="write them into smaller models' cards, pages and reports")

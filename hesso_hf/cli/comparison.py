@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..config.files import REPORT_NAME
 from ..errors import HessoError
 from .data import check_text_file
-from .report import REPORT_NAME, names_of
+from .report import names_of
 
 # What is measured: its key, what the table calls it, how it is written, and whether it compares by a ratio.
 MEASURES = (

@@ -139,7 +139,7 @@ def _tokenizer(run: RunArguments) -> Any:
 
 def _print_ladder(trainer: Any, output: Path) -> None:
     """Print a table of the models that were saved on the way, and the last one."""
-    from ..export.report import REPORT_NAME
+    from ..config.files import REPORT_NAME
 
     folders = trainer.hesso_run.ladder.folders
     if not folders:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import yaml
 
 from ..config import HessoConfig
+from ..config.names import DTYPE_NAMES
 from ..errors import HessoError, nearest_name
 from .data import check_text_file, model_source
 from .examples import TEXT_COLUMN
@@ -81,7 +82,7 @@ class RunArguments:
         for dataset in (self.dataset, self.eval_dataset, self.retained_dataset):
             if dataset is not None:
                 check_text_file(dataset)
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPE_NAMES:
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size is not None and self.block_size < 2:
             raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")

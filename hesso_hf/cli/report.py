@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..config.files import PAGE_NAME, REPORT_NAME
 from ..errors import HessoError
 from ..export.page.compared import compared_rows
 from ..export.page.losses import Losses
-from ..export.page.page import PAGE_NAME, Model, report_page
+from ..export.page.page import Model, report_page
 from .printing import print_report, print_table
 from .training_log import losses_beside, losses_in
 
-REPORT_NAME = "pruning_report.json"  # export's, whose modules import torch; a test compares the two
 SMALL_NAME = "small"  # of the folder that `hesso-hf prune` saves the smaller model in, where no other is named
 _PARTS = ("parameters", "pruning_ratio", "sizes", "verification")  # which every report has
 

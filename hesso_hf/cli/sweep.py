@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.files import REPORT_NAME
 from ..errors import HessoError
 from .comparison import markdown_table
 from .printing import by_share, print_table
 from .prune import INTERRUPTED, PART_OF_SWEEP
 from .recipe import parse_recipe, recipe_parser
-from .report import REPORT_NAME, SMALL_NAME, write_page
+from .report import SMALL_NAME, write_page
 
 HELP = "prune as a recipe says at several ratios, and compare: hesso-hf sweep RECIPE --ratios 0.2 0.3 0.5"
 _SET_HERE = ("pruning_ratio", "target_sizes", "output", "resume_from_checkpoint")

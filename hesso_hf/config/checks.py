@@ -7,7 +7,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from ..errors import HessoError
-from .names import CRIC_TRIALS, INSTEAD_OF, RECONSTRUCTION, SALIENCIES, STRUCTURES, weights_by_name
+from .names import CRIC_TRIALS, DTYPE_NAMES, INSTEAD_OF, RECONSTRUCTION, SALIENCIES, STRUCTURES, weights_by_name
 
 if TYPE_CHECKING:
     from .hesso_config import HessoConfig
@@ -18,7 +18,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "stream_basis": ("given", "principal", "auto"),
     "healing": ("off", "auto"),
     "compact": ("never", "end", "auto"),
-    "export_dtype": (None, "float32", "bfloat16", "float16"),
+    "export_dtype": (None, *DTYPE_NAMES),
     "lora_export": ("merged", "adapter"),
     "cric_mode": ("path", "probe", "healed"),
     "cric_snapshot": ("cpu", "device"),

@@ -21,6 +21,7 @@ INSTEAD_OF = {"query_heads": "attention_heads"}  # their units are parts of the 
 OPT_IN = (*INSTEAD_OF, "experts", "layers")  # pruned only where they are named
 DEFAULT_STRUCTURES = tuple(name for name in STRUCTURES if name not in OPT_IN)  # what 'all' stands for
 RECONSTRUCTION = "reconstruction"  # the default where marked units are healed
+DTYPE_NAMES = ("float32", "bfloat16", "float16")  # that weights are trained, measured and stored in
 SALIENCIES = (
     "magnitude", "avg_magnitude", "cosine_similarity", "taylor_first_order", "taylor_second_order", RECONSTRUCTION,
 )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ..config.files import PRUNING_NAME
 from ..distributed.collectives import rank
-from ..export.checkpoint_state import PRUNING_NAME
 from ..pruning.optimizer import HessoOptimizer
 
 logger = logging.get_logger(__name__)

@@ -10,18 +10,16 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
 from transformers.utils import logging
 
-from .page.page import PAGE_NAME
+from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, REPORT_NAME
 from .page.quality import evaluated_on, evaluation_rows, quality_rows
 from .page.words import text_of
-from .plots import PLOT_NAME
 
 logger = logging.get_logger(__name__)
 
-CARD_NAME = "README.md"
 _LICENCE = ("license", "license_name", "license_link")
 
 
-def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any], picture: bool, page: bool) -> str:
+def card(report: Mapping[str, Any], licence: Mapping[str, Any], picture: bool, page: bool) -> str:
     """Return the card: front matter for the Hub and a description.
 
     Args:
@@ -46,7 +44,7 @@ def card(report: Mapping[str, Any], report_name: str, licence: Mapping[str, Any]
         replayed=_REPLAYED.format(**replay) if replay else "",
         zeros="" if compaction else " with its pruned units at zero",
         compacted=_COMPACTED.format(**compaction) if compaction else "",
-        file=report_name,
+        file=REPORT_NAME,
         page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
         picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         made=_made(report),

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..config.files import CARD_NAME, PRUNING_NAME, STATE_NAME
 from ..distributed.collectives import common, world_size
 from ..distributed.parts import full_shape, named_parameters
 from ..errors import CheckpointMismatchError
@@ -23,8 +24,6 @@ from ..structures.lora import num_parameters
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "hesso_state.json"
-PRUNING_NAME = "hesso_pruning.pt"  # the pruning state, where no optimizer is saved that would hold it
 _CARD = """---
 tags:
 - hesso
@@ -67,7 +66,7 @@ def write_state(folder: Path, decision: Mapping[str, Any], config: HessoConfig, 
     """
     compaction = training.get("compaction")
     card = _SMALLER_CARD.format(folder=folder, **compaction) if compaction else _card(folder, decision)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
     staged = folder / f"{STATE_NAME}.tmp"
     state = {
         **decision,

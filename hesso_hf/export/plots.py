@@ -12,7 +12,6 @@ from .page.words import named
 
 logger = logging.get_logger(__name__)
 
-PLOT_NAME = "cric.png"
 _ROLES = {"corrected": ("#1b7837", "first thought redundant, kept"), "replacing": ("#b2182b", "removed instead")}
 _CRITERION = "taylor_first_order"  # along the path: the estimated rise of the loss if the unit goes
 

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, metadata_load
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, RECIPE_NAME, REPORT_NAME
 from ..distributed.parts import stock_class
 from ..hf_models.serving import not_served_as_they_are
 from ..hf_models.sizes import get_size
@@ -26,16 +27,14 @@ from ..structures.groups import KeptUnits
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from ..vocabulary.trim_embeddings import rows_elements
-from .card import CARD_NAME, card, licence_of
+from .card import card, licence_of
 from .decision import Decision
-from .page.page import PAGE_NAME, write_page
-from .plots import PLOT_NAME, draw_cric, has_cycles
+from .page.page import write_page
+from .plots import draw_cric, has_cycles
 from .verify import Verification
 
 logger = logging.get_logger(__name__)
 
-REPORT_NAME = "pruning_report.json"
-RECIPE_NAME = "hesso_recipe.yaml"
 SHOWING = (PLOT_NAME, PAGE_NAME, RECIPE_NAME)  # files that not every smaller model has
 
 
@@ -158,7 +157,7 @@ def _write(report: Mapping[str, Any], folder: Path, licence: Mapping[str, Any], 
     (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
     read = json.loads(text)
     page = _shown_in(folder / PAGE_NAME, lambda path: write_page(read, path))
-    (folder / CARD_NAME).write_text(card(read, REPORT_NAME, licence, picture, page), encoding="utf-8")
+    (folder / CARD_NAME).write_text(card(read, licence, picture, page), encoding="utf-8")
 
 
 def _shown_in(path: Path, draw: Callable[[Path], bool]) -> bool:

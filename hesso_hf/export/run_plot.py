@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.files import REPORT_NAME
 from ..errors import HessoError
 from .page.losses import Losses, removed_until_the_end
 from .page.words import logged, named
-from .report import REPORT_NAME
 
 try:
     from matplotlib.figure import Figure

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from ..config.files import REPORT_NAME, STATE_NAME
 from ..errors import CheckpointMismatchError, HessoError
 from ..hf_models.build import first_line, load_config, model_class_of
 from ..structures.cut import cut_model, zero_units_
@@ -29,9 +30,8 @@ from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..structures.uneven_layers import uneven_sizes
 from ..vocabulary.tokens import KeptTokens
 from .checkpoint import NotStreamedError, open_checkpoint
-from .checkpoint_state import SHARDS_NAME, STATE_NAME, holds_masters, read_state
+from .checkpoint_state import SHARDS_NAME, holds_masters, read_state
 from .decision import Compaction, groups_for
-from .report import REPORT_NAME
 from .stored import StoredWeights
 
 logger = logging.get_logger(__name__)

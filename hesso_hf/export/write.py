@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from ..config.names import DTYPE_NAMES
 from ..distributed.parts import stock_class
 from ..structures.lora import ADAPTER_CONFIG
 from ..structures.uneven_layers import uneven_sizes, write_modelling_file
@@ -28,7 +29,7 @@ from .verify import Verification, Verifier
 
 logger = logging.get_logger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)

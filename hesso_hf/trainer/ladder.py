@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..budget.ladder import rung_folder
 from ..config import HessoConfig
+from ..config.files import REPORT_NAME
 from ..engines.engine import Engine
 from ..export.page.page import Model, report_page
-from ..export.report import REPORT_NAME
 from ..export.storage import check_not_base
 
 if TYPE_CHECKING:

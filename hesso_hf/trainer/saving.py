@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..config.files import CARD_NAME, REPORT_NAME
 from ..distributed.collectives import from_all, from_main, on_all
 from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError
-from ..export.card import CARD_NAME
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
 from ..export.export import cut_pruned
 from ..export.parameters import fp32_place
-from ..export.report import REPORT_NAME, SHOWING, PruningReport
+from ..export.report import SHOWING, PruningReport
 from ..export.storage import check_writable, room, writing
 from ..hf_models.build import first_line
 from ..pruning.process import PruningProcess

@@ -16,11 +16,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..config.files import REPORT_NAME
 from ..distributed.collectives import barrier
 from ..engines.engine import Engine, Steps
 from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_
-from ..export.report import REPORT_NAME, PruningReport, add_to_card
+from ..export.report import PruningReport, add_to_card
 from ..export.storage import check_not_base
 from ..structures.lora import lora_layers, with_adapter
 from .callbacks import OWN_CALLBACKS, metrics

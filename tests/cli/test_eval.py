@@ -28,8 +28,7 @@ from hesso_hf.cli.comparison import evaluation_of
 from hesso_hf.cli.data import text_blocks
 from hesso_hf.cli.main import main
 from hesso_hf.cli.tasks import PAPER
-from hesso_hf.export.page.page import PAGE_NAME
-from hesso_hf.export.report import REPORT_NAME
+from hesso_hf.config.files import PAGE_NAME, REPORT_NAME
 from hesso_hf.structures.proof.prove import proved_groups
 from tests.cli.test_report import small_report
 from tests.support import ROOT

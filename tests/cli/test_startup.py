@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hesso_hf.cli import report
-from hesso_hf.export.report import REPORT_NAME
+from hesso_hf.config.files import REPORT_NAME
 
 FRAMEWORKS = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "matplotlib")
 RUN = f"""
@@ -74,7 +73,3 @@ def test_no_framework_is_imported(argv: list[str], code: int, message: str, tmp_
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert done.stdout.splitlines()[-1] == "loaded: []"
-
-
-def test_the_report_is_looked_for_under_the_name_that_the_export_gives_it() -> None:
-    assert report.REPORT_NAME == REPORT_NAME

@@ -12,15 +12,15 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hesso_hf.export.card import CARD_NAME, card, licence_of
-from hesso_hf.export.page.page import PAGE_NAME
-from hesso_hf.export.report import REPORT_NAME, add_evaluation
+from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
+from hesso_hf.export.card import card, licence_of
+from hesso_hf.export.report import add_evaluation
 from tests.cli.test_report import NUMBER, numbers_in, shown_as, small_report
 from tests.support.checks import propagated
 
 
 def made(report: dict[str, Any], **licence: str) -> ModelCard:
-    return ModelCard(card(report, REPORT_NAME, licence, picture=False, page=True))
+    return ModelCard(card(report, licence, picture=False, page=True))
 
 
 def test_the_front_matter_says_what_it_came_of_and_how_good_it_is() -> None:

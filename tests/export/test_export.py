@@ -22,10 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 import hesso_hf
 from hesso_hf.budget import inspect_model
 from hesso_hf.cli.memory.model_sizes import model_sizes
+from hesso_hf.config.files import REPORT_NAME, STATE_NAME
 from hesso_hf.errors import HessoError, VerificationError
-from hesso_hf.export.checkpoint_state import STATE_NAME
 from hesso_hf.export.export import export_pruned
-from hesso_hf.export.report import REPORT_NAME
 from hesso_hf.hf_models.build import load_config
 from hesso_hf.hf_models.loading import load_model
 from hesso_hf.structures import cut

@@ -10,11 +10,9 @@ import pytest
 
 from hesso_hf import HessoTrainer
 from hesso_hf.cli.main import main
+from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
 from hesso_hf.export import publish
-from hesso_hf.export.card import CARD_NAME
 from hesso_hf.export.page.losses import MOST, Losses
-from hesso_hf.export.page.page import PAGE_NAME
-from hesso_hf.export.report import REPORT_NAME
 from tests.project.test_structure import reachable
 from tests.support.checks import propagated
 from tests.support.training import trainer

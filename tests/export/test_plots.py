@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hesso_hf.cli.main import main
-from hesso_hf.export.plots import PLOT_NAME, _draw_sets, draw_cric
+from hesso_hf.config.files import PLOT_NAME
+from hesso_hf.export.plots import _draw_sets, draw_cric
 from tests.support.training import hesso_config, trainer
 
 PNG = b"\x89PNG"

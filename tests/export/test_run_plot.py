@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hesso_hf import HessoError, plot_run
-from hesso_hf.export.report import REPORT_NAME
+from hesso_hf.config.files import REPORT_NAME
 from tests.support.training import blocks, trainer
 
 HIDDEN = "import sys; sys.modules['matplotlib'] = None; import hesso_hf; hesso_hf.plot_run"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hesso_hf.config.files import PLOT_NAME
 from hesso_hf.engines.deepspeed import export as zero_export
 from hesso_hf.engines.fsdp.export import ShardedSource, Writers
 from hesso_hf.errors import HessoError, VerificationError
@@ -24,7 +25,6 @@ from hesso_hf.export import export_pruned, parameters, publish, verify, write
 from hesso_hf.export.checkpoint import CheckpointSource, open_checkpoint
 from hesso_hf.export.decision import Decision
 from hesso_hf.export.parameters import ParameterSource
-from hesso_hf.export.plots import PLOT_NAME
 from hesso_hf.export.report import PruningReport
 from hesso_hf.hf_models.build import load_config
 from hesso_hf.structures.cut import zero_units_

@@ -13,8 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 
-from hesso_hf.export.page.page import PAGE_NAME
-from hesso_hf.export.report import RECIPE_NAME
+from hesso_hf.config.files import PAGE_NAME, RECIPE_NAME
 from tests.support import ROOT
 from tests.support.checks import propagated
 from tests.support.loopback_hub import LoopbackHub

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoError, HessoTrainer, export_pruned, wrap_optimizer
 from hesso_hf.budget.solver import TargetSizes
+from hesso_hf.config.files import STATE_NAME
 from hesso_hf.errors import StorageError
-from hesso_hf.export.checkpoint_state import STATE_NAME
 from hesso_hf.structures.groups import KeptUnits
 from hesso_hf.trainer.ladder import Ladder
 from tests.support import fsdp_cpu

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
+from hesso_hf.config.files import STATE_NAME
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.export.checkpoint_state import STATE_NAME, last_checkpoint
+from hesso_hf.export.checkpoint_state import last_checkpoint
 from tests.support import ROOT, forks
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
@@ -186,7 +187,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.trainer.test_resume import with_checkpoints
-from hesso_hf.export.checkpoint_state import STATE_NAME, last_checkpoint
+from hesso_hf.config.files import STATE_NAME
+from hesso_hf.export.checkpoint_state import last_checkpoint
 folder = Path(sys.argv[1])
 run = with_checkpoints(folder)
 print("START", flush=True)

@@ -15,8 +15,6 @@ from .markup import Markup, element, joined, page, table, terms
 from .quality import evaluated_on, gained_rows, quality_rows
 from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, text_of
 
-PAGE_NAME = "report.html"
-
 Report = Mapping[str, Any]
 
 

@@ -1,0 +1,9 @@
+"""What the files are called that runs write; no framework is needed to look for them."""
+
+REPORT_NAME = "pruning_report.json"
+CARD_NAME = "README.md"
+PAGE_NAME = "report.html"
+PLOT_NAME = "cric.png"
+RECIPE_NAME = "hesso_recipe.yaml"
+STATE_NAME = "hesso_state.json"
+PRUNING_NAME = "hesso_pruning.pt"  # the pruning state, where no optimizer is saved that would hold it
