@@ -171,22 +171,23 @@ class Measurer:
             scale = 1024.0 if trainer.accelerator.mixed_precision == "fp16" else 1.0
             optimizer.probe([self._loss_of(model, batch, scale) for batch in batches if batch], scale)
 
-    def check_examples(self) -> None:
+    def check_examples(self, why_none: str) -> None:
         """Refuse, where there are no examples, what was asked for by name and can't be had without.
+
+        Args:
+            why_none: the reason, "" where there are some.
 
         Raises:
             HessoError: naming the option and the remedy.
         """
-        config, reason = self._config, self.why_none()
+        config, first = self._config, "" if self.generates else "give the trainer one, or "
         needing = {
             "cric_mode": config.cric_way == "probe",
             "stream_basis": config.stream_basis == "principal",
             "replay_share": config.replay_share and config.replay_share != "auto",
         }
-        for name in (name for name, asked in needing.items() if asked and reason):
-            raise HessoError(
-                f"`{name}` ({getattr(config, name)!r}): {reason}; give the trainer one, or leave `{name}` out"
-            )
+        for name in (name for name, asked in needing.items() if asked and why_none):
+            raise HessoError(f"`{name}` ({getattr(config, name)!r}): {why_none}; {first}leave `{name}` out")
 
     def examples(self, count: int, between: bool = False) -> list[Any]:
         """Take examples spread over the training data (a stream's first ones), one a batch.

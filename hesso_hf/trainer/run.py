@@ -95,7 +95,7 @@ class PruningRun:
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.measurer = Measurer(trainer, config, counted, generated)
-        _check_asked(config, self.measurer.generates)
+        self.measurer.check_examples(self.measurer.generates)
         self.compacting = Compacting(trainer, config, engine, self)
         self.compacting.check()
         self.ladder = Ladder(trainer, config, engine, self)
@@ -105,6 +105,7 @@ class PruningRun:
         self.ladder.check(self.base_folder)
         self.quality = Quality(trainer, config, engine, self.measurer, lambda: self.model)
         self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer, self.measurer)
+        self._new_healer = lambda: _make_healer(self.model, config, engine(), self.measurer, self.teaching.known)
 
     @property
     def whole(self) -> nn.Module:
@@ -130,7 +131,7 @@ class PruningRun:
 
     def new_process(self) -> PruningProcess:
         """Fix sizes and schedule, and make the pruning state."""
-        self.measurer.check_examples()
+        self.measurer.check_examples(self.measurer.why_none())
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
         process = self.process_on(self._settle())
@@ -159,7 +160,7 @@ class PruningRun:
         if first is None and not engine.measures_shards:
             self.quality.begin()
         self.teaching.begin(schedule.total_steps)
-        self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
+        self._healer = self._new_healer()
         if first is not None:  # sizes and basis are settled
             return schedule
         if not engine.measures_shards:
@@ -172,7 +173,7 @@ class PruningRun:
         check_config(state["config"], self._config.to_dict(), str(folder))
         self.compacting.check_resumable(state, str(folder))
         self.teaching.go_on(state["training"], str(folder), judges=not state["finished"])
-        self._healer = _make_healer(self.model, self._config, self._engine(), self.measurer, self.teaching.known)
+        self._healer = self._new_healer()
         self.quality.go_on(state["training"].get("quality"))
         turned = state["training"].get("stream_basis")
         tensors = read_turn(folder)
@@ -315,10 +316,3 @@ def _why_not_healed(model: PreTrainedModel, measurer: Measurer) -> str:
     if model.config.is_encoder_decoder:
         return "it knows one stack of layers, not an encoder with a decoder"
     return measurer.why_none() or unreadable(measurer.examples(4))
-
-
-def _check_asked(config: HessoConfig, generates: str) -> None:
-    """Refuse what is asked for and takes examples, of a trainer that has none before it generates them."""
-    for name, value, instead in (("stream_basis", "principal", "auto"), ("cric_mode", "probe", "path")):
-        if generates and getattr(config, name) == value:
-            raise HessoError(f"`{name}` ({value!r}) takes examples of the training data: {generates}; use {instead!r}")

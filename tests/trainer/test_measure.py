@@ -120,6 +120,9 @@ def test_a_trainer_that_generates_says_by_which_attribute(tmp_path: Path, caplog
         run.train()
     assert run.hesso_plan.curves is None
     assert "the structures share the cut evenly: what Writes learns from it generates while it trains" in caplog.text
+    asked = HessoConfig(pruning_ratio=0.3, stream_basis="principal")
+    with pytest.raises(HessoError, match=r"`stream_basis` \('principal'\): what Writes .*; leave `stream_basis` out"):
+        trainer(tmp_path, trainer_class=Writes, config=asked)
 
 
 def test_replay_of_a_share_of_no_data_is_refused(tmp_path: Path) -> None:
