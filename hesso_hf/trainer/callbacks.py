@@ -38,8 +38,11 @@ def metrics(steps: Steps, parameters: Any) -> dict[str, float]:
     return found
 
 
-class SaveOnTheWay(TrainerCallback):
-    """Has smaller models saved where pruning has come as far as they are small."""
+class OnTheWay(TrainerCallback):
+    """Has smaller models saved on the way, and the model in memory become the last one where pruning ends.
+
+    Both are done before the step is logged, evaluated or saved.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -51,16 +54,6 @@ class SaveOnTheWay(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are gone by now."""
         self._trainer.hesso_run.ladder.after_step()
-
-
-class CompactAtEnd(TrainerCallback):
-    """Has the model become the smaller one when pruning ends, before that step is logged, evaluated or saved."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Gradients are gone by now."""
         self._trainer.hesso_run.compacting.at_the_end()
 
 
@@ -111,4 +104,4 @@ class StopTogether(TrainerCallback):
 
 
 # in their order: what is saved on the way and in checkpoints is what was cut before
-OWN_CALLBACKS = (HessoProgressCallback, SaveOnTheWay, CompactAtEnd, StopTogether)
+OWN_CALLBACKS = (HessoProgressCallback, OnTheWay, StopTogether)
