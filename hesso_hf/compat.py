@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import Store
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
     from transformers import PretrainedConfig, PreTrainedModel
@@ -28,13 +28,6 @@ def default_store() -> Store:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
-
-
-def default_group() -> ProcessGroup:
-    """Return the group of all processes (torch.distributed.distributed_c10d has no public form of it)."""
-    from torch.distributed.distributed_c10d import _get_default_group
-
-    return _get_default_group()
 
 
 def dispatch_mode() -> type:
@@ -76,11 +69,13 @@ def multiply_all_(tensors: list[torch.Tensor], factors: list[torch.Tensor], shif
 
 def why_not_refit(ddp: DistributedDataParallel) -> str:
     """Return which of DDP's settings `refit` would lose, "" where none is (DistributedDataParallel)."""
+    from torch.distributed import group
+
     if ddp._comm_hooks:
         return "DDP has a communication hook"
     if ddp.mixed_precision is not None:
         return "DDP has a precision of its own"
-    if ddp.process_group is not default_group():
+    if ddp.process_group is not group.WORLD:
         return "DDP is over a process group of its own"
     return ""
 
