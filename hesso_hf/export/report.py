@@ -160,14 +160,14 @@ def _write(report: Mapping[str, Any], folder: Path, licence: Mapping[str, Any], 
     (folder / CARD_NAME).write_text(card(read, licence, picture, page), encoding="utf-8")
 
 
-def _shown_in(path: Path, draw: Callable[[Path], bool]) -> bool:
+def _shown_in(path: Path, draw: Callable[[Path], object]) -> bool:
     """Write what shows a report into a file, and tell whether it is there: what fails here must not cost the model."""
     try:
-        return draw(path)
+        draw(path)
     except Exception as error:
         logger.warning(f"{path.name} isn't written: {type(error).__name__}: {error}")
         path.unlink(missing_ok=True)
-        return False
+    return path.exists()
 
 
 def _vocabulary_entry(small: PreTrainedModel, vocabulary: KeptTokens) -> dict[str, Any]:
@@ -194,15 +194,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _repo_id(base_model: str) -> str:
-    """Return a Hub id as it is, and "" for a path of this machine, which is nobody else's business."""
-    is_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", base_model) and not Path(base_model).exists()
-    return base_model if is_id else ""
-
-
 def public_name(model: str) -> str:
-    """Return a Hub id as it is, and of a path the folder's name."""
-    return _repo_id(model) or Path(model).name
+    """Return a Hub id as it is, and of a path, which is nobody else's business, the folder's name."""
+    is_id = re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model) and not Path(model).exists()
+    return model if is_id else Path(model).name
 
 
 def _shown(training: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_a_report_has_what_was_gone_when_and_the_scores_by_which_it_went(run: He
 def test_a_page_that_fails_costs_no_model_and_is_named(
     run: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(report: Any, path: Path) -> bool:
+    def broken(report: Any, path: Path) -> None:
         path.write_text("<html>half")
         raise RuntimeError("no ink")
 

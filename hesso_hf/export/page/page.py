@@ -47,10 +47,9 @@ def report_page(models: Sequence[Model]) -> str:
     return page(title, element("h1", title), *compared([(model.name, model.report) for model in models]), *accounts)
 
 
-def write_page(report: Report, path: Path) -> bool:
+def write_page(report: Report, path: Path) -> None:
     """Write the page about one model into a file, the losses of its run as the report has them."""
     path.write_text(report_page([Model.of("", report)]), encoding="utf-8")
-    return True
 
 
 def _title(report: Report) -> str:

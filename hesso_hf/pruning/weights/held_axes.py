@@ -6,7 +6,7 @@ tensor, or one call for an axis of all tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,18 +20,6 @@ from .holdings import Held
 
 # (turn among the axes of a tensor, what the model adds, whether they are vectors) -> tensors with their factors
 _Turns = dict[tuple[int, float, bool], list[tuple[torch.Tensor, torch.Tensor]]]
-
-
-def _is_any(axis: Axis) -> bool:
-    return True
-
-
-def _is_shifted(axis: Axis) -> bool:
-    return axis.shift != 0
-
-
-def _is_centred(axis: Axis) -> bool:
-    return axis.centred
 
 
 class HeldAxes:
@@ -70,7 +58,7 @@ class HeldAxes:
             shifted_only: only where the model adds a constant to what is stored (`Axis.shift`).
         """
         spread = Spread(pruned, False)
-        for held, axes in self._touched(pruned, _is_shifted if shifted_only else _is_any):
+        for held, axes in self._touched(pruned, shifted_only=shifted_only):
             for part, weights in zip(held.parts, held.weights(), strict=True):
                 _mask_(weights, part, axes, spread)
             held.weights_changed()
@@ -80,7 +68,7 @@ class HeldAxes:
 
         Where processes hold some of the channels each, the sums over them take one all-reduce.
         """
-        touched = list(self._touched(scales, _is_centred))
+        touched = list(self._touched(scales, centred_only=True))
         if not touched:
             return
         split = [axis for held, axes in touched for _, _, axis in axes if held.splits(axis.dim)]
@@ -126,17 +114,22 @@ class HeldAxes:
     ) -> None:
         """Zero pruned units' entries in plain optimizer state of the parameter's own shape and a floating dtype."""
         spread = Spread(pruned, False)
-        for held, axes in self._touched(pruned, _is_shifted if shifted_only else _is_any):
+        for held, axes in self._touched(pruned, shifted_only=shifted_only):
             if vectors_only and len(held.shape) > 1:
                 continue
             for pieces in held.states(state):
                 for part, values in zip(held.parts, pieces, strict=True):
                     _mask_(values, part, axes, spread, 0.0)
 
-    def _touched(self, units: PerUnit, which: Callable[[Axis], bool] = _is_any) -> Iterator[tuple[Held, ParameterAxes]]:
+    def _touched(
+        self, units: PerUnit, shifted_only: bool = False, centred_only: bool = False
+    ) -> Iterator[tuple[Held, ParameterAxes]]:
         """Yield what is held of each parameter that units of the given structures lie on, with those axes."""
         for name, axes in self.axes.items():
-            found = [(structure, layer, axis) for structure, layer, axis in axes if structure in units and which(axis)]
+            found = [
+                (structure, layer, axis) for structure, layer, axis in axes
+                if structure in units and (axis.shift or not shifted_only) and (axis.centred or not centred_only)
+            ]  # fmt: skip
             if found:
                 yield self.held[name], found
 
