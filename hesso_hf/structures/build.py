@@ -113,7 +113,7 @@ def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap) 
     for structure, groups in structures.items():
         if not groups.increments:  # its size follows from another's
             continue
-        coupled = axis_map.coupling is not None and structure in COUPLED
+        coupled = axis_map.coupled_head_dim is not None and structure in COUPLED
         for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map):
             if (name, dim) not in covered:
                 raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
@@ -121,9 +121,9 @@ def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap) 
 
 def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:
     """Return how many of an axis' indices one unit owns in this model."""
-    follows_width = axis_map.coupling is not None and {HEADS, HIDDEN} & increments.keys()
+    follows_width = axis_map.coupled_head_dim is not None and {HEADS, HIDDEN} & increments.keys()
     if follows_width or scheme.per_channel:
-        granule = axis_map.coupling.head_dim if axis_map.coupling and HEADS in increments else 1
+        granule = axis_map.coupled_head_dim if axis_map.coupled_head_dim and HEADS in increments else 1
         return template.per_unit * granule // scheme.granule
     slopes = axis_map.slopes.get(axis, {})
     per_unit = sum((slopes.get(size, 0) * increment for size, increment in increments.items()), Fraction(0))
@@ -146,7 +146,7 @@ def coupled_units(
 def needing_others(axis_map: AxisMap, schemes: dict[str, Scheme]) -> set[str]:
     """Return the structures that only shrink together with others."""
     followers = {name for name, scheme in schemes.items() if scheme.per_channel}
-    if axis_map.coupling is not None:
+    if axis_map.coupled_head_dim is not None:
         return followers | set(COUPLED)
     return followers | {"embedding_channels"} if followers else set()
 

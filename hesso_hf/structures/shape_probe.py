@@ -49,17 +49,12 @@ class ParameterInfo:
 
 
 @dataclass(frozen=True)
-class Coupling:
-    """Sizes of a model whose head_dim follows hidden_size / num_attention_heads, so that both shrink together."""
-
-    head_dim: int
-
-
-@dataclass(frozen=True)
 class AxisMap:
     """What the probe found: for each (parameter, dim) the slopes, in indices per one more of each config size.
 
     Attributes:
+        coupled_head_dim: that of a model in which it follows hidden_size / num_attention_heads, so that both shrink
+            together; None of others.
         picky: whether the class refuses sizes that its config class accepts.
         sizes: those of the config that was probed.
     """
@@ -67,7 +62,7 @@ class AxisMap:
     parameters: dict[str, ParameterInfo]
     slopes: dict[AxisName, dict[str, Fraction]]
     failed: dict[str, str]
-    coupling: Coupling | None = None
+    coupled_head_dim: int | None = None
     picky: bool = False
     sizes: ConfigSizes = field(default_factory=ConfigSizes)
 
@@ -128,12 +123,12 @@ def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, a
     try:
         moved = _moved(model_class, config, axis_map, changes, group * head_dim)
     except Exception:  # model code may refuse the sizes with any exception type; the width's own axes serve then
-        return replace(axis_map, coupling=Coupling(head_dim))
+        return replace(axis_map, coupled_head_dim=head_dim)
     slopes = {axis: {s: n for s, n in found.items() if s != HIDDEN} for axis, found in axis_map.slopes.items()}
     for axis, slope in moved.items():
         slopes.setdefault(axis, {})[HIDDEN] = slope
     left = {axis: found for axis, found in slopes.items() if found}
-    return replace(axis_map, slopes=left, coupling=Coupling(head_dim))
+    return replace(axis_map, slopes=left, coupled_head_dim=head_dim)
 
 
 def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:

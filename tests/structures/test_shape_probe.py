@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hesso_hf.hf_models.build import build_meta, model_class_of
 from hesso_hf.hf_models.tiny_config import default_config, tiny_config
 from hesso_hf.structures.proof.prove import prove
-from hesso_hf.structures.shape_probe import AxisMap, Coupling, ParameterInfo, describe_parameters, probe_axes
+from hesso_hf.structures.shape_probe import AxisMap, ParameterInfo, describe_parameters, probe_axes
 from tests.support import forks
 from tests.support.families import ALL, OTHERS
 
@@ -137,13 +137,13 @@ def test_patterns_leave_out_every_index_where_all_layers_are_alike():
 def test_where_head_dim_follows_the_width_the_probe_says_so(name: str, head_dim: int):
     config = OTHER[name].config()
     axis_map = probe_axes(model_class_of(config), config)
-    assert axis_map.coupling == Coupling(head_dim)
-    assert probe_axes(model_class_of(config), config, couple=False).coupling is None
+    assert axis_map.coupled_head_dim == head_dim
+    assert probe_axes(model_class_of(config), config, couple=False).coupled_head_dim is None
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-square", "phi", "olmo2", "gemma2", "phi3"])
 def test_where_head_dim_can_be_written_heads_and_width_are_not_coupled(name: str):
-    assert probed(name).coupling is None
+    assert probed(name).coupled_head_dim is None
 
 
 def test_the_axes_of_a_coupled_width_are_those_of_heads_and_channels_together():
@@ -249,7 +249,7 @@ def test_a_class_that_refuses_what_its_config_accepts_is_picky(model_type: str, 
 def test_heads_of_another_name_do_not_follow_the_width():
     """JetMoE's shapes depend on the key-value heads alone; no weight follows the width on both of its sides."""
     axis_map = probed_type("jetmoe")
-    assert axis_map.coupling is None
+    assert axis_map.coupled_head_dim is None
     assert not any(HEADS in slopes for slopes in axis_map.slopes.values())
 
 

@@ -69,7 +69,7 @@ def _prove_units(model_class: type[PreTrainedModel], config: PretrainedConfig, n
         return Proof({name: StructureProof(name, None, None, reason) for name in names})
     proofs = Prover(bench).prove(names)
     proved = _unit_schemes(proofs)
-    return Proof(proofs, bench.error_of(proved) if proved else None, bench.axis_map.coupling is not None)
+    return Proof(proofs, bench.error_of(proved) if proved else None, bench.axis_map.coupled_head_dim is not None)
 
 
 def _prove_layers(
@@ -78,7 +78,7 @@ def _prove_layers(
     """Prove that whole layers can be dropped, alone and together with the other proved structures."""
     bench = Bench(model_class, tiny_config(model_class, config, all_layers=True))
     if not others.coupled:
-        bench.axis_map = replace(bench.axis_map, coupling=None)
+        bench.axis_map = replace(bench.axis_map, coupled_head_dim=None)
     trial = LayerTrial(bench)  # refuses first what needs no model
     scheme, error = trial.find(bench.stream(list(bench.axis_map.moving((HIDDEN,))))[0])
     if proved := _unit_schemes(others.structures):
@@ -126,7 +126,7 @@ class Prover:
     def prove(self, names: tuple[str, ...]) -> dict[str, StructureProof]:
         """Prove the named structures, coupled ones together."""
         proofs: dict[str, StructureProof] = {}
-        coupled = self.bench.axis_map.coupling is not None
+        coupled = self.bench.axis_map.coupled_head_dim is not None
         if coupled and set(COUPLED) <= set(names):
             proofs |= self._divided(COUPLED, "attention_heads", self._prove_coupled)
             if all(proofs[name].scheme is None for name in COUPLED):
@@ -140,7 +140,7 @@ class Prover:
 
     def prove_stream(self) -> StructureProof:
         """Prove the embedding channels, and heads only where the two may have to shrink together."""
-        if self.bench.axis_map.coupling is not None:
+        if self.bench.axis_map.coupled_head_dim is not None:
             return self.prove(COUPLED)["embedding_channels"]
         found = self.prove(("embedding_channels",))
         if found["embedding_channels"].scheme is None and self.prove(COUPLED[:1])[COUPLED[0]].scheme is None:
@@ -161,8 +161,8 @@ class Prover:
         """Some classes take head_dim, and all the same need heads * head_dim to be the width."""
         before = self.bench.axis_map
         self.bench.axis_map = coupled_axes(self.bench.model_class, self.bench.config, before)
-        coupling = self.bench.axis_map.coupling
-        if coupling is not None and coupling.head_dim == self.bench.sizes.head_dim:
+        head_dim = self.bench.axis_map.coupled_head_dim
+        if head_dim is not None and head_dim == self.bench.sizes.head_dim:
             proofs = self._divided(COUPLED, "attention_heads", self._prove_coupled)
             if all(proof.scheme is not None for proof in proofs.values()):
                 return proofs
@@ -254,14 +254,14 @@ class Prover:
 
     def _prove_coupled(self, division: Division) -> dict[str, StructureProof]:
         """Prove heads and embedding channels where head_dim follows from both, and an MLP whose size does too."""
-        coupling = self.bench.axis_map.coupling
-        assert coupling is not None
+        head_dim = self.bench.axis_map.coupled_head_dim
+        assert head_dim is not None
         by_width = [axis for axis, found in self.bench.axis_map.slopes.items() if HIDDEN in found]
         stream, inner = self.bench.split(by_width)
         if not inner:  # there are no heads to follow the width
             self.bench.axis_map = probe_axes(self.bench.model_class, self.bench.config, couple=False)
             return self._prove_alone("embedding_channels", division)
-        branches = self._branches("attention_heads", inner, coupling.head_dim, division, partial=True)
+        branches = self._branches("attention_heads", inner, head_dim, division, partial=True)
         attention = [branch for branch in branches if not self._divides_by_channel(branch, inner)]
         mine = [axis for branch in attention for axis in self._axes_of(branch, inner)]
         others: dict[str, Scheme] = {}
@@ -271,7 +271,7 @@ class Prover:
             others["mixer_channels" if own_size else "mlp_channels"] = schemes.mlp_by_width(self.bench, rest)
         proofs: dict[str, StructureProof] = {}
         units = num_units("attention_heads", self.bench.sizes)
-        for heads in schemes.schemes_of(self.bench, attention, units, mine, coupling.head_dim, bundle=division.bundle):
+        for heads in schemes.schemes_of(self.bench, attention, units, mine, head_dim, bundle=division.bundle):
             if heads.shared and not any(power for power in heads.powers.values()):
                 break  # layers that read each other's keys are refused here
             others["attention_heads"] = heads

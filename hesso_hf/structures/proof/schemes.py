@@ -67,7 +67,8 @@ def stream_schemes(bench: Bench, axes: list[AxisName]) -> Iterator[Scheme]:
         runs, rest = divmod(info.shape[dim], units)
         layouts[info.pattern, dim] = layout_with_rest(runs, 1, rest)
     known, after = bench.stream(axes)
-    found = constants_by_width(bench.model_class, bench.config, bench.sizes, bench.axis_map.coupling is not None)
+    coupled = bench.axis_map.coupled_head_dim is not None
+    found = constants_by_width(bench.model_class, bench.config, bench.sizes, coupled)
     against = powers_against(bench.model, bench.input_ids, bench.axis_map, found) if found else {}
     for info in bench.axis_map.parameters.values():
         if info.pattern in against:

@@ -266,8 +266,7 @@ def test_where_head_dim_follows_the_width_heads_and_channels_are_proved_together
     assert proved.coupled
     assert proved.joint_error is not None
     assert proved.joint_error <= 1e-5
-    assert axis_map.coupling is not None
-    assert axis_map.coupling.head_dim == 12
+    assert axis_map.coupled_head_dim == 12
     assert groups.coupled == {HEADS: 1, STREAM: 12}
     assert groups.structures[MLP].num_units == 100
     assert set(groups.independent) == {HEADS, MLP}

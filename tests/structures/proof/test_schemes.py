@@ -28,7 +28,7 @@ def bench(model_type: str) -> Bench:
 
 def found(model_type: str) -> dict[tuple[str, str], int]:
     mine = bench(model_type)
-    return constants_by_width(mine.model_class, mine.config, mine.sizes, mine.axis_map.coupling is not None)
+    return constants_by_width(mine.model_class, mine.config, mine.sizes, mine.axis_map.coupled_head_dim is not None)
 
 
 def test_factors_that_follow_the_width_are_found_with_their_power() -> None:
