@@ -24,7 +24,7 @@ from .uneven_layers import layer_list, layer_sizes, rebuild_layers
 
 logger = logging.get_logger(__name__)
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; NumPy has no bfloat16
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 Where = slice | torch.Tensor | EllipsisType  # some rows of a tensor; all of it where it has none
 Cuts = Sequence[tuple[Axis, torch.Tensor, int]]  # (axis, kept units, all units) of each cut of a tensor
 MARK = "hesso_hf"  # name in a config: of a model that a run has saved, and that is as large as the base
@@ -160,12 +160,16 @@ def cut_rows(tensor: torch.Tensor, rows: Where, cuts: Cuts) -> torch.Tensor:
     return tensor
 
 
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same memory as integers: NumPy has no bfloat16, and sums of integers are the same in any order."""
+    return tensor.detach().view(_BITS[tensor.element_size()])
+
+
 def take(tensor: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor:
     """Return what a tensor has at some indices of a dimension; on the CPU by NumPy, which is several times as fast."""
     if tensor.device.type != "cpu" or not tensor.dim():
         return tensor.index_select(dim, indices.to(tensor.device))
-    bits = tensor.detach().view(_BITS[tensor.element_size()]).numpy()
-    return torch.from_numpy(np.take(bits, indices.cpu().numpy(), axis=dim)).view(tensor.dtype)
+    return torch.from_numpy(np.take(bits_of(tensor).numpy(), indices.cpu().numpy(), axis=dim)).view(tensor.dtype)
 
 
 def _folded(tensor: torch.Tensor, axis: Axis, units: torch.Tensor, total: int) -> torch.Tensor:

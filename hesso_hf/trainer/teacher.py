@@ -23,6 +23,7 @@ from ..engines.deepspeed.gathering import gathered
 from ..engines.engine import Engine
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
+from ..structures.cut import bits_of
 
 logger = logging.get_logger(__name__)
 
@@ -266,11 +267,9 @@ def load_teacher(name: str, student: PreTrainedModel, tokenizer: Any, dtype: tor
 
 def fingerprint(model: PreTrainedModel) -> int:
     """Return a number that tells models with other weights apart, the same on every device and process."""
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     total = 0
     for parameter in model.parameters():
         with gathered(parameter):
             if is_main_process():  # the others may have no weights yet
-                bits = parameter.detach().contiguous().view(integers[parameter.element_size()])
-                total = (31 * total + int(bits.sum(dtype=torch.int64))) % 2**53
+                total = (31 * total + int(bits_of(parameter.contiguous()).sum(dtype=torch.int64))) % 2**53
     return from_main(total)

@@ -15,9 +15,8 @@ from torch import nn
 
 from ...distributed.collectives import world_size
 from ...errors import CheckpointMismatchError
+from ...structures.cut import bits_of
 from ..saliency import ParameterAxes, PerUnit
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FrozenWeights:
@@ -120,4 +119,4 @@ class FrozenWeights:
 def _checksum(values: torch.Tensor) -> int:
     """Return a sum over the bits of all elements, whatever their order and the sign of a zero."""
     values = values + 0.0
-    return int(values.contiguous().view(_BITS[values.element_size()]).sum(dtype=torch.int64))
+    return int(bits_of(values.contiguous()).sum(dtype=torch.int64))
