@@ -20,7 +20,7 @@ from ..hf_models.resize import copy_with
 from ..hf_models.sizes import EXPERTS, ConfigSizes, get_size
 from .groups import Axis, StructureGroups
 from .layout import layout_with_rest
-from .shape_probe import layer_and_pattern
+from .shape_probe import growth, layer_and_pattern
 
 EXPERT_UNITS = "experts"
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
@@ -111,12 +111,10 @@ def _moving(tensors: Named, of_other: Named, experts: int, step: int) -> list[Ax
             f"{EXPERT_UNITS}: each has parameters of its own here ({odd}); only fused expert weights can be pruned"
         )
     axes = []
-    for name, shape in base.items():
-        for dim, (before, after) in enumerate(zip(shape, other[name], strict=True)):
-            block, rest = divmod(after - before, step)
-            left_over = before - block * experts
-            if rest or left_over < 0:
-                raise UnsupportedStructureError(f"{name} dimension {dim} ({before}) isn't a multiple of the experts")
-            if block:
-                axes.append(Axis(name, dim, layout_with_rest(1, block, left_over)))
+    for (name, dim), more in growth(base, other).items():
+        (block, rest), before = divmod(more, step), base[name][dim]
+        left_over = before - block * experts
+        if rest or left_over < 0:
+            raise UnsupportedStructureError(f"{name} dimension {dim} ({before}) isn't a multiple of the experts")
+        axes.append(Axis(name, dim, layout_with_rest(1, block, left_over)))
     return axes

@@ -7,7 +7,7 @@ axis of that size and the slope is its stride. No forward pass, no weights, no t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
@@ -215,12 +215,18 @@ def _moved(
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if shapes.keys() != axis_map.parameters.keys():
         raise ValueError("the set of parameters itself changes with the size")
-    moved = {}
-    for name, info in axis_map.parameters.items():
-        for dim, (before, after) in enumerate(zip(info.shape, shapes[name], strict=True)):
-            if before != after:
-                moved[(name, dim)] = Fraction(after - before, step)
-    return moved
+    before = {name: info.shape for name, info in axis_map.parameters.items()}
+    return {axis: Fraction(more, step) for axis, more in growth(before, shapes).items()}
+
+
+def growth(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> dict[AxisName, int]:
+    """Return by how much dimensions of tensors differ, given their shapes by name; those that don't are left out."""
+    return {
+        (name, dim): long - short
+        for name, shape in before.items()
+        for dim, (short, long) in enumerate(zip(shape, after[name], strict=True))
+        if long != short
+    }
 
 
 def _is_whole(slope: Fraction) -> bool:

@@ -16,6 +16,8 @@ from ..errors import UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
 from ..hf_models.sizes import VOCAB, get_size
+from ..structures.groups import AxisName
+from ..structures.shape_probe import growth
 from .tokens import KeptTokens
 
 PER_LAYER_VOCAB = "vocab_size_per_layer_input"
@@ -24,10 +26,8 @@ _ID = re.compile(r"(^|_)token_(ids?|index)$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
 _ID_SEQUENCES = ("bad_words_ids", "force_words_ids")
 
-Axis = tuple[str, int]
 
-
-def vocabulary_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[Axis, str]:
+def vocabulary_axes(model_class: type[PreTrainedModel], config: PretrainedConfig) -> dict[AxisName, str]:
     """Find which dimension of which parameter or buffer is the vocabulary, by shapes on the meta device.
 
     Returns:
@@ -36,7 +36,7 @@ def vocabulary_axes(model_class: type[PreTrainedModel], config: PretrainedConfig
     Raises:
         UnsupportedStructureError: where there is none, or one that isn't as long as the vocabulary.
     """
-    axes: dict[Axis, str] = {}
+    axes: dict[AxisName, str] = {}
     before = _shapes(build_meta(model_class, config))
     for size in (VOCAB, PER_LAYER_VOCAB):
         value = get_size(config.get_text_config(), size)
@@ -160,7 +160,7 @@ def _token_ids(holder: Any) -> Iterator[tuple[dict[str, Any], str, list[int]]]:
 
 def _moved(
     model_class: type[PreTrainedModel], config: PretrainedConfig, size: str, value: int, before: dict
-) -> dict[Axis, float]:
+) -> dict[AxisName, float]:
     """Return how much each dimension grows per token more."""
     errors: list[Exception] = []
     for step in _PROBE_STEPS:
@@ -168,12 +168,7 @@ def _moved(
         setattr(changed.get_text_config(), size, value + step)
         try:
             after = _shapes(build_meta(model_class, changed))
-            return {
-                (name, dim): (long - short) / step
-                for name, shape in before.items()
-                for dim, (short, long) in enumerate(zip(shape, after[name], strict=True))
-                if long != short
-            }
+            return {axis: more / step for axis, more in growth(before, after).items()}
         except Exception as error:  # model code may refuse a size with any exception type
             errors.append(error)
     raise UnsupportedStructureError(
