@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .cric_state import listed
+from .cric_state import corrected_units
 from .saliency import PerUnit, on_device
 
 
@@ -48,15 +48,8 @@ class Corrections:
             return None
         structures = {}
         for name, first in self.first.items():
-            corrected, replacing = first & ~self.chosen[name], self.chosen[name] & ~first
-            structures[name] = {
-                "first": int(first.sum()),
-                "violating": [sizes.get(name, 0) for sizes in self.sizes],
-                "num_corrected": int(corrected.sum()),
-                "corrected": listed(corrected),
-                "replaced_by": listed(replacing),
-                "paths": [],
-            }
+            violating = [sizes.get(name, 0) for sizes in self.sizes]
+            structures[name] = corrected_units(first, self.chosen[name], violating, [])
         looks = {"cycles": len(self.sizes), "max_cycles": len(self.sizes), "samples": len(self.sizes)}
         return {"mode": "healed", **looks, "samples_per_cycle": 1, "ended": True, "structures": structures}
 

@@ -128,16 +128,9 @@ class Cric:
         """
         structures = {}
         for name in self.first:
-            corrected = self.first[name] & ~self.decided[name]
-            replacing = self.decided[name] & ~self.first[name]
-            structures[name] = {
-                "first": int(self.first[name].sum()),
-                "violating": [sizes[name] for sizes in self.sizes],
-                "num_corrected": int(corrected.sum()),
-                "corrected": listed(corrected),
-                "replaced_by": listed(replacing),
-                "paths": self._paths(name, corrected, replacing, layers[name], criteria),
-            }
+            violating = [sizes[name] for sizes in self.sizes]
+            paths = self._paths(name, layers[name], criteria)
+            structures[name] = corrected_units(self.first[name], self.decided[name], violating, paths)
         return {
             "cycles": self.cycles,
             "max_cycles": self.max_cycles,
@@ -147,20 +140,14 @@ class Cric:
             "structures": structures,
         }
 
-    def _paths(
-        self,
-        name: str,
-        corrected: torch.Tensor,
-        replacing: torch.Tensor,
-        layers: tuple[str, ...],
-        criteria: tuple[str, ...],
-    ) -> list[dict[str, Any]]:
+    def _paths(self, name: str, layers: tuple[str, ...], criteria: tuple[str, ...]) -> list[dict[str, Any]]:
         """Return the criteria's values along the path of some corrected and replacing units."""
         parts = self._own[name].shape[1]
         counts = [sum(1 for t in range(self.samples) if self._part(t) == part) for part in range(parts)]
         means = self._own[name] / torch.tensor(counts, device=self._own[name].device).view(1, -1, 1, 1)
         found = []
-        for role, units in (("corrected", corrected), ("replacing", replacing)):
+        first, decided = self.first[name], self.decided[name]
+        for role, units in (("corrected", first & ~decided), ("replacing", decided & ~first)):
             for layer, unit in (units & self.seen[name]).nonzero().tolist()[: SHOWN_PATHS // 2]:
                 values = means[:, :, layer, unit].tolist()
                 found.append(
@@ -189,6 +176,26 @@ class Cric:
 
 
 _TENSORS = ("first", "violating", "shrinking", "entering", "seen", "decided", "_own", "_all")
+
+
+def corrected_units(
+    first: torch.Tensor, decided: torch.Tensor, violating: list[int], paths: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what is reported of a structure: the units first thought redundant, and those that weren't after all.
+
+    Args:
+        first, decided: bool (L, U), before and after CRIC.
+        violating: how many units were on trial for the first time, in turn.
+    """
+    corrected, replacing = first & ~decided, decided & ~first
+    return {
+        "first": int(first.sum()),
+        "violating": violating,
+        "num_corrected": int(corrected.sum()),
+        "corrected": listed(corrected),
+        "replaced_by": listed(replacing),
+        "paths": paths,
+    }
 
 
 def listed(units: torch.Tensor) -> dict[str, list[int]]:
