@@ -62,3 +62,14 @@ def check_same(what: str, saved: Mapping[str, Any], current: Mapping[str, Any]) 
                 f"the checkpoint was made with {what} {key} = {saved.get(key)!r}, this run has {value!r}; "
                 "resume with the same configuration or start anew"
             )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of an error's message that says something, else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -14,8 +14,8 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from ..budget.cost import build_cost
 from ..distributed.passes import in_eval
-from ..errors import HessoError
-from ..hf_models.build import first_line, load_config
+from ..errors import HessoError, first_line
+from ..hf_models.build import load_config
 from ..hf_models.loading import load_model, load_tokenizer
 from ..structures.groups import PruningGroups
 from ..structures.shape_probe import AxisMap, describe_parameters

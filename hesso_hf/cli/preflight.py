@@ -10,9 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import HessoConfig
-from ..errors import HessoError
+from ..errors import HessoError, first_line
 from ..export.storage import check_not_base, check_writable
-from ..hf_models.build import first_line
 from ..trainer.saving import checkpoint_bytes
 from .recipe import Recipe
 from .report import SMALL_NAME

@@ -25,8 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import HessoError, VerificationError
-from ..hf_models.build import first_line, load_config
+from ..errors import HessoError, VerificationError, first_line
+from ..hf_models.build import load_config
 from ..hf_models.tiny_model import logits_of, relative_error
 from .publish import staged_folder
 from .verify import random_tokens

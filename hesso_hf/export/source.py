@@ -21,8 +21,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..config.files import REPORT_NAME, STATE_NAME
-from ..errors import CheckpointMismatchError, HessoError
-from ..hf_models.build import first_line, load_config, model_class_of
+from ..errors import CheckpointMismatchError, HessoError, first_line
+from ..hf_models.build import load_config, model_class_of
 from ..structures.cut import cut_model, zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of

@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.utils import CONFIG_NAME
 
-from ..errors import HessoError, UnsupportedStructureError
+from ..errors import HessoError, UnsupportedStructureError, first_line
 
 
 def build_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -95,14 +95,3 @@ def load_config(source: Any, trust_remote_code: bool = False) -> PretrainedConfi
                 "`save_pretrained` wrote"
             ) from error
         raise HessoError(f"no model config found at {str(source)!r} that can be used: {reason}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that says something, else its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of an error's message that says something, else its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

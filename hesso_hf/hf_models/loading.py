@@ -15,8 +15,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..compat import build_model
-from ..errors import HessoError
-from .build import class_to_build, first_line, load_config, model_class_of
+from ..errors import HessoError, first_line
+from .build import class_to_build, load_config, model_class_of
 
 
 @contextlib.contextmanager

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import HessoError
-from .build import build_meta, last_line
+from ..errors import HessoError, last_line
+from .build import build_meta
 from .by_layer import keep_layers_
 from .sizes import HEAD_DIM, HIDDEN, LAYERS, MLP, ConfigSizes, head_dim_of, set_sizes, text_config_of
 

@@ -21,12 +21,11 @@ from transformers import Adafactor, PreTrainedModel
 from ..compat import refit, why_not_refit
 from ..distributed.collectives import on_all, world_size
 from ..distributed.passes import in_eval
-from ..errors import HessoError, VerificationError
+from ..errors import HessoError, VerificationError, first_line
 from ..export.adapter import AdapterSource
 from ..export.decision import Compaction, Decision, decide
 from ..export.parameters import ParameterSource, WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
-from ..hf_models.build import first_line
 from ..structures.cut import Cuts, cuts_by_tensor, zero_units_
 from ..structures.groups import Axis, KeptUnits
 from ..structures.in_place import InPlace

@@ -19,13 +19,12 @@ from ..config.files import CARD_NAME, REPORT_NAME
 from ..distributed.collectives import from_all, from_main, on_all
 from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine
-from ..errors import HessoError, StorageError, VerificationError
+from ..errors import HessoError, StorageError, VerificationError, first_line
 from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
 from ..export.export import cut_pruned
 from ..export.parameters import fp32_place
 from ..export.report import SHOWING, PruningReport
 from ..export.storage import check_writable, room, writing
-from ..hf_models.build import first_line
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
 from ..structures.turned_base import write_healed, write_turn
