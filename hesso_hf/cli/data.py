@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundled import python_docs_dataset, resolve_model
+from ..config.files import TEXT_LOADERS
 from ..errors import HessoError
 from .examples import IGNORED, TEXT_COLUMN, Examples, Reading
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PYTHON_DOCS = "python-docs"
-TEXT_LOADERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 
 
 def model_source(name: str) -> str:

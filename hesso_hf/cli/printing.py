@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..export.page.quality import evaluation_rows, quality_rows
+from ..export.page.quality import evaluation_rows, measured_on, quality_rows
 from ..export.page.words import extent_of, text_of
 
 
@@ -16,9 +16,8 @@ def print_report(report: dict[str, Any], folder: str) -> None:
     rows += [[name, str(before[name]), str(after[name])] for name in after]
     rows += [list(row) for row in (*quality_rows(report), *evaluation_rows(report))]
     print_table(f"{folder}: {report['pruning_ratio']:.1%} of the parameters removed", ["", "before", "after"], rows)
-    if quality := report.get("quality"):
-        counts = ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
-        print(f"losses measured on: {counts}")
+    if on := measured_on(report):
+        print(f"losses measured on: {on}")
     checked = report["verification"]
     print(
         f"logits against the trained model: relative error {checked['fold_error']:.1e} in fp32, "

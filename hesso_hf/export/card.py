@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata
 from transformers.utils import logging
 
 from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, REPORT_NAME
-from .page.quality import evaluated_on, evaluation_rows, quality_rows
+from .page.quality import evaluated_on, evaluation_rows, measured_on, quality_rows
 from .page.words import text_of
 
 logger = logging.get_logger(__name__)
@@ -125,9 +125,8 @@ def _rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def _measured(report: Mapping[str, Any]) -> str:
     """Say of which models and on what the losses are, and what was measured afterwards."""
-    text, quality = "", report.get("quality") or {}
-    if quality:
-        on = ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
+    text = ""
+    if on := measured_on(report):
         text += (
             "\nLosses and perplexities are those of the base model and of the trained one,\n"
             f"on the same examples: {on}.\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,18 +12,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..structures.cut import Where
+from ..structures.uneven_layers import layer_of
 
 Rows = Callable[[Where], torch.Tensor]  # what reads some rows of one tensor
 PIECE = 2**22  # bytes of a tensor that are worked on at a time; about what fits a processor's cache
 AT_ONCE = 2**28  # bytes of a matrix that is read whole for one product
 
 _ASKED = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride, torch.Tensor.is_floating_point}
-
-
-def layer_of(name: str) -> str:
-    """Return the layer that a parameter is in (`model.layers.3`), else its own name."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found.group() if found else name
 
 
 def stretches(shape: torch.Size, itemsize: int) -> Iterator[Where]:
@@ -94,9 +88,10 @@ class Filling(TorchFunctionMode):
 
     def _enter(self, name: str) -> None:
         """Let the weights of another layer go."""
-        if layer_of(name) != self._layer:
+        layer = layer_of(name) or name
+        if layer != self._layer:
             self._read.clear()
-            self._layer = layer_of(name)
+            self._layer = layer
 
     def _holds(self, value: Any) -> bool:
         return any(map(self._holds, value)) if isinstance(value, list | tuple) else self._is_empty(value)

@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ..errors import VerificationError
-from ..hf_models.build import first_line
-from ..hf_models.tiny_model import relative_error
+from ..errors import VerificationError, first_line
+from ..hf_models.tiny_model import SEED, relative_error
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import KeptUnits
 from .parameters import ParameterSource
 
 FOLD_TOLERANCE = 1e-4
-_SEED = 20240915
 
 
 @dataclass(frozen=True)
@@ -110,5 +108,5 @@ def random_tokens(config: PretrainedConfig) -> torch.Tensor:
     """Return random token ids, shape (2, T) with T at most 32."""
     text = config.get_text_config()
     length = min(32, getattr(text, "max_position_embeddings", None) or 32)
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(SEED)
     return torch.randint(0, text.vocab_size, (2, length), generator=generator)

@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..distributed.parts import stock_class
 from ..errors import HessoError
-from .filling import layer_of
+from ..structures.uneven_layers import layer_of
 
 # in the order that safetensors' own writer puts tensors in
 _DTYPES = {
@@ -111,7 +111,7 @@ def by_layer(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor
     """Return tensors a layer at a time, those outside of layers each by itself."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        layers.setdefault(layer_of(name), {})[name] = tensor
+        layers.setdefault(layer_of(name) or name, {})[name] = tensor
     return list(layers.values())
 
 

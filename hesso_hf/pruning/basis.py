@@ -28,6 +28,7 @@ from ..structures.lora import Adapters, parameters_of
 from ..structures.proof.turn import turn_of
 from ..structures.turn import StreamTurn, keeping_ones
 from ..structures.turned_base import check_trained, turn_tensors
+from .calibration import BatchLoss
 
 logger = logging.get_logger(__name__)
 
@@ -36,8 +37,6 @@ TOLERANCE = 0.05  # nats a token that making that gain uniform within clusters m
 LEAST_TOKENS, LEAST_PER_CHANNEL = 16384, 8
 LOSS_TOKENS = 4096  # for what that costs: a difference on the same text, which takes fewer tokens than the axes
 FAR = 3.0  # quartile ranges beyond the quartiles, from where a gain is a cluster by itself
-
-Loss = Callable[[PreTrainedModel, Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def turn_stream(
     *,
     clusters: int = CLUSTERS,
     tolerance: float = TOLERANCE,
-    loss: Loss | None = None,
+    loss: BatchLoss | None = None,
 ) -> StreamBasis:
     """Turn a model in memory into the principal axes of its own hidden states; its function stays.
 
@@ -282,7 +281,7 @@ def _turn_within_(
 
 
 @torch.no_grad()
-def mean_loss(model: PreTrainedModel, batches: Iterable[Any], loss: Loss) -> float:
+def mean_loss(model: PreTrainedModel, batches: Iterable[Any], loss: BatchLoss) -> float:
     """Return the mean of the batches' losses that are finite, without dropout."""
     with evaluating(model):
         found = [float(loss(model, batch)) for batch in batches]

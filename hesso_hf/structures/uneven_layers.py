@@ -58,7 +58,7 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
             raise HessoError(f"{name}: layer {counts.index(0)} keeps no unit; prune less or raise the layer's share")
         uneven = uneven or len(set(counts)) > 1
         for label, count in zip(staying, counts, strict=True):
-            layer, sizes = _layer_of(label), structure.config_sizes(count)
+            layer, sizes = layer_of(label), structure.config_sizes(count)
             if layer and by_layer.setdefault(layer, {}) | sizes != sizes | by_layer[layer]:
                 raise HessoError(f"{name}: {label} keeps another number of units than the rest of {layer}")
             if layer:
@@ -71,7 +71,7 @@ def layer_sizes(groups: PruningGroups, kept: KeptUnits, head_dim: int | None) ->
 
 def layer_list(groups: PruningGroups) -> str:
     """Return the name of the module list that holds the layers (`model.layers`)."""
-    labels = {_layer_of(label) for group in groups.structures.values() for label in group.layers}
+    labels = {layer_of(label) for group in groups.structures.values() for label in group.layers}
     names = {layer.rpartition(".")[0] for layer in labels if layer}
     if len(names) != 1:
         raise HessoError(f"`layer_widths` ('per_layer') needs one list of layers; this model has {sorted(names)}")
@@ -112,7 +112,7 @@ def write_modelling_file(folder: Path, model_class: type, groups: PruningGroups)
     file.write_text(text, encoding="utf-8")
 
 
-def _layer_of(label: str) -> str:
+def layer_of(label: str) -> str:
     """Return the layer of a label that may name a block in it (`model.layers.3.mlp.experts`), or ""."""
     found = re.match(r".*?\.\d+(?=\.|$)", label)
     return found.group() if found else ""

@@ -18,6 +18,7 @@ from ..distributed.collectives import from_all
 from ..distributed.passes import in_eval
 from ..engines.engine import Engine
 from ..pruning.weights.snapshot import kept_random_state
+from .distillation import IGNORED
 from .measure import Measurer, singles
 
 logger = logging.get_logger(__name__)
@@ -143,4 +144,4 @@ def _tokens_predicted(model: PreTrainedModel, example: Any) -> int | None:
     labels = example.get("labels")
     if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
-    return int((labels[:, 0 if model.config.is_encoder_decoder else 1 :] != -100).sum())
+    return int((labels[:, 0 if model.config.is_encoder_decoder else 1 :] != IGNORED).sum())

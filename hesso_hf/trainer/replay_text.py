@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from ..config.files import TEXT_LOADERS
 from ..distributed.collectives import is_main_process, rank, summed_over_ranks, world_size
 from ..distributed.passes import in_eval
 from ..errors import CheckpointMismatchError, HessoError
@@ -177,8 +178,7 @@ def read_windows(source: str, tokenizer: Any, count: int, length: int) -> torch.
 def _texts(source: str) -> Iterator[str]:
     from datasets import load_dataset
 
-    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-    kind = kinds.get(Path(source).suffix)
+    kind = TEXT_LOADERS.get(Path(source).suffix)
     try:
         if kind is not None:
             data: Any = load_dataset(kind, data_files=source, split="train", streaming=True)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from .figures import chart, courses
 from .markup import Markup, table
 from .quality import evaluation_rows
-from .words import VERIFIED, extent_of, logged, named, percent, scientific, sized, stored_bytes, text_of
-
-Report = Mapping[str, Any]
+from .words import VERIFIED, Report, extent_of, logged, named, percent, scientific, sized, stored_bytes, text_of
 
 
 def compared(models: Sequence[tuple[str, Report]]) -> Iterator[Markup]:

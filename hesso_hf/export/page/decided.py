@@ -8,9 +8,7 @@ from typing import Any
 
 from .figures import Line, chart, courses
 from .markup import Markup, element, joined, table, terms
-from .words import SALIENCIES, amount, named, percent, scientific
-
-Report = Mapping[str, Any]
+from .words import SALIENCIES, Report, amount, named, percent, scientific
 
 _WIDE = 50.0  # scores of which the highest is so many times the lowest
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .compared import compared
 from .decided import how_it_was_decided
 from .figures import Line, Span, chart, colour, courses, strip
 from .losses import Losses, removed_until_the_end
 from .markup import Markup, element, joined, page, table, terms
-from .quality import evaluated_on, gained_rows, quality_rows
-from .words import PHASES, STRUCTURES, VERIFIED, logged, named, percent, scientific, sized, text_of
-
-Report = Mapping[str, Any]
+from .quality import evaluated_on, gained_rows, measured_on, quality_rows
+from .words import PHASES, STRUCTURES, VERIFIED, Report, logged, named, percent, scientific, sized
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,7 @@ def _sections(model: Model) -> list[Markup]:
 def _gained(report: Report) -> Markup:
     """Return what is known of the base model and the smaller one: size, loss, tasks, speed."""
     found = [table(["", "before", "after", "change"], gained_rows(report))]
-    if report.get("quality"):
-        on = ", ".join(f"{text_of(key)} ({part['examples']:,})" for key, part in report["quality"].items())
+    if on := measured_on(report):
         said = (
             "Before is the base model, after the trained model with its removed units at zero, both by the trainer's "
             f"own loss on the same examples: {on}."

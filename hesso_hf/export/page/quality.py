@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
-from .words import memory, named, stored_bytes, text_of
+from .words import Report, memory, named, stored_bytes, text_of
 
-Report = Mapping[str, Any]
 Row = tuple[str, Mapping[str, float], bool]  # what was measured, its values, and whether they compare by a ratio
 
 
@@ -59,6 +57,12 @@ def _evaluation(report: Report) -> Iterator[Row]:
         of_text = name in ("loss", "perplexity") and evaluation["dataset"]
         text = f"{name} on {evaluation['dataset']}" if of_text else named(name)
         yield text, values, "second" in name or name == "perplexity"
+
+
+def measured_on(report: Report) -> str:
+    """Return on which texts a run measured losses, and on how many examples of each; "" where on none."""
+    quality = report.get("quality") or {}
+    return ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
 
 
 def _before_after(values: Mapping[str, float]) -> tuple[str, str]:

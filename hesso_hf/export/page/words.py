@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+Report = Mapping[str, Any]  # what `pruning_report.json` says
 STRUCTURES = {
     "attention_heads": "Parts of attention that each look at earlier tokens in a way of their own, with the keys and "
     "values that they share.",

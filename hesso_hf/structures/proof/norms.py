@@ -17,12 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ...hf_models.tiny_model import forward_logits
+from ...hf_models.tiny_model import SEED, forward_logits
 from ..shape_probe import ParameterInfo
 
 logger = logging.get_logger(__name__)
-
-_SEED = 20240915
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def vector_role(info: ParameterInfo, module: nn.Module) -> VectorRole:
     if info.role != "norm":
         return OTHER
     norm, leaf = copy.deepcopy(module).float(), info.name.rpartition(".")[2]
-    probe = torch.randn(2, 3, info.shape[0], generator=torch.Generator().manual_seed(_SEED))
+    probe = torch.randn(2, 3, info.shape[0], generator=torch.Generator().manual_seed(SEED))
     try:
         before = norm(probe)
         if not isinstance(before, torch.Tensor) or before.shape != probe.shape:
@@ -75,7 +73,7 @@ def vector_role(info: ParameterInfo, module: nn.Module) -> VectorRole:
 @torch.no_grad()
 def has_bare_layernorm(model: PreTrainedModel, channels: int) -> bool:
     """Tell whether a norm without weights, and so without an axis to find it by, subtracts the mean over channels."""
-    probe = torch.randn(2, 3, channels, generator=torch.Generator().manual_seed(_SEED))
+    probe = torch.randn(2, 3, channels, generator=torch.Generator().manual_seed(SEED))
     for module in model.modules():
         if "norm" in type(module).__name__.lower() and not list(module.parameters()) and not list(module.children()):
             try:
