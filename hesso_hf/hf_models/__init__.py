@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .loading import load_model, load_tokenizer
     from .resize import resized_config
     from .sizes import ConfigSizes, get_size
-    from .tiny_config import tiny_config
+    from .tiny_configs import tiny_config
     from .tiny_model import random_model
 
 __all__ = [
@@ -26,6 +26,6 @@ __getattr__ = hand_on(
     {
         "ConfigSizes": "sizes", "build_meta": "build", "get_size": "sizes", "load_model": "loading",
         "load_tokenizer": "loading", "random_model": "tiny_model", "resized_config": "resize",
-        "tiny_config": "tiny_config",
+        "tiny_config": "tiny_configs",
     },
 )  # fmt: skip

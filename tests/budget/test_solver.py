@@ -27,7 +27,7 @@ from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.build import build_meta, model_class_of
 from hesso_hf.hf_models.resize import copy_with
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.pruning.calibration import measure_curves
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.structures.groups import PruningGroups

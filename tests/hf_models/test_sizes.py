@@ -22,7 +22,7 @@ from hesso_hf.hf_models.sizes import (
     set_common_value,
     set_sizes,
 )
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.structures.build import num_units, unit_increments
 from hesso_hf.structures.cut import zero_units_
 from hesso_hf.structures.groups import KeptUnits

@@ -28,7 +28,7 @@ from hesso_hf.hf_models.sizes import (
     set_sizes,
     size_places,
 )
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.hf_models.tiny_model import ieee_fp32, logits_of, random_model, token_ids
 from hesso_hf.structures.proof.tiny_case import covering_config
 from tests.support import forks

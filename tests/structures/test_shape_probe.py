@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hesso_hf.hf_models.build import build_meta, model_class_of
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.structures.proof.prove import prove
 from hesso_hf.structures.shape_probe import AxisMap, ParameterInfo, describe_parameters, probe_axes
 from tests.support import forks

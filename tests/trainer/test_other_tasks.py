@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer, export_pruned
-from hesso_hf.hf_models.tiny_config import tiny_config
+from hesso_hf.hf_models.tiny_configs import tiny_config
 from hesso_hf.hf_models.tiny_model import logits_of, random_model
 from hesso_hf.structures.proof.prove import prove
 from tests.support.checks import propagated

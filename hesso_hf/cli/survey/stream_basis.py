@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...errors import HessoError
-from ...hf_models.tiny_config import default_config
+from ...hf_models.tiny_configs import default_config
 from ...hf_models.tiny_model import SEED, logits_of, random_model, token_ids
 from ...pruning.basis import CLUSTERS, make_gain_uniform_, stream_covariance, turn_of
 from ...structures.proof.tiny_case import covering_config

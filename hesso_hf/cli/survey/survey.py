@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ... import __version__
 from ...config import DEFAULT_STRUCTURES, STRUCTURES
 from ...errors import HessoError, VerificationError, nearest_name
-from ...hf_models.tiny_config import default_config
+from ...hf_models.tiny_configs import default_config
 from ...structures.experts import EXPERT_UNITS
 from ...structures.groups import PruningGroups
 from ...structures.proof.experts import with_enough_experts

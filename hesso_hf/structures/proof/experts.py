@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...errors import UnsupportedStructureError
 from ...hf_models.resize import resized_config
 from ...hf_models.sizes import EXPERTS
-from ...hf_models.tiny_config import tiny_config
+from ...hf_models.tiny_configs import tiny_config
 from ...hf_models.tiny_model import SEED, logits_of, random_model, relative_error, token_ids
 from ..cut import cut_model, zero_units_
 from ..experts import EXPERT_UNITS, ExpertScheme, expert_groups, experts_per_token, num_experts, routing_groups

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ...config import DEFAULT_STRUCTURES
 from ...errors import UnsupportedStructureError
 from ...hf_models.sizes import HIDDEN, MLP
-from ...hf_models.tiny_config import tiny_config
+from ...hf_models.tiny_configs import tiny_config
 from ...hf_models.tiny_model import SEED
 from ..build import HEAD_UNITS, moving_axes, num_units
 from ..experts import EXPERT_UNITS

@@ -12,7 +12,7 @@ from ...errors import HessoError, UnsupportedStructureError
 from ...hf_models.build import build_meta
 from ...hf_models.resize import buildable_config, copy_with, resized_config
 from ...hf_models.sizes import LAYERS, ConfigSizes
-from ...hf_models.tiny_config import check_runs, config_for, short, tiny_config
+from ...hf_models.tiny_configs import check_runs, config_for, short, tiny_config
 from ...hf_models.tiny_model import SEED
 from ..groups import KeptUnits, PruningGroups, StructureGroups
 from ..shape_probe import describe_parameters

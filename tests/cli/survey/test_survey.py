@@ -23,7 +23,7 @@ from hesso_hf.cli.survey.round_trip import Generated, RoundTrips, _compare
 from hesso_hf.cli.survey.survey import SurveyFile, model_types, survey_type, survey_types, versions
 from hesso_hf.config import STRUCTURES
 from hesso_hf.errors import HessoError, VerificationError
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.structures.groups import PruningGroups
 from hesso_hf.structures.proof.prove import proved_groups
 from hesso_hf.structures.proof.result import TOLERANCE

@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, MambaConfig, T5Config, T5ForConditionalGeneration
 
 from hesso_hf.hf_models.sizes import ConfigSizes
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.structures.experts import EXPERT_UNITS
 from hesso_hf.structures.groups import Scheme
 from hesso_hf.structures.proof.branches import Division, divisions

@@ -9,7 +9,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from hesso_hf.hf_models.build import model_class_of
-from hesso_hf.hf_models.tiny_config import tiny_config
+from hesso_hf.hf_models.tiny_configs import tiny_config
 from hesso_hf.hf_models.tiny_model import random_model, token_ids
 from hesso_hf.structures.proof.norms import OTHER, VectorRole, has_bare_layernorm, norms_after_writers, vector_role
 from hesso_hf.structures.shape_probe import ParameterInfo, describe_parameters

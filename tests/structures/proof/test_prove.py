@@ -16,7 +16,7 @@ from transformers.integrations import sdpa_attention
 
 from hesso_hf.budget.inspect import inspect_model
 from hesso_hf.hf_models.build import model_class_of
-from hesso_hf.hf_models.tiny_config import tiny_config
+from hesso_hf.hf_models.tiny_configs import tiny_config
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.weights.bound_groups import BoundGroups
 from hesso_hf.structures.groups import AxisName, Scheme, StructureGroups

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from hesso_hf.hf_models.build import model_class_of
-from hesso_hf.hf_models.tiny_config import default_config, tiny_config
+from hesso_hf.hf_models.tiny_configs import default_config, tiny_config
 from hesso_hf.structures.build import moving_axes
 from hesso_hf.structures.groups import Scheme
 from hesso_hf.structures.proof.bench import Bench

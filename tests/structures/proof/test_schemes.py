@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, export_pruned, wrap_optimizer
-from hesso_hf.hf_models.tiny_config import default_config
+from hesso_hf.hf_models.tiny_configs import default_config
 from hesso_hf.hf_models.tiny_model import logits_of, random_model, relative_error
 from hesso_hf.structures.layout import Layout, Segment
 from hesso_hf.structures.proof import schemes

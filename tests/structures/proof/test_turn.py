@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hesso_hf.errors import UnsupportedStructureError
-from hesso_hf.hf_models.tiny_config import default_config
+from hesso_hf.hf_models.tiny_configs import default_config
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.structures.proof.turn import prove_turn
 from hesso_hf.structures.shape_probe import probe_axes
