@@ -20,10 +20,10 @@ LONG = (
     "cli/survey/test_survey.py", "export/test_families.py", "trainer/test_distributed.py", "trainer/test_trl.py",
     "project/test_notebooks.py", "structures/proof/test_turn.py", "pruning/test_devices.py", "project/test_readme.py",
     "trainer/test_devices.py", "trainer/test_trainer.py", "pruning/test_optimizer.py", "engines/test_deepspeed.py",
-    "trainer/test_replay.py", "cli/test_quickstart.py", "trainer/test_stream_lora.py", "trainer/test_resume.py",
+    "trainer/test_replay.py", "cli/test_quickstart.py", "trainer/test_basis_lora.py", "trainer/test_resume.py",
     "trainer/test_trl_trainers.py", "structures/test_layers.py", "cli/survey/test_stream_basis.py",
     "structures/test_experts.py",
-    "trainer/test_stream.py", "trainer/test_other_tasks.py", "trainer/test_ladder.py",
+    "trainer/test_basis.py", "trainer/test_other_tasks.py", "trainer/test_ladder.py",
 )  # fmt: skip
 
 FRESH = "tests.structures.proof."  # whose tests prove anew

@@ -120,7 +120,7 @@ def decide(
         groups = groups_for(model, kept_units, weights)
     if kept_units is not None:
         _check_kept(kept_units, groups)
-    zero = zero_units(weights, groups, kept_units)
+    zero = units_at_zero(weights, groups, kept_units)
     living = {name: ~found for name, found in zero.items() if name not in OPT_IN or bool(found.any())}
     kept = kept_units or KeptUnits.of(living)
     _check_zero(zero, kept)
@@ -157,16 +157,16 @@ def groups_for(model: PreTrainedModel, kept: KeptUnits | None, weights: Weights 
     groups = proved_groups(type(model), model.config, structures_around(named))[0]
     others = dict(groups.structures)
     whole = others.pop("attention_heads", None)
-    if whole is None or zero_units(weights, PruningGroups({"attention_heads": whole}))["attention_heads"].any():
+    if whole is None or units_at_zero(weights, PruningGroups({"attention_heads": whole}))["attention_heads"].any():
         return groups
     single = proved_groups(type(model), model.config, ("query_heads",))[0]
-    if not single.structures or not zero_units(weights, single)["query_heads"].any():
+    if not single.structures or not units_at_zero(weights, single)["query_heads"].any():
         return groups
     return PruningGroups(single.structures | others, groups.refused)
 
 
 @torch.no_grad()
-def zero_units(weights: Weights, groups: PruningGroups, kept: KeptUnits | None = None) -> dict[str, torch.Tensor]:
+def units_at_zero(weights: Weights, groups: PruningGroups, kept: KeptUnits | None = None) -> dict[str, torch.Tensor]:
     """Return, per structure, which units' effective weights are all exactly zero: shape (L, U), bool.
 
     Args:

@@ -33,13 +33,13 @@ from ..structures.lora import base_of, parameters_of
 from ..structures.turned_base import heal_base_, read_turn, turn_base_
 from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
+from .basis import settle_in_basis
 from .compacting import Compacting
 from .dense import warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
 from .replay import Known
-from .stream import settle_in_basis
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)

@@ -13,9 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 from transformers.models.llama import modeling_llama
 
 from hesso_hf.config import DEFAULT_STRUCTURES
-from hesso_hf.structures.proof import kept as keeping
-from hesso_hf.structures.proof import prove, turn
-from hesso_hf.structures.proof.kept import CACHE, cache_folder
+from hesso_hf.structures.proof import cache, prove, turn
+from hesso_hf.structures.proof.cache import CACHE, cache_folder
 from hesso_hf.structures.proof.prove import proved_groups
 from hesso_hf.structures.proof.result import Proof, StructureProof
 from tests.support import ROOT, forks
@@ -149,7 +148,7 @@ def test_nothing_is_kept_that_may_be_another_proof_in_the_next_process(
         patch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: x)
         assert times_proved() == 2
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "attention_of", lambda config: "registered")
+        patch.setattr(cache, "attention_of", lambda config: "registered")
         assert times_proved() == 2
     assert not folder.exists()
 
@@ -157,8 +156,8 @@ def test_nothing_is_kept_that_may_be_another_proof_in_the_next_process(
 def test_other_versions_and_other_sources_have_it_proved_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert times_proved() == 1
     for owner, name, value in (
-        (keeping.transformers, "__version__", "0"), (keeping, "_own_digest", lambda: "changed"),
-        (keeping, "_digest", lambda paths: "changed"),
+        (cache.transformers, "__version__", "0"), (cache, "_own_digest", lambda: "changed"),
+        (cache, "_digest", lambda paths: "changed"),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
@@ -184,9 +183,9 @@ def test_what_takes_long_is_said(
         time.sleep(0.3)
         return HELD
 
-    monkeypatch.setattr(keeping, "SLOW", 0.01)
+    monkeypatch.setattr(cache, "SLOW", 0.01)
     with mock.patch.object(prove, "prove", slowly), propagated(caplog):
         for _ in range(2):
             proved_groups(LlamaForCausalLM, config(), MLP)
-    told = {record.getMessage() for record in caplog.records if record.name == keeping.__name__}
+    told = {record.getMessage() for record in caplog.records if record.name == cache.__name__}
     assert told == {"proving mlp_channels of LlamaForCausalLM on a tiny model (once per model type)"}

@@ -37,7 +37,7 @@ def _plain() -> dict[ModuleType, tuple[Any, Any]]:
 
 def _shared(plain: Callable[..., Any], model_class: type, config: Any, *names: Any) -> Any:
     """Prove, or take the proof that another process has made."""
-    from hesso_hf.structures.proof.kept import Case
+    from hesso_hf.structures.proof.cache import Case
 
     folder = Path(os.environ.get(FOLDER, ""))
     if _anew.get() or FOLDER not in os.environ or not folder.exists():

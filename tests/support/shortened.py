@@ -13,8 +13,9 @@ from unittest import mock
 import accelerate.utils.memory
 
 from hesso_hf.pruning import basis, calibration
-from hesso_hf.structures.proof import kept
-from hesso_hf.trainer import run, stream
+from hesso_hf.structures.proof import cache
+from hesso_hf.trainer import basis as trainer_basis
+from hesso_hf.trainer import run
 
 TOKENS = 512
 REMOVED_SHARES = (0.25, 0.5, 0.875)
@@ -26,10 +27,10 @@ def shorten() -> None:
     """Make it short, until all is restored."""
     changes = (
         (basis, {"LEAST_TOKENS": TOKENS}),
-        (stream, {"LEAST_TOKENS": TOKENS}),
+        (trainer_basis, {"LEAST_TOKENS": TOKENS}),
         (run, {"HEALING_TOKENS": TOKENS}),
         (calibration, {"REMOVED_SHARES": REMOVED_SHARES}),
-        (kept, {"SLOW": 3600.0}),  # on a busy machine some would take so long, and some not
+        (cache, {"SLOW": 3600.0}),  # on a busy machine some would take so long, and some not
         (accelerate.utils.memory, {"gc": SimpleNamespace(collect=lambda: 0)}),
     )
     for module, values in changes:

@@ -27,8 +27,8 @@ from ..shape_probe import AxisMap, coupled_axes, probe_axes
 from . import schemes
 from .bench import Bench, Trial
 from .branches import Division, discover_branches, divisions
+from .cache import Case, cached
 from .experts import prove_experts
-from .kept import Case, kept
 from .layers import LayerTrial
 from .norms import norm_of_the_stream
 from .result import TOLERANCE, Proof, StructureProof, groups_of, guarded
@@ -111,7 +111,7 @@ def proved_groups(
 
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(case: Case, names: tuple[str, ...]) -> Proved:
-    proof = kept(case, names, lambda: prove(case.model_class, case.config, names))
+    proof = cached(case, names, lambda: prove(case.model_class, case.config, names))
     groups, axis_map = groups_of(case.model_class, case.config, proof)
     return groups, proof, axis_map
 

@@ -21,7 +21,7 @@ from ..groups import AxisName, Scheme
 from ..shape_probe import probe_axes
 from ..turn import NormScheme, StreamTurn, TurnScheme, random_rotation
 from .bench import Bench
-from .kept import Case, kept
+from .cache import Case, cached
 from .prove import REMEMBERED, Prover
 from .residual_stream import StreamAxis, block_of
 from .result import TOLERANCE
@@ -68,7 +68,7 @@ def turn_of(model: PreTrainedModel) -> tuple[StreamTurn, float]:
 
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(case: Case) -> tuple[StreamTurn, float]:
-    scheme, error = kept(case, ("the stream's turn",), lambda: prove_turn(case.model_class, case.config))
+    scheme, error = cached(case, ("the stream's turn",), lambda: prove_turn(case.model_class, case.config))
     axis_map = probe_axes(case.model_class, case.config)
     return StreamTurn.of(scheme, axis_map, num_units("embedding_channels", axis_map.sizes)), error
 

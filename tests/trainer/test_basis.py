@@ -68,7 +68,7 @@ def test_the_default_is_the_principal_basis_where_channels_go(tmp_path: Path):
 def test_a_stream_that_keeps_its_channels_keeps_its_basis(given_up: dict[str, Any], tmp_path: Path, monkeypatch):
     model = tiny_llama()
     given, said = whole(model), []
-    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
+    monkeypatch.setattr("hesso_hf.trainer.basis.logger.warning", said.append)
     run = trainer(tmp_path, model, HessoConfig(**RATIO, **given_up))
     run.create_optimizer()
     assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
@@ -77,7 +77,7 @@ def test_a_stream_that_keeps_its_channels_keeps_its_basis(given_up: dict[str, An
 
 
 def test_sizes_that_are_given_tell_beforehand_whether_to_turn(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("hesso_hf.trainer.stream.turn_stream", lambda *args, **options: pytest.fail("turned"))
+    monkeypatch.setattr("hesso_hf.trainer.basis.turn_stream", lambda *args, **options: pytest.fail("turned"))
     given = {key: value for key, value in RATIO.items() if key != "pruning_ratio"}
     run = trainer(tmp_path, tiny_llama(), HessoConfig(**given, target_sizes={"intermediate_size": 28}))
     run.create_optimizer()
@@ -107,7 +107,7 @@ def test_what_cannot_be_turned_is_refused_by_name_or_stays_as_it_is(tmp_path: Pa
     model = tiny_gemma2()
     given = whole(model)
     said: list[str] = []
-    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
+    monkeypatch.setattr("hesso_hf.trainer.basis.logger.warning", said.append)
     trainer(tmp_path, model, HessoConfig(**RATIO, stream_basis="auto")).create_optimizer()
     assert all(torch.equal(given[name], parameter) for name, parameter in model.named_parameters())
     (warning,) = said
@@ -119,7 +119,7 @@ def test_what_cannot_be_turned_is_refused_by_name_or_stays_as_it_is(tmp_path: Pa
 
 def test_a_model_that_zero_3_has_divided_already_is_not_turned(tmp_path: Path, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
+    monkeypatch.setattr("hesso_hf.trainer.basis.logger.warning", said.append)
 
     def begun(wanted: str) -> HessoTrainer:
         run = trainer(tmp_path, tiny_llama(), HessoConfig(**RATIO, stream_basis=wanted))
@@ -145,7 +145,7 @@ def test_a_tied_model_over_the_tolerance_is_refused_or_stays_as_it_is(tmp_path: 
     model = tiny_llama(tie_word_embeddings=True)
     given = whole(model)
     said: list[str] = []
-    monkeypatch.setattr("hesso_hf.trainer.stream.logger.warning", said.append)
+    monkeypatch.setattr("hesso_hf.trainer.basis.logger.warning", said.append)
     run: HessoTrainer = trainer(tmp_path, model, HessoConfig(**strict, stream_basis="auto"))
     run.create_optimizer()
     assert "gains differ too much" in said[0]

@@ -68,7 +68,7 @@ class Case:
         return cls(model_class, config, (type(config), *kinds, repr(config.to_dict())))
 
 
-def kept(case: Case, what: tuple[str, ...], prove: Callable[[], _T]) -> _T:
+def cached(case: Case, what: tuple[str, ...], prove: Callable[[], _T]) -> _T:
     """Return what another process has proved of a case; else prove it, and keep it where that can be used again.
 
     Args:
