@@ -26,7 +26,7 @@ from overhead import SCALES, Allocations
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer
-from hesso_hf.cli.memory.estimate import Run
+from hesso_hf.cli.memory.estimate import EstimatedRun
 from hesso_hf.cli.memory.model_sizes import model_sizes
 from hesso_hf.cli.memory.workload import ENGINES, Cluster, Workload
 from hesso_hf.export.report import versions
@@ -222,7 +222,7 @@ def _compared(config: LlamaConfig, workload: Workload, dtype: torch.dtype, train
     """Set the estimate beside the measurement; weights in bf16 alone are what ZeRO-1 has beside its masters."""
     masters = dtype == torch.float32
     engine = ENGINES["ddp" if masters else "zero1"]
-    moments = Run(model_sizes(config), engine, workload, Cluster(1, 80e9)).moments()
+    moments = EstimatedRun(model_sizes(config), engine, workload, Cluster(1, 80e9)).moments()
     resident = trainer.bytes["parameters"] + trainer.bytes["optimizer"]
     estimated: dict[str, float] = {}
     for name, parts in moments.items():

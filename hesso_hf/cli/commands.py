@@ -18,7 +18,7 @@ from ..config.names import AUTO_REPLAY_SHARE, DTYPE_NAMES
 from ..errors import HessoError
 from .comparison import PICTURES, check_comparison, comparison_table, evaluation_of, markdown_table, reported
 from .data import check_text_file, model_source
-from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, Pace, Workload
+from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, TokenPace, Workload
 from .printing import print_report, print_table
 
 WIDTH = 100  # of a line that quickstart prints
@@ -113,7 +113,7 @@ def plan(arguments: argparse.Namespace) -> None:
             raise HessoError(f"`--{name.replace('_', '-')}` ({value:g}) must be a number above zero")
     host = None if arguments.host_memory is None else arguments.host_memory * GB
     cluster = Cluster(arguments.gpus, arguments.gpu_memory * GB, arguments.gpus_per_node, host)
-    pace = Pace(arguments.tokens, arguments.device_tflops)
+    pace = TokenPace(arguments.tokens, arguments.device_tflops)
     model = model_source(arguments.model)
     from .memory import plan_memory
 

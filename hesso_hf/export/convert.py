@@ -55,7 +55,7 @@ class Conversion:
     written: int
 
 
-class Engine(ABC):
+class ServingEngine(ABC):
     """What was converted, as the engine runs it: one text at a time.
 
     Attributes:
@@ -153,7 +153,7 @@ def _prompts(config: PretrainedConfig) -> Iterator[torch.Tensor]:
         yield row[:length]
 
 
-def _compared(model: PreTrainedModel, engine: Engine, prompt: list[int]) -> tuple[float, int]:
+def _compared(model: PreTrainedModel, engine: ServingEngine, prompt: list[int]) -> tuple[float, int]:
     """Let an engine write after a prompt; return the error of its logits, and how many of its tokens agree."""
     engine.begin()
     written: list[int] = []
@@ -195,7 +195,7 @@ def _export(kind: str, model: PreTrainedModel, folder: Path) -> None:
     exporter.export(decoder, example, config).save_pretrained(folder)
 
 
-class _OnnxRuntime(Engine):
+class _OnnxRuntime(ServingEngine):
     packages: ClassVar = {name: name for name in ("onnx", "onnxscript", "onnxruntime")} | EXPORTERS
 
     @classmethod
@@ -224,7 +224,7 @@ class _OnnxRuntime(Engine):
         return found.logits[0, -1]
 
 
-class _OpenVINO(Engine):
+class _OpenVINO(ServingEngine):
     packages: ClassVar = {"openvino": "openvino"} | EXPORTERS
 
     @classmethod
@@ -255,7 +255,7 @@ class _OpenVINO(Engine):
         return torch.from_numpy(found["logits"].copy())[0, -1]
 
 
-class _LlamaCpp(Engine):
+class _LlamaCpp(ServingEngine):
     packages: ClassVar = {"gguf": "gguf", "sentencepiece": "sentencepiece", "llama_cpp": "llama-cpp-python"}
 
     @classmethod
@@ -288,4 +288,4 @@ def _converter(given: str | None) -> str:
     return found
 
 
-ENGINES: Mapping[str, type[Engine]] = {"onnx": _OnnxRuntime, "openvino": _OpenVINO, "gguf": _LlamaCpp}
+ENGINES: Mapping[str, type[ServingEngine]] = {"onnx": _OnnxRuntime, "openvino": _OpenVINO, "gguf": _LlamaCpp}

@@ -109,7 +109,7 @@ class Quality:
                 continue
             measured, reason = MeanLoss(math.nan, 0, 0), ""
             try:
-                measured = _mean_loss(self._trainer, self._measurer, model, data, self._config.quality_examples)
+                measured = _loss_per_token(self._trainer, self._measurer, model, data, self._config.quality_examples)
                 reason = "" if math.isfinite(measured.loss) else f"it is {measured.loss}"
             except Exception as error:  # of a loss that isn't this library's, there is no type for all
                 reason = f"{type(error).__name__}: {error}"
@@ -124,7 +124,7 @@ class Quality:
 
 
 @torch.no_grad()
-def _mean_loss(trainer: Trainer, measurer: Measurer, model: PreTrainedModel, dataset: Any, count: int) -> MeanLoss:
+def _loss_per_token(trainer: Trainer, measurer: Measurer, model: PreTrainedModel, dataset: Any, count: int) -> MeanLoss:
     """Measure a model as the trainer evaluates it, on examples spread over a data set."""
     total, weight, tokens, examples = 0.0, 0, 0, 0
     with in_eval(model), kept_random_state(trainer.args.device), trainer.accelerator.autocast():

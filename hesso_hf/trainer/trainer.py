@@ -24,8 +24,8 @@ from ..export.checkpoint_state import check_resumable, last_checkpoint, load_con
 from ..export.report import PruningReport, add_to_card
 from ..export.storage import check_not_base
 from ..structures.lora import lora_layers, with_adapter
+from .arguments import checked_config, engine_of, refuse
 from .callbacks import OWN_CALLBACKS, metrics
-from .engine import checked_config, engine_of, refuse
 from .hub import upload, upload_on_the_way
 from .peeked import peeked
 from .reference import settle_reference

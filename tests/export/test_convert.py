@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BertConfig
 from hesso_hf.cli.main import main
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import convert as conversion
-from hesso_hf.export.convert import CONVERTER, WRITTEN, Engine, check_conversion, convert
+from hesso_hf.export.convert import CONVERTER, WRITTEN, ServingEngine, check_conversion, convert
 from tests.support.tiny import tiny_llama
 
 
-class InPlace(Engine):
+class InPlace(ServingEngine):
     """An engine that is Transformers again, with another head_dim where it is told to misread it."""
 
     packages: ClassVar = {"torch": "torch"}

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import OffloadPolicy
 
-from hesso_hf.cli.memory.workload import ENGINES, Engine
+from hesso_hf.cli.memory.workload import ENGINES, EngineSpec
 from tests.support import ROOT
 
 CONFIGS = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
@@ -93,7 +93,7 @@ def test_deepspeed_stage_is_that_of_the_name(path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
-def test_every_engine_has_a_configuration(engine: Engine) -> None:
+def test_every_engine_has_a_configuration(engine: EngineSpec) -> None:
     for nodes in (1, 2):
         path = ROOT / engine.config_file(nodes)
         assert path in CONFIGS

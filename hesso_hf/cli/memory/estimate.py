@@ -16,7 +16,7 @@ from ...pruning.fisher import TOKENS
 from ...pruning.healing import HEALING_TOKENS
 from ...pruning.token_rows import CHUNK
 from ...pruning.windows import LONGEST
-from .workload import COMPONENTS, GB, Cluster, Engine, Parts, Sharded, Workload
+from .workload import COMPONENTS, GB, Cluster, EngineSpec, Parts, Sharded, Workload
 
 if TYPE_CHECKING:
     from .model_sizes import ModelSizes
@@ -31,11 +31,11 @@ TRIAL = 5 / 36  # of a matrix (C, C): what stands in for a sixth of its columns,
 
 
 @dataclass(frozen=True)
-class Run:
+class EstimatedRun:
     """A model's training under one engine, and what lies in the memory of one of its GPUs when."""
 
     sizes: ModelSizes
-    engine: Engine
+    engine: EngineSpec
     workload: Workload
     cluster: Cluster
 
@@ -290,9 +290,9 @@ class Estimate:
         }
 
 
-def estimate(run: Run) -> Estimate:
+def estimate(run: EstimatedRun) -> Estimate:
     """Estimate what a run needs."""
-    moments, host, cluster = run.moments(), host_memory(run), run.cluster
+    moments, host, cluster = run.moments(), host_bytes(run), run.cluster
     highest = max(moments, key=lambda name: sum(moments[name].values()))
     margin = cluster.usable - sum(moments[highest].values())
     host_fits = cluster.host_memory is None or host <= cluster.host_memory
@@ -300,7 +300,7 @@ def estimate(run: Run) -> Estimate:
     return Estimate(run.engine.name, highest.partition(",")[0], moments[highest], host, margin, host_fits, largest)
 
 
-def largest_batch(run: Run) -> int:
+def largest_batch(run: EstimatedRun) -> int:
     """Return the largest micro-batch whose peak fits, by bisection: the peak grows with it."""
 
     def is_too_large(batch: int) -> bool:
@@ -310,7 +310,7 @@ def largest_batch(run: Run) -> int:
     return bisect_left(range(1, MAX_BATCH + 1), True, key=is_too_large)
 
 
-def host_memory(run: Run) -> float:
+def host_bytes(run: EstimatedRun) -> float:
     """Return the main memory of one node: while loading, or while training, whichever is more.
 
     Every rank loads the model on its own, in fp32 (LoRA: in the computation's dtype), except under engines that shard

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .estimate import Run
-from .workload import Pace, Workload
+from .estimate import EstimatedRun
+from .workload import TokenPace, Workload
 
 UTILISATION = 0.4  # of a GPU's peak, recomputation counted: assumed
 
@@ -20,7 +20,7 @@ def flop_per_token(workload: Workload, lora: bool) -> float:
     return (trained + 2 * taught) / (1 - workload.replay_share)
 
 
-def hours(run: Run, pace: Pace) -> float:
+def hours(run: EstimatedRun, pace: TokenPace) -> float:
     """Return the hours of a run whose model stays whole; what is offloaded takes more than that."""
     flop = flop_per_token(run.workload, run.engine.lora) * run.sizes.active_parameters * pace.tokens
     return flop / (run.cluster.num_gpus * pace.device_tflops * 1e12 * UTILISATION) / 3600

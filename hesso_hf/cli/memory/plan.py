@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ...hf_models.build import load_config
-from .estimate import Estimate, Run, estimate
+from .estimate import Estimate, EstimatedRun, estimate
 from .hours import UTILISATION, flop_per_token, hours
 from .model_sizes import ModelSizes, model_sizes
-from .workload import COMPONENTS, ENGINES, GB, HEADROOM, Cluster, Pace, Workload
+from .workload import COMPONENTS, ENGINES, GB, HEADROOM, Cluster, TokenPace, Workload
 
 # What a part of the peak is called in the table, and what it is.
 PARTS = {
@@ -40,7 +40,7 @@ class MemoryPlan:
     workload: Workload
     cluster: Cluster
     engines: dict[str, Estimate]
-    pace: Pace
+    pace: TokenPace
     hours: dict[str, float]
 
     @property
@@ -139,7 +139,7 @@ def plan_memory(
     cluster: Cluster,
     trust_remote_code: bool = False,
     name: str = "",
-    pace: Pace | None = None,
+    pace: TokenPace | None = None,
 ) -> MemoryPlan:
     """Estimate a model's training from its config alone, under every engine that makes sense on the cluster.
 
@@ -155,9 +155,9 @@ def plan_memory(
         'fsdp2'
     """
     config = load_config(source, trust_remote_code)
-    sizes, pace = model_sizes(config, trust_remote_code), pace or Pace()
+    sizes, pace = model_sizes(config, trust_remote_code), pace or TokenPace()
     runs = {
-        name: Run(sizes, engine, workload, cluster)
+        name: EstimatedRun(sizes, engine, workload, cluster)
         for name, engine in ENGINES.items()
         if cluster.num_gpus > 1 or engine.offload or not engine.sharded  # one GPU alone has nothing to share
     }

@@ -99,7 +99,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Pace:
+class TokenPace:
     """How many tokens of the data a run reads, and the peak of one GPU (10^12 operations a second)."""
 
     tokens: float = 1e9
@@ -112,7 +112,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineSpec:
     """One way to spread a run over GPUs.
 
     Attributes:
@@ -158,14 +158,14 @@ _ALL: tuple[Sharded, ...] = (*_ZERO2, "parameters")
 ENGINES = {
     engine.name: engine
     for engine in (
-        Engine("ddp", "one GPU, DDP", "ddp"),
-        Engine("fsdp2", "FSDP2 (as ZeRO-3)", "fsdp2", _ALL),
-        Engine("fsdp2_offload", "FSDP2, offloaded", "fsdp2", _ALL, offload="all"),
-        Engine("zero1", "ZeRO-1", "zero2", ("optimizer",), deepspeed=True),
-        Engine("zero2", "ZeRO-2", "zero2", _ZERO2, deepspeed=True),
-        Engine("zero3", "ZeRO-3", "zero3", _ALL, deepspeed=True),
-        Engine("zero2_offload", "ZeRO-2, offloaded", "zero2", _ZERO2, deepspeed=True, offload="optimizer"),
-        Engine("zero3_offload", "ZeRO-3, offloaded", "zero3", _ALL, deepspeed=True, offload="optimizer"),
-        Engine("lora", "LoRA, DDP", "ddp", lora=True),
+        EngineSpec("ddp", "one GPU, DDP", "ddp"),
+        EngineSpec("fsdp2", "FSDP2 (as ZeRO-3)", "fsdp2", _ALL),
+        EngineSpec("fsdp2_offload", "FSDP2, offloaded", "fsdp2", _ALL, offload="all"),
+        EngineSpec("zero1", "ZeRO-1", "zero2", ("optimizer",), deepspeed=True),
+        EngineSpec("zero2", "ZeRO-2", "zero2", _ZERO2, deepspeed=True),
+        EngineSpec("zero3", "ZeRO-3", "zero3", _ALL, deepspeed=True),
+        EngineSpec("zero2_offload", "ZeRO-2, offloaded", "zero2", _ZERO2, deepspeed=True, offload="optimizer"),
+        EngineSpec("zero3_offload", "ZeRO-3, offloaded", "zero3", _ALL, deepspeed=True, offload="optimizer"),
+        EngineSpec("lora", "LoRA, DDP", "ddp", lora=True),
     )
 }

@@ -102,7 +102,7 @@ class Snapshot:
         if isinstance(value, torch.Tensor):
             value = local(value)
             if self._on_cpu and value.is_cuda and type(value) in (torch.Tensor, torch.nn.Parameter) and value.dim():
-                return host_memory(value).copy_(value)
+                return pinned_like(value).copy_(value)
             return value.detach().to("cpu" if self._on_cpu else value.device, copy=True)
         if isinstance(value, Mapping):
             return {key: self._copy(part) for key, part in value.items()}
@@ -111,7 +111,7 @@ class Snapshot:
         return copy.deepcopy(value)
 
 
-def host_memory(like: torch.Tensor) -> torch.Tensor:
+def pinned_like(like: torch.Tensor) -> torch.Tensor:
     """Make room for a tensor in the host's memory, pinned where the system allows it: a GPU reads that by itself."""
     try:
         return torch.empty_like(like, device="cpu", pin_memory=True)

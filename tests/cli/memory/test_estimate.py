@@ -21,11 +21,11 @@ from transformers import (
 
 from hesso_hf import HessoConfig
 from hesso_hf.cli.memory import estimate as estimates
-from hesso_hf.cli.memory.estimate import Run, estimate, host_memory, largest_batch, saved_per_token
+from hesso_hf.cli.memory.estimate import EstimatedRun, estimate, host_bytes, largest_batch, saved_per_token
 from hesso_hf.cli.memory.hours import UTILISATION, flop_per_token, hours
 from hesso_hf.cli.memory.model_sizes import ModelSizes, model_sizes
 from hesso_hf.cli.memory.plan import PARTS, plan_memory
-from hesso_hf.cli.memory.workload import COMPONENTS, ENGINES, HEADROOM, Cluster, Pace, Parts, Workload
+from hesso_hf.cli.memory.workload import COMPONENTS, ENGINES, HEADROOM, Cluster, Parts, TokenPace, Workload
 from hesso_hf.errors import HessoError
 from hesso_hf.pruning.healing import Healer
 from hesso_hf.pruning.plan import PruningPlan
@@ -61,10 +61,10 @@ def big() -> ModelSizes:
     return model_sizes(EIGHT_B)
 
 
-def run(sizes: ModelSizes, engine: str, workload: Workload, cluster: Cluster | int = 1) -> Run:
+def run(sizes: ModelSizes, engine: str, workload: Workload, cluster: Cluster | int = 1) -> EstimatedRun:
     """Return a run on a cluster, or on so many GPUs of 80 GB."""
     cluster = Cluster(cluster, 80e9) if isinstance(cluster, int) else cluster
-    return Run(sizes, ENGINES[engine], workload, cluster)
+    return EstimatedRun(sizes, ENGINES[engine], workload, cluster)
 
 
 def residents(sizes: ModelSizes, engine: str, workload: Workload, num_gpus: int) -> Parts:
@@ -157,10 +157,10 @@ def test_snapshot_and_teacher_lie_where_they_are_kept(big: ModelSizes) -> None:
     on_cpu, on_device = Workload(cric="cpu"), Workload(cric="device")
     assert residents(big, "fsdp2", on_device, 16)["snapshot"] == 12 * n / 16
     assert "snapshot" not in residents(big, "fsdp2", on_cpu, 16)
-    on_both = [host_memory(run(big, "ddp", workload, cluster)) for workload in (on_cpu, on_device)]
+    on_both = [host_bytes(run(big, "ddp", workload, cluster)) for workload in (on_cpu, on_device)]
     assert on_both[0] - on_both[1] == 8 * (12 - 4) * n
     # of two nodes; loading is less
-    assert host_memory(run(big, "fsdp2", on_cpu, cluster)) == pytest.approx(12 * n / 2 + 8 * 4e9)
+    assert host_bytes(run(big, "fsdp2", on_cpu, cluster)) == pytest.approx(12 * n / 2 + 8 * 4e9)
     taught = Workload(distillation=True)
     assert residents(big, "ddp", taught, 16)["teacher"] == 2 * n
     assert residents(big, "fsdp2", taught, 16)["teacher"] == 2 * n / 16
@@ -172,7 +172,7 @@ def test_snapshot_and_teacher_lie_where_they_are_kept(big: ModelSizes) -> None:
 def test_offloading_moves_masters_state_and_gradients_to_the_host(big: ModelSizes) -> None:
     for name in ("fsdp2_offload", "zero2_offload"):
         offloaded = run(big, name, Workload(), 8)
-        assert host_memory(offloaded) >= 16 * big.parameters
+        assert host_bytes(offloaded) >= 16 * big.parameters
         assert estimate(offloaded).parts["optimizer"] == 0
 
 
@@ -299,23 +299,23 @@ def test_operations_a_token_by_hand() -> None:
 
 
 def test_hours_go_with_tokens_gpus_and_their_speed(big: ModelSizes) -> None:
-    one = hours(run(big, "fsdp2", Workload(), 8), Pace())
+    one = hours(run(big, "fsdp2", Workload(), 8), TokenPace())
     assert one * 3600 == pytest.approx(6 * big.parameters * 1e9 / (8 * 989e12 * UTILISATION))
-    assert hours(run(big, "fsdp2", Workload(), 8), Pace(3e9, 989 / 2)) == pytest.approx(6 * one)
-    assert hours(run(big, "fsdp2", Workload(), 16), Pace()) == pytest.approx(one / 2)
-    assert hours(run(big, "lora", Workload(), 8), Pace()) == pytest.approx(one * 4 / 6)
+    assert hours(run(big, "fsdp2", Workload(), 8), TokenPace(3e9, 989 / 2)) == pytest.approx(6 * one)
+    assert hours(run(big, "fsdp2", Workload(), 16), TokenPace()) == pytest.approx(one / 2)
+    assert hours(run(big, "lora", Workload(), 8), TokenPace()) == pytest.approx(one * 4 / 6)
 
 
 def test_hours_of_experts_are_those_that_a_token_passes() -> None:
     found = model_sizes(CONFIGS["mixtral"])
     alike = replace(found, active_parameters=found.parameters)
-    share = hours(run(found, "ddp", Workload()), Pace()) / hours(run(alike, "ddp", Workload()), Pace())
+    share = hours(run(found, "ddp", Workload()), TokenPace()) / hours(run(alike, "ddp", Workload()), TokenPace())
     assert share == pytest.approx(found.active_parameters / found.parameters)
     assert share < 1
 
 
 def test_the_plan_says_that_hours_are_estimated_and_of_what() -> None:
-    plan = plan_memory(EIGHT_B, Workload(), Cluster(8, 80e9), name="8B", pace=Pace(2e9, 312))
+    plan = plan_memory(EIGHT_B, Workload(), Cluster(8, 80e9), name="8B", pace=TokenPace(2e9, 312))
     said = next(note for note in plan.notes() if note.startswith("Hours: estimated"))
     assert all(part in said for part in ("2 billion tokens", "6.0 operations", "40% of 312 TFLOP/s"))
     found = plan.to_dict()
@@ -381,8 +381,8 @@ def test_healing_is_counted_where_matrices_are_whole(big: ModelSizes) -> None:
         (lambda: Workload(optimizer="adam"), "`optimizer` ('adam') must be one of adamw"),  # type: ignore[arg-type]
         (lambda: Workload(dtype="int8"), "`dtype` ('int8')"),
         (lambda: Cluster(0, 80e9), "`num_gpus` (0) must be above zero"),
-        (lambda: Pace(tokens=0), "`tokens` (0) must be above zero"),
-        (lambda: Pace(device_tflops=-1), "`device_tflops` (-1) must be above zero"),
+        (lambda: TokenPace(tokens=0), "`tokens` (0) must be above zero"),
+        (lambda: TokenPace(device_tflops=-1), "`device_tflops` (-1) must be above zero"),
         (lambda: Cluster(12, 80e9), "`num_gpus` (12) must be a multiple of gpus_per_node (8)"),
     ],
 )

@@ -63,6 +63,6 @@ def test_without_pinned_memory_copies_lie_in_ordinary_memory(
     monkeypatch.setattr(snapshot.logger, "propagate", True)
     snapshot.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        found = [snapshot.host_memory(torch.ones(2, 3)) for _ in range(2)]
+        found = [snapshot.pinned_like(torch.ones(2, 3)) for _ in range(2)]
     assert [(value.shape, value.device.type) for value in found] == [((2, 3), "cpu")] * 2
     assert caplog.text.count("no pinned one (CUDA error: OS call failed or operation not supported)") == 1

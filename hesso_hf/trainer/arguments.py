@@ -1,4 +1,4 @@
-"""Which engine trains, and what is refused: of a trainer's arguments, and under any engine."""
+"""A trainer's arguments: which engine they choose, and what of them is refused, under any engine or under one."""
 
 from __future__ import annotations
 

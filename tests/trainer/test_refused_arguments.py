@@ -12,7 +12,7 @@ from hesso_hf.engines.deepspeed.engine import DeepSpeedEngine
 from hesso_hf.engines.engine import Engine, PlainEngine
 from hesso_hf.engines.fsdp.engine import Fsdp2Engine
 from hesso_hf.errors import HessoError
-from hesso_hf.trainer.engine import engine_of, refuse
+from hesso_hf.trainer.arguments import engine_of, refuse
 
 ARGS: dict[str, Any] = {"learning_rate": 1e-4, "fp16": False, "auto_find_batch_size": False, "push_to_hub": False}
 
