@@ -206,6 +206,11 @@ def set_attention(config: PretrainedConfig, name: str | None) -> None:
     config._attn_implementation = name
 
 
+def set_experts(config: PretrainedConfig, name: str | None) -> None:
+    """Choose the way to compute experts (PretrainedConfig)."""
+    config._experts_implementation = name
+
+
 @contextmanager
 def whole_rows(inputs: Mapping[str, Any]) -> Iterator[None]:
     """Have a forward of token ids alone take each row as one sequence (transformers.masking_utils).

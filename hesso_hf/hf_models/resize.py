@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..compat import attention_of, experts_of, set_attention, set_experts
 from ..errors import HessoError, last_line
 from .build import build_meta
 from .by_layer import keep_layers_
@@ -63,8 +64,8 @@ def resized_config(
         rebuilt.validate()
     except Exception as error:  # a config class may refuse with any exception type
         raise HessoError(f"{type(config).__name__} refuses {changes}: {last_line(error)}") from error
-    rebuilt._attn_implementation = config._attn_implementation
-    rebuilt._experts_implementation = config._experts_implementation
+    set_attention(rebuilt, attention_of(config))
+    set_experts(rebuilt, experts_of(config))
     return rebuilt
 
 

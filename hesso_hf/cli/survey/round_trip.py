@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...compat import attention_of
 from ...errors import HessoError, VerificationError
 from ...export.decision import kept_mask
 from ...hf_models.tiny_model import SEED, ieee_fp32, logits_of, random_model, relative_error, token_ids
@@ -109,8 +110,7 @@ def _reload(model: PreTrainedModel) -> PreTrainedModel:
         with _stage("saving"):
             model.save_pretrained(folder)
         with _stage("reloading"):
-            attention = model.config._attn_implementation
-            options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+            options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention_of(model.config)}
             return type(model).from_pretrained(folder, **options).eval()
 
 
