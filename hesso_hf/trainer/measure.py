@@ -230,8 +230,8 @@ class Measurer:
 
     def tokens_per_micro_batch(self) -> int:
         """Return about how many tokens a process reads in one forward pass of training."""
-        singles = self._loader() is None
-        return round(self.tokens_per_example() * (self._trainer._train_batch_size if singles else 1))
+        in_each = self._trainer._train_batch_size if self._loader() is None else 1  # a loader's own are whole batches
+        return round(self.tokens_per_example() * in_each)
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""

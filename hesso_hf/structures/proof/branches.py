@@ -56,7 +56,7 @@ def discover_branches(
     axes: Iterable[AxisName],
     units: int,
     granule: int,
-    partial: bool = False,
+    leaves_some: bool = False,
     strided: bool = False,
 ) -> list[Branch]:
     """Divide the axes that a size moves into branches, each with a reader and every axis' layout.
@@ -64,7 +64,7 @@ def discover_branches(
     Args:
         units: U of the tiny model.
         granule: smallest run of indices that stays together (head_dim for heads, 1 for channels).
-        partial: whether axes may be left over.
+        leaves_some: whether axes may be left over.
         strided: whether a reader's units are taken to lie strided, where they might as well lie in blocks.
 
     Raises:
@@ -80,7 +80,7 @@ def discover_branches(
     branches: list[Branch] = []
     while remaining:
         branch = search.best(granule, strided)
-        if branch is None and partial and branches:
+        if branch is None and leaves_some and branches:
             break
         if branch is None:
             pattern, dim = next(iter(remaining))

@@ -188,16 +188,19 @@ class Prover:
         return first
 
     def _branches(
-        self, structure: str, axes: list[AxisName], granule: int, division: Division, partial: bool = False
+        self, structure: str, axes: list[AxisName], granule: int, division: Division, leaves_some: bool = False
     ) -> list[Branch]:
         """Divide axes into branches, each time in another way.
+
+        Args:
+            leaves_some: whether axes may be left over.
 
         Raises:
             UnsupportedStructureError: also where this division isn't another one than those before.
         """
         units = num_units(structure, self.bench.sizes) // division.bundle
         found = discover_branches(
-            self.bench.gradients, self.bench.axis_map, axes, units, granule, partial, division.strided
+            self.bench.gradients, self.bench.axis_map, axes, units, granule, leaves_some, division.strided
         )
         if found in self.divided:
             raise UnsupportedStructureError("its axes divide into units in no other way")
@@ -261,7 +264,7 @@ class Prover:
         if not inner:  # there are no heads to follow the width
             self.bench.axis_map = probe_axes(self.bench.model_class, self.bench.config, couple=False)
             return self._prove_alone("embedding_channels", division)
-        branches = self._branches("attention_heads", inner, head_dim, division, partial=True)
+        branches = self._branches("attention_heads", inner, head_dim, division, leaves_some=True)
         attention = [branch for branch in branches if not self._divides_by_channel(branch, inner)]
         mine = [axis for branch in attention for axis in self._axes_of(branch, inner)]
         others: dict[str, Scheme] = {}
