@@ -22,7 +22,7 @@ _FIXED = ""  # the structure of a length that doesn't shrink
 
 @dataclass
 class LatencyTable:
-    """Forward milliseconds of all matrix products for TOKENS tokens, bilinear between timed shapes.
+    """Forward milliseconds of all matrix products for `tokens` tokens, bilinear between timed shapes.
 
     Attributes:
         products: (number of equal products, output side, input side).

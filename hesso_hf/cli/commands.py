@@ -1,4 +1,4 @@
-"""What each command takes and does, but for `prune` and `report`, which have files of their own.
+"""What each command takes and does, but for `prune`, `sweep` and `report`, which have files of their own.
 
 Frameworks are imported inside the functions, after the flags and the files they name were checked.
 """

@@ -59,9 +59,14 @@ class TurnScheme:
 
 @dataclass(frozen=True)
 class StreamTurn(TurnScheme):
-    """A scheme applied to one model: names of parameters in place of patterns."""
+    """A scheme applied to one model: what `TurnScheme` says of patterns its fields say here of parameters, by name.
 
-    width: int  # D
+    Attributes:
+        axes, norms, tied_norm: as there, those of every layer by itself.
+        width: D.
+    """
+
+    width: int
 
     @classmethod
     def of(cls, scheme: TurnScheme, axis_map: AxisMap, width: int) -> StreamTurn:

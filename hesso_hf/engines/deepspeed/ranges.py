@@ -37,7 +37,10 @@ def masters_of(zero: Any) -> list[torch.Tensor]:
 
 
 class HeldRange(Held):
-    """A range of a flattened parameter, of which nothing is said but where it lies: enough for one of no elements.
+    """What this process holds of one parameter where that is flattened: a range of its elements, as rectangles.
+
+    What gives its weights, gradients and state are the classes below; by itself it stands for a range of no elements,
+    which has none.
 
     Args:
         parameter: the model's parameter.
