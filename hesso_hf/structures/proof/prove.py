@@ -212,7 +212,8 @@ class Prover:
         if structure != "embedding_channels":
             granule = (self.bench.sizes.head_dim or 1) if structure in HEAD_UNITS else 1
             branches = self._branches(structure, axes, granule, division)
-            candidates = schemes.inner_schemes(self.bench, structure, branches, axes, division)
+            units = num_units(structure, self.bench.sizes)
+            candidates = schemes.schemes_of(self.bench, branches, units, axes, bundle=division.bundle)
             return self._first_exact({}, structure, candidates)
         others: dict[str, Scheme] = {}
         names = [name for name, _ in axes]

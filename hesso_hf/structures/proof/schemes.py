@@ -19,23 +19,15 @@ from ...hf_models.build import build_meta
 from ...hf_models.resize import copy_with
 from ...hf_models.sizes import HEADS, HIDDEN, KV_HEADS, ConfigSizes
 from ...hf_models.tiny_model import logits_of, relative_error
-from ..build import num_units
 from ..groups import AxisName, Branch, Scheme
 from ..layout import Layout, layout_with_rest
 from ..shape_probe import AxisMap, ParameterInfo
 from .bench import Bench
-from .branches import Division, discover_branches
+from .branches import discover_branches
 from .norms import has_bare_layernorm
 from .residual_stream import StreamAxis, inner_powers, stream_axes, stream_powers, written_patterns
 
 _EXACT, _FELT = 1e-6, 1e-3  # relative errors of logits
-
-
-def inner_schemes(
-    bench: Bench, structure: str, branches: list[Branch], axes: list[AxisName], division: Division
-) -> Iterator[Scheme]:
-    """Yield schemes for units inside the blocks, whose axes are divided into these branches."""
-    yield from schemes_of(bench, branches, num_units(structure, bench.sizes), axes, bundle=division.bundle)
 
 
 def schemes_of(

@@ -79,19 +79,20 @@ def layouts_of(scheme: Scheme) -> dict[AxisName, Layout]:
 
 def prove_only(monkeypatch: pytest.MonkeyPatch, name: str, structure: str, change: Change) -> StructureProof:
     """Prove with candidate schemes changed; those for which `change` returns None and repetitions are left out."""
-    function = "stream_schemes" if structure == STREAM else "inner_schemes"
+    function = "stream_schemes" if structure == STREAM else "schemes_of"
     original = getattr(schemes, function)
     tried: list[str] = []
 
-    def changed(*args: Any) -> Iterator[Scheme]:
-        for scheme in original(*args):
-            other = change(scheme) if structure in (STREAM, *args) else scheme
+    def changed(*args: Any, **options: Any) -> Iterator[Scheme]:
+        for scheme in original(*args, **options):
+            other = change(scheme)
             if other is not None and repr(other) not in tried:
                 tried.append(repr(other))
                 yield other
 
     monkeypatch.setattr(schemes, function, changed)
-    refused = found(ALL[name].config()).structures[structure]
+    config = ALL[name].config()
+    refused = prove(model_class_of(config), config, (structure,)).structures[structure]
     assert tried
     return refused
 
