@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -32,8 +33,8 @@ def in_eval(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Make passes without dropout, in which hooks see every module; mode and shards are as before afterwards."""
-    # compiled layers pass hooks by; FSDP2 compiles them in place
-    eager = torch.compiler.set_stance("force_eager") if isinstance(model, FSDPModule) else contextlib.nullcontext()
+    # what was compiled in place, layers or the model, passes hooks by that came later
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     try:
         with in_eval(model), eager:
             yield

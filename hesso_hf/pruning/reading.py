@@ -134,9 +134,10 @@ class ModelReading:
             look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
             else_: what a warning says of the readers that there is no room for.
         """
-        looked: set[str] = set()
+        looked, called = set[str](), set[str]()
 
         def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            called.add(reader.name)
             rows = args[0].flatten(0, -2)
             if len(rows) != self._batch["attention_mask"].numel():
                 given = self._batch["attention_mask"].numel()
@@ -154,6 +155,10 @@ class ModelReading:
             if bound.sharded:  # the others wait for this process
                 raise HessoError(f"`healing`: {_NO_ROOM} {left}; use 'off'") from error
             self._warn(f"healing: {_NO_ROOM} {left}: {else_}")
+        else:
+            if missing := [reader.name for reader in readers if reader.name not in called]:
+                of = f"{len(missing)} of {len(readers)} matrices of {type(self._model).__name__}, such as {missing[0]}"
+                self._warn(f"healing: a forward pass calls no module for {of}: {else_}")
 
 
 @contextmanager
