@@ -300,29 +300,6 @@ def test_of_healing_that_earlier_code_saved_whole_what_is_left_is_added() -> Non
             assert torch.equal(pieces[0], saved["healing"][name][0] * share), name
 
 
-def test_layers_that_were_compiled_in_place_are_looked_at_all_the_same() -> None:
-    found = []
-    for compiled in (False, True):
-        model = tiny_llama(seed=5).eval()
-        if compiled:
-            for layer in model.model.layers:
-                layer.compile(backend="eager")
-            with torch.no_grad():
-                model(**tokens())  # a graph without hooks is there by now
-        bound, healer = bound_to(model), Healer(model, tokens())
-        marked = none_of(bound)
-        marked[CHANNELS][:, :9] = True
-        fisher = healer.fisher(bound)
-        found.append((fisher.norms, healer.corrections(bound, marked, none_of(bound), fisher)))
-    (plain, added), (norms, healed) = found
-    assert norms.keys() == plain.keys()
-    assert healed.keys() == added.keys()
-    assert len(added) == 2
-    for name, pieces in added.items():
-        assert torch.equal(pieces[0], healed[name][0]), name
-    torch.compiler.reset()
-
-
 def test_a_matrix_that_no_pass_calls_is_named(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
