@@ -40,7 +40,7 @@ def page() -> str:
 def _table(owner: type) -> str:
     lines = ["| name | default | what it is |", "| --- | --- | --- |"]
     for field in dataclasses.fields(owner):
-        meaning = field.metadata["help"].replace("|", "\\|")
+        meaning = field.metadata["help"].replace("|", "\\|").replace("%%", "%")  # argparse's way to write it
         lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning} |")
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from ..config import HessoConfig
-from ..errors import BudgetError, HessoError
+from ..errors import BudgetError
 from ..structures.groups import PruningGroups
 from .cost import Cost
 from .solver import LossFunction, PriceFunction, TargetSizes, solve_budget
@@ -46,16 +46,3 @@ def solve_ladder(
 def rung_folder(share: float) -> str:
     """Return the name of the folder of a model that is saved on the way (`export_at`)."""
     return f"rung-{share:g}"
-
-
-def refuse_ladder(config: HessoConfig) -> None:
-    """Refuse models on the way in a training loop of one's own, where nothing saves them.
-
-    Raises:
-        HessoError: with what to do instead.
-    """
-    if config.rungs:
-        raise HessoError(
-            f"`export_at` ({config.export_at}): a trainer saves models on the way, in a loop of your own nothing does; "
-            "leave it out, or train with HessoTrainer"
-        )

@@ -202,6 +202,29 @@ def _check_replay(config: HessoConfig) -> None:
         )
 
 
+def refuse_what_trainers_do(config: HessoConfig) -> None:
+    """Refuse, in a training loop of one's own, what is asked for by name and only a trainer carries out.
+
+    Raises:
+        HessoError: with what to do instead.
+    """
+    asked = {
+        "export_at": bool(config.rungs),
+        "stream_basis": config.stream_basis == "principal",
+        "replay_share": config.replay_share not in ("auto", 0),
+        "replay_dataset": config.replay_dataset is not None,
+        "distillation_alpha": config.distillation_alpha not in ("auto", 0),
+        "distill_from": config.distill_from is not None,
+        "prune_vocabulary": config.prune_vocabulary,
+        "compact": config.compact == "end",
+    }
+    for name in (name for name, wanted in asked.items() if wanted):
+        raise HessoError(
+            f"`{name}` ({getattr(config, name)!r}): a trainer does it, in a loop of your own nothing does; leave it "
+            "out, or train with HessoTrainer"
+        )
+
+
 def _check_idle(config: HessoConfig) -> None:
     """Refuse choices that would have no effect."""
     alpha = "with `distillation_alpha` (0); set that too, to 0.9 for example"

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
-from ..budget.ladder import refuse_ladder, solve_ladder
+from ..budget.ladder import solve_ladder
 from ..budget.latency import build_latency
 from ..budget.solver import PriceFunction, TargetSizes
 from ..config import HessoConfig, structures_around
+from ..config.checks import refuse_what_trainers_do
 from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
@@ -37,6 +38,8 @@ from .process import PruningProcess
 from .schedule import Schedule, resolve_schedule
 
 logger = logging.get_logger(__name__)
+
+_NOTHING = "nothing is pruned: the sizes that meet the budget are the model's own"
 
 LITTLE = 0.2  # share of a structure's units: where less stays, a warning names it
 
@@ -163,7 +166,12 @@ class PruningPlan:
         return [f"{size} {before[size]} -> {after[size]}" for size in after]
 
     def warn_of_shape(self) -> None:
-        """Warn of structures of which so little stays that nobody serves such a model."""
+        """Warn of structures of which so little stays that nobody serves such a model, and where all of all stay."""
+        if self.target.kept_units == self.target.num_units:
+            asked = f"`target_sizes` ({self.config.target_sizes}) are the model's own: " * bool(
+                self.config.target_sizes
+            )
+            logger.warning(f"{asked}nothing is pruned")
         for name, units in self.target.num_units.items():
             kept = self.target.kept_units[name]
             if kept < LITTLE * units:
@@ -199,7 +207,7 @@ def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, 
     Example:
         >>> # optimizer = wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(0.5), 1000)
     """
-    refuse_ladder(config)
+    refuse_what_trainers_do(config)
     plan = PruningPlan.prepare(model, config)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):

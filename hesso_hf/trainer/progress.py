@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import is_in_notebook, logging
 
 from ..pruning.process import PruningProcess
+from ..structures.lora import num_parameters
 from .forecast import STEPS, Pace, before, by_first_steps, duration
 
 logger = logging.get_logger(__name__)
@@ -149,7 +150,13 @@ class HessoProgressCallback(TrainerCallback):
         takes = before(self._trainer)  # of a stream all processes take the main one's rows
         if not state.is_world_process_zero:
             return
-        plan = self._trainer.hesso_plan.preview(self._trainer.hesso_optimizer.process.schedule)
+        process = self._trainer.hesso_optimizer.process
+        if process.step and process.finished:  # of a checkpoint, or an earlier `train`
+            count = num_parameters(self._trainer.hesso_run.model)
+            what = "smaller" if process.state.compaction is not None else "pruned, whose pruned units are at zero,"
+            plan = f"HESSO: pruning is over, the model that trains on is the {what} one of {count:,} parameters"
+        else:
+            plan = self._trainer.hesso_plan.preview(process.schedule)
         self._say("\n  ".join([plan, *takes]))
         self._enter()
 

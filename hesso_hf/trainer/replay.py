@@ -216,9 +216,9 @@ def _windows(
         with teacher.whole() as model, attention_in_fp32(model):
             return write_windows(model, Script.of(model, tokenizer), sizes.windows, sizes.length, seed, shown)
     found = read_windows(config.replay_dataset, tokenizer, sizes.windows, sizes.length)
-    if len(found) < FEWEST:
+    if len(found) < (fewest := min(FEWEST, sizes.windows)):
         raise HessoError(
             f"`replay_dataset` ({config.replay_dataset!r}) gives {len(found)} windows of {sizes.length} tokens; give "
-            f"{FEWEST} at least"
+            f"{fewest} at least"
         )
     return found

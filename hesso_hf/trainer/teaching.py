@@ -134,7 +134,7 @@ class Teaching:
         tokens = self._measurer.tokens_per_micro_batch()
         batches = steps * self._trainer.args.gradient_accumulation_steps * world_size()
         sizes = ReplaySizes.of(share_of(self._config), tokens, batches, self._longest)
-        if sizes.dear and self._config.replay_share == "auto":
+        if sizes.dear and self._config.replay_share == "auto" and self._config.replay_dataset is None:
             sizes, judges = sizes.to_judge(tokens * batches), self._config.reads_examples
             self._say_without(_DEAR + judges * _ON_SOME.format(sizes.windows))
             if not judges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -201,3 +202,29 @@ def test_a_trainer_times_latency_as_it_computes(tmp_path: Path):
     run = trainer(tmp_path, config=config, bf16=True)
     assert run.hesso_plan.price.dtype == torch.bfloat16
     assert run.hesso_plan.price.device == run.args.device
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"export_at": [0.15]}, {"stream_basis": "principal"}, {"replay_share": 0.3}, {"replay_dataset": "d.jsonl"},
+        {"distillation_alpha": 0.5}, {"distillation_alpha": 0.5, "distill_from": "teacher"}, {"prune_vocabulary": True},
+        {"compact": "end"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_loop_of_ones_own_is_told_of_what_nothing_would_do_there(asked: dict[str, Any]) -> None:
+    model, (name, value) = tiny_llama(), next(iter(asked.items()))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(
+        HessoError, match=rf"`{name}` \({re.escape(repr(value))}\): a trainer does it, in a loop of your"
+    ):
+        wrap_optimizer(optimizer, model, HessoConfig(0.3, **asked), 40)
+
+
+def test_sizes_that_are_the_models_own_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    config = HessoConfig(target_sizes={"hidden_size": model.config.hidden_size})
+    with propagated(caplog):
+        wrap_optimizer(torch.optim.AdamW(model.parameters()), model, config, 40)
+    assert "are the model's own: nothing is pruned" in caplog.text

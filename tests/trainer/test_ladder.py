@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hesso_hf import HessoConfig, HessoError, HessoTrainer, export_pruned, wrap_optimizer
+from hesso_hf import HessoConfig, HessoError, HessoTrainer, export_pruned
 from hesso_hf.budget.solver import TargetSizes
 from hesso_hf.config.files import STATE_NAME
 from hesso_hf.errors import StorageError
@@ -108,12 +108,6 @@ def test_the_base_model_is_not_replaced_on_the_way(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "rung-0.3")
     with pytest.raises(HessoError, match=r"rung-0.3' is the folder that the base model was read from"):
         ladder(tmp_path, model=base)
-
-
-def test_a_loop_of_ones_own_is_told_that_nothing_would_be_saved() -> None:
-    model = tiny_llama()
-    with pytest.raises(HessoError, match=r"`export_at` \(\[0.15, 0.3\]\): a trainer saves models on the way"):
-        wrap_optimizer(torch.optim.AdamW(model.parameters()), model, HessoConfig(**CONFIG), 18)
 
 
 def test_a_collapse_after_the_cut_to_a_model_on_the_way_is_noticed(

@@ -273,6 +273,23 @@ def test_micro_batches_and_processes_take_windows_in_turn():
     assert together == order(50, 0, 24, 5)
 
 
+def test_text_that_is_given_is_replayed_however_short_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Nothing has to be written, and fewer windows than would be learnt by heart are all that such a run takes."""
+    text = "What the base model knew is held in rows like this one, of some length. "
+    (tmp_path / "known.jsonl").write_text("\n".join(json.dumps({"text": text * 3}) for _ in range(40)))
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    config = hesso_config(replay_share="auto", replay_dataset=str(tmp_path / "known.jsonl"))
+    options = {"processing_class": tokenizer}
+    model = tiny_llama(vocab_size=len(tokenizer))
+    run = trainer(tmp_path / "run", model, config, options=options, max_steps=8)
+    with propagated(caplog):
+        run.train()
+    assert "no replay" not in caplog.text
+    assert run.replay is not None
+    assert run.replay.sizes.dear
+    assert 0 < len(run.replay.windows) < FEWEST
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
