@@ -152,9 +152,9 @@ class HessoProgressCallback(TrainerCallback):
             return
         process = self._trainer.hesso_optimizer.process
         if process.step and process.finished:  # of a checkpoint, or an earlier `train`
+            what = "smaller model" if process.state.compaction is not None else "model with pruned units at zero"
             count = num_parameters(self._trainer.hesso_run.model)
-            what = "smaller" if process.state.compaction is not None else "pruned, whose pruned units are at zero,"
-            plan = f"HESSO: pruning is over, the model that trains on is the {what} one of {count:,} parameters"
+            plan = f"HESSO: pruning is over, training goes on with the {what} ({count:,} parameters)"
         else:
             plan = self._trainer.hesso_plan.preview(process.schedule)
         self._say("\n  ".join([plan, *takes]))

@@ -51,6 +51,10 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
     assert "memory: about " in plan
     assert re.fullmatch(r"time: .* s a step, \d+ s in all, .*\nmemory: [\d.]+ [MG]B of main memory", first_steps)
     assert phase_text(run.hesso_optimizer.process) == "recovery"
+    written.clear()
+    run.train()
+    dense = f"the model with pruned units at zero ({run.model.num_parameters():,} parameters)"
+    assert written[0].startswith(f"HESSO: pruning is over, training goes on with {dense}\n")
 
 
 def test_what_is_printed_is_a_line_of_progress_and_what_is_logged_has_all(
