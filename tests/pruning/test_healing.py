@@ -275,6 +275,18 @@ def step(model: PreTrainedModel, optimizer: HessoOptimizer, count: int) -> None:
         optimizer.zero_grad()
 
 
+def test_what_a_process_has_not_found_itself_is_taken_in_the_main_process_dtype(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With an adapter what heals a bf16 matrix is fp32."""
+    bound, name = bound_to(tiny_llama(seed=5).to(torch.bfloat16)), "model.layers.1.mlp.down_proj.weight"
+    module = "hesso_hf.pruning.weights.bound_groups"
+    monkeypatch.setattr(f"{module}.from_main", lambda _: {name: torch.float32})
+    monkeypatch.setattr(f"{module}.broadcast_", lambda _: None)
+    (found,) = bound.from_main({})[name]
+    assert (found.dtype, found.shape) == (torch.float32, bound.parameters[name].shape)
+
+
 def test_below_fp32_all_that_heals_is_added_in_however_many_steps() -> None:
     """Shares of a hundredth are less than half of what the weights' last bits are."""
     model, name = tiny_llama(seed=5).to(torch.bfloat16), "model.layers.1.mlp.down_proj.weight"

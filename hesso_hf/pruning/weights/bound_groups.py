@@ -175,8 +175,11 @@ class BoundGroups(HeldAxes):
 
     def from_main(self, values: Mapping[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         """Return rank 0's tensors of parameters' shapes on every rank, all of which hold them whole."""
-        names = from_main(sorted(values))
-        shared = {name: values.get(name, [torch.empty_like(self.parameters[name])]) for name in names}
+        dtypes = from_main({name: values[name][0].dtype for name in sorted(values)})
+        shared = {
+            name: values.get(name, [torch.empty_like(self.parameters[name], dtype=dtype)])
+            for name, dtype in dtypes.items()
+        }
         broadcast_([piece for pieces in shared.values() for piece in pieces])
         return shared
 
