@@ -491,9 +491,15 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
     note = (
         f"Nats a token: {QUALITY_TEXTS[setting['text']]}. "
         f"{tokens:,} training tokens each, replay among them, learning rate {setting['learning_rate']}, "
-        f"medians of {_seeds(counts)}, on the {result['device'].upper()}."
+        f"medians of {_seeds(counts)}, on the {result['device'].upper()}.{_processor_time(runs)}"
     )
     return "\n".join([_table(header, rows), "", _wrap(note)])
+
+
+def _processor_time(runs: list[dict[str, Any]]) -> str:
+    """Say what runs took from beginning to end, where it was noted."""
+    found = [f"{QUALITY_METHODS[run['method']]} {run['cpu_seconds'] / 60:.0f}" for run in runs if "cpu_seconds" in run]
+    return f" Minutes of one processor core, all in all: {', '.join(found)}." if len(found) > 1 else ""
 
 
 def _seeds(counts: set[int]) -> str:

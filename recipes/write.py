@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from hesso_hf.cli.memory import Cluster, MemoryPlan, Pace, Workload, plan_memory
+from hesso_hf.cli.memory import Cluster, MemoryPlan, TokenPace, Workload, plan_memory
 from hesso_hf.cli.memory.workload import GB
 from hesso_hf.config.names import AUTO_REPLAY_SHARE
 
@@ -183,7 +183,7 @@ class Recipe:
             self.batch, self.model.length, self.model.checkpointing, accumulates=self.model.accumulation > 1,
             lora_rank=32, replay_share=AUTO_REPLAY_SHARE, healing=True, distillation=self.variant == "distillation",
         )  # fmt: skip
-        return plan_memory(self.model.config, work, self.cluster, pace=Pace(self.tokens))
+        return plan_memory(self.model.config, work, self.cluster, pace=TokenPace(self.tokens))
 
     @property
     def engine(self) -> str:
