@@ -168,10 +168,8 @@ class PruningPlan:
     def warn_of_shape(self) -> None:
         """Warn of structures of which so little stays that nobody serves such a model, and where all of all stay."""
         if self.target.kept_units == self.target.num_units:
-            asked = f"`target_sizes` ({self.config.target_sizes}) are the model's own: " * bool(
-                self.config.target_sizes
-            )
-            logger.warning(f"{asked}nothing is pruned")
+            given = self.config.target_sizes
+            logger.warning(f"`target_sizes` ({given}) are the model's own: nothing is pruned" if given else _NOTHING)
         for name, units in self.target.num_units.items():
             kept = self.target.kept_units[name]
             if kept < LITTLE * units:
