@@ -45,7 +45,11 @@ class Compacting(Protocol):
     def check(self, base: Optimizer | None = None) -> None:
         """Refuse what stands against it where it is asked for."""
 
-    def to_resume(self, optimizer: HessoOptimizer) -> None:
+    @property
+    def is_due(self) -> bool:
+        """Whether the model is still larger than that of the checkpoint that training goes on from."""
+
+    def to_resume(self, process: PruningProcess, base: Optimizer | None) -> None:
         """Make the model as small as that of the checkpoint that training goes on from."""
 
 
@@ -109,8 +113,6 @@ _Steps = TypeVar("_Steps", bound=Steps)
 class Compacts(ABC):
     """That the model in memory becomes the smaller one."""
 
-    compacts = True  # whether training goes on with the smaller model, from where it was cut or from a checkpoint
-
     @abstractmethod
     def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
         """Return why the model in memory can't become the smaller one, "" where it can.
@@ -120,13 +122,13 @@ class Compacts(ABC):
             model: in all that it is wrapped in, once it is prepared.
         """
 
+    @abstractmethod
     def compact(self, run: Run, model: nn.Module) -> Compaction:
         """Have the model in memory become the smaller one, where nothing is against it.
 
         Raises:
             HessoError: where it can't; all is as it was then.
         """
-        raise HessoError(f"the model in memory stays whole: {self.why_not_compact(None, model)}")
 
 
 class Engine(Compacts, Generic[_Steps]):
@@ -283,7 +285,7 @@ class PlainEngine(Engine[HessoOptimizer]):
             return base
         run.compacting.check(base)
         self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
-        run.compacting.to_resume(self.steps)
+        run.compacting.to_resume(self.steps.process, base)
         return self.steps
 
     def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:

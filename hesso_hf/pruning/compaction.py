@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -88,6 +88,12 @@ def why_not_refit_parallel(model: nn.Module) -> str:
     return "it is trained on several processes, and not by DDP" if parallel is None else why_not_refit(parallel)
 
 
+class Steps(Protocol):
+    """HESSO around an optimizer's steps."""
+
+    process: PruningProcess
+
+
 class InMemory:
     """A model that trains, to become the smaller one where it stands: every process has all of it.
 
@@ -124,9 +130,7 @@ class InMemory:
             mean: the dimension that it is the mean over, None where it has all.
             like: the smaller parameter.
         """
-        for axis, units, total in cuts:
-            values = _cut_values(values, axis, units, total, like.dim(), mean)
-        return values
+        return cut_values(values, cuts, like.dim(), mean)
 
 
 def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
@@ -157,7 +161,7 @@ def compact(model: nn.Module, optimizer: HessoOptimizer) -> Compaction:
             refit(parallel)  # a cut that was undone has left gradients without their way to the others
 
 
-def check_compactable(optimizer: HessoOptimizer, reason: str) -> None:
+def check_compactable(optimizer: Steps, reason: str) -> None:
     """Refuse to cut where there is a reason against it, and before or after the time.
 
     Raises:
@@ -186,35 +190,43 @@ def cut_in_memory(memory: InMemory, optimizer: HessoOptimizer) -> Compaction:
         compaction = Compaction(
             process.step, error, num_parameters(trained), decision.sizes_before, decision.kept_units
         )
-        _put_(base_of(small), memory, optimizer, decision, verifier)
+        _put_(base_of(small), memory, process, optimizer.base, decision, verifier)
     _forget_(trained, process, compaction)
     return compaction
 
 
-def compact_as(model: PreTrainedModel, optimizer: HessoOptimizer, compaction: Compaction, kept: KeptUnits) -> None:
+def compact_as(
+    model: PreTrainedModel, process: PruningProcess, base: Optimizer | None, compaction: Compaction, kept: KeptUnits
+) -> None:
     """Make a model as small as that of a checkpoint, before its weights and the optimizer's state are loaded.
 
     Args:
         model: as large as the one that the run began with.
+        base: the optimizer that HESSO is around, where there is one already.
         kept: the checkpoint's decision.
     """
-    decision, memory = Decision(optimizer.process.groups, kept), InMemory(model)
+    decision, memory = Decision(process.groups, kept), InMemory(model)
     with kept_random_state(model.device):
         zero_units_(parameters_of(model), Adapters.of(model).extend(decision.groups), kept)  # a base as it is on disk
-        _put_(base_of(memory.source(decision).cut(kept)), memory, optimizer, decision, None)
-    _forget_(model, optimizer.process, compaction)
+        _put_(base_of(memory.source(decision).cut(kept)), memory, process, base, decision, None)
+    _forget_(model, process, compaction)
 
 
 @torch.no_grad()
 def _put_(
-    small: PreTrainedModel, memory: InMemory, optimizer: HessoOptimizer, decision: Decision, verifier: Verifier | None
+    small: PreTrainedModel,
+    memory: InMemory,
+    process: PruningProcess,
+    base: Optimizer | None,
+    decision: Decision,
+    verifier: Verifier | None,
 ) -> None:
     """Put the smaller model in the larger one's place where a verifier finds that it computes the same there.
 
     Raises:
         VerificationError: where it doesn't; everything is as it was then, as after any other error.
     """
-    model, place, process = memory.model, memory.place, optimizer.process
+    model, place = memory.model, memory.place
     groups, parameters = Adapters.of(model).extend(decision.groups), parameters_of(model)
     process.bound.route({name: torch.ones_like(scales) for name, scales in process.scales.items()})
 
@@ -242,9 +254,11 @@ def _put_(
     remove_gates(model)
     left = parameters_of(model)
     now = {origin: left[name] for name, origin in full_names(left, decision.groups, decision.kept).items()}
-    _exchange_(optimizer.base, parameters, now)
+    if base is None:
+        return
+    _exchange_(base, parameters, now)
     try:
-        _cut_state_(optimizer.base, now, cuts_by_tensor(groups, decision.kept), memory)
+        _cut_state_(base, now, cuts_by_tensor(groups, decision.kept), memory)
     except Exception as error:
         raise RuntimeError(
             f"{type(model).__name__} was cut in memory, and its optimizer's state could not be ({first_line(error)}): "
@@ -291,10 +305,25 @@ def _cut_state_(
     for name, parameter in parameters.items():
         state: dict[str, Any] = base.state.get(parameter, {})
         axes = cuts.get(name, ())
-        factor = math.prod(math.sqrt(len(units) / total) ** axis.power for axis, units, total in axes)
         for key, power in STATE_POWERS.get(type(base), {}).items():
             if isinstance(values := state.get(key), torch.Tensor) and axes:
-                state[key] = memory.cut_state(name, values, axes, MEANS.get(key), parameter) / factor**power
+                state[key] = memory.cut_state(name, values, axes, MEANS.get(key), parameter) / factor_of(axes) ** power
+
+
+def factor_of(cuts: Cuts) -> float:
+    """Return the factor on a weight that is cut, by whose inverse its gradient is scaled."""
+    return math.prod(math.sqrt(len(units) / total) ** axis.power for axis, units, total in cuts)
+
+
+def cut_values(values: torch.Tensor, cuts: Cuts, dims: int, mean: int | None = None) -> torch.Tensor:
+    """Cut what an optimizer keeps of a parameter with so many dimensions, without a factor.
+
+    Args:
+        mean: the dimension that it is the mean over, None where it has all.
+    """
+    for axis, units, total in cuts:
+        values = _cut_values(values, axis, units, total, dims, mean)
+    return values
 
 
 def _cut_values(

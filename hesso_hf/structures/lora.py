@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..compat import set_buffer, set_parameter
-from ..distributed.parts import named_parameters, stock_class
+from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import HessoError, UnsupportedStructureError
 from ..hf_models.build import build_meta
 from ..hf_models.tiny_model import ieee_fp32
@@ -239,7 +240,8 @@ def unset_like(model: PreTrainedModel) -> PreTrainedModel:
 def num_parameters(model: PreTrainedModel) -> int:
     """Return the number of parameters that the model has without adapters."""
     factors = set(Adapters.of(model).factors())
-    return sum(p.numel() for p in {p for name, p in parameters_of(model).items() if name not in factors})
+    own = {p for name, p in parameters_of(model).items() if name not in factors}
+    return sum(math.prod(full_shape(p)) for p in own)  # ZeRO-3 holds them in pieces
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..errors import CheckpointMismatchError, HessoError
 from ..export.checkpoint_state import read_state
 from ..export.decision import Compaction
 from ..pruning.compaction import compact_as
-from ..pruning.optimizer import HessoOptimizer
+from ..pruning.process import PruningProcess
 from ..structures.groups import KeptUnits
 from ..structures.lora import num_parameters, parameters_of
 from ..structures.turned_base import heal_base_
@@ -105,18 +105,22 @@ class Compacting:
             CheckpointMismatchError: naming the checkpoint and the remedy.
         """
         smaller = state["training"].get("compaction") is not None
-        if smaller and (not self._engine().compacts or self._trainer.args.auto_find_batch_size):
+        if smaller and self._trainer.args.auto_find_batch_size:
             raise CheckpointMismatchError(
-                f"the model in {folder} is the smaller one already, with which neither DeepSpeed nor "
-                "`auto_find_batch_size` can go on: resume without them, or export it and fine-tune that"
+                f"the model in {folder} is the smaller one already, with which `auto_find_batch_size` (True) can't go "
+                "on: resume without it, or export it and fine-tune that"
             )
 
-    def to_resume(self, optimizer: HessoOptimizer) -> None:
-        """Make the model as small as that of the checkpoint that training goes on from."""
+    def to_resume(self, process: PruningProcess, base: Optimizer | None) -> None:
+        """Make the model as small as that of the checkpoint that training goes on from.
+
+        Args:
+            base: the optimizer that HESSO is around, where there is one already.
+        """
         folder = self._run.resume_from
         if folder is not None and (state := self._smaller_checkpoint()) is not None:
             compaction = Compaction.from_dict(state["training"]["compaction"])
-            compact_as(self._run.model, optimizer, compaction, KeptUnits.from_dict(state["kept_units"]))
+            compact_as(self._run.model, process, base, compaction, KeptUnits.from_dict(state["kept_units"]))
             heal_base_(parameters_of(self._run.model), folder)
 
     def _smaller_checkpoint(self) -> dict[str, Any] | None:

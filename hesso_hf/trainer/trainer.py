@@ -275,7 +275,7 @@ class HessoMixin(_TrainerBase):
         plain = super()._load_optimizer_and_scheduler
         if checkpoint is None:
             return plain(None)
-        if self._process.state.compaction is not None and not self.hesso_engine.measures_shards:  # loaded once prepared
+        if self._process.state.compaction is not None and self.hesso_engine.keeps_whole:  # else loaded once prepared
             self._load_from_checkpoint(checkpoint)
         return self.hesso_engine.load(self.hesso_run, Path(checkpoint), lambda: plain(checkpoint))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hesso_hf import HessoConfig, HessoError, export_pruned
 from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.engines.deepspeed import state as zero_state
-from hesso_hf.engines.deepspeed.engine import refuse_zero
+from hesso_hf.engines.deepspeed.compaction import why_not_exchange
+from hesso_hf.engines.deepspeed.engine import DeepSpeedEngine, refuse_zero
 from hesso_hf.engines.deepspeed.ranges import HeldRange, Master12, Place
 from hesso_hf.engines.deepspeed.state import (
     check_trained,
@@ -75,10 +77,23 @@ HEALED: dict[str, Any] = {"healing": "auto"}  # and units scored by reconstructi
 TURNED: dict[str, Any] = {"stream_basis": "principal"}
 LADDER: dict[str, Any] = {"hesso": RATIO | TURNED | HEALED | {"export_at": [0.15], "ladder_recovery": 1}}
 REPLAYED: dict[str, Any] = {"hesso": LADDER["hesso"] | {"replay_share": 0.5}, "window": 10}
+CUT: dict[str, Any] = {"steps": 14, "save_strategy": "steps", "save_steps": 11}  # all units are gone after step 10
+SHRUNK: dict[str, Any] = {"hesso": RATIO | TURNED | HEALED | {"compact": "end"}} | CUT
 HALFWAY: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}  # step 6 is in the second of two periods
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
 ADAMW = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto") | {"torch_adam": True}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+WARMUP: dict[str, Any] = {
+    "type": "WarmupLR",
+    "params": {"warmup_min_lr": 0, "warmup_max_lr": 2e-3, "warmup_num_steps": 4},
+}
+
+
+def smaller(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run that goes on with the smaller model."""
+    return {"hesso": run.get("hesso", {}) | {"compact": "end"}} | CUT | {k: v for k, v in run.items() if k != "hesso"}
 
 
 def jobs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -125,6 +140,22 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "routed-3": {"deepspeed": engine(3)} | ROUTED,
         "deep-2": {"deepspeed": engine(2)} | DEEP,
         "uneven-3": {"deepspeed": engine(3)} | UNEVEN,
+        "shrunk-1": {"deepspeed": engine(1)} | SHRUNK,
+        "shrunk-2": {"deepspeed": engine(2)} | SHRUNK,
+        "shrunk-3": {"deepspeed": engine(3)} | SHRUNK,
+        "shrunk-adamw": {"deepspeed": engine(2, optimizer={"type": "AdamW", "params": ADAMW}, scheduler=WARMUP)}
+        | SHRUNK,
+        "shrunk-offloaded": {"deepspeed": engine(3, zero=OFFLOAD | {"sub_group_size": 3000})} | SHRUNK | ACCUMULATED,
+        "masked-3": {"deepspeed": engine(3), "full": True} | SHRUNK,
+        "deepcut-2": {"deepspeed": engine(2)} | smaller(DEEP),
+        "tiedcut-3": {"deepspeed": engine(3)} | smaller(TIED),
+        "centredcut-3": {"deepspeed": engine(3)} | smaller(CENTRED),
+        "expertscut-2": {"deepspeed": engine(2)} | smaller(EXPERTS),
+        "routedcut-3": {"deepspeed": engine(3)} | smaller(ROUTED),
+        "frozencut-3": {"deepspeed": engine(3), "frozen": True} | smaller({}),
+        "replayedcut-3": {"deepspeed": engine(3)} | smaller(REPLAYED),
+        "bfloat16cut-2": {"deepspeed": engine(2), "bf16": True} | smaller(NAN),
+        "bfloat16cut-3": {"deepspeed": engine(3), "bf16": True} | smaller(NAN),
         "adamw-2": {"deepspeed": engine(2, optimizer={"type": "AdamW", "params": ADAMW})},
         "bfloat16-1": {"deepspeed": engine(1), "bf16": True} | NAN | BEST,
         "bfloat16-3": {"deepspeed": engine(3), "bf16": True} | NAN | BEST,
@@ -135,22 +166,31 @@ ALONE = {
     "plain": {}, "ratio": {"hesso": RATIO}, "nan": NAN, "frozen": {"frozen": True}, "stopped": STOPPED,
     "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT, "replayed": REPLAYED, "ladder": LADDER,
     "ragged": RAGGED, "long": LONG, "best": BEST, "tied": TIED, "centred": CENTRED,
-    "experts": EXPERTS, "paused": PAUSED, "routed": ROUTED, "deep": DEEP, "uneven": UNEVEN,
+    "experts": EXPERTS, "paused": PAUSED, "routed": ROUTED, "deep": DEEP, "uneven": UNEVEN, "shrunk": SHRUNK,
+    "masked": {"hesso": RATIO | TURNED | HEALED} | CUT,
+    "deepcut": smaller(DEEP), "tiedcut": smaller(TIED), "centredcut": smaller(CENTRED), "routedcut": smaller(ROUTED),
+    "expertscut": smaller(EXPERTS), "frozencut": smaller({"frozen": True}), "replayedcut": smaller(REPLAYED),
 }  # fmt: skip
 NAMES = ["plain-1", "plain-2", "plain-3", "replayed-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3",
          "frozen-2", "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3", "taught-2", "taught-3",
          "taught-offloaded", "taught-loaded", "ragged-2", "ragged-3", "long-2", "long-3", "best-2", "best-3",
          "tied-2", "tied-3", "centred-2", "centred-3", "experts-2", "experts-3", "paused-2", "paused-3",
-         "routed-3", "deep-2", "uneven-3", "ladder-2"]  # fmt: skip
+         "routed-3", "deep-2", "uneven-3", "ladder-2", "shrunk-1", "shrunk-2", "shrunk-3", "shrunk-offloaded",
+         "deepcut-2", "tiedcut-3", "centredcut-3", "expertscut-2", "routedcut-3", "frozencut-3",
+         "replayedcut-3", "masked-3"]  # fmt: skip
 
 
-RESUMED = [("cric-2", 3), ("cric-2", 9), ("cric-3", 3), ("cric-3", 9), ("taught-3", 5), ("paused-3", 10)]
+RESUMED = [
+    ("cric-2", 3), ("cric-2", 9), ("cric-3", 3), ("cric-3", 9), ("taught-3", 5), ("paused-3", 10), ("shrunk-2", 11),
+    ("shrunk-3", 11), ("shrunk-adamw", 11), ("shrunk-offloaded", 11), ("deepcut-2", 12), ("frozencut-3", 11),
+    ("replayedcut-3", 11), ("bfloat16cut-3", 11),
+]  # fmt: skip
 
 
 UNIVERSAL: dict[str, Any] = {"checkpoint": {"load_universal": True}}
 FEWER = {
     "plain-2": 6, "plain-3": 6, "ratio-3": 6, "best-2": 6, "best-3": 6, "cric-2": 6,
-    "cric-3": 6, "paused-2": 5, "paused-3": 5,
+    "cric-3": 6, "paused-2": 5, "paused-3": 5, "shrunk-2": 11, "shrunk-3": 11,
 }  # fmt: skip  # go on in one process, from a step
 MORE = {"plain-2": 6, "plain-3": 6, "cric-2": 6, "cric-3": 6, "paused-2": 5}  # are begun in one and go on in two
 
@@ -218,17 +258,21 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 
 
 BASIC = ("ladder-2", "replayed-3")  # what the default tests run of all this
+SMALLER = ("shrunk-2", "shrunk-offloaded")
 
 
 @pytest.fixture(scope="module")
 def basic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ZeRO-2 and ZeRO-3 in two processes, whole and from a checkpoint of the second period, and one process."""
     folder = tmp_path_factory.mktemp("basic")
-    alone = {name: ALONE[name] for name in (name.partition("-")[0] for name in BASIC)}
+    alone = {name: ALONE[name] for name in (name.partition("-")[0] for name in (*BASIC, *SMALLER))}
     run_jobs(folder / "one", [("job", {"folder": str(folder / n), "processes": 1, **alone[n]}) for n in alone], 1)
-    found = [("job", jobs(folder)[name] | {"folder": str(folder / name), "spoilt": True}) for name in BASIC]
-    for name in BASIC:
-        source = str(folder / name / "out" / "checkpoint-6")
+    found = [
+        ("job", jobs(folder)[name] | {"folder": str(folder / name), "spoilt": name in BASIC})
+        for name in (*BASIC, *SMALLER)
+    ]
+    for name in (*BASIC, SMALLER[0]):
+        source = str(folder / name / "out" / f"checkpoint-{6 if name in BASIC else 11}")
         again = {"folder": str(folder / f"{name}-again"), "resume": source, "save": False, "save_strategy": "no"}
         found.append(("job", jobs(folder)[name] | again))
     run_jobs(folder / "two", found, 2)
@@ -278,6 +322,25 @@ def test_memory_that_runs_out_on_one_process_at_the_export_costs_no_run(name: st
     again, small, other = (load_file(path / "model.safetensors") for path in files)
     assert max(float((again[key] - small[key]).abs().max()) for key in small) < 1e-5
     assert all(torch.equal(other[key], small[key]) for key in small)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", SMALLER)
+def test_zero_goes_on_with_the_smaller_model(name: str, basic: Path, tmp_path: Path) -> None:
+    assert_equal_one(name, basic)
+    whole, bucket = result(basic / "ladder-2"), int(5e8)  # numbers that ZeRO-3 keeps room for, gradients on their way
+    for rank in range(2):
+        found = result(basic / name, rank)
+        assert found["compacted"]
+        assert not whole["compacted"]
+        assert sum(weight.numel() for weight in found["weights"].values()) == found["target"]["parameters_after"]
+        room = 0.8 * whole["held"] if name == SMALLER[0] else 1.01 * bucket
+        assert found["held"] < room, "something of the larger model is left"
+        if name == SMALLER[0]:
+            assert_same(result(basic / f"{name}-again", rank), found, 0.0)
+    assert_small_model_is_the_one_of_one_process(name, basic)
+    if name == SMALLER[0]:
+        assert_checkpoint_is_exported_alike(name, basic, tmp_path)
 
 
 @needs_deepspeed
@@ -570,6 +633,33 @@ def test_frozen_weights_that_deepspeed_would_leave_out_are_named(tmp_path: Path)
         CheckpointMismatchError, match=r"frozen parameters such as model.norm.weight .*resume on as many"
     ):
         check_trained(parameters, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("zero", "named"),
+    [
+        ({"offload_param": {"device": "cpu"}}, r"`offload_param` \({'device': 'cpu'}\)"),
+        ({"zero_quantized_weights": True}, r"`zero_quantized_weights` \(True\)"),
+        ({"zero_hpz_partition_size": 8}, r"`zero_hpz_partition_size` \(8\)"),
+        ({"offload_param": {"device": "none"}, "offload_optimizer": {"device": "cpu"}}, None),
+        ({"offload_param": None, "zero_hpz_partition_size": 1}, None),
+    ],
+)
+def test_what_a_smaller_model_can_not_be_exchanged_under_is_named(zero: dict[str, Any], named: str | None) -> None:
+    reason = why_not_exchange(None, {"zero_optimization": {"stage": 3} | zero}, compiles=False)
+    assert re.search(named, reason) if named else not reason
+    assert "`torch_compile`" in why_not_exchange(None, {"zero_optimization": {}}, compiles=True)
+    weight = [torch.nn.Parameter(torch.ones(2))]
+    assert "RMSprop" in why_not_exchange(torch.optim.RMSprop(weight), {"zero_optimization": {}}, compiles=False)
+    assert not why_not_exchange(torch.optim.SGD(weight), {"zero_optimization": {}}, compiles=False)
+
+
+def test_a_model_that_is_divided_while_it_is_loaded_can_not_become_the_smaller_one() -> None:
+    zero, run = object.__new__(DeepSpeedEngine), SimpleNamespace(model=tiny_llama(), resume_from=Path("checkpoint-9"))
+    zero._check_whole(run)
+    next(run.model.parameters()).ds_id = 0  # as ZeRO-3 marks what it has divided
+    with pytest.raises(CheckpointMismatchError, match=r"checkpoint-9 is the smaller one .*before TrainingArguments"):
+        zero._check_whole(run)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import json
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from datasets import Dataset
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hesso_hf import HessoTrainer
 from hesso_hf.errors import HessoError, VerificationError
+from hesso_hf.structures.in_place import InPlace
 from hesso_hf.trainer import replay, teacher
 from tests.support import ROOT, forks
 from tests.support.moe import moe_model
@@ -125,15 +128,18 @@ def job(
     kind: str = "llama",
     window: int = replay.LONGEST,
     spoilt: bool = False,
+    full: bool = False,
     **changes: Any,
 ) -> None:
     """Train, save the small model, and leave weights and decisions of every process.
 
     Args:
         spoilt: whether one that is cut wrongly is saved as well.
+        full: whether a process has no room for the smaller model while it trains.
     """
     where = Path(folder)
     where.mkdir(parents=True, exist_ok=True)
+    before = held()
     run = build(folder, steps, processes, hesso, deepspeed, changes, pretrained, frozen, kind)
     run.nan_at = nan_at
     if chunk != teacher.CHUNK_LOGITS:  # small, so that processes need different numbers of chunks
@@ -141,7 +147,11 @@ def job(
     plain_chunk, teacher.CHUNK_LOGITS = teacher.CHUNK_LOGITS, chunk
     plain_window, replay.LONGEST = replay.LONGEST, window  # short ones divide evenly among processes
     run.add_callback(Stop(stop_at))
+    plain_put = InPlace.put
+    if full and run.args.process_index:
+        InPlace.put = Mock(side_effect=torch.OutOfMemoryError)  # type: ignore[method-assign]
     run.train(resume_from_checkpoint=resume or None)
+    InPlace.put = plain_put  # type: ignore[method-assign]
     teacher.CHUNK_LOGITS, replay.LONGEST = plain_chunk, plain_window
     evaluations = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
     evaluated = run.evaluate()["eval_loss"] if run.args.load_best_model_at_end else None
@@ -171,9 +181,18 @@ def job(
         "evaluations": evaluations,
         "said": said_of_spoilt(run, where / "spoilt") if spoilt else "",
         "lost": said_without_room(run, where) if spoilt else {},
+        "compacted": process.state.compaction is not None,
+        "held": held() - before,
         "teacher": sum(p.numel() for p in run.distillation.teacher.model.parameters()) if run.distillation else 0,
     }
     torch.save(found, where / f"rank{run.args.process_index}.pt")
+
+
+def held() -> int:
+    """Return how many numbers this process keeps in tensors, whoever refers to them."""
+    gc.collect()
+    found = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({s.data_ptr(): s.nbytes() // 4 for s in (value.untyped_storage() for value in found)}.values())
 
 
 def said_of_spoilt(run: HessoTrainer, target: Path) -> str:

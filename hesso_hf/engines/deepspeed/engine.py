@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -14,12 +15,14 @@ from transformers import PreTrainedModel
 from ...config import HessoConfig
 from ...distributed.collectives import from_all
 from ...distributed.parts import named_parameters
-from ...errors import HessoError
-from ...export.decision import NOTHING_CUT, Decision
+from ...errors import CheckpointMismatchError, HessoError
+from ...export.decision import NOTHING_CUT, Compaction, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
+from ...pruning.compaction import why_not_compact
 from ...structures.cut import device_with_room
 from ..engine import Engine, Run, refuse_where_divided, write_divided
+from .compaction import compact, why_not_exchange
 from .export import ZeroSource, loading_whole
 from .holdings import divide_frozen
 from .state import (
@@ -38,7 +41,6 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
 
     measures_quality = False
     keeps_whole = False
-    compacts = False
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -54,8 +56,15 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         refuse_where_divided(adapters)
 
     def why_not_compact(self, base: Optimizer | None, model: nn.Module | None = None) -> str:
-        """Say that flat buffers can't be cut."""
-        return "DeepSpeed divides it over the processes"
+        """Return what stands against it in the optimizer, or in DeepSpeed's config."""
+        against = why_not_compact(None, self.config.layer_widths)
+        compiles = self.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        return against or why_not_exchange(base, self._settings, compiles)
+
+    def compact(self, run: Run, model: nn.Module) -> Compaction:
+        """Exchange the flat vectors for those of the smaller model."""
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        return compact(run.model, engine, self.made_steps, self.accelerator._optimizers)
 
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""
@@ -63,6 +72,9 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         if run.resume_from is not None:
             check_zero_state(run.resume_from, self._stage, universal)
         process = run.new_process()
+        if run.compacting.is_due:
+            self._check_whole(run)
+            run.compacting.to_resume(process, None)
         if run.resume_from is not None and universal:
             check_trained(process.bound.parameters, run.resume_from)
         self.steps = ZeroSteps(process, run.noted_loss)
@@ -74,8 +86,21 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         """Put HESSO around the steps of DeepSpeed's engine, once."""
         steps = self.made_steps
         if not steps.attached:
-            steps.process = run.process_on(steps.process.schedule)
+            if steps.process.state.compaction is None:
+                steps.process = run.process_on(steps.process.schedule)
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
+
+    def _check_whole(self, run: Run) -> None:
+        """Refuse to make a model smaller that is divided already.
+
+        Raises:
+            CheckpointMismatchError: with the remedy.
+        """
+        if hindrance := next(filter(None, from_all(self._sharded(run.model))), ""):
+            raise CheckpointMismatchError(
+                f"the model in {run.resume_from} is the smaller one already, and the one that is to become as small "
+                f"can't be cut: {hindrance}"
+            )
 
     @contextmanager
     def computing(self, model: PreTrainedModel) -> Iterator[str]:
@@ -96,11 +121,16 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
 
     def _hindrance(self, model: PreTrainedModel) -> str:
         """Return why the model can't compute by itself on this process, "" where it can."""
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            return "the model was sharded by ZeRO-3 while it was loaded (load it before TrainingArguments are made)"
+        if sharded := self._sharded(model):
+            return sharded
         device, size = self.args.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
         if device_with_room(device, size if model.device == device else 2 * size) != device:
             return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
+        return ""
+
+    def _sharded(self, model: PreTrainedModel) -> str:
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            return "the model was sharded by ZeRO-3 while it was loaded (load it before TrainingArguments are made)"
         return ""
 
     def save(self, run: Run, folder: Path) -> None:

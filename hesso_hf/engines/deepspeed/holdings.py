@@ -46,7 +46,7 @@ class ZeroHoldings(Holdings):
         return self._held[-1]
 
     def _trained(self, name: str, parameter: Any) -> Held:
-        place = self._place(parameter)
+        place = self.place(parameter)
         if place is None:
             return HeldRange(parameter, 0, 0)
         if self._divides:
@@ -67,7 +67,7 @@ class ZeroHoldings(Holdings):
         self._frozen[name] = (parameter.ds_tensor, start, count)
         return Frozen3(parameter, start, count)
 
-    def _place(self, parameter: Any) -> Place | None:
+    def place(self, parameter: Any) -> Place | None:
         """Return where this process' range of a trained parameter lies, None where it has none."""
         if self._divides:
             start, count = self._divided(parameter)
@@ -99,7 +99,7 @@ class ZeroHoldings(Holdings):
         found = {name: Place(n, 0, *place) for n, (name, (_, *place)) in enumerate(self._frozen.items(), first)}
         for group in self.zero.fp16_groups if self._divides else self.zero.bit16_groups:
             for parameter in group:
-                place = self._place(parameter)
+                place = self.place(parameter)
                 if place is not None:
                     found[self.zero.param_names[parameter]] = place
         return found

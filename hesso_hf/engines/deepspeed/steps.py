@@ -63,8 +63,10 @@ class ZeroSteps:
                 "1, 2 or 3 in its config"
             )
         self.base: Optimizer = self._zero.optimizer
-        self.base.register_step_pre_hook(lambda *_: self._before_call())
-        self.base.register_step_post_hook(lambda *_: self._after_call())
+        self._hooks = (
+            self.base.register_step_pre_hook(lambda *_: self._before_call()),
+            self.base.register_step_post_hook(lambda *_: self._after_call()),
+        )
         self._masters = _Masters(self.base)
         plain_step, plain_backward = self._zero.step, engine.backward
         self._zero.step = lambda *args, **kwargs: self._step(plain_step, *args, **kwargs)
@@ -72,7 +74,15 @@ class ZeroSteps:
         if hasattr(self._zero, "check_grad_overflow"):
             self._zero.check_grad_overflow = True  # a step on a gradient that isn't finite is skipped in bfloat16 too
         self.holdings = ZeroHoldings(self._zero)
-        self.process.bound.bind(parameters, lambda _: self.holdings)
+        bound = self.process.bound
+        take = bound.bind if self.process.state.compaction is None else bound.let_go
+        take(parameters, lambda _: self.holdings)
+
+    def detach(self) -> None:
+        """Let an engine go, which is to make room for one that trains a smaller model."""
+        for hook in self._hooks:
+            hook.remove()
+        del self._zero, self.base, self._masters, self.holdings
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -68,11 +68,11 @@ class BoundGroups(HeldAxes):
         frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
         self.frozen = FrozenWeights(frozen, self.axes)
 
-    def let_go(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def let_go(self, parameters: Mapping[str, nn.Parameter], make_holdings: MakeHoldings = Holdings) -> None:
         """Hold no axis any more, so that nothing is done to the parameters that are left: other units lie on them."""
         self.axes, self._scored, self.held, self._gates = {}, {}, {}, None
         self.parameters = dict(parameters)
-        self._holdings = Holdings(self.parameters.values())
+        self._holdings = make_holdings(self.parameters.values())
         frozen = {name: p for name, p in self.parameters.items() if self._adapters and not p.requires_grad}
         # no unit lies on them; a checkpoint still tells by them whether the base is the same
         self.frozen = FrozenWeights(frozen, {name: [] for name in frozen})
