@@ -20,7 +20,7 @@ from hesso_hf import HessoConfig, HessoError, export_pruned
 from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.engines.deepspeed import state as zero_state
 from hesso_hf.engines.deepspeed.compaction import why_not_exchange
-from hesso_hf.engines.deepspeed.engine import DeepSpeedEngine, refuse_zero
+from hesso_hf.engines.deepspeed.engine import check_whole, refuse_zero
 from hesso_hf.engines.deepspeed.ranges import HeldRange, Master12, Place
 from hesso_hf.engines.deepspeed.state import (
     check_trained,
@@ -655,11 +655,11 @@ def test_what_a_smaller_model_can_not_be_exchanged_under_is_named(zero: dict[str
 
 
 def test_a_model_that_is_divided_while_it_is_loaded_can_not_become_the_smaller_one() -> None:
-    zero, run = object.__new__(DeepSpeedEngine), SimpleNamespace(model=tiny_llama(), resume_from=Path("checkpoint-9"))
-    zero._check_whole(run)
+    run: Any = SimpleNamespace(model=tiny_llama(), resume_from=Path("checkpoint-9"))
+    check_whole(run)
     next(run.model.parameters()).ds_id = 0  # as ZeRO-3 marks what it has divided
     with pytest.raises(CheckpointMismatchError, match=r"checkpoint-9 is the smaller one .*before TrainingArguments"):
-        zero._check_whole(run)
+        check_whole(run)
 
 
 @pytest.mark.parametrize(

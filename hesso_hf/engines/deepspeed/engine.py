@@ -73,7 +73,7 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
             check_zero_state(run.resume_from, self._stage, universal)
         process = run.new_process()
         if run.compacting.is_due:
-            self._check_whole(run)
+            check_whole(run)
             run.compacting.to_resume(process, None)
         if run.resume_from is not None and universal:
             check_trained(process.bound.parameters, run.resume_from)
@@ -89,18 +89,6 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
             if steps.process.state.compaction is None:
                 steps.process = run.process_on(steps.process.schedule)
             steps.attach(self.accelerator.deepspeed_engine_wrapped.engine, named_parameters(run.model))
-
-    def _check_whole(self, run: Run) -> None:
-        """Refuse to make a model smaller that is divided already.
-
-        Raises:
-            CheckpointMismatchError: with the remedy.
-        """
-        if hindrance := next(filter(None, from_all(self._sharded(run.model))), ""):
-            raise CheckpointMismatchError(
-                f"the model in {run.resume_from} is the smaller one already, and the one that is to become as small "
-                f"can't be cut: {hindrance}"
-            )
 
     @contextmanager
     def computing(self, model: PreTrainedModel) -> Iterator[str]:
@@ -121,16 +109,11 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
 
     def _hindrance(self, model: PreTrainedModel) -> str:
         """Return why the model can't compute by itself on this process, "" where it can."""
-        if sharded := self._sharded(model):
-            return sharded
+        if divided := why_divided(model):
+            return divided
         device, size = self.args.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
         if device_with_room(device, size if model.device == device else 2 * size) != device:
             return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
-        return ""
-
-    def _sharded(self, model: PreTrainedModel) -> str:
-        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            return "the model was sharded by ZeRO-3 while it was loaded (load it before TrainingArguments are made)"
         return ""
 
     def save(self, run: Run, folder: Path) -> None:
@@ -166,6 +149,26 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         if self._stage < 3:
             return super().place_frozen(model, student)
         return divide_frozen(model, self._settings, self.args.per_device_train_batch_size), True
+
+
+def why_divided(model: PreTrainedModel) -> str:
+    """Return why a model can't compute or be cut before DeepSpeed has it, "" where it is whole."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "the model was sharded by ZeRO-3 while it was loaded (load it before TrainingArguments are made)"
+    return ""
+
+
+def check_whole(run: Run) -> None:
+    """Refuse to make a model smaller that is divided already.
+
+    Raises:
+        CheckpointMismatchError: with the remedy.
+    """
+    if hindrance := next(filter(None, from_all(why_divided(run.model))), ""):
+        raise CheckpointMismatchError(
+            f"the model in {run.resume_from} is the smaller one already, and the one that is to become as small can't "
+            f"be cut: {hindrance}"
+        )
 
 
 def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:
