@@ -20,22 +20,24 @@ def solve_ladder(
     parameters: Cost,
     price: PriceFunction | None = None,
     loss: LossFunction | None = None,
+    warns: bool = True,
 ) -> list[TargetSizes]:
     """Find the target sizes, and those of the models that are saved on the way to it, the largest first.
 
     Args:
-        price, loss: as `solve_budget` takes them.
+        price, loss, warns: as `solve_budget` takes them.
 
     Raises:
         BudgetError, HessoError: as `solve_budget` does, of any of them.
     """
-    target = solve_budget(config, model_config, groups, parameters, price, loss)
+    target = solve_budget(config, model_config, groups, parameters, price, loss, warns=warns)
     rungs: list[TargetSizes] = []
     for share in reversed(config.rungs):
         smaller = rungs[0] if rungs else target
         on_the_way = replace(config, pruning_ratio=share, export_at=None, ladder_recovery=0.0)
-        rungs.insert(0, solve_budget(on_the_way, model_config, groups, parameters, price, loss, smaller.kept_units))
-        if rungs[0].kept_units == smaller.kept_units:
+        kept = smaller.kept_units
+        rungs.insert(0, solve_budget(on_the_way, model_config, groups, parameters, price, loss, kept, warns))
+        if rungs[0].kept_units == kept:
             raise BudgetError(
                 f"`export_at` ({share:g}): the sizes nearest to it are those of the next larger share; leave it out, "
                 "or take a smaller `round_to`"

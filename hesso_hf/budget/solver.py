@@ -78,6 +78,7 @@ def solve_budget(
     price: PriceFunction | None = None,
     loss: LossFunction | None = None,
     least: Mapping[str, int] | None = None,
+    warns: bool = True,
 ) -> TargetSizes:
     """Find the target sizes.
 
@@ -87,12 +88,14 @@ def solve_budget(
         price: the budget metric, where it isn't the parameter count.
         loss: expected loss of kept units; by default every structure is cut by a like share.
         least: units that stay of each structure at the least.
+        warns: of a ratio that is met only nearly.
 
     Raises:
         BudgetError: where no allowed sizes come near the ratio, naming the nearest.
         HessoError: for pinned sizes that don't exist, aren't whole units, or that the config class refuses.
     """
-    solver = _Solver(config, model_config, groups, parameters, price or parameters, ConfigSizes.of(model_config), least)
+    sizes = ConfigSizes.of(model_config)
+    solver = _Solver(config, model_config, groups, parameters, price or parameters, sizes, least, warns)
     pinned = pinned_units(config, model_config, groups)
     if config.pruning_ratio is None:
         kept = {name: pinned.get(name, groups.structures[name].num_units) for name in groups.independent}
@@ -181,6 +184,7 @@ class _Solver:
     price: PriceFunction
     sizes: ConfigSizes
     least: Mapping[str, int] | None
+    warns: bool
 
     @property
     def asked(self) -> str:
@@ -322,17 +326,18 @@ class _Solver:
         """Say so where the ratio can't be met; refuse where it is out of reach."""
         if nearest <= MEETS:
             return
-        full = float(self.price({}))
+        within, full = UNREACHABLE if nearest > UNREACHABLE else MEETS, float(self.price({}))
         named = "; ".join(f"{1 - float(self.price(kept)) / full:.3f} with {self._sizes(kept)}" for kept in options)
         refused, owner = list(self.groups.refused), self.groups.model_class
         whole = f", the {refused} of {owner} can't go" if refused else ""
         message = (
-            f"`{self.asked}` ({ratio}) of {self.config.budget_metric} can't be met within {MEETS:.0%} by "
+            f"`{self.asked}` ({ratio}) of {self.config.budget_metric} can't be met within {within:.0%} by "
             f"{list(self.groups.structures)}{whole}; nearest feasible: {named}"
         )
         if nearest > UNREACHABLE:
             raise BudgetError(f"{message}. Choose one of these ratios, more structures or a smaller `round_to`")
-        logger.warning(f"{message}. The first one is used.")
+        if self.warns:
+            logger.warning(f"{message}. The nearest is taken.")
 
 
 def _thin_out(options: dict[str, np.ndarray], names: list[str]) -> None:

@@ -130,8 +130,9 @@ class PruningPlan:
         if self.wants_calibration and (curves := measure()).rises:  # else there was nothing to measure on
             self.curves = curves
             units = {name: structure.num_units for name, structure in self.groups.structures.items()}
-            self.target, *rungs = solve_ladder(
-                self.config, self.model.config, self.groups, self.parameters, self.price, curves.loss(units)
+            loss = curves.loss(units)
+            self.target, *rungs = solve_ladder(  # `prepare` has warned
+                self.config, self.model.config, self.groups, self.parameters, self.price, loss, warns=False
             )
             self.rungs = tuple(rungs)
             self.check_target()

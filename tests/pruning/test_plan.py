@@ -80,6 +80,15 @@ def test_a_curve_goes_on_beyond_the_last_share_that_was_tried() -> None:
     assert [float(expected({"mlp_channels": kept})) for kept in (80, 40, 20, 10)] == [0.0, 1.0, 2.0, 2.5]
 
 
+def test_a_budget_that_is_met_only_nearly_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        plan = PruningPlan.prepare(tiny_llama(), HessoConfig(0.35, round_to=16))
+        measured = LossCurves(*(dict.fromkeys(plan.groups.structures, (value,)) for value in (0.5, 1.0)))
+        plan.settle(lambda: measured)
+    assert plan.curves is not None
+    assert caplog.text.count("can't be met within 1%") == 1
+
+
 def test_a_vision_tower_that_stays_whole_is_named(caplog: pytest.LogCaptureFixture) -> None:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8

@@ -43,7 +43,7 @@ def test_a_refusal_says_which_structure_of_which_class_stays_whole_and_what_to_p
 
 def test_a_ratio_beyond_what_can_go_names_what_cannot() -> None:
     whole = r"\['attention_heads', 'embedding_channels'\] of BertLMHeadModel can't go; nearest feasible: "
-    with pytest.raises(BudgetError, match=rf"met within 1% by \['mlp_channels'\], the {whole}"):
+    with pytest.raises(BudgetError, match=rf"met within 5% by \['mlp_channels'\], the {whole}"):
         PruningPlan.prepare(bert(), HessoConfig(0.9))
 
 
