@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from ..errors import HessoError, UnsupportedStructureError, first_line
 
 
+@contextlib.contextmanager
+def without_advice() -> Iterator[None]:
+    """Leave out what Transformers advises whoever builds a model, where one is built only to be looked at."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@without_advice()
 def build_meta(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """Build a model without weights: parameters on the meta device, tied as the config says."""
     with torch.device("meta"), no_init_weights():

@@ -186,6 +186,6 @@ def test_what_takes_long_is_said(
     monkeypatch.setattr(cache, "SLOW", 0.01)
     with mock.patch.object(prove, "prove", slowly), propagated(caplog):
         for _ in range(2):
-            proved_groups(LlamaForCausalLM, config(), MLP)
+            proved_groups(LlamaForCausalLM, config(), (*MLP, "expert_channels", "mixer_channels", "layers", "experts"))
     told = {record.getMessage() for record in caplog.records if record.name == cache.__name__}
-    assert told == {"proving mlp_channels of LlamaForCausalLM on a tiny model (once per model type)"}
+    assert told == {"proving mlp_channels, layers of LlamaForCausalLM on a tiny model (once per model type)"}

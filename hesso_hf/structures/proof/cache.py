@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ...compat import attention_of, experts_of
 from ...distributed.collectives import is_main_process
+from ...hf_models.build import without_advice
 from ..experts import ExpertScheme
 from ..groups import Branch, Scheme
 from ..layers import LayerScheme
@@ -68,25 +69,27 @@ class Case:
         return cls(model_class, config, (type(config), *kinds, repr(config.to_dict())))
 
 
-def cached(case: Case, what: tuple[str, ...], prove: Callable[[], _T]) -> _T:
+def cached(case: Case, what: tuple[str, ...], prove: Callable[[], _T], told: tuple[str, ...] | None = None) -> _T:
     """Return what another process has proved of a case; else prove it, and keep it where that can be used again.
 
     Args:
-        what: is proved, for people too.
+        what: is proved.
+        told: that, as people read it.
     """
     path = _path(case, what)
     if path is not None and (found := _read(path)) is not None:
         return found
     name = case.model_class.__name__
-    told = f"proving {', '.join(what)} of {name} on a tiny model (once per model type)"
-    notice = threading.Timer(SLOW, logger.warning, (told,))
-    notice.daemon = True
+    notice = f"proving {', '.join(told or what)} of {name} on a tiny model (once per model type)"
+    timer = threading.Timer(SLOW, logger.warning, (notice,))
+    timer.daemon = True
     if is_main_process():
-        notice.start()
+        timer.start()
     try:
-        made = prove()
+        with without_advice():
+            made = prove()
     finally:
-        notice.cancel()
+        timer.cancel()
     if path is not None and _holds(made):
         _write(path, made)
     return made

@@ -15,12 +15,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ...config import DEFAULT_STRUCTURES
-from ...errors import UnsupportedStructureError
-from ...hf_models.sizes import HIDDEN, MLP
+from ...errors import NotApplicableError, UnsupportedStructureError
+from ...hf_models.sizes import HIDDEN, LAYERS, MLP, ConfigSizes
 from ...hf_models.tiny_configs import tiny_config
 from ...hf_models.tiny_model import SEED
-from ..build import HEAD_UNITS, moving_axes, num_units
-from ..experts import EXPERT_UNITS
+from ..build import HEAD_UNITS, moving_axes, num_units, unit_increments
+from ..experts import EXPERT_UNITS, num_experts
 from ..groups import COUPLED, AxisName, Branch, PruningGroups, Scheme
 from ..layers import LAYER_UNITS
 from ..shape_probe import AxisMap, coupled_axes, probe_axes
@@ -111,9 +111,25 @@ def proved_groups(
 
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(case: Case, names: tuple[str, ...]) -> Proved:
-    proof = cached(case, names, lambda: prove(case.model_class, case.config, names))
+    told = _of_sizes(case.config, names)
+    proof = cached(case, names, lambda: prove(case.model_class, case.config, names), told)
     groups, axis_map = groups_of(case.model_class, case.config, proof)
     return groups, proof, axis_map
+
+
+def _of_sizes(config: PretrainedConfig, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the structures that a config has sizes of; a mixer's channels have none: the width's proof finds them."""
+    sizes = ConfigSizes.of(config)
+
+    def is_there(name: str) -> bool:
+        if name in (EXPERT_UNITS, LAYER_UNITS):
+            return (num_experts(config) if name == EXPERT_UNITS else sizes.get(LAYERS)) is not None
+        try:
+            return bool(unit_increments(name, sizes))
+        except UnsupportedStructureError as error:
+            return not isinstance(error, NotApplicableError)
+
+    return tuple(filter(is_there, names))
 
 
 class Prover:
