@@ -104,7 +104,7 @@ def inspect_model(
     feasible: dict[str, dict[str, Any]] = {}
     for ratio, budget in budgets.items() if groups.structures else ():
         try:
-            target = solve_budget(budget, config, groups, counts)
+            target = solve_budget(budget, config, groups, counts, warns=False)
             feasible[ratio] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
         except HessoError as error:
             feasible[ratio] = {"reason": str(error)}

@@ -17,7 +17,6 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..errors import BudgetError, HessoError, nearest_name
-from ..hf_models.build import model_class_of
 from ..hf_models.resize import buildable_config, resized_config
 from ..hf_models.sizes import EXPERTS, LAYERS, ConfigSizes, canonical_name
 from ..structures.groups import PruningGroups, StructureGroups
@@ -286,7 +285,8 @@ class _Solver:
 
     def _check_sizes(self, sizes: dict[str, int]) -> None:
         if self.groups.picky:
-            buildable_config(model_class_of(self.model_config), self.model_config, sizes, self.sizes)
+            assert self.groups.model_class is not None
+            buildable_config(self.groups.model_class, self.model_config, sizes, self.sizes)
         else:
             resized_config(self.model_config, sizes, sizes=self.sizes)
 
@@ -328,8 +328,8 @@ class _Solver:
             return
         within, full = UNREACHABLE if nearest > UNREACHABLE else MEETS, float(self.price({}))
         named = "; ".join(f"{1 - float(self.price(kept)) / full:.3f} with {self._sizes(kept)}" for kept in options)
-        refused, owner = list(self.groups.refused), self.groups.model_class
-        whole = f", the {refused} of {owner} can't go" if refused else ""
+        refused = list(self.groups.refused)
+        whole = f", the {refused} of {self.groups.owner} can't go" if refused else ""
         message = (
             f"`{self.asked}` ({ratio}) of {self.config.budget_metric} can't be met within {within:.0%} by "
             f"{list(self.groups.structures)}{whole}; nearest feasible: {named}"

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,23 @@ def inspect(arguments: argparse.Namespace) -> None:
         ])  # fmt: skip
     title = f"{found.model_class}, {found.parameters:,} parameters"
     print_table(title, ["structure", "status", "units", "layers", "parameters\na unit", "error"], rows)
-    for name, item in found.structures.items():
-        if item.status != "proved":
-            print(f"{name}: {item.reason.removeprefix(f'{name}: ')}")
+    _print_reasons({
+        name: item.reason.removeprefix(f"{name}: ") for name, item in found.structures.items()
+        if item.status != "proved"
+    })  # fmt: skip
     print("\nsizes for an even split between the structures (a training run measures the split on its data):")
-    for ratio, option in found.feasible.items():
-        print(f"ratio {ratio}: {option.get('reason') or _sizes_line(option)}")
+    _print_reasons({
+        ratio: option["reason"].replace(f" ({ratio})", "", 1) if "reason" in option else _sizes_line(option)
+        for ratio, option in found.feasible.items()
+    }, "ratio ")  # fmt: skip
+
+
+def _print_reasons(reasons: Mapping[str, str], of: str = "") -> None:
+    """Print a line for each distinct reason, after the names of all that it holds for."""
+    from ..structures.groups import by_reason
+
+    for reason, names in by_reason(reasons).items():
+        print(f"{of}{', '.join(names)}: {reason}")
 
 
 def _sizes_line(option: dict[str, Any]) -> str:

@@ -90,8 +90,8 @@ class PruningPlan:
         check_parameters(checked, axis_map)
         groups = proved.select(config.structure_names, explicit=config.structures != "all")
         if config.structures == "all":
-            for name in proved.refused:
-                logger.warning(proved.why_whole(name))
+            for sentence in proved.why_whole(proved.refused):
+                logger.warning(sentence)
         parameters = build_cost("parameters", groups, axis_map, checked.config)
         price: PriceFunction | None = None
         if config.budget_metric == "latency":

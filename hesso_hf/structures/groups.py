@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..distributed.parts import Part
 from ..errors import HessoError, UnsupportedStructureError
@@ -165,7 +166,7 @@ class PruningGroups:
             channels are twice the width), with how many units of each go with one of the coarsest, the driver; empty
             where all are independent.
         picky: whether the model class refuses sizes that its config class accepts.
-        model_class: the name of the model's class, for messages.
+        model_class: the model's, where it is known.
     """
 
     structures: dict[str, StructureGroups]
@@ -173,7 +174,7 @@ class PruningGroups:
     coupled: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     picky: bool = False
-    model_class: str = ""
+    model_class: type[PreTrainedModel] | None = None
 
     def by_parameter(self) -> dict[str, list[tuple[str, int, Axis]]]:
         """Return, per parameter, (structure, layer index, axis) of each of its axes."""
@@ -193,10 +194,7 @@ class PruningGroups:
         missing = [name for name in names if name not in self.structures]
         chosen = {name: groups for name, groups in self.structures.items() if name in names}
         if (missing and explicit) or not chosen:
-            alike: dict[str, list[str]] = {}
-            for name in missing:
-                alike.setdefault(self.absent.get(name, "") or self.refused.get(name, ""), []).append(name)
-            reasons = "; ".join(self.why_whole(*names) for names in alike.values())
+            reasons = "; ".join(self.why_whole(missing))
             instead = f"can be pruned instead: {list(self.structures)}" if self.structures else "nothing else can be"
             raise UnsupportedStructureError(f"`structures` ({names}): {reasons}; {instead}")
         apart = [name for name in self.coupled if name not in chosen]
@@ -207,15 +205,29 @@ class PruningGroups:
             )
         return replace(self, structures=chosen, coupled={} if apart else self.coupled)
 
-    def why_whole(self, *names: str) -> str:
-        """Say whose structures these are, that nothing of them is pruned and, in short, their common reason."""
-        reason = " ".join((self.absent | self.refused).get(names[0], "it wasn't tried").split())
-        if len(reason) > MOST_OF_A_REASON:
-            reason = f"{reason[:MOST_OF_A_REASON]}..."
-        units, owner = ", ".join(names).replace("_", " "), self.model_class or "this model"
-        if names[0] in self.absent:
-            return f"{owner} has no {units} that could be pruned (reason: {reason})"
-        return f"{units} of {owner} stay whole, since taking some out wouldn't be exact (reason: {reason})"
+    @property
+    def owner(self) -> str:
+        """Whose structures these are, for messages."""
+        return self.model_class.__name__ if self.model_class is not None else "this model"
+
+    def why_whole(self, names: Iterable[str]) -> list[str]:
+        """Say of structures that nothing of them is pruned and why, in short: one sentence for each reason."""
+        said = []
+        for reason, alike in by_reason({name: self.why(name) for name in names}).items():
+            units, short = ", ".join(alike).replace("_", " "), " ".join(reason.split())
+            if len(short) > MOST_OF_A_REASON:
+                short = f"{short[:MOST_OF_A_REASON]}..."
+            if alike[0] in self.absent:
+                said.append(f"{self.owner} has no {units} that could be pruned (reason: {short})")
+            else:
+                said.append(
+                    f"{units} of {self.owner} stay whole, since taking some out wouldn't be exact (reason: {short})"
+                )
+        return said
+
+    def why(self, name: str) -> str:
+        """Return the reason why a structure isn't pruned."""
+        return (self.absent | self.refused).get(name, "it wasn't tried")
 
     def with_coupled(self, counts: Mapping[str, Any]) -> dict[str, Any]:
         """Return kept units of independent structures with those that follow from them."""
@@ -233,6 +245,14 @@ class PruningGroups:
     def driver(self) -> str:
         """The coupled structure whose number of units decides over the others', "" where nothing is coupled."""
         return min(self.coupled, key=lambda name: self.coupled[name], default="")
+
+
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names that have each reason, given the reason of each name."""
+    found: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 import yaml
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BertConfig, TrainingArguments
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from hesso_hf import HessoConfig, HessoTrainer
@@ -351,6 +351,17 @@ def test_inspect_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "869,504 parameters" in out
     assert re.search(r"attention_heads +proved +4 +4 +12,288 +0e\+00", out)  # in one line: the width is a pipe's
     assert "\nexperts: LlamaConfig has no `num_experts` above one\n" in out
+
+
+def test_inspect_says_each_reason_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertConfig(vocab_size=67, is_decoder=True, **sizes).save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (refused,) = [line for line in lines if "hidden_size stays" in line]
+    assert refused.startswith("attention_heads, embedding_channels: the hidden state")
+    (unmet,) = [line for line in lines if line.startswith("ratio ")]
+    assert unmet.startswith("ratio 0.2, 0.3, 0.5: `pruning_ratio` of parameters can't be met within 5% by")
 
 
 def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:

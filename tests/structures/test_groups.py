@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from hesso_hf.config import HessoConfig
 from hesso_hf.errors import BudgetError, UnsupportedStructureError
+from hesso_hf.hf_models.build import build_meta
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.structures.groups import MOST_OF_A_REASON, PruningGroups
+from tests.support.checks import propagated
 
 LLAMA = LlamaConfig(
     hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
@@ -24,10 +32,10 @@ def refusal(groups: PruningGroups, *names: str) -> str:
     return str(caught.value)
 
 
-def bert() -> BertLMHeadModel:
+def bert(model_class: type[PreTrainedModel] = BertLMHeadModel) -> PreTrainedModel:
     """A model whose norms lie on the stream itself, so that no narrower one computes the same."""
     sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return BertLMHeadModel(BertConfig(vocab_size=67, is_decoder=True, **sizes))
+    return model_class(BertConfig(vocab_size=67, is_decoder=model_class is BertLMHeadModel, **sizes))
 
 
 def test_a_refusal_says_which_structure_of_which_class_stays_whole_and_what_to_prune_instead() -> None:
@@ -56,19 +64,32 @@ def test_what_a_class_does_not_have_is_said_so() -> None:
 
 
 def test_where_nothing_is_left_it_is_said_so() -> None:
-    groups = PruningGroups({}, {"mlp_channels": "a\n  long " + "x" * 500}, model_class="SomeForCausalLM")
+    groups = PruningGroups({}, {"mlp_channels": "a\n  long " + "x" * 500}, model_class=LlamaForCausalLM)
     message = refusal(groups, "mlp_channels")
     assert message.endswith("; nothing else can be")
     assert "(reason: a long xxx" in message
     assert len(message) < MOST_OF_A_REASON + 200
 
 
-def test_all_structures_leaves_out_the_refused_ones_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("hesso_hf.pruning.plan")
-    logger.addHandler(caplog.handler)
-    try:
-        plan = PruningPlan.prepare(bert(), HessoConfig(0.1))
-    finally:
-        logger.removeHandler(caplog.handler)
+@pytest.mark.parametrize("model_class", [BertLMHeadModel, BertForSequenceClassification])
+def test_all_structures_leaves_out_the_refused_ones_with_a_warning_for_each_reason(
+    model_class: type[PreTrainedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bert(model_class)
+    with propagated(caplog):
+        plan = PruningPlan.prepare(model, HessoConfig(0.1))
     assert list(plan.groups.structures) == ["mlp_channels"]
-    assert "attention heads of BertLMHeadModel stay whole" in caplog.text
+    told = {record.getMessage() for record in caplog.records if "stay whole" in record.getMessage()}
+    (sentence,) = told
+    assert sentence.startswith(f"attention heads, embedding channels of {model_class.__name__} stay whole, since")
+    assert "mixer" not in sentence  # a pooler's channels follow the width, and no layer has them
+
+
+def test_what_transformers_says_of_a_class_is_not_said_of_the_models_that_are_only_looked_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = bert(BertForMaskedLM)  # whose config names no class
+    with propagated(caplog):
+        PruningPlan.prepare(model, HessoConfig(0.1, structures="mlp_channels"))
+        build_meta(BertLMHeadModel, model.config)
+    assert "is_decoder" not in caplog.text

@@ -254,9 +254,15 @@ class Prover:
             if error <= TOLERANCE:
                 return {name: StructureProof(name, scheme, error) for name, scheme in tried.items()}
             best = error if best is None else min(best, error)
-        reason = self._why(structure, others)
+        named = {name: scheme for name, scheme in others.items() if name != "mixer_channels" or self._in_layers(scheme)}
+        reason = self._why(structure, named)
         reason += f": best relative error {best or float('nan'):.1e} > {TOLERANCE:.0e}"
-        return {name: StructureProof(name, None, best, reason) for name in (*others, structure)}
+        return {name: StructureProof(name, None, best, reason) for name in (*named, structure)}
+
+    def _in_layers(self, scheme: Scheme) -> bool:
+        """Tell what layers compute from what follows the width beside them, such as a pooler."""
+        patterns = {pattern for branch in scheme.branches for pattern, _ in branch.layouts}
+        return any(info.layer for info in self.bench.axis_map.parameters.values() if info.pattern in patterns)
 
     def _why(self, structure: str, others: Mapping[str, Scheme]) -> str:
         """Say why units can't be cut out, where that can be told, else only that the logits changed."""

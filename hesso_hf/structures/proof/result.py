@@ -95,7 +95,7 @@ def groups_of(
     structures = {name: built for name, built in structures.items() if name not in refused}
     absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}
     coupled = {name: ratio for name, ratio in coupled.items() if name in structures}
-    return PruningGroups(structures, refused, coupled, absent, axis_map.picky, model_class.__name__), axis_map
+    return PruningGroups(structures, refused, coupled, absent, axis_map.picky, model_class), axis_map
 
 
 def _on_shared_axes(structures: dict[str, StructureGroups]) -> dict[str, str]:
