@@ -67,7 +67,7 @@ class PruningRun:
         compacting: when the model in memory becomes the smaller one.
         ladder: the models that are saved on the way.
         basis: how the stream was turned, None in the given basis.
-        kept_tokens: the vocabulary that stays, where it is pruned.
+        kept_tokens: the vocabulary that stays, None where all of it does.
         resume_from: the checkpoint that training goes on from.
         total_steps: of the run, where they were given; else they are counted.
         base_folder: that the model was read from, None where it was no folder.
@@ -137,9 +137,7 @@ class PruningRun:
         process = self.process_on(self._settle())
         warn_where_saved(self)
         if self._config.prune_vocabulary:
-            self.kept_tokens = keep_tokens(
-                self.tokenizer, self._trainer.train_dataset, self.model, round_to=self._config.round_to or ROUND_TO
-            )
+            self.kept_tokens = _fewer_tokens(self, self._trainer.train_dataset, self._config.round_to or ROUND_TO)
         return process
 
     def process_on(self, schedule: Schedule) -> PruningProcess:
@@ -249,6 +247,15 @@ class PruningRun:
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _fewer_tokens(run: PruningRun, dataset: Any, round_to: int) -> KeptTokens | None:
+    """Return the tokens that stay, None where all are needed."""
+    kept = keep_tokens(run.tokenizer, dataset, run.model, round_to=round_to)
+    if kept.num_removed:
+        return kept
+    logger.warning(f"`prune_vocabulary` (True): data and tokenizer need all {kept.vocab_size:,} tokens, so all stay")
+    return None
 
 
 def _unmeasured(hindrance: str) -> LossCurves:

@@ -49,6 +49,7 @@ from hesso_hf.vocabulary.trim_tokenizer import (
     rewrite_backend,
     trim_tokenizer,
 )
+from tests.support.checks import propagated
 from tests.support.tiny import tiny_gemma2, tiny_llama
 from tests.support.training import arguments, hesso_config
 
@@ -810,6 +811,22 @@ def test_embedding_channels_and_tokens_go_together(tmp_path: Path) -> None:
     assert small.get_input_embeddings().weight.shape == (len(kept.kept), 48)
     assert len(kept.kept) % 4 == 0
     assert_same_logits(small, trainer.model.eval(), kept, 1e-4)
+
+
+def test_a_vocabulary_that_is_needed_whole_is_not_spoken_of_as_pruned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tokenizer_of("byte_bpe")
+    every = Dataset.from_dict({"input_ids": [list(range(len(tokenizer)))] * 8})
+    trainer = HessoTrainer(
+        model=tiny_llama(vocab_size=len(tokenizer)), args=arguments(tmp_path), train_dataset=every,
+        processing_class=tokenizer, hesso_config=hesso_config(prune_vocabulary=True),
+    )  # fmt: skip
+    with propagated(caplog):
+        trainer.create_optimizer()
+    assert f"need all {len(tokenizer)} tokens, so all stay" in caplog.text
+    assert not any("vocabulary" in line for line in forecast.before(trainer))
+    assert trainer.hesso_run.record()["vocabulary"] is None
 
 
 def test_uneven_layers_with_fewer_tokens_load(tmp_path: Path) -> None:
