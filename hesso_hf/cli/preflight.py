@@ -13,6 +13,7 @@ from ..config import HessoConfig
 from ..errors import HessoError, first_line
 from ..export.storage import check_not_base, check_writable
 from ..trainer.saving import checkpoint_bytes
+from ..trainer.teacher import check_teacher
 from .recipe import Recipe
 from .report import SMALL_NAME
 
@@ -23,7 +24,7 @@ def output_of(recipe: Recipe) -> Path:
 
 
 def check_places(recipe: Recipe) -> None:
-    """Check what can be told before anything is loaded: folders, and the Hub's repository where it is pushed to.
+    """Check what can be told before anything is loaded: folders, the teacher, and the repository that is pushed to.
 
     Raises:
         HessoError: naming the argument, the place and the remedy.
@@ -35,6 +36,7 @@ def check_places(recipe: Recipe) -> None:
         if argument == "output" or recipe.training.push_to_hub:  # which saves in `output_dir` what it pushes
             check_not_base(folder, base if base.is_dir() else None, recipe.hesso)
     check_writable("output", output.absolute().parent)  # where it is put together
+    check_teacher(recipe.hesso.distill_from)
     if recipe.training.push_to_hub and recipe.training.process_index == 0:
         check_hub(recipe.training)
 

@@ -78,6 +78,10 @@ def _small_in(folder: str) -> Path:
     Raises:
         HessoError: naming the folder, where it is neither, or has several.
     """
+    if not Path(folder).is_dir():
+        raise HessoError(
+            f"`RUN` ({folder!r}): there is no such folder; give that of a smaller model, or of the run that made it"
+        )
     own, beside = Path(folder), sorted(path.parent for path in Path(folder).glob(f"*/{REPORT_NAME}"))
     if (own / REPORT_NAME).is_file():
         return own

@@ -40,6 +40,7 @@ from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
 from .replay import Known
+from .teacher import check_teacher
 from .teaching import Teaching
 
 logger = logging.get_logger(__name__)
@@ -92,6 +93,7 @@ class PruningRun:
         self.basis: StreamBasis | None = None
         self.kept_tokens: KeptTokens | None = None
         self._healer: Healer | None = None
+        check_teacher(config.distill_from)
         if config.prune_vocabulary:
             check_countable(self.tokenizer, trainer.train_dataset)
         self.measurer = Measurer(trainer, config, counted, generated)

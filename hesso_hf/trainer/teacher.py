@@ -21,7 +21,8 @@ from ..distributed.collectives import from_main, is_main_process, max_over_ranks
 from ..distributed.parts import reshard
 from ..engines.deepspeed.gathering import gathered
 from ..engines.engine import Engine
-from ..errors import HessoError
+from ..errors import HessoError, first_line
+from ..hf_models.build import load_config
 from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 from ..structures.cut import bits_of
 
@@ -234,6 +235,22 @@ def frozen_copy(model: PreTrainedModel, dtype: torch.dtype, values: bool = True)
     return teacher
 
 
+def check_teacher(name: str | None) -> None:
+    """Look for a teacher that is named before anything is loaded.
+
+    Raises:
+        HessoError: where there is none.
+    """
+    if name is None:
+        return
+    try:
+        load_config(name)
+    except HessoError as error:
+        raise HessoError(
+            f"`distill_from` ({name!r}): {error}, or leave `distill_from` out: the model before pruning teaches then"
+        ) from error
+
+
 def load_teacher(name: str, student: PreTrainedModel, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
     """Load another teacher.
 
@@ -243,7 +260,8 @@ def load_teacher(name: str, student: PreTrainedModel, tokenizer: Any, dtype: tor
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise HessoError(f"`distill_from` ({name!r}) can't be loaded as a causal language model: {error}") from error
+        reason = first_line(error)
+        raise HessoError(f"`distill_from` ({name!r}) can't be loaded as a causal language model: {reason}") from error
     sizes = [each.config.get_text_config().vocab_size for each in (model, student)]
     if sizes[0] != sizes[1]:
         raise HessoError(

@@ -469,6 +469,7 @@ BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hes
         ([*BUNDLED_RUN, "--report_to", "nothing_known"], "`report_to` ('nothing_known'): the package isn't installed"),
         (["inspect", "bundled", "--ratio", "0.3", "50"], "`pruning_ratio` (50.0) must lie strictly between 0 and 1"),
         (["report", "."], "pruning_report.json"),
+        (["report", "nowhere"], "`RUN` ('nowhere'): there is no such folder; give that of a smaller model"),
         (["export", "nowhere", "out"], "no folder"),
         (["inspect", "./nowhere"], "no such file or folder"),
         (["eval", "bundled", "--dataset", "no.txt"], "no such file"),

@@ -62,6 +62,16 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_is_loaded(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_loaded(
+    inputs: list[str], tmp_path: Path, unloaded: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = ["--distill_from", str(tmp_path / "teacher"), "--distillation_alpha", "0.5"]
+    assert main([*inputs, "--output_dir", str(tmp_path / "run"), *teacher]) == 2
+    said = capsys.readouterr().err
+    assert f"`distill_from` ('{tmp_path}/teacher'): " in said
+    assert "no such folder exists, and no model of that name could be had from the Hub" in said
+
+
 def test_a_disk_without_room_is_told_before_the_first_step(
     inputs: list[str], tmp_path: Path, untrained: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

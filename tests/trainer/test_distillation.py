@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.optimizer import HessoOptimizer
+from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.trainer import distillation
 from hesso_hf.trainer import teacher as teachers
 from hesso_hf.trainer.distillation import divergence, lead, num_targets
@@ -411,6 +413,14 @@ def test_another_teacher_and_what_the_report_says(tmp_path: Path) -> None:
     card = (tmp_path / "small" / "README.md").read_text()
     assert "learnt from large as the teacher" in card
     assert "private" not in text + card
+
+
+def test_a_teacher_that_is_not_there_is_told_before_anything_is_proved(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    config = hesso_config(distillation_alpha=ALPHA, distill_from=missing)
+    unproved = mock.patch.object(PruningPlan, "prepare", side_effect=AssertionError)
+    with unproved, pytest.raises(HessoError, match=rf"`distill_from` \('{missing}'\): .*no such folder exists.*Hub"):
+        trainer(tmp_path, config=config)
 
 
 def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Path) -> None:
