@@ -18,6 +18,7 @@ from ..vocabulary.trim_tokenizer import trim_tokenizer
 from .adapter import AdapterSource
 from .checkpoint import CheckpointSource
 from .decision import Decision, decide
+from .in_training import blamed_on, unfinished
 from .parameters import ParameterSource, WholeSource
 from .report import PruningReport
 from .source import ExportSource, read_source
@@ -48,8 +49,8 @@ def export_pruned(
     loaded whole.
 
     Args:
-        source: a model (or a PeftModel with LoRA) whose pruned units are at zero, or a checkpoint folder that training
-            wrote.
+        source: a model (or a PeftModel with LoRA) whose pruned units are at zero or were cut by `compact`, or a
+            checkpoint folder that training wrote.
         output_dir: files of other kinds in it (`checkpoint-*`, ...) are left alone.
         kept_units: the decision; by default what the checkpoint says, or the units that aren't exactly zero.
         groups: the model's groups, where they are at hand already.
@@ -61,30 +62,47 @@ def export_pruned(
         trust_pickles: open a checkpoint's pickles, which can run code; only DeepSpeed's need it.
 
     Raises:
-        HessoError: where pruning hasn't finished, a unit to be cut isn't zero, the layers differ unasked, or a
-            checkpoint of DeepSpeed's can't be read.
+        HessoError: where pruning hasn't finished (of a model in memory a warning, where there is one without the units
+            that are at zero so far), a unit to be cut isn't zero, the layers differ unasked, or a checkpoint of
+            DeepSpeed's can't be read.
         VerificationError: where the smaller model's logits differ; `output_dir` is untouched then.
     """
     if dtype is not None and dtype not in DTYPES:
         raise HessoError(f"`dtype` ({dtype!r}) must be one of {list(DTYPES)}")
-    for name in ("trainer_state.json", "optimizer.pt"):
-        if (Path(output_dir) / name).exists() and Path(output_dir).name.startswith("checkpoint-"):
-            raise HessoError(f"`output_dir` ({str(output_dir)!r}) is a checkpoint of a run; choose another folder")
+    _check_no_checkpoint(Path(output_dir))
     found = read_source(source, kept_units, tokenizer, training, trust_pickles, vocabulary is not None)
     adapted = found.lora_export(lora_export)
     vocabulary = vocabulary or found.vocabulary
-    decision = decide(found.model, found.kept, groups, vocabulary, found.compaction, found.stored)
-    if found.kept is None and decision.kept.all_stay and decision.compaction is None:
-        if not isinstance(source, nn.Module):
-            raise HessoError(
-                f"`source` ({str(source)!r}): nothing in it is pruned; give a checkpoint-* folder that training wrote"
-            )
-        logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
+    early = unfinished(found.model) if found.kept is None else None
+    with blamed_on(early):
+        decision = decide(found.model, found.kept, groups, vocabulary, found.compaction, found.stored)
+    if found.kept is None and decision.kept.all_stay and decision.compaction is None and early is None:
+        _nothing_pruned(source)
     wanted = dtype or found.config.get("export_dtype")
     saved = _trimmed(found.tokenizer, vocabulary) if vocabulary else found.tokenizer
     output = Output(Path(output_dir), DTYPES[wanted] if wanted else found.dtype, saved, max_shard_size)
     adapter = output.folder if adapted == "adapter" else None
-    return write_pruned(_parameters_of(found, decision, adapter), output, found.training)
+    with blamed_on(early):
+        report = write_pruned(_parameters_of(found, decision, adapter), output, found.training)
+    if early is not None:
+        logger.warning(early.warning(report.pruning_ratio))
+    return report
+
+
+def _check_no_checkpoint(folder: Path) -> None:
+    """Refuse to write into a checkpoint."""
+    for name in ("trainer_state.json", "optimizer.pt"):
+        if (folder / name).exists() and folder.name.startswith("checkpoint-"):
+            raise HessoError(f"`output_dir` ({str(folder)!r}) is a checkpoint of a run; choose another folder")
+
+
+def _nothing_pruned(source: str | os.PathLike[str] | nn.Module) -> None:
+    """Refuse a checkpoint of which no unit goes, and warn of such a model in memory."""
+    if not isinstance(source, nn.Module):
+        raise HessoError(
+            f"`source` ({str(source)!r}): nothing in it is pruned; give a checkpoint-* folder that training wrote"
+        )
+    logger.warning("no unit's weights are zero: the model is written as large as it is. Was pruning finished?")
 
 
 def _parameters_of(found: ExportSource, decision: Decision, adapter: Path | None) -> ParameterSource:

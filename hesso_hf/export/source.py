@@ -32,6 +32,7 @@ from ..vocabulary.tokens import KeptTokens
 from .checkpoint import NotStreamedError, open_checkpoint
 from .checkpoint_state import SHARDS_NAME, holds_masters, read_state
 from .decision import Compaction, groups_for
+from .in_training import compaction_of
 from .stored import StoredWeights
 
 logger = logging.get_logger(__name__)
@@ -107,8 +108,7 @@ def read_source(
         HessoError: where it is no checkpoint, pruning hasn't finished in it, or it can't be read.
     """
     if isinstance(source, nn.Module):
-        model: PreTrainedModel = base_of(source)
-        return ExportSource(model, model.dtype, kept, tokenizer, training or {})
+        return _in_memory(base_of(source), kept, tokenizer, training or {})
     folder = Path(source)
     if not folder.is_dir():
         raise HessoError(f"`source` ({str(folder)!r}) is no folder; give a checkpoint-* folder that training wrote")
@@ -150,6 +150,18 @@ def read_source(
     if holds_masters(folder) and isinstance(model.config.dtype, torch.dtype):
         dtype = model.config.dtype
     return ExportSource(model, dtype, kept, tokenizer, training, stored)
+
+
+def _in_memory(
+    model: PreTrainedModel,
+    kept: KeptUnits | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
+    training: Mapping[str, Any],
+) -> ExportSource:
+    """Take a model as it is, with what is known to have been cut out of it."""
+    compaction = compaction_of(model) if kept is None else None
+    known = {"compaction": compaction.to_dict()} if compaction is not None else {}
+    return ExportSource(model, model.dtype, kept, tokenizer, {**known, **training})
 
 
 def _load_full(folder: Path, trust_pickles: bool, vocabulary: bool) -> tuple[PreTrainedModel, StoredWeights | None]:

@@ -24,6 +24,7 @@ from ..distributed.passes import in_eval
 from ..errors import HessoError, VerificationError, first_line
 from ..export.adapter import AdapterSource
 from ..export.decision import Compaction, Decision, decide
+from ..export.in_training import note_cut
 from ..export.parameters import ParameterSource, WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
 from ..structures.cut import Cuts, cuts_by_tensor, zero_units_
@@ -269,6 +270,7 @@ def _put_(
 def _forget_(model: PreTrainedModel, process: PruningProcess, compaction: Compaction) -> None:
     """Let go what only the larger model needed."""
     process.let_go(compaction, parameters_of(model))
+    note_cut(model, compaction)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # what was compiled has the sizes in it
     if model.device.type == "cuda":

@@ -20,6 +20,7 @@ from ..config import HessoConfig, structures_around
 from ..config.checks import refuse_what_trainers_do
 from ..distributed.parts import full_shape, named_parameters, stock_class
 from ..errors import BudgetError, HessoError, UnsupportedStructureError
+from ..export import in_training
 from ..hf_models.build import build_meta
 from ..hf_models.resize import resized_config
 from ..hf_models.sizes import canonical_name
@@ -187,7 +188,11 @@ class PruningPlan:
         experts, adapters = self.groups.structures.get(EXPERT_UNITS), Adapters.of(self.model)
         gates = RouterGates.attach(self.model, experts) if experts is not None else None
         parameters = parameters_of(self.model)
-        return PruningProcess(parameters, self.groups, self.target, schedule, self.config, gates, adapters, self.rungs)
+        process = PruningProcess(
+            parameters, self.groups, self.target, schedule, self.config, gates, adapters, self.rungs
+        )
+        in_training.begin(self.model, process.decision)
+        return process
 
 
 def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
 from torch.optim import Adafactor as TorchAdafactor
 from transformers import Adafactor, PreTrainedModel
 
-from hesso_hf import HessoConfig, HessoOptimizer, wrap_optimizer
+from hesso_hf import HessoConfig, HessoOptimizer, export_pruned, wrap_optimizer
 from hesso_hf.compat import attention_of, experts_of, forward_hooks
 from hesso_hf.errors import CheckpointMismatchError, HessoError, VerificationError
 from hesso_hf.export.export import cut_pruned
@@ -329,6 +330,22 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
         compact(model, early)
     with pytest.raises(CheckpointMismatchError, match="cut out of the model in only one"):
         early.load_state_dict(optimizer.state_dict())
+
+
+def test_an_export_after_the_cut_says_what_was_removed_of_the_full_model(tmp_path: Path) -> None:
+    model = tiny_llama()
+    before, structures = model.num_parameters(), ["attention_heads", "mlp_channels"]
+    optimizer = pruned(model, NO_CHANNELS, structures)
+    expected, target = optimizer.process.kept_units(), optimizer.process.target
+    compact(model, optimizer)
+    del optimizer
+    report = export_pruned(model, tmp_path)
+    assert (report.parameters_before, report.parameters_after) == (before, target.parameters_after)
+    assert report.pruning_ratio == pytest.approx(target.ratio)
+    assert report.kept_units == expected
+    assert {name: report.sizes_after[name] for name in NO_CHANNELS} == NO_CHANNELS
+    wrap_optimizer(SGD(model.parameters()), model, HessoConfig(0.1, structures=structures), 12)  # pruned once more
+    assert export_pruned(model, tmp_path).parameters_before == target.parameters_after
 
 
 def test_a_parameter_takes_values_of_another_shape_while_a_graph_knows_the_old_one() -> None:

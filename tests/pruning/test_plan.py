@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,38 @@ def test_a_training_loop_of_ones_own(tmp_path: Path) -> None:
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     ids = token_batches(1)[0]
     assert relative_error(logits_of(small, ids), logits_of(model.eval(), ids)) <= 1e-5
+
+
+@pytest.mark.parametrize(("structures", "valid"), [("mlp_channels", True), ("embedding_channels", False)])
+def test_an_export_before_the_end_says_that_pruning_is_not_finished(
+    structures: str, valid: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, steps = tiny_llama(), {"warmup_steps": 1, "pruning_steps": 6, "pruning_periods": 3}
+    config = HessoConfig(0.2, structures=structures, round_to=1, saliency="magnitude", healing="off", **steps)
+    optimizer = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config, 10)
+    for batch in token_batches(4):
+        backward(model, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    with propagated(caplog):
+        if valid:
+            share = export_pruned(model, tmp_path / "small").pruning_ratio
+            assert 0.01 < share < 0.19
+            said = f"(step 4 of 7): {share:.1%} of the parameters are removed, not {optimizer.process.target.ratio:.1%}"
+            assert f"pruning isn't finished {said}; go on stepping until `optimizer.process.finished`" in caplog.text
+        else:
+            with pytest.raises(
+                HessoError, match=r"isn't finished \(step 4 of 7\); go on stepping .* LlamaConfig refuses"
+            ):
+                export_pruned(model, tmp_path / "small")
+    caplog.clear()
+    process = weakref.ref(optimizer.process)
+    del optimizer
+    gc.collect()
+    assert process() is None  # the model doesn't keep it
+    with pytest.raises(HessoError) if not valid else nullcontext():
+        export_pruned(model, tmp_path / "small")
+    assert "finished" not in caplog.text
 
 
 def test_a_plan_says_what_goes_and_when() -> None:
