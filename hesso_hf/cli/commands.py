@@ -23,6 +23,7 @@ from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, TokenPace, Workloa
 from .printing import print_report, print_table
 
 WIDTH = 100  # of a line that quickstart prints
+OWN_CODE = "run model code that comes with the model"
 MEASURED_IN = "default: the checkpoints', float32 where they differ"
 
 # -- inspect -----------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def inspect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id, folder or config.json")
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.2, 0.3, 0.5], help="shares to find sizes for")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true", help=OWN_CODE)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -85,31 +86,29 @@ def _sizes_line(option: dict[str, Any]) -> str:
 def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id, folder or config.json")
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB, 1e9 bytes)")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB: 1e9 bytes)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="number of GPUs in a node")
     parser.add_argument(
         "--host-memory", type=float, help="main memory of one node (GB); by default as much as is needed"
     )
     parser.add_argument("--batch-size", type=int, default=1, help="examples in one GPU's micro-batch")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in one example")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed again")
     parser.add_argument("--gradient-accumulation", action="store_true", help="gradients stay between micro-batches")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the computation")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="base optimizer")
     parser.add_argument(
         "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
     )
     parser.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
-    parser.add_argument(
-        "--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens, with that teacher; 0 for none"
-    )
+    parser.add_argument("--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens; 0 for none")
     parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
     parser.add_argument("--healing-tokens", type=int, help="as in the run's config")
-    parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--tokens", type=float, default=1e9, help="of the data that are trained on (1e9: a billion)")
-    parser.add_argument("--device-tflops", type=float, default=989.0, help="peak of one GPU (989: an H100 in bf16)")
+    parser.add_argument("--lora-rank", type=int, default=16, help="of LoRA's adapters")
+    parser.add_argument("--tokens", type=float, default=1e9, help="that are trained on in all")
+    parser.add_argument("--device-tflops", type=float, default=989.0, help="peak of one GPU, as of an H100")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--trust-remote-code", action="store_true", help=OWN_CODE)
 
 
 def plan(arguments: argparse.Namespace) -> None:
@@ -212,18 +211,18 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
         "--joined", action="store_true", help="as WikiText is read: all text joined by blank lines, in windows of 2048"
     )
     parser.add_argument("--split", help="default: test, or all of a file")
-    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--text-column", default="text", help="column with the text")
     parser.add_argument("--block-size", type=int, help="tokens; default: 256 (joined: 2048), or the shortest context")
     parser.add_argument("--tasks", help="comma-separated lm-eval tasks; paper: the seven that the paper reports")
     parser.add_argument("--num-fewshot", type=int, help="examples in a task's prompt; default: the task's own number")
     parser.add_argument("--include-path", help="folder with further lm-eval task files")
     parser.add_argument("--limit", type=int, help="examples at most, of the data and of each task")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="examples in a forward pass")
     parser.add_argument("--new-tokens", type=int, default=32, help="written to measure generation; 0: it isn't")
     parser.add_argument("--no-speed", action="store_true", help="leave speed out, which takes long on a CPU")
     parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help=MEASURED_IN)
-    parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    parser.add_argument("--trust-remote-code", action="store_true", help=OWN_CODE)
     parser.add_argument("--output", help="write the results there too: .json, .md, or a picture, .svg or .png")
     parser.add_argument("--card", action="store_true", help="write them into smaller models' cards, pages and reports")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -313,14 +312,14 @@ def survey(arguments: argparse.Namespace) -> None:
 
 
 def quickstart_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub id instead of the bundled model")
+    parser.add_argument("--model", help="folder or Hub id (default: bundled)")
     parser.add_argument("--dataset", default="python-docs", help="text to train on")
-    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--text-column", default="text", help="column with the text")
     parser.add_argument("--steps", type=int, default=40, help="steps of each of the two runs")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the parameters to remove")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--block-size", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=8, help="examples in a step")
+    parser.add_argument("--block-size", type=int, default=256, help="tokens in an example")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the schedule")
     parser.add_argument("--output", default="quickstart", help="folder for the smaller models and results.json")
 
 

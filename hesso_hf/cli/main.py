@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import HessoError, nearest_name
 from . import commands, prune, sweep
+from .help import WithDefaults
 from .report import report, report_flags
 
 # Name to what the help says, what adds the flags, and what does the work.
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     pruning.add_argument("--help-all", action="store_true", help="list them")
     sweep.sweep_flags(subparsers.add_parser("sweep", help=sweep.HELP))  # which passes other flags on to these
     for name, (text, add_flags, work) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=text)
+        subparser = subparsers.add_parser(name, help=text, formatter_class=WithDefaults)
         add_flags(subparser)
         _help_all(subparser)
         subparser.set_defaults(work=work)

@@ -26,12 +26,12 @@ FLAGS: dict[str, tuple[str, dict[str, str]]] = {
         "all fields of TrainingArguments",
         {
             "output_dir": "folder of checkpoints and logs",
-            "max_steps": "or num_train_epochs",
-            "learning_rate": "peak of the schedule",
-            "per_device_train_batch_size": "examples a process and forward pass",
-            "gradient_accumulation_steps": "forward passes an optimizer step",
+            "max_steps": "or num_train_epochs (3)",
+            "learning_rate": "peak of the schedule (5e-5)",
+            "per_device_train_batch_size": "examples a process and forward pass (8)",
+            "gradient_accumulation_steps": "forward passes an optimizer step (1)",
             "bf16": "compute in bfloat16",
-            "save_steps": "optimizer steps between checkpoints",
+            "save_steps": "optimizer steps between checkpoints (500)",
             "resume_from_checkpoint": "auto: go on from the last, if there is one",
             "push_to_hub": "publish what is saved",
         },
@@ -40,14 +40,14 @@ FLAGS: dict[str, tuple[str, dict[str, str]]] = {
         "all fields of HessoConfig",
         {
             "pruning_ratio": "share of the parameters to remove",
-            "budget_metric": "or of flops, memory, latency",
-            "structures": "what may go: attention_heads,mlp_channels,embedding_channels (all that is proved)",
+            "budget_metric": "or of flops, memory, latency (parameters)",
+            "structures": "attention_heads,mlp_channels,embedding_channels: what may go (all)",
             "export_at": "smaller shares at which a model is saved on the way: 0.2,0.3",
             "target_sizes": 'or the sizes to end with: {"intermediate_size": 4096}',
-            "round_to": "multiple that sizes keep to",
+            "round_to": "multiple that sizes keep to (128 or less)",
             "replay_share": "share of text that the base model wrote: it forgets less (auto)",
             "distillation_alpha": "weight of what a teacher says, auto where it knows the data (0)",
-            "cric": "look along the way to zero before deciding",
+            "cric": "look along the way to zero before deciding (auto)",
         },
     ),
 }
@@ -56,7 +56,11 @@ FLAGS: dict[str, tuple[str, dict[str, str]]] = {
 def overview() -> str:
     """Return the help: usage, and section by section the flags that most runs need."""
     width = min(120, shutil.get_terminal_size((100, 24)).columns)
-    lines = ["usage: hesso-hf prune [RECIPE] [--flag value ...]", "", "Flags override the recipe's keys."]
+    lines = [
+        "usage: hesso-hf prune [RECIPE] [--flag value ...]",
+        "",
+        "Flags override the recipe's keys; defaults are in parentheses.",
+    ]
     for section, (fields, flags) in FLAGS.items():
         lines += ["", f"{section}: {fields}, among them" if fields else f"{section}:"]
         for name, meaning in flags.items():

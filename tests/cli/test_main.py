@@ -25,7 +25,7 @@ from hesso_hf.cli import commands
 from hesso_hf.cli.main import COMMANDS as COMMAND_TABLE
 from hesso_hf.cli.main import main
 from hesso_hf.cli.overview import FLAGS
-from hesso_hf.cli.recipe import parse_recipe
+from hesso_hf.cli.recipe import RunArguments, parse_recipe
 from hesso_hf.errors import HessoError, StoppedError
 from hesso_hf.hf_models.build import model_class_of
 from hesso_hf.hf_models.tiny_model import random_model
@@ -109,6 +109,32 @@ def test_the_help_of_prune_has_what_most_runs_need_and_help_all_has_all(capsys: 
             assert f"--{prefix}{name} " in all_flags, name
     assert "--hesso_on_collapse" in all_flags
     assert "--weight_decay" in all_flags
+
+
+def test_the_help_of_prune_has_the_defaults_that_are_in_force() -> None:
+    kinds = (RunArguments, TrainingArguments, HessoConfig)
+    for (section, (_, flags)), kind in zip(FLAGS.items(), kinds, strict=True):
+        for name, meaning in flags.items():
+            said = re.search(r"\(([\w.-]+)\)$", meaning)
+            if said is None or name == "block_size":  # that of the model where it is shorter
+                continue
+            name = "num_train_epochs" if name == "max_steps" else name
+            default = kind.__dataclass_fields__[name].default
+            assert said[1] == default or float(said[1]) == float(default), (section, name)
+
+
+def test_the_help_of_a_command_has_the_defaults_of_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {
+        "plan": ["(default: 80)", "(default: 1e9)", "(default: bfloat16)"], "eval": ["(default: 8)", "(default: text)"],
+        "quickstart": ["(default: 0.002)", "(default: python-docs)"], "inspect": ["(default: 0.2 0.3 0.5)"],
+    }  # fmt: skip
+    for command, defaults in shown.items():
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert all(default in out for default in defaults)
+        assert "default: None" not in out
+        assert "default: False" not in out
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("prune", "sweep")])
