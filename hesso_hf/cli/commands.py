@@ -205,13 +205,14 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="folder or Hub id; the others compare with the first"
     )
-    parser.add_argument("--dataset", help="python-docs, a text file, a Hub id, or wikitext2, which is --joined")
+    parser.add_argument("--dataset", help="text, messages or prompts, as for prune; wikitext2 is --joined")
     parser.add_argument("--dataset-config", help="name of a configuration of a Hub data set")
     parser.add_argument(
         "--joined", action="store_true", help="as WikiText is read: all text joined by blank lines, in windows of 2048"
     )
     parser.add_argument("--split", help="default: test, or all of a file")
-    parser.add_argument("--text-column", default="text", help="column with the text")
+    parser.add_argument("--text-column", default="text", help="column with text or messages")
+    parser.add_argument("--chat-template", help="file with one (Jinja), for messages")
     parser.add_argument("--block-size", type=int, help="tokens; default: 256 (joined: 2048), or the shortest context")
     parser.add_argument("--tasks", help="comma-separated lm-eval tasks; paper: the seven that the paper reports")
     parser.add_argument("--num-fewshot", type=int, help="examples in a task's prompt; default: the task's own number")

@@ -49,7 +49,7 @@ def check_comparison(flags: Namespace) -> None:
     short_names(flags.models)
     for name, needed in (
         ("num_fewshot", "tasks"), ("include_path", "tasks"), ("split", "dataset"), ("dataset_config", "dataset"),
-        ("joined", "dataset"),
+        ("joined", "dataset"), ("chat_template", "dataset"),
     ):  # fmt: skip
         value = getattr(flags, name)
         if value not in (None, False) and getattr(flags, needed) is None:
@@ -66,6 +66,8 @@ def check_comparison(flags: Namespace) -> None:
         raise HessoError("`--card` writes into folders of smaller models, and none of those named is one")
     if flags.dataset is not None:
         check_text_file(flags.dataset)
+    if flags.chat_template is not None and not Path(flags.chat_template).is_file():
+        raise HessoError(f"`--chat-template` ({flags.chat_template!r}): no such file")
     if flags.include_path is not None and not Path(flags.include_path).is_dir():
         raise HessoError(f"`--include-path` ({flags.include_path!r}) is no folder; give the one with the task files")
     if flags.output is not None:

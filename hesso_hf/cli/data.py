@@ -46,6 +46,20 @@ def check_text_file(dataset: str) -> None:
         raise HessoError(f"`dataset` ({dataset!r}): no such file")
 
 
+def read_tokenizer(source: str, chat_template: str | None, trust_remote_code: bool) -> Any:
+    """Load a model's tokenizer, with the chat template of the file that is named.
+
+    Raises:
+        HessoError: where there is none.
+    """
+    from ..hf_models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
 def block_size_within(wanted: int | None, default: int, configs: Mapping[str, Any]) -> int:
     """Return the tokens of a block, which every model's context must hold.
 

@@ -16,11 +16,12 @@ from ..budget.cost import build_cost
 from ..distributed.passes import in_eval
 from ..errors import HessoError, first_line
 from ..hf_models.build import load_config
-from ..hf_models.loading import load_model, load_tokenizer
+from ..hf_models.loading import load_model
 from ..structures.groups import PruningGroups
 from ..structures.shape_probe import AxisMap, describe_parameters
 from .allocations import Allocations
-from .data import block_size_within, held_out_split, text_blocks
+from .data import block_size_within, held_out_split, read_data, read_tokenizer
+from .examples import IGNORED, Reading, padded_to_longest
 from .joined import WIKITEXT2, joined_windows
 from .speed import first_token_seconds, tokens_per_second, tokens_written_per_second
 from .tasks import Tasks
@@ -57,7 +58,7 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     if joined and block_size != WINDOW:
         print(f"hesso-hf: windows of {block_size:,} tokens: perplexities of {WINDOW:,} don't compare", file=sys.stderr)
     reads = flags.models.items() if flags.dataset is not None or tasks is not None else ()
-    tokenizers = {name: load_tokenizer(source, trust) for name, source in reads}
+    tokenizers = {name: read_tokenizer(source, flags.chat_template, trust) for name, source in reads}
     blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size, joined)
     dtype = getattr(torch, flags.dtype) if flags.dtype else _stored_dtype(configs)
     models = {name: _load(name, source, dtype, device, trust) for name, source in flags.models.items()}
@@ -74,7 +75,7 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
             row["peak_memory"] = peak_memory(model, flags.batch_size, block_size, flags.new_tokens)
         if blocks is not None:
             loss = held_out_loss(model, blocks, flags.batch_size)
-            row |= {"loss": loss, "perplexity": perplexity(loss), "tokens": len(blocks) * (block_size - 1)}
+            row |= {"loss": loss, "perplexity": perplexity(loss), "tokens": num_predicted(blocks)}
             row["joined"] = joined
         if tasks is not None:
             row["tasks"] = tasks.scores(model, tokenizers[name])
@@ -84,16 +85,34 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, blocks: Any, batch_size: int = 8) -> float:
-    """Return the mean negative log-likelihood in nats a predicted token over blocks of `input_ids`."""
-    total, tokens = 0.0, 0
-    ids = blocks["input_ids"]
+    """Return the mean negative log-likelihood in nats a predicted token.
+
+    Args:
+        blocks: `input_ids`, of any lengths, and `labels`, which are the same where there are none.
+    """
+    total, ids, labels = 0.0, blocks["input_ids"], _labels(blocks)
     with in_eval(model):
         for start in range(0, len(ids), batch_size):
-            batch = torch.tensor(ids[start : start + batch_size], device=model.device)
-            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-            total, tokens = total + float(losses), tokens + batch[:, 1:].numel()
-    return total / tokens
+            rows, wanted = (columns[start : start + batch_size] for columns in (ids, labels))
+            inputs = {"input_ids": padded_to_longest(rows, 0).to(model.device)}
+            if len({len(row) for row in rows}) > 1:
+                inputs["attention_mask"] = padded_to_longest([[1] * len(row) for row in rows], 0).to(model.device)
+            targets = padded_to_longest(wanted, IGNORED).to(model.device)[:, 1:]
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            total += float(losses)
+    return total / num_predicted(blocks)
+
+
+def num_predicted(blocks: Any) -> int:
+    """Return how many tokens give a loss."""
+    return sum(label != IGNORED for row in _labels(blocks) for label in row[1:])
+
+
+def _labels(blocks: Any) -> Any:
+    return blocks["labels" if "labels" in blocks.column_names else "input_ids"]
 
 
 def perplexity(loss: float) -> float:
@@ -187,22 +206,24 @@ def device_of(name: str | None) -> torch.device:
 
 
 def _common_blocks(flags: Namespace, tokenizers: dict[str, Any], block_size: int, joined: bool) -> Any:
-    """Return the blocks of the data, the same with every model's tokenizer.
+    """Return the examples of the data, the same with every model's tokenizer; of what isn't text say how it is read.
 
     Raises:
         HessoError: naming the model that has another.
     """
     first, blocks = next(iter(tokenizers)), None
     split = flags.split or held_out_split(flags.dataset)
-    columns = {
-        "config_name": flags.dataset_config, "text_column": flags.text_column, "max_examples": flags.limit,
-    }  # fmt: skip
+    where = {"config_name": flags.dataset_config, "max_examples": flags.limit}
     for name, tokenizer in tokenizers.items():
         if joined:
-            own = joined_windows(flags.dataset, tokenizer, block_size, split, **columns)
+            column = flags.text_column
+            own = joined_windows(flags.dataset, tokenizer, block_size, split, text_column=column, **where)
         else:
-            own, _ = text_blocks(flags.dataset, tokenizer, block_size, split, **columns)
-        if blocks is not None and own["input_ids"][:] != blocks["input_ids"][:]:
+            data = read_data(flags.dataset, tokenizer, Reading(block_size, flags.text_column), split, **where)
+            own = data.train
+            if blocks is None and data.examples.kind != "text":
+                print("\n".join(f"hesso-hf: {line}" for line in data.describe()), file=sys.stderr)
+        if blocks is not None and any(own[key][:] != blocks[key][:] for key in own.column_names):
             raise HessoError(
                 f"`model` ({name!r}) reads `dataset` ({flags.dataset!r}) as other tokens than {first!r}: losses a "
                 "token don't compare; compare them by `--tasks` alone"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import HessoError, nearest_name
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that isn't learnt
@@ -201,18 +202,19 @@ class Padding:
 
     def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
         """Return `input_ids`, `attention_mask` and `labels`, shape (B, T) each, T that of the longest."""
-        import torch
-
-        longest = max(len(row["input_ids"]) for row in rows)
-
-        def filled(parts: list[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
-
         return {
-            "input_ids": filled([row["input_ids"] for row in rows], self._pad),
-            "attention_mask": filled([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": filled([row["labels"] for row in rows], IGNORED),
+            "input_ids": padded_to_longest([row["input_ids"] for row in rows], self._pad),
+            "attention_mask": padded_to_longest([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded_to_longest([row["labels"] for row in rows], IGNORED),
         }
+
+
+def padded_to_longest(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """Return rows, filled up on the right, as a tensor, shape (B, T), T the length of the longest."""
+    import torch
+
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
 
 
 def _columns(source: str, row: Mapping[str, Any], text_column: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HessoError, StoppedError
-from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data
+from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data, read_tokenizer
 from .examples import Padding, Reading
 from .overview import overview
 from .printing import by_share, print_report, print_table
@@ -87,7 +87,7 @@ def prune(recipe: Recipe) -> None:
     asked, run, output = recipe, recipe.run, output_of(recipe)
     recipe = quiet(asked) if run.dry_run else asked
     check_places(recipe)
-    tokenizer = _tokenizer(run)
+    tokenizer = read_tokenizer(str(run.model), run.chat_template, run.trust_remote_code)
     config = load_config(run.model, run.trust_remote_code)
     stored, block_size = config.dtype, block_size_within(run.block_size, BLOCK_SIZE, {"`model`": config})
     if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
@@ -125,16 +125,6 @@ def prune(recipe: Recipe) -> None:
                 f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed "
                 f"({type(error).__name__}: {error}); push it again: `hf upload {trainer.hub_model_id} {output}`"
             ) from error
-
-
-def _tokenizer(run: RunArguments) -> Any:
-    """Load the model's tokenizer, with the chat template that is named."""
-    from ..hf_models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(str(run.model), run.trust_remote_code)
-    if run.chat_template is not None:
-        tokenizer.chat_template = Path(run.chat_template).read_text(encoding="utf-8")
-    return tokenizer
 
 
 def _print_ladder(trainer: Any, output: Path) -> None:

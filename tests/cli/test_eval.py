@@ -96,6 +96,42 @@ def test_two_models_are_measured_on_the_same_tokens(capsys: pytest.CaptureFixtur
     assert "the models are stored in bfloat16 and float32; all are measured in float32 (`--dtype`" in printed.err
 
 
+@pytest.mark.parametrize("kind", ["pairs", "chat"])
+def test_what_prune_learns_of_a_row_is_what_is_measured(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, said = [f"Is {'very ' * n}true?" for n in range(3)], [" Yes.", " It is not so.", " No, not at all."]
+    rows: list[dict[str, Any]] = [{"prompt": a, "completion": b} for a, b in zip(asked, said, strict=True)]
+    if kind == "chat":
+        roles = ("user", "assistant")
+        rows = [
+            {"messages": [{"role": role, "content": text} for role, text in zip(roles, row.values(), strict=True)]}
+            for row in rows
+        ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["small", "--dataset", str(tmp_path / "rows.jsonl"), "--block-size", "64", "--no-speed", "--batch-size", "2"]
+    if kind == "chat":
+        answer = "{% generation %}{{ m.content }}{% endgeneration %}"
+        template = f"{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ m.content }}}}{{% else %}}{answer}"
+        (tmp_path / "chat.jinja").write_text(f"{template}{{% endif %}}{{% endfor %}}")
+        argv += ["--chat-template", str(tmp_path / "chat.jinja")]
+    assert main(["eval", *argv, "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert f"3 rows of {'pairs' if kind == 'pairs' else 'conversations'} in" in printed.err
+    tokenizer, model = AutoTokenizer.from_pretrained("small"), AutoModelForCausalLM.from_pretrained("small")
+    losses = []
+    for before, after in zip(asked, said, strict=True):
+        ids = tokenizer(before + after, add_special_tokens=False)["input_ids"]
+        start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
+        if kind == "pairs":
+            ids, start = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], start + 1
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="none").tolist()
+    assert found["tokens"] == len(losses)
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
 def test_one_model_has_its_measures_at_the_top(capsys: pytest.CaptureFixture[str]) -> None:
     found = result(["bundled", *SHORT, "--dtype", "float32", "--device", "cpu"], capsys)
     assert found["tokens"] > 0
@@ -113,7 +149,7 @@ def test_blocks_are_by_default_as_long_as_every_model_reads(capsys: pytest.Captu
 def test_without_text_and_tasks_it_is_sizes_and_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: pytest.fail("nothing is read"))
+    monkeypatch.setattr(evaluate, "read_tokenizer", lambda *_: pytest.fail("nothing is read"))
     asked, plain = [], evaluate.tokens_written_per_second
 
     def written(models: list[Any], *how: int) -> list[float]:
