@@ -50,6 +50,16 @@ def nearest_name(name: str, known: list[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural but for one.
+
+    Example:
+        >>> counted(1, "step"), counted(2000, "step")
+        ('1 step', '2,000 steps')
+    """
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def check_same(what: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Compare a checkpoint's settings with a run's.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundled import python_docs_dataset, resolve_model
 from ..config.files import TEXT_LOADERS
-from ..errors import HessoError
+from ..errors import HessoError, counted
 from .examples import IGNORED, TEXT_COLUMN, Examples, Reading
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Data:
     def describe(self) -> list[str]:
         """Say in lines what was read."""
         found = self.examples
-        lines = [f"{found.source}: {self.rows:,} rows of {found.describe()}"]
+        lines = [f"{found.source}: {counted(self.rows, 'row')} of {found.describe()}"]
         if self.shortened:
             lines.append(f"  rows longer than `block_size` ({found.block_size}), cut there: {self.shortened:,}")
         if self.empty:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import HessoConfig
-from ..errors import HessoError, first_line
+from ..errors import HessoError, counted, first_line
 from ..export.storage import check_not_base, check_writable
 from ..trainer.saving import checkpoint_bytes
 from ..trainer.teacher import check_teacher
@@ -72,8 +72,7 @@ def disk_needs(recipe: Recipe, trainer: Any) -> list[tuple[str, Path, int]]:
     if recipe.training.push_to_hub:
         parts.append(("the one that is pushed", output_dir, model))
     if count := num_checkpoints(recipe.training, run.count_steps()):
-        what = f"{count} checkpoint{'s' * (count > 1)}"
-        parts.append((what, output_dir, count * checkpoint_bytes(run.model)))
+        parts.append((counted(count, "checkpoint"), output_dir, count * checkpoint_bytes(run.model)))
     return parts
 
 

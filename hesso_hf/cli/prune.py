@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import HessoError, StoppedError
+from ..errors import HessoError, StoppedError, counted
 from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data, read_tokenizer
 from .examples import Padding, Reading
 from .overview import overview
@@ -153,7 +153,7 @@ def _print_losses(trainer: Any) -> None:
         compared = shown.get(key, {}).get("examples", 0)
         if compared < count:
             among = f" (the table has {compared:,} of them)" if compared else ""
-            print(f"{name}: {measured[key]:.4f} nats a token on {count:,} examples{among}")
+            print(f"{name}: {measured[key]:.4f} nats a token on {counted(count, 'example')}{among}")
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:

@@ -95,8 +95,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_NAME
     if not folder.is_dir():
         there = sorted(path.name for path in folder.parent.glob("checkpoint-*"))
+        others = f"there are: {there}" if there else f"nor is there another checkpoint in {folder.parent}"
         raise CheckpointMismatchError(
-            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) doesn't exist; there are: {there}"
+            f"{_NOT_VALID} {folder}: `resume_from_checkpoint` ({str(folder)!r}) doesn't exist; {others}"
         )
     if not path.exists():
         raise CheckpointMismatchError(

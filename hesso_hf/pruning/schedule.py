@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..errors import HessoError
+from ..errors import HessoError, counted
 
 logger = logging.get_logger(__name__)
 
@@ -223,14 +223,14 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
     if warmup + pruning > total_steps:
         raise HessoError(
             f"`warmup_steps` ({warmup}) + `pruning_steps` ({pruning}) = {warmup + pruning} exceed the run's "
-            f"{total_steps} steps; lower them or train longer"
+            f"{counted(total_steps, 'step')}; lower them or train longer"
         )
     left = total_steps - warmup - pruning - rungs * rung_steps
     if left < 0:
         raise HessoError(
-            f"`ladder_recovery` ({rung_steps} steps) for each of `export_at` ({list(config.rungs)}) takes more than "
-            f"the {left + rungs * rung_steps} steps that warm-up and pruning leave of the run's {total_steps}; lower "
-            "it, or train longer"
+            f"`ladder_recovery` ({counted(rung_steps, 'step')}) for each of `export_at` ({list(config.rungs)}) takes "
+            f"more than the {counted(left + rungs * rung_steps, 'step')} that warm-up and pruning leave of the run's "
+            f"{total_steps}; lower it, or train longer"
         )
     if pruning <= rungs:
         raise HessoError(
@@ -253,17 +253,17 @@ def resolve_schedule(config: HessoConfig, total_steps: int) -> Schedule:
 
 def _warn_of_few_steps(config: HessoConfig, total_steps: int, recovery: int, pruning: int, periods: int) -> None:
     """Say so where the run has too few steps for the usual periods, or none to recover in."""
-    given, recovering = config.pruning_steps, f"{recovery or 'no'} steps recover"
+    given = config.pruning_steps
+    recovering = "1 step recovers" if recovery == 1 else f"{recovery or 'no'} steps recover"
     if config.pruning_periods is None and periods < PERIODS:
         remedy = f"set `pruning_steps` to {PERIODS} or more"
         if given < 1:
             enough = math.ceil((PERIODS - 0.5) / given)
             enough += _count(given, enough, least=1) < PERIODS  # a half is rounded to the even side
-            remedy = f"train for {enough} steps or more, or {remedy}"
+            remedy = f"train for {counted(enough, 'step')} or more, or {remedy}"
         logger.warning(
-            f"the run is short: `pruning_steps` ({given:g}) is {pruning} of its {total_steps} "
-            f"step{'s' * (total_steps > 1)}, so units go in {periods} period{'s' * (periods > 1)} instead of "
-            f"{PERIODS}, and {'1 step recovers' if recovery == 1 else recovering}; {remedy}"
+            f"the run is short: `pruning_steps` ({given:g}) is {pruning} of its {counted(total_steps, 'step')}, so "
+            f"units go in {counted(periods, 'period')} instead of {PERIODS}, and {recovering}; {remedy}"
         )
     elif not recovery:
         logger.warning(
@@ -295,9 +295,9 @@ def _sampling(config: HessoConfig, room: int, total_steps: int) -> tuple[int, in
         least = ["" if given else ", the least" for given in (config.cric_sampling_steps, config.cric_max_cycles)]
         raise HessoError(
             f"`cric` (True): `cric_sampling_steps` ({steps}{least[0]}) times `cric_max_cycles` ({cycles}{least[1]}) = "
-            f"{steps * cycles} "
-            f"exceed the {room} steps that sampling may take, half of what warm-up and pruning leave of the run's "
-            f"{total_steps}; lower them, train longer, or lower warmup_steps or pruning_steps"
+            f"{steps * cycles} exceed the {counted(room, 'step')} that sampling may take, half of what warm-up and "
+            f"pruning leave of the run's {total_steps}; lower them, train longer, or lower warmup_steps or "
+            "pruning_steps"
         )
     return steps, cycles
 

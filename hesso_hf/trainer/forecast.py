@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from ..distributed.collectives import world_size
+from ..errors import counted
 from ..export.storage import shown
 from .measure import makes_its_loader
 
@@ -71,7 +72,7 @@ def _tokens(trainer: Any) -> list[str]:
         return []
     tokens, steps = micro_batch * args.gradient_accumulation_steps * world_size(), run.process.schedule.total_steps
     replayed = ", and replay" if run.teaching.replay is not None else ""
-    return [f"tokens: about {tokens:,} a step, {tokens * steps:,} in {steps:,} steps{replayed}"]
+    return [f"tokens: about {tokens:,} a step, {tokens * steps:,} in {counted(steps, 'step')}{replayed}"]
 
 
 def by_first_steps(trainer: Any, pace: Pace) -> list[str]:

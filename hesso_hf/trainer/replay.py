@@ -23,7 +23,7 @@ from ..compat import whole_rows
 from ..config import HessoConfig
 from ..config.names import AUTO_REPLAY_SHARE
 from ..distributed.collectives import from_main, is_main_process
-from ..errors import CheckpointMismatchError, HessoError
+from ..errors import CheckpointMismatchError, HessoError, counted
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.compaction import parallel_of
 from .distillation import StepMean, accumulated, divergence, is_scaled
@@ -218,7 +218,7 @@ def _windows(
     found = read_windows(config.replay_dataset, tokenizer, sizes.windows, sizes.length)
     if len(found) < (fewest := min(FEWEST, sizes.windows)):
         raise HessoError(
-            f"`replay_dataset` ({config.replay_dataset!r}) gives {len(found)} windows of {sizes.length} tokens; give "
-            f"{fewest} at least"
+            f"`replay_dataset` ({config.replay_dataset!r}) gives {counted(len(found), 'window')} of {sizes.length} "
+            f"tokens; give {fewest} at least"
         )
     return found

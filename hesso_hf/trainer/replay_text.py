@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..config.files import TEXT_LOADERS
 from ..distributed.collectives import is_main_process, rank, summed_over_ranks, world_size
 from ..distributed.passes import in_eval
-from ..errors import CheckpointMismatchError, HessoError
+from ..errors import CheckpointMismatchError, HessoError, counted
 from ..pruning.weights.snapshot import kept_random_state
 
 logger = logging.get_logger(__name__)
@@ -171,7 +171,9 @@ def read_windows(source: str, tokenizer: Any, count: int, length: int) -> torch.
             break
     whole = min(count, len(ids) // length)
     if whole == 0:
-        raise HessoError(f"`replay_dataset` ({source!r}) has {len(ids)} tokens, too few for a window of {length}")
+        raise HessoError(
+            f"`replay_dataset` ({source!r}) has {counted(len(ids), 'token')}, too few for a window of {length}"
+        )
     return torch.tensor(ids[: whole * length]).view(whole, length)
 
 

@@ -17,7 +17,7 @@ from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import from_main, world_size
 from ..engines.engine import Engine
-from ..errors import HessoError
+from ..errors import HessoError, counted
 from ..export.checkpoint_state import check_config, keep_defaults, read_state
 from ..export.page.losses import Losses
 from ..pruning.basis import StreamBasis
@@ -188,7 +188,7 @@ class PruningRun:
         if schedule.end > self.count_steps():
             raise HessoError(
                 f"`max_steps` ({self.count_steps()}) ends before pruning does (step {schedule.end} in "
-                f"{folder}); train for at least {schedule.end} steps"
+                f"{folder}); train for at least {counted(schedule.end, 'step')}"
             )
         return schedule
 

@@ -123,8 +123,9 @@ def id_columns(dataset: Any, argument: str = "dataset") -> list[str]:
     found = [name for name in names if name.endswith(("input_ids", "labels"))]
     if not any(name.endswith("input_ids") for name in found):
         raise HessoError(
-            f"`{argument}` ({kind}) has no column `input_ids` whose tokens could be counted (columns: {list(names)}); "
-            "tokenise it first, for instance with `dataset.map(lambda row: tokenizer(row['text']))`"
+            f"`{argument}` ({kind}) has no column `input_ids` whose tokens could be counted (columns: "
+            f"{list(names) or 'none'}); tokenise it first, for instance with "
+            "`dataset.map(lambda row: tokenizer(row['text']))`"
         )
     return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hesso_hf.trainer.forecast import Pace, duration
+from hesso_hf.trainer.forecast import Pace, before, duration
 from hesso_hf.trainer.progress import ShortBar, ShortLines, phase_text
 from tests.support.tiny import tiny_llama
 from tests.support.training import LENGTH, hesso_config, logged, trainer
@@ -55,6 +55,13 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
     run.train()
     dense = f"the model with pruned units at zero ({run.model.num_parameters():,} parameters)"
     assert written[0].startswith(f"HESSO: pruning is over, training goes on with {dense}\n")
+
+
+def test_a_run_of_one_step_has_no_plural(tmp_path: Path) -> None:
+    config = hesso_config(warmup_steps=0, pruning_steps=1, pruning_periods=1)
+    run = trainer(tmp_path, config=config, max_steps=1)
+    run.create_optimizer()
+    assert f"tokens: about {4 * LENGTH} a step, {4 * LENGTH} in 1 step" in before(run)
 
 
 def test_what_is_printed_is_a_line_of_progress_and_what_is_logged_has_all(

@@ -684,7 +684,7 @@ def test_settings_that_only_cric_reads_are_refused_without_it(setting: dict[str,
 @pytest.mark.parametrize(
     ("config", "steps", "message"),
     [
-        ({"cric_sampling_steps": None, "cric_max_cycles": None}, 9, r"\(2, the least\) .* = 4 exceed the 1 steps.*9"),
+        ({"cric_sampling_steps": None, "cric_max_cycles": None}, 9, r"\(2, the least\) .* = 4 exceed the 1 step .*9"),
         ({"cric_sampling_steps": 5, "cric_max_cycles": 4}, 26, r"`cric_sampling_steps` \(5\) times `cric_max_cycles` "
          r"\(4\) = 20 exceed the 9 steps .*run's 26;"),
         ({"cric_sampling_steps": 8, "cric_max_cycles": None}, 20, r"\(8\) times .* = 16 exceed the 6 steps"),

@@ -101,15 +101,16 @@ def check_zero_state(folder: Path, stage: int, universal: bool = False) -> dict[
             "partitions can't be read otherwise"
         )
     processes = made["processes"]
+    several = f"{processes} process{'es' * (processes > 1)}"
     if universal and not (folder / LATEST).exists():
         raise CheckpointMismatchError(
             f"`checkpoint.load_universal` (True) of DeepSpeed's config, but {found} has no universal checkpoint: make "
-            f"it with `{_command(folder)}`, or leave the setting out to resume on {processes} processes"
+            f"it with `{_command(folder)}`, or leave the setting out to resume on {several}"
         )
     if not universal and processes != world_size():
         first = "" if (folder / LATEST).exists() else f"run `{_command(folder)}` and "
         raise CheckpointMismatchError(
-            f"{found} was written by {processes} processes, this run has {world_size()}; {first}set "
+            f"{found} was written by {several}, this run has {world_size()}; {first}set "
             f'`"checkpoint": {{"load_universal": true}}` in DeepSpeed\'s config, or resume on {processes}'
         )
     return state
