@@ -88,7 +88,7 @@ class PruningReport:
             verification=verification,
             training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
-            serving=tuple(not_served_as_they_are(small.config)),
+            serving=tuple(not_served_as_they_are(small.config, before)),
         )
 
     @property

@@ -5,6 +5,7 @@ What is said here was seen with small models of unusual sizes; docs/serving.md h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -43,22 +44,22 @@ DERIVES_HEAD_DIM = (
 GGUF_ROWS = 32  # q8_0 quantises so many neighbours together
 
 
-def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
+def not_served_as_they_are(config: PretrainedConfig, before: Mapping[str, int] | None = None) -> list[str]:
     """Return what a smaller model's sizes are to engines that don't read all of them, one sentence for each engine.
 
     Args:
         config: the smaller model's.
+        before: the full model's sizes, where they differ or may have.
     """
     text = config.get_text_config(decoder=True)
     heads, hidden, head_dim = get_size(text, HEADS), get_size(text, HIDDEN), head_dim_of(text)
     found = []
     if heads and hidden and head_dim and heads * head_dim != hidden:
         group = heads // (get_size(text, KV_HEADS) or heads) or 1
-        fit = max(group, hidden // head_dim // group * group)
+        suit = _that_suit(group, head_dim, hidden, {HEADS: heads, HIDDEN: hidden} | dict(before or {}))
         found += [
             f"{each.engine} computes {HEAD_DIM} of {text.model_type} as {HIDDEN} / {HEADS} ({hidden} / {heads}), "
-            f"though the config says {head_dim}, and {each.then}; it would serve, for example, {HEADS} {fit} and "
-            f"{KV_HEADS} {fit // group} with {HIDDEN} {fit * head_dim} (`target_sizes`)"
+            f"though the config says {head_dim}, and {each.then}; {suit}"
             for each in DERIVES_HEAD_DIM
             if each.misreads(text)
         ]
@@ -71,3 +72,22 @@ def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
             f"{GGUF_ROWS}"
         )
     return found
+
+
+def _that_suit(group: int, head_dim: int, hidden: int, before: Mapping[str, int]) -> str:
+    """Say which sizes of heads and width an engine would serve that computes the one from the other.
+
+    Args:
+        group: query heads of one key-value head.
+        hidden: the smaller model's.
+        before: the full model's sizes.
+    """
+    fit = max(group, hidden // head_dim // group * group)
+    whole = (fit, fit * head_dim) == (before[HEADS], before[HIDDEN])  # of which nothing would be pruned
+    fit -= group * whole
+    if not fit:
+        return "it would serve heads and width that stay whole: leave both out of `structures`"
+    return (
+        f"it would serve, for example, {HEADS} {fit} and {KV_HEADS} {fit // group} with {HIDDEN} {fit * head_dim} "
+        f"(`target_sizes`){', or heads and width that stay whole (`structures`)' * whole}"
+    )

@@ -45,7 +45,9 @@ def preview(plan: PruningPlan, schedule: Schedule) -> str:
         lines.append(f"expected before any recovery: +{plan.expected_rise:.2f} nats a token")
     if plan.config.layer_widths == "uniform":
         small = resized_config(plan.model.config, target.sizes)
-        lines += [f"to serve it: {said}" for said in not_served_as_they_are(small)]
+        before = {size: n for name, units in target.num_units.items()
+                  for size, n in plan.groups.structures[name].config_sizes(units).items()}  # fmt: skip
+        lines += [f"to serve it: {said}" for said in not_served_as_they_are(small, before)]
     return "\n  ".join(lines)
 
 

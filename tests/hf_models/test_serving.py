@@ -58,6 +58,24 @@ def test_the_sizes_that_are_named_suit(sizes: dict[str, int]) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ((9, 3, 576), (6, 2, 576), "num_attention_heads 6 and num_key_value_heads 2 with hidden_size 384 (`target_"),
+        ((9, 1, 576), (9, 1, 540), "it would serve heads and width that stay whole: leave both out of `structures`"),
+    ],
+    ids=["fewer heads", "one group"],
+)
+def test_the_full_models_own_heads_and_width_are_not_named(
+    before: tuple[int, ...], after: tuple[int, ...], named: str
+) -> None:
+    names = ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    full, small = (dict(zip(names, sizes, strict=True)) for sizes in (before, after))
+    (said,) = (line for line in not_served_as_they_are(sized(LlamaConfig, **small), full) if "CTranslate2" in line)
+    assert named in said
+    assert "num_attention_heads 9" not in said
+
+
 def test_rows_that_no_block_of_a_quantisation_divides_are_named() -> None:
     (said,) = not_served_as_they_are(sized(MistralConfig, hidden_size=570, intermediate_size=410))
     assert "hidden_size (570) and intermediate_size (410) are no multiples of these; set `round_to` to a mult" in said
