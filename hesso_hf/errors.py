@@ -7,7 +7,13 @@ from typing import Any
 
 
 class HessoError(ValueError):
-    """Base class of the errors that the library raises for bad input or an impossible request."""
+    """Base class of the errors that the library raises for bad input or an impossible request.
+
+    Attributes:
+        in_memory: the part of the message that is so while the process lives: what there is of an unsaved model.
+    """
+
+    in_memory = ""
 
 
 class UnsupportedStructureError(HessoError):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import HessoError, nearest_name
 from . import commands, prune, sweep
-from .help import WithDefaults
+from .finishing import told
 from .report import report, report_flags
 
 # Name to what the help says, what adds the flags, and what does the work.
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe is caught
     except (HessoError, ImportError) as error:  # some optimizers and other options need a package of their own
-        print(f"hesso-hf: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"hesso-hf: {type(error).__name__}: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nhesso-hf: interrupted", file=sys.stderr)

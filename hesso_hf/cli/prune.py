@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..errors import HessoError, StoppedError, counted
-from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data, read_tokenizer
+from ..errors import HessoError, StoppedError
+from . import finishing
+from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data
 from .examples import Padding, Reading
 from .overview import overview
 from .printing import by_share, print_report, print_table
@@ -105,13 +106,13 @@ def prune(recipe: Recipe) -> None:
     resume: Any = recipe.training.resume_from_checkpoint
     if resume == "auto":
         resume = last_common_checkpoint(Path(str(recipe.training.output_dir)))
-    trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
+    unwritten = finishing.train(trainer, str(resume) if isinstance(resume, Path) else resume)
     if trainer.told_to_stop:
         raise StoppedError(
             f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}, as it was told to; go on "
             "with `--resume_from_checkpoint auto`"
         )
-    trainer.save_model(str(output), _internal_call=True)
+    finishing.save(trainer, output, unwritten)
     if trainer.pruning_report is not None:
         print_report(trainer.pruning_report.to_dict(), str(output))
         _print_ladder(trainer, output)
@@ -121,9 +122,10 @@ def prune(recipe: Recipe) -> None:
         try:
             trainer.push_to_hub()
         except Exception as error:  # no connection, no right any more: the client has no type for all
+            said = f"{type(error).__name__}: {finishing.told(error)}"
             raise HessoError(
-                f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed "
-                f"({type(error).__name__}: {error}); push it again: `hf upload {trainer.hub_model_id} {output}`"
+                f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed ({said}); push "
+                f"it again: `hf upload {trainer.hub_model_id} {output}`"
             ) from error
 
 

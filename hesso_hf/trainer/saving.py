@@ -10,17 +10,18 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..config.files import CARD_NAME, REPORT_NAME
+from ..config.files import CARD_NAME, REPORT_NAME, STATE_NAME
 from ..distributed.collectives import from_all, from_main, on_all
 from ..engines.checkpoint import begin_checkpoint
 from ..engines.engine import Engine
 from ..errors import HessoError, StorageError, VerificationError, first_line
-from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, write_state
+from ..export.checkpoint_state import last_checkpoint, last_common_checkpoint, read_state, write_state
 from ..export.export import cut_pruned
 from ..export.parameters import fp32_place
 from ..export.report import SHOWING, PruningReport
@@ -33,6 +34,10 @@ from .dense import marked_dense
 from .run import PruningRun
 
 logger = logging.get_logger(__name__)
+
+SHARED_MEMORY = Path("/dev/shm")  # Linux's file system in main memory: the last place for a model
+HELD = "the trained model is still in memory: make room, then `save_model` again"
+HELD_ON_THE_WAY = "the trained model is still in memory, and `save_model` saves the smaller one as it is now"
 
 
 def resolve_checkpoint(resume: str | bool | None, output_dir: str) -> str | None:
@@ -67,10 +72,11 @@ def checkpoint_bytes(model: PreTrainedModel) -> int:
 
 @contextlib.contextmanager
 def writing_checkpoint(folder: Path, model: PreTrainedModel, process: PruningProcess) -> Iterator[None]:
-    """Have a checkpoint say that it is dense; say where it can't be written, and which one there is to go on from.
+    """Have a checkpoint say that it is dense; say where it can't be written, and what there is to go on from.
 
     Raises:
-        StorageError: naming the folder, the need, the room and the last whole checkpoint.
+        StorageError: naming the folder, the need, the room and the last whole checkpoint; after pruning also that the
+            smaller model can be saved.
     """
     try:
         with writing("the checkpoint", folder, checkpoint_bytes(model)), marked_dense(model, process):
@@ -78,7 +84,11 @@ def writing_checkpoint(folder: Path, model: PreTrainedModel, process: PruningPro
     except StorageError as error:
         last = last_checkpoint(folder.parent)
         going_on = f"`resume_from_checkpoint={str(last)!r}`" if last else "there is no earlier checkpoint to go on from"
-        raise StorageError(f"{error}. Make room, then: {going_on}") from error
+        raised = StorageError(f"{error}. Make room, then: {going_on}")
+        if process.finished:
+            raised = StorageError(f"{raised}. Pruning is over; {HELD_ON_THE_WAY}{_exportable(last)}")
+            raised.in_memory = HELD_ON_THE_WAY
+        raise raised from error
 
 
 def write_beside(folder: Path, run: PruningRun, config: HessoConfig) -> None:
@@ -125,13 +135,13 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
             error.__traceback__ = None  # whose frames hold copies of the model,
             gc.collect()  # and circles of references those
         if any(from_all(isinstance(error, StorageError))):
-            raise StorageError(f"{error}. {_save_elsewhere(engine, run, target)}") from error
+            raise _unsaved(StorageError, error, _save_elsewhere(engine, run, target)) from error
         differs = any(from_all(isinstance(error, VerificationError)))
         if not differs and not any(from_all(isinstance(error, torch.OutOfMemoryError))):
             raise
         why = str(error) if differs else f"memory ran out while the smaller model was made ({first_line(error)})"
         found = VerificationError if differs else HessoError
-        raise found(f"{why}. {_save_beside(engine, run, target, plain)}") from error
+        raise _unsaved(found, why, _save_beside(engine, run, target, plain)) from error
     run.ladder.compare(target)
     return report
 
@@ -158,6 +168,13 @@ def pruned_model(engine: Engine, run: PruningRun) -> PreTrainedModel:
     )  # fmt: skip
 
 
+def _unsaved(found: type[HessoError], why: object, where: str) -> HessoError:
+    """Return an error that says why a model isn't in the folder asked for, and where it is."""
+    error = found(f"{why}. {where}")
+    error.in_memory = HELD if HELD in where else ""
+    return error
+
+
 def _save_elsewhere(engine: Engine, run: PruningRun, target: Path) -> str:
     """Save the smaller model in the first other place that takes it; return what to say of that."""
     output_dir, size = Path(engine.args.output_dir or ""), 4 * run.plan.target.parameters_after
@@ -168,21 +185,33 @@ def _save_elsewhere(engine: Engine, run: PruningRun, target: Path) -> str:
             if not any(from_all(isinstance(error, StorageError))):
                 raise
         else:
-            return f"Nothing is lost: the smaller model is saved in {str(place)!r} instead"
+            passing = ", which is in main memory: move it to a disk before the machine or the container stops"
+            return (
+                f"Nothing is lost: the smaller model is saved in {str(place)!r} instead"
+                f"{passing * (place.parent == SHARED_MEMORY)}"
+            )
     return f"No other place takes it; {_in_memory(engine)}"
 
 
 def _in_memory(engine: Engine) -> str:
     """Say what there is of a model that no folder takes."""
-    last = last_checkpoint(Path(engine.args.output_dir or ""))
-    later = f", or `hesso-hf export {last} FOLDER`" if last else ""
-    return f"the trained model is still in memory: make room, then `save_model` again{later}"
+    return f"{HELD}{_exportable(last_checkpoint(Path(engine.args.output_dir or '')))}"
+
+
+def _exportable(checkpoint: Path | None) -> str:
+    """Say that a checkpoint's smaller model can be had, "" where there is none."""
+    if checkpoint is None or not (checkpoint / STATE_NAME).exists() or not read_state(checkpoint)["finished"]:
+        return ""
+    return f". `hesso-hf export {checkpoint} FOLDER` writes the smaller model of that checkpoint"
 
 
 def _other_places(target: Path, output_dir: Path, size: int) -> list[Path]:
     """List where a model that can't be written to `target` may go: where there is room, and nothing of that name."""
     name, places = f"{target.name}-rescued-{os.getpid()}", []
-    for folder in (target.absolute().parent, output_dir.absolute(), Path.cwd(), Path(tempfile.gettempdir())):
+    folders = [target.absolute().parent, output_dir.absolute(), Path.cwd(), Path(tempfile.gettempdir())]
+    if SHARED_MEMORY.is_dir() and psutil.virtual_memory().available > 2 * size:  # where the process has its own too
+        folders.append(SHARED_MEMORY)
+    for folder in folders:
         with contextlib.suppress(StorageError):
             check_writable("output_dir", folder)
             if room(folder) > size and folder / name not in places:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 from hesso_hf import HessoTrainer, export_pruned
 from hesso_hf.errors import HessoError, StorageError
 from hesso_hf.hf_models.tiny_model import logits_of
+from hesso_hf.trainer import saving
 from tests.support.checks import propagated
 from tests.support.disk import full_disk
 from tests.support.lora import lora_run
@@ -184,6 +185,22 @@ def test_where_a_folder_cannot_be_written_the_small_model_is_saved_elsewhere(run
     assert AutoModelForCausalLM.from_pretrained(rescued).config.intermediate_size == 28
 
 
+def test_where_no_disk_has_room_the_small_model_is_saved_in_shared_memory(
+    run: HessoTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    shared = tmp_path / "shm"
+    monkeypatch.setattr(saving, "SHARED_MEMORY", shared)
+    monkeypatch.setattr(saving, "room", lambda folder: 10**9 if folder == shared else 0)
+    with pytest.raises(StorageError, match="No other place takes it"):
+        run.save_model(str(tmp_path / "file" / "small"))
+    shared.mkdir()
+    with pytest.raises(StorageError, match=r"is saved in '.*/shm/small-rescued-\d+' instead, which is in main memory"):
+        run.save_model(str(tmp_path / "file" / "small"))
+    (rescued,) = shared.iterdir()
+    assert AutoModelForCausalLM.from_pretrained(rescued).config.intermediate_size == 28
+
+
 def test_on_a_full_disk_need_and_room_are_named_and_the_run_can_be_saved_later(
     run: HessoTrainer, tmp_path: Path
 ) -> None:
@@ -225,6 +242,21 @@ def test_on_a_full_disk_a_checkpoint_names_the_one_to_go_on_from(tmp_path: Path)
         disk.__exit__(None, None, None)
     assert f") can't be written in '{tmp_path / 'checkpoint-4'}', where there is room for" in str(caught.value)
     assert f"Make room, then: `resume_from_checkpoint='{tmp_path / 'checkpoint-2'}'`" in str(caught.value)
+    assert "Pruning is over" not in str(caught.value), "it needs six steps"
     again = trainer(tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 8
+
+
+def test_on_a_full_disk_after_pruning_a_checkpoint_names_the_smaller_model_that_there_is(tmp_path: Path) -> None:
+    disk, run = full_disk(), trainer(tmp_path, save_strategy="steps", save_steps=7, max_steps=16)
+    run.add_callback(FullAfter(disk))
+    try:
+        with pytest.raises(StorageError) as caught:
+            run.train()
+    finally:
+        disk.__exit__(None, None, None)
+    assert f"{saving.HELD_ON_THE_WAY}. `hesso-hf export {tmp_path / 'checkpoint-7'} FOLDER` writes" in str(caught.value)
+    assert caught.value.in_memory == saving.HELD_ON_THE_WAY
+    run.save_model(str(tmp_path / "small"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.intermediate_size == 28
