@@ -26,6 +26,7 @@ from ..export.export import cut_pruned
 from ..export.parameters import fp32_place
 from ..export.report import SHOWING, PruningReport
 from ..export.storage import check_writable, room, writing
+from ..hf_models.loading import without_bars
 from ..pruning.process import PruningProcess
 from ..structures.lora import dense_model, lora_layers
 from ..structures.turned_base import write_healed, write_turn
@@ -79,8 +80,8 @@ def writing_checkpoint(folder: Path, model: PreTrainedModel, process: PruningPro
             smaller model can be saved.
     """
     try:
-        with writing("the checkpoint", folder, checkpoint_bytes(model)), marked_dense(model, process):
-            yield
+        with without_bars(), writing("the checkpoint", folder, checkpoint_bytes(model)), marked_dense(model, process):
+            yield  # without Transformers' bars, which would break the line of progress
     except StorageError as error:
         last = last_checkpoint(folder.parent)
         going_on = f"`resume_from_checkpoint={str(last)!r}`" if last else "there is no earlier checkpoint to go on from"

@@ -98,6 +98,12 @@ def test_the_plan_is_printed_and_the_small_model_saved_before_it_is_measured(
     assert "pin_memory" not in shown.err
 
 
+def test_no_bar_of_weights_breaks_the_line_of_progress(inputs: list[str], tmp_path: Path, capfd: Any) -> None:
+    assert main([*inputs, "--output_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
+    assert "Writing model shards" not in capfd.readouterr().err
+
+
 def test_ctrl_c_prints_the_command_that_goes_on(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
