@@ -165,14 +165,26 @@ def parse_recipe(path: str | None, flags: Sequence[str] = ()) -> Recipe:
         training.output_dir = str(Path("runs") / f"{Path(run.model).name}-pruned")
     if str(training.resume_from_checkpoint).lower() in ("true", "false"):  # "true": the last one in output_dir
         training.resume_from_checkpoint = str(training.resume_from_checkpoint).lower() == "true"
-    from transformers.integrations import get_available_reporting_integrations
-
-    for name in set(training.report_to) - {"none", *get_available_reporting_integrations()}:
-        raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
+    _check_trackers(training.report_to)
     hesso = HessoConfig(**{name.removeprefix(PREFIX): value for name, value in vars(prefixed).items()})
     asked = {flag.removeprefix("--").partition("=")[0].replace("-", "_") for flag in given if flag.startswith("--")}
     nested = _nested(vars(parser.parse_known_args(given)[0]), {*values, *asked})
     return Recipe(run, training, hesso, nested, (*([path] if path else []), *flags))
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Transformers doesn't know, or whose package isn't there."""
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = sorted(INTEGRATION_TO_CALLBACK)
+    for name in sorted(set(names) - {"none", *get_available_reporting_integrations()}):
+        if name not in known:
+            raise HessoError(
+                f"`report_to` ({name!r}) is no tracker{nearest_name(name, known)}; say 'none', or one of "
+                f"{', '.join(known)}"
+            )
+        raise HessoError(f"`report_to` ({name!r}): the package isn't installed; install it or say 'none'")
 
 
 def _nested(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:

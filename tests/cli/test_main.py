@@ -492,7 +492,12 @@ BUNDLED_RUN = ["prune", "--model", "bundled", "--dataset", "python-docs", "--hes
         ([*BUNDLED_RUN, "--peft", "r=8"], "not valid JSON"),
         ([*BUNDLED_RUN, "--peft", "[8]"], "must be a mapping"),
         ([*BUNDLED_RUN, "--max_examples", "0"], "`max_examples` (0) must be at least 1"),
-        ([*BUNDLED_RUN, "--report_to", "nothing_known"], "`report_to` ('nothing_known'): the package isn't installed"),
+        ([*BUNDLED_RUN, "--report_to", "comet_ml"], "`report_to` ('comet_ml'): the package isn't installed"),
+        (
+            [*BUNDLED_RUN, "--report_to", "nothing_known"],
+            "('nothing_known') is no tracker; say 'none', or one of",
+        ),
+        ([*BUNDLED_RUN, "--report_to", "trackioo"], "`report_to` ('trackioo') is no tracker (did you mean 'trackio'?)"),
         (["inspect", "bundled", "--ratio", "0.3", "50"], "`pruning_ratio` (50.0) must lie strictly between 0 and 1"),
         (["report", "."], "pruning_report.json"),
         (["report", "nowhere"], "`RUN` ('nowhere'): there is no such folder; give that of a smaller model"),
