@@ -45,7 +45,7 @@ class Pace:
 
 
 def before(trainer: Any) -> list[str]:
-    """Say what can be told of a run's vocabulary, tokens and memory before its first step."""
+    """Say what can be told of a run's vocabulary, tokens and memory before its first step, and when its time can be."""
     run, lines = trainer.hesso_run, _tokens(trainer)
     if kept := run.kept_tokens:
         lines.insert(
@@ -56,6 +56,8 @@ def before(trainer: Any) -> list[str]:
         trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
         size = sum(p.numel() * p.element_size() for p in parameters) + 3 * trained
         lines.append(f"memory: about {shown(size)} for weights, gradients and Adam's two moments, plus activations")
+    if run.count_steps() - trainer.state.global_step >= STEPS:
+        lines.append(f"time: known after {STEPS} steps")
     return lines
 
 

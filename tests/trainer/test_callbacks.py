@@ -49,6 +49,7 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
     assert plan.startswith(run.hesso_plan.preview(run.hesso_optimizer.process.schedule))
     assert f"tokens: about {4 * LENGTH} a step, {12 * 4 * LENGTH} in 12 steps" in plan
     assert "memory: about " in plan
+    assert plan.endswith("\n  time: known after 3 steps")
     assert re.fullmatch(r"time: .* s a step, \d+ s in all, .*\nmemory: [\d.]+ [MG]B of main memory", first_steps)
     assert phase_text(run.hesso_optimizer.process) == "recovery"
     written.clear()
