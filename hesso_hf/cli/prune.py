@@ -18,6 +18,7 @@ from .printing import by_share, print_report, print_table
 from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 
 BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
+LOGS = 50  # of a run, about
 LOSSES = {
     "eval_loss": "held-out loss", "eval_held_out_loss": "held-out loss", "eval_retained_loss": "loss on other text",
 }  # fmt: skip
@@ -98,6 +99,7 @@ def prune(recipe: Recipe) -> None:
         data, held_out = datasets_of(recipe, tokenizer, block_size)
     trainer = _trainer(recipe, model, tokenizer, data.train, held_out)
     trainer.hesso_run.origin = origin_of(recipe) | {"data": data.to_dict()}
+    _choose_logging_steps(recipe, trainer)
     needs = disk_needs(asked, trainer)
     check_room(needs)
     if run.dry_run:
@@ -127,6 +129,12 @@ def prune(recipe: Recipe) -> None:
                 f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed ({said}); push "
                 f"it again: `hf upload {trainer.hub_model_id} {output}`"
             ) from error
+
+
+def _choose_logging_steps(recipe: Recipe, trainer: Any) -> None:
+    """Where nothing is said, log `LOGS` times: many runs are shorter than Transformers' own 500 steps."""
+    if "logging_steps" not in recipe.given.get("training", {}):
+        recipe.training.logging_steps = min(500, max(1, trainer.hesso_run.count_steps() // LOGS))
 
 
 def _print_ladder(trainer: Any, output: Path) -> None:

@@ -98,6 +98,29 @@ def test_the_plan_is_printed_and_the_small_model_saved_before_it_is_measured(
     assert "pin_memory" not in shown.err
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        (["--max_steps", "6"], 1),
+        (["--max_steps", "230"], 4),
+        (["--max_steps", "90000"], 500),
+        (["--max_steps", "230", "--logging_steps", "500"], 500),
+    ],
+)
+def test_a_run_logs_fifty_times_where_nothing_is_said(
+    flags: list[str], steps: int, inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+
+    def train(self: HessoTrainer, **kwargs: Any) -> None:
+        found.append(self.args.logging_steps)
+        raise HessoError("far enough")
+
+    monkeypatch.setattr(HessoTrainer, "train", train)
+    assert main([*inputs, *flags, "--save_strategy", "no", "--output_dir", str(tmp_path / "run")]) == 2
+    assert found == [steps]
+
+
 def test_no_bar_of_weights_breaks_the_line_of_progress(inputs: list[str], tmp_path: Path, capfd: Any) -> None:
     assert main([*inputs, "--output_dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
@@ -229,4 +252,6 @@ def test_a_short_dry_run_publishes_nothing(inputs: list[str], tmp_path: Path, on
         assert main([*inputs, *flags, "--max_steps", "1", "--pruning_steps", "1", "--hesso_warmup_steps", "0",
                      "--dry_run"]) == 0  # fmt: skip
         assert not [path for method, path in hub.requests if method in ("POST", "PUT")]
-    assert "time: the run is too short to tell" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "time: the run is too short to tell" in out
+    assert "time: known after" not in out
