@@ -9,14 +9,14 @@ from ..export.page.quality import evaluation_rows, measured_on, quality_rows
 from ..export.page.words import extent_of, text_of
 
 
-def print_report(report: dict[str, Any], folder: str) -> None:
-    """Print a pruning report."""
+def print_report(report: dict[str, Any], folder: str, tells_examples: bool = True) -> None:
+    """Print a pruning report; on how many examples losses were measured where nothing else says it."""
     before, after = report["sizes"]["before"], report["sizes"]["after"]
     rows = [["parameters", f"{report['parameters']['before']:,}", f"{report['parameters']['after']:,}"]]
     rows += [[name, str(before[name]), str(after[name])] for name in after]
     rows += [list(row) for row in (*quality_rows(report), *evaluation_rows(report))]
     print_table(f"{folder}: {report['pruning_ratio']:.1%} of the parameters removed", ["", "before", "after"], rows)
-    if on := measured_on(report):
+    if tells_examples and (on := measured_on(report)):
         print(f"losses measured on: {on}")
     checked = report["verification"]
     print(

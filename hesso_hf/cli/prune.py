@@ -20,8 +20,9 @@ from .recipe import Recipe, RunArguments, parse_recipe, recipe_parser
 BLOCK_SIZE = 1024  # tokens, where nothing is said and the model's context has as many
 LOGS = 50  # of a run, about
 LOSSES = {
-    "eval_loss": "held-out loss", "eval_held_out_loss": "held-out loss", "eval_retained_loss": "loss on other text",
-}  # fmt: skip
+    "eval_loss": "held-out examples", "eval_held_out_loss": "held-out examples",
+    "eval_retained_loss": "examples of other text",
+}  # of which a run measures the loss, by the name that it logs it under # fmt: skip
 INTERRUPTED = 128 + 2  # what a shell says of a process that Ctrl-C ended
 PART_OF_SWEEP = "HESSO_HF_PART_OF_SWEEP"  # environment variable: a sweep started this run, and says how it goes on
 HELP = "fine-tune and prune as a recipe says: hesso-hf prune RECIPE [--flag value]"
@@ -116,7 +117,8 @@ def prune(recipe: Recipe) -> None:
         )
     finishing.save(trainer, output, unwritten)
     if trainer.pruning_report is not None:
-        print_report(trainer.pruning_report.to_dict(), str(output))
+        told_below = all(compared < count for compared, count in _examples_of(trainer).values())
+        print_report(trainer.pruning_report.to_dict(), str(output), tells_examples=not told_below)
         _print_ladder(trainer, output)
     if held_out is not None:
         _print_losses(trainer)
@@ -149,21 +151,27 @@ def _print_ladder(trainer: Any, output: Path) -> None:
     print_table(f"{', '.join(map(str, folders.values()))}, by the share to remove", *by_share(found))
 
 
+def _examples_of(trainer: Any) -> dict[str, tuple[int, int]]:
+    """Return for each held-out loss on how many examples the table has it, and how many there are."""
+    data, shown = trainer.eval_dataset, trainer.hesso_run.quality.record() or {}
+    parts = (
+        {f"eval_{name}_loss": part for name, part in data.items()} if isinstance(data, dict) else {"eval_loss": data}
+    )
+    return {key: (shown.get(key, {}).get("examples", 0), len(part)) for key, part in parts.items() if part is not None}
+
+
 def _print_losses(trainer: Any) -> None:
     """Evaluate, and print what comes out on the main process, where the table above isn't of all these examples."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)  # it would print the same once more
-    measured, data = trainer.evaluate(), trainer.eval_dataset
-    shown = trainer.hesso_run.quality.record() or {}
-    for key, name in LOSSES.items():
-        if key not in measured or not trainer.is_world_process_zero():
-            continue
-        count = len(data[key.removeprefix("eval_").removesuffix("_loss")] if isinstance(data, dict) else data)
-        compared = shown.get(key, {}).get("examples", 0)
-        if compared < count:
-            among = f" (the table has {compared:,} of them)" if compared else ""
-            print(f"{name}: {measured[key]:.4f} nats a token on {counted(count, 'example')}{among}")
+    measured = trainer.evaluate()
+    for key, (compared, count) in _examples_of(trainer).items():
+        if compared < count and trainer.is_world_process_zero():
+            among = f"the table's losses are of {compared:,} of these; " if compared else ""
+            print(
+                f"{count:,} {LOSSES[key]}: {among}on all of them the smaller model has {measured[key]:.4f} nats a token"
+            )
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:
