@@ -59,12 +59,17 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         print(f"hesso-hf: windows of {block_size:,} tokens: perplexities of {WINDOW:,} don't compare", file=sys.stderr)
     reads = flags.models.items() if flags.dataset is not None or tasks is not None else ()
     tokenizers = {name: read_tokenizer(source, flags.chat_template, trust) for name, source in reads}
-    blocks = None if flags.dataset is None else _common_blocks(flags, tokenizers, block_size, joined)
+    blocks = None
+    if flags.dataset is not None:
+        _say(flags, f"reading {flags.dataset}{' as one text' * joined}")
+        blocks = _common_blocks(flags, tokenizers, block_size, joined)
     dtype = getattr(torch, flags.dtype) if flags.dtype else _stored_dtype(configs)
+    _say(flags, f"loading {', '.join(flags.models)}")
     models = {name: _load(name, source, dtype, device, trust) for name, source in flags.models.items()}
     speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, block_size)
     found = []
-    for name, model in models.items():
+    for number, (name, model) in enumerate(models.items(), 1):
+        of = f"model {number} of {len(models)}, {name}: "
         row: dict[str, Any] = {
             "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
             "batch_size": flags.batch_size, "block_size": block_size, "parameters": model.num_parameters(),
@@ -72,15 +77,24 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
             "flops_per_token": flops_per_token(model), **speeds[name],
         }  # fmt: skip
         if device.type == "cuda" or not flags.no_speed:
+            _say(flags, f"{of}peak memory")
             row["peak_memory"] = peak_memory(model, flags.batch_size, block_size, flags.new_tokens)
         if blocks is not None:
+            _say(flags, f"{of}loss on {len(blocks):,} examples")
             loss = held_out_loss(model, blocks, flags.batch_size)
             row |= {"loss": loss, "perplexity": perplexity(loss), "tokens": num_predicted(blocks)}
             row["joined"] = joined
         if tasks is not None:
+            _say(flags, f"{of}tasks {flags.tasks}")
             row["tasks"] = tasks.scores(model, tokenizers[name])
         found.append(row)
     return found
+
+
+def _say(flags: Namespace, stage: str) -> None:
+    """Say on stderr what is done now, for whoever waits: of large models each stage takes minutes."""
+    if not flags.json:
+        print(f"hesso-hf: {stage}", file=sys.stderr, flush=True)
 
 
 @torch.no_grad()
@@ -157,6 +171,7 @@ def _speeds(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[st
 
     A prompt and what is written after it are as long as a block.
     """
+    _say(flags, f"speed of reading, {'the models in turn, ' * (len(models) > 1)}alone and {flags.batch_size} at once")
     alone, together = (tokens_per_second(list(models.values()), size, length) for size in (1, flags.batch_size))
     found: dict[str, dict[str, float | None]] = {
         name: {"tokens_per_second_alone": one, "tokens_per_second": many}
@@ -171,6 +186,7 @@ def _speeds(models: Mapping[str, Any], flags: Namespace, length: int) -> dict[st
     if new_tokens < 1:
         return found
     writers = {name: model for name, model in models.items() if model.can_generate()}
+    _say(flags, f"speed of writing {new_tokens} tokens, the same way")
     all_of, prompt = list(writers.values()), length - 1 - new_tokens
     first = first_token_seconds(all_of, prompt)
     alone, together = (

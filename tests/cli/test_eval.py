@@ -132,6 +132,29 @@ def test_what_prune_learns_of_a_row_is_what_is_measured(
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
+def test_a_line_on_stderr_says_which_stage_runs(
+    lm_eval: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["eval", "bundled", "small", *SHORT, "--new-tokens", "2", "--tasks", "lambada", "--dtype", "float32"]
+    assert main(argv) == 0
+    printed = capsys.readouterr()
+    said = [line.removeprefix("hesso-hf: ") for line in printed.err.splitlines() if line.startswith("hesso-hf: ")]
+    assert said == [
+        "reading text.jsonl",
+        "loading bundled, small",
+        "speed of reading, the models in turn, alone and 3 at once",
+        "speed of writing 2 tokens, the same way",
+        *(
+            f"model {number} of 2, {name}: {stage}"
+            for number, name in ((1, "bundled"), (2, "small"))
+            for stage in ("peak memory", "loss on 73 examples", "tasks lambada")
+        ),
+    ]
+    assert "hesso-hf: " not in printed.out
+    assert main([*argv, "--no-speed", "--json"]) == 0
+    assert "hesso-hf: " not in capsys.readouterr().err
+
+
 def test_one_model_has_its_measures_at_the_top(capsys: pytest.CaptureFixture[str]) -> None:
     found = result(["bundled", *SHORT, "--dtype", "float32", "--device", "cpu"], capsys)
     assert found["tokens"] > 0
