@@ -167,11 +167,11 @@ def _print_losses(trainer: Any) -> None:
     trainer.remove_callback(PrinterCallback)  # it would print the same once more
     measured = trainer.evaluate()
     for key, (compared, count) in _examples_of(trainer).items():
-        if compared < count and trainer.is_world_process_zero():
+        if key in measured and compared < count and trainer.is_world_process_zero():
             among = f"the table's losses are of {compared:,} of these; " if compared else ""
-            print(
-                f"{count:,} {LOSSES[key]}: {among}on all of them the smaller model has {measured[key]:.4f} nats a token"
-            )
+            model = "dense" if trainer.pruning_report is None else "smaller"
+            on_all = f"on all of them the {model} model has {measured[key]:.4f} nats a token"
+            print(f"{count:,} {LOSSES[key]}: {among}{on_all}")
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:
