@@ -71,7 +71,7 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
         A row per model (original, HESSO, one-shot), and how each goes on with a text; both also in `results.json`.
     """
     # a mistake shows before anything is written; without replay all see equally many tokens
-    config = HessoConfig(pruning_ratio=options.ratio, replay_share=0.0)
+    config = HessoConfig(pruning_ratio=options.ratio, replay_share=0.0, quality_examples=32)
     source = resolve_model(options.model or BUNDLED)
     config.export_dtype = str(load_config(source).dtype or "float32").removeprefix("torch.")  # all stored alike
     tokenizer = load_tokenizer(source)
@@ -84,13 +84,14 @@ def run_quickstart(options: Namespace) -> tuple[list[QuickstartRow], dict[str, s
     load_model(source, DTYPES[config.export_dtype]).save_pretrained(folders["original"])
     tokenizer.save_pretrained(folders["original"])
 
-    sizes = _train(options, source, tokenizer, train, config, folders["HESSO"], PlanAlone())
+    texts = train, held_out
+    sizes = _train(options, source, tokenizer, texts, config, folders["HESSO"], PlanAlone())
     print("to compare: a cut by magnitude to the same sizes at once, then as many steps of training")
     one_shot = replace(
         config, pruning_ratio=None, target_sizes=sizes, saliency="magnitude", healing="off", stream_basis="given",
         warmup_steps=0, pruning_steps=1, pruning_periods=1,
     )  # fmt: skip
-    _train(options, source, tokenizer, train, one_shot, folders["one-shot magnitude"])
+    _train(options, source, tokenizer, texts, one_shot, folders["one-shot magnitude"])
 
     models = {name: load_model(str(folder), torch.float32) for name, folder in folders.items()}
     speeds = tokens_per_second(list(models.values()), options.batch_size, options.block_size)
@@ -110,23 +111,24 @@ def _train(
     options: Namespace,
     source: str,
     tokenizer: Any,
-    train: Any,
+    texts: tuple[Any, Any],
     config: HessoConfig,
     folder: Path,
     *shown_by: PrinterCallback,
 ) -> dict[str, int]:
-    """Train and save; return the config sizes that were pruned to."""
+    """Train on the first of two texts, measure on the other and save; return the config sizes that were pruned to."""
     args = TrainingArguments(
         output_dir=str(folder.parent / "runs" / folder.name), max_steps=options.steps, seed=0,
         per_device_train_batch_size=options.batch_size, learning_rate=options.learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, options.steps // 20),
-        logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     trainer = HessoTrainer(
         model=load_model(source, torch.float32),  # fp32 masters, whatever the stored dtype
         args=args,
-        train_dataset=train,
+        train_dataset=texts[0],
+        eval_dataset=texts[1],
         processing_class=tokenizer,
         hesso_config=config,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hesso_hf.cli.main import main
+from hesso_hf.config.files import REPORT_NAME
 
 
 def test_quickstart_prints_the_table_and_keeps_the_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,6 +24,9 @@ def test_quickstart_prints_the_table_and_keeps_the_results(tmp_path: Path, capsy
     assert "train_runtime" not in out
     for text in ("parameters", "size on disk", "held-out perplexity", "tokens/s", "HESSO", "one-shot magnitude"):
         assert text in out
+    report = json.loads((output / "hesso" / REPORT_NAME).read_text())
+    assert len(report["losses"]["lines"]["loss"]) == 8
+    assert report["quality"]["eval_loss"].keys() >= {"before", "after"}
     results = json.loads((output / "results.json").read_text())
     original, hesso, one_shot = results["rows"]
     assert original["parameters"] == 869_504
