@@ -12,29 +12,11 @@ from typing import Any
 
 from ..config.files import REPORT_NAME
 from ..errors import HessoError
+from ..export.page.measures import COMPARED, MEASURES
 from .data import check_text_file
 from .report import names_of
 
-# What is measured: its key, what the table calls it, how it is written, and whether it compares by a ratio.
-MEASURES = (
-    ("parameters", "parameters", ",", True),
-    ("bytes", "bytes on disk", ",", True),
-    ("memory", "bytes in memory", ",", True),
-    ("peak_memory", "peak memory (bytes)", ",", True),
-    ("flops_per_token", "FLOPs a token", ",.0f", True),
-    ("tokens", "tokens predicted", ",", True),
-    ("loss", "loss (nats a token)", ".4f", False),
-    ("perplexity", "perplexity", ".4f", True),
-    ("tokens_per_second_alone", "prefill tokens/s, batch 1", ",.0f", True),
-    ("tokens_per_second", "prefill tokens/s, batch {}", ",.0f", True),
-    ("first_token_seconds", "first token (s)", ".4f", True),
-    ("tokens_written_per_second", "decode tokens/s, batch 1", ",.1f", True),
-    ("tokens_written_per_second_in_batches", "decode tokens/s, batch {}", ",.1f", True),
-)
 PICTURES = (".svg", ".png")
-SIZES = ("parameters", "bytes", "memory", "peak_memory", "flops_per_token", "tokens")
-# Of them, what a smaller model's report has beside the tasks: its sizes are in it anyway.
-COMPARED = tuple(key for key, *_ in MEASURES if key not in SIZES)
 
 
 def check_comparison(flags: Namespace) -> None:
@@ -112,10 +94,10 @@ def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list
     if base.get("joined"):
         title += ", text joined"
     rows = [["dtype", *[model["dtype"] for model in models]]]
-    for key, label, form, ratio in MEASURES:
+    for key, measure in MEASURES.items():
         if key in base:
-            label = label.format(base["batch_size"])
-            rows.append([label, *[_cell(model[key], base[key], form, ratio) for model in models]])
+            cells = [_cell(model[key], base[key], measure.form, measure.by_ratio) for model in models]
+            rows.append([measure.label.format(base["batch_size"]), *cells])
     for task, key, label in metrics_of(base):
         error, found = key.replace(",", "_stderr,"), [model["tasks"][task] for model in models]
         rows.append([label, *[_cell(one[key], found[0][key], ".4f", False, one.get(error)) for one in found]])

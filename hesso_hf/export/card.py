@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata
 from transformers.utils import logging
 
 from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, REPORT_NAME
+from .page.measures import OF_THE_MACHINE
 from .page.quality import evaluated_on, evaluation_rows, measured_on, quality_rows
 from .page.words import text_of
 
@@ -107,7 +108,7 @@ def _results(report: Mapping[str, Any]) -> Iterator[EvalResult]:
     for name, values in evaluation.get("values", {}).items():
         task, _, metric = name.partition(" ")
         data, metric = (task, metric) if metric else (evaluation["dataset"], name)
-        if "second" not in name:  # speed says as much of the machine
+        if name not in OF_THE_MACHINE:
             yield EvalResult("text-generation", data, data, metric, values["after"])
 
 

@@ -235,6 +235,8 @@ def test_a_smaller_model_s_card_page_and_report_take_the_results(
     assert "tokens_per_second isn't a finite number, and is left out of the card" in capsys.readouterr().err
     found = json.loads((small / REPORT_NAME).read_text())["evaluation"]
     assert (found["dataset"], found["block_size"], found["dtype"]) == ("text.jsonl", 16, "float32")
+    peak = found["values"].pop("peak_memory")
+    assert peak["after"] < peak["before"]
     assert found["values"] == {
         "loss": {"before": 2.0, "after": 2.5}, "perplexity": {"before": math.exp(2.0), "after": math.exp(2.5)},
         "lambada acc": {"before": 0.25, "after": 0.5}, "lambada em (strict)": {"before": 0.5, "after": 0.5},
@@ -451,6 +453,7 @@ def test_tasks_without_lm_eval_say_what_to_install(
 
 def test_a_model_that_writes_beside_one_that_does_not_has_no_speed_to_compare() -> None:
     how = {"dtype": "float32", "device": "cpu", "batch_size": 1, "block_size": 8, "tokens_per_second": 2.0}
-    base, small = ({**how, "first_token_seconds": seconds} for seconds in (None, 0.5))
-    assert list(evaluation_of(base, small, None)["values"]) == ["tokens_per_second"]
-    assert list(evaluation_of(None, small, None)["values"]) == ["tokens_per_second", "first_token_seconds"]
+    base, small = ({**how, "peak_memory": 9, "first_token_seconds": seconds} for seconds in (None, 0.5))
+    compared = ["peak_memory", "tokens_per_second"]
+    assert list(evaluation_of(base, small, None)["values"]) == compared
+    assert list(evaluation_of(None, small, None)["values"]) == [*compared, "first_token_seconds"]

@@ -250,6 +250,26 @@ def test_without_a_run_it_says_what_was_removed_and_how_exactly() -> None:
     assert not [title for title in ("How it went", "How it was decided") if title in text]
 
 
+SPEEDS = {
+    "peak_memory": {"before": 7050, "after": 3500},
+    "tokens_per_second_alone": {"before": 2000.4, "after": 3000.6},
+    "first_token_seconds": {"before": 0.5, "after": 0.25},
+    "tokens_written_per_second_in_batches": {"after": 33.33},
+}
+
+
+def test_what_eval_measured_is_called_as_in_its_own_table() -> None:
+    evaluation = small_report()["evaluation"]
+    found = parsed(small_report(evaluation=evaluation | {"values": SPEEDS}))
+    for row in (
+        ["peak memory (bytes)", "7,050", "3,500", "-50.4%"],
+        ["prefill tokens/s, batch 1", "2,000", "3,001", "+50.0%"],
+        ["first token (s)", "0.5000", "0.2500", "-50.0%"],
+        ["decode tokens/s, batch 6", "–", "33.3", ""],
+    ):
+        assert row in found.rows
+
+
 def test_several_have_a_column_each() -> None:
     found = parsed(small_report(), {**BARE, "parameters": {"before": 54321, "after": 34567}})
     assert found.rows[0] == ["", "small-a", "small-b"]

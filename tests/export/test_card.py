@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
 from hesso_hf.export.card import card, licence_of
 from hesso_hf.export.report import add_evaluation
-from tests.cli.test_report import NUMBER, numbers_in, shown_as, small_report
+from tests.cli.test_report import NUMBER, SPEEDS, numbers_in, shown_as, small_report
 from tests.support.checks import propagated
 
 
@@ -36,6 +36,12 @@ def test_the_front_matter_says_what_it_came_of_and_how_good_it_is() -> None:
         "library_name": "transformers", "license": "other", "license_name": "mine", "pipeline_tag": "text-generation",
         "tags": ["pruned", "hesso"],
     }  # fmt: skip
+
+
+def test_speed_and_peak_memory_are_in_its_table_and_not_in_the_model_index() -> None:
+    found = made(small_report(evaluation=small_report()["evaluation"] | {"values": SPEEDS}))
+    assert "| peak memory (bytes) | 7,050 | 3,500 |\n| prefill tokens/s, batch 1 | 2,000 | 3,001 |" in found.text
+    assert {result.metric_type for result in found.data.eval_results or ()} == {"loss", "perplexity"}
 
 
 def test_a_base_model_that_is_no_hub_id_is_not_linked() -> None:

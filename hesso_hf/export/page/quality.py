@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from .measures import MEASURES
 from .words import Report, memory, named, stored_bytes, text_of
 
-Row = tuple[str, Mapping[str, float], bool]  # what was measured, its values, and whether they compare by a ratio
+# What was measured, its values, whether they compare by a ratio, and how they are written ("" with about five digits).
+Row = tuple[str, Mapping[str, float], bool, str]
 
 
 def quality_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what was measured while the model was trained: what it is, before, after."""
-    for name, values, _ in _quality(report):
-        yield name, *_before_after(values)
+    for name, values, _, form in _quality(report):
+        yield name, *_before_after(values, form)
 
 
 def evaluation_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what `hesso-hf eval` measured afterwards: what it is, before, after."""
-    for name, values, _ in _evaluation(report):
-        yield name, *_before_after(values)
+    for name, values, _, form in _evaluation(report):
+        yield name, *_before_after(values, form)
 
 
 def gained_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
@@ -29,8 +31,8 @@ def gained_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
     if width:
         before, after = (memory(counts[when] * width, counts["before"] * width) for when in ("before", "after"))
         yield f"memory of the weights, in {stored}", before, after, _change(counts, True)
-    for name, values, by_ratio in (*_quality(report), *_evaluation(report)):
-        yield name, *_before_after(values), _change(values, by_ratio)
+    for name, values, by_ratio, form in (*_quality(report), *_evaluation(report)):
+        yield name, *_before_after(values, form), _change(values, by_ratio)
 
 
 def evaluated_on(report: Report) -> str:
@@ -48,15 +50,20 @@ def _quality(report: Report) -> Iterator[Row]:
         for measure, of, by_ratio in (("loss", unit, False), ("perplexity", "", True)):
             values = {when: found[when][measure] for when in ("before", "after") if measure in found.get(when, {})}
             if values:
-                yield f"{measure} on {text_of(key)}{of}", values, by_ratio
+                yield f"{measure} on {text_of(key)}{of}", values, by_ratio, ""
 
 
 def _evaluation(report: Report) -> Iterator[Row]:
     evaluation = report.get("evaluation") or {}
     for name, values in evaluation.get("values", {}).items():
-        of_text = name in ("loss", "perplexity") and evaluation["dataset"]
-        text = f"{name} on {evaluation['dataset']}" if of_text else named(name)
-        yield text, values, "second" in name or name == "perplexity"
+        if name in ("loss", "perplexity"):
+            on = f" on {evaluation['dataset']}" if evaluation["dataset"] else ""
+            yield f"{name}{on}", values, MEASURES[name].by_ratio, ""
+        elif name in MEASURES:
+            measure = MEASURES[name]
+            yield measure.label.format(evaluation["batch_size"]), values, measure.by_ratio, measure.form
+        else:  # the metric of a task
+            yield named(name), values, False, ""
 
 
 def measured_on(report: Report) -> str:
@@ -65,14 +72,16 @@ def measured_on(report: Report) -> str:
     return ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
 
 
-def _before_after(values: Mapping[str, float]) -> tuple[str, str]:
+def _before_after(values: Mapping[str, float], form: str) -> tuple[str, str]:
     """Return both of a pair of values as they are written, a dash for one that isn't there."""
-    before, after = (_written(values[when]) if when in values else "–" for when in ("before", "after"))
+    before, after = (_written(values[when], form) if when in values else "–" for when in ("before", "after"))
     return before, after
 
 
-def _written(value: float) -> str:
-    """Write a value with about five digits."""
+def _written(value: float, form: str) -> str:
+    """Write a value as its measure says, or with about five digits."""
+    if form:
+        return format(value, form)
     return f"{value:,.{4 if abs(value) < 10 else 2 if abs(value) < 1000 else 0}f}"
 
 
