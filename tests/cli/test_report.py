@@ -250,6 +250,13 @@ def test_without_a_run_it_says_what_was_removed_and_how_exactly() -> None:
     assert not [title for title in ("How it went", "How it was decided") if title in text]
 
 
+def test_a_run_without_a_logged_loss_says_how_to_log_it() -> None:
+    said = "No loss was logged: set logging_steps."
+    assert said in parsed(small_report()).text.replace("\n", "")
+    assert said not in parsed(small_report(), losses=Losses({"loss": [(1, 2.0)]}, 0)).text.replace("\n", "")
+    assert "No loss was logged" not in parsed(BARE).text  # without a run
+
+
 SPEEDS = {
     "peak_memory": {"before": 7050, "after": 3500},
     "tokens_per_second_alone": {"before": 2000.4, "after": 3000.6},

@@ -143,6 +143,8 @@ def _how_it_went(report: Report, losses: Losses | None) -> Markup:
     if losses:
         lines = [*courses((logged(key), line) for key, line in losses.lines.items()), *_dense(report, losses)]
         found.append(chart(lines, _at_step, "Loss over the steps of the training", spans))
+    elif phases:
+        found.append(element("p", "No loss was logged: set ", element("code", "logging_steps"), ".", class_="soft"))
     if removed:
         share = Line("", removed, None, "steps")
         found.append(chart([share], _at_step, "Share of the parameters that is removed", spans, percent))
