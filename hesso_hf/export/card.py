@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, REPORT_NAME
 from .page.measures import OF_THE_MACHINE
 from .page.quality import evaluated_on, evaluation_rows, measured_on, quality_rows
+from .page.served import serving_commands, serving_note
 from .page.words import text_of
 
 logger = logging.get_logger(__name__)
@@ -30,7 +31,7 @@ def card(report: Mapping[str, Any], licence: Mapping[str, Any], picture: bool, p
         page: whether there is one to link.
     """
     distillation, replay, tokens = report.get("distillation"), report.get("replay"), report.get("vocabulary")
-    compaction, serving = report.get("compaction"), report.get("serving")
+    compaction = report.get("compaction")
     checked, stock = report["verification"], report["stock_class"]
     text = _CARD.format(
         name=_name(report),
@@ -49,7 +50,7 @@ def card(report: Mapping[str, Any], licence: Mapping[str, Any], picture: bool, p
         page=f"; [{PAGE_NAME}]({PAGE_NAME}) shows all of it" if page else "",
         picture=f"\n![What CRIC tried and corrected]({PLOT_NAME})\n" if picture else "",
         made=_made(report),
-        serving="\n".join(["", *(f"- {said}." for said in serving), ""]) if serving else "",
+        serving=_serving(report),
     )
     return f"---\n{_metadata(report, licence).to_yaml()}\n---\n\n{text}"
 
@@ -136,6 +137,15 @@ def _measured(report: Mapping[str, Any]) -> str:
         rows = "\n".join(f"| {' | '.join(row)} |" for row in evaluation_rows(report))
         text += f"\n{evaluated_on(report)}\n\n| | before | after |\n|---|---:|---:|\n{rows}\n"
     return text
+
+
+def _serving(report: Mapping[str, Any]) -> str:
+    """Say how the model is served, and which engines misread it."""
+    commands, misread = "\n".join(serving_commands(report)), report.get("serving") or ()
+    parts = [f"```bash\n{commands}\n```\n"] if commands else []
+    parts.append(f"{serving_note(not report['stock_class'])}\n")
+    parts += ["\n".join(f"- {said}." for said in misread) + "\n"] if misread else []
+    return "\n".join(["", *parts])
 
 
 def _made(report: Mapping[str, Any]) -> str:

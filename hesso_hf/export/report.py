@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, RECIPE_NAME, REPORT_NAME
 from ..distributed.parts import stock_class
-from ..hf_models.serving import not_served_as_they_are
+from ..hf_models.serving import not_served_as_they_are, served_by
 from ..hf_models.sizes import get_size
 from ..structures.groups import KeptUnits
 from ..structures.uneven_layers import uneven_sizes
@@ -47,6 +47,7 @@ class PruningReport:
         stock: whether the model is of a stock class, not one with a modelling file for uneven layers.
         training: config, schedule, steps and history of the run, empty for a bare export.
         vocabulary: tokens and parameters removed with them, and the old ids of the kept ones; None for a whole one.
+        engines: that serve it as it is.
         serving: of engines that take one of its sizes for another.
         seconds: that `writing` and `verification` took; not part of what is published.
     """
@@ -62,6 +63,7 @@ class PruningReport:
     stock: bool
     training: Mapping[str, Any]
     vocabulary: Mapping[str, Any] | None
+    engines: tuple[str, ...]
     serving: tuple[str, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -76,19 +78,21 @@ class PruningReport:
     ) -> PruningReport:
         """Say what was removed from a model, and how exactly."""
         vocabulary, compaction, before = decision.vocabulary, decision.compaction, decision.sizes_before
+        model_class, stock = stock_class(model).__name__, not uneven_sizes(small.config)
         return cls(
-            model_class=stock_class(model).__name__,
+            model_class=model_class,
             base_model=model.config.name_or_path or "",
             parameters_before=compaction.parameters_before if compaction else model.num_parameters(),
             parameters_after=small.num_parameters(),
             sizes_before=before,
             sizes_after={name: _size_after(small.config, name) for name in before},
-            stock=not uneven_sizes(small.config),
+            stock=stock,
             kept_units=decision.kept_units,
             verification=verification,
             training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
-            serving=tuple(not_served_as_they_are(small.config, before)),
+            engines=tuple(served_by(small.config)) if stock and model_class.endswith("ForCausalLM") else (),
+            serving=tuple(not_served_as_they_are(small.config)),
         )
 
     @property
@@ -107,6 +111,7 @@ class PruningReport:
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},
             "verification": asdict(self.verification),
+            **({"engines": list(self.engines)} if self.engines else {}),
             **({"serving": list(self.serving)} if self.serving else {}),
             **{key: value for key, value in shown.items() if key not in ("base_model", "vocabulary")},
             **({} if self.vocabulary is None else {"vocabulary": self.vocabulary}),

@@ -1,4 +1,4 @@
-"""Which serving engines take a size for another than the config states, so that a smaller model is wrong in them.
+"""Which engines serve a smaller model, and which take a size for another than its config states.
 
 What is said here was seen with small models of unusual sizes; docs/serving.md has the table, with versions.
 """
@@ -34,17 +34,40 @@ class Derives:
         return text.model_type in self.model_types and (not self.layers or get_size(text, LAYERS) in self.layers)
 
 
+VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
 DERIVES_HEAD_DIM = (
     Derives("CTranslate2", ("llama",), "computes something else, without a message"),
-    Derives("vLLM", ("qwen2",), "computes something else, without a message"),
-    Derives("llama.cpp", ("qwen2",), "refuses the model"),
-    Derives("llama.cpp", ("gemma2",), "computes something else, without a message", (46,)),  # of 27B
-    Derives("llama.cpp", ("gemma3_text",), "computes something else, without a message", (62,)),
+    Derives(VLLM, ("qwen2",), "computes something else, without a message"),
+    Derives(LLAMA_CPP, ("qwen2",), "refuses the model"),
+    Derives(LLAMA_CPP, ("gemma2",), "computes something else, without a message", (46,)),  # of 27B
+    Derives(LLAMA_CPP, ("gemma3_text",), "computes something else, without a message", (62,)),
 )
+TRIED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")  # model types, in both of them
+VLLM_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 GGUF_ROWS = 32  # q8_0 quantises so many neighbours together
 
 
-def not_served_as_they_are(config: PretrainedConfig, before: Mapping[str, int] | None = None) -> list[str]:
+def served_by(config: PretrainedConfig) -> list[str]:
+    """Return the engines that were seen to read a causal language model of this type, and don't misread these sizes.
+
+    Args:
+        config: the smaller model's.
+    """
+    if config.model_type not in TRIED:
+        return []
+    misread = {each.engine for each in DERIVES_HEAD_DIM if _head_dim_is_stated(config) and each.misreads(config)}
+    if head_dim_of(config) not in VLLM_HEAD_DIMS:
+        misread.add(VLLM)
+    return [engine for engine in (VLLM, LLAMA_CPP) if engine not in misread]
+
+
+def _head_dim_is_stated(text: PretrainedConfig) -> bool:
+    """Tell whether head_dim is another than hidden size / heads, so that only the config says it."""
+    heads, hidden, head_dim = get_size(text, HEADS), get_size(text, HIDDEN), head_dim_of(text)
+    return bool(heads and hidden and head_dim and heads * head_dim != hidden)
+
+
+def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
     """Return what a smaller model's sizes are to engines that don't read all of them, one sentence for each engine.
 
     Args:

@@ -257,6 +257,20 @@ def test_a_run_without_a_logged_loss_says_how_to_log_it() -> None:
     assert "No loss was logged" not in parsed(BARE).text  # without a run
 
 
+SERVED = "vllm serve path/to/this/model\nhesso-hf export path/to/this/model --for gguf"
+
+
+def test_how_to_serve_it_stands_above_what_misreads_it() -> None:
+    even = {"mlp_channels": {"num_units": 4, "kept": [[0, 1], [2, 3]]}}
+    engines = ["vLLM", "llama.cpp"]
+    found = parsed(small_report(engines=engines, serving=["So does SGLang"], kept_units=even)).text
+    assert SERVED in found
+    assert found.index(SERVED) < found.index("docs/serving.md") < found.index("So does SGLang.")
+    assert "vllm serve" not in parsed(small_report()).text
+    uneven = {"mlp_channels": {"num_units": 4, "kept": [[0, 1], [2]]}}
+    assert "Only Transformers serves it, with trust_remote_code" in parsed(small_report(kept_units=uneven)).text
+
+
 SPEEDS = {
     "peak_memory": {"before": 7050, "after": 3500},
     "tokens_per_second_alone": {"before": 2000.4, "after": 3000.6},

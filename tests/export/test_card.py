@@ -15,7 +15,7 @@ from markdown_it import MarkdownIt
 from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
 from hesso_hf.export.card import card, licence_of
 from hesso_hf.export.report import add_evaluation
-from tests.cli.test_report import NUMBER, SPEEDS, numbers_in, shown_as, small_report
+from tests.cli.test_report import NUMBER, SERVED, SPEEDS, numbers_in, shown_as, small_report
 from tests.support.checks import propagated
 
 
@@ -42,6 +42,14 @@ def test_speed_and_peak_memory_are_in_its_table_and_not_in_the_model_index() -> 
     found = made(small_report(evaluation=small_report()["evaluation"] | {"values": SPEEDS}))
     assert "| peak memory (bytes) | 7,050 | 3,500 |\n| prefill tokens/s, batch 1 | 2,000 | 3,001 |" in found.text
     assert {result.metric_type for result in found.data.eval_results or ()} == {"loss", "perplexity"}
+
+
+def test_how_to_serve_it_stands_above_what_misreads_it() -> None:
+    text = made(small_report(engines=["vLLM", "llama.cpp"], serving=["So does SGLang"])).text
+    assert f"```bash\n{SERVED}\n```" in text
+    assert text.index(SERVED) < text.index("docs/serving.md") < text.index("- So does SGLang.")
+    assert "vllm serve" not in made(small_report()).text
+    assert "Only Transformers serves it, with trust_remote_code" in made(small_report(stock_class=False)).text
 
 
 def test_a_base_model_that_is_no_hub_id_is_not_linked() -> None:

@@ -15,7 +15,7 @@ from transformers import (
     ViTConfig,
 )
 
-from hesso_hf.hf_models.serving import not_served_as_they_are
+from hesso_hf.hf_models.serving import not_served_as_they_are, served_by
 
 
 def sized(kind: type[PretrainedConfig], **sizes: int) -> PretrainedConfig:
@@ -35,6 +35,23 @@ def test_engines_that_derive_head_dim_are_named_for_the_classes_where_they_do(
     for said in found:
         assert f"head_dim of {kind.model_type} as hidden_size / num_attention_heads (576 / 6)" in said
         assert "though the config says 64, and " in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "engines"),
+    [
+        (LlamaConfig, {}, ["vLLM", "llama.cpp"]),
+        (LlamaConfig, {"head_dim": 48}, ["llama.cpp"]),  # which vLLM has no kernels for
+        (Qwen2Config, {}, []),
+        (Qwen2Config, {"hidden_size": 384}, ["vLLM", "llama.cpp"]),
+        (Qwen3MoeConfig, {}, []),
+        (ViTConfig, {}, []),
+    ],
+)
+def test_engines_that_read_a_model_as_it_is(
+    kind: type[PretrainedConfig], sizes: dict[str, int], engines: list[str]
+) -> None:
+    assert served_by(sized(kind, **sizes)) == engines
 
 
 def test_a_model_that_an_engine_knows_by_its_layers_is_named_with_so_many_alone() -> None:

@@ -12,6 +12,7 @@ from .figures import Line, Span, chart, colour, courses, strip
 from .losses import Losses, removed_until_the_end
 from .markup import Markup, element, joined, page, table, terms
 from .quality import evaluated_on, gained_rows, measured_on, quality_rows
+from .served import serving_commands, serving_note
 from .words import PHASES, STRUCTURES, VERIFIED, Report, logged, named, percent, scientific, sized
 
 
@@ -76,7 +77,7 @@ def _sections(model: Model) -> list[Markup]:
         "How it went": _how_it_went(report, model.losses),
         "How it was decided": how_it_was_decided(report),
         "How exact it is": _exact(report),
-        "How to load it": _to_load(report),
+        "How to load and serve it": _to_load(report),
         "To repeat it": _to_repeat(report),
     }
     return [element("section", element("h2", title), part) for title, part in parts.items() if part]
@@ -190,7 +191,7 @@ def _exact(report: Report) -> Markup:
 
 
 def _to_load(report: Report) -> Markup:
-    """Return the lines of Python that load the model and its tokenizer."""
+    """Return the lines of Python that load the model and its tokenizer, and the commands that serve it."""
     layers = [units["kept"] for units in (report.get("kept_units") or {}).values()]
     uneven = any(len({len(kept) for kept in found}) > 1 for found in layers)
     name = report.get("model_class") or "AutoModelForCausalLM"
@@ -203,7 +204,10 @@ def _to_load(report: Report) -> Markup:
     )
     why = "Its layers differ in width, so it comes with a short modelling file of its own." if uneven else ""
     engines = (element("li", f"{said}.") for said in report.get("serving") or ())
-    return joined([element("pre", element("code", code)), element("p", why), element("ul", *engines)])
+    commands = "\n".join(serving_commands(report))
+    served = element("pre", element("code", commands), class_="command") if commands else ""
+    note = element("p", serving_note(uneven), class_="soft")
+    return joined([element("pre", element("code", code)), element("p", why), served, note, element("ul", *engines)])
 
 
 def _to_repeat(report: Report) -> Markup:
