@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import FalconConfig, GPT2Config, PretrainedConfig
+from transformers import (
+    CLIPVisionConfig,
+    FalconConfig,
+    GPT2Config,
+    LlavaConfig,
+    PretrainedConfig,
+)
 
 from hesso_hf.budget.inspect import Inspection, inspect_model
 from hesso_hf.config import STRUCTURES
@@ -45,6 +51,24 @@ def test_to_dict_is_json_with_a_key_per_structure(inspection: Inspection):
         assert values[structure]["reason"] == ""
         assert values[structure]["relative_error"] <= 1e-5
     assert values["model"]["joint_relative_error"] <= 1e-5
+
+
+def llava() -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    config = LlavaConfig(vision_config=vision, text_config=ALL["llama"].config(), image_token_index=96)
+    config.architectures = ["LlavaForConditionalGeneration"]
+    return config
+
+
+def test_a_width_that_images_are_brought_into_stays():
+    """Text doesn't reach their projector: how its channels go with the hidden state's can't be shown."""
+    found = inspect_model(llava()).structures
+    assert found[STREAM].status == "refused"
+    assert "text alone doesn't reach model.multi_modal_projector" in found[STREAM].reason
+    assert found["mixer_channels"].status == "not_applicable"
+    assert {found[name].status for name in (HEADS, MLP)} == {"proved"}
 
 
 def test_units_and_elements_are_those_of_the_config(inspection: Inspection):

@@ -59,6 +59,20 @@ class Bench:
         after = norms_after_writers(self.model, self.input_ids, writing_modules(known))
         return self.sides(axes, after).settled(known), after
 
+    def check_reached(self, axes: list[AxisName]) -> None:
+        """Refuse axes of what brings images or sound into the stream: no text shows what becomes of that.
+
+        Raises:
+            UnsupportedStructureError: naming the first matrix outside all layers that text doesn't reach.
+        """
+        for name, dim in axes:
+            info = self.axis_map.parameters[name]
+            if not info.layer and len(info.shape) > 1 and bool(self.gradients.dead[name, dim].all()):
+                raise UnsupportedStructureError(
+                    f"text alone doesn't reach {name}, so nothing shows what the model makes of its channels, and "
+                    "hidden_size stays; a class of the text part alone has none"
+                )
+
     def sides(self, axes: list[AxisName], after: set[str]) -> Sides:
         """Return what settles by gradients on which side of these axes the stream is."""
         return Sides(self.gradients, self.axis_map, axes, after, self.width)

@@ -114,7 +114,7 @@ class GradientProbe:
                 found[axis] += mask.long() << bit
         units_of = torch.full((1 << bits,), NOBODY)
         units_of[codes] = torch.arange(units)
-        return {axis: torch.where(self._dead[axis], UNKNOWN, units_of[code]) for axis, code in found.items()}
+        return {axis: torch.where(self.dead[axis], UNKNOWN, units_of[code]) for axis, code in found.items()}
 
     def vanished(self, axes: Iterable[AxisName]) -> dict[AxisName, torch.Tensor]:
         """Return, per axis, which indices have no gradient at all: shape (N,), bool."""
@@ -134,7 +134,7 @@ class GradientProbe:
         return found
 
     @cached_property
-    def _dead(self) -> dict[AxisName, torch.Tensor]:
+    def dead(self) -> dict[AxisName, torch.Tensor]:
         """The indices that have no gradient anyway, of every axis of the model."""
         return self.vanished((name, dim) for name, p in self.parameters.items() for dim in range(p.dim()))
 

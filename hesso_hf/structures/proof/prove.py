@@ -231,6 +231,7 @@ class Prover:
             units = num_units(structure, self.bench.sizes)
             candidates = schemes.schemes_of(self.bench, branches, units, axes, bundle=division.bundle)
             return self._first_exact({}, structure, candidates)
+        self.bench.check_reached(axes)
         others: dict[str, Scheme] = {}
         names = [name for name, _ in axes]
         if len(set(names)) < len(names):  # a weight both of whose sides follow the width
@@ -283,6 +284,7 @@ class Prover:
         head_dim = self.bench.axis_map.coupled_head_dim
         assert head_dim is not None
         by_width = [axis for axis, found in self.bench.axis_map.slopes.items() if HIDDEN in found]
+        self.bench.check_reached(by_width)
         stream, inner = self.bench.split(by_width)
         if not inner:  # there are no heads to follow the width
             self.bench.axis_map = probe_axes(self.bench.model_class, self.bench.config, couple=False)
