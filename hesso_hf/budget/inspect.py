@@ -10,11 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..config import OPT_IN, HessoConfig
 from ..errors import HessoError
-from ..hf_models.build import class_to_build, load_config
+from ..hf_models.build import build_meta, class_to_build, load_config
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.proof.prove import proved_groups
 from ..structures.proof.result import Proof
 from ..structures.shape_probe import AxisMap
+from ..structures.untouched import Untouched, untouched_models
 from .cost import build_cost
 from .solver import solve_budget
 
@@ -47,7 +48,7 @@ class StructureInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_model` found."""
+    """What `inspect_model` found; `untouched` are models within the model, such as a vision tower, that stay whole."""
 
     model_type: str
     model_class: str
@@ -55,6 +56,7 @@ class Inspection:
     structures: dict[str, StructureInspection]
     joint_relative_error: float | None
     feasible: dict[str, dict[str, Any]]
+    untouched: tuple[Untouched, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types: one key per structure, and `model` and `feasible` beside them."""
@@ -63,6 +65,7 @@ class Inspection:
             "model_class": self.model_class,
             "parameters": self.parameters,
             "joint_relative_error": self.joint_relative_error,
+            "untouched": [asdict(whole) for whole in self.untouched],
         }
         return {name: asdict(found) for name, found in self.structures.items()} | {
             "model": model,
@@ -108,9 +111,11 @@ def inspect_model(
             feasible[ratio] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
         except HessoError as error:
             feasible[ratio] = {"reason": str(error)}
+    untouched = untouched_models(build_meta(model_class, config), groups)
     return Inspection(
-        config.model_type, model_class.__name__, round(counts.full), structures, proof.joint_error, feasible
-    )
+        config.model_type, model_class.__name__, round(counts.full), structures, proof.joint_error, feasible,
+        tuple(untouched),
+    )  # fmt: skip
 
 
 def _describe_all(groups: PruningGroups, proof: Proof, axis_map: AxisMap) -> dict[str, StructureInspection]:

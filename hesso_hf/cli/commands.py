@@ -54,7 +54,7 @@ def inspect(arguments: argparse.Namespace) -> None:
             f"{item.parameters_per_unit:,}" if item.status == "proved" else "-",
             f"{item.relative_error:.0e}" if item.relative_error is not None else "-",
         ])  # fmt: skip
-    title = f"{found.model_class}, {found.parameters:,} parameters"
+    title = "\n".join([f"{found.model_class}, {found.parameters:,} parameters", *map(str, found.untouched)])
     print_table(title, ["structure", "status", "units", "layers", "parameters\na unit", "error"], rows)
     _print_reasons({
         name: item.reason.removeprefix(f"{name}: ") for name, item in found.structures.items()

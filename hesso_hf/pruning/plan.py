@@ -31,6 +31,7 @@ from ..structures.lora import Adapters, base_of, check_adapters, lora_layers, pa
 from ..structures.proof.prove import proved_groups
 from ..structures.router_gates import RouterGates
 from ..structures.shape_probe import AxisMap
+from ..structures.untouched import untouched_models
 from .calibration import LossCurves
 from .criteria import needed_sums
 from .optimizer import HessoOptimizer
@@ -104,7 +105,8 @@ class PruningPlan:
         target, *rungs = solve_ladder(config, checked.config, groups, parameters, price)
         if not lora_layers(checked):  # else frozen weights get a gradient where one is needed
             check_gradients(checked, groups, config)
-        name_untouched(checked, groups)
+        for whole in untouched_models(checked, groups):
+            logger.warning(f"{whole}, and `pruning_ratio` is met by the rest")
         plan = cls(config, checked, groups, parameters, target, price, rungs=tuple(rungs))
         plan.check_target()
         return plan
@@ -240,22 +242,6 @@ def check_gradients(model: PreTrainedModel, groups: PruningGroups, config: Hesso
                     f"{name} of {layer or 'the model'}: all weights are frozen, so `saliency` "
                     f"({list(config.saliency_weights)}) sees no gradient; train them, or use saliency='magnitude'"
                 )
-
-
-def name_untouched(model: PreTrainedModel, groups: PruningGroups) -> None:
-    """Warn of whole models within the model, such as a vision tower, that have nothing to be pruned."""
-    pruned = {axis.parameter for structure in groups.structures.values() for _, axis in structure.all_axes()}
-    named: list[str] = []
-    for name, module in model.named_modules():
-        if not name or not isinstance(module, PreTrainedModel) or any(name.startswith(f"{outer}.") for outer in named):
-            continue
-        if not any(f"{name}.{parameter}" in pruned for parameter, _ in module.named_parameters()):
-            named.append(name)
-            share = module.num_parameters() / model.num_parameters()
-            logger.warning(
-                f"{name} ({type(module).__name__}, {share:.0%} of the parameters) stays whole: nothing in it is "
-                "pruned, and `pruning_ratio` is met by the rest"
-            )
 
 
 def check_layer_widths(model: PreTrainedModel, groups: PruningGroups, target: TargetSizes) -> None:

@@ -11,6 +11,7 @@ from transformers import (
     FalconConfig,
     GPT2Config,
     LlavaConfig,
+    LlavaForConditionalGeneration,
     PretrainedConfig,
 )
 
@@ -69,6 +70,15 @@ def test_a_width_that_images_are_brought_into_stays():
     assert "text alone doesn't reach model.multi_modal_projector" in found[STREAM].reason
     assert found["mixer_channels"].status == "not_applicable"
     assert {found[name].status for name in (HEADS, MLP)} == {"proved"}
+
+
+def test_a_tower_of_images_is_said_to_stay_whole():
+    found = inspect_model(llava())
+    (tower,) = found.untouched
+    whole = build_meta(LlavaForConditionalGeneration, llava())
+    share = whole.model.vision_tower.num_parameters() / found.parameters
+    assert str(tower).startswith(f"model.vision_tower (CLIPVisionModel, {share:.0%} of the parameters) stays whole")
+    assert found.to_dict()["model"]["untouched"] == [vars(tower)]
 
 
 def test_units_and_elements_are_those_of_the_config(inspection: Inspection):
