@@ -320,8 +320,8 @@ class Recipe:
 
 
 VARIANTS = (
-    ("qwen3-1.7b", 50, "distillation"), ("phi-4-mini", 30, "lora"), ("mistral-7b", 30, "lora"),
-    ("llama-3.1-8b", 30, "lora"),
+    ("qwen3-1.7b", 50, "distillation"), ("llama-3.2-1b", 50, "distillation"), ("phi-4-mini", 30, "lora"),
+    ("mistral-7b", 30, "lora"), ("llama-3.1-8b", 30, "lora"),
 )  # fmt: skip
 RECIPES = [
     *[Recipe(model, percent) for model in MODELS.values() for percent in model.ratios],
