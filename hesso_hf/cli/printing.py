@@ -30,7 +30,10 @@ def print_report(report: dict[str, Any], folder: str, tells_examples: bool = Tru
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    """Print a table as wide as it is: a pipe has no width, and a terminal may be wider than it says."""
+    """Print a table as wide as it is: a pipe has no width, and a terminal may be wider than it says.
+
+    In a notebook it is plain text, as in a pipe.
+    """
     from rich import box
     from rich.console import Console
     from rich.measure import Measurement
@@ -43,7 +46,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(force_jupyter=False)
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
     console.print(table)
 
