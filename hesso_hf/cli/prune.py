@@ -123,14 +123,19 @@ def prune(recipe: Recipe) -> None:
     if held_out is not None:
         _print_losses(trainer)
     if recipe.training.push_to_hub:
-        try:
-            trainer.push_to_hub()
-        except Exception as error:  # no connection, no right any more: the client has no type for all
-            said = f"{type(error).__name__}: {finishing.told(error)}"
-            raise HessoError(
-                f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed ({said}); push "
-                f"it again: `hf upload {trainer.hub_model_id} {output}`"
-            ) from error
+        _push(trainer, output)
+
+
+def _push(trainer: Any, output: Path) -> None:
+    """Push the smaller model, which is saved by now."""
+    try:
+        trainer.push_to_hub()
+    except Exception as error:  # no connection, no right any more: the client has no type for all
+        said = f"{type(error).__name__}: {finishing.told(error)}"
+        raise HessoError(
+            f"`push_to_hub` (True): the smaller model is saved in {output}, and pushing it failed ({said}); push "
+            f"it again: `hf upload {trainer.hub_model_id} {output}`"
+        ) from error
 
 
 def _choose_logging_steps(recipe: Recipe, trainer: Any) -> None:
