@@ -61,6 +61,7 @@ HESSO: dict[str, dict[str, Any]] = {
     HALF: {},
     "hesso, twice the examples": {"healing_tokens": 2 * HEALING_TOKENS},
     "hesso, four times the examples": {"healing_tokens": 4 * HEALING_TOKENS},  # to judge and heal on
+    "hesso, widths by layer": {"layer_widths": "per_layer"},  # loads with a modelling file of its own
     "hesso, without CRIC": {"cric": False},
     "hesso, CRIC by gradients": {"cric": True, "cric_mode": "probe"},
     "hesso, alone": ALONE,
@@ -173,7 +174,8 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         if (trainer.replay is None) != (share == 0):
             raise RuntimeError(f"{method}: replay was expected to be {share}: fewer or more tokens were trained on")
         trainer.save_model(str(folder / "small"))
-        model = AutoModelForCausalLM.from_pretrained(folder / "small", dtype=torch.float32)
+        options = {"dtype": torch.float32, "trust_remote_code": config.layer_widths == "per_layer"}
+        model = AutoModelForCausalLM.from_pretrained(folder / "small", **options)
     return model, {name: model.config.to_dict()[name] for name in (HEADS, KV_HEADS, HIDDEN, MLP, LAYERS)}
 
 

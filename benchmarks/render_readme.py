@@ -440,6 +440,7 @@ QUALITY_METHODS = {
     "hesso, without replay": "HESSO without replay",
     "hesso, distillation": "HESSO, distillation (auto)",
     "hesso, without reconstruction": "HESSO, by second-order Taylor",
+    "hesso, widths by layer": "HESSO, layers of different widths",
     "hesso, without CRIC": "HESSO, without CRIC",
     "hesso, CRIC by gradients": "HESSO, CRIC by gradients (probe)",
     "hesso, alone": "HESSO, nothing beside",
