@@ -118,6 +118,7 @@ PRIVATE_NAMES: Mapping[str, str] = {
     "_index_in_param_group": "deepspeed.utils.mixed_precision_linkage",
     "_model_mapping": "transformers.models.auto.auto_factory",
     "_no_split_modules": "transformers.modeling_utils",
+    "_optimizers": "accelerate.accelerator",
     "_save_checkpoint": "transformers.trainer",
     "_train_batch_size": "transformers.trainer",
 }
