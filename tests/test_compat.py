@@ -96,13 +96,14 @@ TRAINER_ATTRIBUTES = (
 # Fields of DeepSpeed's ZeRO optimizers (deepspeed.runtime.zero), by the file that sets them.
 ZERO_FIELDS: Mapping[str, tuple[str, ...]] = {
     "stage_1_and_2": (
-        "bit16_groups", "check_grad_overflow", "cpu_offload", "param_names", "single_partition_of_fp32_groups",
-        "update_lp_params",
+        "bit16_groups", "check_grad_overflow", "cpu_offload", "destroy", "loss_scaler", "param_names",
+        "single_partition_of_fp32_groups", "update_lp_params",
     ),
     "stage3": (
-        "dp_process_group", "fp16_groups", "fp32_partitioned_groups_flat", "get_param_id", "grad_position",
-        "param_names", "parameter_offload", "persistent_parameters",
+        "destroy", "dp_process_group", "fp16_groups", "fp32_partitioned_groups_flat", "get_param_id", "grad_position",
+        "loss_scaler", "param_names", "parameter_offload", "persistent_parameters", "sub_group_to_group_id",
     ),
+    "partition_parameters": ("convert_to_zero_parameters",),
 }  # fmt: skip
 
 # Private names that are used where they belong, and whose they are.
@@ -345,4 +346,7 @@ def test_a_model_is_built_in_a_dtype() -> None:
 
 def test_deepspeed_has_the_options_under_the_name() -> None:
     engine = pytest.importorskip("deepspeed.runtime.engine")
-    assert "self._config.load_universal_checkpoint" in inspect.getsource(engine.DeepSpeedEngine)
+    source = inspect.getsource(engine.DeepSpeedEngine)
+    assert "self._config.load_universal_checkpoint" in source
+    for name in ("config", "module_forward_pre_hook", "module_forward_post_hook", "lr_scheduler"):
+        assert f"self.{name} =" in source
