@@ -3,9 +3,9 @@
     python benchmarks/basis.py [--data ../shared] [--steps 100] [--seeds 0 1 2] [--models tied untied]
 
 stories260K (tied embeddings; `untied` gives its output matrix a tensor of its own first) is pruned by HESSO's defaults
-with each `stream_basis`, without replay. Held-out loss in nats a token: `in` on stories like those trained on, `out` on
-Shakespeare, which neither saw. Every run is kept in the result file, so that an interrupted benchmark goes on where it
-stopped.
+with each `stream_basis`, without replay. Held-out loss in nats per token: `in` on stories like those trained on, `out`
+on Shakespeare, which neither saw. Every run is kept in the result file, so that an interrupted benchmark goes on where
+it stopped.
 """
 
 from __future__ import annotations

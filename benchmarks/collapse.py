@@ -393,7 +393,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
                     axis.plot(steps, losses, style, color=colour, label=label, linewidth=1.6, markersize=3)
             axis.set_title(f"{model}, {start}", fontsize=11)
             axis.set_xlabel("step")
-            axis.set_ylabel("held-out loss (nats a token)")
+            axis.set_ylabel("held-out loss (nats per token)")
             axis.grid(alpha=0.25)
     axes[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=90)

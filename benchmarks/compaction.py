@@ -3,9 +3,9 @@
     python benchmarks/compaction.py [--model stories260K|bundled|FOLDER] [--ratio 0.5] [--widths 0 40] [--seeds 0 1 2]
 
 The text is `quality.py`'s for the model. `before` and `recovery` are the median times of a step before pruning and
-after it, `seconds` is the whole run, `loss` that on held-out text, in nats a token. Both go the same way until the cut.
-Where channels of the stream go (a width that is given; 0 takes the sizes that are measured), tensors take a factor at
-the cut, and steps of the same length are longer in proportion.
+after it, `seconds` is the whole run, `loss` that on held-out text, in nats per token. Both go the same way until the
+cut. Where channels of the stream go (a width that is given; 0 takes the sizes that are measured), tensors take a factor
+at the cut, and steps of the same length are longer in proportion.
 """
 
 from __future__ import annotations

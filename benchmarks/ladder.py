@@ -3,8 +3,8 @@
     python benchmarks/ladder.py [--data ../shared] [--steps 100] [--seeds 0 1]
 
 stories260K is pruned to a half by HESSO's defaults, without replay, with models saved on the way after some recovery
-each, and measured on held-out stories (nats a token). Beside each stands a run of its own to the same share, once of as
-many steps as had been made when the model was saved, and once of all the ladder's steps. Every run is kept in the
+each, and measured on held-out stories (nats per token). Beside each stands a run of its own to the same share, once of
+as many steps as had been made when the model was saved, and once of all the ladder's steps. Every run is kept in the
 result file, so that an interrupted benchmark goes on where it stopped.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--device cuda] [--shapes 1b --batch-size 4 --length 2048]
 
 On a GPU a 1.2B Llama is trained at sequence length 2048 under bf16 autocast, by the Trainer and by HessoTrainer in one
-run: tokens a second, and the peak of `torch.cuda.max_memory_allocated` at each moment of a step. On a CPU four small
+run: tokens per second, and the peak of `torch.cuda.max_memory_allocated` at each moment of a step. On a CPU four small
 Llamas go the same way; the peak is that of the tensors made within a step, tracked one by one, on top of the parameters
 and the optimizer state. `ratio` is estimate / measurement.
 """

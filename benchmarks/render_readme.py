@@ -70,8 +70,8 @@ def overhead(result: dict[str, Any]) -> str:
                 rows,
             ),
             "",
-            f"Time that HESSO adds to a step, as a share of the step without it ({_list(tokens)} tokens a step, AdamW);"
-            " and the peak of the memory it allocates, as a share of the parameters' own.",
+            f"Time that HESSO adds to a step, as a share of the step without it ({_list(tokens)} tokens per step, "
+            "AdamW); and the peak of the memory it allocates, as a share of the parameters' own.",
         ]
     )
 
@@ -92,7 +92,7 @@ def sharding(result: dict[str, Any]) -> str:
         [
             _table(["model", "warm-up", "scoring step", "shrinking step", "recovery", "peak memory"], rows),
             "",
-            f"HESSO's share of a step under FSDP2 (heads, MLP and embedding channels, {_list(tokens)} tokens a step, "
+            f"HESSO's share of a step under FSDP2 (heads, MLP and embedding channels, {_list(tokens)} tokens per step, "
             "AdamW), from where all processes are ready; and the peak of a process' memory against plain AdamW's.",
         ]
     )
@@ -168,9 +168,9 @@ def _collapse_table(model: str, starts: dict[str, Any], result: dict[str, Any]) 
         [
             _table([model, *names], rows),
             "",
-            f"Held-out nats a token after removing {_percent(ratios)} of the parameters: median and half the range, of "
-            f"{_plural(seeds[0], 'seed')} untrained and {_plural(seeds[1], 'seed')} trained where a cell doesn't say "
-            "fewer. Training tokens: "
+            f"Held-out nats per token after removing {_percent(ratios)} of the parameters: median and half the range, "
+            f"of {_plural(seeds[0], 'seed')} untrained and {_plural(seeds[1], 'seed')} trained where a cell doesn't "
+            "say fewer. Training tokens: "
             f"{trained}. A dash: trains as on the plain model.",
         ]
     )
@@ -283,7 +283,7 @@ def basis(result: dict[str, Any]) -> str:
     seeds = min(median["seeds"] for median in medians.values())
     steps = settings[0].rpartition(", ")[2]
     note = (
-        f"Nats a token on held-out TinyStories, medians of {_plural(seeds, 'seed')}: {steps} of "
+        f"Nats per token on held-out TinyStories, medians of {_plural(seeds, 'seed')}: {steps} of "
         f"{result['tokens_a_step']:,} tokens, learning rate {result['learning_rate']}, the defaults but for replay."
     )
     return _table(["stories260K, embeddings", *BASES.values()], rows) + "\n\n" + _wrap(note)
@@ -303,7 +303,7 @@ def schedule(result: dict[str, Any]) -> str:
     ]
     seeds = _seeds({median["seeds"] for median in result["medians"].values()})
     note = (
-        f"Nats a token on held-out TinyStories, {seeds}: steps of {result['tokens_a_step']:,} tokens, learning rate "
+        f"Nats per token on held-out TinyStories, {seeds}: steps of {result['tokens_a_step']:,} tokens, learning rate "
         f"{result['learning_rate']}, a cosine, without replay."
     )
     return _table(["stories260K, units go", *columns], rows) + "\n\n" + _wrap(note)
@@ -322,7 +322,7 @@ def compaction(result: dict[str, Any]) -> str:
     seeds = len({run["seed"] for run in result["runs"]})
     note = (
         f"Seconds as shares of those with masks, {result['steps']} steps in all, {result['ratio']:.0%} removed, one "
-        f"thread of a CPU; held-out nats a token; medians of {_plural(seeds, 'seed')}."
+        f"thread of a CPU; held-out nats per token; medians of {_plural(seeds, 'seed')}."
     )
     return _table(["stories260K", "a step in recovery", "the whole run", "loss"], rows) + "\n\n" + _wrap(note)
 
@@ -365,7 +365,7 @@ def ladder(result: dict[str, Any]) -> str:
     header = ["`ladder_recovery`", "removed", "saved after step", "from the ladder", "own run, as many steps",
               f"own run, {steps} steps"]  # fmt: skip
     note = (
-        f"stories260K, {steps} steps of {result['tokens_a_step']:,} tokens, held-out nats a token; medians of "
+        f"stories260K, {steps} steps of {result['tokens_a_step']:,} tokens, held-out nats per token; medians of "
         f"{_plural(seeds, 'seed')}."
     )
     return _table(header, rows) + "\n\n" + _wrap(note)
@@ -406,7 +406,7 @@ def replay(result: dict[str, Any]) -> str:
     tables = [_replay_table(domain, result) for domain in DOMAINS if domain in result["base"]]
     steps, tokens = result["runs"][0]["steps"], result["tokens_a_step"]
     note = (
-        f"Nats a token: on text like that trained on / on other text that the base model knew. {steps} steps of "
+        f"Nats per token: on text like that trained on / on other text that the base model knew. {steps} steps of "
         f"{tokens:,} tokens, replay among them, learning rate {result['learning_rate']}; medians over seeds."
     )
     return "\n\n".join([*tables, _wrap(note)])
@@ -490,7 +490,7 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
     header = [QUALITY_MODELS.get(model, model), "dense", *[f"{ratio:.0%} removed" for ratio in ratios]]
     setting = result["settings"][model]
     note = (
-        f"Nats a token: {QUALITY_TEXTS[setting['text']]}. "
+        f"Nats per token: {QUALITY_TEXTS[setting['text']]}. "
         f"{tokens:,} training tokens each, replay among them, learning rate {setting['learning_rate']}, "
         f"medians of {_seeds(counts)}, on the {result['device'].upper()}.{_processor_time(runs)}"
     )
@@ -540,7 +540,7 @@ def peers(result: dict[str, Any]) -> str:
             f"{' or '.join(f'{tokens:,}' for tokens in lengths)} training tokens each, {_seeds(counts)}, before "
             f"training {before}"
         )
-    note = f"Nats a token, medians over seeds. {'; '.join(notes)}."
+    note = f"Nats per token, medians over seeds. {'; '.join(notes)}."
     return "\n".join([_table(["", *header], rows), "", _wrap(note)])
 
 

@@ -3,7 +3,7 @@
     python benchmarks/replay.py [--data ../shared] [--steps 100] [--seeds 0 1] [--ratios 0.5]
 
 `unknown`: stories260K, which knows TinyStories, learns Shakespeare; `known`: the same model after it learnt both, on
-TinyStories. Held-out loss in nats a token: `in` on text like that trained on, `out` on the other text, which the base
+TinyStories. Held-out loss in nats per token: `in` on text like that trained on, `out` on the other text, which the base
 model knew. Replay takes the place of user tokens: a share of 0.25 leaves six of a batch's eight blocks. `dense` is the
 model fine-tuned without pruning. Every run is kept in the result file, so that an interrupted benchmark goes on where
 it stopped.

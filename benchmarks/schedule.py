@@ -2,9 +2,9 @@
 
     python benchmarks/schedule.py [--data ../shared] [--steps 100] [--seeds 0 1] [--ratios 0.3 0.5 0.7]
 
-stories260K is pruned by HESSO's defaults with each schedule, without replay, and measured on held-out stories (nats a
-token). Shares are of the run. Every run is kept in the result file, so that an interrupted benchmark goes on where it
-stopped.
+stories260K is pruned by HESSO's defaults with each schedule, without replay, and measured on held-out stories
+(nats per token). Shares are of the run. Every run is kept in the result file, so that an interrupted benchmark goes on
+where it stopped.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/speed.py [--model smollm2-135m|llama-1b] [--ratios 0.3 0.5] [--dtype float32] [--threads 2]
 
 Sizes are those that the budget's solver takes with an even split: with its own rounding, with `round_to=1`, and with a
-budget of latency. Weights are random, since speed doesn't depend on them. `forward` is tokens a second of a forward
-pass of one sequence, `first_token` seconds until a prompt's first token is there, `written` the tokens a second that
+budget of latency. Weights are random, since speed doesn't depend on them. `forward` is tokens per second of a forward
+pass of one sequence, `first_token` seconds until a prompt's first token is there, `written` the tokens per second that
 `generate` writes after it, by batch size. All models take turns, and `ratios` are against the dense model.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/split.py [--data ../shared] [--steps 100] [--seeds 0]
 
 stories260K is cut to half of its parameters in several ways: KV heads, channels of the stream and MLP channels. The
-held-out loss (nats a token) is measured right after the cut, with what stays healed and without, and after training.
+held-out loss (nats per token) is measured right after the cut, with what stays healed and without, and after training.
 What HESSO itself chooses is among them, as `chosen`. Every run is kept in the result file.
 """
 

@@ -311,7 +311,7 @@ class Recipe:
         base = result["base"][key]
         return (
             f"this run itself isn't measured: {start} Measured is a first look, {name} with {self.percent}% removed "
-            f"and {tokens:,} training tokens of Python documentation: {losses[0]:.2f} nats a token on more of that "
+            f"and {tokens:,} training tokens of Python documentation: {losses[0]:.2f} nats per token on more of that "
             f"({base['in']:.2f} before), {losses[1]:.2f} on WikiText-2 ({base['out']:.2f} before)."
         )
 

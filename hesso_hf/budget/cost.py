@@ -31,7 +31,7 @@ class Cost:
 
     Attributes:
         metric: `parameters`, `flops` (forward, per token, at CONTEXT tokens) or `memory` (bytes of weights and cache).
-        units: units a layer of each structure in the full model.
+        units: units per layer of each structure in the full model.
     """
 
     metric: str

@@ -26,7 +26,7 @@ class LatencyTable:
 
     Attributes:
         products: (number of equal products, output side, input side).
-        units: units a layer of each structure in the full model.
+        units: units per layer of each structure in the full model.
         pools: into how many runs these are split that keep equally many.
     """
 

@@ -1,4 +1,4 @@
-"""Rounding: which numbers of units a layer may keep."""
+"""Rounding: which numbers of units per layer may keep."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def default_head_multiple(heads: int) -> int:
 
 
 def allowed_counts(config: HessoConfig, group: StructureGroups, most: int) -> list[int]:
-    """List the numbers of units a layer that rounding and tensor parallelism allow, ascending.
+    """List the numbers of units per layer that rounding and tensor parallelism allow, ascending.
 
     Args:
         most: one of `MULTIPLES`, which channels keep to where nothing is asked for; with the last, heads go singly.

@@ -132,7 +132,7 @@ def pinned_units(config: HessoConfig, model_config: PretrainedConfig, groups: Pr
         if pinned.setdefault(structure, units // ratio) != units // ratio:
             raise HessoError(
                 f"`target_sizes` ({config.target_sizes}) contradict each other for {structure}: "
-                f"{pinned[structure]} and {units // ratio} units a layer"
+                f"{pinned[structure]} and {units // ratio} units per layer"
             )
     return pinned
 

@@ -22,6 +22,7 @@ from .data import check_text_file, model_source
 from .memory.workload import DTYPES, GB, OPTIMIZERS, Cluster, TokenPace, Workload
 from .printing import print_report, print_table
 
+STATUSES = {"proved": "verified", "refused": "refused", "not_applicable": "not applicable"}
 WIDTH = 100  # of a line that quickstart prints
 OWN_CODE = "run model code that comes with the model"
 MEASURED_IN = "default: the checkpoints', float32 where they differ"
@@ -50,16 +51,15 @@ def inspect(arguments: argparse.Namespace) -> None:
     rows = []
     for name, item in found.structures.items():
         rows.append([
-            name, item.status.replace("_", " "), str(item.units or "-"), str(item.layers or "-"),
+            name, STATUSES[item.status], str(item.units or "-"), str(item.layers or "-"),
             f"{item.parameters_per_unit:,}" if item.status == "proved" else "-",
             f"{item.relative_error:.0e}" if item.relative_error is not None else "-",
         ])  # fmt: skip
     title = "\n".join([f"{found.model_class}, {found.parameters:,} parameters", *map(str, found.untouched)])
-    print_table(title, ["structure", "status", "units", "layers", "parameters\na unit", "error"], rows)
-    _print_reasons({
-        name: item.reason.removeprefix(f"{name}: ") for name, item in found.structures.items()
-        if item.status != "proved"
-    })  # fmt: skip
+    print_table(title, ["structure", "status", "units", "layers", "parameters\nper unit", "error"], rows)
+    for name, item in found.structures.items():
+        if item.status != "proved":
+            print(f"{name}: {item.reason.removeprefix(f'{name}: ')}")
     print("\nsizes for an even split between the structures (a training run measures the split on its data):")
     _print_reasons({
         ratio: option["reason"].replace(f" ({ratio})", "", 1) if "reason" in option else _sizes_line(option)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .comparison import metrics_of, short_names
 
 _SIZES = {
-    "parameters": "parameters", "bytes": "bytes on disk", "flops_per_token": "FLOPs a token",
+    "parameters": "parameters", "bytes": "bytes on disk", "flops_per_token": "FLOPs per token",
     "peak_memory": "peak memory",
 }  # fmt: skip
 _SPEEDS = {

@@ -41,7 +41,7 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     Returns:
         For each model what was measured, and how: `bytes` is None without safetensors, `flops_per_token` where they
         can't be told; how fast it writes, where tokens are to be written; `peak_memory` (bytes) there; `loss` (nats
-        a token), `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
+        per token), `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
 
     Raises:
         HessoError: naming the model or the flag.
@@ -99,12 +99,9 @@ def _say(flags: Namespace, stage: str) -> None:
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, blocks: Any, batch_size: int = 8) -> float:
-    """Return the mean negative log-likelihood in nats a predicted token.
-
-    Args:
-        blocks: `input_ids`, of any lengths, and `labels`, which are the same where there are none.
-    """
-    total, ids, labels = 0.0, blocks["input_ids"], _labels(blocks)
+    """Return the mean negative log-likelihood in nats per predicted token over blocks of `input_ids`."""
+    total, tokens = 0.0, 0
+    ids = blocks["input_ids"]
     with in_eval(model):
         for start in range(0, len(ids), batch_size):
             rows, wanted = (columns[start : start + batch_size] for columns in (ids, labels))

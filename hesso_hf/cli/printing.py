@@ -65,7 +65,7 @@ def by_share(reports: Mapping[float, dict[str, Any]]) -> tuple[list[str], list[l
     for key in measured:
         found = [(report.get("quality") or {}).get(key, {}) for report in reports.values()]
         losses = [_loss(found[0], "before"), *[_loss(one, "after") for one in found]]
-        rows.append([f"loss on {text_of(key)} (nats a token)", *losses])
+        rows.append([f"loss on {text_of(key)} (nats per token)", *losses])
     return header, rows
 
 

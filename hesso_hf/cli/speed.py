@@ -20,7 +20,7 @@ REPEATS = 7
 def tokens_per_second(
     models: Sequence[PreTrainedModel], batch_size: int = 8, length: int = 256, repeats: int = REPEATS
 ) -> list[float]:
-    """Return each model's forward throughput (tokens a second) over a batch of sequences."""
+    """Return each model's forward throughput (tokens per second) over a batch of sequences."""
     works = [partial(_read, model.eval(), _ids(model, batch_size, length)) for model in models]
     return [batch_size * length / seconds for seconds in median_seconds(works, repeats)]
 
@@ -45,7 +45,7 @@ def tokens_written_per_second(
     repeats: int = REPEATS,
     cache: str | None = None,
 ) -> list[float]:
-    """Return how many tokens a second each model writes after the first one, in all sequences of a batch together.
+    """Return how many tokens per second each model writes after the first one, in all sequences of a batch together.
 
     It is `generate`'s greedy search, whose time for the prompt and one token is taken off; where noise is
     longer than what is left, the number is infinite.

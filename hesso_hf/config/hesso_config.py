@@ -57,7 +57,7 @@ class HessoConfig:
     ladder_recovery: float = _option(0.0, "Ordinary steps after a cut to one of export_at, before its save (steps).")
     structures: dict | str | None = _option(
         "all",
-        "What may be pruned: 'all' that is proved for the architecture, a list of attention_heads (or "
+        "What may be pruned: 'all' that is verified for the architecture, a list of attention_heads (or "
         "query_heads, single ones), mlp_channels, embedding_channels, experts and layers (whole ones, like experts "
         "never part of 'all'), or a dict of each one's share of the removed parameters.",
     )
@@ -77,7 +77,7 @@ class HessoConfig:
         "go.",
     )
     stream_basis_tolerance: float = _option(
-        0.05, "Rise of the loss that turning may cost, with tied embeddings or weights below fp32 (nats a token)."
+        0.05, "Rise of the loss that turning may cost, with tied embeddings or weights below fp32 (nats per token)."
     )
     healing: str = _option(
         "auto",

@@ -209,7 +209,7 @@ def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
             raise HessoError(f"`kept_units`: {name} has {len(layers)} layers, the model {len(structure.layers)}")
         if kept.num_units[name] != structure.num_units:
             raise HessoError(
-                f"`kept_units`: {name} has {kept.num_units[name]} units a layer, the model {structure.num_units}"
+                f"`kept_units`: {name} has {kept.num_units[name]} units per layer, the model {structure.num_units}"
             )
         for index, layer in enumerate(layers):
             if not layer or min(layer) < 0 or max(layer) >= structure.num_units:

@@ -35,7 +35,7 @@ class RunFigure(Figure):
 
 
 def plot_run(run: Any) -> RunFigure:
-    """Draw how a run went: losses over the optimizer steps (nats a token), and what share of the parameters is gone.
+    """Draw how a run went: losses over the optimizer steps (nats per token), and what share of the parameters is gone.
 
     Args:
         run: a trainer that has trained, or the folder of a smaller model.
@@ -82,7 +82,7 @@ def _draw_losses(axes: Axes, losses: Losses, quality: Mapping[str, Any]) -> None
         if key in quality:
             axes.axhline(quality[key]["before"]["loss"], color=colour, linestyle="--", linewidth=1,
                          label=f"{logged(key)}, base model")  # fmt: skip
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.legend(fontsize=8, frameon=False)
 
 

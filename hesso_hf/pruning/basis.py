@@ -33,7 +33,7 @@ from .calibration import BatchLoss
 logger = logging.get_logger(__name__)
 
 CLUSTERS = 4  # of a tied model's last gain
-TOLERANCE = 0.05  # nats a token that making that gain uniform within clusters may cost
+TOLERANCE = 0.05  # nats per token that making that gain uniform within clusters may cost
 LEAST_TOKENS, LEAST_PER_CHANNEL = 16384, 8
 LOSS_TOKENS = 4096  # for what that costs: a difference on the same text, which takes fewer tokens than the axes
 FAR = 3.0  # quartile ranges beyond the quartiles, from where a gain is a cluster by itself
@@ -47,8 +47,8 @@ class StreamBasis:
         error: relative error of the tiny model's logits, turned by a random rotation.
         tokens: number of tokens whose hidden states were taken.
         clusters: blocks of channels that Q turns within; 1 where the embedding isn't the output matrix.
-        rise: of the loss, nats a token, by making a tied model's last gain uniform within the clusters, and by rounding
-            weights below fp32.
+        rise: of the loss, nats per token, by making a tied model's last gain uniform within the clusters, and by
+            rounding weights below fp32.
         energy: share of what the norms see that the first 1/8, 1/4, 1/2 and 3/4 of the new channels hold.
         tensors: with adapters, what the frozen base is turned by anew; it isn't part of the record.
     """
@@ -82,7 +82,7 @@ def turn_stream(
         batches: what the model's forward takes, with at least max(16,384, 8 D) tokens that aren't padding; with labels
             where the embedding is the output matrix too, or weights are below fp32.
         clusters: into how many clusters of like values the last norm's gain is put where it is tied.
-        tolerance: nats a token that this, and rounding weights below fp32, may cost on some of the batches, about
+        tolerance: nats per token that this, and rounding weights below fp32, may cost on some of the batches, about
             4,096 tokens.
         loss: of a model and a batch, a scalar; by default what its forward returns for the batch.
 
@@ -274,7 +274,7 @@ def _turn_within_(
             remedy = f"raise `clusters` ({clusters}) or untie the embedding"
         else:
             reason, remedy = f"turned weights rounded to {coarse[0]} cost too much", "load the model in float32"
-        raise HessoError(f"{reason}: loss +{rise:.3f} nats a token, {tolerance} allowed; {remedy}")
+        raise HessoError(f"{reason}: loss +{rise:.3f} nats per token, {tolerance} allowed; {remedy}")
     if not coarse:
         turn.turn_(parameters, rotation)
     return blocks, rotation, rise

@@ -43,7 +43,7 @@ BatchLoss = Callable[[PreTrainedModel, Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class LossCurves:
-    """Rise of the loss (nats a token) when the lowest units of one structure go in every layer.
+    """Rise of the loss (nats per token) when the lowest units of one structure go in every layer.
 
     Attributes:
         removed: per structure, shares of its units that went, ascending.

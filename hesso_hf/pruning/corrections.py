@@ -1,6 +1,6 @@
 """What CRIC corrected where it looks ahead once a period (`cric_mode="healed"`), for the report.
 
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

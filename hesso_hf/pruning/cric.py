@@ -1,6 +1,6 @@
 """CRIC on a model: the violating units go the way to zero on trial, and the run returns to where it was.
 
-Legend: L layers, U units a layer, S samples in a cycle.
+Legend: L layers, U units per layer, S samples in a cycle.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The lowest units are driven to zero for a trial, all units are scored at S points on the way, and the weights return to
 where they were. Units that newly look redundant on the way take the next trial. What is kept is O(units): running sums.
-Legend: L layers, U units a layer, S samples in a cycle, C criteria.
+Legend: L layers, U units per layer, S samples in a cycle, C criteria.
 """
 
 from __future__ import annotations

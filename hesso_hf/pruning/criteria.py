@@ -1,6 +1,6 @@
 """Saliency criteria: how much a unit matters, by formulas on its sums (section 3.3 of arXiv 2409.09085).
 
-Legend: L layers, U units a layer, C criteria.
+Legend: L layers, U units per layer, C criteria.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
                    are cut out of the model it is a `Phase` again
 
 Only `cric_mode="path"` takes steps. `probe` looks between warm-up and the first period, `healed` where a period marks.
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

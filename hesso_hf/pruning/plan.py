@@ -122,7 +122,7 @@ class PruningPlan:
 
     @property
     def expected_rise(self) -> float | None:
-        """Rise of the loss that is expected of the target sizes (nats a token), None where it wasn't measured."""
+        """Rise of the loss that is expected of the target sizes (nats per token), None where it wasn't measured."""
         if self.curves is None:
             return None
         kept = {name: self.target.kept_units[name] for name in self.curves.rises}

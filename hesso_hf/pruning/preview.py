@@ -25,11 +25,11 @@ def preview(plan: PruningPlan, schedule: Schedule) -> str:
     ]
     full, kept_units = plan.parameters.full, target.kept_units
     saved = {name: full - float(plan.parameters({name: kept})) for name, kept in kept_units.items()}
-    rows, whole = [["structure", "units a layer", "go", "of the cut", "sizes"]], []
+    rows, whole = [["structure", "units per layer", "go", "of the cut", "sizes"]], []
     for name, units in target.num_units.items():
         kept = kept_units[name]
         if kept == units:
-            whole.append(f"{name} ({units:,} units a layer)")
+            whole.append(f"{name} ({units:,} units per layer)")
             continue
         share, sizes = saved[name] / (sum(saved.values()) or 1), plan.sizes_of(name)
         rows.append([name, f"{units:,} -> {kept:,}", f"{1 - kept / units:.0%}", f"{share:.0%}", sizes[0]])
@@ -42,7 +42,7 @@ def preview(plan: PruningPlan, schedule: Schedule) -> str:
     for share, rung, step in zip(plan.config.rungs, plan.rungs, schedule.rung_saves, strict=True):
         lines.append(f"on the way: {rung.parameters_after:,} parameters after step {step}, in {rung_folder(share)}")
     if plan.expected_rise is not None:
-        lines.append(f"expected before any recovery: +{plan.expected_rise:.2f} nats a token")
+        lines.append(f"expected before any recovery: +{plan.expected_rise:.2f} nats per token")
     if plan.config.layer_widths == "uniform":
         small = resized_config(plan.model.config, target.sizes)
         before = {size: n for name, units in target.num_units.items()

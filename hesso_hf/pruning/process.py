@@ -2,7 +2,7 @@
 
 One vector of scales per layer (1 kept, between 0 and 1 shrinking, 0 pruned) is the whole state of a structure; what it
 does to the weights is `weights`'.
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

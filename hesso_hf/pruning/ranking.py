@@ -1,6 +1,6 @@
 """Ranking: which units are the lowest, and how many of them go.
 
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the phases of a run share: how units are judged and healed, and what keeps pruned ones at zero.
 
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

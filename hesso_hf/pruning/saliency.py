@@ -1,7 +1,7 @@
 """Sums over the weights x and gradients g of units, from which saliencies follow (`criteria`).
 
 Sums are accumulated over batches first and formulas applied once, so that shards and batches can simply be added.
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What decides the future of a pruning run: all that a checkpoint holds of it, as one dataclass.
 
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

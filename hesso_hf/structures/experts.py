@@ -2,7 +2,7 @@
 
 The axes come from a shape probe of the number of experts, as those of every other size; what the router asks of that
 number (top-k, group-limited routing) comes from the config.
-Legend: E experts a layer.
+Legend: E experts per layer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ExpertScheme:
 
 
 def num_experts(config: PretrainedConfig) -> int | None:
-    """Return the number of experts a layer, None for a model without."""
+    """Return the number of experts per layer, None for a model without."""
     size = get_size(config, EXPERTS)
     return size if size and size > 1 else None
 

@@ -1,6 +1,6 @@
 """Groups: for each unit of a structure, the slices of all tensors that belong to it (zero-invariant groups).
 
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class Scheme:
     """What the proof settles for one structure, by parameter pattern: valid for every size of the architecture.
 
     Attributes:
-        num_units: units a layer of the tiny model, which the branches' layouts are of.
+        num_units: units per layer of the tiny model, which the branches' layouts are of.
         shifts: pattern to what the model adds to the stored value.
         powers: pattern to the power of c.
         centred: patterns of what writes to a stream of mean zero.

@@ -2,7 +2,7 @@
 
 A layer whose writers are all zero leaves the stream as it is, so it can be taken out. Each writer belongs wholly to
 the unit that is its layer.
-Legend: L layers, U units a layer; for this structure U is the number of layers.
+Legend: L layers, U units per layer; for this structure U is the number of layers.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Weights at zero aren't removal: the router would still choose the expert and giv
 an expert with scale s gets + log(s): nothing at 1, and at 0 so low that it takes no share. Where a bias is added to the
 scores for the choice alone (`e_score_correction_bias`), so does the bias. Hooks on one model's modules do that; no
 class is touched.
-Legend: L layers, U experts a layer.
+Legend: L layers, U experts per layer.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def num_targets(targets: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def lead(teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return by how many nats a token the teacher predicts a batch better than the student, the mean over processes.
+    """Return by how many nats per token the teacher predicts a batch better than the student, the mean over processes.
 
     Args:
         logits: the student's, (B, T, V).

@@ -368,7 +368,7 @@ def test_query_heads_are_a_multiple_of_the_key_value_heads(ratio: float, metric:
 
 
 def test_every_multiple_of_the_key_value_heads_can_be_reached():
-    four = 4 * 2 * 16 * 128 * 3 / built(SINGLE, {})  # the share of four query heads a layer
+    four = 4 * 2 * 16 * 128 * 3 / built(SINGLE, {})  # the share of four query heads per layer
     ratios = [four * count for count in (1, 2, 3, 4, 5)]
     kept = [solve(SINGLE, pruning_ratio=ratio, structures=[QUERY]).kept_units[QUERY] for ratio in ratios]
     assert kept == [20, 16, 12, 8, 4]

@@ -36,7 +36,7 @@ from tests.support.lm_eval import stand_in
 from tests.support.tiny import tiny_llama
 
 TEXT, CONTEXT = ["--dataset", "text.jsonl"], 128  # tokens that `small` reads at once; `bundled` reads 512
-SIZES = ["parameters", "bytes on disk", "FLOPs a token", "peak memory"]
+SIZES = ["parameters", "bytes on disk", "FLOPs per token", "peak memory"]
 SHORT = [*TEXT, "--block-size", "16", "--batch-size", "3", "--limit", "4", "--new-tokens", "0"]
 
 
@@ -207,7 +207,7 @@ def test_table_and_files_have_a_column_for_each_model_and_the_change_against_the
         "| measure | bundled | small |",
         "| dtype | float32 | float32 |",
         "| parameters | 869,504 | 156,908 (-82.0%) |",
-        "| loss (nats a token) | 2.0000 | 2.5000 (+0.5000) |",
+        "| loss (nats per token) | 2.0000 | 2.5000 (+0.5000) |",
         "| perplexity | 7.3891 | 12.1825 (+64.9%) |",
         "| lambada acc | 0.2500 ± 0.0123 | 0.5000 ± 0.0123 (+0.2500) |",
         "| lambada em (strict) | 0.5000 | 0.5000 |",

@@ -259,7 +259,7 @@ def test_recipe_runs_on_a_tiny_model(
     assert (written["training"]["max_steps"], written["model"]) == (16, "model")
     card = (tmp_path / "run" / "small" / "README.md").read_text()
     assert f"hesso-hf prune {recipe.name} --model model --dataset text.jsonl" in card
-    assert "| loss on other text (nats a token) |" in card
+    assert "| loss on other text (nats per token) |" in card
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "small")
     full = AutoModelForCausalLM.from_pretrained(model)
     ratio = yaml.safe_load(recipe.read_text())["hesso"]["pruning_ratio"]
@@ -375,7 +375,7 @@ def test_inspect_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(bundled_model_path() / "config.json")]) == 0
     out = capsys.readouterr().out
     assert "869,504 parameters" in out
-    assert re.search(r"attention_heads +proved +4 +4 +12,288 +0e\+00", out)  # in one line: the width is a pipe's
+    assert re.search(r"attention_heads +verified +4 +4 +12,288 +0e\+00", out)  # in one line: the width is a pipe's
     assert "\nexperts: LlamaConfig has no `num_experts` above one\n" in out
 
 

@@ -196,8 +196,8 @@ def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
         assert expected in shown
     assert {"2.3456", "13.04", "1.3456", "63"} <= set(shown)
     assert ["memory of the weights, in bfloat16", "108.64\u00a0kB", "46.91\u00a0kB", "-56.8%"] in found.rows
-    assert ["loss on held-out examples (nats a token)", "2.3456", "2.5678", "+0.2222"] in found.rows
-    assert ["loss on other text (nats a token)", "3.1234", "–", ""] in found.rows
+    assert ["loss on held-out examples (nats per token)", "2.3456", "2.5678", "+0.2222"] in found.rows
+    assert ["loss on other text (nats per token)", "3.1234", "–", ""] in found.rows
     assert ["perplexity on held-out examples", "10.44", "13.04", "+24.9%"] in found.rows
     assert ["piqa acc", "–", "0.6543", ""] in found.rows
     assert ["loss on a.txt", "1.2345", "1.3456", "+0.1111"] in found.rows
@@ -476,7 +476,7 @@ def test_a_run_s_page_is_made_again_where_it_was(tmp_path: Path, capsys: pytest.
         assert main(["report", str(given)]) == 0
         printed = capsys.readouterr().out
         assert f"{small}: 56.8% of the parameters removed" in printed
-        assert re.search(r"loss on held-out examples \(nats a token\) +2\.3456 +2\.5678", printed)
+        assert re.search(r"loss on held-out examples \(nats per token\) +2\.3456 +2\.5678", printed)
         assert f"written: {small / 'report.html'}" in printed
         assert (small / "report.html").read_text() == report_page([Model.of("", small_report())])
         (small / "report.html").unlink()

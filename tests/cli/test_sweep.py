@@ -62,7 +62,7 @@ def test_runs_are_compared_and_those_that_are_done_are_not_run_again(
     removed = next(line for line in table.splitlines() if line.startswith("| removed |")).split(" | ")[2:]
     for cell, share in zip(removed, (30, 50), strict=True):
         assert abs(float(cell.strip("% |")) - share) < 2
-    assert "| loss on held-out examples (nats a token) | " in table
+    assert "| loss on held-out examples (nats per token) | " in table
     printed = capsys.readouterr().out
     assert "loss on held-out examples" in printed
     page = (runs / "sweep.html").read_text()

@@ -81,9 +81,9 @@ def test_its_table_has_before_and_after_and_every_number_is_in_the_report() -> N
     report = small_report(datasets=["someone/text"])
     text = made(report).text
     for row in (
-        "| loss on held-out examples (nats a token) | 2.3456 | 2.5678 |",
+        "| loss on held-out examples (nats per token) | 2.3456 | 2.5678 |",
         "| perplexity on held-out examples | 10.44 | 13.04 |",
-        "| loss on other text (nats a token) | 3.1234 | – |",
+        "| loss on other text (nats per token) | 3.1234 | – |",
         "| piqa acc | – | 0.6543 |",
         "- learning_rate: 0.00123",
         "hesso-hf prune a.yaml --max_steps 40",

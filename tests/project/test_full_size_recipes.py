@@ -90,7 +90,7 @@ def test_what_was_measured_is_told_and_nothing_else(writer: ModuleType) -> None:
     runs = [r for r in result["runs"] if (r["model"], r["method"], r["ratio"]) == ("smollm2", "hesso", 0.3)]
     text = " ".join((ROOT / "recipes/smollm/smollm2-135m-30.yaml").read_text().replace("\n# ", " ").split())
     assert f"{runs[0]['tokens']:,} training tokens" in text
-    assert f"{runs[0]['in']:.2f} nats a token" in text
+    assert f"{runs[0]['in']:.2f} nats per token" in text
     assert f"{runs[0]['out']:.2f} on WikiText-2" in text
     for recipe in writer.RECIPES:
         measured = recipe.stem in ("smollm2-135m-30", "smollm2-135m-50")

@@ -349,7 +349,7 @@ def test_the_overhead_table_reads_what_the_benchmark_writes(renderer: ModuleType
     (tmp_path / "overhead.json").write_text(json.dumps({"cpu 100m": entry}))
     text = renderer.render_table("overhead", tmp_path)
     assert "| 90M on cpu | mlp channels | 1.0% | 20.0% | - | 3.0% | - | 0.5% |" in text
-    assert "1,024 tokens a step" in text
+    assert "1,024 tokens per step" in text
 
 
 def test_markers_without_a_pair_and_unknown_tables_are_errors(renderer: ModuleType, tmp_path: Path) -> None:

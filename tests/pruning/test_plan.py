@@ -91,21 +91,21 @@ def test_a_plan_says_what_goes_and_when() -> None:
     assert plan.preview(Schedule(4, 9, 3, 40)).splitlines() == [
         f"HESSO: {model.num_parameters():,} -> {model.num_parameters() - 2 * 16 * (3 * 60 + 2):,} parameters "
         f"({plan.target.parameter_ratio:.1%} removed)",
-        "  structure     units a layer   go  of the cut  sizes",
-        "  mlp_channels       44 -> 28  36%        100%  intermediate_size 44 -> 28",
+        "  structure     units per layer   go  of the cut  sizes",
+        "  mlp_channels         44 -> 28  36%        100%  intermediate_size 44 -> 28",
         "  steps: warm-up 1 to 4, pruning 5 to 13 in 3 periods, recovery 14 to 40",
         *[f"  to serve it: {said}" for said in not_served_as_they_are(small)],
     ]
     assert "  steps: pruning 1, recovery 2 to 40" in plan.preview(Schedule(0, 1, 1, 40)).splitlines()
     plan.curves = LossCurves({"mlp_channels": (0.5,)}, {"mlp_channels": (1.1,)})
-    assert "  expected before any recovery: +0.80 nats a token" in plan.preview(Schedule(4, 9, 3, 40)).splitlines()
+    assert "  expected before any recovery: +0.80 nats per token" in plan.preview(Schedule(4, 9, 3, 40)).splitlines()
 
 
 def test_a_structure_of_which_nothing_goes_has_no_row_in_the_plan() -> None:
     wanted = {"intermediate_size": 28, "num_key_value_heads": 3}
     text = PruningPlan.prepare(tiny_llama(), HessoConfig(target_sizes=wanted)).preview(Schedule(4, 9, 3, 40))
     assert "0%  " not in text.replace("100%", "")
-    assert "  stays whole: attention_heads (3 units a layer)" in text
+    assert "  stays whole: attention_heads (3 units per layer)" in text
     assert max(map(len, text.splitlines()[:5])) <= 100
 
 

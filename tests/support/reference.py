@@ -271,7 +271,7 @@ class ReferenceHesso:
     Args:
         removed: units to remove a layer, per structure.
         across_layers: whether the units of all layers compete, and as many go in total.
-        kv_heads: key-value heads a layer; as many query heads of each go.
+        kv_heads: key-value heads per layer; as many query heads of each go.
         writers: parameters that write to a stream of mean zero, with the dimension along its channels.
     """
 

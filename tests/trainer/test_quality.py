@@ -75,7 +75,7 @@ def test_card_and_page_show_it(run: Any) -> None:
     small = run[-1] / "small"
     found = json.loads((small / "pruning_report.json").read_text())["quality"]["eval_retained_loss"]
     before, after = (f"{found[when]['loss']:.4f}" for when in ("before", "after"))
-    assert f"| loss on other text (nats a token) | {before} | {after} |" in (small / "README.md").read_text()
+    assert f"| loss on other text (nats per token) | {before} | {after} |" in (small / "README.md").read_text()
     assert f"<td>{before}</td><td>{after}</td>" in (small / "report.html").read_text()
 
 

@@ -119,7 +119,7 @@ class MemoryPlan:
         pace, flop = self.pace, flop_per_token(self.workload, lora=False)
         lasting = (
             f"Hours: estimated, for {pace.tokens / 1e9:.3g} billion tokens of data (--tokens), at {flop:.1f} "
-            f"operations a parameter and token, {UTILISATION:.0%} of {pace.device_tflops:g} TFLOP/s a GPU "
+            f"operations per parameter and token, {UTILISATION:.0%} of {pace.device_tflops:g} TFLOP/s per GPU "
             "(--device-tflops)."
         )
         notes = [advice, lasting, ASSUMED]

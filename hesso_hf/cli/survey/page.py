@@ -20,13 +20,13 @@ What can be pruned, tried type by type. `make survey` writes this page and `arch
 
 {summary}
 
-A small random model of each type is built from the type's default config. A structure counts as proved after a whole
+A small random model of each type is built from the type's default config. A structure counts as verified after a whole
 round trip in fp32: random units are set to zero and cut out, the model is saved, and the stock class reloads it with
 `from_pretrained`. Its logits equal the zeroed model's within a relative 1e-5, and so do those of greedy generation with
-the cache, token by token. `joint` is the same with all proved structures at once.
+the cache, token by token. `joint` is the same with all verified structures at once.
 
-- ✓: proved. *coupled ✓*: proved, but heads and embedding channels only shrink together, since the model has no size of
-  a head of its own.
+- ✓: verified. *coupled ✓*: verified, but heads and embedding channels only shrink together, since the model has no size
+  of a head of its own.
 - refused: the reason is in the list below. HESSO leaves the structure alone.
 - –: the type, or its default config, has no such structure. Query heads are single ones of several that share a
   key-value head.
@@ -105,8 +105,8 @@ def summary(survey: Mapping[str, Any]) -> str:
     turned = [found for found in bases if found["status"] != "refused"]
     return (
         f"Of {len(types)} causal language model types of Transformers {survey['versions']['transformers']}, {some} "
-        f"have at least one structure proved, {all_three} all three of attention heads, MLP or expert channels, and "
-        f"embedding channels; of {unrefused} nothing that they have is refused. Attention heads are proved for "
+        f"have at least one structure verified, {all_three} all three of attention heads, MLP or expert channels, and "
+        f"embedding channels; of {unrefused} nothing that they have is refused. Attention heads are verified for "
         f"{sum(heads)}, MLP or expert channels for {sum(inner)}, embedding channels for {sum(width)}. "
         f"The hidden state of {len(turned)} can be turned into its principal axes, of "
         f"{sum(found['centred'] for found in turned)} with LayerNorm and of "

@@ -112,8 +112,8 @@ def _basis(basis: Mapping[str, Any] | None) -> str:
     energy = ", ".join(f"the first {percent(float(k))} hold {percent(v)}" for k, v in basis["energy"].items())
     return (
         f"The model was first turned, by {basis['tokens']:,} tokens of its data, so that its most important directions "
-        f"come first: {energy} of what the layers see. Turning cost {basis['rise']:.2g} nats a token; a tiny model of "
-        f"the same class gave the same logits up to {scientific(basis['error'])}."
+        f"come first: {energy} of what the layers see. Turning cost {basis['rise']:.2g} nats per token; a tiny model "
+        f"of the same class gave the same logits up to {scientific(basis['error'])}."
     )
 
 

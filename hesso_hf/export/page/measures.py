@@ -32,9 +32,9 @@ MEASURES = {
     "bytes": Measure("bytes on disk", ","),
     "memory": Measure("bytes in memory", ","),
     "peak_memory": Measure("peak memory (bytes)", ","),
-    "flops_per_token": Measure("FLOPs a token", ",.0f"),
+    "flops_per_token": Measure("FLOPs per token", ",.0f"),
     "tokens": Measure("tokens predicted", ","),
-    "loss": Measure("loss (nats a token)", ".4f", by_ratio=False),
+    "loss": Measure("loss (nats per token)", ".4f", by_ratio=False),
     "perplexity": Measure("perplexity", ".4f"),
     **SPEEDS,
 }

@@ -46,7 +46,7 @@ def evaluated_on(report: Report) -> str:
 
 def _quality(report: Report) -> Iterator[Row]:
     for key, found in (report.get("quality") or {}).items():
-        unit = " (nats a token)" if found["tokens"] else ""
+        unit = " (nats per token)" if found["tokens"] else ""
         for measure, of, by_ratio in (("loss", unit, False), ("perplexity", "", True)):
             values = {when: found[when][measure] for when in ("before", "after") if measure in found.get(when, {})}
             if values:

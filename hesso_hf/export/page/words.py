@@ -19,8 +19,8 @@ STRUCTURES = {
     "layers": "Whole layers.",
 }
 SIZES = {
-    "num_attention_heads": "query heads a layer",
-    "num_key_value_heads": "key-value heads a layer",
+    "num_attention_heads": "query heads per layer",
+    "num_key_value_heads": "key-value heads per layer",
     "intermediate_size": "channels of the feed-forward block",
     "hidden_size": "channels of the stream between layers",
     "num_hidden_layers": "layers",

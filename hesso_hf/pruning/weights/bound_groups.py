@@ -1,6 +1,6 @@
 """Groups bound to a model's parameters: their sums over weights and gradients, snapshots, routing.
 
-Legend: L layers, U units a layer.
+Legend: L layers, U units per layer.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def groups_of(
         try:
             structures[name] = _build(name, model_class, config, axis_map, found.scheme)
             if structures[name].num_units < 2:
-                raise UnsupportedStructureError("there is only one unit a layer")
+                raise UnsupportedStructureError("there is only one unit per layer")
             if isinstance(found.scheme, Scheme):
                 schemes[name] = found.scheme
         except UnsupportedStructureError as error:

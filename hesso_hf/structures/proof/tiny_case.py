@@ -80,7 +80,7 @@ def units_to_keep(
             structure = groups.structures[name]
             kept[name] = tuple(_random_units(structure, count, generator) for _ in structure.layers)
         return KeptUnits({name: g.num_units for name, g in groups.structures.items()}, kept), small
-    raise error or UnsupportedStructureError("there is only one unit a layer")
+    raise error or UnsupportedStructureError("there is only one unit per layer")
 
 
 def _random_units(structure: StructureGroups, count: int, generator: torch.Generator) -> tuple[int, ...]:

@@ -45,10 +45,10 @@ def test_the_committed_page_is_rendered_from_the_committed_json() -> None:
 
 def test_counts() -> None:
     assert summary(SURVEY) == (
-        "Of 3 causal language model types of Transformers 5.0, 2 have at least one structure proved, 1 all three of "
+        "Of 3 causal language model types of Transformers 5.0, 2 have at least one structure verified, 1 all three of "
         "attention heads, MLP or expert channels, and embedding channels; of 1 nothing that they have is refused. "
-        "Attention heads are proved for 1, MLP or expert channels for 2, embedding channels for 1. The hidden state of "
-        "2 can be turned into its principal axes, of 1 with LayerNorm and of 1 with tied embeddings."
+        "Attention heads are verified for 1, MLP or expert channels for 2, embedding channels for 1. The hidden state "
+        "of 2 can be turned into its principal axes, of 1 with LayerNorm and of 1 with tied embeddings."
     )
 
 
