@@ -57,9 +57,10 @@ def inspect(arguments: argparse.Namespace) -> None:
         ])  # fmt: skip
     title = "\n".join([f"{found.model_class}, {found.parameters:,} parameters", *map(str, found.untouched)])
     print_table(title, ["structure", "status", "units", "layers", "parameters\nper unit", "error"], rows)
-    for name, item in found.structures.items():
-        if item.status != "proved":
-            print(f"{name}: {item.reason.removeprefix(f'{name}: ')}")
+    _print_reasons({
+        name: item.reason.removeprefix(f"{name}: ") for name, item in found.structures.items()
+        if item.status != "proved"
+    })  # fmt: skip
     print("\nsizes for an even split between the structures (a training run measures the split on its data):")
     _print_reasons({
         ratio: option["reason"].replace(f" ({ratio})", "", 1) if "reason" in option else _sizes_line(option)

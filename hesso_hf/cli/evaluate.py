@@ -99,9 +99,12 @@ def _say(flags: Namespace, stage: str) -> None:
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, blocks: Any, batch_size: int = 8) -> float:
-    """Return the mean negative log-likelihood in nats per predicted token over blocks of `input_ids`."""
-    total, tokens = 0.0, 0
-    ids = blocks["input_ids"]
+    """Return the mean negative log-likelihood in nats a predicted token.
+
+    Args:
+        blocks: `input_ids`, of any lengths, and `labels`, which are the same where there are none.
+    """
+    total, ids, labels = 0.0, blocks["input_ids"], _labels(blocks)
     with in_eval(model):
         for start in range(0, len(ids), batch_size):
             rows, wanted = (columns[start : start + batch_size] for columns in (ids, labels))

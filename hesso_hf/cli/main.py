@@ -13,6 +13,7 @@ from .. import __version__
 from ..errors import HessoError, nearest_name
 from . import commands, prune, sweep
 from .finishing import told
+from .help import WithDefaults
 from .report import report, report_flags
 
 # Name to what the help says, what adds the flags, and what does the work.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import HessoError, StoppedError
 from . import finishing
-from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data
+from .data import PYTHON_DOCS, Data, block_size_within, held_out_split, read_data, read_tokenizer
 from .examples import Padding, Reading
 from .overview import overview
 from .printing import by_share, print_report, print_table
@@ -170,16 +170,13 @@ def _print_losses(trainer: Any) -> None:
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)  # it would print the same once more
-    measured, data = trainer.evaluate(), trainer.eval_dataset
-    shown = trainer.hesso_run.quality.record() or {}
-    for key, name in LOSSES.items():
-        if key not in measured or not trainer.is_world_process_zero():
-            continue
-        count = len(data[key.removeprefix("eval_").removesuffix("_loss")] if isinstance(data, dict) else data)
-        compared = shown.get(key, {}).get("examples", 0)
-        if compared < count:
-            among = f" (the table has {compared:,} of them)" if compared else ""
-            print(f"{name}: {measured[key]:.4f} nats per token on {count:,} examples{among}")
+    measured = trainer.evaluate()
+    for key, (compared, count) in _examples_of(trainer).items():
+        if key in measured and compared < count and trainer.is_world_process_zero():
+            among = f"the table's losses are of {compared:,} of these; " if compared else ""
+            model = "dense" if trainer.pruning_report is None else "smaller"
+            on_all = f"on all of them the {model} model has {measured[key]:.4f} nats per token"
+            print(f"{count:,} {LOSSES[key]}: {among}{on_all}")
 
 
 def _trainer(recipe: Recipe, model: Any, tokenizer: Any, train: Any, held_out: Any) -> Any:

@@ -92,7 +92,7 @@ class PruningReport:
             training=training,
             vocabulary=_vocabulary_entry(small, vocabulary) if vocabulary else None,
             engines=tuple(served_by(small.config)) if stock and model_class.endswith("ForCausalLM") else (),
-            serving=tuple(not_served_as_they_are(small.config)),
+            serving=tuple(not_served_as_they_are(small.config, before)),
         )
 
     @property

@@ -67,7 +67,7 @@ def _head_dim_is_stated(text: PretrainedConfig) -> bool:
     return bool(heads and hidden and head_dim and heads * head_dim != hidden)
 
 
-def not_served_as_they_are(config: PretrainedConfig) -> list[str]:
+def not_served_as_they_are(config: PretrainedConfig, before: Mapping[str, int] | None = None) -> list[str]:
     """Return what a smaller model's sizes are to engines that don't read all of them, one sentence for each engine.
 
     Args:

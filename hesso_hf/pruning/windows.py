@@ -26,7 +26,7 @@ def unreadable(examples: list[Mapping[str, Any]]) -> str:
             return f"the examples hold `{other[0]}`, and it gives the model tokens alone"
         mask, ids = example.get("attention_mask"), example["input_ids"]
         if mask is not None and mask.shape != ids.shape:
-            return f"`attention_mask` is {tuple(mask.shape)} for `input_ids` of {tuple(ids.shape)}, not one a token"
+            return f"`attention_mask` is {tuple(mask.shape)} for `input_ids` of {tuple(ids.shape)}, not one per token"
     return ""
 
 
