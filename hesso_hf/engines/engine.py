@@ -23,76 +23,12 @@ from ..export.decision import NOTHING_CUT, Compaction, Decision
 from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
-from ..pruning.compaction import compact, parallel_of, why_not_compact, why_not_refit_parallel
+from ..pruning.compaction import compact, compact_as, parallel_of, why_not_compact, why_not_refit_parallel
 from ..pruning.optimizer import HessoOptimizer
-from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
-from ..pruning.schedule import Schedule
-from ..structures.groups import PruningGroups
+from ..structures.groups import KeptUnits, PruningGroups
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
-
-
-class Quality(Protocol):
-    """What base model and smaller one are compared by."""
-
-    def begin(self) -> None:
-        """Measure the base model, before anything is done to it."""
-
-
-class Compacting(Protocol):
-    """When the model in memory becomes the smaller one."""
-
-    def check(self, base: Optimizer | None = None) -> None:
-        """Refuse what stands against it where it is asked for."""
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the model is still larger than that of the checkpoint that training goes on from."""
-
-    def to_resume(self, process: PruningProcess, base: Optimizer | None) -> None:
-        """Make the model as small as that of the checkpoint that training goes on from."""
-
-
-class Run(Protocol):
-    """What an engine asks of the run that it serves."""
-
-    plan: PruningPlan
-    resume_from: Path | None
-
-    @property
-    def quality(self) -> Quality:
-        """What base model and smaller one are compared by."""
-
-    @property
-    def compacting(self) -> Compacting:
-        """When the model in memory becomes the smaller one."""
-
-    @property
-    def whole(self) -> nn.Module:
-        """What the trainer was given: the model, or a PeftModel around it."""
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The transformers model that is trained, adapters in place."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """What is saved with a model, None where there is nothing."""
-
-    def new_process(self) -> PruningProcess:
-        """Fix sizes and schedule, and make the pruning state."""
-
-    def settle(self) -> None:
-        """Choose the basis and measure the split between structures, as the engine has the model compute."""
-
-    def process_on(self, schedule: Schedule) -> PruningProcess:
-        """Make the pruning state of a run that begins, on the parameters that the model has now."""
-
-    def noted_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Count a micro-batch's loss, and return the one to watch for a collapse."""
-
-    def record(self) -> dict[str, Any]:
-        """Return what checkpoints and the report say of the run."""
+from .run import Run
 
 
 class Steps(Protocol):
@@ -129,6 +65,22 @@ class Compacts(ABC):
         Raises:
             HessoError: where it can't; all is as it was then.
         """
+
+    def shrink(
+        self,
+        model: PreTrainedModel,
+        process: PruningProcess,
+        base: Optimizer | None,
+        compaction: Compaction,
+        kept: KeptUnits,
+    ) -> None:
+        """Make a model as small as that of a checkpoint, before it is prepared and its weights are loaded.
+
+        Args:
+            base: the optimizer that HESSO is around, where there is one already.
+            kept: the checkpoint's decision.
+        """
+        compact_as(model, process, base, compaction, kept)
 
 
 class Engine(Compacts, Generic[_Steps]):

@@ -16,7 +16,6 @@ from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
 from ..export.checkpoint_state import read_state
 from ..export.decision import Compaction
-from ..pruning.compaction import compact_as
 from ..pruning.process import PruningProcess
 from ..structures.groups import KeptUnits
 from ..structures.lora import num_parameters, parameters_of
@@ -120,7 +119,8 @@ class Compacting:
         folder = self._run.resume_from
         if folder is not None and (state := self._smaller_checkpoint()) is not None:
             compaction = Compaction.from_dict(state["training"]["compaction"])
-            compact_as(self._run.model, process, base, compaction, KeptUnits.from_dict(state["kept_units"]))
+            kept = KeptUnits.from_dict(state["kept_units"])
+            self._engine().shrink(self._run.model, process, base, compaction, kept)
             heal_base_(parameters_of(self._run.model), folder)
 
     def _smaller_checkpoint(self) -> dict[str, Any] | None:

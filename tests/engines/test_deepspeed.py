@@ -20,7 +20,7 @@ from hesso_hf import HessoConfig, HessoError, export_pruned
 from hesso_hf.engines.checkpoint import FOLDER, SHARED_NAME, snapshots_in
 from hesso_hf.engines.deepspeed import state as zero_state
 from hesso_hf.engines.deepspeed.compaction import why_not_exchange
-from hesso_hf.engines.deepspeed.engine import check_whole, refuse_zero
+from hesso_hf.engines.deepspeed.engine import refuse_zero
 from hesso_hf.engines.deepspeed.ranges import HeldRange, Master12, Place
 from hesso_hf.engines.deepspeed.state import (
     check_trained,
@@ -143,6 +143,7 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "shrunk-1": {"deepspeed": engine(1)} | SHRUNK,
         "shrunk-2": {"deepspeed": engine(2)} | SHRUNK,
         "shrunk-3": {"deepspeed": engine(3)} | SHRUNK,
+        "plaincut-loaded": {"deepspeed": engine(3), "pretrained": str(folder / "dense")} | smaller({}),
         "shrunk-adamw": {"deepspeed": engine(2, optimizer={"type": "AdamW", "params": ADAMW}, scheduler=WARMUP)}
         | SHRUNK,
         "shrunk-offloaded": {"deepspeed": engine(3, zero=OFFLOAD | {"sub_group_size": 3000})} | SHRUNK | ACCUMULATED,
@@ -167,23 +168,24 @@ ALONE = {
     "cric": {"hesso": CRIC, "steps": 20}, "taught": TAUGHT, "replayed": REPLAYED, "ladder": LADDER,
     "ragged": RAGGED, "long": LONG, "best": BEST, "tied": TIED, "centred": CENTRED,
     "experts": EXPERTS, "paused": PAUSED, "routed": ROUTED, "deep": DEEP, "uneven": UNEVEN, "shrunk": SHRUNK,
-    "masked": {"hesso": RATIO | TURNED | HEALED} | CUT,
-    "deepcut": smaller(DEEP), "tiedcut": smaller(TIED), "centredcut": smaller(CENTRED), "routedcut": smaller(ROUTED),
+    "masked": {"hesso": RATIO | TURNED | HEALED} | CUT, "plaincut": smaller({}), "deepcut": smaller(DEEP),
+    "tiedcut": smaller(TIED), "centredcut": smaller(CENTRED), "routedcut": smaller(ROUTED),
     "expertscut": smaller(EXPERTS), "frozencut": smaller({"frozen": True}), "replayedcut": smaller(REPLAYED),
 }  # fmt: skip
 NAMES = ["plain-1", "plain-2", "plain-3", "replayed-3", "plain-loaded", "ratio-2", "ratio-3", "nan-2", "nan-3",
          "frozen-2", "frozen-3", "cric-2", "cric-3", "stopped-2", "stopped-3", "taught-2", "taught-3",
          "taught-offloaded", "taught-loaded", "ragged-2", "ragged-3", "long-2", "long-3", "best-2", "best-3",
          "tied-2", "tied-3", "centred-2", "centred-3", "experts-2", "experts-3", "paused-2", "paused-3",
-         "routed-3", "deep-2", "uneven-3", "ladder-2", "shrunk-1", "shrunk-2", "shrunk-3", "shrunk-offloaded",
+         "routed-3", "deep-2", "uneven-3", "ladder-2", "shrunk-1", "shrunk-2", "shrunk-3", "plaincut-loaded",
+         "shrunk-offloaded",
          "deepcut-2", "tiedcut-3", "centredcut-3", "expertscut-2", "routedcut-3", "frozencut-3",
          "replayedcut-3", "masked-3"]  # fmt: skip
 
 
 RESUMED = [
     ("cric-2", 3), ("cric-2", 9), ("cric-3", 3), ("cric-3", 9), ("taught-3", 5), ("paused-3", 10), ("shrunk-2", 11),
-    ("shrunk-3", 11), ("shrunk-adamw", 11), ("shrunk-offloaded", 11), ("deepcut-2", 12), ("frozencut-3", 11),
-    ("replayedcut-3", 11), ("bfloat16cut-3", 11),
+    ("shrunk-3", 11), ("plaincut-loaded", 11), ("shrunk-adamw", 11), ("shrunk-offloaded", 11), ("deepcut-2", 12),
+    ("frozencut-3", 11), ("replayedcut-3", 11), ("bfloat16cut-3", 11),
 ]  # fmt: skip
 
 
@@ -513,7 +515,7 @@ def test_a_run_goes_on_with_another_number_of_processes(name: str, processes: in
     assert state["step"] == step
     if name.startswith(("cric", "paused")):
         assert list(snapshots_in(state)), "there is no snapshot to put together"
-    else:
+    elif not name.startswith("shrunk"):
         assert any(bool(redundant.any()) for redundant in state["redundant"].values()), "nothing is on its way to zero"
     expected = result(runs / name.partition("-")[0])
     for rank in range(processes):
@@ -652,14 +654,6 @@ def test_what_a_smaller_model_can_not_be_exchanged_under_is_named(zero: dict[str
     weight = [torch.nn.Parameter(torch.ones(2))]
     assert "RMSprop" in why_not_exchange(torch.optim.RMSprop(weight), {"zero_optimization": {}}, compiles=False)
     assert not why_not_exchange(torch.optim.SGD(weight), {"zero_optimization": {}}, compiles=False)
-
-
-def test_a_model_that_is_divided_while_it_is_loaded_can_not_become_the_smaller_one() -> None:
-    run: Any = SimpleNamespace(model=tiny_llama(), resume_from=Path("checkpoint-9"))
-    check_whole(run)
-    next(run.model.parameters()).ds_id = 0  # as ZeRO-3 marks what it has divided
-    with pytest.raises(CheckpointMismatchError, match=r"checkpoint-9 is the smaller one .*before TrainingArguments"):
-        check_whole(run)
 
 
 @pytest.mark.parametrize(

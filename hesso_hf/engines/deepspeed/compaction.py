@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from transformers import PreTrainedModel
@@ -35,14 +34,14 @@ from ...export.decision import NOTHING_CUT, Compaction, Decision
 from ...export.verify import FOLD_TOLERANCE, Verifier, relative_error
 from ...pruning.compaction import STATE_POWERS, check_compactable, cut_values, factor_of
 from ...pruning.weights.snapshot import kept_random_state
-from ...structures.cut import build_cut, copy_buffers, cuts_by_tensor
+from ...structures.cut import cuts_by_tensor
 from ...structures.groups import PruningGroups
-from ...structures.in_place import InPlace
 from ...structures.layers import full_names
 from ...structures.lora import num_parameters
 from ...structures.router_gates import remove_gates
 from .export import ZeroSource
 from .holdings import ZeroHoldings
+from .in_place import ZeroInPlace, without_values
 from .ranges import Place, masters_of
 from .steps import ZeroSteps
 
@@ -116,11 +115,7 @@ def compact(model: PreTrainedModel, engine: Any, steps: ZeroSteps, wrappers: Ite
         verifier = on_all(lambda: Verifier(ZeroSource(model, decision, writes)), _CUT)
         small, error = on_all(verifier.checked_cut, _CUT)
         compaction = Compaction(process.step, error, num_parameters(model), decision.sizes_before, decision.kept_units)
-        if small is None:
-            with init_empty_weights():
-                small = build_cut(model, decision.groups, decision.kept)
-            small.tie_weights()  # which tensors without values forget
-            copy_buffers(small, model, decision.groups, decision.kept)
+        small = without_values(model, decision) if small is None else small
         exchange = _Exchange(model, engine, steps, decision, small)
         del small
         exchange.read()
@@ -184,7 +179,7 @@ class _Exchange:
         Raises:
             HessoError, OutOfMemoryError: where that fails on a process; all is as it was then.
         """
-        place = _ZeroInPlace(self._model, self._delivered())
+        place = ZeroInPlace(self._model, self._delivered())
         try:
             on_all(lambda: place.put(self._small, self._decision.groups, self._decision.kept), _CUT)
         except Exception:
@@ -285,38 +280,9 @@ def _check_alike(origins: dict[str, str], expected: dict[str, str]) -> None:
         raise HessoError(f"the smaller model has other parameters on the main process: {others[0]}")
 
 
-class _ZeroInPlace(InPlace):
-    """A smaller model in the place of one that ZeRO trains.
-
-    Args:
-        made: what takes the place of each parameter that stays.
-    """
-
-    def __init__(self, model: PreTrainedModel, made: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        super().__init__(model)
-        self._made = made
-
-    def _put_parameters(self, values: Mapping[nn.Parameter, torch.Tensor]) -> None:
-        assert values.keys() == self._made.keys()
-        divided = {old: new for old, new in self._made.items() if hasattr(old, "ds_tensor")}
-        super()._put_parameters({old: new.data for old, new in self._made.items() if old not in divided})
-        for module, leaf, old in list(_owners(self._model)):
-            if old in divided:
-                self._undo.append(lambda m=module, n=leaf, p=old: m._parameters.update({n: p}))  # type: ignore[misc]
-                module._parameters[leaf] = divided[old]
-
-
 def _on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return values where they are, else as much memory."""
     return torch.empty(values.shape, device=device) if values.is_meta else values.to(device)
-
-
-def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in model.modules():
-        for leaf in module._parameters:
-            parameter = dict.get(module._parameters, leaf)  # ZeRO-3's own dictionary gathers what is asked of it
-            if parameter is not None:
-                yield module, leaf, parameter
 
 
 def _trained_by_group(zero: Any) -> list[list[nn.Parameter]]:

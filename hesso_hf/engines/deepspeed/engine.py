@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DynamoBackend
 from torch import nn
 from torch.optim import Optimizer
@@ -15,16 +16,20 @@ from transformers import PreTrainedModel
 from ...config import HessoConfig
 from ...distributed.collectives import from_all
 from ...distributed.parts import named_parameters
-from ...errors import CheckpointMismatchError, HessoError
+from ...errors import HessoError
 from ...export.decision import NOTHING_CUT, Compaction, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
 from ...pruning.compaction import why_not_compact
+from ...pruning.process import PruningProcess
 from ...structures.cut import device_with_room
-from ..engine import Engine, Run, refuse_where_divided, write_divided
+from ...structures.groups import KeptUnits
+from ..engine import Engine, refuse_where_divided, write_divided
+from ..run import Run
 from .compaction import compact, why_not_exchange
 from .export import ZeroSource, loading_whole
 from .holdings import divide_frozen
+from .in_place import shrink_divided
 from .state import (
     check_trained,
     check_zero_state,
@@ -66,6 +71,20 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
         engine = self.accelerator.deepspeed_engine_wrapped.engine
         return compact(run.model, engine, self.made_steps, self.accelerator._optimizers)
 
+    def shrink(
+        self,
+        model: PreTrainedModel,
+        process: PruningProcess,
+        base: Optimizer | None,
+        compaction: Compaction,
+        kept: KeptUnits,
+    ) -> None:
+        """Make it as small where it lies: whole, or divided while it was loaded."""
+        if why_divided(model):
+            shrink_divided(model, process, compaction, kept)
+        else:
+            super().shrink(model, process, base, compaction, kept)
+
     def prepare(self, run: Run, plain: Callable[[], Any]) -> Any:
         """Make the pruning state while the model may still be whole, and put it on the masters when there are some."""
         universal = reads_universal(self._settings)
@@ -73,7 +92,6 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
             check_zero_state(run.resume_from, self._stage, universal)
         process = run.new_process()
         if run.compacting.is_due:
-            check_whole(run)
             run.compacting.to_resume(process, None)
         if run.resume_from is not None and universal:
             check_trained(process.bound.parameters, run.resume_from)
@@ -96,7 +114,9 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
 
         ZeRO-3 may have sharded it already, or only all processes together hold it: it doesn't compute then.
         """
-        found = from_all(self._hindrance(model))  # on one process a GPU may be fuller than on the others
+        found = from_all(
+            why_not_computing(model, self.args.device)
+        )  # on one process a GPU may be fuller than on the others
         if hindrance := next(filter(None, found), ""):
             yield hindrance
             return
@@ -106,15 +126,6 @@ class DeepSpeedEngine(Engine[ZeroSteps]):
             yield ""
         finally:
             model.to(place)  # type: ignore[arg-type]
-
-    def _hindrance(self, model: PreTrainedModel) -> str:
-        """Return why the model can't compute by itself on this process, "" where it can."""
-        if divided := why_divided(model):
-            return divided
-        device, size = self.args.device, sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
-        if device_with_room(device, size if model.device == device else 2 * size) != device:
-            return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
-        return ""
 
     def save(self, run: Run, folder: Path) -> None:
         """Write the pruning state beside DeepSpeed's checkpoint."""
@@ -158,17 +169,14 @@ def why_divided(model: PreTrainedModel) -> str:
     return ""
 
 
-def check_whole(run: Run) -> None:
-    """Refuse to make a model smaller that is divided already.
-
-    Raises:
-        CheckpointMismatchError: with the remedy.
-    """
-    if hindrance := next(filter(None, from_all(why_divided(run.model))), ""):
-        raise CheckpointMismatchError(
-            f"the model in {run.resume_from} is the smaller one already, and the one that is to become as small can't "
-            f"be cut: {hindrance}"
-        )
+def why_not_computing(model: PreTrainedModel, device: torch.device) -> str:
+    """Return why a model can't compute by itself on this process, "" where it can."""
+    if divided := why_divided(model):
+        return divided
+    size = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    if device_with_room(device, size if model.device == device else 2 * size) != device:
+        return f"the model and its gradients ({2 * size / 1e9:.1f} GB) don't fit {device} (use FSDP2)"
+    return ""
 
 
 def refuse_zero(engine_config: Mapping[str, Any], config: HessoConfig) -> None:

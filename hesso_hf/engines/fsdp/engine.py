@@ -19,7 +19,8 @@ from ...export.decision import NOTHING_CUT, Compaction, Decision
 from ...export.report import PruningReport
 from ...export.write import Output, write_uncut
 from ...pruning.compaction import why_not_compact
-from ..engine import PlainEngine, Run, refuse_where_divided, write_divided
+from ..engine import PlainEngine, refuse_where_divided, write_divided
+from ..run import Run
 from .compaction import OPTIMIZERS, compact, why_not_exchange
 from .export import ShardedSource, Writers
 from .state import load_pruning_state, save_pruning_state
