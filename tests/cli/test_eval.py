@@ -155,6 +155,18 @@ def test_a_line_on_stderr_says_which_stage_runs(
     assert "hesso-hf: " not in capsys.readouterr().err
 
 
+def test_pairs_are_not_joined_and_messages_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "Why?", "completion": " So."}))
+    assert main(["eval", "small", "--dataset", str(rows), "--joined"]) == 2
+    assert "has `prompt` and `completion`, and text alone is read here" in capsys.readouterr().err
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "Why?"}]}))
+    assert main(["eval", "small", "--dataset", str(rows)]) == 2
+    assert "the tokenizer of the model no chat template: name a file with one by `chat_template`" in (
+        capsys.readouterr().err
+    )
+
+
 def test_one_model_has_its_measures_at_the_top(capsys: pytest.CaptureFixture[str]) -> None:
     found = result(["bundled", *SHORT, "--dtype", "float32", "--device", "cpu"], capsys)
     assert found["tokens"] > 0

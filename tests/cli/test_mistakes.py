@@ -79,7 +79,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
             ("plan", [], r"no model config found at 'models/nowhere': no such folder exists.*check the path"),
             ("eval", ["--dataset", "text.jsonl"], r"'models/nowhere': no such folder exists.*check the path"),
             ("export", ["out"], r"`checkpoint` \('models/nowhere'\) is no folder; give a checkpoint-\*"),
-            ("report", [], r"models/nowhere has no pruning_report.json"),
+            ("report", [], r"`RUN` \('models/nowhere'\): there is no such folder; give that of"),
         )
     },
     "prune of a path that doesn't exist": (
@@ -148,9 +148,6 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         [*RUN, "--dataset", "python-docs", "--packing", "false"], r"`packing` \(False\): python-docs is cut into bloc",
     ),
     "no example to evaluate on": ([*RUN, "--max_eval_examples", "0"], r"`max_eval_examples` \(0\) must be at least 1"),
-    "conversations where text is compared": (
-        ["eval", "model", "--dataset", "chat.jsonl"], r"'chat.jsonl'\) has `messages`, and text alone is read here",
-    ),
     # flags and recipes
     "a flag misspelt": ([*RUN, "--learning_rat", "1"], r"unknown flag '--learning_rat' \(did you mean 'learning_rate'"),
     "an own flag misspelt": ([*RUN, "--prunning_ratio", "1"], r"'--prunning_ratio' \(did you mean 'pruning_ratio'\?"),
