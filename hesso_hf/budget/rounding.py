@@ -1,4 +1,4 @@
-"""Rounding: which numbers of units per layer may keep."""
+"""Rounding: how many units a layer may keep."""
 
 from __future__ import annotations
 

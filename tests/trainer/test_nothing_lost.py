@@ -231,32 +231,33 @@ class FullAfter(TrainerCallback):
         self._disk.__enter__()
 
 
-def test_on_a_full_disk_a_checkpoint_names_the_one_to_go_on_from(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
-    disk, run = full_disk(), trainer(tmp_path, **options)
+def second_checkpoint_unwritten(run: Any) -> StorageError:
+    """Train until the second checkpoint, for which there is no room, and return what is said of it."""
+    disk = full_disk()
     run.add_callback(FullAfter(disk))
     try:
         with pytest.raises(StorageError) as caught:
             run.train()
     finally:
         disk.__exit__(None, None, None)
-    assert f") can't be written in '{tmp_path / 'checkpoint-4'}', where there is room for" in str(caught.value)
-    assert f"Make room, then: `resume_from_checkpoint='{tmp_path / 'checkpoint-2'}'`" in str(caught.value)
-    assert "Pruning is over" not in str(caught.value), "it needs six steps"
+    return caught.value
+
+
+def test_on_a_full_disk_a_checkpoint_names_the_one_to_go_on_from(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    error = second_checkpoint_unwritten(trainer(tmp_path, **options))
+    assert f") can't be written in '{tmp_path / 'checkpoint-4'}', where there is room for" in str(error)
+    assert f"Make room, then: `resume_from_checkpoint='{tmp_path / 'checkpoint-2'}'`" in str(error)
+    assert "Pruning is over" not in str(error), "it needs six steps"
     again = trainer(tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 8
 
 
 def test_on_a_full_disk_after_pruning_a_checkpoint_names_the_smaller_model_that_there_is(tmp_path: Path) -> None:
-    disk, run = full_disk(), trainer(tmp_path, save_strategy="steps", save_steps=7, max_steps=16)
-    run.add_callback(FullAfter(disk))
-    try:
-        with pytest.raises(StorageError) as caught:
-            run.train()
-    finally:
-        disk.__exit__(None, None, None)
-    assert f"{saving.HELD_ON_THE_WAY}. `hesso-hf export {tmp_path / 'checkpoint-7'} FOLDER` writes" in str(caught.value)
-    assert caught.value.in_memory == saving.HELD_ON_THE_WAY
+    run = trainer(tmp_path, save_strategy="steps", save_steps=7, max_steps=16)
+    error = second_checkpoint_unwritten(run)
+    assert f"{saving.HELD_ON_THE_WAY}. `hesso-hf export {tmp_path / 'checkpoint-7'} FOLDER` writes" in str(error)
+    assert error.in_memory == saving.HELD_ON_THE_WAY
     run.save_model(str(tmp_path / "small"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.intermediate_size == 28
