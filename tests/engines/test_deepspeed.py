@@ -87,7 +87,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 WARMUP: dict[str, Any] = {
     "type": "WarmupLR",
-    "params": {"warmup_min_lr": 0, "warmup_max_lr": 2e-3, "warmup_num_steps": 4},
+    "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
 }
 
 
