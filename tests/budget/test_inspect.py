@@ -9,10 +9,13 @@ import pytest
 from transformers import (
     CLIPVisionConfig,
     FalconConfig,
+    GemmaConfig,
     GPT2Config,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PaliGemmaConfig,
     PretrainedConfig,
+    SiglipVisionConfig,
 )
 
 from hesso_hf.budget.inspect import Inspection, inspect_model
@@ -69,6 +72,23 @@ def test_a_width_that_images_are_brought_into_stays():
     assert found[STREAM].status == "refused"
     assert "text alone doesn't reach model.multi_modal_projector" in found[STREAM].reason
     assert found["mixer_channels"].status == "not_applicable"
+    assert {found[name].status for name in (HEADS, MLP)} == {"proved"}
+
+
+def test_a_width_that_images_are_brought_into_stays_where_their_projector_has_a_size_of_its_own():
+    """No axis of it moves with the hidden state's size, and cut to another one the model couldn't read an image."""
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    text = GemmaConfig(
+        vocab_size=99, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10,
+    )  # fmt: skip
+    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=40, image_token_index=98)
+    config.architectures = ["PaliGemmaForConditionalGeneration"]
+    found = inspect_model(config).structures
+    assert found[STREAM].status == "refused"
+    assert "text alone doesn't reach model.vision_tower" in found[STREAM].reason
     assert {found[name].status for name in (HEADS, MLP)} == {"proved"}
 
 

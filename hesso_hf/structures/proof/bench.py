@@ -62,10 +62,12 @@ class Bench:
     def check_reached(self, axes: list[AxisName]) -> None:
         """Refuse axes of what brings images or sound into the stream: no text shows what becomes of that.
 
+        It may be none of these axes, where its size is a config value of its own (PaliGemma's `projection_dim`).
+
         Raises:
             UnsupportedStructureError: naming the first matrix outside all layers that text doesn't reach.
         """
-        for name, dim in axes:
+        for name, dim in [*axes, *((name, 0) for name in self.axis_map.parameters)]:
             info = self.axis_map.parameters[name]
             if not info.layer and len(info.shape) > 1 and bool(self.gradients.dead[name, dim].all()):
                 raise UnsupportedStructureError(
