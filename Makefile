@@ -10,6 +10,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGE := $(VENV)/.package
 STAMP := $(VENV)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PIP_DOWNLOAD := -m pip download --quiet --disable-pip-version-check
@@ -37,16 +38,21 @@ help: ## list the targets
 	@echo "Variables: ARGS='...' is passed on to the command, WORKERS=$(WORKERS) test processes, PYTHON=$(PYTHON),"
 	@echo "PAGES=$(PAGES) for report-look."
 
-$(STAMP): pyproject.toml constraints.txt
+$(PACKAGE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed for constraints.txt; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11" if v < (3, 11) else 0)'
 	@echo "Setting up $(VENV): a few minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) -e '.[plots]'
+	@touch $@
+
+$(STAMP): $(PACKAGE)
+	@echo "Adding the development tools"
 	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
 	@touch $@
 
 setup: $(STAMP) ## make .venv with the package and the development tools
 
-quickstart: $(STAMP) ## prune the bundled model, end to end
+quickstart: $(PACKAGE) ## prune the bundled model, end to end
 	$(BIN)/hesso-hf quickstart $(ARGS)
 
 test: $(STAMP) ## the default tests

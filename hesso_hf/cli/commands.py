@@ -89,9 +89,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="of one GPU (GB: 1e9 bytes)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="number of GPUs in a node")
-    parser.add_argument(
-        "--host-memory", type=float, help="main memory of one node (GB); by default as much as is needed"
-    )
+    parser.add_argument("--host-memory", type=float, help="main memory of a node (GB); default: as is needed")
     parser.add_argument("--batch-size", type=int, default=1, help="examples in one GPU's micro-batch")
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens in one example")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed again")
@@ -206,27 +204,25 @@ def eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", metavar="MODEL", help="folder or Hub id; the others compare with the first"
     )
-    parser.add_argument("--dataset", help="text, messages or prompts, as for prune; wikitext2 is --joined")
-    parser.add_argument("--dataset-config", help="name of a configuration of a Hub data set")
-    parser.add_argument(
-        "--joined", action="store_true", help="as WikiText is read: all text joined by blank lines, in windows of 2048"
-    )
+    parser.add_argument("--dataset", help="text, messages or prompts; wikitext2 is --joined")
+    parser.add_argument("--dataset-config", metavar="NAME", help="of a configuration of a Hub data set")
+    parser.add_argument("--joined", action="store_true", help="text joined by blank lines, in windows of 2048")
     parser.add_argument("--split", help="default: test, or all of a file")
     parser.add_argument("--text-column", default="text", help="column with text or messages")
-    parser.add_argument("--chat-template", help="file with one (Jinja), for messages")
-    parser.add_argument("--block-size", type=int, help="tokens; default: 256 (joined: 2048), or the shortest context")
-    parser.add_argument("--tasks", help="comma-separated lm-eval tasks; paper: the seven that the paper reports")
-    parser.add_argument("--num-fewshot", type=int, help="examples in a task's prompt; default: the task's own number")
+    parser.add_argument("--chat-template", metavar="FILE", help="with one (Jinja), for messages")
+    parser.add_argument("--block-size", type=int, help="tokens; default: 256 (joined: 2048), or the context")
+    parser.add_argument("--tasks", help="lm-eval tasks, by commas; paper: the paper's seven")
+    parser.add_argument("--num-fewshot", type=int, help="in a task's prompt; default: the task's own number")
     parser.add_argument("--include-path", help="folder with further lm-eval task files")
     parser.add_argument("--limit", type=int, help="examples at most, of the data and of each task")
     parser.add_argument("--batch-size", type=int, default=8, help="examples in a forward pass")
-    parser.add_argument("--new-tokens", type=int, default=32, help="written to measure generation; 0: it isn't")
+    parser.add_argument("--new-tokens", type=int, default=32, help="generated to measure speed; 0: none")
     parser.add_argument("--no-speed", action="store_true", help="leave speed out, which takes long on a CPU")
-    parser.add_argument("--device", help="such as cpu or cuda:1; default: cuda where there is one, else cpu")
+    parser.add_argument("--device", help="cpu, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help=MEASURED_IN)
     parser.add_argument("--trust-remote-code", action="store_true", help=OWN_CODE)
-    parser.add_argument("--output", help="write the results there too: .json, .md, or a picture, .svg or .png")
-    parser.add_argument("--card", action="store_true", help="write them into smaller models' cards, pages and reports")
+    parser.add_argument("--output", help="a file for the results: .json, .md, .svg or .png")
+    parser.add_argument("--card", action="store_true", help="write them into smaller models' cards and pages")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -374,11 +374,9 @@ def bars_of(axes: Any) -> list[Any]:
     return [found for found in axes.containers if isinstance(found, BarContainer)]
 
 
-@pytest.mark.slow
 def test_the_real_lm_eval_asks_a_task_of_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval")
     (tmp_path / "own.jsonl").write_text('{"question": "The sky is", "choices": ["blue", "a pipe"], "answer": 0}\n' * 3)
     (tmp_path / "own.yaml").write_text(
         f"task: own_choice\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'own.jsonl'}}}}}\n"

@@ -96,7 +96,7 @@ def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     out = capsys.readouterr().out
     assert "usage" in out
-    assert len(out.splitlines()) <= 50, "it fits a screen"
+    assert len(out.splitlines()) <= 40, "it fits a screen"
 
 
 def test_the_help_of_prune_has_what_most_runs_need_and_help_all_has_all(capsys: pytest.CaptureFixture[str]) -> None:
