@@ -29,7 +29,7 @@ LOOK := .venv-look
 ENGINES := .venv-engines
 PAGES ?= quickstart/hesso/report.html
 
-.PHONY: help setup quickstart test test-slow test-newest test-floor test-engines coverage lint format docs report-look wheel-test bench gpu picture survey clean
+.PHONY: help setup quickstart test test-slow test-newest test-floor test-engines coverage lint format docs report-look wheel-test bench gpu notebooks picture survey clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 13
@@ -139,6 +139,9 @@ bench: $(STAMP) ## benchmarks/quality.py, whose results are committed under benc
 
 gpu: $(STAMP) ## all that needs a GPU, in parts of at most 9 minutes; a second call goes on (benchmarks/gpu.py)
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/gpu.py $(ARGS)
+
+notebooks: $(STAMP) ## run the notebooks and keep their outputs, about 10 minutes
+	$(BIN)/python .ci/notebooks.py $(ARGS)
 
 picture: $(STAMP) ## docs/quality.svg, of what benchmarks/quality.py measured
 	$(BIN)/python benchmarks/picture.py $(ARGS)

@@ -23,7 +23,7 @@ def train(trainer: Any, resume: str | bool | None) -> StorageError | None:
     """Train; return why a checkpoint couldn't be written, where there is a smaller model to save all the same.
 
     Raises:
-        StorageError: before pruning is over, and among several processes, of which the others wait elsewhere.
+        StorageError: before pruning is over, and under FSDP and DeepSpeed, where the other processes wait elsewhere.
     """
     from transformers import ProgressCallback
 
@@ -33,7 +33,8 @@ def train(trainer: Any, resume: str | bool | None) -> StorageError | None:
         trainer.train(resume_from_checkpoint=resume)
     except StorageError as error:
         steps = trainer.hesso_optimizer
-        if world_size() > 1 or steps is None or not steps.process.finished:
+        alone = world_size() > 1 and not (trainer.hesso_engine.keeps_whole and error.in_memory)
+        if alone or steps is None or not steps.process.finished:
             raise
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback):  # whose bar would stay, and stand before what is printed
@@ -53,18 +54,22 @@ def save(trainer: Any, output: Path, unwritten: StorageError | None) -> None:
         return
     made, steps = trainer.state.global_step, trainer.state.max_steps
     done = made >= steps
-    print(
-        f"hesso-hf: {unwritten.__cause__ if done else told(unwritten, 'the smaller model is saved as it is now')}",
-        file=sys.stderr,
-    )
+    _say(trainer, str(unwritten.__cause__) if done else told(unwritten, "the smaller model is saved as it is now"))
     target = output if done else output.with_name(f"{output.name}-of-step-{made}")
-    _remove_half_written(trainer, target)
+    if trainer.is_world_process_zero():
+        _remove_half_written(trainer, target)
     if done:
         _take_best(trainer)
     _save_until_there_is_room(trainer, target)
     if not done:
         raise StorageError(f"training ended after step {made} of {steps}; the smaller model of it is saved in {target}")
-    print(f"hesso-hf: training was over: the smaller model is saved in {target}", file=sys.stderr)
+    _say(trainer, f"training was over: the smaller model is saved in {target}")
+
+
+def _say(trainer: Any, message: str) -> None:
+    """Print a message beside what the run prints, once."""
+    if trainer.is_world_process_zero():
+        print(f"hesso-hf: {message}", file=sys.stderr)
 
 
 def _save_until_there_is_room(trainer: Any, output: Path) -> None:

@@ -8,6 +8,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -72,16 +73,23 @@ def checkpoint_bytes(model: PreTrainedModel) -> int:
 
 
 @contextlib.contextmanager
-def writing_checkpoint(folder: Path, model: PreTrainedModel, process: PruningProcess) -> Iterator[None]:
+def writing_checkpoint(folder: Path, run: PruningRun, together: AbstractContextManager[None]) -> Iterator[None]:
     """Have a checkpoint say that it is dense; say where it can't be written, and what there is to go on from.
+
+    Args:
+        together: what tells the other processes of a failure.
 
     Raises:
         StorageError: naming the folder, the need, the room and the last whole checkpoint; after pruning also that the
             smaller model can be saved.
     """
+    model, process = run.model, run.process
     try:
-        with without_bars(), writing("the checkpoint", folder, checkpoint_bytes(model)), marked_dense(model, process):
-            yield  # without Transformers' bars, which would break the line of progress
+        with (
+            without_bars(),  # Transformers', which would break the line of progress
+            together, writing("the checkpoint", folder, checkpoint_bytes(model)), marked_dense(model, process),
+        ):  # fmt: skip
+            yield
     except StorageError as error:
         last = last_checkpoint(folder.parent)
         going_on = f"`resume_from_checkpoint={str(last)!r}`" if last else "there is no earlier checkpoint to go on from"

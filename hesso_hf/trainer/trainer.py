@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..config import HessoConfig
 from ..config.files import REPORT_NAME
-from ..distributed.collectives import barrier
+from ..distributed.together import Together
 from ..engines.engine import Engine, Steps
 from ..errors import TrainingDivergedError
 from ..export.checkpoint_state import check_resumable, last_checkpoint, load_converted_
@@ -85,7 +85,7 @@ class HessoMixin(_TrainerBase):
         self.hesso_config = checked_config(super().__init__, hesso_config, args, kwargs)
         self.pruning_report: PruningReport | None = None
         self.told_to_stop = False
-        self._saving_checkpoint = False
+        self._checkpoint = Together()
         if peft_config is not None:
             args, kwargs = with_adapter(peft_config, super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
@@ -223,8 +223,9 @@ class HessoMixin(_TrainerBase):
             VerificationError: where the smaller model doesn't reproduce the trained one, which is saved beside it then.
         """
         plain = super().save_model
-        if self._saving_checkpoint:
-            return plain(output_dir, _internal_call=_internal_call)
+        if self._checkpoint.underway:
+            plain(output_dir, _internal_call=_internal_call)
+            return self._checkpoint.meet()
         target = Path(output_dir or self.args.output_dir or "")
         check_not_base(target, self.hesso_run.base_folder, self.hesso_config)
         steps = self.hesso_engine.steps
@@ -248,22 +249,18 @@ class HessoMixin(_TrainerBase):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a resumable checkpoint with the pruning state beside it."""
-        self._saving_checkpoint = True
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            with writing_checkpoint(folder, self.hesso_run.model, self._process):
-                if self.args.should_save:
-                    write_beside(folder, self.hesso_run, self.hesso_config)
-                barrier()  # nobody writes before what was there is gone
-                self.hesso_engine.save(self.hesso_run, folder)
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
+        with writing_checkpoint(folder, self.hesso_run, self._checkpoint.doing(self.hesso_engine.keeps_whole)):
+            if self.args.should_save:
+                write_beside(folder, self.hesso_run, self.hesso_config)
+            self._checkpoint.meet()  # nobody writes before what was there is gone
+            self.hesso_engine.save(self.hesso_run, folder)
+            super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save every process' random state before the file that says that the checkpoint is whole."""
         super()._save_rng_state(output_dir)
-        barrier()
+        self._checkpoint.meet()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.hesso_run.compacting.is_due:
@@ -333,7 +330,7 @@ class HessoMixin(_TrainerBase):
             return
         if self.args.hub_strategy == "end":
             return
-        self._saving_checkpoint = False
+        self._checkpoint.underway = False
         self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
         if self.is_world_process_zero():
             upload_on_the_way(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from hesso_hf import HessoTrainer
 from hesso_hf.cli import finishing
 from hesso_hf.cli.main import main
 from hesso_hf.errors import StorageError
+from tests.support import ROOT, forks
 from tests.support.disk import full_disk
 
 ROOM = 1_000_000  # bytes in a file: the model has 628 kB, the optimizer's state twice that
@@ -102,6 +104,38 @@ def test_the_best_checkpoint_is_what_is_saved_where_it_is_asked_for(
     flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end", "true"]
     assert main([*inputs, *flags, "--output_dir", str(tmp_path / "run")]) == 0
     assert loaded == [str(tmp_path / "run" / "checkpoint-5")]
+
+
+_ONE_OF_TWO = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from contextlib import nullcontext
+import torch
+torch.set_num_threads(1)
+from hesso_hf.cli.main import main
+from tests.support import ROOT, forks
+from tests.support.disk import full_disk
+with full_disk(int(sys.argv[2])) if os.environ["RANK"] == "0" else nullcontext():
+    code = main(json.loads(sys.argv[3]))
+print(f"CODE {code}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("save_steps", [6, 2])
+def test_of_two_processes_the_one_that_writes_tells_the_other(
+    save_steps: int, inputs: list[str], tmp_path: Path
+) -> None:
+    """The last checkpoint, after which both save the smaller model; one before pruning is over, which ends both."""
+    flags = [*inputs, "--save_steps", str(save_steps), "--output_dir", str(tmp_path / "run")]
+    done = forks.run(_ONE_OF_TWO, str(ROOT), str(ROOM), json.dumps(flags), processes=2)
+    saved = tmp_path / "run" / "small"
+    assert done.stdout.count(f"CODE {0 if save_steps == 6 else 2}") == 2, done.stderr[-2000:]
+    if save_steps == 6:
+        assert done.stderr.count(f"hesso-hf: training was over: the smaller model is saved in {saved}") == 1
+        assert AutoModelForCausalLM.from_pretrained(saved).config.intermediate_size == 28
+    else:
+        assert "there is no earlier checkpoint to go on from" in done.stderr
+        assert not saved.exists()
 
 
 @pytest.fixture

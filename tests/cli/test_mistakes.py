@@ -1,7 +1,8 @@
 """Mistakes as new users make them: each is answered before work is lost, by one message that names what to change.
 
-Those that need more than a line are tried elsewhere: full disks, the base's folder and `model.save_pretrained` in
-`trainer/test_nothing_lost.py`, a vision tower in `pruning/test_plan.py`, TRL's trainers in `trainer/test_trl_trainers.py`.
+Those that need more than a line are tried elsewhere: full disks in `test_full_disk.py`, the base's folder and
+`model.save_pretrained` in `trainer/test_nothing_lost.py`, a vision tower in `pruning/test_plan.py`, TRL's trainers in
+`trainer/test_trl_trainers.py`.
 """
 
 from __future__ import annotations
