@@ -371,7 +371,12 @@ def ladder(result: dict[str, Any]) -> str:
     return _table(header, rows) + "\n\n" + _wrap(note)
 
 
-SPEEDS = {"parameters": "parameters", "forward": "reads", "first_token": "first token"}
+SPEEDS = {
+    "parameters": "parameters",
+    "budgeted": "reads, as budgeted",
+    "forward": "reads",
+    "first_token": "first token",
+}
 
 
 def speed(result: dict[str, Any]) -> str:
@@ -383,10 +388,10 @@ def speed(result: dict[str, Any]) -> str:
     note = (
         f"Times as fast as the dense model of {dense[1]['parameters'] / 1e6:.0f} million parameters, and times "
         f"smaller: {result['model']} in {result['dtype']} on a {result['device'].upper()} with {result['threads']} "
-        f"threads. It reads {result['prompt']} tokens; it writes {result['new_tokens']} after "
-        f"{result['written_prompt']}. Medians of {result['repeats']} turns. Sizes of an even split: in the multiples "
-        'that the library takes by itself, any size, and those of `budget_metric="latency"`, whose share is that of '
-        "the matrix products' time."
+        f"threads. It reads {result['budgeted']} tokens as budgeted, then {result['prompt']}; it writes "
+        f"{result['new_tokens']} after {result['written_prompt']}. Medians of {result['repeats']} turns. Sizes of an "
+        "even split: in the multiples that the library takes by itself, any size, and those of "
+        '`budget_metric="latency"`, whose share is that of the time as budgeted.'
     )
     return _table(["", *columns.values()], rows) + "\n\n" + _wrap(note)
 

@@ -1,4 +1,4 @@
-"""Latency budget: the forward time of the matrix products, from a table of shapes timed on the device."""
+"""Latency budget: the time of a forward pass, from a table of matrix products timed on the device, and the rest."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from .cost import Counts, Factor, length_of, moving_sizes
 
 _POINTS = 4  # sizes timed along each axis
 _REPEATS = 5
+_LEAST_BESIDE = -0.9  # of the products: a price stays above zero
 _FIXED = ""  # the structure of a length that doesn't shrink
 
 
 @dataclass
 class LatencyTable:
-    """Forward milliseconds of all matrix products for `tokens` tokens, bilinear between timed shapes.
+    """Forward milliseconds for `tokens` tokens: all matrix products, bilinear between timed shapes, and what is beside.
 
     Attributes:
         products: (number of equal products, output side, input side).
@@ -35,11 +36,21 @@ class LatencyTable:
     pools: dict[str, int]
     device: torch.device
     dtype: torch.dtype
-    tokens: int = 128
+    tokens: int
     timed: dict[tuple[int, int], float] = field(default_factory=dict)
+    beside: float = 0.0  # milliseconds of all that is no matrix product, or less where products take less in a model
 
     def __call__(self, kept: Counts) -> np.ndarray:
         """Price kept units (milliseconds); structures that aren't named stay whole."""
+        return self.beside + self._products(kept)
+
+    def fit(self, kept: Counts, share: float) -> None:
+        """Set what is beside the products so that these units cost this share of the full model."""
+        full, left = float(self._products({})), float(self._products(kept))
+        if left < full and share < 1:
+            self.beside = max(_LEAST_BESIDE * left, (share * full - left) / (1 - share))
+
+    def _products(self, kept: Counts) -> np.ndarray:
         total: np.ndarray = np.zeros(())
         for count, rows, columns in self.products:
             total = total + length_of(count, kept, self.units) * self._interpolate(rows, columns, kept)
@@ -94,8 +105,10 @@ def _place(lengths: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return before, places - before
 
 
-def build_latency(groups: PruningGroups, axis_map: AxisMap, device: torch.device, dtype: torch.dtype) -> LatencyTable:
-    """List a model's matrix products; they are timed when first priced."""
+def build_latency(
+    groups: PruningGroups, axis_map: AxisMap, device: torch.device, dtype: torch.dtype, tokens: int
+) -> LatencyTable:
+    """List a model's matrix products; they are timed when first priced, of as many tokens."""
     moving = moving_sizes(groups)
     tied = not any(info.role == "output" for info in axis_map.parameters.values())
     counts: defaultdict[tuple[bool, Factor, Factor], int] = defaultdict(int)
@@ -114,4 +127,4 @@ def build_latency(groups: PruningGroups, axis_map: AxisMap, device: torch.device
     ]
     units = {name: structure.num_units for name, structure in groups.structures.items()}
     pools = {name: structure.pools for name, structure in groups.structures.items()}
-    return LatencyTable(products, units, pools, device, dtype)
+    return LatencyTable(products, units, pools, device, dtype, tokens)

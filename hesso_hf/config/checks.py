@@ -229,6 +229,8 @@ def _check_idle(config: HessoConfig) -> None:
     """Refuse choices that would have no effect."""
     alpha = "with `distillation_alpha` (0); set that too, to 0.9 for example"
     idle: dict[str, str] = {}
+    if config.budget_metric != "latency":
+        idle["latency_tokens"] = f"with `budget_metric` ({config.budget_metric!r}); set that too, to 'latency'"
     if not config.rungs:
         idle["ladder_recovery"] = "without `export_at`"
     if not config.reads_examples:

@@ -50,6 +50,9 @@ class HessoConfig:
     budget_metric: str = _option(
         "parameters", "What pruning_ratio is a share of: parameters, flops, memory or latency."
     )
+    latency_tokens: int = _option(
+        128, "Tokens of the forward pass that is timed for a budget of latency; 1 is a step of writing."
+    )
     export_at: list | str | None = _option(
         None,
         "Shares below pruning_ratio at which a model is saved on the way, as `rung-SHARE` in output_dir.",

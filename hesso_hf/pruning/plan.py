@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
+from ..budget.forward_time import ForwardTimes, solve_by_time
 from ..budget.ladder import solve_ladder
-from ..budget.latency import build_latency
-from ..budget.solver import PriceFunction, TargetSizes
+from ..budget.latency import LatencyTable, build_latency
+from ..budget.solver import LossFunction, PriceFunction, TargetSizes
 from ..config import HessoConfig, structures_around
 from ..config.checks import refuse_what_trainers_do
 from ..distributed.parts import full_shape, named_parameters, stock_class
@@ -99,10 +100,11 @@ class PruningPlan:
         if config.budget_metric == "latency":
             exported = getattr(torch, config.export_dtype) if config.export_dtype else None
             timed_in = exported or dtype or checked.dtype
-            price = build_latency(groups, axis_map, device or checked.device, timed_in)
+            where = device or checked.device
+            price = build_latency(groups, axis_map, where, timed_in, config.latency_tokens)
         elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
-        target, *rungs = solve_ladder(config, checked.config, groups, parameters, price)
+        target, *rungs = _solved(config, checked, groups, parameters, price)
         if not lora_layers(checked):  # else frozen weights get a gradient where one is needed
             check_gradients(checked, groups, config)
         for whole in untouched_models(checked, groups):
@@ -134,8 +136,8 @@ class PruningPlan:
             self.curves = curves
             units = {name: structure.num_units for name, structure in self.groups.structures.items()}
             loss = curves.loss(units)
-            self.target, *rungs = solve_ladder(  # `prepare` has warned
-                self.config, self.model.config, self.groups, self.parameters, self.price, loss, warns=False
+            self.target, *rungs = _solved(  # `prepare` has warned
+                self.config, self.model, self.groups, self.parameters, self.price, loss, warns=False
             )
             self.rungs = tuple(rungs)
             self.check_target()
@@ -195,6 +197,26 @@ class PruningPlan:
         )
         in_training.begin(self.model, process.decision)
         return process
+
+
+def _solved(
+    config: HessoConfig,
+    model: PreTrainedModel,
+    groups: PruningGroups,
+    parameters: Cost,
+    price: PriceFunction | None,
+    loss: LossFunction | None = None,
+    warns: bool = True,
+) -> list[TargetSizes]:
+    """Find the sizes, a budget of latency by timing whole models where all layers are alike."""
+
+    def solve(first: bool) -> list[TargetSizes]:
+        return solve_ladder(config, model.config, groups, parameters, price, loss, warns and first)
+
+    if not isinstance(price, LatencyTable) or config.layer_widths == "per_layer" or price.device.type == "meta":
+        return solve(True)
+    times = ForwardTimes(stock_class(model), model.config, price.device, price.dtype, price.tokens, warns)
+    return solve_by_time(solve, price, times, config.pruning_ratio)
 
 
 def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:

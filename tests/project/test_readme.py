@@ -235,7 +235,7 @@ def test_families_of_the_documents_are_tested() -> None:
 
 
 def test_tolerance_of_the_documents_is_that_of_the_code() -> None:
-    from hesso_hf.budget import cost, latency
+    from hesso_hf.budget import cost, forward_time
     from hesso_hf.budget import solver as budget
     from hesso_hf.export import verify
 
@@ -246,7 +246,8 @@ def test_tolerance_of_the_documents_is_that_of_the_code() -> None:
     assert f"more than {budget.MEETS:.0%} of the model is warned" in text
     assert f"more than {budget.UNREACHABLE:.0%} is an error" in text
     assert f"attention over {cost.CONTEXT} tokens" in text
-    assert f"matrix products for {latency.LatencyTable.tokens} tokens" in text
+    assert f"`latency_tokens` ({HessoConfig(0.5).latency_tokens}) tokens" in text
+    assert f"within {forward_time.NEAR:.0%} of the model's, or the nearest of {forward_time.MOST_LOOKS} sizes" in text
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------

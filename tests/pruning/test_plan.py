@@ -180,7 +180,7 @@ def test_quantised_models_are_refused() -> None:
         PruningPlan.prepare(model, HessoConfig(0.3))
 
 
-@pytest.mark.parametrize("metric", ["flops", "memory", "latency"])
+@pytest.mark.parametrize("metric", ["flops", "memory"])
 def test_other_budgets_are_met(metric: str) -> None:
     plan = PruningPlan.prepare(tiny_llama(), HessoConfig(0.3, budget_metric=metric, round_to=1))
     assert plan.target.ratio == pytest.approx(0.3, abs=0.03)

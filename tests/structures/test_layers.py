@@ -395,7 +395,7 @@ def test_costs_of_fewer_layers_are_those_of_a_model_that_has_fewer(metric: str) 
 
 def test_latency_counts_the_products_of_kept_layers() -> None:
     groups, axis_map = proved("llama")
-    table = build_latency(groups, axis_map, torch.device("cpu"), torch.float32)
+    table = build_latency(groups, axis_map, torch.device("cpu"), torch.float32, 128)
     table._time = lambda rows, columns: float(rows * columns)  # type: ignore[method-assign]
     weights = {name: info for name, info in axis_map.parameters.items() if info.role in ("matrix", "output")}
     sizes = {name: np.prod(info.shape) for name, info in weights.items()}
