@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
+from ..compat import build_model
 from ..errors import first_line
 from ..hf_models.build import without_advice
 from ..hf_models.resize import resized_config
@@ -56,10 +57,11 @@ class ForwardTimes:
     def share(self, sizes: dict[str, int]) -> float | None:
         """Return the smaller model's time as a share of the full one's, None where a pass fails."""
         try:
-            if self._full is None:
-                self._full = self._build(self.config)
-            small = self._build(resized_config(self.config, sizes))
-            return self._share(self._full, small)
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):  # a run's own numbers don't depend on how often was looked
+                if self._full is None:
+                    self._full = self._build(self.config)
+                return self._share(self._full, self._build(resized_config(self.config, sizes)))
         except Exception as error:  # memory runs out, or the model reads more than tokens
             if self.warns:
                 logger.warning(
@@ -72,8 +74,7 @@ class ForwardTimes:
     def _build(self, config: PretrainedConfig) -> PreTrainedModel:
         gc.collect()  # the model before it
         with torch.device(self.device), no_init_weights():
-            model: PreTrainedModel = self.model_class(config)
-            model.eval().to(self.dtype)  # type: ignore[arg-type]
+            model = build_model(self.model_class, config, self.dtype).eval()
         model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():

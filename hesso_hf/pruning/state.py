@@ -149,7 +149,7 @@ class PruningState:
         if saved.get("format") != FORMAT:
             found = saved.get("format")
             raise CheckpointMismatchError(f"pruning state of format {found!r}; this version reads {FORMAT}")
-        check_same("target", saved["target"], self.target.to_dict())
+        check_same("target", _decided(saved["target"]), _decided(self.target.to_dict()))
         check_same("config", saved["choices"], self.choices)
         if (saved.get("compaction") is None) != (self.compaction is None):
             raise CheckpointMismatchError(
@@ -204,3 +204,8 @@ def choices_of(config: HessoConfig) -> dict[str, Any]:
     names += [name for name in config.to_dict() if name.startswith("cric") and name != "cric_snapshot"]
     found = {"saliency": config.saliency_weights} | {name: getattr(config, name) for name in names}
     return found if config.cric_way else found | {"cric": False}
+
+
+def _decided(target: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a target decides, without its price: a latency is never timed twice alike."""
+    return {name: value for name, value in target.items() if name not in ("cost_before", "cost_after")}

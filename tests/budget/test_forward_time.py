@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from hesso_hf import HessoConfig
+from hesso_hf import HessoConfig, wrap_optimizer
 from hesso_hf.budget import forward_time
 from hesso_hf.budget.forward_time import ForwardTimes
 from hesso_hf.budget.latency import LatencyTable
@@ -122,6 +122,25 @@ def test_models_are_built_and_timed_in_turns(make: Callable[[], PreTrainedModel]
     inner = "intermediate_size" if make is tiny_llama else "d_ff"
     assert times.share({inner: 20}) == pytest.approx(1 / 3)
     assert passes == [True, False] * 7
+
+
+def test_what_a_run_draws_does_not_depend_on_what_was_timed() -> None:
+    model = tiny_llama()
+    before = torch.get_rng_state()
+    ForwardTimes(type(model), model.config, model.device, torch.float32, 8).share({"intermediate_size": 28})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loop_of_ones_own_goes_on_with_the_same_sizes_timed_anew(by_elements: Any) -> None:
+    states = []
+    for beside in (0.3, 0.31):
+        by_elements(slowed(beside))
+        model = tiny_llama()
+        config = HessoConfig(target_sizes={"intermediate_size": 28}, budget_metric="latency")
+        optimizer = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config, 10)
+        states.append(optimizer.state_dict())
+    optimizer.load_state_dict(states[0])
+    assert optimizer.process.target.cost_after != states[0]["hesso"]["target"]["cost_after"]
 
 
 def test_where_a_pass_fails_the_products_count_and_a_warning_says_why(
