@@ -84,11 +84,12 @@ class ForwardTimes:
     def _share(self, full: PreTrainedModel, small: PreTrainedModel) -> float:
         times: list[tuple[float, float]] = []
         for _ in range(_REPEATS + 1):
-            times.append((self._seconds(full), self._seconds(small)))
+            times.append((self.seconds(full), self.seconds(small)))
         before, after = (min(column) for column in zip(*times[1:], strict=True))  # the least disturbed ones
         return after / before
 
-    def _seconds(self, model: PreTrainedModel) -> float:
+    def seconds(self, model: PreTrainedModel) -> float:
+        """Time one pass of a model (seconds)."""
         vocabulary = get_size(self.config, VOCAB) or 1
         ids = torch.randint(0, vocabulary, (1, self.tokens), device=self.device)
         if self.device.type != "cuda":
