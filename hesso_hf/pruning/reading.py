@@ -32,7 +32,10 @@ from .weights.bound_groups import BoundGroups
 logger = logging.get_logger(__name__)
 
 Look = Callable[[], torch.Tensor | None]
-_NO_ROOM = "beside what training holds there is no room to look at"
+_FAILURES = {
+    torch.OutOfMemoryError: "beside what training holds there is no room to look at",
+    torch.linalg.LinAlgError: "values that aren't finite, or are too large, are read by",  # no factor of X^T X
+}
 _UNHEALED = "units go unhealed there"
 
 
@@ -111,8 +114,8 @@ class ModelReading:
         try:
             with torch.autocast(rows.device.type, enabled=False):  # the whole model was called, which may turn it on
                 return look() if is_main_process() else None
-        except torch.OutOfMemoryError:  # the others go on with the pass, and so must this one
-            self._warn(f"healing: {_NO_ROOM} {reader.name}: {else_}")
+        except tuple(_FAILURES) as error:  # the others go on with the pass, and so must this one
+            self._warn(f"healing: {_FAILURES[type(error)]} {reader.name}: {else_}")
             return None
 
     def _warn(self, message: str) -> None:
@@ -150,11 +153,12 @@ class ModelReading:
         try:
             with _hooked(readers, hook), _looking_at(self._model), bound.passes():
                 _run(self._model, self._batch)
-        except torch.OutOfMemoryError as error:
+        except tuple(_FAILURES) as error:
+            why = _FAILURES[type(error)]
             left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"
             if bound.sharded:  # the others wait for this process
-                raise HessoError(f"`healing`: {_NO_ROOM} {left}; use 'off'") from error
-            self._warn(f"healing: {_NO_ROOM} {left}: {else_}")
+                raise HessoError(f"`healing`: {why} {left}; use 'off'") from error
+            self._warn(f"healing: {why} {left}: {else_}")
         else:
             if missing := [reader.name for reader in readers if reader.name not in called]:
                 of = f"{len(missing)} of {len(readers)} matrices of {type(self._model).__name__}, such as {missing[0]}"

@@ -430,6 +430,23 @@ def test_without_room_what_was_healed_stays_and_the_rest_is_named(
     assert "no room to look at 4 of 4 matrices of LlamaForCausalLM" in caplog.text
 
 
+def test_values_that_are_not_finite_leave_units_unhealed_and_end_no_run(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama(seed=3)
+    ids = tokens()["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[ids[1, 0]] = torch.nan  # one of the examples overflows
+    bound = bound_to(model)
+    marked = none_of(bound)
+    marked[CHANNELS][:, :3] = True
+    healer = Healer(model, tokens())
+    with caplog.at_level(logging.WARNING, "hesso_hf"):
+        found = healer.corrections(bound, marked, none_of(bound))
+        assert healer.costs(bound, none_of(bound)) == {}
+    assert all(bool(piece.isfinite().all()) for pieces in found.values() for piece in pieces)
+    message = "values that aren't finite, or are too large, are read by 4 of 4 matrices of LlamaForCausalLM: gradients"
+    assert message in caplog.text
+
+
 def test_where_processes_share_matrices_one_without_room_goes_on_with_the_pass_or_ends_the_run(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
