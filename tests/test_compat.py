@@ -66,6 +66,7 @@ TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "log": ("logs", "start_time"),
     "push_to_hub": ("commit_message", "blocking", "token", "revision", "kwargs"),
     "save_model": ("output_dir", "_internal_call"),
+    "store_flos": (),
     "train": ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
     "training_step": ("model", "inputs", "num_items_in_batch"),
 }  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -230,10 +230,11 @@ class HessoMixin(_TrainerBase):
         check_not_base(target, self.hesso_run.base_folder, self.hesso_config)
         steps = self.hesso_engine.steps
         if steps is None or not steps.process.finished:
-            dense = functools.partial(plain, output_dir, _internal_call=_internal_call)
+            dense = partial(plain, output_dir, _internal_call=_internal_call)
             return save_dense(self.hesso_engine, self.hesso_run, target, dense)
-        trained = functools.partial(plain, _internal_call=True)
-        self.pruning_report = save_smaller(self.hesso_engine, self.hesso_run, target, trained)
+        self.pruning_report = save_smaller(
+            self.hesso_engine, self.hesso_run, target, partial(plain, _internal_call=True)
+        )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
@@ -256,6 +257,11 @@ class HessoMixin(_TrainerBase):
             self._checkpoint.meet()  # nobody writes before what was there is gone
             self.hesso_engine.save(self.hesso_run, folder)
             super()._save_checkpoint(model, trial)
+
+    def store_flos(self) -> None:
+        """Count the operations of all processes: each comes to that, whatever a subclass wrote before it."""
+        self._checkpoint.meet()
+        super().store_flos()
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save every process' random state before the file that says that the checkpoint is whole."""
@@ -330,8 +336,8 @@ class HessoMixin(_TrainerBase):
             return
         if self.args.hub_strategy == "end":
             return
-        self._checkpoint.underway = False
-        self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
+        with self._checkpoint.paused():
+            self.save_model(_internal_call=True)  # by all processes: they wait for the one that writes
         if self.is_world_process_zero():
             upload_on_the_way(self)
 
