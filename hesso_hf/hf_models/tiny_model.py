@@ -76,9 +76,8 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     Models without an output matrix give their last hidden states; an encoder-decoder reads the ids on both sides. The
     class' forward is called, since mixed-precision training wraps the instance's in autocast.
     """
-    pad = raw_value(model.config.get_text_config(), "pad_token_id")
-    if pad is None and len(input_ids) > 1 and type(model).__name__.endswith("ForSequenceClassification"):
-        return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])  # it can't tell where rows end
+    if len(input_ids) > 1 and reads_single_rows(model):
+        return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])
     inputs: dict[str, Any] = {"input_ids": input_ids, **without_cache(model)}
     if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
         inputs["decoder_input_ids"] = input_ids
@@ -87,6 +86,12 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
         output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
     found = output.get("logits")
     return (found if found is not None else output["last_hidden_state"]).float()
+
+
+def reads_single_rows(model: PreTrainedModel) -> bool:
+    """Whether a model refuses several rows, whose ends it can't tell: a classifier without a padding token."""
+    pad = raw_value(model.config.get_text_config(), "pad_token_id")
+    return pad is None and type(model).__name__.endswith("ForSequenceClassification")
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:

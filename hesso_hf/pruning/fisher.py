@@ -20,9 +20,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..hf_models.tiny_model import reads_single_rows
 from .saliency import float_sums
 
 TOKENS = 1024  # of the gradients of a matrix about so many are kept, of the others the norms
+TOGETHER = 128  # tokens that a pass takes of examples of one length, for short ones cost a pass each otherwise
 DAMPING = 1e-2  # times the mean: what no gradient was seen for is little, not nothing
 
 
@@ -90,15 +92,17 @@ def output_fisher(
     with ExitStack() as hooks:
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_hook(lambda _, __, output, name=name: watch(name, output)))
-        for example in examples:
+        groups = _of_one_length(examples, 0 if reads_single_rows(model) else TOGETHER)
+        for group in groups:
+            ids = torch.cat([examples[index] for index in group])
             for parts in squares.values():
-                parts.append(torch.zeros((), device=example.device))
+                parts.append(torch.zeros((), device=ids.device))
             with _grown_from_embeddings(model) as leaves:
-                logits = getattr(model(input_ids=example, use_cache=False), "logits", None)
-                signs = _signs(example, every, generator) if logits is not None and logits.dim() < 3 else None
+                logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+                signs = _signs(ids, every, generator) if logits is not None and logits.dim() < 3 else None
                 if isinstance(logits, torch.Tensor) and logits.requires_grad:
                     torch.autograd.grad(logits, leaves, _by_drawn_labels(logits, generator), allow_unused=True)
-    norms = {name: torch.cat([part.flatten() for part in squares[name]]).sqrt() for name in modules if rows[name]}
+    norms = {name: _in_order(squares[name], groups).sqrt() for name in modules if rows[name]}
     kept = {name: torch.cat(rows[name]) for name in norms}
     sizes = [torch.stack([kept[name].float().abs().sum(), norms[name].sum()]) for name in norms]
     found = torch.stack(sizes).tolist() if sizes else []  # fetched at once
@@ -106,16 +110,39 @@ def output_fisher(
     return OutputFisher({name: kept[name] for name in seen}, {name: norms[name] for name in seen})
 
 
-def _signs(example: torch.Tensor, every: int, generator: torch.Generator) -> torch.Tensor | None:
-    """Return what adds an example's gradients up to a few, each by a random sign, (n, T): E[S^T S] = n / T.
+def _of_one_length(examples: list[torch.Tensor], tokens: int) -> list[list[int]]:
+    """Group examples of one length, by their places, up to so many tokens; so none is padding."""
+    by_length: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        by_length.setdefault(example.numel(), []).append(index)
+    groups = []
+    for length, places in by_length.items():
+        size = max(1, tokens // length)
+        groups += [places[start : start + size] for start in range(0, len(places), size)]
+    return groups
+
+
+def _in_order(parts: list[torch.Tensor], groups: list[list[int]]) -> torch.Tensor:
+    """Return what was found of the tokens of groups of examples in the examples' order, (N,)."""
+    found: dict[int, torch.Tensor] = {}
+    for part, group in zip(parts, groups, strict=True):
+        if part.dim():
+            found |= zip(group, part.chunk(len(group)), strict=True)
+        else:  # the matrix had none of these tokens
+            found |= dict.fromkeys(group, part[None])
+    return torch.cat([found[index] for index in sorted(found)])
+
+
+def _signs(ids: torch.Tensor, every: int, generator: torch.Generator) -> torch.Tensor | None:
+    """Return what adds examples' gradients up to a few, each by a random sign, (n, N): E[S^T S] = n / N.
 
     Behind an answer to the whole example most of its tokens may have none, and single ones be missed.
     """
     if every == 1:
         return None
-    few = -(-example.numel() // every)
-    drawn = torch.rand(few, example.numel(), generator=generator, device=example.device)
-    return (2 * drawn.round() - 1) / math.sqrt(example.numel())
+    few = -(-ids.numel() // every)
+    drawn = torch.rand(few, ids.numel(), generator=generator, device=ids.device)
+    return (2 * drawn.round() - 1) / math.sqrt(ids.numel())
 
 
 @contextmanager

@@ -192,3 +192,32 @@ def test_behind_an_answer_to_the_whole_example_every_token_is_in_the_sums() -> N
         assert float((information[0] - information[1]).norm() / information[1].norm()) < 0.15, name
     bound = bound_to(model)
     assert Healer(model, batch).costs(bound, none_of(bound))[CHANNELS].isfinite().all()
+
+
+def test_examples_of_one_length_share_a_pass_and_find_what_each_alone_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a gradient that nothing is drawn for, of rows of several lengths in any order."""
+    model, passes = tiny_llama(seed=3).eval(), []
+    ids = tokens(rows=7)["input_ids"]
+    examples = [row[None, : (12, 5, 12, 9, 5, 12, 12)[index]] for index, row in enumerate(ids)]
+    monkeypatch.setattr(fisher, "_by_drawn_labels", lambda logits, _: logits.detach().softmax(-1))
+    model.register_forward_pre_hook(lambda *_, **kwargs: passes.append(1))
+    found = {}
+    for together in (1, 24):
+        monkeypatch.setattr(fisher, "TOGETHER", together)
+        passes.clear()
+        found[together] = output_fisher(model, examples, readers(model))
+        assert len(passes) == (7 if together == 1 else 4), "two and two of twelve, two of five, one of nine"
+    for name, norms in found[1].norms.items():
+        assert float((found[24].norms[name] - norms).abs().max()) < 1e-6 * float(norms.max())
+        alone, shared = (each.rows[name].T @ each.rows[name] for each in (found[1], found[24]))
+        assert float((shared - alone).abs().max()) < 1e-6 * float(alone.abs().max())
+
+
+def test_a_classifier_that_cannot_tell_where_rows_end_reads_them_singly() -> None:
+    config = LlamaConfig(
+        vocab_size=67, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=3, num_labels=5, pad_token_id=None,
+    )  # fmt: skip
+    model = LlamaForSequenceClassification(config).eval()
+    found = output_fisher(model, list(tokens(rows=3)["input_ids"].split(1)), readers(model))
+    assert len(found.norms["1.down_proj"]) == tokens(rows=3)["input_ids"].numel()
