@@ -26,6 +26,7 @@ from hesso_hf.budget.forward_time import ForwardTimes
 from hesso_hf.cli.speed import first_token_seconds, tokens_per_second, tokens_written_per_second
 from hesso_hf.export.report import versions
 from hesso_hf.hf_models.resize import resized_config
+from hesso_hf.pruning.calibration import LossCurves
 from hesso_hf.pruning.plan import PruningPlan
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -60,6 +61,7 @@ def build(sizes: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Pr
 def smaller(dense: PreTrainedModel, config: HessoConfig) -> PreTrainedModel:
     """Return a model of the sizes that a budget comes to, with random weights."""
     plan = PruningPlan.prepare(dense, config)
+    plan.settle(lambda: LossCurves({}, {}))
     small = type(dense)(resized_config(dense.config, plan.target.sizes))
     return small.to(device=dense.device, dtype=dense.dtype).eval()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -13,26 +16,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from ..compat import build_model
-from ..errors import first_line
+from ..distributed.collectives import from_main, is_main_process, on_all
+from ..errors import BudgetError, HessoError, first_line
 from ..hf_models.build import without_advice
 from ..hf_models.resize import resized_config
 from ..hf_models.sizes import VOCAB, get_size
 from ..hf_models.tiny_model import without_cache
-from .latency import LatencyTable
-from .solver import TargetSizes
+from .latency import LatencyTable, wait_for
+from .solver import MEETS, UNREACHABLE, TargetSizes
 
 logger = logging.get_logger(__name__)
 
 MOST_LOOKS = 4  # sizes that are timed before the nearest are taken
-NEAR = 0.01  # of the full model's time: sizes this near to the ratio end the search
-FAR = 0.05  # of the full model's time: the nearest sizes farther off are named in a warning
 _REPEATS = 6
 _AHEAD = 2.0  # times the seconds in which the host launches a pass, that the GPU is busy before it
+_LONGEST_AHEAD = 0.05  # seconds: no pass takes longer to launch
 _SIDE = 4096  # of matrices whose product keeps a GPU busy
-_PRODUCT = 1e-4  # seconds that their product takes at the least: 1.4e15 operations per second
 
-Solve = Callable[[bool], list[TargetSizes]]  # by the table's prices; the flag: whether it warns
+Solve = Callable[[], list[TargetSizes]]  # by the table's prices
 
 
 @dataclass
@@ -43,7 +44,6 @@ class ForwardTimes:
 
     Attributes:
         tokens: of the one sequence that is read.
-        warns: where a pass fails.
     """
 
     model_class: type[PreTrainedModel]
@@ -51,30 +51,49 @@ class ForwardTimes:
     device: torch.device
     dtype: torch.dtype
     tokens: int
-    warns: bool = True
     _full: PreTrainedModel | None = None
+    _product: float = 0.0  # seconds of the one that keeps a GPU busy
+
+    def check(self) -> None:
+        """Refuse more tokens than the model reads, which a GPU can't recover from.
+
+        Raises:
+            HessoError: naming the context.
+        """
+        context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and self.tokens > context:
+            raise HessoError(
+                f"`latency_tokens` ({self.tokens}) is longer than the context of the model ({context} tokens); lower it"
+            )
 
     def share(self, sizes: dict[str, int]) -> float | None:
-        """Return the smaller model's time as a share of the full one's, None where a pass fails."""
+        """Return the smaller model's time as a share of the full one's, None with a warning where a pass fails."""
+        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices=devices):  # a run's own numbers don't depend on how often was looked
                 if self._full is None:
                     self._full = self._build(self.config)
                 return self._share(self._full, self._build(resized_config(self.config, sizes)))
         except Exception as error:  # memory runs out, or the model reads more than tokens
-            if self.warns:
-                logger.warning(
-                    f"`budget_metric` ('latency'): a whole forward pass can't be timed ({type(error).__name__}: "
-                    f"{first_line(error)}), so the matrix products alone count"
-                )
+            logger.warning(
+                f"`budget_metric` ('latency'): a whole forward pass can't be timed ({type(error).__name__}: "
+                f"{first_line(error)}), so the matrix products alone count"
+            )
             return None
+
+    def close(self) -> None:
+        """Give back the memory."""
+        self._full = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @without_advice()
     def _build(self, config: PretrainedConfig) -> PreTrainedModel:
         gc.collect()  # the model before it
-        with torch.device(self.device), no_init_weights():
-            model = build_model(self.model_class, config, self.dtype).eval()
+        # the class itself: `from_config` would set the config's dtype, and divide the model where ZeRO-3 trains
+        with torch.device(self.device), no_init_weights(), _default_dtype(self.dtype):
+            model = self.model_class(copy.deepcopy(config)).eval()
         model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -94,37 +113,57 @@ class ForwardTimes:
         ids = torch.randint(0, vocabulary, (1, self.tokens), device=self.device)
         if self.device.type != "cuda":
             return _on_host(model, ids)
-        launched = _on_host(model, ids)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _keep_busy(self.device, _AHEAD * launched)  # the launches get ahead meanwhile
-        start.record()
-        _forward(model, ids)
-        end.record()
-        torch.cuda.synchronize(self.device)
-        return start.elapsed_time(end) / 1e3
+        with torch.cuda.device(self.device):
+            self._product = self._product or _on_gpu(lambda: _multiply(self.device, 9), lambda: None) / 9
+            launched = min(_AHEAD * _on_host(model, ids), _LONGEST_AHEAD)
+            ahead = 1 + int(launched / self._product)
+            return _on_gpu(lambda: _forward(model, ids), lambda: _multiply(self.device, ahead))
 
 
-def _keep_busy(device: torch.device, seconds: float) -> None:
-    """Give a GPU work for that long or longer; launching it takes little."""
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _on_gpu(work: Callable[[], None], before: Callable[[], None]) -> float:
+    """Return the seconds that the current GPU works, launched while it is busy with something else."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before()
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _multiply(device: torch.device, times: int) -> None:
+    """Keep a GPU busy with what takes little to launch."""
     matrix = torch.zeros(_SIDE, _SIDE, device=device, dtype=torch.float16)
     product = torch.empty_like(matrix)
-    for _ in range(1 + int(seconds / _PRODUCT)):
+    for _ in range(times):
         torch.mm(matrix, matrix, out=product)
 
 
 def _on_host(model: PreTrainedModel, ids: torch.Tensor) -> float:
     """Return the seconds of a forward pass, until its last operation is done."""
+    wait_for(ids.device)
     started = time.perf_counter()
     _forward(model, ids)
-    if ids.is_cuda:
-        torch.cuda.synchronize(ids.device)
+    wait_for(ids.device)
     return time.perf_counter() - started
 
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
-    model(**inputs, **without_cache(model))
+    inputs = {"input_ids": ids, **without_cache(model)}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
+        inputs["decoder_input_ids"] = ids
+    model(**inputs)
 
 
 def solve_by_time(solve: Solve, table: LatencyTable, times: ForwardTimes, ratio: float | None) -> list[TargetSizes]:
@@ -143,26 +182,60 @@ def solve_by_time(solve: Solve, table: LatencyTable, times: ForwardTimes, ratio:
     """
     looked: list[tuple[float, float, list[TargetSizes]]] = []
     beside: list[float] = []
-    for look in range(MOST_LOOKS):
-        found = solve(not look)
+    while len(looked) < MOST_LOOKS:
+        try:
+            found = solve()
+        except BudgetError:  # by what was timed, unless it is the first
+            if not looked or min(looked)[0] > UNREACHABLE:
+                raise
+            break
         if any(found[0].sizes == earlier[0].sizes for *_, earlier in looked):
             break
         share = times.share(found[0].sizes)
         if share is None:
             table.beside = 0.0
-            return solve(False) if look else found
+            return solve()
         looked.append((abs(1 - share - ratio) if ratio is not None else 0.0, share, found))
-        if looked[-1][0] <= NEAR:
+        if looked[-1][0] <= MEETS:
             break
         table.fit(found[0].kept_units, share)
         beside.append(table.beside)
         table.beside = median(beside)
     off, share, nearest = min(looked, key=lambda item: item[0])
     table.fit(nearest[0].kept_units, share)
-    if off > FAR:
-        logger.warning(
-            f"`pruning_ratio` ({ratio}) of latency: the nearest sizes that were timed take {1 - share:.1%} less time "
-            f"than the full model: {nearest[0].sizes}"
-        )
     full = float(table({}))
-    return [replace(t, cost_before=full, cost_after=float(table(t.kept_units))) for t in nearest]
+    if off > MEETS:
+        _name_missed(ratio, off, nearest[0].sizes, share)
+    on_the_way = [replace(rung, cost_before=full, cost_after=float(table(rung.kept_units))) for rung in nearest[1:]]
+    return [replace(nearest[0], cost_before=full, cost_after=share * full), *on_the_way]
+
+
+def solve_on_main(solve: Solve, table: LatencyTable, times: ForwardTimes, ratio: float | None) -> list[TargetSizes]:
+    """Do what `solve_by_time` does on the main process, and give the others what it finds: no two time alike.
+
+    Raises:
+        HessoError: on all processes; a BudgetError on the main one where no sizes come near the ratio.
+    """
+
+    def timed() -> list[TargetSizes] | None:
+        try:
+            return solve_by_time(solve, table, times, ratio) if is_main_process() else None
+        finally:
+            times.close()
+
+    return from_main(on_all(timed, "find sizes by their time"))
+
+
+def _name_missed(ratio: float | None, off: float, sizes: dict[str, int], share: float) -> None:
+    """Say what was timed where that isn't what was asked for; refuse it where it is far from that."""
+    within = UNREACHABLE if off > UNREACHABLE else MEETS
+    message = (
+        f"`pruning_ratio` ({ratio}) of latency can't be met within {within:.0%}: of the sizes that were timed the "
+        f"nearest save {1 - share:.1%}: {sizes}"
+    )
+    if off > UNREACHABLE:
+        raise BudgetError(
+            f"{message}. Choose another ratio, more structures or more `latency_tokens`, on a machine that does "
+            "nothing else meanwhile"
+        )
+    logger.warning(f"{message}. These are taken.")

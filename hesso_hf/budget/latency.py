@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from .cost import Counts, Factor, length_of, moving_sizes
 
 _POINTS = 4  # sizes timed along each axis
 _REPEATS = 5
-_LEAST_BESIDE = -0.9  # of the products: a price stays above zero
 _FIXED = ""  # the structure of a length that doesn't shrink
 
 
@@ -42,13 +42,13 @@ class LatencyTable:
 
     def __call__(self, kept: Counts) -> np.ndarray:
         """Price kept units (milliseconds); structures that aren't named stay whole."""
-        return self.beside + self._products(kept)
+        return np.maximum(self.beside + self._products(kept), 0.0)
 
     def fit(self, kept: Counts, share: float) -> None:
         """Set what is beside the products so that these units cost this share of the full model."""
         full, left = float(self._products({})), float(self._products(kept))
         if left < full and share < 1:
-            self.beside = max(_LEAST_BESIDE * left, (share * full - left) / (1 - share))
+            self.beside = (share * full - left) / (1 - share)
 
     def _products(self, kept: Counts) -> np.ndarray:
         total: np.ndarray = np.zeros(())
@@ -85,17 +85,20 @@ class LatencyTable:
             states = torch.randn(self.tokens, columns, device=self.device, dtype=self.dtype)
             seconds = []
             for _ in range(_REPEATS + 1):
-                self._wait()
+                wait_for(self.device)
                 started = time.perf_counter()
                 torch.nn.functional.linear(states, weight)
-                self._wait()
+                wait_for(self.device)
                 seconds.append(time.perf_counter() - started)
             self.timed[(rows, columns)] = 1e3 * median(seconds[1:])
         return self.timed[(rows, columns)]
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done its work, where it works on its own."""
+    module: Any = getattr(torch, device.type, None)
+    if hasattr(module, "synchronize"):
+        module.synchronize()
 
 
 def _place(lengths: np.ndarray, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..budget.cost import Cost, build_cost
-from ..budget.forward_time import ForwardTimes, solve_by_time
+from ..budget.forward_time import ForwardTimes, solve_on_main
 from ..budget.ladder import solve_ladder
 from ..budget.latency import LatencyTable, build_latency
 from ..budget.solver import LossFunction, PriceFunction, TargetSizes
@@ -58,6 +58,7 @@ class PruningPlan:
         target: units to keep; a preview with an even split until `settle` measured one.
         rungs: the same of the models that are saved on the way, the largest first.
         curves: the measurement that decided the split, if there was one.
+        timed: whether what a budget of latency takes has been timed.
     """
 
     config: HessoConfig
@@ -68,6 +69,7 @@ class PruningPlan:
     price: PriceFunction | None = None
     curves: LossCurves | None = None
     rungs: tuple[TargetSizes, ...] = ()
+    timed: bool = False
 
     @classmethod
     def prepare(
@@ -102,9 +104,10 @@ class PruningPlan:
             timed_in = exported or dtype or checked.dtype
             where = device or checked.device
             price = build_latency(groups, axis_map, where, timed_in, config.latency_tokens)
+            ForwardTimes(stock_class(checked), checked.config, where, timed_in, config.latency_tokens).check()
         elif config.budget_metric != "parameters":
             price = build_cost(config.budget_metric, groups, axis_map, checked.config)
-        target, *rungs = _solved(config, checked, groups, parameters, price)
+        target, *rungs = solve_ladder(config, checked.config, groups, parameters, price)
         if not lora_layers(checked):  # else frozen weights get a gradient where one is needed
             check_gradients(checked, groups, config)
         for whole in untouched_models(checked, groups):
@@ -131,16 +134,34 @@ class PruningPlan:
         return float(self.curves.loss(self.target.num_units)(kept))
 
     def settle(self, measure: Callable[[], LossCurves]) -> None:
-        """Measure the split between structures, where there is one to choose."""
+        """Measure the split between structures, where there is one to choose, and time what a budget of latency takes.
+
+        Raises:
+            BudgetError: where no sizes that were timed come near the ratio.
+        """
+        loss: LossFunction | None = None
         if self.wants_calibration and (curves := measure()).rises:  # else there was nothing to measure on
             self.curves = curves
-            units = {name: structure.num_units for name, structure in self.groups.structures.items()}
-            loss = curves.loss(units)
-            self.target, *rungs = _solved(  # `prepare` has warned
-                self.config, self.model, self.groups, self.parameters, self.price, loss, warns=False
-            )
-            self.rungs = tuple(rungs)
-            self.check_target()
+            loss = curves.loss({name: structure.num_units for name, structure in self.groups.structures.items()})
+        elif self.timed or not isinstance(self.price, LatencyTable):
+            return
+        self.timed = True
+        self.target, *rungs = self._solved(loss)
+        self.rungs = tuple(rungs)
+        self.check_target()
+
+    def _solved(self, loss: LossFunction | None) -> list[TargetSizes]:
+        """Solve again, a budget of latency by timing whole models where all layers are alike."""
+        config, table = self.config, self.price
+
+        def solve() -> list[TargetSizes]:  # `prepare` has warned
+            model_config = self.model.config
+            return solve_ladder(config, model_config, self.groups, self.parameters, table, loss, warns=False)
+
+        if not isinstance(table, LatencyTable) or config.layer_widths == "per_layer":
+            return solve()
+        times = ForwardTimes(stock_class(self.model), self.model.config, table.device, table.dtype, table.tokens)
+        return solve_on_main(solve, table, times, config.pruning_ratio)
 
     def check_target(self) -> None:
         """Build every smaller model without weights and count its parameters.
@@ -199,26 +220,6 @@ class PruningPlan:
         return process
 
 
-def _solved(
-    config: HessoConfig,
-    model: PreTrainedModel,
-    groups: PruningGroups,
-    parameters: Cost,
-    price: PriceFunction | None,
-    loss: LossFunction | None = None,
-    warns: bool = True,
-) -> list[TargetSizes]:
-    """Find the sizes, a budget of latency by timing whole models where all layers are alike."""
-
-    def solve(first: bool) -> list[TargetSizes]:
-        return solve_ladder(config, model.config, groups, parameters, price, loss, warns and first)
-
-    if not isinstance(price, LatencyTable) or config.layer_widths == "per_layer" or price.device.type == "meta":
-        return solve(True)
-    times = ForwardTimes(stock_class(model), model.config, price.device, price.dtype, price.tokens, warns)
-    return solve_by_time(solve, price, times, config.pruning_ratio)
-
-
 def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, total_steps: int) -> HessoOptimizer:
     """Put HESSO around an optimizer for a training loop of one's own; the split between structures is even.
 
@@ -237,6 +238,7 @@ def wrap_optimizer(optimizer: Optimizer, model: nn.Module, config: HessoConfig, 
     """
     refuse_what_trainers_do(config)
     plan = PruningPlan.prepare(model, config)
+    plan.settle(lambda: LossCurves({}, {}))  # there are no examples to measure on
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):
         raise HessoError(

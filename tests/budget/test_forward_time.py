@@ -13,13 +13,22 @@ from hesso_hf import HessoConfig, wrap_optimizer
 from hesso_hf.budget import forward_time
 from hesso_hf.budget.forward_time import ForwardTimes
 from hesso_hf.budget.latency import LatencyTable
-from hesso_hf.errors import BudgetError
+from hesso_hf.errors import BudgetError, HessoError
+from hesso_hf.pruning.calibration import LossCurves
 from hesso_hf.pruning.plan import PruningPlan
+from tests.support import ROOT, forks
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
 
 SIZES = ["hidden_size", "intermediate_size", "num_attention_heads"]
 Share = Callable[[ForwardTimes, dict[str, int]], float | None]
+
+
+def settled(model: PreTrainedModel, config: HessoConfig) -> PruningPlan:
+    """Make a plan as a loop of one's own does, without examples."""
+    plan = PruningPlan.prepare(model, config)
+    plan.settle(lambda: LossCurves({}, {}))
+    return plan
 
 
 def elements(config: Any, sizes: dict[str, int]) -> float:
@@ -53,7 +62,7 @@ def by_elements(monkeypatch: pytest.MonkeyPatch) -> Callable[[Share], list[dict[
 def test_sizes_take_the_share_of_the_time_that_is_asked_for(beside: float, by_elements: Any) -> None:
     """Some time stays whatever goes, or more goes than the products alone would have it."""
     model, timed = tiny_llama(), by_elements(slowed(beside))
-    target = PruningPlan.prepare(model, HessoConfig(0.4, budget_metric="latency", round_to=1)).target
+    target = settled(model, HessoConfig(0.4, budget_metric="latency", round_to=1)).target
     took = slowed(beside)(ForwardTimes(type(model), model.config, model.device, model.dtype, 1), target.sizes)
     assert took == pytest.approx(0.6, abs=0.02)
     assert target.ratio == pytest.approx(1 - took, abs=1e-6), "the report has what was timed"
@@ -63,31 +72,69 @@ def test_sizes_take_the_share_of_the_time_that_is_asked_for(beside: float, by_el
 def test_given_sizes_are_timed_once_and_reported_as_timed(by_elements: Any) -> None:
     model, timed = tiny_llama(), by_elements(slowed(0.5))
     config = HessoConfig(target_sizes={"intermediate_size": 28}, budget_metric="latency")
-    target = PruningPlan.prepare(model, config).target
+    target = settled(model, config).target
     assert [sizes["intermediate_size"] for sizes in timed] == [28]
     took = slowed(0.5)(ForwardTimes(type(model), model.config, model.device, model.dtype, 1), target.sizes)
     assert target.ratio == pytest.approx(1 - took, abs=1e-6)
 
 
-def test_where_nothing_gets_faster_the_nearest_that_was_timed_is_named(
+@pytest.mark.parametrize("share", [1.01, 0.97])
+def test_where_nothing_gets_faster_the_nearest_that_was_timed_is_named(share: float, by_elements: Any) -> None:
+    by_elements(lambda times, sizes: share)
+    with pytest.raises(BudgetError, match=r"`pruning_ratio` \(0.4\) of latency can't be met within 5%"):
+        settled(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
+
+
+def test_given_sizes_that_are_slower_are_reported_so(by_elements: Any) -> None:
+    by_elements(lambda times, sizes: 1.01)
+    config = HessoConfig(target_sizes={"intermediate_size": 28}, budget_metric="latency")
+    assert settled(tiny_llama(), config).target.ratio == pytest.approx(-0.01)
+
+
+def test_sizes_that_were_timed_a_little_off_are_taken_with_a_warning(
     by_elements: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    by_elements(lambda times, sizes: 1.01)
+    timed = by_elements(lambda times, sizes: 0.6 + (0.03 if len(timed) == 2 else 0.04))
     with propagated(caplog):
-        PruningPlan.prepare(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
-    assert "`pruning_ratio` (0.4) of latency: the nearest sizes that were timed take -1.0% less time" in caplog.text
+        target = settled(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1)).target
+    assert target.sizes == timed[1]
+    assert target.ratio == pytest.approx(0.37)
+    assert "of latency can't be met within 1%: of the sizes that were timed the nearest save 37.0%" in caplog.text
+
+
+def test_nothing_is_timed_twice_or_before_the_sizes_are_settled(by_elements: Any) -> None:
+    timed = by_elements(slowed(0.3))
+    plan = PruningPlan.prepare(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
+    assert timed == []
+    for _ in range(2):
+        plan.settle(lambda: LossCurves({}, {}))
+    assert len(timed) <= forward_time.MOST_LOOKS
+
+
+def test_more_tokens_than_the_model_reads_are_refused() -> None:
+    config = HessoConfig(0.3, budget_metric="latency", latency_tokens=129)
+    with pytest.raises(HessoError, match=r"`latency_tokens` \(129\) is longer than the context of the model \(128 tok"):
+        PruningPlan.prepare(tiny_llama(), config)
+
+
+def test_the_model_s_own_config_and_the_default_dtype_stay_as_they_were() -> None:
+    model = tiny_llama()
+    before = model.config.to_dict()
+    ForwardTimes(type(model), model.config, model.device, torch.bfloat16, 8).share({"intermediate_size": 28})
+    assert model.config.to_dict() == before
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_ratio_that_what_stays_leaves_no_room_for_is_refused(by_elements: Any) -> None:
     by_elements(slowed(4.0))
     with pytest.raises(BudgetError, match=r"`pruning_ratio` \(0.4\) of latency can't be met within 5%"):
-        PruningPlan.prepare(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
+        settled(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
 
 
 def test_sizes_on_the_way_are_priced_by_the_same_times(by_elements: Any) -> None:
     by_elements(slowed(0.3))
     config = HessoConfig(0.4, budget_metric="latency", export_at=[0.2], round_to=1)
-    plan = PruningPlan.prepare(tiny_llama(), config)
+    plan = settled(tiny_llama(), config)
     (rung,) = plan.rungs
     assert rung.ratio == pytest.approx(0.2, abs=0.02)
     assert rung.cost_before == plan.target.cost_before
@@ -95,7 +142,7 @@ def test_sizes_on_the_way_are_priced_by_the_same_times(by_elements: Any) -> None
 
 def test_layers_of_different_widths_count_their_products_alone(by_elements: Any) -> None:
     timed = by_elements(slowed(0.3))
-    PruningPlan.prepare(tiny_llama(), HessoConfig(0.3, budget_metric="latency", layer_widths="per_layer"))
+    settled(tiny_llama(), HessoConfig(0.3, budget_metric="latency", layer_widths="per_layer"))
     assert timed == []
 
 
@@ -152,7 +199,43 @@ def test_where_a_pass_fails_the_products_count_and_a_warning_says_why(
     monkeypatch.setattr(forward_time, "_forward", forward)
     monkeypatch.setattr(LatencyTable, "_time", lambda self, rows, columns: 1e-6 * rows * columns)
     with propagated(caplog):
-        target = PruningPlan.prepare(tiny_llama(), HessoConfig(0.3, budget_metric="latency", round_to=1)).target
+        target = settled(tiny_llama(), HessoConfig(0.3, budget_metric="latency", round_to=1)).target
     assert target.ratio == pytest.approx(0.3, abs=0.01)
     message = "can't be timed (OutOfMemoryError: CUDA out of memory), so the matrix products alone count"
     assert message in caplog.text
+
+
+_TWO = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+from hesso_hf import HessoConfig, wrap_optimizer
+from hesso_hf.budget.forward_time import ForwardTimes
+from hesso_hf.budget.latency import LatencyTable
+from tests.budget.test_forward_time import slowed
+from tests.support.tiny import tiny_llama
+import torch
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+LatencyTable._time = lambda self, rows, columns: 1e-6 * rows * columns * (1 + rank * columns / 60)
+timed = []
+ForwardTimes.share = lambda self, sizes: timed.append(sizes) or slowed(0.3)(self, sizes)
+for ratio in (0.4, 0.999):
+    try:
+        model = tiny_llama()
+        config = HessoConfig(ratio, budget_metric="latency", round_to=1)
+        target = wrap_optimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, config, 20).process.target
+        print(rank, bool(timed), sorted(target.sizes.items()), round(target.ratio, 6), flush=True)
+    except ValueError as error:
+        print(rank, type(error).__name__, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_of_several_processes_the_main_one_times_and_all_take_what_it_finds() -> None:
+    done = forks.run(_TWO, str(ROOT), processes=2)
+    assert done.returncode == 0, done.stderr
+    told = {rank: [line[2:] for line in done.stdout.splitlines() if line.startswith(f"{rank} ")] for rank in (0, 1)}
+    assert told[0][0].startswith("True [")
+    assert told[1][0] == told[0][0].replace("True", "False", 1)
+    assert (told[0][1], told[1][1]) == ("BudgetError", "HessoError")

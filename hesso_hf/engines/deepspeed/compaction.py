@@ -153,12 +153,18 @@ class _Exchange:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Take what is left of masters and state to the main process' memory, one tensor at a time."""
+        """Take what is left of masters and state to the main process' memory, one tensor at a time.
+
+        Raises:
+            HessoError: for state that isn't known how to be cut, on all processes; nothing has changed then.
+        """
         decision, zero, base = self._decision, self._zero, self._base
         powers, cuts = POWERS[type(base).__name__], cuts_by_tensor(decision.groups, decision.kept)
         masters, trained = masters_of(zero), {name for group in self._groups for name in group}
         first: Mapping[str, Any] = base.state.get(masters[0], {})
         keys = [key for key, value in first.items() if isinstance(value, torch.Tensor) and value.dim()]
+        if unknown := sorted(set(keys) - powers.keys()):
+            raise HessoError(f"the state of {type(base).__name__} holds {unknown}, which can't be cut")
         self._scalars = {key: value for key, value in first.items() if key not in keys}
         self._dtypes = {key: first[key].dtype for key in keys}
         holdings, larger = ZeroHoldings(zero), named_parameters(self._model)
