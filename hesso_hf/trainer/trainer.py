@@ -119,8 +119,7 @@ class HessoMixin(_TrainerBase):
             TrainingDivergedError: naming the last checkpoint, when several gradients in a row weren't finite.
             CheckpointMismatchError: where the checkpoint belongs to another pruning run.
         """
-        self.told_to_stop = False
-        output_dir = self.args.output_dir or ""  # TrainingArguments fills it in
+        self.told_to_stop, output_dir = False, self.args.output_dir or ""  # TrainingArguments fills it in
         folder = resolve_checkpoint(resume_from_checkpoint, output_dir)
         self.hesso_run.resume_from = Path(folder) if folder is not None else None
         if self.hesso_run.resume_from is not None:
@@ -232,9 +231,8 @@ class HessoMixin(_TrainerBase):
         if steps is None or not steps.process.finished:
             dense = partial(plain, output_dir, _internal_call=_internal_call)
             return save_dense(self.hesso_engine, self.hesso_run, target, dense)
-        self.pruning_report = save_smaller(
-            self.hesso_engine, self.hesso_run, target, partial(plain, _internal_call=True)
-        )
+        trained = partial(plain, _internal_call=True)
+        self.pruning_report = save_smaller(self.hesso_engine, self.hesso_run, target, trained)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         return None
