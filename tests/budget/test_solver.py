@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from hesso_hf.budget.cost import CONTEXT, Cost, build_cost
-from hesso_hf.budget.forward_time import ForwardTimes
 from hesso_hf.budget.latency import LatencyTable
 from hesso_hf.budget.rounding import allowed_counts, default_head_multiple, default_round_to
 from hesso_hf.budget.solver import TargetSizes, solve_budget
@@ -421,9 +420,8 @@ def test_the_cache_stays_and_the_scores_shrink_with_the_query_heads():
 def test_only_numbers_of_query_heads_that_can_be_are_timed(monkeypatch: pytest.MonkeyPatch):
     timed = set()
     monkeypatch.setattr(LatencyTable, "_time", lambda self, rows, columns: timed.add(rows) or 1e-6 * rows * columns)
-    monkeypatch.setattr(ForwardTimes, "share", lambda self, sizes: None)
     model = random_model(QUERIES["qwen3-queries"].config())  # four query heads of 10 for each of two key-value heads
-    hesso = HessoConfig(pruning_ratio=0.05, structures=[QUERY], budget_metric="latency")
+    hesso = HessoConfig(pruning_ratio=0.05, structures=[QUERY], budget_metric="latency", latency_tokens=64)
     target = PruningPlan.prepare(model, hesso).target
     assert target.kept_units[QUERY] % 2 == 0
     assert target.ratio == pytest.approx(0.05, abs=0.05)
@@ -567,10 +565,9 @@ def test_only_the_chosen_experts_count_as_operations():
 
 
 def test_a_latency_budget_prices_every_matrix_product_not_parameters(monkeypatch: pytest.MonkeyPatch):
-    """Timings are replaced by a millisecond a million elements, so that the price is known; there is nothing beside."""
+    """Timings are replaced by a millisecond a million elements, so that the price is known."""
     monkeypatch.setattr(LatencyTable, "_time", lambda self, rows, columns: 1e-6 * rows * columns)
-    monkeypatch.setattr(ForwardTimes, "share", lambda self, sizes: None)
-    hesso = HessoConfig(pruning_ratio=0.4, budget_metric="latency")
+    hesso = HessoConfig(pruning_ratio=0.4, budget_metric="latency", latency_tokens=64)
     target = PruningPlan.prepare(random_model(ALL["llama"].config()), hesso).target
     products = 2 * (72 * 10 * (6 + 3 + 3 + 6) + 3 * 72 * 52) + 97 * 72  # no look-up, no norm
     assert target.metric == "latency"
