@@ -4,9 +4,10 @@
 
 The model is the largest one measured at several ratios. Left: text like that trained on. Right: other text. Above: the
 loss of each method over the share of the parameters that was really removed, at the number of training tokens at which
-most ratios were measured. Below, where there is a curve: over training tokens, at the ratio that was measured at most
-of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with its number. The
-colours are of one lightness, which stands out from a white page as from a dark one; the ground is left transparent.
+most methods and shares were measured. Below, where there is a curve: over training tokens, at the ratio that was
+measured at most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with its
+number. The colours are of one lightness, which stands out from a white page as from a dark one; the ground is left
+transparent.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def panels(result: dict[str, Any], model: str) -> tuple[tuple[Panel, Panel], ...
         raise SystemExit(f"quality.json has no run of {model} with anything removed")
     text, full = result["settings"][model]["text"], result["base"][model]["parameters"]
     known, other = SIDES[text, "in"], f"other text: {SIDES[text, 'out']}"
-    most = max({run["tokens"] for run in pruned}, key=lambda tokens: (len(_ratios(pruned, tokens)), tokens))
+    most = max({run["tokens"] for run in pruned}, key=lambda tokens: (len(_measured(pruned, tokens)), tokens))
     alike = [run for run in runs if run["tokens"] == most]
     by_share = (_by_share(alike, full, "in", known), _by_share(alike, full, "out", other))
     ratio = max({run["ratio"] for run in pruned}, key=lambda ratio: (len(_tokens(pruned, ratio)), ratio))
@@ -153,8 +154,8 @@ def _by_tokens(runs: list[dict[str, Any]], ratio: float, side: str, title: str) 
     )
 
 
-def _ratios(runs: Iterable[dict[str, Any]], tokens: int) -> set[float]:
-    return {run["ratio"] for run in runs if run["tokens"] == tokens}
+def _measured(runs: Iterable[dict[str, Any]], tokens: int) -> set[tuple[str, float]]:
+    return {(run["method"], run["ratio"]) for run in runs if run["tokens"] == tokens}
 
 
 def _tokens(runs: Iterable[dict[str, Any]], ratio: float) -> set[int]:

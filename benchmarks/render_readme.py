@@ -504,7 +504,11 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
 
 def _processor_time(runs: list[dict[str, Any]]) -> str:
     """Say what runs took from beginning to end, where it was noted."""
-    found = [f"{QUALITY_METHODS[run['method']]} {run['cpu_seconds'] / 60:.0f}" for run in runs if "cpu_seconds" in run]
+    minutes: dict[str, list[int]] = {}
+    for run in runs:
+        if "cpu_seconds" in run:
+            minutes.setdefault(QUALITY_METHODS[run["method"]], []).append(round(run["cpu_seconds"] / 60))
+    found = [f"{name} {' to '.join(map(str, sorted({min(all_), max(all_)})))}" for name, all_ in minutes.items()]
     return f" Minutes of one processor core, all in all: {', '.join(found)}." if len(found) > 1 else ""
 
 
