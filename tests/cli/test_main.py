@@ -87,7 +87,8 @@ def tiny_of(recipe: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     code = 0
     try:
         code = main([command, "--help"])

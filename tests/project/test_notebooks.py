@@ -120,6 +120,12 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         notebook, timeout=400, kernel_name="this-python", resources={"metadata": {"path": str(work)}}
     )
     client.execute()
+    for cell in notebook.cells:
+        if "outputs" in cell:
+            said = [output for output in cell.outputs if output.get("name") == "stderr"]
+            lines = [line for output in said for line in output.text.splitlines()]
+            assert all(line.startswith("hesso-hf: ") for line in lines), "stages of a command, and nothing else"
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     check_outputs(notebook)
     fresh = [output.text for output in outputs(notebook) if output.output_type == "stream"]
     assert sum("869,504" in text for text in fresh) == sum("869,504" in text for text in committed)
