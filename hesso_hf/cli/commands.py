@@ -232,7 +232,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     arguments.models = {name: model_source(name) for name in arguments.models}
     from .evaluate import measure_models
 
-    found = measure_models(arguments)
+    try:
+        found = measure_models(arguments)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which isn't imported here
+            raise
+        raise HessoError(
+            f"the models and a batch don't fit on the device together ({str(error).splitlines()[0]}): give one model "
+            "at a time, a lower `--batch-size`, or `--device cpu`"
+        ) from error
     content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
     title, header, rows = comparison_table(found)
     if arguments.card:
@@ -263,7 +271,9 @@ def _add_to_cards(arguments: argparse.Namespace, found: list[dict[str, Any]]) ->
     base = next(iter(measured))
     for name in reported(measured):
         small = measured[name]
-        add_evaluation(Path(name), evaluation_of(measured[base] if name != base else None, small, arguments.dataset))
+        asked = {key: getattr(arguments, key) for key in ("limit", "num_fewshot", "split", "joined")}
+        before = measured[base] if name != base else None
+        add_evaluation(Path(name), evaluation_of(before, small, arguments.dataset, asked))
 
 
 # -- survey ------------------------------------------------------------------------------------------------------------

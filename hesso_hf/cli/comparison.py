@@ -113,13 +113,19 @@ def metrics_of(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                 yield task, key, f"{task} {metric}" if filter_name == "none" else f"{task} {metric} ({filter_name})"
 
 
-def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], dataset: str | None) -> dict[str, Any]:
+def evaluation_of(
+    base: Mapping[str, Any] | None,
+    small: Mapping[str, Any],
+    dataset: str | None,
+    asked: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return what a smaller model's report says of an evaluation.
 
     Args:
         base: what was measured of the model that it came of, None where that wasn't.
         small: what was measured of it.
         dataset: whose text was read.
+        asked: what else says how it was measured, where that was given: `limit`, `num_fewshot`, `split`, `joined`.
     """
     models = {"after": small} if base is None else {"before": base, "after": small}
     known = [key for key in COMPARED if all(model.get(key) is not None for model in models.values())]
@@ -130,7 +136,8 @@ def evaluation_of(base: Mapping[str, Any] | None, small: Mapping[str, Any], data
         print(f"hesso-hf: {name} isn't a finite number, and is left out of the card", file=sys.stderr)
         del values[name]
     how = {key: small[key] for key in ("dtype", "device", "batch_size", "block_size")}
-    return {"dataset": dataset and Path(dataset).name, **how, "values": values}
+    given = {key: value for key, value in (asked or {}).items() if value not in (None, False)}
+    return {"dataset": dataset and Path(dataset).name, **how, **given, "values": values}
 
 
 def markdown_table(title: str, header: list[str], rows: list[list[str]]) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..distributed.collectives import from_main, is_main_process
 from ..distributed.passes import in_eval
-from ..errors import HessoError
+from ..errors import HessoError, first_line
 from ..pruning.weights.snapshot import kept_random_state
 from .tasks import Tasks
+
+logger = logging.get_logger(__name__)
 
 
 class EvalCallback(TrainerCallback):
@@ -19,8 +22,9 @@ class EvalCallback(TrainerCallback):
 
     They belong to the evaluation's metrics: `metric_for_best_model="eval_piqa_acc"` chooses by them. What is asked is
     the model as it is trained then, adapters in place, units that shrink at their scales. The main process asks it, the
-    others wait. Random numbers of the run stay what they would be. Losses on text need no callback: they are those of
-    the trainer's `eval_dataset`, which can be several by name.
+    others wait; where that fails, a warning says why, and training goes on. Random numbers of the run stay what they
+    would be. Losses on text need no callback: they are those of the trainer's `eval_dataset`, which can be several by
+    name.
 
     Args:
         trainer: whose model is asked, and who logs.
@@ -73,8 +77,12 @@ class EvalCallback(TrainerCallback):
     def _ask(self, device: Any) -> dict[str, float]:
         run = self._trainer.hesso_run
         model: nn.Module = run.whole
-        with in_eval(model), kept_random_state(device), self._trainer.compute_loss_context_manager():
-            found = self._tasks.scores(model, run.tokenizer)  # type: ignore[arg-type]
+        try:
+            with in_eval(model), kept_random_state(device), self._trainer.compute_loss_context_manager():
+                found = self._tasks.scores(model, run.tokenizer)  # type: ignore[arg-type]
+        except Exception as error:  # a task's data can't be had, or its code fails: with any type
+            logger.warning(f"{type(error).__name__}: {first_line(error)}: no score of tasks; training goes on")
+            return {}
         return {f"eval_{task}_{_named(key)}": value for task, scores in found.items() for key, value in scores.items()
                 if "," in key}  # fmt: skip
 

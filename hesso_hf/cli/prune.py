@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def run(flags: list[str]) -> int:
     from ..distributed.collectives import is_main_process, leave
     from ..trainer.callbacks import EXIT_CODE
 
-    code = 0
+    code, started = 0, time.time()
     try:
         prune(recipe)
     except StoppedError as stopped:
@@ -50,21 +51,27 @@ def run(flags: list[str]) -> int:
             print(f"hesso-hf: {stopped}", file=sys.stderr)
     except KeyboardInterrupt:
         if is_main_process() and PART_OF_SWEEP not in os.environ:
-            print(f"\nhesso-hf: {_interrupted(recipe, flags)}", file=sys.stderr)
+            print(f"\nhesso-hf: {_interrupted(recipe, flags, started)}", file=sys.stderr)
         return INTERRUPTED
     leave()
     return code
 
 
-def _interrupted(recipe: Recipe, flags: list[str]) -> str:
-    """Say what there is to go on from, and how."""
+def _interrupted(recipe: Recipe, flags: list[str], started: float) -> str:
+    """Say what there is to go on from, and how; or that the smaller model is saved."""
+    from ..config.files import REPORT_NAME
     from ..export.checkpoint_state import last_checkpoint
+    from .origin import launched
+    from .preflight import output_of
 
+    output = output_of(recipe)
+    if (output / REPORT_NAME).exists() and (output / REPORT_NAME).stat().st_mtime >= started:
+        return f"interrupted after the smaller model was saved in {output}: nothing but what follows that is missing"
     output_dir = Path(str(recipe.training.output_dir))
     last = last_checkpoint(output_dir)
     found = f"goes on from {last}" if last else f"starts anew, since there is no checkpoint in {output_dir} yet"
     asked = [] if recipe.training.resume_from_checkpoint == "auto" else ["--resume_from_checkpoint", "auto"]
-    command = shlex.join(["hesso-hf", "prune", *flags, *asked])
+    command = shlex.join([*launched(), "prune", *flags, *asked])
     return f"interrupted; this {found}:\n  {command}"
 
 

@@ -98,6 +98,10 @@ def load_config(source: Any, trust_remote_code: bool = False) -> PretrainedConfi
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = first_line(error)
+        if "gated repo" in str(error):
+            raise HessoError(
+                f"{str(source)!r} is gated: accept its licence on the Hub, and log in by `hf auth login`"
+            ) from error
         if not os.path.exists(source):
             raise HessoError(
                 f"no model config found at {str(source)!r}: no such folder exists, and no model of that name could be "

@@ -134,7 +134,7 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
     Raises:
         StorageError: on all processes, naming the folder that holds the smaller model instead.
         VerificationError: on all processes, naming the folder with what was trained.
-        HessoError: the same, where memory ran out.
+        HessoError: the same, where memory ran out or anything else failed.
     """
     run.quality.end()
     try:
@@ -146,10 +146,14 @@ def save_smaller(engine: Engine, run: PruningRun, target: Path, plain: Callable[
         if any(from_all(isinstance(error, StorageError))):
             raise _unsaved(StorageError, error, _save_elsewhere(engine, run, target)) from error
         differs = any(from_all(isinstance(error, VerificationError)))
-        if not differs and not any(from_all(isinstance(error, torch.OutOfMemoryError))):
+        out_of_memory = any(from_all(isinstance(error, torch.OutOfMemoryError)))
+        unforeseen = any(from_all(not isinstance(error, HessoError)))
+        if not differs and not unforeseen:
             raise
-        why = str(error) if differs else f"memory ran out while the smaller model was made ({first_line(error)})"
-        found = VerificationError if differs else HessoError
+        failed = f"the smaller model can't be made ({type(error).__name__}: {first_line(error)})"
+        if out_of_memory:
+            failed = f"memory ran out while the smaller model was made ({first_line(error)})"
+        why, found = (str(error), VerificationError) if differs else (failed, HessoError)
         raise _unsaved(found, why, _save_beside(engine, run, target, plain)) from error
     run.ladder.compare(target)
     return report

@@ -254,6 +254,9 @@ def test_a_smaller_model_s_card_page_and_report_take_the_results(
         "lambada acc": {"before": 0.25, "after": 0.5}, "lambada em (strict)": {"before": 0.5, "after": 0.5},
     }  # fmt: skip
     assert "| lambada acc | 0.2500 | 0.5000 |" in (small / "README.md").read_text()
+    assert found["limit"] == 4
+    for page in ("README.md", PAGE_NAME):
+        assert "tokens, at most 4 examples of each." in (small / page).read_text()
     assert "lambada acc" in (small / PAGE_NAME).read_text()
     assert main(["eval", str(small), *SHORT, "--card"]) == 0
     assert json.loads((small / REPORT_NAME).read_text())["evaluation"]["values"]["loss"] == {"after": 2.5}

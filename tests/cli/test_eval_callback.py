@@ -14,6 +14,7 @@ from hesso_hf import EvalCallback
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import HessoError
 from tests.support import fsdp_cpu
+from tests.support.checks import propagated
 from tests.support.lm_eval import stand_in
 from tests.support.tiny import tiny_llama
 from tests.support.training import blocks, trainer
@@ -76,6 +77,23 @@ def test_the_run_is_what_it_is_without(asked: list[dict[str, Any]], tmp_path: Pa
         found.append(run.model.state_dict())
     assert modes == [False] * 3
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_task_that_fails_ends_no_run(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    import lm_eval
+
+    def simple_evaluate(**given: Any) -> Any:
+        raise ConnectionError("no data of lambada")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    run = run_of(tmp_path)
+    run.add_callback(EvalCallback(run, "lambada"))
+    with propagated(caplog):
+        run.train()
+    assert run.state.global_step == 12
+    assert "ConnectionError: no data of lambada: no score of tasks; training goes on" in caplog.text
 
 
 def test_what_cannot_be_asked_is_refused(asked: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -345,6 +345,17 @@ def test_the_best_checkpoint_needs_data_to_be_chosen_on(tmp_path: Path) -> None:
         HessoTrainer(model=tiny_llama(), args=args, train_dataset=blocks(8), **ids(pruning_ratio=0.3))
 
 
+def test_a_model_whose_licence_is_not_accepted_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*args: Any, **kwargs: Any) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://...")
+
+    monkeypatch.setattr("hesso_hf.hf_models.build.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(
+        HessoError, match=r"'org/gated' is gated: accept its licence on the Hub, and log in by `hf auth"
+    ):
+        inspect_model("org/gated")
+
+
 def test_inspecting_a_model_without_tokens_says_so_of_every_structure_once() -> None:
     for found in inspect_model(vision()).structures.values():
         assert found.status == "refused"

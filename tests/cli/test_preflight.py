@@ -155,6 +155,18 @@ def test_ctrl_c_prints_the_command_that_goes_on(
     assert (tmp_path / "a run" / "small" / "config.json").exists()
 
 
+def test_ctrl_c_after_the_smaller_model_is_saved_says_so(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def print_report(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hesso_hf.cli.prune.print_report", print_report)
+    assert main([*inputs, "--output_dir", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(f"hesso-hf: interrupted after the smaller model was saved in {tmp_path}/run/small: ")
+
+
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return what sets the Hub that this process' client asks, and its token."""

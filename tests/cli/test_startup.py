@@ -36,6 +36,7 @@ def run(argv: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
         (["plan", "--help"], 0, ""),
         (["quickstart", "--help"], 0, ""),
         (["prune", "--help"], 0, ""),
+        *[([name, "--help"], 0, "") for name in ("inspect", "sweep", "export", "eval", "report", "survey")],
         (["report", "small"], 0, ""),
         (["report", "small", "--json"], 0, ""),
         (["report", "small", "--html", "small.html"], 0, ""),

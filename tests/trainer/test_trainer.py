@@ -440,6 +440,20 @@ def test_memory_that_runs_out_while_the_small_model_is_made_costs_no_run(
     assert_same_small(run, tmp_path / "small-dense", tmp_path)
 
 
+def test_whatever_fails_in_making_the_smaller_model_what_was_trained_is_saved(tmp_path: Path, monkeypatch: Any) -> None:
+    def cut_model(*args: Any) -> None:
+        raise AttributeError("no such attribute")
+
+    run = trainer(tmp_path, max_steps=8)
+    run.train()
+    with monkeypatch.context() as patch:
+        patch.setattr("hesso_hf.export.parameters.cut_model", cut_model)
+        with pytest.raises(HessoError, match=r"can't be made \(AttributeError: no such attribute\)") as caught:
+            run.save_model(str(tmp_path / "small"))
+    assert f"is saved in {tmp_path / 'small-dense'}" in str(caught.value)
+    assert_same_small(run, tmp_path / "small-dense", tmp_path)
+
+
 def test_load_best_model_chooses_among_pruned_ones(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
@@ -491,9 +505,11 @@ def test_random_states_of_all_are_saved_before_any_process_goes_on(
     """The file that says that a checkpoint is whole comes next."""
     events = []
     monkeypatch.setattr(Trainer, "_save_rng_state", lambda *_: events.append("saved"))
-    monkeypatch.setattr("hesso_hf.trainer.trainer.barrier", lambda: events.append("waited"))
-    trainer(tmp_path)._save_rng_state(str(tmp_path))
-    assert events == ["saved", "waited"]
+    run = trainer(tmp_path)
+    monkeypatch.setattr("hesso_hf.distributed.together.from_all", lambda value: events.append("waited") or [value])
+    with run._checkpoint.doing(shared=True):
+        run._save_rng_state(str(tmp_path))
+        assert events == ["saved", "waited"]
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -38,9 +38,15 @@ def gained_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
 def evaluated_on(report: Report) -> str:
     """Say how `hesso-hf eval` measured."""
     found = report["evaluation"]
+    how = [
+        f", {words.format(found[key])}" for key, words in {
+            "split": "split {}", "joined": "as one text", "limit": "at most {:,} examples of each",
+            "num_fewshot": "{} examples in a task's prompt",
+        }.items() if key in found
+    ]  # fmt: skip
     return (
         f"Measured by hesso-hf eval{' on ' + found['dataset'] if found['dataset'] else ''}, in {found['dtype']} on "
-        f"{found['device']}, batches of {found['batch_size']:,} x {found['block_size']:,} tokens."
+        f"{found['device']}, batches of {found['batch_size']:,} x {found['block_size']:,} tokens{''.join(how)}."
     )
 
 
