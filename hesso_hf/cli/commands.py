@@ -230,17 +230,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Measure models' sizes and speed, and on text or lm-eval tasks, and print a table or JSON."""
     check_comparison(arguments)
     arguments.models = {name: model_source(name) for name in arguments.models}
-    from .evaluate import measure_models
+    from .evaluate import measure_models, room_for_all
 
-    try:
+    with room_for_all():
         found = measure_models(arguments)
-    except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which isn't imported here
-            raise
-        raise HessoError(
-            f"the models and a batch don't fit on the device together ({str(error).splitlines()[0]}): give one model "
-            "at a time, a lower `--batch-size`, or `--device cpu`"
-        ) from error
     content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
     title, header, rows = comparison_table(found)
     if arguments.card:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,22 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
             row["tasks"] = tasks.scores(model, tokenizers[name])
         found.append(row)
     return found
+
+
+@contextmanager
+def room_for_all() -> Iterator[None]:
+    """Say what to do where models and a batch don't fit on the device together.
+
+    Raises:
+        HessoError: with the flags that help.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HessoError(
+            f"the models and a batch don't fit on the device together ({first_line(error)}): give one model at a time, a "
+            "lower `--batch-size`, or `--device cpu`"
+        ) from error
 
 
 def _say(flags: Namespace, stage: str) -> None:

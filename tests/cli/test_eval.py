@@ -262,6 +262,18 @@ def test_a_smaller_model_s_card_page_and_report_take_the_results(
     assert json.loads((small / REPORT_NAME).read_text())["evaluation"]["values"]["loss"] == {"after": 2.5}
 
 
+def test_models_that_do_not_fit_together_are_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def held_out_loss(*args: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(evaluate, "held_out_loss", held_out_loss)
+    assert main(["eval", "bundled", "small", *SHORT, "--no-speed"]) == 2
+    said = capsys.readouterr().err
+    assert "don't fit on the device together (CUDA out of memory. Tried to allocate 2 GiB): give one model at a" in said
+
+
 def test_tasks_are_asked_of_every_model_as_the_flags_say(
     lm_eval: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
