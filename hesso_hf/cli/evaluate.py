@@ -103,8 +103,8 @@ def room_for_all() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise HessoError(
-            f"the models and a batch don't fit on the device together ({first_line(error)}): give one model at a time, a "
-            "lower `--batch-size`, or `--device cpu`"
+            f"the models and a batch don't fit on the device together ({first_line(error)}): give one model at a time, "
+            "a lower `--batch-size`, or `--device cpu`"
         ) from error
 
 
