@@ -11,6 +11,7 @@ import pytest
 from hesso_hf import HessoTrainer
 from hesso_hf.cli.main import main
 from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
+from hesso_hf.errors import HessoError
 from hesso_hf.export import publish
 from hesso_hf.export.page.losses import MOST, Losses
 from tests.project.test_structure import reachable
@@ -91,7 +92,7 @@ def test_a_save_that_fails_leaves_the_page_that_was_there(
         raise OSError("no way")
 
     monkeypatch.setattr(publish, "_sync", broken)
-    with pytest.raises(OSError, match="no way"):
+    with pytest.raises(HessoError, match=r"can't be made \(OSError: no way\)"):
         run.save_model(str(small))
     assert (small / PAGE_NAME).read_text() == "of the model before"
 
