@@ -42,7 +42,7 @@ $(PACKAGE): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python 3.11 or newer is needed for constraints.txt; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11" if v < (3, 11) else 0)'
 	@echo "Setting up $(VENV): a few minutes the first time"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python $(PIP_INSTALL) -e '.[plots]'
+	@$(BIN)/python $(PIP_INSTALL) --no-compile -e '.[plots]'
 	@touch $@
 
 $(STAMP): $(PACKAGE)
