@@ -186,7 +186,7 @@ def solve_by_time(solve: Solve, table: LatencyTable, times: ForwardTimes, ratio:
         try:
             found = solve()
         except BudgetError:  # by what was timed, unless it is the first
-            if not looked or min(looked)[0] > UNREACHABLE:
+            if not looked or min(off for off, *_ in looked) > UNREACHABLE:
                 raise
             break
         if any(found[0].sizes == earlier[0].sizes for *_, earlier in looked):

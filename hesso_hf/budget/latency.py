@@ -97,7 +97,9 @@ class LatencyTable:
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done its work, where it works on its own."""
     module: Any = getattr(torch, device.type, None)
-    if hasattr(module, "synchronize"):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # which may not be the current one
+    elif hasattr(module, "synchronize"):
         module.synchronize()
 
 

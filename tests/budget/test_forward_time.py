@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hesso_hf import HessoConfig, wrap_optimizer
 from hesso_hf.budget import forward_time
@@ -83,6 +84,23 @@ def test_where_nothing_gets_faster_the_nearest_that_was_timed_is_named(share: fl
     by_elements(lambda times, sizes: share)
     with pytest.raises(BudgetError, match=r"`pruning_ratio` \(0.4\) of latency can't be met within 5%"):
         settled(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
+
+
+def test_of_sizes_timed_alike_one_is_taken_where_no_others_are_near(by_elements: Any, monkeypatch: Any) -> None:
+    """The same times twice, then a budget that can't be met by them."""
+    timed = by_elements(lambda times, sizes: 0.63)
+    plan = PruningPlan.prepare(tiny_llama(), HessoConfig(0.4, budget_metric="latency", round_to=1))
+    first, found = plan.target, []
+
+    def solve() -> list[Any]:
+        found.append(replace(first, sizes={"hidden_size": 50 + len(found)}))
+        if len(found) > 2:
+            raise BudgetError("no sizes")
+        return [found[-1]]
+
+    times = ForwardTimes(LlamaForCausalLM, plan.model.config, torch.device("cpu"), torch.float32, 8)
+    (taken,) = forward_time.solve_by_time(solve, plan.price, times, 0.4)
+    assert (len(timed), taken.ratio) == (2, pytest.approx(0.37))
 
 
 def test_given_sizes_that_are_slower_are_reported_so(by_elements: Any) -> None:
