@@ -59,6 +59,8 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     ALIKE: {},
     HALF: {},
+    "hesso, a quarter of the examples": {"healing_tokens": HEALING_TOKENS // 4},
+    "hesso, half the examples": {"healing_tokens": HEALING_TOKENS // 2},
     "hesso, twice the examples": {"healing_tokens": 2 * HEALING_TOKENS},
     "hesso, four times the examples": {"healing_tokens": 4 * HEALING_TOKENS},  # to judge and heal on
     "hesso, widths by layer": {"layer_widths": "per_layer"},  # loads with a modelling file of its own

@@ -335,7 +335,7 @@ def export_scale(result: dict[str, Any]) -> str:
     rows = [
         ["written", f"{seconds['writing']:.0f} s"],
         ["verified", f"{seconds['verification']:.0f} s"],
-        ["all, with the proof and the look for zeros", f"{seconds['all']:.0f} s"],
+        ["all, with the check of the class and the look for zeros", f"{seconds['all']:.0f} s"],
         ["the checkpoint copied, before and after", " and ".join(f"{copy:.0f} s" for copy in copies)],
         ["speed of writing over that of copying, mean", f"{copying / seconds['writing']:.0%}"],
         ["memory allocated at most", f"{peak['anonymous'] / 1e9:.2f} GB"],

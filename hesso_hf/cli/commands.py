@@ -149,6 +149,7 @@ def export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", nargs="?", help="folder for the smaller model")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="stored dtype")
     parser.add_argument("--trust-pickles", action="store_true", help="open DeepSpeed's files, which can run code")
+    parser.add_argument("--overwrite-base", action="store_true", help="OUTPUT may be the base model's folder")
     parser.add_argument(
         "--for", nargs="+", dest="engines", choices=["onnx", "openvino", "gguf"], default=[], metavar="ENGINE",
         help="write it for onnx (ONNX Runtime), openvino or gguf (llama.cpp) too, compared there; of a model that is "
@@ -179,8 +180,9 @@ def export(arguments: argparse.Namespace) -> None:
         check_writable("output", Path(arguments.output))
         with without_bars():
             report = export_pruned(
-                checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles
-            )
+                checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles,
+                overwrite_base=arguments.overwrite_base,
+            )  # fmt: skip
         print_report(report.to_dict(), arguments.output)
         print(f"written in {report.seconds['writing']:.1f} s, verified in {report.seconds['verification']:.1f} s")
     _convert(Path(arguments.output or checkpoint), arguments.engines, arguments.converter)

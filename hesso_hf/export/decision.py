@@ -85,6 +85,11 @@ class Decision:
         """The units that stay of the full model, those of dropped layers left out."""
         return self.compaction.kept_units if self.compaction else without_dropped_layers(self.groups, self.kept)
 
+    @property
+    def prunes_nothing(self) -> bool:
+        """Whether all units stay, and none was cut before."""
+        return self.kept.all_stay and self.compaction is None
+
     def routing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Let the routers of a model that has all experts choose among the kept ones for a while."""
         if EXPERT_UNITS not in self.kept.kept:
@@ -203,7 +208,9 @@ def _weights(model: PreTrainedModel, stored: Mapping[str, torch.Tensor] | None =
 def _check_kept(kept: KeptUnits, groups: PruningGroups) -> None:
     for name, layers in kept.kept.items():
         if name not in groups.structures:
-            raise HessoError(f"`kept_units` names {name!r}, which isn't proved here; proved: {list(groups.structures)}")
+            raise HessoError(
+                f"`kept_units` names {name!r}, which isn't verified here; verified: {list(groups.structures)}"
+            )
         structure = groups.structures[name]
         if len(layers) != len(structure.layers):
             raise HessoError(f"`kept_units`: {name} has {len(layers)} layers, the model {len(structure.layers)}")

@@ -22,6 +22,7 @@ from .in_training import blamed_on, unfinished
 from .parameters import ParameterSource, WholeSource
 from .report import PruningReport
 from .source import ExportSource, read_source
+from .storage import check_not_base
 from .verify import Verifier
 from .write import DTYPES, Output, write_pruned
 
@@ -41,16 +42,15 @@ def export_pruned(
     vocabulary: KeptTokens | None = None,
     lora_export: str | None = None,
     trust_pickles: bool = False,
+    overwrite_base: bool = False,
 ) -> PruningReport:
     """Cut the pruned units out of a model, verify the result and publish it atomically.
 
-    From a checkpoint that holds the whole model in safetensors files, these are read, cut and written a stretch at a
-    time, and one layer is in memory at a time. What holds an adapter, DeepSpeed's or FSDP's files, or loses tokens, is
-    loaded whole.
+    A checkpoint's safetensors files of a whole model are read, cut and written a stretch at a time. One that holds an
+    adapter, DeepSpeed's or FSDP's files, or loses tokens, is loaded whole.
 
     Args:
-        source: a model (or a PeftModel with LoRA) whose pruned units are at zero or were cut by `compact`, or a
-            checkpoint folder that training wrote.
+        source: a model or PeftModel whose pruned units are at zero or were cut by `compact`, or a checkpoint folder.
         output_dir: files of other kinds in it (`checkpoint-*`, ...) are left alone.
         kept_units: the decision; by default what the checkpoint says, or the units that aren't exactly zero.
         groups: the model's groups, where they are at hand already.
@@ -60,10 +60,11 @@ def export_pruned(
         vocabulary: the tokens to keep (`keep_tokens`); by default what the checkpoint says, or all.
         lora_export: of a model with adapters, `merged` or `adapter`, as in `HessoConfig`, which is the default.
         trust_pickles: open a checkpoint's pickles, which can run code; only DeepSpeed's need it.
+        overwrite_base: let `output_dir` be the folder that the base model was read from, as in `HessoConfig`.
 
     Raises:
-        HessoError: where pruning hasn't finished (of a model in memory a warning, where there is one without the units
-            that are at zero so far), a unit to be cut isn't zero, the layers differ unasked, or a checkpoint of
+        HessoError: where `output_dir` has the base model, pruning hasn't finished (in memory a warning, where there is
+            a model without the units at zero), a unit to be cut isn't zero, layers differ unasked, or a checkpoint of
             DeepSpeed's can't be read.
         VerificationError: where the smaller model's logits differ; `output_dir` is untouched then.
     """
@@ -71,12 +72,13 @@ def export_pruned(
         raise HessoError(f"`dtype` ({dtype!r}) must be one of {list(DTYPES)}")
     _check_no_checkpoint(Path(output_dir))
     found = read_source(source, kept_units, tokenizer, training, trust_pickles, vocabulary is not None)
+    _check_not_base(Path(output_dir), source, found, overwrite_base)
     adapted = found.lora_export(lora_export)
     vocabulary = vocabulary or found.vocabulary
     early = unfinished(found.model) if found.kept is None else None
     with blamed_on(early):
         decision = decide(found.model, found.kept, groups, vocabulary, found.compaction, found.stored)
-    if found.kept is None and decision.kept.all_stay and decision.compaction is None and early is None:
+    if found.kept is None and decision.prunes_nothing and early is None:
         _nothing_pruned(source)
     wanted = dtype or found.config.get("export_dtype")
     saved = _trimmed(found.tokenizer, vocabulary) if vocabulary else found.tokenizer
@@ -94,6 +96,15 @@ def _check_no_checkpoint(folder: Path) -> None:
     for name in ("trainer_state.json", "optimizer.pt"):
         if (folder / name).exists() and folder.name.startswith("checkpoint-"):
             raise HessoError(f"`output_dir` ({str(folder)!r}) is a checkpoint of a run; choose another folder")
+
+
+def _check_not_base(output: Path, source: str | os.PathLike[str] | nn.Module, found: ExportSource, asked: bool) -> None:
+    """Refuse to write where the base model lies; a folder that knows of no other base may be cut in place."""
+    name = found.model.config.name_or_path
+    in_place = not isinstance(source, nn.Module) and Path(source) == Path(name)
+    base = None if in_place or not name else Path(name)
+    meant = asked or bool(found.config.get("overwrite_base"))
+    check_not_base(output, base, meant, "overwrite_base=True` or `--overwrite-base")
 
 
 def _nothing_pruned(source: str | os.PathLike[str] | nn.Module) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..config import HessoConfig
 from ..errors import HessoError, StorageError
 
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "iostream error")  # how torch's writer says that it failed
@@ -96,17 +95,21 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if os.path.exists(place))
 
 
-def check_not_base(target: Path, base: Path | None, config: HessoConfig) -> None:
+def check_not_base(
+    target: Path, base: Path | None, asked: bool, asking: str = "HessoConfig(overwrite_base=True)"
+) -> None:
     """Refuse to replace the model that training began from, which may be the only copy, unless that is asked for.
 
     Args:
         base: the folder that it was read from, None where that is no folder.
+        asked: that it be replaced.
+        asking: how a user says so.
 
     Raises:
         HessoError: naming the folder.
     """
-    if base is not None and not config.overwrite_base and target.exists() and base.exists() and target.samefile(base):
+    if base is not None and not asked and target.exists() and base.exists() and target.samefile(base):
         raise HessoError(
             f"{str(target)!r} is the folder that the base model was read from, and would hold another model then: name "
-            "another folder, or say that this is meant by `HessoConfig(overwrite_base=True)`"
+            f"another folder, or say that this is meant by `{asking}`"
         )

@@ -77,7 +77,7 @@ def tiny_config(
     if get_size(config, VOCAB) is None:
         raise UnsupportedStructureError(
             f"{model_class.__name__} reads no tokens ({type(config).__name__} has no `{VOCAB}`), and what is cut is "
-            "proved by the logits of tokens: take a language model"
+            "verified by the logits of tokens: take a language model"
         )
     if refused := _architectures().get(config.model_type, {}).get("refused"):
         raise UnsupportedStructureError(f"no tiny {model_class.__name__} could be built: {refused}")

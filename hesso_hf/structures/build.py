@@ -94,7 +94,9 @@ def build_groups(structure: str, axis_map: AxisMap, scheme: Scheme) -> Structure
             per_unit = _per_unit((info.name, dim), template, axis_map, increments, scheme)
             layout = template.fitted(scheme.num_units, units, size, per_unit, structure not in HEAD_UNITS)
             if layout is None:
-                raise UnsupportedStructureError(f"{info.name} dimension {dim} ({size}) doesn't divide as in the proof")
+                raise UnsupportedStructureError(
+                    f"{info.name} dimension {dim} ({size}) doesn't divide as in the tiny model"
+                )
             shift, power = scheme.shifts.get(info.pattern, 0.0), scheme.powers.get(info.pattern, 0)
             axis = Axis(info.name, dim, layout, shift, power, info.pattern in scheme.centred)
             alone = structure == "embedding_channels" or scheme.shared
@@ -116,7 +118,7 @@ def check_covered(structures: Mapping[str, StructureGroups], axis_map: AxisMap) 
         coupled = axis_map.coupled_head_dim is not None and structure in COUPLED
         for name, dim in axis_map.moving((HIDDEN,)) if coupled else moving_axes(structure, axis_map):
             if (name, dim) not in covered:
-                raise UnsupportedStructureError(f"{name} dimension {dim} isn't covered by the proof")
+                raise UnsupportedStructureError(f"{name} dimension {dim} wasn't seen in the tiny model")
 
 
 def _per_unit(axis: AxisName, template: Layout, axis_map: AxisMap, increments: dict[str, int], scheme: Scheme) -> int:

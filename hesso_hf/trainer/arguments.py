@@ -53,7 +53,7 @@ def checked_config(
     if getattr(given.get("args"), "use_liger_kernel", False):  # which `Trainer` puts into the model at once
         raise HessoError(
             "`use_liger_kernel` (True) puts kernels for GPUs into the model's classes, with which nothing can be "
-            "proved on a tiny model on the CPU; leave it out, and use `torch_compile` for fused kernels"
+            "verified on a tiny model on the CPU; leave it out, and use `torch_compile` for fused kernels"
         )
     loads_by_name = "peft_config" in inspect.signature(make).parameters  # as TRL's trainers do
     if isinstance(model := given.get("model"), str) and not loads_by_name:

@@ -63,7 +63,7 @@ class Ladder:
             HessoError: naming the folder.
         """
         for share in self._config.rungs:
-            check_not_base(self._folder(share), base, self._config)
+            check_not_base(self._folder(share), base, self._config.overwrite_base)
 
     def begin(self) -> None:
         """Training begins, or begins again."""

@@ -226,7 +226,7 @@ class HessoMixin(_TrainerBase):
             plain(output_dir, _internal_call=_internal_call)
             return self._checkpoint.meet()
         target = Path(output_dir or self.args.output_dir or "")
-        check_not_base(target, self.hesso_run.base_folder, self.hesso_config)
+        check_not_base(target, self.hesso_run.base_folder, self.hesso_config.overwrite_base)
         steps = self.hesso_engine.steps
         if steps is None or not steps.process.finished:
             dense = partial(plain, output_dir, _internal_call=_internal_call)

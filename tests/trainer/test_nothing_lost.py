@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerCallback
 
 from hesso_hf import HessoTrainer, export_pruned
+from hesso_hf.cli.main import main
+from hesso_hf.config.files import REPORT_NAME
 from hesso_hf.errors import HessoError, StorageError
 from hesso_hf.hf_models.tiny_model import logits_of
 from hesso_hf.trainer import saving
@@ -159,6 +162,24 @@ def test_the_base_is_not_replaced_unless_that_is_asked_for(
         with pytest.raises(HessoError, match=r"is the folder that the base model was read from.*overwrite_base=True"):
             other.save_model(str(name))
     assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_does_not_replace_the_base_either_unless_that_is_asked_for(
+    run: HessoTrainer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = Path(str(run.args.output_dir)) / "checkpoint-8"
+    before = (base / "model.safetensors").read_bytes()
+    refused = r"is the folder that the base model was read from.*overwrite_base=True"
+    with pytest.raises(HessoError, match=refused):
+        export_pruned(checkpoint, base)
+    with pytest.raises(HessoError, match=refused):
+        export_pruned(LlamaForCausalLM.from_pretrained(base), base)
+    assert main(["export", str(checkpoint), str(base)]) == 2
+    assert "--overwrite-base" in capsys.readouterr().err
+    assert (base / "model.safetensors").read_bytes() == before
+    shutil.copytree(base, tmp_path / "other")
+    export_pruned(LlamaForCausalLM.from_pretrained(tmp_path / "other"), tmp_path / "other", overwrite_base=True)
+    assert (tmp_path / "other" / REPORT_NAME).exists()
 
 
 def test_an_adapter_s_base_is_not_replaced_either_and_is_where_that_is_meant(tmp_path: Path) -> None:

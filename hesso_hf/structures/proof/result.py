@@ -90,7 +90,7 @@ def groups_of(
             refused |= dict.fromkeys(members, str(error))
     needing = needing_others(axis_map, schemes)
     for name in needing - refused.keys() if not coupled.keys() - refused.keys() else ():
-        refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all proved"
+        refused[name] = f"it only shrinks together with {sorted(needing - {name})}, which aren't all verified"
     refused |= _on_shared_axes({name: built for name, built in structures.items() if name not in refused})
     structures = {name: built for name, built in structures.items() if name not in refused}
     absent = {name: found.reason for name, found in proof.structures.items() if not found.applicable}

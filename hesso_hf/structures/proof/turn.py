@@ -40,7 +40,7 @@ def prove_turn(model_class: type[PreTrainedModel], config: PretrainedConfig) -> 
             bench = Bench(model_class, covering_config(model_class, config))
             proof = Prover(bench).prove_stream()
             if not isinstance(proof.scheme, Scheme):
-                raise UnsupportedStructureError(f"its embedding channels aren't proved: {proof.reason}")
+                raise UnsupportedStructureError(f"its embedding channels aren't verified: {proof.reason}")
             scheme = turn_scheme(bench, proof.scheme)
             error = turn_error(bench, scheme)
             gates = _gates(bench, proof.scheme) if error > TOLERANCE else []

@@ -29,7 +29,7 @@ KINDS = {
 REFUSED = {
     "gemma2": "post_attention_layernorm.weight scales channels of what is yet to be added to the stream",
     "olmo2": "post_attention_layernorm.weight scales channels of what is yet to be added to the stream",
-    "bert": "its embedding channels aren't proved",
+    "bert": "its embedding channels aren't verified",
 }
 
 

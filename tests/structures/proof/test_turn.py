@@ -144,7 +144,7 @@ def test_a_bias_beside_a_gain_of_zero_is_refused_where_readers_have_none_and_not
     [
         ("gemma2", r"post_attention_layernorm.weight scales channels of what is yet to be added"),
         ("olmo2", r"post_attention_layernorm.weight scales channels of what is yet to be added"),
-        ("bloom", r"embedding channels aren't proved"),
+        ("bloom", r"embedding channels aren't verified"),
         (
             "minimax",
             r"input_layernorm.weight or .*post_attention_layernorm.weight scales channels of the stream itself",
