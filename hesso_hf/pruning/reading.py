@@ -52,6 +52,11 @@ class ModelReading:
         self._places = self._batch["attention_mask"].flatten().nonzero().flatten()  # of tokens among all rows
         self._told: set[str] = set()
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens a pass reads, padding left out."""
+        return len(self._places)
+
     def fewer(self, tokens: int) -> Self:
         """Return one that works on so many tokens about, of examples spread over the batch."""
         rows = len(self._batch["attention_mask"])

@@ -14,17 +14,24 @@ from ..export.storage import shown
 from .measure import makes_its_loader
 
 STEPS = 3  # that tell what the run takes; the first isn't timed: memory is asked for and kernels are chosen in it
+# A period reads its examples forward and back, by which units are judged, and forward once to judge and once to heal;
+# with CRIC it looks and judges twice. A step of training reads forward and back, which takes three times as long.
+PASSES, CRIC_PASSES = 5 / 3, 3
 
 
 class Pace:
     """The clock of a run's optimizer steps, with data, evaluations and saving in them, without pruning's own work.
 
     That is done in few steps, often the first ones, and would make all of them look slow.
+
+    Attributes:
+        steps: that were timed.
+        pruning: seconds that pruning has taken in them and before.
     """
 
     def __init__(self) -> None:
         self._first = self._last = 0.0
-        self.steps = 0
+        self.steps, self.pruning = 0, 0.0
 
     def step_ended(self, device: torch.device, pruning: float) -> None:
         """Look at the clock; while few steps are timed, when the device has done its work.
@@ -34,6 +41,7 @@ class Pace:
         """
         if self.steps < STEPS and device.type == "cuda":
             torch.cuda.synchronize(device)
+        self.pruning = pruning
         self._last = time.perf_counter() - pruning
         self._first = self._first if self.steps else self._last
         self.steps += 1
@@ -44,48 +52,86 @@ class Pace:
         return max(0.0, self._last - self._first) / (self.steps - 1) if self.steps > 1 else None
 
 
-def before(trainer: Any) -> list[str]:
-    """Say what can be told of a run's vocabulary, tokens and memory before its first step, and when its time can be."""
-    run, lines = trainer.hesso_run, _tokens(trainer)
-    if kept := run.kept_tokens:
-        lines.insert(
-            0, f"vocabulary: {kept.vocab_size:,} -> {len(kept.kept):,} tokens, removed on top of this when saved"
-        )
-    if trainer.hesso_engine.keeps_whole:  # else each process has a part
-        parameters = list(run.whole.parameters())
-        trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in parameters) + 3 * trained
-        lines.append(f"memory: about {shown(size)} for weights, gradients and Adam's two moments, plus activations")
-    if run.count_steps() - trainer.state.global_step >= STEPS:
-        lines.append(f"time: known after {STEPS} steps")
-    return lines
+class Forecast:
+    """What a run of a trainer will take, by what is known of it so far."""
 
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self.restart()
 
-def _tokens(trainer: Any) -> list[str]:
-    """Say it where that takes a few rows of the data set, and nothing that training reads."""
-    run, args = trainer.hesso_run, trainer.args
-    if run.measurer.why_none() or makes_its_loader(trainer):
-        return []
-    try:
-        micro_batch = run.measurer.tokens_per_micro_batch()
-    except Exception as error:  # a collator may not take single rows, and there is no type for all it may raise
-        return [f"tokens: unknown ({type(error).__name__}: {error})"]
-    if micro_batch <= args.train_batch_size:  # no text
-        return []
-    tokens, steps = micro_batch * args.gradient_accumulation_steps * world_size(), run.process.schedule.total_steps
-    replayed = ", and replay" if run.teaching.replay is not None else ""
-    return [f"tokens: about {tokens:,} a step, {tokens * steps:,} in {counted(steps, 'step')}{replayed}"]
+    def restart(self) -> None:
+        """Know nothing of the run's steps yet."""
+        self.pace, self._begun_at, self._tokens_per_step = Pace(), 0, 0
 
+    def before(self) -> list[str]:
+        """Say what can be told of the vocabulary, tokens and memory before the first step, and when time can be."""
+        run = self._trainer.hesso_run
+        self._begun_at, lines = run.process.step, self._tokens()
+        if kept := run.kept_tokens:
+            lines.insert(
+                0, f"vocabulary: {kept.vocab_size:,} -> {len(kept.kept):,} tokens, removed on top of this when saved"
+            )
+        if self._trainer.hesso_engine.keeps_whole:  # else each process has a part
+            parameters = list(run.whole.parameters())
+            trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+            size = sum(p.numel() * p.element_size() for p in parameters) + 3 * trained
+            lines.append(f"memory: about {shown(size)} for weights, gradients and Adam's two moments, plus activations")
+        if run.count_steps() - self._trainer.state.global_step >= STEPS:
+            lines.append(f"time: known after {STEPS} steps")
+        return lines
 
-def by_first_steps(trainer: Any, pace: Pace) -> list[str]:
-    """Say what the first steps tell of the time and memory of the whole run."""
-    device, steps = trainer.args.device, trainer.hesso_run.process.schedule.total_steps
-    step = pace.seconds or 0.0
-    whole = duration(step * steps)
-    told = f"time: {step:.3g} s a step, {whole} in all, and pruning's own work, evaluations and saving on top"
-    if device.type == "cuda":
-        return [told, f"memory: {shown(torch.cuda.max_memory_allocated(device))} at most on the GPU"]
-    return [told, f"memory: {shown(psutil.Process().memory_info().rss)} of main memory"]
+    def _tokens(self) -> list[str]:
+        """Say how many there are where that takes a few rows of the data set, and nothing that training reads."""
+        run, args = self._trainer.hesso_run, self._trainer.args
+        if run.measurer.why_none() or makes_its_loader(self._trainer):
+            return []
+        try:
+            micro_batch = run.measurer.tokens_per_micro_batch()
+        except Exception as error:  # a collator may not take single rows, and there is no type for all it may raise
+            return [f"tokens: unknown ({type(error).__name__}: {error})"]
+        if micro_batch <= args.train_batch_size:  # no text
+            return []
+        self._tokens_per_step = micro_batch * args.gradient_accumulation_steps
+        tokens, steps = self._tokens_per_step * world_size(), run.process.schedule.total_steps
+        replayed = ", and replay" if run.teaching.replay is not None else ""
+        return [f"tokens: about {tokens:,} a step, {tokens * steps:,} in {counted(steps, 'step')}{replayed}"]
+
+    def by_first_steps(self) -> list[str]:
+        """Say what the first steps tell of the time and memory of the whole run."""
+        device, process = self._trainer.args.device, self._trainer.hesso_run.process
+        step, steps = self.pace.seconds or 0.0, process.schedule.total_steps
+        own = self._seconds_of_periods(self._begun_at)
+        judging = f", about {duration(own)} more to judge and heal units" if own >= 0.5 else ""
+        told = f"time: {step:.3g} s a step, {duration(step * steps)} in all{judging}; evaluations and saving on top"
+        if device.type == "cuda":
+            return [told, f"memory: {shown(torch.cuda.max_memory_allocated(device))} at most on the GPU"]
+        return [told, f"memory: {shown(psutil.Process().memory_info().rss)} of main memory"]
+
+    def left(self, steps: int) -> str:
+        """Return the time that the steps to come will take; "" where that can't be told yet."""
+        if self.pace.seconds is None or steps <= 0:
+            return ""
+        own = self._seconds_of_periods(self._trainer.hesso_run.process.step)
+        return f", ETA {duration(self.pace.seconds * steps + own)}"
+
+    def _seconds_of_periods(self, first: int) -> float:
+        """Return what pruning's own work takes in the periods that begin with a step or later.
+
+        One takes what those of this run took; before any has begun, what its passes would as a part of training.
+        """
+        process = self._trainer.hesso_run.process
+        starts = [period.start for period in process.schedule.periods if period.share]
+        begun = sum(self._begun_at <= start < process.step for start in starts)
+        each = self.pace.pruning / begun if begun else (self.pace.seconds or 0.0) * self._steps_of_a_period()
+        return each * sum(start >= first for start in starts)
+
+    def _steps_of_a_period(self) -> float:
+        """Return how many steps of training take as long as judging and healing once, by the tokens that are read."""
+        run = self._trainer.hesso_run.process.run
+        if run.healer is None or not self._tokens_per_step:
+            return 0.0
+        passes = CRIC_PASSES if run.config.cric_way == "healed" else PASSES
+        return passes * run.healer.tokens / self._tokens_per_step
 
 
 def duration(seconds: float) -> str:

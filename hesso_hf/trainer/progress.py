@@ -12,7 +12,7 @@ from transformers.utils import is_in_notebook, logging
 
 from ..pruning.process import PruningProcess
 from ..structures.lora import num_parameters
-from .forecast import STEPS, Pace, before, by_first_steps, duration
+from .forecast import STEPS, Forecast
 
 logger = logging.get_logger(__name__)
 
@@ -49,8 +49,8 @@ def units_pruned(process: PruningProcess) -> tuple[dict[str, int], int]:
 class Progress:
     """The parts of the line of progress, which two callbacks show: the phase, the units, the loss, the time left."""
 
-    def __init__(self) -> None:
-        self.pace, self._phase, self._units, self._loss = Pace(), "", "", ""
+    def __init__(self, forecast: Forecast) -> None:
+        self._forecast, self._phase, self._units, self._loss = forecast, "", "", ""
 
     def enter(self, process: PruningProcess) -> bool:
         """Take the phase, and tell whether it is another one; the units are counted where it is."""
@@ -82,8 +82,7 @@ class Progress:
 
     def left(self, state: Any) -> str:
         """Return the time that the steps to come will take, as those before did; "" where that can't be told yet."""
-        seconds, steps = self.pace.seconds, state.max_steps - state.global_step
-        return f", ETA {duration(seconds * steps)}" if seconds is not None and steps > 0 else ""
+        return self._forecast.left(state.max_steps - state.global_step)
 
 
 def _units(pruned: int, target: int) -> str:
@@ -130,7 +129,8 @@ class HessoProgressCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer, self._progress, self._begun = trainer, Progress(), False
+        self._trainer, self._forecast, self._begun = trainer, Forecast(trainer), False
+        self._progress = Progress(self._forecast)
         callbacks = trainer.callback_handler.callbacks
         for index, callback in enumerate(callbacks):
             if type(callback) is ProgressCallback:
@@ -140,14 +140,15 @@ class HessoProgressCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the plan again: with a smaller batch it has more steps."""
-        self._begun, self._progress.pace = False, Pace()
+        self._begun = False
+        self._forecast.restart()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Say before the first step what goes and when."""
         if self._begun:
             return
         self._begun = True
-        takes = before(self._trainer)  # of a stream all processes take the main one's rows
+        takes = self._forecast.before()  # of a stream all processes take the main one's rows
         if not state.is_world_process_zero:
             return
         process = self._trainer.hesso_optimizer.process
@@ -162,10 +163,10 @@ class HessoProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Time the step, and say where the phase of the next one is another."""
-        self._progress.pace.step_ended(args.device, self._trainer.hesso_optimizer.seconds)
+        self._forecast.pace.step_ended(args.device, self._trainer.hesso_optimizer.seconds)
         if state.is_world_process_zero:
-            if self._progress.pace.steps == STEPS:
-                self._say("\n".join(by_first_steps(self._trainer, self._progress.pace)))
+            if self._forecast.pace.steps == STEPS:
+                self._say("\n".join(self._forecast.by_first_steps()))
             self._enter()
 
     def _enter(self) -> None:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from hesso_hf.trainer.forecast import Pace, before, duration
+from hesso_hf.pruning import phases
+from hesso_hf.trainer.forecast import Forecast, Pace, duration
 from hesso_hf.trainer.progress import ShortBar, ShortLines, phase_text
 from tests.support.tiny import tiny_llama
 from tests.support.training import LENGTH, hesso_config, logged, trainer
+
+
+class _After(TrainerCallback):
+    """Does something after each step."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._work()
 
 
 def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: Path) -> None:
@@ -50,7 +63,10 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
     assert f"tokens: about {4 * LENGTH} a step, {12 * 4 * LENGTH} in 12 steps" in plan
     assert "memory: about " in plan
     assert plan.endswith("\n  time: known after 3 steps")
-    assert re.fullmatch(r"time: .* s a step, \d+ s in all, .*\nmemory: [\d.]+ [MG]B of main memory", first_steps)
+    assert re.fullmatch(
+        r"time: .* s a step, \d+ s in all.*; evaluations and saving on top\nmemory: [\d.]+ [MG]B of main memory",
+        first_steps,
+    )
     assert phase_text(run.hesso_optimizer.process) == "recovery"
     written.clear()
     run.train()
@@ -62,7 +78,7 @@ def test_a_run_of_one_step_has_no_plural(tmp_path: Path) -> None:
     config = hesso_config(warmup_steps=0, pruning_steps=1, pruning_periods=1)
     run = trainer(tmp_path, config=config, max_steps=1)
     run.create_optimizer()
-    assert f"tokens: about {4 * LENGTH} a step, {4 * LENGTH} in 1 step" in before(run)
+    assert f"tokens: about {4 * LENGTH} a step, {4 * LENGTH} in 1 step" in Forecast(run).before()
 
 
 def test_what_is_printed_is_a_line_of_progress_and_what_is_logged_has_all(
@@ -97,6 +113,49 @@ def test_the_pace_leaves_out_what_pruning_takes(monkeypatch: pytest.MonkeyPatch)
         pace.step_ended(torch.device("cpu"), pruning)
     assert pace.seconds == 2.0
     assert [duration(seconds) for seconds in (89, 600, 7200)] == ["89 s", "10 min", "2.0 h"]
+
+
+@pytest.mark.parametrize("cric", ["auto", False])
+def test_what_judging_takes_is_told_by_its_passes_and_then_by_those_that_were_made(
+    cric: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = hesso_config(warmup_steps=4, pruning_steps=4, healing="auto", cric=cric, saliency="reconstruction")
+    run = trainer(tmp_path, config=config)
+    told = next(each for each in run.callback_handler.callbacks if hasattr(each, "_forecast"))._forecast
+    read, judged, left, took = {"forward": 0, "backward": 0}, [], [], []
+    base, forward, backward = type(run.model.model), type(run.model.model).forward, torch.autograd.grad
+    mark = phases.PruningPeriod.mark
+
+    def reads(self: Any, input_ids: Any = None, **kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        read["forward"] += input_ids.numel() if mask is None else int(mask.sum())
+        return forward(self, input_ids, **kwargs)
+
+    def returns(logits: Any, *args: Any, **kwargs: Any) -> Any:
+        read["backward"] += logits[..., 0].numel()
+        return backward(logits, *args, **kwargs)
+
+    def counted(self: Any, optimizer: Any) -> None:
+        read.update(forward=0, backward=0)
+        with monkeypatch.context() as during:
+            during.setattr(base, "forward", reads)
+            during.setattr(torch.autograd, "grad", returns)
+            mark(self, optimizer)
+        judged.append((read["forward"] + 2 * read["backward"]) / 3)  # tokens of training that take as long
+
+    def note() -> None:
+        left.append(told._seconds_of_periods(run.hesso_optimizer.process.step))
+        took.append(told.pace.seconds)
+
+    monkeypatch.setattr(phases.PruningPeriod, "mark", counted)
+    run.add_callback(_After(note))
+    run.train()
+    a_period = told._steps_of_a_period()
+    assert judged == pytest.approx([a_period * 4 * LENGTH] * 2)
+    assert left[0] == 0  # no step is timed yet
+    assert left[1:4] == pytest.approx([2 * a_period * seconds for seconds in took[1:4]])
+    assert left[5] >= left[4] > 0  # one of two is over
+    assert left[6:] == [0.0] * 6
 
 
 @pytest.mark.parametrize("quiet", [True, False])

@@ -807,7 +807,11 @@ def test_embedding_channels_and_tokens_go_together(tmp_path: Path) -> None:
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
     kept = trainer.kept_tokens
     assert kept is not None
-    assert forecast.before(trainer)[0].startswith(f"vocabulary: {len(tokenizer)} -> {small.config.vocab_size} tokens, ")
+    assert (
+        forecast.Forecast(trainer)
+        .before()[0]
+        .startswith(f"vocabulary: {len(tokenizer)} -> {small.config.vocab_size} tokens, ")
+    )
     assert small.get_input_embeddings().weight.shape == (len(kept.kept), 48)
     assert len(kept.kept) % 4 == 0
     assert_same_logits(small, trainer.model.eval(), kept, 1e-4)
@@ -825,7 +829,7 @@ def test_a_vocabulary_that_is_needed_whole_is_not_spoken_of_as_pruned(
     with propagated(caplog):
         trainer.create_optimizer()
     assert f"need all {len(tokenizer)} tokens, so all stay" in caplog.text
-    assert not any("vocabulary" in line for line in forecast.before(trainer))
+    assert not any("vocabulary" in line for line in forecast.Forecast(trainer).before())
     assert trainer.hesso_run.record()["vocabulary"] is None
 
 
