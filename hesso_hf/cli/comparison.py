@@ -129,15 +129,19 @@ def evaluation_of(
     """
     models = {"after": small} if base is None else {"before": base, "after": small}
     known = [key for key in COMPARED if all(model.get(key) is not None for model in models.values())]
+    errors: dict[str, dict[str, float]] = {}
     values = {key: {when: model[key] for when, model in models.items()} for key in known}
     for task, key, label in metrics_of(small):
         values[label] = {when: model["tasks"][task][key] for when, model in models.items()}
+        found = {when: model["tasks"][task].get(key.replace(",", "_stderr,")) for when, model in models.items()}
+        errors[label] = {when: error for when, error in found.items() if error is not None and math.isfinite(error)}
     for name in [name for name, found in values.items() if not all(map(math.isfinite, found.values()))]:
         print(f"hesso-hf: {name} isn't a finite number, and is left out of the card", file=sys.stderr)
         del values[name]
+        errors.pop(name, None)
     how = {key: small[key] for key in ("dtype", "device", "batch_size", "block_size")}
     given = {key: value for key, value in (asked or {}).items() if value not in (None, False)}
-    return {"dataset": dataset and Path(dataset).name, **how, **given, "values": values}
+    return {"dataset": dataset and Path(dataset).name, **how, **given, "values": values, "errors": errors}
 
 
 def markdown_table(title: str, header: list[str], rows: list[list[str]]) -> str:

@@ -21,12 +21,11 @@ logger = logging.get_logger(__name__)
 _LICENCE = ("license", "license_name", "license_link")
 
 
-def card(report: Mapping[str, Any], licence: Mapping[str, Any], picture: bool, page: bool) -> str:
+def card(report: Mapping[str, Any], picture: bool, page: bool) -> str:
     """Return the card: front matter for the Hub and a description.
 
     Args:
         report: what `pruning_report.json` says.
-        licence: of the base model, as `licence_of` returns it.
         picture: whether there is one of CRIC's cycles.
         page: whether there is one to link.
     """
@@ -52,7 +51,7 @@ def card(report: Mapping[str, Any], licence: Mapping[str, Any], picture: bool, p
         made=_made(report),
         serving=_serving(report),
     )
-    return f"---\n{_metadata(report, licence).to_yaml()}\n---\n\n{text}"
+    return f"---\n{_metadata(report).to_yaml()}\n---\n\n{text}"
 
 
 def licence_of(base_model: str) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _name(report: Mapping[str, Any]) -> str:
     return report["base_model"] or report["model_class"]
 
 
-def _metadata(report: Mapping[str, Any], licence: Mapping[str, Any]) -> ModelCardData:
+def _metadata(report: Mapping[str, Any]) -> ModelCardData:
     base, results = _base(report), list(_results(report))
     return ModelCardData(
         library_name="transformers",
@@ -96,7 +95,7 @@ def _metadata(report: Mapping[str, Any], licence: Mapping[str, Any]) -> ModelCar
         datasets=[name for name in report.get("datasets") or () if "/" in name] or None,
         eval_results=results or None,
         model_name=f"{_name(report)}, pruned" if results else None,
-        **licence,
+        **report.get("licence", {}),
     )
 
 

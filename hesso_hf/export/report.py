@@ -121,12 +121,12 @@ class PruningReport:
 
     def write(self, folder: Path) -> None:
         """Write the report, the page and the card that show it, and what there is: the recipe, a picture of CRIC."""
-        cric, report = self.training.get("cric"), self.to_dict()
+        cric, report, licence = self.training.get("cric"), self.to_dict(), licence_of(self.base_model)
         picture = has_cycles(cric) and _shown_in(folder / PLOT_NAME, lambda path: draw_cric(cric, path))
         if report.get("recipe"):
             recipe = yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True)
             (folder / RECIPE_NAME).write_text(f"# {report['command']}\n{recipe}", encoding="utf-8")
-        _write(report, folder, licence_of(self.base_model), picture)
+        _write(report | ({"licence": licence} if licence else {}), folder, picture)
 
 
 def add_to_card(folder: Path, given: Mapping[str, Any]) -> None:
@@ -150,19 +150,19 @@ def add_evaluation(folder: Path, found: Mapping[str, Any]) -> None:
     report = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8")) | {"evaluation": dict(found)}
     has = metadata_load(folder / CARD_NAME) or {} if (folder / CARD_NAME).exists() else {}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
-        _write(report, Path(made), {}, (folder / PLOT_NAME).exists())
+        _write(report, Path(made), (folder / PLOT_NAME).exists())
         add_to_card(Path(made), {name: value for name, value in has.items() if name != "model-index"})
         for path in Path(made).iterdir():
             os.replace(path, folder / path.name)
 
 
-def _write(report: Mapping[str, Any], folder: Path, licence: Mapping[str, Any], picture: bool) -> None:
+def _write(report: Mapping[str, Any], folder: Path, picture: bool) -> None:
     """Write a report, and the page and the card that show it."""
     text = json.dumps(report, indent=1, allow_nan=False)
     (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
     read = json.loads(text)
     page = _shown_in(folder / PAGE_NAME, lambda path: write_page(read, path))
-    (folder / CARD_NAME).write_text(card(read, licence, picture, page), encoding="utf-8")
+    (folder / CARD_NAME).write_text(card(read, picture, page), encoding="utf-8")
 
 
 def _shown_in(path: Path, draw: Callable[[Path], object]) -> bool:

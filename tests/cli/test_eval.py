@@ -253,7 +253,8 @@ def test_a_smaller_model_s_card_page_and_report_take_the_results(
         "loss": {"before": 2.0, "after": 2.5}, "perplexity": {"before": math.exp(2.0), "after": math.exp(2.5)},
         "lambada acc": {"before": 0.25, "after": 0.5}, "lambada em (strict)": {"before": 0.5, "after": 0.5},
     }  # fmt: skip
-    assert "| lambada acc | 0.2500 | 0.5000 |" in (small / "README.md").read_text()
+    assert found["errors"]["lambada acc"] == {"before": 0.0123, "after": 0.0123}
+    assert "| lambada acc | 0.2500 ± 0.0123 | 0.5000 ± 0.0123 |" in (small / "README.md").read_text()
     assert found["limit"] == 4
     for page in ("README.md", PAGE_NAME):
         assert "tokens, at most 4 examples of each." in (small / page).read_text()

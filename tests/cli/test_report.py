@@ -64,7 +64,8 @@ def small_report(**changes: Any) -> dict[str, Any]:
             "eval_retained_loss": {"examples": 62, "tokens": 986, "before": {"loss": 3.1234, "perplexity": 22.7235}},
         },
         "evaluation": {"dataset": "a.txt", "dtype": "bfloat16", "device": "cuda:0", "batch_size": 6, "block_size": 255,
-                       "values": {"loss": {"before": 1.2345, "after": 1.3456}, "piqa acc": {"after": 0.6543}}},
+                       "values": {"loss": {"before": 1.2345, "after": 1.3456}, "piqa acc": {"after": 0.6543}},
+                       "errors": {"piqa acc": {"after": 0.0123}}},
         "hyperparameters": {"learning_rate": 0.00123, "seed": 41},
         "command": "hesso-hf prune a.yaml --max_steps 40",
         "recipe": {"model": "made/of-words", "hesso": HessoConfig(pruning_ratio=0.57, cric=True).to_dict()},
@@ -199,7 +200,7 @@ def test_every_number_on_it_is_in_the_report_or_the_log(tmp_path: Path) -> None:
     assert ["loss on held-out examples (nats per token)", "2.3456", "2.5678", "+0.2222"] in found.rows
     assert ["loss on other text (nats per token)", "3.1234", "–", ""] in found.rows
     assert ["perplexity on held-out examples", "10.44", "13.04", "+24.9%"] in found.rows
-    assert ["piqa acc", "–", "0.6543", ""] in found.rows
+    assert ["piqa acc", "–", "0.6543 ± 0.0123", ""] in found.rows
     assert ["loss on a.txt", "1.2345", "1.3456", "+0.1111"] in found.rows
     assert "hesso-hf prune a.yaml --max_steps 40" in found.text
     assert ["attention heads", "3", "1", "3 → 1"] in found.rows
@@ -297,7 +298,7 @@ def test_several_have_a_column_each() -> None:
     assert ["parameters after", "23,456", "34,567"] in found.rows
     assert ["healing", "auto", "–"] in found.rows
     assert ["CRIC", "2 cycles, 8 samples", "–"] in found.rows
-    assert ["piqa acc", "0.6543", "–"] in found.rows
+    assert ["piqa acc", "0.6543 ± 0.0123", "–"] in found.rows
     assert found.text.count("What was removed") == 2
 
 
@@ -463,7 +464,7 @@ def test_several_are_compared_and_folders_of_one_name_told_apart(
     assert re.search(r"\n +x/small +y/small *\n", printed)
     assert re.search(r"\n *steps +1 +2 *\n", printed)
     assert re.search(r"\n *loss on held-out examples, after +2\.5678 +2\.5678 *\n", printed)
-    assert re.search(r"\n *piqa acc +0\.6543 +0\.6543 *\n", printed)
+    assert re.search(r"\n *piqa acc +0\.6543 ± 0\.0123 +0\.6543 ± 0\.0123 *\n", printed)
     assert Parsed((tmp_path / "page.html").read_text()).rows[0] == ["", "x/small", "y/small"]
     assert not list(tmp_path.glob("*/small/report.html"))  # of one alone it is made again
 

@@ -14,13 +14,15 @@ from markdown_it import MarkdownIt
 
 from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
 from hesso_hf.export.card import card, licence_of
+from hesso_hf.export.export import export_pruned
 from hesso_hf.export.report import add_evaluation
 from tests.cli.test_report import NUMBER, SERVED, SPEEDS, numbers_in, shown_as, small_report
 from tests.support.checks import propagated
+from tests.support.families import ALL, random_model
 
 
 def made(report: dict[str, Any], **licence: str) -> ModelCard:
-    return ModelCard(card(report, licence, picture=False, page=True))
+    return ModelCard(card(report | {"licence": licence}, picture=False, page=True))
 
 
 def test_the_front_matter_says_what_it_came_of_and_how_good_it_is() -> None:
@@ -84,7 +86,7 @@ def test_its_table_has_before_and_after_and_every_number_is_in_the_report() -> N
         "| loss on held-out examples (nats per token) | 2.3456 | 2.5678 |",
         "| perplexity on held-out examples | 10.44 | 13.04 |",
         "| loss on other text (nats per token) | 3.1234 | – |",
-        "| piqa acc | – | 0.6543 |",
+        "| piqa acc | – | 0.6543 ± 0.0123 |",
         "- learning_rate: 0.00123",
         "hesso-hf prune a.yaml --max_steps 40",
         "Trained on someone/text.",
@@ -102,6 +104,15 @@ def test_the_licence_is_the_base_model_s(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / CARD_NAME).write_text(f"---\n{yaml.safe_dump(front)}---\ntext")
     assert licence_of(str(tmp_path)) == {name: front[name] for name in ("license", "license_name", "license_link")}
     assert licence_of("") == {}
+
+
+def test_the_report_has_the_licence_that_the_card_names(tmp_path: Path) -> None:
+    model = random_model(ALL["llama"].config())
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / CARD_NAME).write_text("---\nlicense: mit\n---\ntext")
+    export_pruned(type(model).from_pretrained(tmp_path / "base"), tmp_path / "small")
+    assert json.loads((tmp_path / "small" / REPORT_NAME).read_text())["licence"] == {"license": "mit"}
+    assert ModelCard.load(tmp_path / "small" / CARD_NAME).data.license == "mit"
 
 
 def test_a_licence_that_can_not_be_had_is_named(
@@ -131,5 +142,6 @@ def test_an_evaluation_is_added_and_what_the_user_added_stays(tmp_path: Path) ->
     assert after.data.tags == ["pruned", "hesso", "mine"]
     assert {result.metric_value for result in after.data.eval_results or ()} == {2.5678, 13.0372, 1.3456, 0.6543}
     assert "Measured by hesso-hf eval on a.txt, in bfloat16 on cuda:0, batches of 6 x 255 tokens." in after.text
-    assert re.search(r"piqa acc.*0\.6543", (tmp_path / PAGE_NAME).read_text())
+    assert "| – | 0.6543 ± 0.0123 |" in after.text
+    assert re.search(r"piqa acc.*0\.6543 ± 0\.0123", (tmp_path / PAGE_NAME).read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([CARD_NAME, REPORT_NAME, PAGE_NAME])

@@ -7,20 +7,21 @@ from collections.abc import Iterator, Mapping
 from .measures import MEASURES
 from .words import Report, memory, named, stored_bytes, text_of
 
-# What was measured, its values, whether they compare by a ratio, and how they are written ("" with about five digits).
-Row = tuple[str, Mapping[str, float], bool, str]
+# What was measured, its values, whether they compare by a ratio, how they are written ("" with about five digits), and
+# their standard errors.
+Row = tuple[str, Mapping[str, float], bool, str, Mapping[str, float]]
 
 
 def quality_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what was measured while the model was trained: what it is, before, after."""
-    for name, values, _, form in _quality(report):
-        yield name, *_before_after(values, form)
+    for name, values, _, form, errors in _quality(report):
+        yield name, *_before_after(values, form, errors)
 
 
 def evaluation_rows(report: Report) -> Iterator[tuple[str, str, str]]:
     """Yield what `hesso-hf eval` measured afterwards: what it is, before, after."""
-    for name, values, _, form in _evaluation(report):
-        yield name, *_before_after(values, form)
+    for name, values, _, form, errors in _evaluation(report):
+        yield name, *_before_after(values, form, errors)
 
 
 def gained_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
@@ -31,8 +32,8 @@ def gained_rows(report: Report) -> Iterator[tuple[str, str, str, str]]:
     if width:
         before, after = (memory(counts[when] * width, counts["before"] * width) for when in ("before", "after"))
         yield f"memory of the weights, in {stored}", before, after, _change(counts, True)
-    for name, values, by_ratio, form in (*_quality(report), *_evaluation(report)):
-        yield name, *_before_after(values, form), _change(values, by_ratio)
+    for name, values, by_ratio, form, errors in (*_quality(report), *_evaluation(report)):
+        yield name, *_before_after(values, form, errors), _change(values, by_ratio)
 
 
 def evaluated_on(report: Report) -> str:
@@ -56,7 +57,7 @@ def _quality(report: Report) -> Iterator[Row]:
         for measure, of, by_ratio in (("loss", unit, False), ("perplexity", "", True)):
             values = {when: found[when][measure] for when in ("before", "after") if measure in found.get(when, {})}
             if values:
-                yield f"{measure} on {text_of(key)}{of}", values, by_ratio, ""
+                yield f"{measure} on {text_of(key)}{of}", values, by_ratio, "", {}
 
 
 def _evaluation(report: Report) -> Iterator[Row]:
@@ -64,12 +65,12 @@ def _evaluation(report: Report) -> Iterator[Row]:
     for name, values in evaluation.get("values", {}).items():
         if name in ("loss", "perplexity"):
             on = f" on {evaluation['dataset']}" if evaluation["dataset"] else ""
-            yield f"{name}{on}", values, MEASURES[name].by_ratio, ""
+            yield f"{name}{on}", values, MEASURES[name].by_ratio, "", {}
         elif name in MEASURES:
             measure = MEASURES[name]
-            yield measure.label.format(evaluation["batch_size"]), values, measure.by_ratio, measure.form
+            yield measure.label.format(evaluation["batch_size"]), values, measure.by_ratio, measure.form, {}
         else:  # the metric of a task
-            yield named(name), values, False, ""
+            yield named(name), values, False, "", evaluation.get("errors", {}).get(name, {})
 
 
 def measured_on(report: Report) -> str:
@@ -78,9 +79,12 @@ def measured_on(report: Report) -> str:
     return ", ".join(f"{text_of(key)} ({found['examples']:,})" for key, found in quality.items())
 
 
-def _before_after(values: Mapping[str, float], form: str) -> tuple[str, str]:
-    """Return both of a pair of values as they are written, a dash for one that isn't there."""
-    before, after = (_written(values[when], form) if when in values else "–" for when in ("before", "after"))
+def _before_after(values: Mapping[str, float], form: str, errors: Mapping[str, float]) -> tuple[str, str]:
+    """Return both of a pair of values as they are written, with standard errors; a dash for one that isn't there."""
+    before, after = (
+        " ± ".join(_written(of[when], form) for of in (values, errors) if when in of) or "–"
+        for when in ("before", "after")
+    )
     return before, after
 
 
