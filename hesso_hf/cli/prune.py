@@ -107,6 +107,8 @@ def prune(recipe: Recipe) -> None:
         data, held_out = datasets_of(recipe, tokenizer, block_size)
     trainer = _trainer(recipe, model, tokenizer, data.train, held_out)
     trainer.hesso_run.origin = origin_of(recipe) | {"data": data.to_dict()}
+    if run.eval_tasks is not None:
+        _add_tasks(trainer, asked)
     _choose_logging_steps(recipe, trainer)
     needs = disk_needs(asked, trainer)
     check_room(needs)
@@ -131,6 +133,23 @@ def prune(recipe: Recipe) -> None:
         _print_losses(trainer)
     if recipe.training.push_to_hub:
         _push(trainer, output)
+
+
+def _add_tasks(trainer: Any, recipe: Recipe) -> None:
+    """Have the tasks of lm-eval scored that a recipe names.
+
+    Raises:
+        HessoError: where nothing is evaluated during training, and for what `EvalCallback` refuses.
+    """
+    from .eval_callback import EvalCallback
+
+    run, strategy = recipe.run, recipe.training.eval_strategy
+    if strategy == "no":
+        raise HessoError(
+            f"`eval_tasks` ({run.eval_tasks!r}) are scored when a run evaluates, and `eval_strategy` (no) says never: "
+            "set `--eval_strategy epoch`, or `steps` and `--eval_steps`; `hesso-hf eval` scores what is saved"
+        )
+    trainer.add_callback(EvalCallback(trainer, str(run.eval_tasks), run.eval_tasks_limit))
 
 
 def _push(trainer: Any, output: Path) -> None:
@@ -176,7 +195,10 @@ def _print_losses(trainer: Any) -> None:
     """Evaluate, and print what comes out on the main process, where the table above isn't of all these examples."""
     from transformers import PrinterCallback
 
+    from .eval_callback import EvalCallback
+
     trainer.remove_callback(PrinterCallback)  # it would print the same once more
+    trainer.remove_callback(EvalCallback)  # losses alone are wanted
     measured = trainer.evaluate()
     for key, (compared, count) in _examples_of(trainer).items():
         if key in measured and compared < count and trainer.is_world_process_zero():

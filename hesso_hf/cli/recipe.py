@@ -65,6 +65,10 @@ class RunArguments:
         None, "Use only the first so many rows; by default, of what isn't a file, as many as max_steps take."
     )
     max_eval_examples: int = _flag(1000, "Evaluate on so many held-out examples at most.")
+    eval_tasks: str | None = _flag(
+        None, "Tasks of lm-eval to score at each evaluation, with commas between them (see eval_strategy)."
+    )
+    eval_tasks_limit: int | None = _flag(None, "Use so many examples of each task at most.")
     block_size: int | None = _flag(
         None, "Tokens in one training example; by default 1024, or the model's context where that is shorter."
     )
@@ -86,11 +90,14 @@ class RunArguments:
             raise HessoError(f"`dtype` ({self.dtype!r}) must be float32, bfloat16 or float16")
         if self.block_size is not None and self.block_size < 2:
             raise HessoError(f"`block_size` ({self.block_size}) must be at least 2 tokens")
-        for name, limit in (("max_examples", self.max_examples), ("max_eval_examples", self.max_eval_examples)):
+        for name in ("max_examples", "max_eval_examples", "eval_tasks_limit"):
+            limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise HessoError(f"`{name}` ({limit}) must be at least 1; leave it out to use all or its default")
         if self.chat_template is not None and not Path(self.chat_template).is_file():
             raise HessoError(f"`chat_template` ({self.chat_template!r}): no such file; name one with a Jinja template")
+        if self.eval_tasks_limit is not None and self.eval_tasks is None:
+            raise HessoError(f"`eval_tasks_limit` ({self.eval_tasks_limit}) does nothing without `eval_tasks`")
         if not 0.0 < self.eval_ratio < 1.0:
             raise HessoError(f"`eval_ratio` ({self.eval_ratio}) must lie strictly between 0 and 1")
         self.adapter()

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from hesso_hf import EvalCallback
 from hesso_hf.bundled import bundled_model_path
+from hesso_hf.cli.main import main
 from hesso_hf.errors import HessoError
 from tests.support import fsdp_cpu
 from tests.support.checks import propagated
@@ -53,6 +54,22 @@ def test_scores_are_logged_at_each_evaluation_and_a_best_model_is_chosen_by_them
     assert all((of["tasks"], of["limit"], of["num_fewshot"]) == (["lambada"], 5, 2) for of in asked)
     assert all(of["model"].batch_size == 3 for of in asked)
     assert [run.evaluate()["eval_lambada_acc"] for _ in range(2)] == [1.0, 1.25], "by hand it asks each time"
+
+
+def test_a_recipe_names_them_too(
+    asked: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} and {i} make {2 * i}" for i in range(400)))
+    flags = [
+        "prune", "--model", "bundled", "--dataset", str(tmp_path / "text.txt"), "--output_dir", str(tmp_path / "run"),
+        "--max_steps", "4", "--pruning_ratio", "0.3", "--block_size", "32", "--per_device_train_batch_size", "2",
+        "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no",
+        "--calibration_examples", "0", "--stream_basis", "given", "--healing", "off", "--eval_strategy", "steps",
+        "--eval_steps", "2", "--eval_tasks", "lambada", "--eval_tasks_limit", "3",
+    ]  # fmt: skip
+    assert main(flags) == 0
+    assert [(of["tasks"], of["limit"]) for of in asked] == [(["lambada"], 3)] * 2
+    assert "eval_lambada_acc 0.5" in capsys.readouterr().out
 
 
 def test_the_run_is_what_it_is_without(asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: Any) -> None:

@@ -99,6 +99,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         r"`model` \('untokenized'\) has no tokenizer .* `tokenizer.save_pretrained\('untokenized'\)`",
     ),
     "no weights": ([*PRUNE, *RATIO, "--model", "weightless"], r"`model` \('weightless'\) can't be loaded: .*no file"),
+    "tasks in a run that evaluates nothing": (
+        [*RUN, "--eval_tasks", "piqa"], r"`eval_tasks` \('piqa'\) .*`eval_strategy` \(no\) says never: set `--eval_str",
+    ),
+    "a limit of no tasks": ([*RUN, "--eval_tasks_limit", "9"], r"`eval_tasks_limit` \(9\) does nothing without `eval_"),
     # the data
     "a data file that is missing": ([*RUN, "--dataset", "txt.jsonl"], r"`dataset` \('txt.jsonl'\): no such file"),
     "an empty data file": ([*RUN, "--dataset", "empty.jsonl"], r"`dataset` \('empty.jsonl'\) is empty"),
