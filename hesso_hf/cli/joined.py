@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from ..bundled import python_docs_topics
@@ -43,13 +44,12 @@ def joined_windows(
         texts = list(python_docs_topics("test" if split == "test" else "train").values())
     else:
         source, name = _WIKITEXT2_SOURCE if dataset == WIKITEXT2 else (dataset, config_name)
-        rows, _ = load_rows(source, name, split, bounded=False)
-        if len(rows) == 0:
+        rows, _ = load_rows(source, name, split, bounded=max_examples is not None)
+        first = next(iter(rows), None)
+        if first is None:
             raise HessoError(f"`dataset` ({dataset!r}) is empty: there is nothing to measure on")
-        Examples.of(
-            dataset, rows[0], tokenizer, Reading(window, text_column, text_only=True)
-        )  # refuses what isn't text
-        texts = rows[text_column][:]
+        Examples.of(dataset, first, tokenizer, Reading(window, text_column, text_only=True))  # refuses what isn't text
+        texts = [row[text_column] for row in itertools.islice(rows, max_examples)]
     ids = tokenizer("\n\n".join(texts[:max_examples]), verbose=False)["input_ids"]
     if len(ids) < window:
         raise HessoError(

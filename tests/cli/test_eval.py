@@ -8,13 +8,14 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from matplotlib.container import BarContainer
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -329,6 +330,21 @@ def test_joined_text_is_read_by_the_wikitext_protocol(
     monkeypatch.undo()
     flags = ["--dataset", "python-docs", "--joined", "--limit", "2", "--block-size", "32", "--no-speed"]
     assert result([str(bundled_model_path()), *flags], capsys)["joined"]
+
+
+def test_of_joined_text_no_more_is_fetched_than_the_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": "some words " * 40} for _ in range(3))
+        raise AssertionError("a fourth row is fetched")
+
+    def hub(*_: object, bounded: bool) -> tuple[IterableDataset, None]:
+        assert bounded
+        return IterableDataset.from_generator(rows), None
+
+    monkeypatch.setattr(joined, "load_rows", hub)
+    assert result(["small", "--dataset", "wikitext2", "--no-speed", "--limit", "3"], capsys)["tokens"] > CONTEXT
 
 
 def test_operations_are_those_of_a_budget_and_of_the_layers_as_they_are() -> None:
