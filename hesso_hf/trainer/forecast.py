@@ -72,13 +72,22 @@ class Forecast:
                 0, f"vocabulary: {kept.vocab_size:,} -> {len(kept.kept):,} tokens, removed on top of this when saved"
             )
         if self._trainer.hesso_engine.keeps_whole:  # else each process has a part
-            parameters = list(run.whole.parameters())
-            trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-            size = sum(p.numel() * p.element_size() for p in parameters) + 3 * trained
-            lines.append(f"memory: about {shown(size)} for weights, gradients and Adam's two moments, plus activations")
+            lines.append(self._memory(list(run.whole.parameters())))
         if run.count_steps() - self._trainer.state.global_step >= STEPS:
             lines.append(f"time: known after {STEPS} steps")
         return lines
+
+    def _memory(self, parameters: list[torch.nn.Parameter]) -> str:
+        """Say what weights, gradients and the optimizer's state take, as far as its class tells."""
+        trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+        size = sum(p.numel() * p.element_size() for p in parameters) + trained
+        optimizer = self._trainer.hesso_optimizer.base
+        copies, state = _state_of(optimizer)
+        if copies is None:
+            what = f"weights and gradients, plus {type(optimizer).__name__}'s state and activations"
+            return f"memory: about {shown(size)} for {what}"
+        what = f"weights, gradients and {state}" if copies else "weights and gradients"
+        return f"memory: about {shown(size + copies * trained)} for {what}, plus activations"
 
     def _tokens(self) -> list[str]:
         """Say how many there are where that takes a few rows of the data set, and nothing that training reads."""
@@ -132,6 +141,17 @@ class Forecast:
             return 0.0
         passes = CRIC_PASSES if run.config.cric_way == "healed" else PASSES
         return passes * run.healer.tokens / self._tokens_per_step
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> tuple[int | None, str]:
+    """Return how many numbers an optimizer keeps for each that is trained, and what they are; None if not known."""
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        return 2, "Adam's two moments"
+    if type(optimizer) is torch.optim.SGD:
+        return (1, "SGD's momentum") if any(group["momentum"] for group in optimizer.param_groups) else (0, "")
+    if type(optimizer) in (torch.optim.Adagrad, torch.optim.RMSprop):
+        return 1, f"the squares that {type(optimizer).__name__} sums up"
+    return None, ""
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from hesso_hf.export.storage import shown
 from hesso_hf.pruning import phases
 from hesso_hf.trainer.forecast import Forecast, Pace, duration
 from hesso_hf.trainer.progress import ShortBar, ShortLines, phase_text
@@ -79,6 +80,22 @@ def test_a_run_of_one_step_has_no_plural(tmp_path: Path) -> None:
     run = trainer(tmp_path, config=config, max_steps=1)
     run.create_optimizer()
     assert f"tokens: about {4 * LENGTH} a step, {4 * LENGTH} in 1 step" in Forecast(run).before()
+
+
+@pytest.mark.parametrize(
+    ("optim", "copies", "told"),
+    [
+        ("adamw_torch", 4, " for weights, gradients and Adam's two moments, plus activations"),
+        ("sgd", 2, " for weights and gradients, plus activations"),
+        ("adagrad", 3, " for weights, gradients and the squares that Adagrad sums up, plus activations"),
+        ("adafactor", 2, " for weights and gradients, plus Adafactor's state and activations"),
+    ],
+)
+def test_the_memory_is_that_of_the_optimizer(optim: str, copies: int, told: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, optim=optim)
+    run.create_optimizer()
+    (line,) = [line for line in Forecast(run).before() if line.startswith("memory: ")]
+    assert line == f"memory: about {shown(copies * 4 * run.model.num_parameters())}{told}"
 
 
 def test_what_is_printed_is_a_line_of_progress_and_what_is_logged_has_all(
