@@ -79,15 +79,18 @@ class Forecast:
 
     def _memory(self, parameters: list[torch.nn.Parameter]) -> str:
         """Say what weights, gradients and the optimizer's state take, as far as its class tells."""
-        trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-        size = sum(p.numel() * p.element_size() for p in parameters) + trained
-        optimizer = self._trainer.hesso_optimizer.base
+        trained = sum(p.nbytes for p in parameters if p.requires_grad)
+        optimizer, mine = self._trainer.hesso_optimizer.base, {p.data_ptr() for p in parameters}
         copies, state = _state_of(optimizer)
-        if copies is None:
-            what = f"weights and gradients, plus {type(optimizer).__name__}'s state and activations"
-            return f"memory: about {shown(size)} for {what}"
-        what = f"weights, gradients and {state}" if copies else "weights and gradients"
-        return f"memory: about {shown(size + copies * trained)} for {what}, plus activations"
+        what = f"weights, gradients and {state}" if state else "weights and gradients"
+        beside = [p for model in self._trainer.hesso_run.teaching.teachers for p in model.parameters()]
+        teachers = sum(p.nbytes for p in beside if p.data_ptr() not in mine)
+        told = [
+            f"{shown(sum(p.nbytes for p in parameters) + (1 + copies) * trained)} for {what}",
+            *([f"{shown(teachers)} for the model that it is taught by"] if teachers else []),
+            *([f"plus {type(optimizer).__name__}'s state and activations"] if state is None else ["plus activations"]),
+        ]
+        return f"memory: about {', '.join(told)}"
 
     def _tokens(self) -> list[str]:
         """Say how many there are where that takes a few rows of the data set, and nothing that training reads."""
@@ -143,7 +146,7 @@ class Forecast:
         return passes * run.healer.tokens / self._tokens_per_step
 
 
-def _state_of(optimizer: torch.optim.Optimizer) -> tuple[int | None, str]:
+def _state_of(optimizer: torch.optim.Optimizer) -> tuple[int, str | None]:
     """Return how many numbers an optimizer keeps for each that is trained, and what they are; None if not known."""
     if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
         return 2, "Adam's two moments"
@@ -151,7 +154,7 @@ def _state_of(optimizer: torch.optim.Optimizer) -> tuple[int | None, str]:
         return (1, "SGD's momentum") if any(group["momentum"] for group in optimizer.param_groups) else (0, "")
     if type(optimizer) in (torch.optim.Adagrad, torch.optim.RMSprop):
         return 1, f"the squares that {type(optimizer).__name__} sums up"
-    return None, ""
+    return 0, None
 
 
 def duration(seconds: float) -> str:

@@ -98,6 +98,13 @@ def test_the_memory_is_that_of_the_optimizer(optim: str, copies: int, told: str,
     assert line == f"memory: about {shown(copies * 4 * run.model.num_parameters())}{told}"
 
 
+def test_the_memory_has_the_model_that_teaches(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=tiny_llama(), config=hesso_config(distillation_alpha=0.5))
+    run.create_optimizer()
+    (line,) = [line for line in Forecast(run).before() if line.startswith("memory: ")]
+    assert f"moments, {shown(4 * run.model.num_parameters())} for the model that it is taught by, plus act" in line
+
+
 def test_what_is_printed_is_a_line_of_progress_and_what_is_logged_has_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
