@@ -451,6 +451,8 @@ QUALITY_METHODS = {
     "hesso, alone": "HESSO, nothing beside",
     "hesso, all errors alike": "HESSO, all errors alike",
     "hesso, errors half alike": "HESSO, errors half alike",
+    "hesso, a quarter of the examples": "HESSO, judged and healed on a quarter of the examples",
+    "hesso, half the examples": "HESSO, judged and healed on half of the examples",
     "hesso, twice the examples": "HESSO, judged and healed on twice as many examples",
     "hesso, four times the examples": "HESSO, judged and healed on four times as many examples",
     "hesso, healing": "HESSO, healing",

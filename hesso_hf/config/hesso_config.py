@@ -88,7 +88,7 @@ class HessoConfig:
         "tokens; off: training alone makes up for it.",
     )
     healing_tokens: int | None = _option(
-        None, "Tokens of the training data on which units are judged and healed (default 8192)."
+        None, "Tokens of the training data on which units are judged and healed; by default as the matrices need."
     )
     warmup_steps: float = _option(0.02, "Ordinary steps before the first scoring (steps).")
     pruning_steps: float = _option(0.08, "Length of all pruning periods together (steps).")

@@ -10,6 +10,7 @@ Shapes: N examples, T tokens, C columns of a matrix, O outputs; S and R index co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -18,13 +19,26 @@ from ..distributed.collectives import broadcast_, from_main
 from .fisher import OutputFisher
 from .ranking import lowest_units
 from .readers import Reader
-from .reading import ModelReading
+from .reading import FEWEST_TOKENS, ModelReading
 from .reconstruction import RIDGE, removal_costs
 from .refit import StandIn, places_of, said_by_others, solved
 from .saliency import PerUnit, float_sums, no_units, on_device
 from .weights.bound_groups import BoundGroups
 
-HEALING_TOKENS = 8192  # that a run heals on where nothing is asked for, or 16 windows
+# Units are judged and healed on so many tokens of the training data for each column of the widest matrix, beyond
+# HEALING_TOKENS where that is a small part of the run: a period reads them five times, and with replay twice as many.
+PER_COLUMN, HEALING_TOKENS, OF_THE_RUN = 16 / 3, 8192, 1e-3
+
+
+def enough_tokens(widest: int, trained: int | None = None) -> int:
+    """Return how many tokens units are judged and healed on where nothing is asked for.
+
+    Args:
+        widest: columns of the widest matrix.
+        trained: tokens that the run trains on, where that is known.
+    """
+    most = max(HEALING_TOKENS, math.floor(OF_THE_RUN * (trained or 0)))
+    return min(most, max(FEWEST_TOKENS, math.ceil(PER_COLUMN * widest)))
 
 
 class Healer(ModelReading):

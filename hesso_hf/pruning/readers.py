@@ -50,6 +50,13 @@ def readers_of(model: nn.Module, bound: BoundGroups) -> list[Reader]:
     return found
 
 
+def columns_of(module: nn.Module) -> int:
+    """Return how many columns a linear layer's weight has, 0 of other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    return module.nx if isinstance(module, Conv1D) else 0
+
+
 def _input_dim(module: nn.Module | None) -> int | None:
     """Return which dimension of a linear layer's weight its input has, None for other modules."""
     module = getattr(module, "base_layer", module)  # under an adapter

@@ -31,12 +31,17 @@ from .weights.bound_groups import BoundGroups
 
 logger = logging.get_logger(__name__)
 
+FEWEST_TOKENS = 2048  # that units are judged and healed on, if there are as many
 Look = Callable[[], torch.Tensor | None]
 _FAILURES = {
     torch.OutOfMemoryError: "beside what training holds there is no room to look at",
     torch.linalg.LinAlgError: "values that aren't finite, or are too large, are read by",  # no factor of X^T X
 }
 _UNHEALED = "units go unhealed there"
+
+
+class NoRoom(Exception):
+    """A pass of all examples doesn't fit beside what training holds; one of half as many may."""
 
 
 class ModelReading:
@@ -63,6 +68,15 @@ class ModelReading:
         step = max(1, len(self._places) // tokens)
         fewer = type(self)(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
         fewer._told = self._told  # what the one has said the other needn't
+        return fewer
+
+    def halved(self) -> Self:
+        """Return one that works on every second example, and say so."""
+        fewer = self.fewer(self.tokens // 2)
+        self._warn(
+            f"healing: beside what training holds there is no room to read {self.tokens:,} tokens: from now on units "
+            f"are judged and healed on {fewer.tokens:,}; set `healing_tokens` to as many as fit"
+        )
         return fewer
 
     def on(self, model: PreTrainedModel) -> Self:
@@ -141,6 +155,9 @@ class ModelReading:
         Args:
             look: takes the rows (N T, C), padding among them, and returns what the reader is to be given instead.
             else_: what a warning says of the readers that there is no room for.
+
+        Raises:
+            NoRoom: where there is none on this device, and half of the examples are enough to look at.
         """
         looked, called = set[str](), set[str]()
 
@@ -159,6 +176,8 @@ class ModelReading:
             with _hooked(readers, hook), _looking_at(self._model), bound.passes():
                 _run(self._model, self._batch)
         except tuple(_FAILURES) as error:
+            if isinstance(error, torch.OutOfMemoryError) and self.tokens >= 2 * FEWEST_TOKENS and not bound.sharded:
+                raise NoRoom from None
             why = _FAILURES[type(error)]
             left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"
             if bound.sharded:  # the others wait for this process

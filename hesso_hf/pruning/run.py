@@ -5,8 +5,10 @@ Legend: L layers, U units per layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 
@@ -17,9 +19,12 @@ from .cric import CricTrial
 from .fisher import OutputFisher
 from .healing import Healer
 from .ranking import Ranking
+from .reading import NoRoom
 from .saliency import PerUnit
 from .state import PruningState
 from .weights.bound_groups import BoundGroups
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -42,6 +47,15 @@ class Run:
         wanted = self.config.healing != "off" or (judges and self.ranking.reconstructs)
         return self.healer.fisher(self.bound) if self.healer is not None and wanted else None
 
+    def _with_room(self, work: Callable[[], Made]) -> Made:
+        """Do what reads examples; where there is no room for them, from the beginning with half of them, to the end."""
+        while True:
+            try:
+                return work()
+            except NoRoom:
+                assert self.healer is not None
+                self.healer = self.healer.halved()
+
     def judge(self, share: Fraction) -> tuple[PerUnit, OutputFisher | None]:
         """Score the units of which some are to go next; with CRIC as the model is once the lowest are gone and healed.
 
@@ -51,9 +65,12 @@ class Run:
         Returns:
             The scores, shape (L, U) per structure, and how much the model minds errors, by which the others are healed.
         """
+        return self._with_room(lambda: self._judge(share))
+
+    def _judge(self, share: Fraction) -> tuple[PerUnit, OutputFisher | None]:
         fisher, going = self.fisher(judges=True), self.ranking.going(share)
         if self.healer is None or fisher is None or going is None or self.config.cric_way != "healed":
-            return self.scores(share, fisher), fisher
+            return self._scores(share, fisher), fisher
         pruned = self.state.pruned()
         costs, ahead, fisher = self.healer.look_ahead(self.bound, pruned, going, fisher)
         first, then = (self.ranking.lowest(each, share, pruned) for each in (costs, ahead))
@@ -62,9 +79,17 @@ class Run:
 
     def heal(self, fisher: OutputFisher | None) -> None:
         """Have what the marked units say refitted into the others, which take it on as the period goes along."""
-        if self.healer is not None and self.config.healing != "off":
-            found = self.healer.corrections(self.bound, self.state.redundant, self.state.pruned(), fisher)
-            self.state.healing = found if self.bound.sharded else self.bound.from_main(found)
+        if self.healer is None or self.config.healing == "off":
+            return
+        looked = self.healer  # on fewer examples it is looked anew how much the model minds errors
+
+        def corrections() -> dict[str, list[torch.Tensor]]:
+            healer, state = self.healer, self.state
+            assert healer is not None
+            return healer.corrections(self.bound, state.redundant, state.pruned(), fisher if healer is looked else None)
+
+        found = self._with_room(corrections)
+        self.state.healing = found if self.bound.sharded else self.bound.from_main(found)
 
     def new_trial(self) -> CricTrial | None:
         """Return CRIC before its first cycle, with as many samples as the schedule says; None without CRIC."""
@@ -99,13 +124,12 @@ class Run:
         """Check that all processes have the same scales, and are in the same period."""
         check_agreement(torch.cat([scales.flatten() for scales in self.state.scales.values()]), period)
 
-    def scores(self, share: Fraction | None = None, fisher: OutputFisher | None = None) -> PerUnit:
-        """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure.
+    def scores(self) -> PerUnit:
+        """Return the saliency of every unit, from the gradients counted so far: shape (L, U) per structure."""
+        return self._with_room(self._scores)
 
-        Args:
-            share: of all units that are to go, those that will have gone after this scoring, where that is known.
-            fisher: as `fisher` has found it, by default it is looked for.
-        """
+    def _scores(self, share: Fraction | None = None, fisher: OutputFisher | None = None) -> PerUnit:
+        """Return `scores`, of units that go next where it is known what share of all will have gone then."""
         costs = None
         if self.healer is not None and self.ranking.reconstructs:
             going = None

@@ -22,11 +22,12 @@ from ..export.checkpoint_state import check_config, keep_defaults, read_state
 from ..export.page.losses import Losses
 from ..pruning.basis import StreamBasis
 from ..pruning.calibration import LossCurves
-from ..pruning.healing import HEALING_TOKENS, Healer
+from ..pruning.healing import Healer, enough_tokens
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.plan import PruningPlan
 from ..pruning.process import PruningProcess
 from ..pruning.ranking import ranked
+from ..pruning.readers import columns_of
 from ..pruning.schedule import Schedule, resolve_schedule
 from ..pruning.windows import LONGEST, padded, unreadable
 from ..structures.lora import base_of, parameters_of
@@ -39,7 +40,6 @@ from .dense import warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
-from .replay import Known
 from .teacher import check_teacher
 from .teaching import Teaching
 
@@ -107,7 +107,7 @@ class PruningRun:
         self.ladder.check(self.base_folder)
         self.quality = Quality(trainer, config, engine, self.measurer, lambda: self.model)
         self.teaching = Teaching(trainer, config, engine(), self.model, self.tokenizer, self.measurer)
-        self._new_healer = lambda: _make_healer(self.model, config, engine(), self.measurer, self.teaching.known)
+        self._new_healer = lambda: _make_healer(self, config, engine())
 
     @property
     def whole(self) -> nn.Module:
@@ -299,19 +299,24 @@ def _as_trained(trainer: Trainer, quality: Quality) -> dict[str, Any]:
     }
 
 
-def _make_healer(
-    model: PreTrainedModel, config: HessoConfig, engine: Engine, measurer: Measurer, known: Known | None
-) -> Healer | None:
+def _make_healer(run: PruningRun, config: HessoConfig, engine: Engine) -> Healer | None:
     """Take the examples that units are judged and healed on: the user's, and what the base model wrote."""
     if not config.reads_examples:
         return None
+    model, measurer, known = run.model, run.measurer, run.teaching.known
     if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
         return None
-    tokens = config.healing_tokens or HEALING_TOKENS
+    tokens = config.healing_tokens or _enough_tokens(run, engine)
     examples = measurer.tokens(tokens, between=True, longest=LONGEST)
     examples += [] if known is None else known.examples(tokens)
     return Healer(model, padded(examples, engine.args.device))
+
+
+def _enough_tokens(run: PruningRun, engine: Engine) -> int:
+    """Return how many tokens are enough; where processes hold parts of the model there is no way back from too many."""
+    trained = None if engine.measures_shards else from_main(run.measurer.tokens_per_step() * run.count_steps())
+    return enough_tokens(max(map(columns_of, run.whole.modules())), trained)
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

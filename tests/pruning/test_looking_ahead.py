@@ -15,7 +15,7 @@ from hesso_hf.errors import HessoError
 from hesso_hf.pruning import reading, refit
 from hesso_hf.pruning.corrections import Corrections
 from hesso_hf.pruning.fisher import OutputFisher
-from hesso_hf.pruning.healing import Healer
+from hesso_hf.pruning.healing import Healer, enough_tokens
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import wrap_optimizer
 from hesso_hf.pruning.reconstruction import RIDGE
@@ -223,3 +223,64 @@ def test_how_it_is_asked_for() -> None:
             HessoConfig(pruning_ratio=0.5, cric=value)
     with pytest.raises(HessoError, match=r"`cric_mode` \('probe'\) does nothing with `cric` \('auto'\); set that too"):
         HessoConfig(pruning_ratio=0.5, cric_mode="probe")
+
+
+def short_of_memory(passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have room for so many passes of all examples, and for any of half of them."""
+    every, calls, gram = tokens()["attention_mask"].numel(), iter(range(99)), TokenRows.gram
+
+    def full(rows: TokenRows) -> torch.Tensor:
+        if len(rows.rows) == every and next(calls) == 2 * passes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gram(rows)
+
+    monkeypatch.setattr(TokenRows, "gram", full)
+    monkeypatch.setattr(reading, "FEWEST_TOKENS", 192)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_without_room_units_are_judged_anew_on_half_of_the_examples(
+    passes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for short in (False, True):
+        model = curved(seed=6)
+        optimizer = pruning(model, rate=1e-2)
+        healer = optimizer.process.run.healer
+        assert healer is not None
+        if short:
+            short_of_memory(passes, monkeypatch)
+        else:
+            optimizer.process.heal_with(healer.fewer(healer.tokens // 2))
+        with propagated(caplog), caplog.at_level(logging.WARNING):
+            step(model, optimizer, 4)
+        found.append((model.state_dict(), optimizer.process.cric_report()))
+    (said,) = {message for message in caplog.messages if "no room" in message}
+    assert "to read 384 tokens: from now on units are judged and healed on 192; set `healing_tokens`" in said
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(value, found[1][0][name]) for name, value in found[0][0].items())
+
+
+def test_without_room_to_heal_what_is_marked_stays_so_and_is_healed_on_half_of_the_examples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, same, as_it_was = (curved(seed=6) for _ in range(3))
+    optimizer, whole, healer = pruning(model), pruning(same), Healer(as_it_was, tokens())
+    step(same, whole, 1)
+    short_of_memory(2, monkeypatch)
+    step(model, optimizer, 1)
+    run, bound = optimizer.process.run, bound_to(as_it_was)
+    assert torch.equal(run.state.redundant[CHANNELS], whole.process.run.state.redundant[CHANNELS])
+    marked = {**none_of(bound), **run.state.redundant}
+    half = healer.fewer(healer.tokens // 2).corrections(bound, marked, none_of(bound))
+    assert run.state.healing.keys() == half.keys()
+    for name, (piece,) in half.items():
+        assert torch.equal(run.state.healing[name][0], piece)
+
+
+@pytest.mark.usefixtures("unshortened")
+def test_so_many_tokens_as_the_widest_matrix_needs_and_the_run_has_time_for() -> None:
+    assert [enough_tokens(columns) for columns in (172, 384, 768, 1536, 8192)] == [2048, 2048, 4096, 8192, 8192]
+    assert enough_tokens(1536, trained=10**9) == 8192
+    assert enough_tokens(8192, trained=20_000_000) == 20_000
+    assert enough_tokens(8192, trained=10**9) == 43_691

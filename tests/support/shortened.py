@@ -12,10 +12,9 @@ from unittest import mock
 
 import accelerate.utils.memory
 
-from hesso_hf.pruning import basis, calibration
+from hesso_hf.pruning import basis, calibration, healing
 from hesso_hf.structures.proof import cache
 from hesso_hf.trainer import basis as trainer_basis
-from hesso_hf.trainer import run
 
 TOKENS = 512
 REMOVED_SHARES = (0.25, 0.5, 0.875)
@@ -28,7 +27,7 @@ def shorten() -> None:
     changes = (
         (basis, {"LEAST_TOKENS": TOKENS}),
         (trainer_basis, {"LEAST_TOKENS": TOKENS}),
-        (run, {"HEALING_TOKENS": TOKENS}),
+        (healing, {"HEALING_TOKENS": TOKENS}),
         (calibration, {"REMOVED_SHARES": REMOVED_SHARES}),
         (cache, {"SLOW": 3600.0}),  # on a busy machine some would take so long, and some not
         (accelerate.utils.memory, {"gc": SimpleNamespace(collect=lambda: 0)}),

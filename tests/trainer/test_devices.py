@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from hesso_hf import HessoConfig, HessoTrainer
-from hesso_hf.trainer import run as runs
+from hesso_hf.pruning import healing
 from hesso_hf.trainer.progress import phase_text
 from hesso_hf.trainer.replay import Replay
 from tests.support import pretend_device
@@ -75,7 +75,7 @@ def trained(folder: Path, model: Any, config: HessoConfig, resume: Any = None, *
     run = trainer(folder / "run", model=model, config=config, **({"use_cpu": False, "max_steps": 11} | changes))
     waits = Waits(run)
     run.add_callback(waits)
-    with mock.patch.object(runs, "HEALING_TOKENS", HEALING_TOKENS):
+    with mock.patch.object(healing, "HEALING_TOKENS", HEALING_TOKENS):
         run.train(resume_from_checkpoint=resume)
     return run, waits
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ...pruning.fisher import TOKENS
-from ...pruning.healing import HEALING_TOKENS
+from ...pruning.healing import enough_tokens
 from ...pruning.token_rows import CHUNK
 from ...pruning.windows import LONGEST
 from .workload import COMPONENTS, GB, Cluster, EngineSpec, Parts, Sharded, Workload
@@ -215,7 +215,7 @@ class EstimatedRun:
         sizes, length, width = self.sizes, min(self.workload.sequence_length, LONGEST), self.sizes.widest_input
         kept = 4 * TOKENS * sizes.hidden * 2 * sizes.layers
         gradients = length * (sizes.layers * saved_per_token(sizes, self.kind) + 16 * sizes.vocabulary)
-        asked = self.workload.healing_tokens or HEALING_TOKENS
+        asked = self.workload.healing_tokens or enough_tokens(width)
         tokens = max(asked, 16 * length) + bool(self.workload.replay_share) * asked
         read, chunk = 4 * tokens * width, 2 * 4 * min(CHUNK, tokens) * width
         sums = SUM_BYTES * width * (3 * width + sizes.hidden)

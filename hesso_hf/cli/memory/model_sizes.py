@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ...errors import HessoError
 from ...hf_models.build import build_meta, class_to_build
 from ...hf_models.sizes import EXPERT_MLP, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, MLP, ConfigSizes
+from ...pruning.readers import columns_of
 from ...structures.experts import experts_per_token, num_experts
 
 
@@ -103,7 +103,7 @@ def model_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
         vocabulary=head.weight.shape[0],
         linear_inputs=max(sum(shape[1] for shape in shapes) for shapes in linear),
         lora_width=sum(sum(shape) for shapes in linear for shape in shapes),
-        widest_input=max(filter(None, map(_input_of, largest.modules())), default=0),
+        widest_input=max(filter(None, map(columns_of, largest.modules())), default=0),
     )
 
 
@@ -129,13 +129,6 @@ def _unused_by_a_token(config: PretrainedConfig) -> float:
     """Return the share of a layer's experts that a token isn't routed to."""
     experts = num_experts(config)
     return 1 - (experts_per_token(config) or experts) / experts if experts else 0.0
-
-
-def _input_of(module: nn.Module) -> int:
-    """Return how wide a linear layer's input is, 0 of other modules."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0]
-    return module.in_features if isinstance(module, nn.Linear) else 0
 
 
 def _is_gated(layer: nn.Module, hidden: int, width: int) -> bool:
