@@ -3,10 +3,10 @@
     make picture        or  python benchmarks/picture.py [--model smollm2] [--output docs/quality.svg]
 
 The model is the largest one measured at several ratios. Left: text like that trained on. Right: other text. Above: the
-loss of each method over the share of the parameters that was really removed, at the number of training tokens at which
-most methods and shares were measured. Below, where there is a curve: over training tokens, at the ratio that was
-measured at most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with its
-number. The colours are of one lightness, which stands out from a white page as from a dark one; the ground is left
+loss of each method over the share of the parameters that was really removed, at the most training tokens at which HESSO
+and enough peers were measured at several shares. Below, where there is a curve: over training tokens, at the ratio that
+was measured at most of them. Points are medians over seeds. What lies far above HESSO is named at the upper edge with
+its number. The colours are of one lightness, which stands out from a white page as from a dark one; the ground is left
 transparent.
 """
 
@@ -43,6 +43,7 @@ PEERS = {
     "scratch": ("from scratch", "#8a7a2e"),
 }
 DENSE = "dense"
+ENOUGH = 3  # peers, to show runs of one length though more were measured at another
 REACH = 3.0  # times HESSO's largest gap to the dense model: what lies above is named at the edge
 LINE = 0.058  # height of a label, as a share of the panel's
 HEIGHT, HEAD, FOOT, GAP = 3.95, 0.35, 0.54, 0.28  # inches: of a row, of the title, below and above a panel
@@ -117,8 +118,7 @@ def panels(result: dict[str, Any], model: str) -> tuple[tuple[Panel, Panel], ...
         raise SystemExit(f"quality.json has no run of {model} with anything removed")
     text, full = result["settings"][model]["text"], result["base"][model]["parameters"]
     known, other = SIDES[text, "in"], f"other text: {SIDES[text, 'out']}"
-    most = max({run["tokens"] for run in pruned}, key=lambda tokens: (len(_measured(pruned, tokens)), tokens))
-    alike = [run for run in runs if run["tokens"] == most]
+    alike = [run for run in runs if run["tokens"] == _longest(pruned)]
     by_share = (_by_share(alike, full, "in", known), _by_share(alike, full, "out", other))
     ratio = max({run["ratio"] for run in pruned}, key=lambda ratio: (len(_tokens(pruned, ratio)), ratio))
     if len(_tokens(pruned, ratio)) == 1:
@@ -152,6 +152,17 @@ def _by_tokens(runs: list[dict[str, Any]], ratio: float, side: str, title: str) 
         _points([run for run in runs if run["method"] == DENSE], side, lambda run: run["tokens"]),
         logarithmic=True,
     )
+
+
+def _longest(pruned: list[dict[str, Any]]) -> int:
+    """Return the most tokens at which HESSO and `ENOUGH` peers were measured at two shares; else where most were."""
+    counts = sorted({run["tokens"] for run in pruned}, reverse=True)
+    for tokens in counts:
+        found = _measured(pruned, tokens)
+        peers = {ratio: sum(of == ratio and method in PEERS for method, of in found) for _, ratio in found}
+        if sum(count >= ENOUGH and ("hesso", ratio) in found for ratio, count in peers.items()) > 1:
+            return tokens
+    return max(counts, key=lambda tokens: (len(_measured(pruned, tokens)), tokens))
 
 
 def _measured(runs: Iterable[dict[str, Any]], tokens: int) -> set[tuple[str, float]]:

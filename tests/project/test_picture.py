@@ -89,6 +89,12 @@ def test_shares_are_shown_where_most_were_measured_and_tokens_for_what_was_measu
     (by_share, _), (by_tokens, _) = picture.panels(result, "big")
     assert by_share.x_label.endswith("after 40,000 tokens")
     assert by_tokens.ticks == (10_000, 40_000, 90_000)
+    long = [run | {"tokens": 70_000} for run in result["runs"] if run["tokens"] == 40_000]
+    three = ["OBS", "FLAP", "Wanda-sp", "hesso"]
+    for methods, shown in ((three[1:], 40_000), (three, 70_000)):
+        more = [run | {"method": name} for run in long if run["method"] == "hesso" for name in methods]
+        (found, _), _ = picture.panels(result | {"runs": result["runs"] + more}, "big")
+        assert found.x_label.endswith(f"after {shown:,} tokens"), methods
     assert {series.method for series in by_tokens.series} == {"hesso", "OBS"}
 
 
