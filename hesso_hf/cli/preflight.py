@@ -34,7 +34,7 @@ def check_places(recipe: Recipe) -> None:
     for argument, folder in written.items():
         check_writable(argument, folder)
         if argument == "output" or recipe.training.push_to_hub:  # which saves in `output_dir` what it pushes
-            check_not_base(folder, base if base.is_dir() else None, recipe.hesso)
+            check_not_base(folder, base if base.is_dir() else None, recipe.hesso.overwrite_base)
     check_writable("output", output.absolute().parent)  # where it is put together
     check_teacher(recipe.hesso.distill_from)
     if recipe.training.push_to_hub and recipe.training.process_index == 0:

@@ -76,7 +76,7 @@ class CricCycle(Phase):
         if self.position.index == self.position.t == 0:
             self.run.check_agreement()
             self.state.sums.add_(pending)
-            self.trial.begin(self.run.scores(), base)
+            self.trial.begin(self.run.judging.scores(), base)
             self.state.sums.zero_()
         self.trial.record(self.position.t, self.run.bound.over_ranks(pending))
 
@@ -117,9 +117,9 @@ class PruningPeriod(Phase):
         run.check_agreement(index)
         share, pruned = state.schedule.periods[index].share, state.pruned()
         if state.order is None:
-            order, fisher = run.judge(share)
+            order, fisher = run.judging.judge(share)
         else:
-            order, fisher = state.order, run.fisher(judges=False)
+            order, fisher = state.order, run.judging.fisher(judges=False)
         marked = agreed(run.ranking.lowest(order, share, pruned))
         for name, units in marked.items():
             state.redundant[name].copy_(units > pruned[name])  # and not pruned, in one kernel
@@ -129,7 +129,7 @@ class PruningPeriod(Phase):
             state.order = order
             state.period_start = run.bound.snapshot(base, run.snapshots_on_cpu)
         state.sums.zero_()
-        run.heal(fisher)
+        run.judging.heal(fisher)
 
     def after(self) -> None:
         """Shrink the redundant units; after the period's last step they are pruned."""

@@ -24,6 +24,7 @@ from . import phases
 from .collapse import CollapseWatch
 from .cric import CricTrial
 from .healing import Healer
+from .judging import Judging
 from .ranking import Ranking
 from .run import Run
 from .saliency import PerUnit, float_sums, no_units, on_device
@@ -78,7 +79,7 @@ class PruningProcess:
             sums=ranking.empty_sums(device),
             watch=CollapseWatch(config.collapse_threshold),
         )
-        self.run = Run(self.state, self.bound, ranking, config)
+        self.run = Run(self.state, self.bound, ranking, config, Judging(self.state, self.bound, ranking, config))
         self.state.trial = self.run.new_trial()
         self._changed: list[str] = []  # of a frozen base, once the larger model is let go
         self._pending = ranking.empty_sums(device)  # of the coming step
@@ -152,7 +153,7 @@ class PruningProcess:
 
     def heal_with(self, healer: Healer) -> None:
         """Have marked units' contributions refitted into those that stay, from the next period on."""
-        self.run.healer = healer
+        self.run.judging.healer = healer
 
     def healed_base(self) -> dict[str, torch.Tensor]:
         """Return frozen matrices that aren't as the base on disk has them, which nothing else in a checkpoint holds."""
@@ -163,9 +164,9 @@ class PruningProcess:
         return {name: self.bound.parameters[name] for name in names if name in self.bound.frozen}
 
     def _healed(self) -> list[str]:
-        if self.run.healer is None or self.config.healing == "off":
+        if self.run.judging.healer is None or self.config.healing == "off":
             return []
-        return [reader.name for reader in self.run.healer.readers(self.bound)]
+        return [reader.name for reader in self.run.judging.healer.readers(self.bound)]
 
     def let_go(self, compaction: Compaction, parameters: Mapping[str, nn.Parameter]) -> None:
         """Have nothing more to do with the model's parameters: the pruned units were cut out of it.

@@ -83,8 +83,10 @@ class Forecast:
         optimizer, mine = self._trainer.hesso_optimizer.base, {p.data_ptr() for p in parameters}
         copies, state = _state_of(optimizer)
         what = f"weights, gradients and {state}" if state else "weights and gradients"
-        beside = [p for model in self._trainer.hesso_run.teaching.teachers for p in model.parameters()]
-        teachers = sum(p.nbytes for p in beside if p.data_ptr() not in mine)
+        teaching = self._trainer.hesso_run.teaching
+        taught_by = [part.teacher.model for part in (teaching.distillation, teaching.replay) if part is not None]
+        beside = {p.data_ptr(): p.nbytes for model in taught_by for p in model.parameters()}
+        teachers = sum(size for place, size in beside.items() if place not in mine)
         told = [
             f"{shown(sum(p.nbytes for p in parameters) + (1 + copies) * trained)} for {what}",
             *([f"{shown(teachers)} for the model that it is taught by"] if teachers else []),
@@ -140,10 +142,10 @@ class Forecast:
     def _steps_of_a_period(self) -> float:
         """Return how many steps of training take as long as judging and healing once, by the tokens that are read."""
         run = self._trainer.hesso_run.process.run
-        if run.healer is None or not self._tokens_per_step:
+        if run.judging.healer is None or not self._tokens_per_step:
             return 0.0
         passes = CRIC_PASSES if run.config.cric_way == "healed" else PASSES
-        return passes * run.healer.tokens / self._tokens_per_step
+        return passes * run.judging.healer.tokens / self._tokens_per_step
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> tuple[int, str | None]:

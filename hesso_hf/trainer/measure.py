@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..distributed.collectives import from_main, is_main_process, on_all, world_size
+from ..distributed.collectives import from_main, is_main_process, on_all
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.calibration import LossCurves, measure_curves, usable
@@ -232,10 +232,6 @@ class Measurer:
         """Return about how many tokens a process reads in one forward pass of training."""
         in_each = self._trainer._train_batch_size if self._loader() is None else 1  # a loader's own are whole batches
         return round(self.tokens_per_example() * in_each)
-
-    def tokens_per_step(self) -> int:
-        """Return about how many tokens all processes read in one optimizer step."""
-        return self.tokens_per_micro_batch() * self._trainer.args.gradient_accumulation_steps * world_size()
 
     def loss(self, model: PreTrainedModel, batch: Any) -> torch.Tensor:
         """Return the trainer's loss of a batch, which nothing counts."""

@@ -315,8 +315,11 @@ def _make_healer(run: PruningRun, config: HessoConfig, engine: Engine) -> Healer
 
 def _enough_tokens(run: PruningRun, engine: Engine) -> int:
     """Return how many tokens are enough; where processes hold parts of the model there is no way back from too many."""
-    trained = None if engine.measures_shards else from_main(run.measurer.tokens_per_step() * run.count_steps())
-    return enough_tokens(max(map(columns_of, run.whole.modules())), trained)
+    widest, trained = max(map(columns_of, run.whole.modules())), None
+    if not engine.measures_shards:
+        batches = run.count_steps() * engine.args.gradient_accumulation_steps * world_size()
+        trained = from_main(run.measurer.tokens_per_micro_batch() * batches)
+    return enough_tokens(widest, trained)
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

@@ -80,12 +80,6 @@ class Teaching:
             teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
             self.distillation = Distillation(trainer, config, teacher)
 
-    @property
-    def teachers(self) -> list[PreTrainedModel]:
-        """The models that are in memory beside the student."""
-        found = [part.teacher.model for part in (self.distillation, self.replay) if part is not None]
-        return list({id(model): model for model in found}.values())
-
     def _wants_replay(self, engine: Engine, model: PreTrainedModel) -> bool:
         if not (share := self._config.replay_share):
             return False

@@ -246,7 +246,7 @@ def test_without_room_units_are_judged_anew_on_half_of_the_examples(
     for short in (False, True):
         model = curved(seed=6)
         optimizer = pruning(model, rate=1e-2)
-        healer = optimizer.process.run.healer
+        healer = optimizer.process.run.judging.healer
         assert healer is not None
         if short:
             short_of_memory(passes, monkeypatch)

@@ -139,8 +139,8 @@ def assert_equals_reference(
         kv_heads=KV_HEADS,
         writers=writers,
     )
-    scores, fast_scores = [], fast.process.run.scores
-    fast.process.run.scores = lambda *given: scores.append(fast_scores(*given)) or scores[-1]  # type: ignore[method-assign]
+    scores, fast_scores = [], fast.process.run.judging._scores
+    fast.process.run.judging._scores = lambda *given: scores.append(fast_scores(*given)) or scores[-1]  # type: ignore[method-assign]
     for step, batch in enumerate(token_batches(schedule.total_steps)):
         backward(model, batch)
         backward(twin, batch)
@@ -222,7 +222,7 @@ def test_pruned_units_do_not_weigh_in_the_normalisation_of_the_others(monkeypatc
     assert (optimizer.process.scales["mlp_channels"] == 0).sum(1).tolist() == [20, 20]
     backward(model, batches[2])
     scores: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(PruningPeriod, "mark", lambda phase, base: scores.update(phase.run.scores()))
+    monkeypatch.setattr(PruningPeriod, "mark", lambda phase, base: scores.update(phase.run.judging.scores()))
     optimizer.step()
 
     reference = ReferenceHesso(model, still(model), decoder_units(model), {"mlp_channels": 40}, 1, 2, 2, saliency, 1)
@@ -559,7 +559,7 @@ def test_ranking_across_layers_leaves_every_layer_a_unit_and_counts_the_pruned_o
     process.scales["attention_heads"][0, 0] = 0.0  # one of the two that go, pruned in the first period
     process.state.step = schedule.scoring_steps()[1]
     scores = {"attention_heads": torch.tensor([[1.0, 0.5, 0.6], [0.9, 0.8, 0.7]])}
-    monkeypatch.setattr(process.run, "scores", lambda *_: scores)
+    monkeypatch.setattr(process.run.judging, "_scores", lambda *_: scores)
     process.before_step(None)
     assert marked(process)[0] == {("attention_heads", 0, 1)}
 

@@ -44,7 +44,7 @@ def test_a_loader_of_ones_own_gives_the_examples_that_are_measured_and_healed_on
     run.train()
     assert run._process.finished
     assert run.hesso_plan.curves is not None
-    assert run._process.run.healer is not None
+    assert run._process.run.judging.healer is not None
     assert run.hesso_run.basis is not None
     assert run.replay.sizes.rows * run.replay.sizes.length == pytest.approx(5 * LENGTH / 3, abs=1)
     assert run._process.cric_report() is not None

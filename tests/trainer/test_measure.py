@@ -58,7 +58,7 @@ def test_a_loader_of_its_own_makes_what_is_measured_on(tmp_path: Path) -> None:
     assert run.hesso_run.measurer.tokens_per_micro_batch() == 20
     run.train()
     assert run.hesso_plan.curves is not None
-    assert run.hesso_run.process.run.healer is not None
+    assert run.hesso_run.process.run.judging.healer is not None
 
 
 def test_what_rows_are_padded_with_isnt_counted_and_empty_ones_are_left_out(tmp_path: Path) -> None:

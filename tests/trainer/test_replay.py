@@ -319,7 +319,7 @@ def test_units_are_judged_and_healed_on_replay_too(tmp_path: Path):
         config = hesso_config(replay_share=share, healing="auto", healing_tokens=4 * LENGTH)
         run = trainer(tmp_path / str(share), base(), config=config)
         run.create_optimizer()
-        batches[share] = run.hesso_run.process.run.healer._batch
+        batches[share] = run.hesso_run.process.run.judging.healer._batch
     windows = run.replay.windows
     assert len(windows) > 4
     plain, mixed = batches[0]["input_ids"], batches[SHARE]["input_ids"]
@@ -339,12 +339,12 @@ def test_a_run_too_short_for_replay_judges_units_on_some_of_it_and_goes_on_so(tm
     whole, again, other = begun(), begun(), trainer(tmp_path / "other", base(), config=hesso_config(healing="auto"))
     other.create_optimizer()
     whole.train()
-    teaching, healer = whole.hesso_run.teaching, whole.hesso_run.process.run.healer
+    teaching, healer = whole.hesso_run.teaching, whole.hesso_run.process.run.judging.healer
     assert (whole.replay, teaching._base) == (None, None)
     known = teaching.known
     assert known is not None
     assert known.windows.numel() <= JUDGED_SHARE * whole.args.max_steps * 4 * LENGTH + known.windows.shape[1]
-    rows = len(other.hesso_run.process.run.healer._batch["input_ids"])
+    rows = len(other.hesso_run.process.run.judging.healer._batch["input_ids"])
     assert torch.equal(healer._batch["input_ids"][rows:, : known.windows.shape[1]], known.windows)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert again.hesso_run.teaching._base is None

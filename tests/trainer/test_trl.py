@@ -201,7 +201,7 @@ def test_replay_and_healing_work_with_every_loss(
     run = trl_trainer(kind, base, tokenizer, hesso={"replay_share": 0.5, "healing": "auto"})
     run.train()
     assert logged(run, "hesso/replay_loss")[-1] > 1e-3
-    assert run.hesso_run.process.run.healer is not None
+    assert run.hesso_run.process.run.judging.healer is not None
     run.save_model(str(tmp_path / "small"))
     assert "50% of the tokens trained on were replay" in (tmp_path / "small" / "README.md").read_text()
 

@@ -154,7 +154,7 @@ def test_every_trainer_trains_with_what_the_page_says(
     assert all(loss == loss for loss in logged(run, "loss"))
     found = {
         "trial removals": run.hesso_plan.curves is not None,
-        "healing": run.hesso_run.process.run.healer is not None,
+        "healing": run.hesso_run.process.run.judging.healer is not None,
         "replay": run.replay is not None,
     }
     assert found == {use: uses[use] == "on" for use in found}
@@ -298,7 +298,7 @@ def test_sft_prunes_on_every_form_of_data(
     assert learnt >= 0.85 if learns_all else 0.05 <= learnt <= 0.75
     run.train()
     assert run.hesso_plan.curves is not None
-    assert run.hesso_run.process.run.healer is not None
+    assert run.hesso_run.process.run.judging.healer is not None
     check_saved(run, tmp_path / "small")
 
 

@@ -166,7 +166,7 @@ def test_gradients_are_accumulated_before_they_are_scored() -> None:
             (model(input_ids=micro, labels=micro).loss / parts).backward()
         optimizer.observe_gradients()
         optimizer.process.state.sums.add_(optimizer.process._pending)
-        scores.append(optimizer.process.run.scores())
+        scores.append(optimizer.process.run.judging.scores())
     for name, expected in scores[0].items():
         torch.testing.assert_close(scores[1][name], expected, rtol=1e-3, atol=1e-6)
 
