@@ -243,10 +243,11 @@ def load_rows(dataset: str, config_name: str | None, split: str, bounded: bool) 
             return builder.as_streaming_dataset(split), builder.cache_dir
         return load_dataset(dataset, config_name, split=split), None
     except Exception as error:  # not found, no connection, unknown split, broken lines: of many types
-        raise _unreadable(dataset, split, error) from error
+        raise unreadable(dataset, split, error) from error
 
 
-def _unreadable(dataset: str, split: str, error: BaseException) -> HessoError:
+def unreadable(dataset: str, split: str, error: BaseException) -> HessoError:
+    """Return what says that data can't be read, of an error of any type."""
     return HessoError(f"`dataset` ({dataset!r}, split {split!r}) can't be loaded: {error.__cause__ or error}")
 
 
@@ -293,7 +294,7 @@ def _fetched(
     except Exception as error:  # a row that can't be read comes wrapped; no connection any more: of many types
         if isinstance(error.__cause__, HessoError):
             raise error.__cause__ from error
-        raise _unreadable(examples.source, str(rows.split), error) from error
+        raise unreadable(examples.source, str(rows.split), error) from error
 
 
 def _packed(read: Dataset, examples: Examples) -> Dataset:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from ..bundled import python_docs_topics
 from ..errors import HessoError
-from .data import PYTHON_DOCS, load_rows
+from .data import PYTHON_DOCS, load_rows, unreadable
 from .examples import TEXT_COLUMN, Examples, Reading
 
 if TYPE_CHECKING:
@@ -45,11 +46,12 @@ def joined_windows(
     else:
         source, name = _WIKITEXT2_SOURCE if dataset == WIKITEXT2 else (dataset, config_name)
         rows, _ = load_rows(source, name, split, bounded=max_examples is not None)
-        first = next(iter(rows), None)
-        if first is None:
+        if max_examples is not None:
+            rows = _first(rows, max_examples, dataset, split)
+        if len(rows) == 0:
             raise HessoError(f"`dataset` ({dataset!r}) is empty: there is nothing to measure on")
-        Examples.of(dataset, first, tokenizer, Reading(window, text_column, text_only=True))  # refuses what isn't text
-        texts = [row[text_column] for row in itertools.islice(rows, max_examples)]
+        Examples.of(dataset, rows[0], tokenizer, Reading(window, text_column, text_only=True))  # refuses others
+        texts = rows[text_column][:]
     ids = tokenizer("\n\n".join(texts[:max_examples]), verbose=False)["input_ids"]
     if len(ids) < window:
         raise HessoError(
@@ -57,3 +59,17 @@ def joined_windows(
         )
     whole = range(0, len(ids) - window + 1, window)
     return Dataset.from_dict({"input_ids": [ids[start : start + window] for start in whole]})
+
+
+def _first(rows: Iterable[Any], count: int, dataset: str, split: str) -> Dataset:
+    """Read the first rows of a stream.
+
+    Raises:
+        HessoError: where it breaks off.
+    """
+    from datasets import Dataset
+
+    try:
+        return Dataset.from_list(list(itertools.islice(rows, count)))
+    except Exception as error:  # no connection, broken lines: of many types
+        raise unreadable(dataset, split, error) from error

@@ -294,6 +294,7 @@ class PlainEngine(Engine[HessoOptimizer]):
             return export_pruned(
                 run.whole, target, kept_units=self.made_steps.process.kept_units(), groups=run.plan.groups,
                 tokenizer=run.tokenizer, dtype=self.config.export_dtype, training=run.record(),
+                overwrite_base=True,  # it was looked at where the base was read
             )  # fmt: skip
 
         return on_all(exported)

@@ -101,6 +101,8 @@ def _check_no_checkpoint(folder: Path) -> None:
 def _check_not_base(output: Path, source: str | os.PathLike[str] | nn.Module, found: ExportSource, asked: bool) -> None:
     """Refuse to write where the base model lies; a folder that knows of no other base may be cut in place."""
     name = found.model.config.name_or_path or ""
+    if getattr(found.model.config, "_commit_hash", None):  # of the Hub, whatever folder there is of the same name
+        return
     in_place = not isinstance(source, nn.Module) and Path(source) == Path(name)
     base = None if in_place or not name else Path(name)
     meant = asked or bool(found.config.get("overwrite_base"))

@@ -45,12 +45,14 @@ class Judging:
 
     def _with_room(self, work: Callable[[], Made]) -> Made:
         """Do what reads examples; where there is no room for them, from the beginning with half of them, to the end."""
-        while True:
+        while self.healer is not None:
             try:
-                return work()
+                with self.healer.halving():
+                    return work()
             except NoRoom:
-                assert self.healer is not None
-                self.healer = self.healer.halved()
+                pass  # what the pass held is let go by then
+            self.healer = self.healer.halved()
+        return work()
 
     def judge(self, share: Fraction) -> tuple[PerUnit, OutputFisher | None]:
         """Score the units of which some are to go next; with CRIC as the model is once the lowest are gone and healed.

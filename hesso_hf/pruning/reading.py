@@ -56,6 +56,7 @@ class ModelReading:
         self._model, self._batch = model, dict(batch)
         self._places = self._batch["attention_mask"].flatten().nonzero().flatten()  # of tokens among all rows
         self._told: set[str] = set()
+        self._may_be_halved = False
 
     @property
     def tokens(self) -> int:
@@ -69,6 +70,15 @@ class ModelReading:
         fewer = type(self)(self._model, {name: value[:: min(step, rows)] for name, value in self._batch.items()})
         fewer._told = self._told  # what the one has said the other needn't
         return fewer
+
+    @contextmanager
+    def halving(self) -> Iterator[None]:
+        """Have a pass that doesn't fit raise `NoRoom` meanwhile, where half of the examples are enough to look at."""
+        self._may_be_halved = self.tokens >= 2 * FEWEST_TOKENS and len(self._batch["attention_mask"]) > 1
+        try:
+            yield
+        finally:
+            self._may_be_halved = False
 
     def halved(self) -> Self:
         """Return one that works on every second example, and say so."""
@@ -157,7 +167,7 @@ class ModelReading:
             else_: what a warning says of the readers that there is no room for.
 
         Raises:
-            NoRoom: where there is none on this device, and half of the examples are enough to look at.
+            NoRoom: where there is none on this device, and whoever calls may take half of the examples (`halving`).
         """
         looked, called = set[str](), set[str]()
 
@@ -176,7 +186,7 @@ class ModelReading:
             with _hooked(readers, hook), _looking_at(self._model), bound.passes():
                 _run(self._model, self._batch)
         except tuple(_FAILURES) as error:
-            if isinstance(error, torch.OutOfMemoryError) and self.tokens >= 2 * FEWEST_TOKENS and not bound.sharded:
+            if isinstance(error, torch.OutOfMemoryError) and self._may_be_halved and not bound.sharded:
                 raise NoRoom from None
             why = _FAILURES[type(error)]
             left = f"{len(readers) - len(looked)} of {len(readers)} matrices of {type(self._model).__name__}"

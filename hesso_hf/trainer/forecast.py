@@ -12,6 +12,7 @@ from ..distributed.collectives import world_size
 from ..errors import counted
 from ..export.storage import shown
 from .measure import makes_its_loader
+from .teaching import Teaching
 
 STEPS = 3  # that tell what the run takes; the first isn't timed: memory is asked for and kernels are chosen in it
 # A period reads its examples forward and back, by which units are judged, and forward once to judge and once to heal;
@@ -61,12 +62,14 @@ class Forecast:
 
     def restart(self) -> None:
         """Know nothing of the run's steps yet."""
-        self.pace, self._begun_at, self._tokens_per_step = Pace(), 0, 0
+        self.pace, self._begun_at, self._tokens_per_step = Pace(), 0, 0.0
+        self._before_periods = 0.0  # seconds of pruning's own work
 
     def before(self) -> list[str]:
         """Say what can be told of the vocabulary, tokens and memory before the first step, and when time can be."""
         run = self._trainer.hesso_run
         self._begun_at, lines = run.process.step, self._tokens()
+        self._before_periods = self._trainer.hesso_optimizer.seconds
         if kept := run.kept_tokens:
             lines.insert(
                 0, f"vocabulary: {kept.vocab_size:,} -> {len(kept.kept):,} tokens, removed on top of this when saved"
@@ -76,6 +79,13 @@ class Forecast:
         if run.count_steps() - self._trainer.state.global_step >= STEPS:
             lines.append(f"time: known after {STEPS} steps")
         return lines
+
+    def step_ended(self) -> None:
+        """Look at the clock."""
+        seconds = self._trainer.hesso_optimizer.seconds
+        self.pace.step_ended(self._trainer.args.device, seconds)
+        if not self._begun():
+            self._before_periods = seconds
 
     def _memory(self, parameters: list[torch.nn.Parameter]) -> str:
         """Say what weights, gradients and the optimizer's state take, as far as its class tells."""
@@ -105,8 +115,9 @@ class Forecast:
             return [f"tokens: unknown ({type(error).__name__}: {error})"]
         if micro_batch <= args.train_batch_size:  # no text
             return []
-        self._tokens_per_step = micro_batch * args.gradient_accumulation_steps
-        tokens, steps = self._tokens_per_step * world_size(), run.process.schedule.total_steps
+        read = micro_batch * args.gradient_accumulation_steps
+        self._tokens_per_step = read * _as_if_alone(run.teaching)
+        tokens, steps = read * world_size(), run.process.schedule.total_steps
         replayed = ", and replay" if run.teaching.replay is not None else ""
         return [f"tokens: about {tokens:,} a step, {tokens * steps:,} in {counted(steps, 'step')}{replayed}"]
 
@@ -133,11 +144,19 @@ class Forecast:
 
         One takes what those of this run took; before any has begun, what its passes would as a part of training.
         """
-        process = self._trainer.hesso_run.process
-        starts = [period.start for period in process.schedule.periods if period.share]
-        begun = sum(self._begun_at <= start < process.step for start in starts)
-        each = self.pace.pruning / begun if begun else (self.pace.seconds or 0.0) * self._steps_of_a_period()
-        return each * sum(start >= first for start in starts)
+        begun = self._begun()
+        if begun:
+            each = (self.pace.pruning - self._before_periods) / begun
+        else:
+            each = (self.pace.seconds or 0.0) * self._steps_of_a_period()
+        return each * sum(start >= first for start in self._starts())
+
+    def _starts(self) -> list[int]:
+        return [period.start for period in self._trainer.hesso_run.process.schedule.periods if period.share]
+
+    def _begun(self) -> int:
+        """Return how many periods this run has begun so far."""
+        return sum(self._begun_at <= start < self._trainer.hesso_run.process.step for start in self._starts())
 
     def _steps_of_a_period(self) -> float:
         """Return how many steps of training take as long as judging and healing once, by the tokens that are read."""
@@ -146,6 +165,13 @@ class Forecast:
             return 0.0
         passes = CRIC_PASSES if run.config.cric_way == "healed" else PASSES
         return passes * run.judging.healer.tokens / self._tokens_per_step
+
+
+def _as_if_alone(teaching: Teaching) -> float:
+    """Return what a step takes over what it takes without teacher and replay, whose tokens are all taught."""
+    taught = 4 / 3  # a teacher reads forward alone
+    share = teaching.replay.sizes.share if teaching.replay is not None else 0.0
+    return (taught if teaching.distillation is not None else 1.0) + taught * share / (1 - share)
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> tuple[int, str | None]:

@@ -163,7 +163,7 @@ class HessoProgressCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Time the step, and say where the phase of the next one is another."""
-        self._forecast.pace.step_ended(args.device, self._trainer.hesso_optimizer.seconds)
+        self._forecast.step_ended()
         if state.is_world_process_zero:
             if self._forecast.pace.steps == STEPS:
                 self._say("\n".join(self._forecast.by_first_steps()))

@@ -316,7 +316,7 @@ def _make_healer(run: PruningRun, config: HessoConfig, engine: Engine) -> Healer
 def _enough_tokens(run: PruningRun, engine: Engine) -> int:
     """Return how many tokens are enough; where processes hold parts of the model there is no way back from too many."""
     widest, trained = max(map(columns_of, run.whole.modules())), None
-    if not engine.measures_shards:
+    if engine.keeps_whole:
         batches = run.count_steps() * engine.args.gradient_accumulation_steps * world_size()
         trained = from_main(run.measurer.tokens_per_micro_batch() * batches)
     return enough_tokens(widest, trained)

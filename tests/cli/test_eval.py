@@ -344,7 +344,10 @@ def test_of_joined_text_no_more_is_fetched_than_the_limit(
         return IterableDataset.from_generator(rows), None
 
     monkeypatch.setattr(joined, "load_rows", hub)
-    assert result(["small", "--dataset", "wikitext2", "--no-speed", "--limit", "3"], capsys)["tokens"] > CONTEXT
+    flags = ["small", "--dataset", "wikitext2", "--no-speed", "--limit"]
+    assert result([*flags, "3"], capsys)["tokens"] > CONTEXT
+    assert main(["eval", *flags, "4"]) == 2
+    assert "`dataset` ('wikitext2', split 'test') can't be loaded: a fourth row is fetched" in capsys.readouterr().err
 
 
 def test_operations_are_those_of_a_budget_and_of_the_layers_as_they_are() -> None:

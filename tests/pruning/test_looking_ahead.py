@@ -284,3 +284,29 @@ def test_so_many_tokens_as_the_widest_matrix_needs_and_the_run_has_time_for() ->
     assert enough_tokens(1536, trained=10**9) == 8192
     assert enough_tokens(8192, trained=20_000_000) == 20_000
     assert enough_tokens(8192, trained=10**9) == 43_691
+
+
+def test_a_single_example_that_does_not_fit_is_not_halved_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(rows: TokenRows) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TokenRows, "gram", full)
+    monkeypatch.setattr(reading, "FEWEST_TOKENS", 2)
+    model = curved(seed=6)
+    optimizer = pruning(model)
+    batch = {name: value[:3] for name, value in tokens().items()}
+    optimizer.process.heal_with(Healer(model, batch))
+    with propagated(caplog), caplog.at_level(logging.WARNING):
+        step(model, optimizer, 1)
+    halved = {message for message in caplog.messages if "no room to read" in message}
+    assert len(halved) == 2, "of three examples two are taken, and of two one"
+    assert "no room to look at 2 of 2 matrices" in caplog.text
+
+
+def test_who_does_not_ask_for_it_isn_t_told_to_halve(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = curved(seed=6)
+    bound, healer = bound_to(model), Healer(model, tokens())
+    short_of_memory(0, monkeypatch)
+    assert CHANNELS not in healer.costs(bound, none_of(bound))  # as the split between structures is measured

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from hesso_hf.export.storage import shown
 from hesso_hf.pruning import phases
-from hesso_hf.trainer.forecast import Forecast, Pace, duration
+from hesso_hf.trainer.forecast import Forecast, Pace, _as_if_alone, duration
 from hesso_hf.trainer.progress import ShortBar, ShortLines, phase_text
 from tests.support.tiny import tiny_llama
 from tests.support.training import LENGTH, hesso_config, logged, trainer
@@ -180,6 +181,26 @@ def test_what_judging_takes_is_told_by_its_passes_and_then_by_those_that_were_ma
     assert left[1:4] == pytest.approx([2 * a_period * seconds for seconds in took[1:4]])
     assert left[5] >= left[4] > 0  # one of two is over
     assert left[6:] == [0.0] * 6
+
+
+def test_what_was_done_before_the_first_period_is_not_counted_for_each(tmp_path: Path) -> None:
+    run = trainer(tmp_path, config=hesso_config(warmup_steps=1, pruning_steps=6, pruning_periods=3))
+    run.create_optimizer()
+    told, optimizer = Forecast(run), run.hesso_optimizer
+    optimizer.seconds = 5.0  # of an earlier run of the same optimizer
+    told.before()
+    for step, seconds in ((1, 65.0), (2, 75.0), (4, 85.0)):  # CRIC's probe, and two periods
+        optimizer.process.state.step, optimizer.seconds = step, seconds
+        told.step_ended()
+    assert told._seconds_of_periods(0) == 30.0
+    assert told._seconds_of_periods(4) == 10.0
+
+
+def test_a_step_with_teacher_and_replay_takes_as_long_as_more_tokens() -> None:
+    alone = SimpleNamespace(distillation=None, replay=None)
+    taught = SimpleNamespace(distillation=object(), replay=SimpleNamespace(sizes=SimpleNamespace(share=0.25)))
+    assert _as_if_alone(alone) == 1
+    assert _as_if_alone(taught) == pytest.approx(4 / 3 * (1 + 1 / 3))
 
 
 @pytest.mark.parametrize("quiet", [True, False])

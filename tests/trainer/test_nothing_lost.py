@@ -177,6 +177,9 @@ def test_an_export_does_not_replace_the_base_either_unless_that_is_asked_for(
     assert main(["export", str(checkpoint), str(base)]) == 2
     assert "--overwrite-base" in capsys.readouterr().err
     assert (base / "model.safetensors").read_bytes() == before
+    of_the_hub = LlamaForCausalLM.from_pretrained(base)
+    of_the_hub.config._commit_hash = "9f8e"  # its name is that of the folder by chance
+    export_pruned(of_the_hub, shutil.copytree(base, tmp_path / "base"))
     shutil.copytree(base, tmp_path / "other")
     export_pruned(LlamaForCausalLM.from_pretrained(tmp_path / "other"), tmp_path / "other", overwrite_base=True)
     assert (tmp_path / "other" / REPORT_NAME).exists()
