@@ -25,20 +25,16 @@ from .refit import StandIn, places_of, said_by_others, solved
 from .saliency import PerUnit, float_sums, no_units, on_device
 from .weights.bound_groups import BoundGroups
 
-# Units are judged and healed on so many tokens of the training data for each column of the widest matrix, beyond
-# HEALING_TOKENS where that is a small part of the run: a period reads them five times, and with replay twice as many.
-PER_COLUMN, HEALING_TOKENS, OF_THE_RUN = 16 / 3, 8192, 1e-3
+PER_COLUMN, HEALING_TOKENS = 16 / 3, 8192  # tokens for each column of the widest matrix, and at most
 
 
-def enough_tokens(widest: int, trained: int | None = None) -> int:
-    """Return how many tokens units are judged and healed on where nothing is asked for.
+def enough_tokens(widest: int) -> int:
+    """Return how many tokens of the training data units are judged and healed on where nothing is asked for.
 
     Args:
         widest: columns of the widest matrix.
-        trained: tokens that the run trains on, where that is known.
     """
-    most = max(HEALING_TOKENS, math.floor(OF_THE_RUN * (trained or 0)))
-    return min(most, max(FEWEST_TOKENS, math.ceil(PER_COLUMN * widest)))
+    return min(HEALING_TOKENS, max(FEWEST_TOKENS, math.ceil(PER_COLUMN * widest)))
 
 
 class Healer(ModelReading):

@@ -307,19 +307,10 @@ def _make_healer(run: PruningRun, config: HessoConfig, engine: Engine) -> Healer
     if reason := _why_not_healed(model, measurer):
         logger.warning(f"`healing` ({config.healing!r}): nothing is healed: {reason}")
         return None
-    tokens = config.healing_tokens or _enough_tokens(run, engine)
+    tokens = config.healing_tokens or enough_tokens(max(map(columns_of, run.whole.modules())))
     examples = measurer.tokens(tokens, between=True, longest=LONGEST)
     examples += [] if known is None else known.examples(tokens)
     return Healer(model, padded(examples, engine.args.device))
-
-
-def _enough_tokens(run: PruningRun, engine: Engine) -> int:
-    """Return how many tokens are enough; where processes hold parts of the model there is no way back from too many."""
-    widest, trained = max(map(columns_of, run.whole.modules())), None
-    if engine.keeps_whole:
-        batches = run.count_steps() * engine.args.gradient_accumulation_steps * world_size()
-        trained = from_main(run.measurer.tokens_per_micro_batch() * batches)
-    return enough_tokens(widest, trained)
 
 
 def _prepared(trainer: Trainer, model: nn.Module, config: HessoConfig) -> PruningPlan:

@@ -279,11 +279,8 @@ def test_without_room_to_heal_what_is_marked_stays_so_and_is_healed_on_half_of_t
 
 
 @pytest.mark.usefixtures("unshortened")
-def test_so_many_tokens_as_the_widest_matrix_needs_and_the_run_has_time_for() -> None:
+def test_so_many_tokens_as_the_widest_matrix_needs_up_to_a_limit() -> None:
     assert [enough_tokens(columns) for columns in (172, 384, 768, 1536, 8192)] == [2048, 2048, 4096, 8192, 8192]
-    assert enough_tokens(1536, trained=10**9) == 8192
-    assert enough_tokens(8192, trained=20_000_000) == 20_000
-    assert enough_tokens(8192, trained=10**9) == 43_691
 
 
 def test_a_single_example_that_does_not_fit_is_not_halved_for_ever(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ from transformers import default_data_collator
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.errors import HessoError
-from hesso_hf.trainer import run as runs
 from tests.support import fsdp_cpu
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
-from tests.support.training import LENGTH, arguments, blocks, trainer
+from tests.support.training import arguments, blocks, trainer
 from tests.trainer.test_peeked import Once
 
 CONFIG = HessoConfig(
@@ -46,18 +44,6 @@ def pairs(folder: Path, data: Any, **options: Any) -> Pairs:
     run = Pairs(tiny_llama(), arguments(folder, max_steps=3), hesso_config=CONFIG, **options)
     run.source = data
     return run
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_more_than_usual_is_read_in_long_runs_where_a_process_has_the_whole_model(
-    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(runs, "enough_tokens", lambda *given: asked.append(given) or 7)
-    made = trainer(tmp_path, gradient_accumulation_steps=2)
-    engine = SimpleNamespace(keeps_whole=whole, args=made.args)
-    assert runs._enough_tokens(made.hesso_run, engine) == 7  # type: ignore[arg-type]
-    assert asked == [(60, 12 * 2 * 4 * LENGTH if whole else None)]
 
 
 def test_a_loader_of_its_own_makes_what_is_measured_on(tmp_path: Path) -> None:

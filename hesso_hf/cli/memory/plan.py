@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ...hf_models.build import load_config
-from ...pruning.healing import HEALING_TOKENS
 from .estimate import Estimate, EstimatedRun, estimate
 from .hours import UTILISATION, flop_per_token, hours
 from .model_sizes import ModelSizes, model_sizes
@@ -128,8 +127,7 @@ class MemoryPlan:
             healed = [ENGINES[name].title for name in self.engines if ENGINES[name].heals]
             notes.insert(
                 2,
-                f"Healing is counted where matrices are whole: {' and '.join(healed)} (--healing off: without), "
-                f"on at most {HEALING_TOKENS:,} tokens: long runs read more, where there is room. Under "
+                f"Healing is counted where matrices are whole: {' and '.join(healed)} (--healing off: without). Under "
                 "FSDP2 and DeepSpeed, matrices for which the main process's GPU has no room aren't healed.",
             )
         return notes
