@@ -126,8 +126,8 @@ class Forecast:
         device, process = self._trainer.args.device, self._trainer.hesso_run.process
         step, steps = self.pace.seconds or 0.0, process.schedule.total_steps
         own = self._seconds_of_periods(self._begun_at)
-        judging = f", about {duration(own)} more to judge and heal units" if own >= 0.5 else ""
-        told = f"time: {step:.3g} s a step, {duration(step * steps)} in all{judging}; evaluations and saving on top"
+        judging = f", about {duration(own)} more to judge and heal" if own >= 0.5 else ""
+        told = f"time: {step:.3g} s a step, {duration(step * steps)} in all{judging}, plus evaluations and saving"
         if device.type == "cuda":
             return [told, f"memory: {shown(torch.cuda.max_memory_allocated(device))} at most on the GPU"]
         return [told, f"memory: {shown(psutil.Process().memory_info().rss)} of main memory"]

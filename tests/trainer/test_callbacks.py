@@ -66,7 +66,7 @@ def test_the_progress_bar_says_which_phase_runs_and_when_pruning_ends(tmp_path: 
     assert "memory: about " in plan
     assert plan.endswith("\n  time: known after 3 steps")
     assert re.fullmatch(
-        r"time: .* s a step, \d+ s in all.*; evaluations and saving on top\nmemory: [\d.]+ [MG]B of main memory",
+        r"time: .* s a step, \d+ s in all.*, plus evaluations and saving\nmemory: [\d.]+ [MG]B of main memory",
         first_steps,
     )
     assert phase_text(run.hesso_optimizer.process) == "recovery"
