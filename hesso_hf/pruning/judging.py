@@ -6,6 +6,7 @@ Legend: L layers, U units per layer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -46,12 +47,9 @@ class Judging:
     def _with_room(self, work: Callable[[], Made]) -> Made:
         """Do what reads examples; where there is no room for them, from the beginning with half of them, to the end."""
         while self.healer is not None:
-            try:
-                with self.healer.halving():
-                    return work()
-            except NoRoom:
-                pass  # what the pass held is let go by then
-            self.healer = self.healer.halved()
+            with suppress(NoRoom), self.healer.halving():
+                return work()
+            self.healer = self.healer.halved()  # which says so; what the pass held is let go by now
         return work()
 
     def judge(self, share: Fraction) -> tuple[PerUnit, OutputFisher | None]:

@@ -22,6 +22,7 @@ from hesso_hf.pruning.reconstruction import RIDGE
 from hesso_hf.pruning.token_rows import TokenRows
 from hesso_hf.structures.lora import base_of
 from tests.pruning.test_healing import CHANNELS, HEADS, STREAM, bound_to, leave_, none_of, step, tokens
+from tests.support import ROOT
 from tests.support.checks import propagated
 from tests.support.lora import tiny_lora
 from tests.support.tiny import MLP, tiny_gpt2, tiny_llama
@@ -281,6 +282,8 @@ def test_without_room_to_heal_what_is_marked_stays_so_and_is_healed_on_half_of_t
 @pytest.mark.usefixtures("unshortened")
 def test_so_many_tokens_as_the_widest_matrix_needs_up_to_a_limit() -> None:
     assert [enough_tokens(columns) for columns in (172, 384, 768, 1536, 8192)] == [2048, 2048, 4096, 8192, 8192]
+    said = "16 tokens of the training data for every 3 columns of the widest matrix, from 2,048 to 8,192"
+    assert said in " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
 
 
 def test_a_single_example_that_does_not_fit_is_not_halved_for_ever(

@@ -14,10 +14,11 @@ from transformers import default_data_collator
 
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.errors import HessoError
+from hesso_hf.trainer import run as runs
 from tests.support import fsdp_cpu
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
-from tests.support.training import arguments, blocks, trainer
+from tests.support.training import LENGTH, arguments, blocks, hesso_config, trainer
 from tests.trainer.test_peeked import Once
 
 CONFIG = HessoConfig(
@@ -44,6 +45,18 @@ def pairs(folder: Path, data: Any, **options: Any) -> Pairs:
     run = Pairs(tiny_llama(), arguments(folder, max_steps=3), hesso_config=CONFIG, **options)
     run.source = data
     return run
+
+
+def test_units_are_judged_on_as_many_tokens_as_the_widest_matrix_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(runs, "enough_tokens", lambda widest: asked.append(widest) or 17 * LENGTH)
+    made = trainer(tmp_path, config=hesso_config(healing="auto"))
+    made.create_optimizer()
+    healer = made.hesso_run.process.run.judging.healer
+    assert healer is not None
+    assert (asked, healer.tokens) == ([60], 17 * LENGTH)
 
 
 def test_a_loader_of_its_own_makes_what_is_measured_on(tmp_path: Path) -> None:
