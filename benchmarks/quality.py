@@ -172,10 +172,10 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         trainer.train(resume_from_checkpoint=last_checkpoint(out) is not None or None)
     if clock.stopped:
         raise Unfinished
+    trainer.save_model(str(folder / "small"))
     if config is not None:
         if (trainer.replay is None) != (share == 0):
             raise RuntimeError(f"{method}: replay was expected to be {share}: fewer or more tokens were trained on")
-        trainer.save_model(str(folder / "small"))
         options = {"dtype": torch.float32, "trust_remote_code": config.layer_widths == "per_layer"}
         model = AutoModelForCausalLM.from_pretrained(folder / "small", **options)
     return model, {name: model.config.to_dict()[name] for name in (HEADS, KV_HEADS, HIDDEN, MLP, LAYERS)}
@@ -284,7 +284,7 @@ def is_done(run: dict[str, Any], result: dict[str, Any], setting: Setting) -> bo
 def one_run(options: argparse.Namespace, run: dict[str, Any], data: Data, result: Any) -> bool:
     """Do one run and write the result; return False where it is to go on in the next call."""
     transformers.set_seed(run["seed"])
-    folder = options.cache / "runs" / "-".join(str(run[key]).replace(", ", "+").replace(" ", "_") for key in KEY)
+    folder = run_folder(options.cache, run)
     folder.mkdir(parents=True, exist_ok=True)
     clock = Clock(folder / "clock.json")
     try:
@@ -300,6 +300,11 @@ def one_run(options: argparse.Namespace, run: dict[str, Any], data: Data, result
     print(json.dumps(result["runs"][-1]), flush=True)
     write(options.output, result)
     return True
+
+
+def run_folder(cache: Path, run: dict[str, Any]) -> Path:
+    """Return where a run keeps what it comes out with, in `small`, and what it goes on from."""
+    return cache / "runs" / "-".join(str(run[key]).replace(", ", "+").replace(" ", "_") for key in KEY)
 
 
 def sizes_for(run: dict[str, Any], result: dict[str, Any]) -> dict[str, int] | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from .parts import reshard
 
@@ -16,6 +19,24 @@ from .parts import reshard
 def gathers_in_hooks(model: nn.Module) -> bool:
     """Whether hooks on the call of the whole model take part in putting its weights together: FSDP2's and ZeRO-3's."""
     return isinstance(model, FSDPModule) or any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def run_up_to_head(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Run a model for what hooks see in its layers: neither a loss is computed, nor logits if that can be helped.
+
+    Args:
+        inputs: what its forward takes.
+    """
+    if model.config.is_encoder_decoder and "labels" in inputs:  # of which the whole model makes what its decoder reads
+        model(**inputs)
+        return
+    inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    if not gathers_in_hooks(model):
+        model.base_model(**inputs)
+        return
+    # what lies in no layer is gathered where the whole model is called: its head is computed, of as little as may be
+    one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+    model(**inputs, **one)
 
 
 @contextlib.contextmanager

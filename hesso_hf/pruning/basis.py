@@ -8,7 +8,7 @@ Legend: D channels of the stream, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,14 +21,15 @@ from transformers.utils import logging
 
 from ..distributed.collectives import from_main, rank, summed_over_ranks, world_size
 from ..distributed.parts import is_sharded, local, named_parameters, plain_name, rewrite_, whole_of
-from ..distributed.passes import evaluating
+from ..distributed.passes import evaluating, run_up_to_head
 from ..errors import HessoError
-from ..hf_models.tiny_model import without_cache
+from ..hf_models.tiny_model import ieee_fp32, without_cache
 from ..structures.lora import Adapters, parameters_of
 from ..structures.proof.turn import turn_of
 from ..structures.turn import StreamTurn, keeping_ones
 from ..structures.turned_base import check_trained, turn_tensors
 from .calibration import BatchLoss
+from .saliency import float_sums
 
 logger = logging.get_logger(__name__)
 
@@ -126,12 +127,15 @@ def stream_covariance(
     Returns:
         The sum, shape (D, D), fp64, on the CPU, and the number of tokens that went into it for each norm.
     """
-    total, seen = torch.zeros(turn.width, turn.width, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    sums: dict[torch.device, torch.Tensor] = {}  # where they are computed, since a transfer for each norm costs more
+    seen = torch.zeros(1, dtype=torch.float64)
     batches, shared = list(batches), is_sharded(named_parameters(model).values())
     first, step = (rank(), world_size()) if shared else (0, 1)
     names = {norm.scale for norm in (*turn.norms, *([turn.tied_norm] if turn.tied_norm else []))}
     names = names or {name for name, dim in turn.axes if name.endswith("weight")}  # norms without weights
     owners = {name.rpartition(".")[0] for name in names}
+    norms = [module for name, module in model.named_modules() if plain_name(name) in owners]
+    run = run_up_to_head if set(norms) <= set(model.base_model.modules()) else _run_whole
     current: list[torch.Tensor | None] = [None]
     counts = True
 
@@ -145,16 +149,20 @@ def stream_covariance(
         if mask is not None and mask.shape == hidden.shape[:-1]:
             hidden = hidden[mask.to(hidden.device)]
         if counts:
-            total.add_(_outer(hidden.reshape(-1, turn.width), turn.centred))
+            found = _outer(hidden.reshape(-1, turn.width), turn.centred)
+            sums[found.device] = sums[found.device].add_(found) if found.device in sums else found
 
-    with _hooked(model, owners, note), evaluating(model):
+    with _hooked(norms, note), evaluating(model), ieee_fp32():
         for start in range(0, len(batches), step):
             counts = start + first < len(batches)  # with none left for it a process still takes part in the pass
             batch = batches[start + first if counts else start]
             mask = batch.get("attention_mask")
             current[0] = mask.bool() if mask is not None and mask.dim() == 2 else None
             seen += counts * (int(current[0].sum()) if current[0] is not None else batch["input_ids"].numel())
-            model(**_on(model.device, batch), **without_cache(model))
+            run(model, {**_on(model.device, batch), **without_cache(model)})
+    total = torch.zeros(turn.width, turn.width, dtype=torch.float64)
+    for found in sums.values():
+        total += found.cpu()
     if shared:
         found = summed_over_ranks(torch.cat([total.flatten(), seen]).to(model.device)).cpu()
         total, seen = found[:-1].view_as(total), found[-1:]
@@ -162,21 +170,29 @@ def stream_covariance(
 
 
 @contextmanager
-def _hooked(model: nn.Module, owners: Container[str], note: Callable[..., None]) -> Iterator[None]:
+def _hooked(modules: Iterable[nn.Module], note: Callable[..., None]) -> Iterator[None]:
     with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            if plain_name(name) in owners:
-                hooks.enter_context(module.register_forward_pre_hook(note))
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(note))
         yield
 
 
+def _run_whole(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    model(**inputs)
+
+
 def _outer(hidden: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Return sum of x x^T, shape (D, D), fp64, of rows x scaled to a root mean square of 1."""
-    rows = hidden.cpu().double() if hidden.device.type == "mps" else hidden.double()
+    """Return sum of x x^T, shape (D, D), fp64 as far as the device has it, of rows x scaled to a root mean square of 1.
+
+    On a GPU products are taken in fp32: most have a fraction of the speed in fp64, and rounding is far below what the
+    choice of tokens changes.
+    """
+    wide = float_sums(hidden.device)
+    rows = hidden.to(wide if hidden.device.type == "cpu" else torch.float32)
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
     rows = rows * torch.rsqrt(rows.square().mean(1, keepdim=True).clamp_min(1e-30))
-    return (rows.T @ rows).cpu()
+    return (rows.T @ rows).to(wide)
 
 
 def principal_rotation(total: torch.Tensor, centred: bool, blocks: list[list[int]]) -> torch.Tensor:

@@ -8,7 +8,6 @@ Shapes: N examples, T tokens, C columns of a matrix, O outputs.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..distributed.collectives import is_main_process
-from ..distributed.passes import evaluating, gathers_in_hooks
+from ..distributed.passes import evaluating, run_up_to_head
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32, ieee_fp32
 from .fisher import OutputFisher, output_fisher
@@ -169,6 +168,8 @@ class ModelReading:
         Raises:
             NoRoom: where there is none on this device, and whoever calls may take half of the examples (`halving`).
         """
+        if not readers:
+            return
         looked, called = set[str](), set[str]()
 
         def hook(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -184,7 +185,7 @@ class ModelReading:
 
         try:
             with _hooked(readers, hook), _looking_at(self._model), bound.passes():
-                _run(self._model, self._batch)
+                run_up_to_head(self._model, {**self._batch, "use_cache": False})
         except tuple(_FAILURES) as error:
             if isinstance(error, torch.OutOfMemoryError) and self._may_be_halved and not bound.sharded:
                 raise NoRoom from None
@@ -215,16 +216,6 @@ def _on_trial(readers: list[Reader], trial: Mapping[str, StandIn]) -> AbstractCo
         return (trial[reader.name].healed(rows).view_as(args[0]), *args[1:])
 
     return _hooked([reader for reader in readers if reader.name in trial], read)
-
-
-def _run(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> None:
-    """Run a model up to its last reader."""
-    if not gathers_in_hooks(model):
-        model.base_model(**batch, use_cache=False)
-        return
-    # what lies in no layer is gathered where the whole model is called: its head is computed, of as little as may be
-    one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
-    model(**batch, use_cache=False, **one)
 
 
 @contextmanager

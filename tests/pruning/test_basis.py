@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from unittest import mock
 
 import pytest
@@ -98,6 +99,22 @@ def test_a_turned_model_computes_the_same_and_its_first_channels_hold_most(build
     if not turn.tied_norm:
         assert float(along.topk(15).values.sum() / along.sum()) > float(given.topk(15).values.sum() / given.sum()) + 0.1
         assert basis.energy["0.25"] == pytest.approx(float(along.topk(15).values.sum() / along.sum()), abs=1e-3)
+
+
+def test_what_the_norms_see_is_summed_without_logits_or_a_loss():
+    model, heads = tiny_llama(), list[str]()
+    turn = turn_of(model)[0]
+    expected = stream_covariance(model, turn, BATCHES)[0]
+    model.lm_head.register_forward_pre_hook(lambda *_: heads.append("head"))
+    assert torch.equal(stream_covariance(model, turn, BATCHES)[0], expected)
+    assert not heads
+    norm = model.model.norm  # one that lies beside the head is run into
+    model.model.norm, model.norm = torch.nn.Identity(), norm
+    model.lm_head.register_forward_pre_hook(lambda head, args: (norm(args[0]),))
+    names = {name: name.replace("model.norm", "norm") for name in (part.scale for part in turn.norms)}
+    norms = tuple(dataclasses.replace(part, scale=names[part.scale]) for part in turn.norms)
+    beside = dataclasses.replace(turn, norms=norms)
+    assert torch.equal(stream_covariance(model, beside, BATCHES)[0], expected)
 
 
 def test_too_few_tokens_are_warned_of(monkeypatch):

@@ -496,6 +496,20 @@ def test_structures_that_no_linear_layer_reads_are_named(caplog: pytest.LogCaptu
     assert {name.split(".")[-2] for name in found} == {"o_proj"}
 
 
+def test_channels_of_the_stream_which_nothing_heals_cost_no_pass() -> None:
+    model = tiny_llama()
+    bound, healer = bound_to(model), Healer(model, tokens())
+    marked, passes = none_of(bound), list[str]()
+    fisher = healer.fisher(bound)
+    model.model.register_forward_pre_hook(lambda *_: passes.append("pass"))
+    marked[STREAM][:, :3] = True
+    assert healer.corrections(bound, marked, none_of(bound), fisher) == {}
+    assert not passes
+    marked[CHANNELS][:, 0] = True
+    assert healer.corrections(bound, marked, none_of(bound), fisher)
+    assert passes == ["pass"]
+
+
 @pytest.mark.parametrize(("noise", "repeats"), [(0.0, True), (1.5, False)])
 def test_weights_grow_only_where_others_repeat_what_goes(noise: float, repeats: bool) -> None:
     """A unit is, or has in it, the small difference of two others: the one is worth large weights, not the other."""
