@@ -232,9 +232,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Measure models' sizes and speed, and on text or lm-eval tasks, and print a table or JSON."""
     check_comparison(arguments)
     arguments.models = {name: model_source(name) for name in arguments.models}
-    from .evaluate import measure_models, room_for_all
+    from .evaluate import measure_models, room_for_a_batch
 
-    with room_for_all():
+    with room_for_a_batch():
         found = measure_models(arguments)
     content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
     title, header, rows = comparison_table(found)

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ BLOCK_SIZE, WINDOW = 256, 2048  # tokens, where nothing is said and every contex
 
 def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     """Load every model before any is measured, so that what one lacks is told at once.
+
+    They are measured in turns; where they don't fit on the device together, one after the other.
 
     Args:
         flags: those of `hesso-hf eval`; `models` has the sources by the names that they were given.
@@ -66,35 +69,75 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         blocks = _common_blocks(flags, tokenizers, block_size, joined)
     dtype = getattr(torch, flags.dtype) if flags.dtype else _stored_dtype(configs)
     _say(flags, f"loading {', '.join(flags.models)}")
-    models = {name: _load(name, source, dtype, device, trust) for name, source in flags.models.items()}
-    speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, block_size)
-    found = []
-    for number, (name, model) in enumerate(models.items(), 1):
-        of = f"model {number} of {len(models)}, {name}: "
+    models = {name: _load(name, source, dtype, trust) for name, source in flags.models.items()}
+    what = _Measured(flags, block_size, joined, blocks, tasks, tokenizers)
+    try:
+        return what.rows(models, device)
+    except torch.OutOfMemoryError:
+        if len(models) == 1:
+            raise
+    for model in models.values():
+        model.to("cpu")
+    torch.cuda.empty_cache()
+    later = "" if flags.no_speed else ", at another moment than the others: compare their speeds with care"
+    print(f"hesso-hf: the models don't fit on {device} together: each is measured alone{later}", file=sys.stderr)
+    return [row for name, model in models.items() for row in what.rows({name: model}, device)]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured of each model.
+
+    Attributes:
+        blocks: examples that all models read as the same tokens, or None.
+        tokenizers: by the model's name, where there are tasks.
+    """
+
+    flags: Namespace
+    block_size: int
+    joined: bool
+    blocks: Any
+    tasks: Tasks | None
+    tokenizers: Mapping[str, Any]
+
+    def rows(self, models: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """Move models to the device, where they are measured in turns; where there are no others they leave it."""
+        flags = self.flags
+        for model in models.values():
+            model.to(device)
+        speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, self.block_size)
+        found = [self._row(name, model, speeds[name]) for name, model in models.items()]
+        if len(models) < len(flags.models):
+            for model in models.values():
+                model.to("cpu")
+        return found
+
+    def _row(self, name: str, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
+        flags, blocks, number = self.flags, self.blocks, list(self.flags.models).index(name) + 1
+        of = f"model {number} of {len(flags.models)}, {name}: "
         row: dict[str, Any] = {
             "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-            "batch_size": flags.batch_size, "block_size": block_size, "parameters": model.num_parameters(),
+            "batch_size": flags.batch_size, "block_size": self.block_size, "parameters": model.num_parameters(),
             "bytes": _bytes_on_disk(flags.models[name]), "memory": model.get_memory_footprint(),
-            "flops_per_token": flops_per_token(model), **speeds[name],
+            "flops_per_token": flops_per_token(model), **speed,
         }  # fmt: skip
-        if device.type == "cuda" or not flags.no_speed:
+        if model.device.type == "cuda" or not flags.no_speed:
             _say(flags, f"{of}peak memory")
-            row["peak_memory"] = peak_memory(model, flags.batch_size, block_size, flags.new_tokens)
+            row["peak_memory"] = peak_memory(model, flags.batch_size, self.block_size, flags.new_tokens)
         if blocks is not None:
             _say(flags, f"{of}loss on {len(blocks):,} examples")
             loss = held_out_loss(model, blocks, flags.batch_size)
             row |= {"loss": loss, "perplexity": perplexity(loss), "tokens": num_predicted(blocks)}
-            row["joined"] = joined
-        if tasks is not None:
+            row["joined"] = self.joined
+        if self.tasks is not None:
             _say(flags, f"{of}tasks {flags.tasks}")
-            row["tasks"] = tasks.scores(model, tokenizers[name])
-        found.append(row)
-    return found
+            row["tasks"] = self.tasks.scores(model, self.tokenizers[name])
+        return row
 
 
 @contextmanager
-def room_for_all() -> Iterator[None]:
-    """Say what to do where models and a batch don't fit on the device together.
+def room_for_a_batch() -> Iterator[None]:
+    """Say what to do where a model and a batch don't fit on the device.
 
     Raises:
         HessoError: with the flags that help.
@@ -103,8 +146,8 @@ def room_for_all() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise HessoError(
-            f"the models and a batch don't fit on the device together ({first_line(error)}): give one model at a time, "
-            "a lower `--batch-size`, or `--device cpu`"
+            f"a model and a batch don't fit on the device ({first_line(error)}): give a lower `--batch-size`, a "
+            "narrower `--dtype`, or `--device cpu`"
         ) from error
 
 
@@ -277,14 +320,14 @@ def _stored_dtype(configs: Mapping[str, Any]) -> torch.dtype:
     return torch.float32
 
 
-def _load(name: str, source: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
-    """Load a model onto the device.
+def _load(name: str, source: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """Load a model.
 
     Raises:
         HessoError: naming it.
     """
     try:
-        return load_model(source, dtype, trust_remote_code).to(device)
+        return load_model(source, dtype, trust_remote_code)
     except HessoError:
         raise
     except Exception as error:  # damaged weights, too little memory, code of the model's own: of many types

@@ -264,7 +264,29 @@ def test_a_smaller_model_s_card_page_and_report_take_the_results(
     assert json.loads((small / REPORT_NAME).read_text())["evaluation"]["values"]["loss"] == {"after": 2.5}
 
 
-def test_models_that_do_not_fit_together_are_told_as_that(
+def test_models_that_do_not_fit_together_are_measured_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together, speeds = list[int](), evaluate._speeds
+
+    def no_room_for_two(models: Any, *args: Any) -> Any:
+        together.append(len(models))
+        if len(models) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return speeds(models, *args)
+
+    monkeypatch.setattr(evaluate, "_speeds", no_room_for_two)
+    assert main(["eval", "bundled", "small", *SHORT, "--output", "found.json"]) == 0
+    assert together == [2, 1, 1]
+    said = capsys.readouterr()
+    assert "don't fit on cpu together: each is measured alone, at another moment than the others" in said.err
+    assert "model 2 of 2, small: loss on" in said.err
+    rows = json.loads(Path("found.json").read_text())["models"]
+    assert [row["model"] for row in rows] == ["bundled", "small"]
+    assert all(row["tokens_per_second"] > 0 and row["loss"] > 0 for row in rows)
+
+
+def test_a_batch_that_does_not_fit_is_told_as_that(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def held_out_loss(*args: Any) -> float:
@@ -273,7 +295,7 @@ def test_models_that_do_not_fit_together_are_told_as_that(
     monkeypatch.setattr(evaluate, "held_out_loss", held_out_loss)
     assert main(["eval", "bundled", "small", *SHORT, "--no-speed"]) == 2
     said = capsys.readouterr().err
-    assert "don't fit on the device together (CUDA out of memory. Tried to allocate 2 GiB): give one model at a" in said
+    assert "a model and a batch don't fit on the device (CUDA out of memory. Tried to allocate 2 GiB): give a" in said
 
 
 def test_tasks_are_asked_of_every_model_as_the_flags_say(
