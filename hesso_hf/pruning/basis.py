@@ -149,8 +149,9 @@ def stream_covariance(
         if mask is not None and mask.shape == hidden.shape[:-1]:
             hidden = hidden[mask.to(hidden.device)]
         if counts:
-            found = _outer(hidden.reshape(-1, turn.width), turn.centred)
-            sums[found.device] = sums[found.device].add_(found) if found.device in sums else found
+            if (device := hidden.device) not in sums:
+                sums[device] = torch.zeros(turn.width, turn.width, dtype=float_sums(device), device=device)
+            sums[device].add_(_outer(hidden.reshape(-1, turn.width), turn.centred))
 
     with _hooked(norms, note), evaluating(model), ieee_fp32():
         for start in range(0, len(batches), step):
@@ -182,17 +183,15 @@ def _run_whole(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
 
 
 def _outer(hidden: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Return sum of x x^T, shape (D, D), fp64 as far as the device has it, of rows x scaled to a root mean square of 1.
+    """Return sum of x x^T, shape (D, D), of rows x scaled to a root mean square of 1: fp64 on the CPU, fp32 elsewhere.
 
-    On a GPU products are taken in fp32: most have a fraction of the speed in fp64, and rounding is far below what the
-    choice of tokens changes.
+    Most GPUs have a fraction of their speed in fp64, and rounding is far below what other tokens would change.
     """
-    wide = float_sums(hidden.device)
-    rows = hidden.to(wide if hidden.device.type == "cpu" else torch.float32)
+    rows = hidden.to(torch.float64 if hidden.device.type == "cpu" else torch.float32)
     if centred:
         rows = rows - rows.mean(1, keepdim=True)
     rows = rows * torch.rsqrt(rows.square().mean(1, keepdim=True).clamp_min(1e-30))
-    return (rows.T @ rows).to(wide)
+    return rows.T @ rows
 
 
 def principal_rotation(total: torch.Tensor, centred: bool, blocks: list[list[int]]) -> torch.Tensor:
