@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .parts import reshard
 
@@ -49,6 +50,40 @@ def in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """Have layers that checkpoint their activations in training do so in evaluation too, without dropout all the same.
+
+    Transformers' layers do it in training mode alone; what they compute within is left in evaluation mode.
+    """
+
+    def in_evaluation(layer: Any) -> Callable[..., Any]:
+        plain = layer._gradient_checkpointing_func
+
+        def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+            def quietly(*inner: Any) -> Any:
+                layer.training = False
+                try:
+                    return function(*inner)
+                finally:
+                    layer.training = True
+
+            return plain(quietly, *args)
+
+        return checkpoint
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers if layer.gradient_checkpointing]
+    before = [(layer, layer.training, layer._gradient_checkpointing_func) for layer in layers]
+    try:
+        for layer in layers:
+            layer.training, layer._gradient_checkpointing_func = True, in_evaluation(layer)
+        yield
+    finally:
+        for layer, training, function in before:
+            layer.training, layer._gradient_checkpointing_func = training, function
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from ..budget.solver import LossFunction
 from ..config import HessoConfig
 from ..config.names import RECONSTRUCTION
 from ..distributed.parts import local, reshard
-from ..distributed.passes import in_eval
+from ..distributed.passes import checkpointed, in_eval
 from ..structures.experts import EXPERT_UNITS
 from ..structures.groups import PruningGroups, StructureGroups
 from ..structures.lora import Adapters, parameters_of
@@ -110,7 +110,7 @@ def measure_curves(
             if not batches:
                 logger.warning("no calibration example gives a finite loss: the structures share the cut evenly")
                 return LossCurves({}, {})
-            with bound.frozen.revealed():
+            with bound.frozen.revealed(), checkpointed(model):
                 fisher = healer.fisher(bound) if healer is not None else None
                 scores = _scores(model, bound, batches, counted_loss, config, healer, fisher)
             mean_loss = partial(_mean_loss, model, batches, counted_loss)

@@ -6,16 +6,17 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
-from ..distributed.collectives import from_main, is_main_process, on_all
+from ..distributed.collectives import from_all, from_main
+from ..distributed.parts import is_sharded, named_parameters
 from ..errors import HessoError
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.calibration import LossCurves, measure_curves, usable
@@ -24,60 +25,11 @@ from ..pruning.healing import Healer
 from ..pruning.optimizer import HessoOptimizer
 from ..pruning.weights.snapshot import kept_random_state
 from ..structures.groups import PruningGroups
-from .peeked import PeekedStream
+from .rows import SingleExamples, is_indexed, tokens_of
 
 logger = logging.get_logger(__name__)
 
 NO_EXAMPLES = "there is neither a `train_dataset` nor a `get_train_dataloader` of the trainer's own over rows by index"
-
-
-def _rows_of(dataset: Any, count: int, between: bool) -> list[Iterable[Any]]:
-    """Return for each row that is wanted itself, and of a data set by index those that may stand in for it."""
-    if _is_indexed(dataset):
-        step = max(1, len(dataset) // count)
-        starts = range(step // 2 if between else 0, len(dataset), step)[:count]
-        near = max(1, step // 2)
-        return [map(dataset.__getitem__, range(start, min(start + near, len(dataset)))) for start in starts]
-
-    def read() -> list[Any]:
-        if not is_main_process():
-            return []
-        if isinstance(dataset, PeekedStream):
-            return dataset.peek(count)
-        return list(itertools.islice(iter(dataset), count))  # of the package datasets, which begins anew each time
-
-    return [[row] for row in from_main(on_all(read, "read the data"))]  # processes may have other streams
-
-
-def _tokens_of(example: Any, longest: int | None = None) -> int:
-    """Return how many tokens an example has, 0 where it holds none: what it is padded with isn't read.
-
-    Args:
-        longest: of a row that count at most.
-    """
-    if "input_ids" not in example:
-        return 0
-    ids, mask = example["input_ids"], example.get("attention_mask")
-    real = mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
-    return int(real.sum(-1).clamp(max=longest).sum() if longest else real.sum())
-
-
-def _is_empty(example: Any) -> bool:
-    """Whether an example is that of an empty text, which a model reads only among others of a batch."""
-    return "input_ids" in example and not _tokens_of(example)
-
-
-def singles(trainer: Trainer, dataset: Any, count: int, between: bool = False) -> list[Any]:
-    """Return examples spread over a data set (a stream's first ones), each as a batch of the trainer's collator.
-
-    A stream's are the main process' on all processes, which all call this. Those without a token are left out, or of a
-    data set by index the next one is taken.
-    """
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration")
-    found: list[Any] = []
-    for rows in _rows_of(dataset, count, between):
-        found += itertools.islice((example for row in rows if not _is_empty(example := collate([row]))), 1)
-    return found
 
 
 def _made(loader: DataLoader, count: int, between: bool) -> list[Any]:
@@ -85,10 +37,6 @@ def _made(loader: DataLoader, count: int, between: bool) -> list[Any]:
     assert loader.batch_sampler is not None
     indices = itertools.islice(loader.batch_sampler, int(between), 2 * count, 2)
     return from_main([loader.collate_fn([loader.dataset[index] for index in batch]) for batch in indices])
-
-
-def _is_indexed(dataset: Any) -> bool:
-    return isinstance(dataset, Sized) and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 def makes_its_loader(trainer: Trainer) -> bool:
@@ -124,10 +72,12 @@ class Measurer:
 
     Attributes:
         generates: says so of a trainer that has one of these, "" of others.
+        singles: takes examples of its data sets.
     """
 
     def __init__(self, trainer: Trainer, config: HessoConfig, counted: Iterable[str], generated: Iterable[str]) -> None:
         self._trainer, self._config, self._counted = trainer, config, tuple(counted)
+        self.singles = SingleExamples(trainer)
         self.generates = ""
         if not vars(trainer).keys().isdisjoint(generated):
             self.generates = f"what {type(trainer).__name__} learns from it generates while it trains"
@@ -151,8 +101,20 @@ class Measurer:
             return LossCurves({}, {})
         examples = self.examples(config.calibration_examples)
         shown = trainer.is_world_process_zero() and not trainer.args.disable_tqdm
-        with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
-            return measure_curves(model, groups, examples, self._loss, config, healer, progress=shown)
+        found, reason = LossCurves({}, {}), ""
+        try:
+            with self._uncounted(), attention_in_fp32(model):  # autocast comes with Accelerate, later
+                found = measure_curves(model, groups, examples, self._loss, config, healer, progress=shown)
+        except torch.OutOfMemoryError:
+            longest = max(map(tokens_of, examples))
+            reason = f"there is no room for a backward pass of {longest:,} tokens (gradient checkpointing makes some)"
+            if is_sharded(named_parameters(model).values()):  # the others wait for this process
+                number = config.calibration_examples
+                raise HessoError(f"`calibration_examples` ({number}): {reason}; set it to 0") from None
+        if reason := next(filter(None, from_all(reason)), ""):  # on all processes, where it fails on one
+            logger.warning(f"what structures cost isn't measured, they share the cut evenly: {reason}")
+            return LossCurves({}, {})
+        return found
 
     def probe(self, model: PreTrainedModel, optimizer: HessoOptimizer) -> None:
         """Let CRIC look along the way to zero, by gradients of a few examples that are the same on all processes."""
@@ -204,7 +166,7 @@ class Measurer:
             if (loader := self._loader()) is not None:
                 taken = _made(loader, count, between)
             else:
-                taken = singles(trainer, trainer.train_dataset, count, between)
+                taken = self.singles.of(trainer.train_dataset, count, between)
             return [trainer._prepare_inputs(example) for example in taken]
 
     def _loader(self) -> DataLoader | None:
@@ -212,7 +174,7 @@ class Measurer:
         if not makes_its_loader(self._trainer):
             return None
         loader = self._trainer.get_train_dataloader()
-        indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and _is_indexed(loader.dataset)
+        indexed = isinstance(loader, DataLoader) and loader.batch_sampler is not None and is_indexed(loader.dataset)
         return loader if indexed else None
 
     def tokens(self, count: int, between: bool = False, longest: int | None = None) -> list[Any]:
@@ -226,7 +188,7 @@ class Measurer:
     def tokens_per_example(self, longest: int | None = None) -> float:
         """Return how many tokens the model reads of what `examples` gives, by a few of them, at least 1."""
         few = self.examples(16)
-        return max(1.0, sum(_tokens_of(example, longest) for example in few) / max(1, len(few)))
+        return max(1.0, sum(tokens_of(example, longest) for example in few) / max(1, len(few)))
 
     def tokens_per_micro_batch(self) -> int:
         """Return about how many tokens a process reads in one forward pass of training."""

@@ -1,4 +1,4 @@
-"""Training examples that are looked at before training reads them: it reads those too."""
+"""Examples of streams that are looked at before training or evaluation reads them: it reads those too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator, Sized
 from typing import Any
 
+from datasets import IterableDataset as HubStream
 from torch.utils.data import IterableDataset
 
 from ..errors import HessoError
@@ -21,10 +22,11 @@ class PeekedStream(IterableDataset):
 
     Args:
         stream: what the user gave; everything else that it has is had through this.
+        argument: what an error calls it.
     """
 
-    def __init__(self, stream: IterableDataset) -> None:
-        self.stream = stream
+    def __init__(self, stream: IterableDataset, argument: str) -> None:
+        self.stream, self._argument = stream, argument
         self._seen: list[Any] = []
         self._rest: Iterator[Any] | None = None  # of one that can be read once and was looked at
         self._begun = False
@@ -59,8 +61,8 @@ class PeekedStream(IterableDataset):
     def __getstate__(self) -> dict[str, Any]:
         if self._rest is not None:
             raise HessoError(
-                f"`train_dataset` ({type(self.stream).__name__}) can be read once, and its first examples are measured "
-                "on: workers that don't start as copies of this process can't go on with it; set "
+                f"`{self._argument}` ({type(self.stream).__name__}) can be read once, and its first examples are "
+                "measured on: workers that don't start as copies of this process can't go on with it; set "
                 "`dataloader_num_workers=0` or `dataloader_multiprocessing_context='fork'`"
             )
         return self.__dict__
@@ -78,9 +80,19 @@ class SizedStream(PeekedStream):
         return len(self.stream)  # type: ignore[arg-type]
 
 
-def peeked(stream: IterableDataset) -> PeekedStream:
-    """Return what stands for a stream."""
-    return SizedStream(stream) if isinstance(stream, Sized) else PeekedStream(stream)
+def peeked(dataset: Any, argument: str) -> Any:
+    """Return what stands for a stream that may be read only once; of a dict, for each in it; other data as it is.
+
+    Streams of the package datasets begin anew whenever they are read.
+
+    Args:
+        argument: what an error calls it.
+    """
+    if isinstance(dataset, dict):
+        return {name: peeked(part, argument) for name, part in dataset.items()}
+    if not isinstance(dataset, IterableDataset) or isinstance(dataset, HubStream | PeekedStream):
+        return dataset
+    return (SizedStream if isinstance(dataset, Sized) else PeekedStream)(dataset, argument)
 
 
 def _going_on(first: Iterator[Any], other: Iterator[Any]) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from ..distributed.passes import in_eval
 from ..engines.engine import Engine
 from ..pruning.weights.snapshot import kept_random_state
 from .distillation import IGNORED
-from .measure import Measurer, singles
+from .measure import Measurer
 
 logger = logging.get_logger(__name__)
 
@@ -128,7 +128,7 @@ def _loss_per_token(trainer: Trainer, measurer: Measurer, model: PreTrainedModel
     """Measure a model as the trainer evaluates it, on examples spread over a data set."""
     total, weight, tokens, examples = 0.0, 0, 0, 0
     with in_eval(model), kept_random_state(trainer.args.device), trainer.accelerator.autocast():
-        for example in singles(trainer, dataset, count):
+        for example in measurer.singles.of(dataset, count):
             batch = trainer._prepare_inputs(example)
             predicted = _tokens_predicted(model, batch)
             if predicted == 0:

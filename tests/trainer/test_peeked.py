@@ -72,7 +72,7 @@ class Closing(IterableDataset):
 
 @pytest.mark.parametrize("kind", [Counting, Rewinding, Closing])
 def test_what_was_looked_at_comes_again_once(kind: type) -> None:
-    stream = peeked(kind())
+    stream = peeked(kind(), "train_dataset")
     assert stream.peek(2) == [0, 1]
     assert stream.peek(10) == list(range(10))
     assert list(stream) == list(range(20))
@@ -82,7 +82,7 @@ def test_what_was_looked_at_comes_again_once(kind: type) -> None:
 
 
 def test_workers_share_out_a_stream_that_was_looked_at() -> None:
-    stream = peeked(Counting())
+    stream = peeked(Counting(), "train_dataset")
     assert stream.peek(3) == [0, 1, 2]
     assert len(stream) == len(Counting())  # type: ignore[arg-type]
     loaded = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="fork")
@@ -91,7 +91,7 @@ def test_workers_share_out_a_stream_that_was_looked_at() -> None:
 
 
 def test_what_is_left_of_a_stream_goes_to_a_worker_that_starts_as_a_copy_and_to_no_other() -> None:
-    stream = peeked(Closing())
+    stream = peeked(Closing(), "train_dataset")
     stream.peek(3)
     assert list(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="fork")) == list(range(20))
     with pytest.raises(HessoError, match=r"`train_dataset` \(Closing\) can be read once.*dataloader_num_workers=0"):
@@ -99,9 +99,9 @@ def test_what_is_left_of_a_stream_goes_to_a_worker_that_starts_as_a_copy_and_to_
 
 
 def test_nothing_that_a_stream_has_is_lost() -> None:
-    assert peeked(Once(3)).epochs == 7
+    assert peeked(Once(3), "train_dataset").epochs == 7
     with pytest.raises(AttributeError, match="no_such_thing"):
-        peeked(Once(3)).no_such_thing  # noqa: B018
+        peeked(Once(3), "train_dataset").no_such_thing  # noqa: B018
 
 
 def trained_on(folder: Path, stream: IterableDataset, rows: int, **changes: Any) -> tuple[list[list[int]], Any]:
