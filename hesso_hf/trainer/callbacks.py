@@ -53,6 +53,7 @@ class OnTheWay(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are gone by now."""
+        self._trainer.hesso_run.teaching.check_reached()
         self._trainer.hesso_run.ladder.after_step()
         self._trainer.hesso_run.compacting.at_the_end()
 

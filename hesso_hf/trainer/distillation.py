@@ -195,8 +195,8 @@ class Distillation:
         self.auto = config.distillation_alpha == "auto"
         self._alpha = AUTO_DISTILLATION_ALPHA if self.auto else float(config.distillation_alpha or 0.0)
         self._ahead, self._compared, self._impossible = not self.auto, -1, False
-        self._plain: torch.Tensor | None = None  # the last micro-batch's loss without the teacher, and its divergence
-        self._last: torch.Tensor | None = None
+        self._added: torch.Tensor | None = None  # what the last micro-batch's loss has of the teacher
+        self._last: torch.Tensor | None = None  # its divergence
         self._scaled = True  # whether these are shares of an accumulated batch already
         self._noted = StepMean(trainer)
 
@@ -215,7 +215,7 @@ class Distillation:
         Args:
             plain: the trainer's own `compute_loss`.
         """
-        self._plain = None
+        self._added = None
         compares = self._compares()
         if not (self._ahead or compares):
             return plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
@@ -239,9 +239,9 @@ class Distillation:
         summed = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)
         self._scaled, divisor = self._normalisation(targets, num_items)
         term = summed / divisor
-        self._plain, self._last = loss.detach().mean(), term.detach()
-        loss = (1 - self._alpha) * loss + self._alpha * term
-        return (loss, outputs) if return_outputs else loss
+        mixed = (1 - self._alpha) * loss + self._alpha * term
+        self._added, self._last = (mixed.detach() - loss.detach()).mean(), term.detach()
+        return (mixed, outputs) if return_outputs else mixed
 
     def _compares(self) -> bool:
         """Return whether teacher and student are to be compared now; count that as done."""
@@ -303,18 +303,16 @@ class Distillation:
 
     # -- what it was lately ---------------------------------------------------------------------------------------
 
-    def note(self, loss: torch.Tensor) -> torch.Tensor:
-        """Count a micro-batch's divergence for the log; return the loss to watch for a collapse, the plain one."""
-        if self._plain is None or self._last is None:
-            return loss
-        self._noted.add(self._last / (1 if self._scaled else accumulated(self._trainer)))
-        return self.without(loss)
+    def note(self) -> None:
+        """Count the last micro-batch's divergence for the log."""
+        if self._added is not None and self._last is not None:
+            self._noted.add(self._last / (1 if self._scaled else accumulated(self._trainer)))
 
     def without(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the last micro-batch's loss without the teacher, as the trainer would have counted it."""
-        if self._plain is None:
+        if self._added is None:
             return loss
-        return self._plain / (1 if self._scaled else accumulated(self._trainer))
+        return loss - self._added / (1 if self._scaled else accumulated(self._trainer))
 
     def mean(self) -> float:
         """Return the mean divergence a step since the last call; NaN where there was none."""

@@ -112,7 +112,7 @@ class Replay:
         self._trainer, self.teacher, self.sizes, self.windows, self.source = trainer, teacher, sizes, windows, source
         self._step, self._taken = -1, 0  # the step that is being made, and its micro-batches so far
         self._scaled = True  # whether losses are shares of an accumulated batch already
-        self._user: torch.Tensor | None = None
+        self._added: torch.Tensor | None = None  # what the last micro-batch's loss has of replay
         self._noted = StepMean(trainer)
 
     def mixed(self, loss: torch.Tensor, model: nn.Module, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -131,9 +131,11 @@ class Replay:
         term = divergence(self.teacher, inputs, logits, None, temperature=1.0) / ids.numel()
         parts = accumulated(self._trainer)
         self._scaled = is_scaled(self._trainer, num_items)
-        self._note(loss.detach().mean(), term.detach(), parts)
         share = self.sizes.share
-        return (1 - share) * loss + share * term / (parts if self._scaled else 1)
+        mixed = (1 - share) * loss + share * term / (parts if self._scaled else 1)
+        self._noted.add(term.detach() / parts)
+        self._added = (mixed.detach() - loss.detach()).mean() / (1 if self._scaled else parts)
+        return mixed
 
     def _next_windows(self) -> torch.Tensor:
         """Return a micro-batch's windows (R, T): they follow from the step, so a resumed run goes on with the same."""
@@ -148,13 +150,9 @@ class Replay:
 
     # -- what it was lately ---------------------------------------------------------------------------------------
 
-    def _note(self, user: torch.Tensor, term: torch.Tensor, parts: int) -> None:
-        self._noted.add(term / parts)
-        self._user = user / (1 if self._scaled else parts)
-
     def without(self, loss: torch.Tensor) -> torch.Tensor:
         """Return the last micro-batch's loss without replay, as the trainer would have counted it."""
-        return loss if self._user is None else self._user
+        return loss if self._added is None else loss - self._added
 
     def mean(self) -> float:
         """Return the mean divergence a step since the last call; NaN where there was none."""

@@ -64,6 +64,7 @@ class Teaching:
         self._trainer, self._config, self._tokenizer = trainer, config, tokenizer
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._measurer, self._replays = measurer, False
+        self._steps, self._losses, self._checked = 0, 0, False  # so many went through here, until it is checked
         self.distillation: Distillation | None = None
         self.replay: Replay | None = None
         self.known: Known | None = None
@@ -84,6 +85,7 @@ class Teaching:
         if not (share := self._config.replay_share):
             return False
         reason = why_not(model) or self._measurer.generates or _why_one_forward(self._trainer.args, engine)
+        reason = reason or _why_whole_sequences(self._trainer)
         if share == "auto" and not reason:
             reason = next(filter(None, from_all(self._hindrance(engine, model))), "")  # of all GPUs
         if reason:
@@ -179,6 +181,7 @@ class Teaching:
     def replaying(self) -> Iterator[None]:
         """Mix losses with those of replay meanwhile: while a step is made, not where a loss is only measured."""
         self._replays = True
+        self._steps += 1
         try:
             yield
         finally:
@@ -198,6 +201,7 @@ class Teaching:
             plain: the trainer's own `compute_loss`.
         """
         teacher = self.distillation
+        self._losses += model.training
         if teacher is None or not model.training or (teacher.auto and not self._replays):
             found: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         else:
@@ -208,14 +212,49 @@ class Teaching:
         loss = self.replay.mixed(loss, model, num_items)
         return (loss, *outputs) if return_outputs else loss
 
+    def check_reached(self) -> None:
+        """After the first step: let teachers go that a subclass' own step or loss passes by, saying so.
+
+        Raises:
+            HessoError: where they were asked for.
+        """
+        if self._checked or not (self.replay or self.distillation):
+            return
+        self._checked = True
+        learnt = self._losses if self._steps else (self._losses and self.replay is None and not self._auto_teacher)
+        if learnt:
+            return
+        name = "compute_loss" if self._steps else "training_step"
+        owner = next(kind.__name__ for kind in type(self._trainer).__mro__ if name in vars(kind))
+        reason = f"{owner}.{name} doesn't call HessoTrainer's (`super().{name}(...)`), so nothing is learnt from"
+        if self.replay is not None:
+            if self._config.replay_share != "auto":
+                raise HessoError(f"`replay_share` ({self._config.replay_share}): {reason} replay; call it, or set 0")
+            self.replay = None
+        if self.distillation is not None and (self._steps or self._auto_teacher):
+            if not self._auto_teacher:
+                raise HessoError(
+                    f"`distillation_alpha` ({self._config.distillation_alpha!r}): {reason} the teacher; call it, or "
+                    "leave distillation out"
+                )
+            self.distillation = None
+        self._base = None
+        logger.warning(f"{reason} the base model: replay and distillation are off")
+
+    @property
+    def _auto_teacher(self) -> bool:
+        return self.distillation is not None and self.distillation.auto and self._config.distill_from is None
+
     def users(self, loss: torch.Tensor) -> torch.Tensor:
-        """Return what a mixed loss of a micro-batch was on the user's data, without any teacher."""
+        """Return what a mixed loss of a micro-batch was on the user's data, with what a subclass added to it."""
         loss = loss if self.replay is None else self.replay.without(loss)
         return loss if self.distillation is None else self.distillation.without(loss)
 
     def noted(self, loss: torch.Tensor) -> torch.Tensor:
-        """Count a micro-batch's loss on the user's data; return it without the teacher, as it is watched."""
-        return loss if self.distillation is None else self.distillation.note(loss)
+        """Count what a micro-batch's loss has of teachers; return what it was on the user's data, which is watched."""
+        if self.distillation is not None:
+            self.distillation.note()
+        return self.users(loss)
 
     def logs(self) -> dict[str, float]:
         """Return the mean divergences a step since the last call; all processes call it."""
@@ -230,6 +269,14 @@ class Teaching:
         parts: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
         found = {name: None if part is None else part.record() for name, part in parts.items()}
         return found | {"known": self.known.record if self.known is not None and self.replay is None else None}
+
+
+def _why_whole_sequences(trainer: Trainer) -> str:
+    """Return why a process can't read windows of its own, "" where it can."""
+    parallel: Any = getattr(trainer.accelerator, "parallelism_config", None)
+    if parallel is None or not (parallel.cp_enabled or parallel.sp_enabled):
+        return ""
+    return "`parallelism_config` has processes share each sequence (context or sequence parallelism)"
 
 
 def _why_one_forward(args: TrainingArguments, engine: Engine) -> str:
