@@ -80,6 +80,12 @@ def refuse(trainer: Trainer, engine: Engine, adapters: bool) -> None:
             "`model` was sharded while it was loaded (`tp_plan` or `distributed_config`), which pruning doesn't "
             "support; load it whole and choose FSDP2 in Accelerate's config"
         )
+    if trainer.is_model_parallel:
+        raise HessoError(
+            "`model` lies on several devices, or another than the trainer's (`device_map`), which pruning doesn't "
+            "support: load it without (TRL: `model_init_kwargs={'device_map': None}`), and where it doesn't fit one "
+            "device choose FSDP2 in Accelerate's config"
+        )
     engine.refuse(adapters)
     args, tokenizer, data = trainer.args, trainer.processing_class, trainer.train_dataset
     if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):

@@ -61,7 +61,22 @@ class Compacting:
             return "`auto_find_batch_size` (True) may have training begin again with the larger one"
         if args.n_gpu > 1:
             return "DataParallel copies it to several devices"
+        if getattr(args, "use_vllm", False):
+            return "`use_vllm` (True): vLLM takes weights of no other shapes than it began with"
+        if model is not None and (keeper := self._keeper_of_weights()):
+            return f"{keeper} keeps a copy of its weights, which would stay as large"
         return self._engine().why_not_compact(base, model)
+
+    def _keeper_of_weights(self) -> str:
+        """Return which callback has a copy of the model's weights, such as an average of them, "" where none has."""
+        parameters = list(self._run.model.parameters())
+        own, half = {id(parameter) for parameter in parameters}, sum(map(torch.Tensor.numel, parameters)) / 2
+        for callback in self._trainer.callback_handler.callbacks:
+            for name, value in getattr(callback, "__dict__", {}).items():
+                tensors = [tensor for tensor in _tensors_in(value) if id(tensor) not in own]
+                if sum(tensor.numel() for tensor in tensors) > half:
+                    return f"{type(callback).__name__} (`{name}`)"
+        return ""
 
     def at_the_end(self) -> None:
         """After a step, when gradients are gone: cut the units, where the step was the last of the last period.
@@ -86,7 +101,8 @@ class Compacting:
                 )
                 return
         else:
-            logger.info(f"`compact` ({self._config.compact!r}): {_WHOLE}, its pruned units at zero: {reason}")
+            say = logger.warning if self._config.compact == "end" else logger.info
+            say(f"`compact` ({self._config.compact!r}): {_WHOLE}, its pruned units at zero: {reason}")
         self._stays_whole = True  # as its checkpoints say
 
     @property
@@ -128,3 +144,11 @@ class Compacting:
         state = read_state(folder) if folder is not None else {"training": {}}
         found = state["training"].get("compaction")
         return state if found and num_parameters(self._run.model) == found["parameters_before"] else None
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """Return the tensors of a module, or of a mapping or sequence of tensors."""
+    if isinstance(value, nn.Module):
+        return list(value.parameters())
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return [tensor for tensor in values if isinstance(tensor, torch.Tensor)]

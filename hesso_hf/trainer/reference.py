@@ -13,14 +13,20 @@ REFERENCE = "ref"  # the adapter that TRL puts beside one that was trained befor
 
 
 def settle_reference(trainer: Trainer) -> None:
-    """Refuse a reference that has its base in common with a trained adapter: rows that are pruned are its rows too.
+    """Refuse a reference that changes with the trained model: one that follows it, or has its base in common with it.
 
-    Where its log-probabilities were all computed already, it isn't needed any more, and its adapter is removed.
+    Rows that are pruned of an adapter's base are the reference's rows too. Where its log-probabilities were all
+    computed already, it isn't needed any more, and its adapter is removed.
 
     Raises:
         HessoError: saying what to do instead.
     """
     model: Any = trainer.model
+    if vars(trainer.args).get("sync_ref_model"):
+        raise HessoError(
+            "`sync_ref_model` (True) mixes the trained weights into the reference, one by one: in a basis that is "
+            "turned and with units that are pruned they mean other things than the reference's own; leave it out"
+        )
     if vars(trainer).get("ref_model", model) is not None or base_of(model) is model:
         return  # the trainer has no reference, or one of its own
     args = vars(trainer.args)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from datasets import IterableDataset
-from torch.utils.data import IterableDataset as TorchIterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -91,8 +89,8 @@ class HessoMixin(_TrainerBase):
         super().__init__(*args, **kwargs)
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps  # for losses before training
         settle_reference(self)
-        if isinstance(self.train_dataset, TorchIterableDataset) and not isinstance(self.train_dataset, IterableDataset):
-            self.train_dataset = peeked(self.train_dataset)
+        for name in ("train_dataset", "eval_dataset"):
+            setattr(self, name, peeked(getattr(self, name), name))
         refuse(self, self.hesso_engine, adapters=bool(lora_layers(self.model)))  # type: ignore[arg-type]
         attributes = self.hesso_counted, self.hesso_generated
         self.hesso_run = PruningRun(self, self.hesso_config, lambda: self.hesso_engine, *attributes)
@@ -180,9 +178,9 @@ class HessoMixin(_TrainerBase):
             self.hesso_run.probe()
         self._process.prepare_gradients()
         with self.hesso_run.teaching.replaying():
-            loss = self.hesso_run.teaching.users(super().training_step(*args, **kwargs))
+            loss = super().training_step(*args, **kwargs)
         self.hesso_engine.note_loss(loss, self.hesso_run)
-        return loss
+        return self.hesso_run.teaching.users(loss)
 
     def compute_loss(
         self,

@@ -25,7 +25,8 @@ def fake_trainer(deepspeed: bool = False, fsdp: int | None = None, **changes: An
     )
     return SimpleNamespace(
         is_deepspeed_enabled=deepspeed, is_fsdp_enabled=fsdp is not None, accelerator=SimpleNamespace(state=state),
-        is_distributed_loading_by_transformers=changes.pop("divided", False), args=SimpleNamespace(**(ARGS | changes)),
+        is_model_parallel=False, is_distributed_loading_by_transformers=changes.pop("divided", False),
+        args=SimpleNamespace(**(ARGS | changes)),
         processing_class=None, train_dataset=None,
     )  # fmt: skip
 

@@ -213,6 +213,15 @@ def test_a_reference_whose_base_is_pruned_is_refused_with_what_to_do(
         made(name, base, tokenizer, tmp_path, ALONE, peft_config=lora_config(), args=args)
 
 
+@pytest.mark.parametrize("name", ["DPOTrainer", "GRPOTrainer"])
+def test_a_reference_that_follows_the_trained_model_is_refused(
+    name: str, base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Its weights are mixed one by one, and mean other things once the stream is turned and units are gone."""
+    with pytest.raises(HessoError, match=r"`sync_ref_model` \(True\) mixes the trained weights into the reference"):
+        made(name, base, tokenizer, tmp_path, ALONE, args={"sync_ref_model": True, "beta": 0.04})
+
+
 @pytest.mark.parametrize("name", ["DPOTrainer", pytest.param("KTOTrainer", marks=pytest.mark.slow)])
 def test_a_reference_of_an_adapter_is_computed_before_its_base_is_pruned(
     name: str, base: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
