@@ -311,20 +311,25 @@ def schedule(result: dict[str, Any]) -> str:
 
 def compaction(result: dict[str, Any]) -> str:
     """Seconds and losses of runs whose model stays whole, and of those whose model becomes the smaller one."""
-    rows = []
-    for width in sorted({run["width"] for run in result["runs"]}):
+    rows, dense = [], result["medians"]["dense"]
+    widths = {run["width"]: None for run in result["runs"] if "width" in run}
+    for width in sorted(widths):
         kept = "sizes as measured" if width == 0 else f"{width} channels of the hidden state stay"
         name = "width measured" if width == 0 else f"width {width}"
         masked, small = (result["medians"][f"{name}, {arm}"] for arm in ("masked", "compacted"))
         for arm, found in (("with masks", masked), ("cut when pruning ends", small)):
             shares = [found[part] / masked[part] for part in ("recovery", "seconds")]
+            shares.append(found["seconds"] / dense["seconds"])
             rows.append([f"{kept}, {arm}", *[f"{share:.2f}" for share in shares], f"{found['loss']:.3f}"])
     seeds = len({run["seed"] for run in result["runs"]})
     note = (
-        f"Seconds as shares of those with masks, {result['steps']} steps in all, {result['ratio']:.0%} removed, one "
-        f"thread of a CPU; held-out nats per token; medians of {_plural(seeds, 'seed')}."
+        f"Seconds as shares of those with masks, and of plain fine-tuning of the dense model on as many tokens (loss "
+        f"{dense['loss']:.3f}). {result['steps']} steps in all, {result['ratio']:.0%} removed, one thread of a CPU; "
+        f"held-out nats per token; medians of {_plural(seeds, 'seed')}."
     )
-    return _table(["stories260K", "a step in recovery", "the whole run", "loss"], rows) + "\n\n" + _wrap(note)
+    model = result["runs"][0]["model"]
+    header = [QUALITY_MODELS.get(model, model), "a step in recovery", "the whole run", "of plain fine-tuning", "loss"]
+    return _table(header, rows) + "\n\n" + _wrap(note)
 
 
 def export_scale(result: dict[str, Any]) -> str:
@@ -466,11 +471,12 @@ QUALITY_METHODS = {
     "ShortGPT": "ShortGPT (whole layers)",
     "scratch": "HESSO's shape from scratch",
 }
-QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
+QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct", "small": "a Qwen3 of 1.2M, untied"}
 QUALITY_TEXTS = {
     "docs": "on held-out Python documentation, which is what was trained on / on WikiText-2's test split",
     "stories": "on held-out TinyStories, which are what was trained on / on Shakespeare's plays",
 }
+KNOWS_BOTH = ("small",)  # models that know the other text of stories too
 
 
 def quality(result: dict[str, Any]) -> str:
@@ -563,7 +569,7 @@ PEER_TEXTS = {
 
 def _sides(result: dict[str, Any], model: str) -> tuple[str, ...]:
     """Return on which texts a model is compared: the other one only where it knew that."""
-    return ("in", "out") if result["settings"][model]["text"] == "docs" else ("in",)
+    return ("in", "out") if result["settings"][model]["text"] == "docs" or model in KNOWS_BOTH else ("in",)
 
 
 def _peer_losses(result: dict[str, Any], method: str, model: str, tokens: int, ratio: float) -> dict[str, float]:

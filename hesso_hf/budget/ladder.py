@@ -34,7 +34,7 @@ def solve_ladder(
     rungs: list[TargetSizes] = []
     for share in reversed(config.rungs):
         smaller = rungs[0] if rungs else target
-        on_the_way = replace(config, pruning_ratio=share, export_at=None, ladder_recovery=0.0)
+        on_the_way = replace(config, pruning_ratio=share, target_sizes=None, export_at=None, ladder_recovery=0.0)
         kept = smaller.kept_units
         rungs.insert(0, solve_budget(on_the_way, model_config, groups, parameters, price, loss, kept, warns))
         if rungs[0].kept_units == kept:

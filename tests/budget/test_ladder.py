@@ -34,6 +34,13 @@ def test_what_a_model_on_the_way_keeps_of_each_structure_the_later_ones_keep_no_
         assert larger.parameters_after > smaller.parameters_after
 
 
+def test_sizes_that_the_last_model_ends_with_are_no_smaller_on_the_way() -> None:
+    target, rung = solved(HessoConfig(pruning_ratio=0.5, export_at=[0.2], target_sizes={"intermediate_size": 3072}))
+    assert target.sizes["intermediate_size"] == 3072
+    assert rung.sizes.get("intermediate_size", 8192) > 3072
+    assert abs(rung.ratio - 0.2) <= 0.01
+
+
 def test_a_share_on_the_way_that_cannot_be_met_is_named_as_such() -> None:
     pinned = {"num_key_value_heads": 8, "hidden_size": 2048}
     with pytest.raises(BudgetError, match=r"`export_at` \(0.1\) is too small: the least that can go"):

@@ -318,12 +318,13 @@ def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "argv", ["compaction.py", *flags])
     assert compaction.main() == 0
     found = json.loads(output.read_text())
-    masked, compacted = found["runs"]
+    dense, masked, compacted = found["runs"]
+    assert dense["parameters"] == masked["trained"]
     assert masked["kept"] == compacted["kept"]
     assert masked["trained"] > masked["parameters"] == compacted["parameters"] == compacted["trained"]
     assert compacted["cut_error"] < 1e-5
     assert abs(masked["loss"] - compacted["loss"]) < 0.1
-    assert list(found["medians"]) == ["width 32, masked", "width 32, compacted"]
+    assert list(found["medians"]) == ["width 32, masked", "width 32, compacted", "dense"]
 
 
 @pytest.mark.slow
