@@ -43,15 +43,14 @@ def _removal_costs(gram: torch.Tensor, weight: torch.Tensor, units: torch.Tensor
     floor = torch.zeros((), dtype=gram.dtype, device=gram.device)
     inverse, weight, places = _among(gram, weight, places)
     inverse = _inverse_(inverse)
-    while len(alive):
+    while len(alive):  # without the host's waiting for what goes
         now = _costs(inverse, weight, places)
-        cheapest = now.argsort(stable=True)[: max(1, len(alive) // AT_ONCE)]
+        cheapest, dearer = now.argsort(stable=True).tensor_split([max(1, len(alive) // AT_ONCE)])
         # those that go together ascend by what they cost alone, and none costs less than one that went before
         costs[alive[cheapest]] = torch.maximum(now[cheapest], floor)
-        floor = costs[alive[cheapest[-1]]] * (1 + 1e-9)
+        floor = costs[alive[cheapest[-1:]]] * (1 + 1e-9)
         _remove_(inverse, weight, places[cheapest].flatten())
-        stays = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
-        stays[cheapest] = False
+        stays = dearer.sort().values
         alive, places = alive[stays], places[stays]
         if places.numel() <= len(inverse) // 2:
             inverse, weight, places = _among(inverse, weight, places)

@@ -44,18 +44,15 @@ def said_by_others(
 def _with_best_ridge(fit: Sums, check: Sums, weight: torch.Tensor) -> torch.Tensor | None:
     weight = weight.to(fit.dtype)
     wanted, held = fit.behind(weight), check.behind(weight)
-    unhealed = check.unhealed(weight, held)
-
-    def error(ridge: float) -> float:
-        return float(check.error(held, unhealed, fit.solved(wanted, ridge)))
-
-    errors = {ridge: error(ridge) for ridge in RIDGES}
-    best = min(errors, key=lambda ridge: errors[ridge])
-    small = SMALL_RIDGE[fit.dtype]
-    errors[small] = error(small)
-    if errors[small] < WORTH_IT * errors[best]:
+    unhealed, small = check.unhealed(weight, held), SMALL_RIDGE[fit.dtype]
+    ridges = (*RIDGES, small)
+    found = [unhealed, *(check.error(held, unhealed, fit.solved(wanted, ridge)) for ridge in ridges)]
+    nothing, *errors = torch.stack(found).tolist()  # the host waits once
+    by_ridge = dict(zip(ridges, errors, strict=True))
+    best = min(RIDGES, key=lambda ridge: by_ridge[ridge])
+    if by_ridge[small] < WORTH_IT * by_ridge[best]:
         best = small
-    if not errors[best] < float(unhealed):
+    if not by_ridge[best] < nothing:
         return None
     fit.add_(check)
     return fit.said(best)
@@ -212,4 +209,4 @@ def _ridge_solved(matrix: torch.Tensor, wanted: torch.Tensor, ridge: torch.Tenso
     """Return (M + ridge)^-1 Y, zeros where that isn't positive definite: rows repeat each other, the ridge is small."""
     matrix.diagonal().add_(ridge + torch.finfo(torch.float32).tiny)
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.zeros_like(wanted) if bool(failed) else torch.cholesky_solve(wanted, factor)
+    return torch.where(failed > 0, 0.0, torch.cholesky_solve(wanted, factor))
