@@ -1,4 +1,4 @@
-"""Train a Qwen3 of 1.2M parameters from nothing, whose output matrix is its own: the basis of its stream turns freely.
+"""Train a Llama of 1.2M parameters from nothing, whose output matrix is its own: the basis of its stream turns freely.
 
     python benchmarks/pretrain_small.py FOLDER [--data ../shared]
 
@@ -19,7 +19,7 @@ from datasets import concatenate_datasets
 from pretrain_bundled import END_OF_TEXT, train_tokenizer
 from replay import shakespeare
 from stories import BLOCK, load_blocks
-from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 STEPS, BATCH, LEARNING_RATE = 1000, 16, 3e-3
 
@@ -36,12 +36,12 @@ def pretrain(folder: Path, data: Path, steps: int = STEPS) -> None:
     tokenizer.bos_token = END_OF_TEXT
     train = concatenate_datasets([load_blocks(stories, tokenizer), shakespeare(plays, tokenizer)[0]]).shuffle(seed=0)
     transformers.set_seed(0)
-    config = Qwen3Config(
+    config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=8,
         num_key_value_heads=4, head_dim=16, max_position_embeddings=2 * BLOCK, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model = LlamaForCausalLM(config)
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             output_dir=scratch, max_steps=steps, per_device_train_batch_size=BATCH, learning_rate=LEARNING_RATE,

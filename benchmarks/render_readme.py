@@ -471,7 +471,7 @@ QUALITY_METHODS = {
     "ShortGPT": "ShortGPT (whole layers)",
     "scratch": "HESSO's shape from scratch",
 }
-QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct", "small": "a Qwen3 of 1.2M, untied"}
+QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct", "small": "a Llama of 1.2M, untied"}
 QUALITY_TEXTS = {
     "docs": "on held-out Python documentation, which is what was trained on / on WikiText-2's test split",
     "stories": "on held-out TinyStories, which are what was trained on / on Shakespeare's plays",
@@ -525,6 +525,43 @@ def _seeds(counts: set[int]) -> str:
     return "".join(f"{count} or " for count in fewer) + _plural(most, "seed")
 
 
+def zero_shot(result: dict[str, Any]) -> str:
+    """Accuracies of the seven zero-shot tasks, a row for each model."""
+    runs = sorted(result["runs"], key=lambda run: (run["ratio"], -run["mean"]))
+    names = list(runs[0]["tasks"])
+    rows = []
+    for run in runs:
+        method = "the model as it comes" if run["method"] == "base" else QUALITY_METHODS[run["method"]]
+        name = method + f", {run['ratio']:.0%} removed" * bool(run["ratio"])
+        mean = f"{run['mean']:.1%} ± {run['error']:.1%}"
+        rows.append([name, mean, *[f"{run['tasks'][task]:.1%}" for task in names]])
+    model = runs[0]["model"]
+    tokens = {run["tokens"] for run in runs if run["tokens"]}
+    note = (
+        f"Accuracy, {result['limit']} examples of each task, the mean with its standard error; guessing gets "
+        f"{result['chance']:.1%}. {', '.join(f'{count:,}' for count in sorted(tokens))} training tokens, one seed."
+    )
+    header = [QUALITY_MODELS.get(model, model), "mean", *[task.replace("_", "-") for task in names]]
+    return _table(header, rows) + "\n\n" + _wrap(note)
+
+
+def quantised(result: dict[str, Any]) -> str:
+    """Losses, and how far they rise as a model is quantised."""
+    rows = []
+    for name, found in result["models"].items():
+        parts = name.split("-")  # of a folder of quality.py: model, method, share, tokens, seed
+        label = name if len(parts) < 5 else f"{QUALITY_METHODS[parts[1]]}, {float(parts[2]):.0%} removed"
+        rises = [f"{rise['in']:+.3f} / {rise['out']:+.3f}" for rise in found["rise"].values()]
+        rows.append([label, f"{found['in']:.3f} / {found['out']:.3f}", *rises])
+    kinds = next(iter(result["models"].values()))["rise"]
+    note = (
+        f"Nats per token on held-out documentation / WikiText-2 ({result['blocks']} and {result['windows']} examples), "
+        "and the rise with torchao's quantisation of all linear layers but the output matrix, on the "
+        f"{result['device'].upper()}."
+    )
+    return _table([QUALITY_MODELS.get(result["model"], result["model"]), "fp32", *kinds], rows) + "\n\n" + _wrap(note)
+
+
 PEER_METHODS = (
     "dense", "hesso", "OBS", "FLAP", "Wanda-sp", "one-shot, magnitude", "ShortGPT", "scratch",
 )  # fmt: skip
@@ -535,27 +572,24 @@ def peers(result: dict[str, Any]) -> str:
     runs = result["runs"]
     found = {(run["model"], run["tokens"], run["ratio"]) for run in runs if run["method"] in PEER_METHODS[2:]}
     columns = sorted(found & {(run["model"], run["tokens"], run["ratio"]) for run in runs if run["method"] == "hesso"})
+    longest = {model: max(tokens for one, tokens, _ in columns if one == model) for model, _, _ in columns}
+    columns = [column for column in columns if column[1] == longest[column[0]]]
     cells = {(method, column): _peer_losses(result, method, *column) for method in PEER_METHODS for column in columns}
     best = {column: _lowest([cells[method, column] for method in PEER_METHODS[1:]]) for column in columns}
     rows = []
     for method in PEER_METHODS:
         shown = [_marked(cells[method, column], best[column] if method != "dense" else {}) or "-" for column in columns]
         rows.append([QUALITY_METHODS[method], *shown])
-    models = [model for model, _ in {(model, tokens) for model, tokens, _ in columns}]
-    header = [
-        f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" + f", {tokens:,} tokens" * (models.count(model) > 1)
-        for model, tokens, ratio in columns
-    ]
+    header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
     notes = []
     for model in dict.fromkeys(model for model, _, _ in columns):
-        lengths = sorted({tokens for one, tokens, _ in columns if one == model})
-        made = [(run["method"], run["ratio"], run["tokens"]) for run in runs if run["model"] == model]
-        counts = {made.count(one) for one in made if one[2] in lengths}
+        alike = [run for run in runs if (run["model"], run["tokens"]) == (model, longest[model])]
+        made = [(run["method"], run["ratio"]) for run in alike if run["method"] in PEER_METHODS]
+        counts = {made.count(one) for one in made}
         before = " / ".join(f"{result['base'][model][side]:.3f}" for side in _sides(result, model))
         notes.append(
-            f"{QUALITY_MODELS.get(model, model)}: {PEER_TEXTS[result['settings'][model]['text']]}, "
-            f"{' or '.join(f'{tokens:,}' for tokens in lengths)} training tokens each, {_seeds(counts)}, before "
-            f"training {before}"
+            f"{QUALITY_MODELS.get(model, model)}: {_peer_text(result, model)}, "
+            f"{longest[model]:,} training tokens each, {_seeds(counts)}, before training {before}"
         )
     note = f"Nats per token, medians over seeds. {'; '.join(notes)}."
     return "\n".join([_table(["", *header], rows), "", _wrap(note)])
@@ -565,6 +599,11 @@ PEER_TEXTS = {
     "docs": "held-out documentation, which is what was trained on / WikiText-2",
     "stories": "held-out stories, which are what was trained on",
 }
+
+
+def _peer_text(result: dict[str, Any], model: str) -> str:
+    other = " / Shakespeare's plays, which it knew" if model in KNOWS_BOTH else ""
+    return PEER_TEXTS[result["settings"][model]["text"]] + other
 
 
 def _sides(result: dict[str, Any], model: str) -> tuple[str, ...]:
@@ -605,6 +644,8 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "sharding": ("sharding.json", "python benchmarks/sharding.py", sharding),
     "distillation": ("distillation.json", "python benchmarks/distillation.py", distillation),
     "quality": ("quality.json", "python benchmarks/quality.py", quality),
+    "zero_shot": ("zero_shot.json", "python benchmarks/zero_shot.py", zero_shot),
+    "quantised": ("quantised.json", "python benchmarks/quantised.py", quantised),
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),
