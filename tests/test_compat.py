@@ -113,6 +113,7 @@ PRIVATE_NAMES: Mapping[str, str] = {
     "_created_lr_scheduler": "transformers.trainer",
     "_buffers": "torch.nn.modules.module",
     "_experts_implementation": "transformers.configuration_utils",
+    "_gradient_checkpointing_func": "transformers.modeling_layers",
     "_enable_checkpoint": "transformers.trainer_jit_checkpoint.CheckpointManager",
     "_hf_deepspeed_config_weak_ref": "transformers.integrations.deepspeed",
     "_hp_mapping": "deepspeed.utils.tensor_fragment",

@@ -44,15 +44,16 @@ def said_by_others(
 def _with_best_ridge(fit: Sums, check: Sums, weight: torch.Tensor) -> torch.Tensor | None:
     weight = weight.to(fit.dtype)
     wanted, held = fit.behind(weight), check.behind(weight)
-    unhealed, small = check.unhealed(weight, held), SMALL_RIDGE[fit.dtype]
-    ridges = (*RIDGES, small)
-    found = [unhealed, *(check.error(held, unhealed, fit.solved(wanted, ridge)) for ridge in ridges)]
-    nothing, *errors = torch.stack(found).tolist()  # the host waits once
-    by_ridge = dict(zip(ridges, errors, strict=True))
-    best = min(RIDGES, key=lambda ridge: by_ridge[ridge])
-    if by_ridge[small] < WORTH_IT * by_ridge[best]:
+    unhealed = check.unhealed(weight, held)
+    small = SMALL_RIDGE[fit.dtype]
+    ridges: tuple[float, ...] = (*RIDGES, small)
+    left: list[torch.Tensor] = [check.error(held, unhealed, fit.solved(wanted, ridge)) for ridge in ridges]
+    found: list[float] = torch.stack([*left, unhealed]).tolist()  # the host waits once
+    errors = dict(zip(ridges, found, strict=False))
+    best = min(RIDGES, key=lambda ridge: errors[ridge])
+    if errors[small] < WORTH_IT * errors[best]:
         best = small
-    if not by_ridge[best] < nothing:
+    if not errors[best] < found[-1]:
         return None
     fit.add_(check)
     return fit.said(best)

@@ -19,6 +19,7 @@ from ..errors import CheckpointMismatchError, HessoError
 from ..structures.cut import device_with_room
 from .distillation import Distillation, check_labels
 from .measure import Measurer
+from .reached import Reached
 from .replay import Known, Replay, ReplaySizes, check_replay, make_replay, share_of, why_not
 from .replay_text import Script
 from .teacher import Teacher, make_teacher, teacher_size
@@ -64,7 +65,7 @@ class Teaching:
         self._trainer, self._config, self._tokenizer = trainer, config, tokenizer
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._measurer, self._replays = measurer, False
-        self._steps, self._losses, self._checked = 0, 0, False  # so many went through here, until it is checked
+        self._reached = Reached(trainer, config)
         self.distillation: Distillation | None = None
         self.replay: Replay | None = None
         self.known: Known | None = None
@@ -87,7 +88,9 @@ class Teaching:
         reason = why_not(model) or self._measurer.generates or _why_one_forward(self._trainer.args, engine)
         reason = reason or _why_whole_sequences(self._trainer)
         if share == "auto" and not reason:
-            reason = next(filter(None, from_all(self._hindrance(engine, model))), "")  # of all GPUs
+            reason = next(
+                filter(None, from_all(_hindrance(self._config, self._tokenizer, engine, model))), ""
+            )  # of all GPUs
         if reason:
             self._say_without(reason)
         return not reason
@@ -99,21 +102,6 @@ class Teaching:
             f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
             "that this is meant"
         )
-
-    def _hindrance(self, engine: Engine, model: PreTrainedModel) -> str:
-        """Return what stands against replay that nobody asked for, "" where nothing does."""
-        if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-            return "the model was divided by ZeRO-3 while it was loaded, so it can't be copied"
-        if self._config.replay_dataset is None:
-            try:
-                Script.of(model, self._tokenizer)
-            except HessoError as error:
-                return str(error)
-        size = sum((p.itemsize + 8) * p.numel() for p in model.parameters() if p.requires_grad)  # Adam, grads
-        size += teacher_size(model, engine.args.device)
-        if not engine.measures_shards and device_with_room(engine.args.device, size) != engine.args.device:
-            return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
-        return ""
 
     def begin(self, steps: int) -> None:
         """Have replay written for a run of so many optimizer steps; all processes call it."""
@@ -181,7 +169,7 @@ class Teaching:
     def replaying(self) -> Iterator[None]:
         """Mix losses with those of replay meanwhile: while a step is made, not where a loss is only measured."""
         self._replays = True
-        self._steps += 1
+        self._reached.steps += 1
         try:
             yield
         finally:
@@ -201,7 +189,7 @@ class Teaching:
             plain: the trainer's own `compute_loss`.
         """
         teacher = self.distillation
-        self._losses += model.training
+        self._reached.losses += model.training
         if teacher is None or not model.training or (teacher.auto and not self._replays):
             found: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         else:
@@ -213,37 +201,11 @@ class Teaching:
         return (loss, *outputs) if return_outputs else loss
 
     def check_reached(self) -> None:
-        """After the first step: let teachers go that a subclass' own step or loss passes by, saying so.
-
-        Raises:
-            HessoError: where they were asked for.
-        """
-        if self._checked or not (self.replay or self.distillation):
-            return
-        self._checked = True
-        learnt = self._losses if self._steps else (self._losses and self.replay is None and not self._auto_teacher)
-        if learnt:
-            return
-        name = "compute_loss" if self._steps else "training_step"
-        owner = next(kind.__name__ for kind in type(self._trainer).__mro__ if name in vars(kind))
-        reason = f"{owner}.{name} doesn't call HessoTrainer's (`super().{name}(...)`), so nothing is learnt from"
-        if self.replay is not None:
-            if self._config.replay_share != "auto":
-                raise HessoError(f"`replay_share` ({self._config.replay_share}): {reason} replay; call it, or set 0")
-            self.replay = None
-        if self.distillation is not None and (self._steps or self._auto_teacher):
-            if not self._auto_teacher:
-                raise HessoError(
-                    f"`distillation_alpha` ({self._config.distillation_alpha!r}): {reason} the teacher; call it, or "
-                    "leave distillation out"
-                )
-            self.distillation = None
-        self._base = None
-        logger.warning(f"{reason} the base model: replay and distillation are off")
-
-    @property
-    def _auto_teacher(self) -> bool:
-        return self.distillation is not None and self.distillation.auto and self._config.distill_from is None
+        """After the first step: let teachers go that a subclass' own step or loss passes by; refuse those asked for."""
+        no_replay, no_teacher = self._reached.passed_by(self.replay is not None, self.distillation)
+        if no_replay or no_teacher:
+            self._base, self.replay = None, None if no_replay else self.replay
+            self.distillation = None if no_teacher else self.distillation
 
     def users(self, loss: torch.Tensor) -> torch.Tensor:
         """Return what a mixed loss of a micro-batch was on the user's data, with what a subclass added to it."""
@@ -269,6 +231,22 @@ class Teaching:
         parts: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
         found = {name: None if part is None else part.record() for name, part in parts.items()}
         return found | {"known": self.known.record if self.known is not None and self.replay is None else None}
+
+
+def _hindrance(config: HessoConfig, tokenizer: Any, engine: Engine, model: PreTrainedModel) -> str:
+    """Return what stands against replay that nobody asked for, "" where nothing does."""
+    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
+        return "the model was divided by ZeRO-3 while it was loaded, so it can't be copied"
+    if config.replay_dataset is None:
+        try:
+            Script.of(model, tokenizer)
+        except HessoError as error:
+            return str(error)
+    size = sum((p.itemsize + 8) * p.numel() for p in model.parameters() if p.requires_grad)  # Adam, grads
+    size += teacher_size(model, engine.args.device)
+    if not engine.measures_shards and device_with_room(engine.args.device, size) != engine.args.device:
+        return f"a copy of the base model and what training takes ({size / 1e9:.1f} GB) don't fit the device"
+    return ""
 
 
 def _why_whole_sequences(trainer: Trainer) -> str:
