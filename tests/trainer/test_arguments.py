@@ -102,11 +102,12 @@ ELSEWHERE = {
         "hub_revision",
     ),
     "engines": ("fsdp", "fsdp_config", "deepspeed"),
+    "test_subclasses.py": ("parallelism_config",),
     "refused by name": ("use_liger_kernel", "liger_kernel_config"),
     "nowhere without a GPU": ("fp16", "tf32"),
     "nowhere, they don't touch the loop: what is told and to whom, packages, what processes have among them, scripts": (
         "log_on_each_node", "log_level", "log_level_replica", "run_name", "project", "trackio_space_id",
-        "trackio_bucket_id", "trackio_static_space_id", "parallelism_config", "do_train", "do_eval", "do_predict",
+        "trackio_bucket_id", "trackio_static_space_id", "do_train", "do_eval", "do_predict",
         "resume_from_checkpoint", "local_rank",
     ),
 }  # fmt: skip
