@@ -68,7 +68,7 @@ def build_cost(metric: str, groups: PruningGroups, axis_map: AxisMap, config: Pr
         place = in_stack(groups, info)
         if place == "other":  # the first layer stands for all
             continue
-        weight = _weight(metric, info, axis_map, config)
+        weight = _weight(metric, info, config)
         factors = moving.get(info.name, {})
         if metric == "flops" and _is_expert_weight(info):  # a token's share of the experts, however many there are
             factors = {dim: factor for dim, factor in factors.items() if factor[0] != EXPERT_UNITS}
@@ -93,7 +93,7 @@ def moving_sizes(groups: PruningGroups) -> dict[str, dict[int, Factor]]:
     }
 
 
-def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: PretrainedConfig) -> float:
+def _weight(metric: str, info: ParameterInfo, config: PretrainedConfig) -> float:
     """Return what one element of a parameter costs."""
     if metric == "parameters":
         return 1.0
@@ -102,8 +102,7 @@ def _weight(metric: str, info: ParameterInfo, axis_map: AxisMap, config: Pretrai
     if info.role in ("norm", "bias"):
         return 1.0
     if info.role == "embedding":  # a look-up costs nothing, a tied output matrix its product
-        tied = not any(other.role == "output" for other in axis_map.parameters.values())
-        return 2.0 if tied else 0.0
+        return 2.0 if info.tied else 0.0
     experts = num_experts(config)
     if experts and _is_expert_weight(info):
         return 2.0 * (experts_per_token(config) or experts) / experts

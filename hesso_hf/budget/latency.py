@@ -115,10 +115,9 @@ def build_latency(
 ) -> LatencyTable:
     """List a model's matrix products; they are timed when first priced, of as many tokens."""
     moving = moving_sizes(groups)
-    tied = not any(info.role == "output" for info in axis_map.parameters.values())
     counts: defaultdict[tuple[bool, Factor, Factor], int] = defaultdict(int)
     for info in axis_map.parameters.values():
-        if info.role in ("norm", "bias") or (info.role == "embedding" and not tied):
+        if info.role in ("norm", "bias") or (info.role == "embedding" and not info.tied):
             continue
         place = in_stack(groups, info)
         if place == "other":  # the first layer stands for all

@@ -33,6 +33,7 @@ class ParameterInfo:
         layer: name of the outermost list's member that holds it (`model.layers.3`), "" outside any.
         pattern: the name with every index of a module list replaced by `*`, the same for all layers that have the same
             parameters; where layers of several kinds make up the list, a digest of these behind it tells them apart.
+        tied: whether it is an embedding that is the output matrix too.
     """
 
     name: str
@@ -41,6 +42,7 @@ class ParameterInfo:
     module: str
     layer: str
     pattern: str
+    tied: bool = False
 
     @property
     def kind(self) -> str:
@@ -134,13 +136,16 @@ def coupled_axes(model_class: type[PreTrainedModel], config: PretrainedConfig, a
 def describe_parameters(model: nn.Module) -> dict[str, ParameterInfo]:
     """Describe each (untied) parameter by the kind of module that owns it."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output_matrix = getattr(output, "weight", None)
     owners = dict(model.named_modules())
     found = {}
     for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         owner = owners[module_name]
         role = _role(owner, leaf, owner is output)
-        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, *layer_and_pattern(name, owners))
+        place = layer_and_pattern(name, owners)
+        tied = role == "embedding" and parameter is output_matrix
+        found[name] = ParameterInfo(name, tuple(parameter.shape), role, module_name, *place, tied)
     types = getattr(text_config_of(model.config), "layer_types", None) if isinstance(model, PreTrainedModel) else None
     return _with_kinds(found, types or ())
 
