@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import HessoError, nearest_name
 from . import commands, prune, sweep
+from .export import export, export_flags
 from .finishing import told
 from .help import WithDefaults
 from .report import report, report_flags
@@ -21,7 +22,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 COMMANDS: dict[str, Command] = {
     "inspect": ("what can be pruned in a model, from its config alone", commands.inspect_flags, commands.inspect),
     "plan": ("which engine a training run fits in memory, from the config alone", commands.plan_flags, commands.plan),
-    "export": ("write the smaller model of a checkpoint", commands.export_flags, commands.export),
+    "export": ("write the smaller model of a checkpoint", export_flags, export),
     "eval": ("sizes, speed, held-out perplexity and lm-eval tasks", commands.eval_flags, commands.evaluate),
     "report": ("show smaller models' pruning reports, or write a page about them", report_flags, report),
     "survey": (

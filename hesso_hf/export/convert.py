@@ -28,6 +28,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..errors import HessoError, VerificationError, first_line
 from ..hf_models.build import load_config
 from ..hf_models.tiny_model import logits_of, relative_error
+from ..structures.lora import ADAPTER_CONFIG
+from .adapter import ADAPTER_FOLDER
 from .publish import staged_folder
 from .verify import random_tokens
 
@@ -115,10 +117,12 @@ def convert(folder: str | Path, engine: str, output: str | Path, converter: str 
         converter: llama.cpp's `convert_hf_to_gguf.py`; by default what is on the PATH under that name.
 
     Raises:
-        HessoError: where the model is no causal language model of a stock class, or the engine's tools fail.
+        HessoError: where the model is no causal language model of a stock class, its adapter lies apart, or the
+            engine's tools fail.
         VerificationError: where the engine computes something else. `output` is as it was then.
     """
     check_conversion(engine, converter)
+    _check_merged(Path(folder))
     config = load_config(str(folder))
     _check_stock(config, str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -137,6 +141,16 @@ def convert(folder: str | Path, engine: str, output: str | Path, converter: str 
                 "the engines that take a size for another, and sizes that suit them"
             )
     return Conversion(engine, Path(output), error, sum(same for _, same in found), WRITTEN * len(LENGTHS))
+
+
+def _check_merged(folder: Path) -> None:
+    """Refuse a base model whose adapter lies apart: an engine would compute without it."""
+    if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists():
+        raise HessoError(
+            f"`folder` ({str(folder)!r}) holds a base model with its adapter apart ({ADAPTER_FOLDER}/{ADAPTER_CONFIG}),"
+            " which would be left out: export the checkpoint with lora_export='merged' (`hesso-hf export CHECKPOINT "
+            "OUTPUT --lora-export merged`), and convert that"
+        )
 
 
 def _check_stock(config: PretrainedConfig, folder: str) -> None:

@@ -14,7 +14,11 @@ from hesso_hf.cli.main import main
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import convert as conversion
 from hesso_hf.export.convert import CONVERTER, WRITTEN, ServingEngine, check_conversion, convert
+from hesso_hf.hf_models.tiny_model import logits_of, relative_error
+from hesso_hf.structures.lora import base_of
+from tests.support.lora import lora_run
 from tests.support.tiny import tiny_llama
+from tests.support.training import hesso_config
 
 
 class InPlace(ServingEngine):
@@ -135,3 +139,23 @@ def test_a_checkpoint_needs_an_output(tmp_path: Path, model: Path, capsys: pytes
     assert main(["export", str(model), "--for", "onnx"]) == 2
     assert main(["export", str(model)]) == 2
     assert capsys.readouterr().err.count("`output` must be given: a folder for the smaller model of a checkpoint") == 2
+
+
+def test_no_base_model_is_converted_without_its_adapter(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    run = lora_run(tmp_path / "run", base, config=hesso_config(lora_export="adapter"), save_strategy="steps",
+                   save_steps=12)  # fmt: skip
+    run.train()
+    checkpoint, small = str(tmp_path / "run" / "checkpoint-12"), tmp_path / "made"
+    assert main(["export", checkpoint, str(small), "--for", "onnx"]) == 2
+    assert "add `--lora-export merged`" in capsys.readouterr().err
+    assert not small.exists()
+    assert main(["export", checkpoint, str(small)]) == 0
+    with pytest.raises(HessoError, match=r"`folder` \('.*made'\) holds a base .* apart \(adapter/.*='merged'"):
+        convert(small, "onnx", small / "onnx")
+    assert not (small / "onnx").exists()
+    assert main(["export", checkpoint, str(small), "--for", "onnx", "--lora-export", "merged"]) == 0
+    converted, ids = AutoModelForCausalLM.from_pretrained(small / "onnx"), torch.arange(3, 14)[None]
+    assert relative_error(logits_of(converted, ids), logits_of(base_of(run.model), ids)) < 1e-4
