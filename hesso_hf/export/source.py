@@ -16,9 +16,16 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, Metadata, TensorStorageMetadata, load
 from torch.distributed.checkpoint.metadata import StorageMeta
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.initialization import no_init_weights
-from transformers.utils import logging
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, logging
 
 from ..config.files import REPORT_NAME, STATE_NAME
 from ..errors import CheckpointMismatchError, HessoError, first_line
@@ -144,12 +151,24 @@ def read_source(
     else:
         model, stored = _load_full(folder, trust_pickles, vocabulary or bool(training.get("vocabulary")))
     model.config.name_or_path = training.get("base_model") or model.config.name_or_path
-    if tokenizer is None and (folder / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _load_processor(folder) if tokenizer is None else tokenizer
     dtype = stored.dtypes().pop() if stored is not None else model.dtype
     if holds_masters(folder) and isinstance(model.config.dtype, torch.dtype):
         dtype = model.config.dtype
     return ExportSource(model, dtype, kept, tokenizer, training, stored)
+
+
+def _load_processor(folder: Path) -> PreTrainedTokenizerBase | ProcessorMixin | None:
+    """Load the processor that lies beside a checkpoint's weights, else its tokenizer, None where there is neither."""
+    if any((folder / name).exists() for name in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)):
+        try:
+            return AutoProcessor.from_pretrained(folder)
+        except Exception as error:  # code of its own, or a package that it takes and that isn't here
+            logger.warning(
+                f"the processor in {folder} can't be loaded ({first_line(error)}), so the smaller model is saved with "
+                "no more than the tokenizer; copy processor_config.json and preprocessor_config.json beside it"
+            )
+    return AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else None
 
 
 def _in_memory(

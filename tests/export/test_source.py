@@ -1,4 +1,4 @@
-"""Checkpoints that others wrote: torch's distributed files are read without trusting the pickle among them."""
+"""Checkpoints are read with what lies beside the weights, and torch's files without trusting the pickle among them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
+from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
 
+from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError
 from hesso_hf.export.checkpoint_state import SHARDS_NAME
-from hesso_hf.export.source import load_shards
-from tests.support.tiny import tiny_gemma2
+from hesso_hf.export.source import load_shards, read_source
+from tests.support.tiny import tiny_gemma2, tiny_llama
 
 
 class Harmful:
@@ -49,3 +51,27 @@ def test_a_pickle_that_wants_more_is_not_opened(checkpoint: Path, tmp_path: Path
     with pytest.raises(CheckpointMismatchError, match=r"\.mkdir, which torch never writes there"):
         load_shards(type(model), model.config, checkpoint)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.fixture
+def with_processor(tmp_path: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
+    images = CLIPImageProcessor()
+    LlavaProcessor(image_processor=images, tokenizer=tokenizer, patch_size=8).save_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_processor_is_read_whole(with_processor: Path) -> None:
+    found = read_source(with_processor, None, None, None, trust_pickles=False).tokenizer
+    assert isinstance(found, LlavaProcessor)
+    assert found.image_processor.crop_size is not None
+
+
+def test_a_processor_that_cannot_be_read_leaves_the_tokenizer(
+    with_processor: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (with_processor / "processor_config.json").write_text('{"processor_class": "NoSuchProcessor"')
+    found = read_source(with_processor, None, None, None, trust_pickles=False).tokenizer
+    assert isinstance(found, PreTrainedTokenizerBase)
+    assert f"the processor in {with_processor} can't be loaded" in caplog.text
