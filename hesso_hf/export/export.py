@@ -66,7 +66,7 @@ def export_pruned(
         HessoError: where `output_dir` has the base model, pruning hasn't finished (in memory a warning, where there is
             a model without the units at zero), a unit to be cut isn't zero, layers differ unasked, or a checkpoint of
             DeepSpeed's can't be read.
-        VerificationError: where the smaller model's logits differ; `output_dir` is untouched then.
+        VerificationError: where the smaller model's logits differ, or overflow in `dtype`: `output_dir` is untouched.
     """
     if dtype is not None and dtype not in DTYPES:
         raise HessoError(f"`dtype` ({dtype!r}) must be one of {list(DTYPES)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,21 @@ class Verifier:
             kept: the units that it keeps; by default those of the decision.
         """
         return self._source.shared(self._source.together(lambda: self._compared(small, kept)))
+
+    def error_as_stored(self, small: Any, dtype: str) -> float:
+        """Return the relative error of the logits of the smaller model that was read back, on all processes.
+
+        Raises:
+            VerificationError: on all processes, where they aren't finite.
+        """
+        error = self.error_of(small)
+        if not math.isfinite(error):
+            raise VerificationError(
+                f"stored as {dtype} the smaller model's weights overflow, or what it computes from them does: its "
+                "logits aren't finite; take a `dtype` (in a run `export_dtype`) of bfloat16 or float32. Nothing was "
+                "published"
+            )
+        return error
 
     def _compared(self, small: Any, kept: KeptUnits | None) -> float | None:
         if small is None:  # another process has it

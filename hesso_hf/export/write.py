@@ -58,7 +58,7 @@ def write_pruned(source: ParameterSource, output: Output, training: Mapping[str,
     Raises:
         HessoError: on all processes, where one fails; the folder is untouched then.
         StorageError: on the one that can't write, naming the folder, the need and the room.
-        VerificationError: where the smaller model's logits, or what lies on disk, differ.
+        VerificationError: where the smaller model's logits, or what lies on disk, differ, or its dtype overflows.
     """
     report = source.shared(_publish(source, output, training))
     if source.main:
@@ -98,7 +98,7 @@ def _publish(source: ParameterSource, output: Output, training: Mapping[str, Any
 
         if verifier is not None:
             dtype, tokens = str(output.dtype).removeprefix("torch."), verifier.input_ids.numel()
-            verification = Verification(fold_error, verifier.error_of(stored), dtype, tokens)
+            verification = Verification(fold_error, verifier.error_as_stored(stored, dtype), dtype, tokens)
         times.append(time.perf_counter())
         report = source.together(reported)
         new = {name for name in (*SHOWING, ADAPTER_FOLDER) if source.main and (folder / name).exists()}

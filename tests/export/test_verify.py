@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hesso_hf import export_pruned
+from hesso_hf.errors import VerificationError
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from tests.support.lora import lora_run
 from tests.support.tf32 import tf32
@@ -40,3 +42,14 @@ def test_a_run_of_an_adapter_with_tf32_is_exported(way: str, tmp_path: Path):
         run.save_model(str(tmp_path / "small"))
     assert run.pruning_report is not None
     assert run.pruning_report.verification.fold_error < 1e-5
+
+
+def test_weights_that_overflow_in_the_stored_dtype_are_named(tmp_path: Path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(2.0**20)
+        model.model.layers[1].mlp.up_proj.weight.mul_(2.0**-20)
+    with pytest.raises(VerificationError, match=r"float16.*overflow.*`dtype`.*bfloat16 or float32.*Nothing was publ"):
+        export_pruned(model, tmp_path / "small", dtype="float16")
+    assert not list(tmp_path.iterdir())
+    assert export_pruned(model, tmp_path / "small", dtype="bfloat16").verification.rounding_error < 0.1
