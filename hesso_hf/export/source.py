@@ -29,7 +29,7 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME, logging
 
 from ..config.files import REPORT_NAME, STATE_NAME
 from ..errors import CheckpointMismatchError, HessoError, first_line
-from ..hf_models.build import load_config, model_class_of
+from ..hf_models.build import load_config, model_class_of, unknown_class_of
 from ..structures.cut import cut_model, zero_units_
 from ..structures.groups import KeptUnits
 from ..structures.lora import ADAPTER_CONFIG, Adapters, base_of, lora_layers, parameters_of
@@ -146,6 +146,8 @@ def read_source(
     elif kept is None:
         logger.warning(f"{folder} has no {STATE_NAME}; the units whose weights are exactly zero are cut")
     training = training or {}
+    if training.get("own_code"):
+        raise _needs_code(folder, "the run's model is of a class that isn't Transformers'")
     if (folder / ADAPTER_CONFIG).exists():
         model, stored = _load_adapted(folder, kept, cut=bool(training.get("compaction"))), None
     else:
@@ -187,11 +189,11 @@ def _load_full(folder: Path, trust_pickles: bool, vocabulary: bool) -> tuple[Pre
     """Open a checkpoint's weights or, where they must be, load them."""
     config = load_config(folder)
     if uneven_sizes(config):
-        raise HessoError(
-            f"`source` ({str(folder)!r}): the layers differed in width before this run, and a checkpoint's code isn't "
-            "run here; go on with the run (`resume_from_checkpoint`), which saves the smaller model itself"
-        )
-    model_class = model_class_of(config)
+        raise _needs_code(folder, "the layers differed in width before this run")
+    models = {name: code for name, code in (getattr(config, "auto_map", None) or {}).items() if "AutoModel" in name}
+    if any((folder / f"{code.partition('.')[0]}.py").exists() for code in models.values()):
+        raise _needs_code(folder, f"it brings the code of its model ({', '.join(models.values())})")
+    model_class = _stock_class_of(config, folder)
     if holds_masters(folder):
         return load_masters(model_class, config, folder, trust_pickles), None
     if (folder / SHARDS_NAME).is_dir():
@@ -211,6 +213,21 @@ def _load_full(folder: Path, trust_pickles: bool, vocabulary: bool) -> tuple[Pre
         ) from error
 
 
+def _stock_class_of(config: PretrainedConfig, folder: Path) -> type[PreTrainedModel]:
+    """Return the class of a checkpoint's model; another one of Transformers' would compute something else."""
+    if name := unknown_class_of(config):
+        raise _needs_code(folder, f"its model is a {name}, which Transformers doesn't have")
+    return model_class_of(config)
+
+
+def _needs_code(folder: Path, reason: str) -> HessoError:
+    return HessoError(
+        f"`source` ({str(folder)!r}): {reason}, and a checkpoint's code isn't run here; go on with the run "
+        "(`resume_from_checkpoint`), whose end saves the smaller model, or load the model and pass that: "
+        "`export_pruned(model, ...)`"
+    )
+
+
 def _load_adapted(folder: Path, kept: KeptUnits | None, cut: bool) -> PreTrainedModel:
     """Load a checkpoint's adapter into the base model that this names.
 
@@ -226,7 +243,7 @@ def _load_adapted(folder: Path, kept: KeptUnits | None, cut: bool) -> PreTrained
     if not base or kept is None:
         missing = "no base model" if kept is not None else "an adapter without a pruning state"
         raise HessoError(f"`source` ({str(folder)!r}) names {missing}; pass the PeftModel itself")
-    plain = model_class_of(load_config(base)).from_pretrained(base)
+    plain = _stock_class_of(load_config(base), folder).from_pretrained(base)
     turn_base_(plain, read_turn(folder))
     if cut:
         structures = groups_for(plain, kept)

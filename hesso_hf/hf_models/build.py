@@ -51,6 +51,14 @@ def model_class_of(config: PretrainedConfig) -> type[PreTrainedModel]:
     return causal_class_of(type(config), config.model_type)
 
 
+def unknown_class_of(config: PretrainedConfig) -> str | None:
+    """Return the class that a config names, where Transformers has none of that name."""
+    import transformers
+
+    named = config.architectures or []
+    return None if not named or any(hasattr(transformers, name) for name in named) else named[0]
+
+
 def class_to_build(config: PretrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
     """Return the class that builds a config's model: its own where the layers differ in width, else the stock class.
 

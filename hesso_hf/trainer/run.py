@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..budget.solver import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import from_main, world_size
+from ..distributed.parts import stock_class
 from ..engines.engine import Engine
 from ..errors import HessoError, counted
 from ..export.checkpoint_state import check_config, keep_defaults, read_state
@@ -236,6 +237,7 @@ class PruningRun:
         process, on = self.process, self.ladder.on
         return {
             "base_model": self.model.config.name_or_path,
+            **_code_of(self.model),
             "hesso_config": self._config.to_dict(),
             "target": (process.target if on is None else process.rungs[on]).to_dict(),
             "schedule": process.schedule.to_dict(),
@@ -249,6 +251,11 @@ class PruningRun:
             **self.teaching.record(),
             "vocabulary": self.kept_tokens.to_dict() if self.kept_tokens else None,
         }
+
+
+def _code_of(model: nn.Module) -> dict[str, bool]:
+    """Say of a model of a class that isn't Transformers' that an export needs the code of that."""
+    return {} if stock_class(base_of(model)).__module__.startswith("transformers.") else {"own_code": True}
 
 
 def _fewer_tokens(run: PruningRun, dataset: Any, round_to: int) -> KeptTokens | None:

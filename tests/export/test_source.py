@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
-from transformers import AutoTokenizer, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlamaForCausalLM,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
 
+from hesso_hf import export_pruned
 from hesso_hf.bundled import bundled_model_path
-from hesso_hf.errors import CheckpointMismatchError
+from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.export.checkpoint_state import SHARDS_NAME
 from hesso_hf.export.source import load_shards, read_source
+from hesso_hf.structures.groups import KeptUnits
+from tests.support.lora import tiny_lora
 from tests.support.tiny import tiny_gemma2, tiny_llama
+from tests.support.training import trainer
 
 
 class Harmful:
@@ -27,6 +37,13 @@ class Harmful:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self._path),)
+
+
+class OwnLlama(LlamaForCausalLM):
+    """A class that Transformers doesn't have."""
+
+
+REMEDY = r"go on with the run \(`resume_from_checkpoint`\).*`export_pruned\(model, ...\)`"
 
 
 @pytest.fixture
@@ -75,3 +92,35 @@ def test_a_processor_that_cannot_be_read_leaves_the_tokenizer(
     found = read_source(with_processor, None, None, None, trust_pickles=False).tokenizer
     assert isinstance(found, PreTrainedTokenizerBase)
     assert f"the processor in {with_processor} can't be loaded" in caplog.text
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_model_of_an_own_class_is_not_read_by_another(named: bool, tmp_path: Path) -> None:
+    model = OwnLlama(tiny_llama().config)
+    if not named:
+        model.__class__ = type("LlamaForCausalLM", (OwnLlama,), {})
+    run = trainer(tmp_path / "run", model, max_steps=12, save_strategy="steps", save_steps=12)
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    with pytest.raises(HessoError, match=rf"checkpoint-12'\).*isn't Transformers'.*{REMEDY}"):
+        export_pruned(tmp_path / "run" / "checkpoint-12", tmp_path / "again")
+
+
+def test_weights_of_an_own_class_are_refused_by_its_name_or_its_code(tmp_path: Path) -> None:
+    OwnLlama(tiny_llama().config).save_pretrained(tmp_path / "named")
+    with pytest.raises(HessoError, match=rf"named'\): its model is a OwnLlama, which Transformers doesn.t.*{REMEDY}"):
+        read_source(tmp_path / "named", None, None, None, trust_pickles=False)
+    stock = tiny_llama()
+    stock.config.auto_map = {"AutoModelForCausalLM": "modeling_own.LlamaForCausalLM"}
+    stock.save_pretrained(tmp_path / "code")
+    assert read_source(tmp_path / "code", None, None, None, trust_pickles=False).model is not None  # loaded as stock
+    (tmp_path / "code" / "modeling_own.py").touch()
+    with pytest.raises(HessoError, match=rf"code'\): it brings the code .*modeling_own.LlamaForCausalLM.*{REMEDY}"):
+        read_source(tmp_path / "code", None, None, None, trust_pickles=False)
+
+
+def test_an_adapter_of_an_own_class_is_refused(tmp_path: Path) -> None:
+    OwnLlama(tiny_llama().config).save_pretrained(tmp_path / "base")
+    tiny_lora(OwnLlama.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(HessoError, match=rf"adapter'\): its model is a OwnLlama.*{REMEDY}"):
+        read_source(tmp_path / "adapter", KeptUnits({}, {}), None, None, trust_pickles=False)
