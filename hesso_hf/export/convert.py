@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..config.files import CONVERSION_NAME
 from ..errors import HessoError, VerificationError, first_line
 from ..hf_models.build import load_config
 from ..hf_models.tiny_model import logits_of, relative_error
@@ -55,6 +57,11 @@ class Conversion:
     error: float
     agreed: int
     written: int
+
+    def write(self, folder: Path) -> None:
+        """Write what came of it beside what was converted, by which a later export knows whose that is."""
+        record = {"engine": self.engine, "error": self.error, "agreed": self.agreed, "written": self.written}
+        (folder / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 class ServingEngine(ABC):
@@ -113,7 +120,7 @@ def convert(folder: str | Path, engine: str, output: str | Path, converter: str 
     Args:
         folder: of a stock causal language model, such as `save_model` and `export_pruned` write.
         engine: onnx (ONNX Runtime) or openvino, by Transformers' own exporters; gguf (llama.cpp), by its converter.
-        output: folder; other files in it stay.
+        output: folder; other files in it stay. A model that is written into the folder around it later removes it.
         converter: llama.cpp's `convert_hf_to_gguf.py`; by default what is on the PATH under that name.
 
     Raises:
@@ -140,7 +147,9 @@ def convert(folder: str | Path, engine: str, output: str | Path, converter: str 
                 f"{error:.1e} (relative, fp32; allowed {TOLERANCE:.0e}). Nothing was published; docs/serving.md has "
                 "the engines that take a size for another, and sizes that suit them"
             )
-    return Conversion(engine, Path(output), error, sum(same for _, same in found), WRITTEN * len(LENGTHS))
+        made = Conversion(engine, Path(output), error, sum(same for _, same in found), WRITTEN * len(LENGTHS))
+        made.write(staging)
+    return made
 
 
 def _check_merged(folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from ..config.files import CONVERSION_NAME
 from ..config.names import DTYPE_NAMES
 from ..distributed.parts import stock_class
 from ..structures.lora import ADAPTER_CONFIG
@@ -134,3 +135,12 @@ def _remove_leftovers(folder: Path, new: set[str]) -> None:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
         if base == str(folder):
             shutil.rmtree(config.parent)
+    for record in sorted(folder.glob(f"*/{CONVERSION_NAME}")):
+        if record.parent.is_symlink():
+            record.parent.unlink()
+        else:
+            shutil.rmtree(record.parent)
+        logger.warning(
+            f"{record.parent}: removed, since it was made of the model that was here before; convert the new one with "
+            f"`hesso-hf export {folder} --for ...`"
+        )

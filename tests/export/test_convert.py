@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BertConfig
 
+from hesso_hf import export_pruned
 from hesso_hf.cli.main import main
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import convert as conversion
@@ -159,3 +161,19 @@ def test_no_base_model_is_converted_without_its_adapter(
     assert main(["export", checkpoint, str(small), "--for", "onnx", "--lora-export", "merged"]) == 0
     converted, ids = AutoModelForCausalLM.from_pretrained(small / "onnx"), torch.arange(3, 14)[None]
     assert relative_error(logits_of(converted, ids), logits_of(base_of(run.model), ids)) < 1e-4
+
+
+def test_conversions_of_an_older_model_go_when_another_is_written(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = convert(model, "onnx", model / "onnx")
+    record = json.loads((model / "onnx" / "conversion.json").read_text())
+    assert record == {"engine": "onnx", "error": found.error, "agreed": found.agreed, "written": found.written}
+    (model / "notes").mkdir()
+    (model / "notes" / "config.json").write_text("{}")
+    export_pruned(tiny_llama(seed=9), model)
+    assert not (model / "onnx").exists()
+    assert (model / "notes" / "config.json").exists()
+    assert f"{model / 'onnx'}: removed, since it was made of the model that was here before" in caplog.text
+    assert main(["export", str(model), "--for", "onnx"]) == 0
+    assert (model / "onnx" / "conversion.json").exists()
