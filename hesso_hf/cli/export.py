@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config.files import STATE_NAME
+from ..config.files import REPORT_NAME, STATE_NAME
 from ..config.names import DTYPE_NAMES
 from ..errors import HessoError
 from .printing import print_report
+
+_OF_AN_EXPORT = ("dtype", "trust_pickles", "overwrite_base", "lora_export")  # flags that a conversion has no use for
 
 
 def export_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +34,7 @@ def export_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--for", nargs="+", dest="engines", choices=["onnx", "openvino", "gguf"], default=[], metavar="ENGINE",
         help="write it for onnx (ONNX Runtime), openvino or gguf (llama.cpp) too, compared there; of a model that is "
-        "exported already only this, and no output is needed",
+        "exported already only this, in its own folder where no output is given",
     )  # fmt: skip
     parser.add_argument("--converter", help="llama.cpp's convert_hf_to_gguf.py; default: that on the PATH")
 
@@ -44,28 +46,47 @@ def export(arguments: argparse.Namespace) -> None:
         raise HessoError(
             f"`checkpoint` ({arguments.checkpoint!r}) is no folder; give a checkpoint-* folder that training wrote"
         )
+    converts_only = _check_flags(arguments, checkpoint)
     if arguments.engines:
         from ..export.convert import check_conversion
 
         for engine in arguments.engines:
             check_conversion(engine, arguments.converter)
         _check_merged(checkpoint, arguments.lora_export)
-    if arguments.output is None and (not arguments.engines or (checkpoint / STATE_NAME).exists()):
-        raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
-    if arguments.output is not None:
+    from ..export.storage import check_writable
+
+    folder = Path(arguments.output or checkpoint)
+    check_writable("output" if arguments.output else "checkpoint", folder)
+    if not converts_only:
         from ..export import export_pruned
-        from ..export.storage import check_writable
         from ..hf_models.loading import without_bars
 
-        check_writable("output", Path(arguments.output))
         with without_bars():
             report = export_pruned(
-                checkpoint, arguments.output, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles,
+                checkpoint, folder, dtype=arguments.dtype, trust_pickles=arguments.trust_pickles,
                 overwrite_base=arguments.overwrite_base, lora_export=arguments.lora_export,
             )  # fmt: skip
         print_report(report.to_dict(), arguments.output)
         print(f"written in {report.seconds['writing']:.1f} s, verified in {report.seconds['verification']:.1f} s")
-    _convert(Path(arguments.output or checkpoint), arguments.engines, arguments.converter)
+    _convert(checkpoint if converts_only else folder, folder, arguments.engines, arguments.converter)
+
+
+def _check_flags(arguments: argparse.Namespace, checkpoint: Path) -> bool:
+    """Tell whether a model is only converted, as one that is exported already; refuse what that would ignore."""
+    exported = not (checkpoint / STATE_NAME).exists()
+    if arguments.output is None and not (arguments.engines and exported):
+        raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
+    exported = exported and (arguments.output is None or (checkpoint / REPORT_NAME).exists())
+    if not (arguments.engines and exported):
+        return False
+    ignored = [name for name in _OF_AN_EXPORT if getattr(arguments, name)]
+    if ignored:
+        flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in ignored)
+        raise HessoError(
+            f"{flags}: the model in {checkpoint} is exported already, and `--for` only converts it, in float32; leave "
+            "this out, or give the checkpoint-* folder that it came of, and an output"
+        )
+    return True
 
 
 def _check_merged(checkpoint: Path, asked: str | None) -> None:
@@ -84,11 +105,12 @@ def _check_merged(checkpoint: Path, asked: str | None) -> None:
         )
 
 
-def _convert(folder: Path, engines: list[str], converter: str | None) -> None:
+def _convert(model: Path, folder: Path, engines: list[str], converter: str | None) -> None:
+    """Write a model for other engines, each into a folder of its own in `folder`."""
     for engine in engines:
         from ..export.convert import convert
 
-        found = convert(folder, engine, folder / engine, converter)
+        found = convert(model, engine, folder / engine, converter)
         print(
             f"{found.folder}: {found.agreed} of {found.written} tokens as Transformers writes them, relative error of "
             f"the logits {found.error:.1e} in fp32"

@@ -177,3 +177,22 @@ def test_conversions_of_an_older_model_go_when_another_is_written(
     assert f"{model / 'onnx'}: removed, since it was made of the model that was here before" in caplog.text
     assert main(["export", str(model), "--for", "onnx"]) == 0
     assert (model / "onnx" / "conversion.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--dtype", "bfloat16"], ["--trust-pickles"], ["--overwrite-base"], ["--lora-export", "merged"]]
+)
+def test_a_conversion_refuses_what_only_an_export_uses(
+    flags: list[str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(model), "--for", "onnx", *flags]) == 2
+    said = capsys.readouterr().err
+    assert f"`{flags[0]}`: the model in {model} is exported already, and `--for` only converts it" in said
+    assert not (model / "onnx").exists()
+
+
+def test_an_exported_model_is_converted_into_another_folder(model: Path, tmp_path: Path) -> None:
+    export_pruned(tiny_llama(seed=3), model)
+    assert main(["export", str(model), str(tmp_path / "elsewhere"), "--for", "onnx"]) == 0
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["onnx"]
+    assert not (model / "onnx").exists()
