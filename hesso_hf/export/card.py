@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, REPORT_NAME
 from .page.measures import OF_THE_MACHINE
 from .page.quality import evaluated_on, evaluation_rows, measured_on, quality_rows
-from .page.served import serving_commands, serving_note
+from .page.served import loader_of, serving_commands, serving_note
 from .page.words import text_of
 
 logger = logging.get_logger(__name__)
@@ -36,6 +36,7 @@ def card(report: Mapping[str, Any], picture: bool, page: bool) -> str:
         name=_name(report),
         ratio=report["pruning_ratio"],
         kind=_STOCK if stock else _UNEVEN,
+        loader=loader_of(report),
         options="" if stock else ", trust_remote_code=True",
         rows="\n".join(f"| {' | '.join(row)} |" for row in _rows(report)),
         measured=_measured(report),
@@ -180,9 +181,9 @@ _CARD = """# {name}, pruned
 ([arXiv 2409.09085](https://arxiv.org/abs/2409.09085)) while the model was fine-tuned. {distilled}{replayed}{kind}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/model"{options})
+model = {loader}.from_pretrained("path/to/this/model"{options})
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")
 ```
 {serving}

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 
 from ..compat import attention_of, build_model, set_attention, set_buffer
 from ..errors import HessoError
-from ..hf_models.build import load_config
+from ..hf_models.build import load_config, own_class_of
 from ..hf_models.tiny_model import logits_of
 from ..structures.cut import build_cut, check_origins, copy_buffers, cut_rows, cuts_by_tensor, zero_axis_
 from ..structures.groups import KeptUnits
@@ -185,7 +184,7 @@ class CheckpointSource(LoneSource):
         uneven, model_class = bool(uneven_sizes(written.config)), type(written)
         config = load_config(folder, trust_remote_code=uneven)
         if uneven:
-            model_class = get_class_from_dynamic_module(config.auto_map[AutoModelForCausalLM.__name__], folder)
+            model_class = own_class_of(config, str(folder))
         set_attention(config, attention_of(written.config))
         reloaded = without_weights(model_class, config, dtype)
         found = StoredWeights(folder, reloaded)

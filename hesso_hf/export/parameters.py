@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..compat import attention_of
 from ..distributed.collectives import from_main, on_all
 from ..distributed.parts import stock_class
 from ..distributed.passes import in_eval
 from ..errors import VerificationError
-from ..hf_models.build import build_meta
+from ..hf_models.build import build_meta, own_loader_of
 from ..hf_models.loading import without_bars
 from ..hf_models.tiny_model import logits_of
 from ..structures.cut import cut_model, device_with_room, zero_units_
@@ -106,7 +107,7 @@ class ParameterSource(ABC):
             return None
         # the modelling file of uneven layers is this library's own; every other model loads as a stock class
         uneven = bool(uneven_sizes(written.config))
-        loader: Any = AutoModelForCausalLM if uneven else type(written)
+        loader: Any = getattr(transformers, own_loader_of(written.config)) if uneven else type(written)
         options = {"trust_remote_code": True} if uneven else {}
         with without_bars():
             reloaded = loader.from_pretrained(folder, attn_implementation=attention_of(written.config), **options)

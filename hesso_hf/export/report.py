@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, RECIPE_NAME, REPORT_NAME
 from ..distributed.parts import stock_class
+from ..hf_models.build import own_loader_of
 from ..hf_models.serving import not_served_as_they_are, served_by
 from ..hf_models.sizes import get_size
 from ..structures.groups import KeptUnits
@@ -44,7 +45,8 @@ class PruningReport:
 
     Attributes:
         sizes_before, sizes_after: config sizes that changed; means where layers differ.
-        stock: whether the model is of a stock class, not one with a modelling file for uneven layers.
+        own_loader: class of Transformers' that loads a model with a modelling file for uneven layers, None for one of
+            a stock class.
         training: config, schedule, steps and history of the run, empty for a bare export.
         vocabulary: tokens and parameters removed with them, and the old ids of the kept ones; None for a whole one.
         engines: that serve it as it is.
@@ -60,7 +62,7 @@ class PruningReport:
     sizes_after: dict[str, float]
     kept_units: KeptUnits
     verification: Verification
-    stock: bool
+    own_loader: str | None
     training: Mapping[str, Any]
     vocabulary: Mapping[str, Any] | None
     engines: tuple[str, ...]
@@ -86,7 +88,7 @@ class PruningReport:
             parameters_after=small.num_parameters(),
             sizes_before=before,
             sizes_after={name: _size_after(small.config, name) for name in before},
-            stock=stock,
+            own_loader=None if stock else own_loader_of(small.config),
             kept_units=decision.kept_units,
             verification=verification,
             training=training,
@@ -94,6 +96,11 @@ class PruningReport:
             engines=tuple(served_by(small.config)) if stock and model_class.endswith("ForCausalLM") else (),
             serving=tuple(not_served_as_they_are(small.config, before)),
         )
+
+    @property
+    def stock(self) -> bool:
+        """Whether the model is of a stock class."""
+        return self.own_loader is None
 
     @property
     def pruning_ratio(self) -> float:
@@ -107,6 +114,7 @@ class PruningReport:
             "model_class": self.model_class,
             "base_model": public_name(self.base_model),
             "stock_class": self.stock,
+            **({"loader": self.own_loader} if self.own_loader else {}),
             "parameters": {"before": self.parameters_before, "after": self.parameters_after},
             "pruning_ratio": self.pruning_ratio,
             "sizes": {"before": self.sizes_before, "after": self.sizes_after},

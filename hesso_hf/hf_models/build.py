@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 from transformers.utils import CONFIG_NAME, logging
 
 from ..errors import HessoError, UnsupportedStructureError, first_line
@@ -72,8 +73,31 @@ def class_to_build(config: PretrainedConfig, trust_remote_code: bool) -> type[Pr
             f"`model` ({config.name_or_path!r}) has layers of different widths, which need the code that lies beside "
             "it: allow that with `--trust-remote-code` (in Python, `trust_remote_code=True`)"
         )
-    name, folder = config.auto_map[AutoModelForCausalLM.__name__], str(config.name_or_path)
-    found: Any = get_class_from_dynamic_module(name, folder)
+    return own_class_of(config, str(config.name_or_path))
+
+
+def auto_class_of(model_class: type[PreTrainedModel], config: PretrainedConfig) -> str:
+    """Return the name of the class of Transformers' that finds a model class by its config.
+
+    Several may find it: that of causal language models goes first, that of models to pretrain last. `AutoModel` loads
+    what none finds, by the code that lies beside it.
+    """
+    kinds = {name: kind for name, kind in vars(modeling_auto).items() if name.startswith("AutoModelFor")}
+    for name in sorted(kinds, key=lambda name: (name != "AutoModelForCausalLM", name == "AutoModelForPreTraining")):
+        found = kinds[name]._model_mapping.get(type(config), ())
+        if model_class in (found if isinstance(found, list | tuple) else (found,)):
+            return name
+    return AutoModel.__name__
+
+
+def own_loader_of(config: PretrainedConfig) -> str:
+    """Return the name of the auto class that a config with code of its own model names."""
+    return next(name for name in config.auto_map if name.startswith(AutoModel.__name__))
+
+
+def own_class_of(config: PretrainedConfig, folder: str) -> type[PreTrainedModel]:
+    """Return the class of a config that brings the code of its model, which is run."""
+    found: Any = get_class_from_dynamic_module(config.auto_map[own_loader_of(config)], folder)
     return found
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import HessoError
+from ..hf_models.build import auto_class_of
 from ..hf_models.sizes import size_places
 from .groups import KeptUnits, PruningGroups
 from .layers import is_dropped, without_dropped_layers
@@ -94,7 +95,8 @@ def rebuild_layers(model: PreTrainedModel, name: str, sizes: list[dict[str, int]
             setattr(config, key, value)
         layers[index] = type(layers[index])(config, index)
     model.config.layer_sizes = own_sizes
-    model.config.auto_map = {"AutoModelForCausalLM": f"{MODULE_NAME}.Pruned{type(model).__name__}"}
+    loader = auto_class_of(type(model), model.config)
+    model.config.auto_map = {loader: f"{MODULE_NAME}.Pruned{type(model).__name__}"}
 
 
 def uneven_sizes(config: PretrainedConfig) -> list[dict[str, int]]:

@@ -17,7 +17,22 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForPreTraining,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hesso_hf
 from hesso_hf.budget import inspect_model
@@ -25,8 +40,9 @@ from hesso_hf.cli.memory.model_sizes import model_sizes
 from hesso_hf.config.files import REPORT_NAME, STATE_NAME
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export.export import export_pruned
-from hesso_hf.hf_models.build import load_config
+from hesso_hf.hf_models.build import auto_class_of, class_to_build, load_config
 from hesso_hf.hf_models.loading import load_model
+from hesso_hf.hf_models.tiny_model import random_model as random_tiny
 from hesso_hf.structures import cut
 from hesso_hf.structures.cut import device_with_room
 from hesso_hf.structures.groups import Axis, KeptUnits, PruningGroups
@@ -201,6 +217,38 @@ def test_a_model_whose_layers_differ_is_pruned_again(tmp_path: Path):
     assert relative_difference(logits(again, input_ids), logits(small, input_ids)) <= 1e-5
     with pytest.raises(HessoError, match=r"`source` \('.*dense'\): the layers differed in width before this run"):
         export_pruned(tmp_path / "dense", tmp_path / "more")
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_a_classifier_whose_layers_differ_is_loaded_by_its_own_auto_class(from_files: bool, tmp_path: Path):
+    model = random_tiny(LlamaForSequenceClassification, ALL["llama"].config(num_labels=3, pad_token_id=0))
+    groups = proved_groups(type(model), model.config, (MLP,))[0]
+    kept = KeptUnits({MLP: 52}, {MLP: (tuple(range(40)), tuple(range(9, 31)))})
+    zero_pruned_(model, groups, kept)
+    model.save_pretrained(tmp_path / "dense")
+    source = tmp_path / "dense" if from_files else model
+    export_pruned(source, tmp_path / "small", groups=groups, kept_units=kept)
+    small = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small", trust_remote_code=True)
+    input_ids = token_ids(model.config)
+    assert relative_difference(logits(small, input_ids), logits(model, input_ids)) <= 1e-5
+    loads = 'AutoModelForSequenceClassification.from_pretrained("path/to/this/model", trust_remote_code=True)'
+    for name in ("README.md", "report.html"):
+        assert loads in html.unescape((tmp_path / "small" / name).read_text())
+    config = tmp_path / "small" / "config.json"
+    for loader in ("AutoModelForSequenceClassification", "AutoModelForCausalLM"):  # of older models of all kinds
+        config.write_text(config.read_text().replace("AutoModelForSequenceClassification", loader))
+        assert class_to_build(load_config(config.parent), True).__name__ == "PrunedLlamaForSequenceClassification"
+
+
+def test_auto_classes_are_those_that_find_a_class() -> None:
+    for model_class, config, name in (
+        (LlamaForCausalLM, LlamaConfig(), "AutoModelForCausalLM"),
+        (LlamaForTokenClassification, LlamaConfig(), "AutoModelForTokenClassification"),
+        (T5ForConditionalGeneration, T5Config(), "AutoModelForSeq2SeqLM"),
+        (BertForPreTraining, BertConfig(), "AutoModelForPreTraining"),
+        (LlamaModel, LlamaConfig(), "AutoModel"),
+    ):
+        assert auto_class_of(model_class, config) == name
 
 
 def test_what_is_said_of_a_model_whose_layers_differ_is_of_its_own_class(tmp_path: Path):

@@ -12,7 +12,7 @@ from .figures import Line, Span, chart, colour, courses, strip
 from .losses import Losses, removed_until_the_end
 from .markup import Markup, element, joined, page, table, terms
 from .quality import evaluated_on, gained_rows, measured_on, quality_rows
-from .served import serving_commands, serving_note
+from .served import loader_of, serving_commands, serving_note
 from .words import PHASES, STRUCTURES, VERIFIED, Report, logged, named, percent, scientific, sized
 
 
@@ -194,8 +194,7 @@ def _to_load(report: Report) -> Markup:
     """Return the lines of Python that load the model and its tokenizer, and the commands that serve it."""
     layers = [units["kept"] for units in (report.get("kept_units") or {}).values()]
     uneven = any(len({len(kept) for kept in found}) > 1 for found in layers)
-    name = report.get("model_class") or "AutoModelForCausalLM"
-    loader = "AutoModelForCausalLM" if uneven or name.endswith("ForCausalLM") else name
+    loader = loader_of(report)
     options = ", trust_remote_code=True" if uneven else ""
     code = (
         f"from transformers import {loader}, AutoTokenizer\n"

@@ -21,3 +21,11 @@ def serving_note(uneven: bool) -> str:
     if uneven:
         return "Only Transformers serves it, with trust_remote_code: no other engine knows its modelling file."
     return MORE
+
+
+def loader_of(report: Report) -> str:
+    """Return the name of Transformers' class that loads the model."""
+    name = report.get("model_class") or "AutoModelForCausalLM"
+    if report.get("stock_class") is False:
+        return report.get("loader") or "AutoModelForCausalLM"  # which older reports don't say
+    return "AutoModelForCausalLM" if name.endswith("ForCausalLM") else name
