@@ -55,22 +55,48 @@ model that the run began with and `resume_from_checkpoint`. This writes the smal
 hesso-hf export {folder} small
 ```
 """
+_ADAPTER_CARD = """---
+tags:
+- hesso
+---
+
+# An adapter of the smaller model, in training
+
+This is a checkpoint of a run that prunes. The pruned units were cut out of the base model and of its adapter after step
+{step}, and only the adapter is here: it fits neither the base model on disk nor what `from_pretrained` and PEFT make
+of that. To train on from here, load the model that the run began with and `resume_from_checkpoint`. This writes the
+smaller model with its report:
+
+```bash
+hesso-hf export {folder} small
+```
+"""
 _NOT_VALID = "Can't find a valid checkpoint at"  # what `Trainer` says of a folder that it can't resume from
 SHARDS_NAME = f"{FSDP_MODEL_NAME}_0"  # folder of the model's parts in a sharded run's checkpoint
 
 
-def write_state(folder: Path, decision: Mapping[str, Any], config: HessoConfig, training: Mapping[str, Any]) -> None:
+def write_state(
+    folder: Path,
+    decision: Mapping[str, Any],
+    config: HessoConfig,
+    training: Mapping[str, Any],
+    adapter: bool = False,
+) -> None:
     """Write what `PruningProcess.decision` says, the config and the training record, atomically.
 
     A card beside it tells whoever finds the folder whether the model in it is the smaller one.
+
+    Args:
+        adapter: whether the folder holds an adapter alone.
     """
     compaction = training.get("compaction")
-    card = _SMALLER_CARD.format(folder=folder, **compaction) if compaction else _card(folder, decision)
+    smaller, cut = ("adapter of the smaller model", _ADAPTER_CARD) if adapter else ("smaller", _SMALLER_CARD)
+    card = cut.format(folder=folder, **compaction) if compaction else _card(folder, decision)
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
     staged = folder / f"{STATE_NAME}.tmp"
     state = {
         **decision,
-        "holds": "smaller" if compaction else "dense",
+        "holds": smaller if compaction else "dense",
         "config": config.to_dict(),
         "training": training,
     }

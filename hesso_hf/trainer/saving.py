@@ -104,7 +104,7 @@ def write_beside(folder: Path, run: PruningRun, config: HessoConfig) -> None:
     """Begin a checkpoint with what pruning has decided, and what its weights don't say of the base."""
     decision, record = run.process.decision(), run.record()  # without an optimizer there is none
     begin_checkpoint(folder)
-    write_state(folder, decision, config, record)
+    write_state(folder, decision, config, record, adapter=bool(lora_layers(run.model)))
     if run.basis is not None and run.basis.tensors:
         write_turn(folder, run.basis.tensors)
     if healed := run.process.healed_base():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,19 @@ def test_the_base_and_its_adapters_become_smaller_and_the_loss_goes_on(
     for name in Adapters.of(model).factors():
         state = whole.hesso_engine.steps.base.state[parameters_of(model)[name]]
         assert state["exp_avg"].shape == parameters_of(model)[name].shape
+
+
+def test_checkpoints_after_the_cut_say_that_they_are_adapters_of_the_smaller_model(whole: HessoTrainer) -> None:
+    smaller = "adapter of the smaller model"
+    for step, holds in ((END - 1, "dense"), (END, smaller), (12, smaller)):
+        folder = checkpoint(whole, step)
+        assert json.loads((folder / "hesso_state.json").read_text())["holds"] == holds
+        card = (folder / "README.md").read_text()
+        assert ("# A dense model, not the smaller one" in card) == (holds == "dense")
+        assert ("# An adapter of the smaller model, in training" in card) == (holds != "dense")
+        assert "which plain `from_pretrained` loads, and" not in card
+    with pytest.raises(RuntimeError, match="size mismatch"):  # as the card says
+        PeftModel.from_pretrained(tiny_llama(seed=4, tie_word_embeddings=False), folder)
 
 
 @pytest.mark.parametrize("step", [END - 1, END, 10])
