@@ -24,6 +24,8 @@ def print_report(report: dict[str, Any], folder: str, tells_examples: bool = Tru
         f"logits against the trained model: relative error {checked['fold_error']:.1e} in fp32, "
         f"{checked['rounding_error']:.1e} stored as {checked['dtype']}"
     )
+    for said in report.get("serving") or ():  # of engines that take a size for another
+        print(f"serving: {said}")
     cric = report.get("cric")
     if cric:
         corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in cric["structures"].items())

@@ -537,3 +537,9 @@ def test_a_mistake(
     assert main(["report", *flags]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_engines_that_misread_a_size_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path / "small", small_report(serving=["So does SGLang", "vLLM takes 7 for 8"]))
+    assert main(["report", str(folder)]) == 0
+    assert "\nserving: So does SGLang\nserving: vLLM takes 7 for 8\n" in capsys.readouterr().out
