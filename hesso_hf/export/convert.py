@@ -59,8 +59,10 @@ class Conversion:
     written: int
 
     def write(self, folder: Path) -> None:
-        """Write what came of it beside what was converted, by which a later export knows whose that is."""
+        """Write what came of it beside what was converted, and which files those are: a later export removes them."""
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         record = {"engine": self.engine, "error": self.error, "agreed": self.agreed, "written": self.written}
+        record |= {"files": files}
         (folder / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -120,7 +122,8 @@ def convert(folder: str | Path, engine: str, output: str | Path, converter: str 
     Args:
         folder: of a stock causal language model, such as `save_model` and `export_pruned` write.
         engine: onnx (ONNX Runtime) or openvino, by Transformers' own exporters; gguf (llama.cpp), by its converter.
-        output: folder; other files in it stay. A model that is written into the folder around it later removes it.
+        output: folder; other files in it stay. A model that is written into the folder around it later removes what
+            was converted.
         converter: llama.cpp's `convert_hf_to_gguf.py`; by default what is on the PATH under that name.
 
     Raises:

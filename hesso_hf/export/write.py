@@ -136,11 +136,14 @@ def _remove_leftovers(folder: Path, new: set[str]) -> None:
         if base == str(folder):
             shutil.rmtree(config.parent)
     for record in sorted(folder.glob(f"*/{CONVERSION_NAME}")):
-        if record.parent.is_symlink():
-            record.parent.unlink()
-        else:
-            shutil.rmtree(record.parent)
+        for name in (*json.loads(record.read_text(encoding="utf-8"))["files"], CONVERSION_NAME):
+            if not Path(name).is_absolute() and ".." not in Path(name).parts:  # whoever wrote the record
+                (record.parent / name).unlink(missing_ok=True)
+        others = sorted(path.name for path in record.parent.iterdir())
         logger.warning(
-            f"{record.parent}: removed, since it was made of the model that was here before; convert the new one with "
+            f"{record.parent}: what was converted is removed, since it was made of the model that was here before"
+            f"{f'; {others} may be of that one too' if others else ''}; convert the new one with "
             f"`hesso-hf export {folder} --for ...`"
         )
+        if not others and not record.parent.is_symlink():
+            record.parent.rmdir()

@@ -168,15 +168,25 @@ def test_conversions_of_an_older_model_go_when_another_is_written(
 ) -> None:
     found = convert(model, "onnx", model / "onnx")
     record = json.loads((model / "onnx" / "conversion.json").read_text())
+    files = record.pop("files")
     assert record == {"engine": "onnx", "error": found.error, "agreed": found.agreed, "written": found.written}
+    assert {*files, "conversion.json"} == {path.name for path in (model / "onnx").iterdir()}
     (model / "notes").mkdir()
     (model / "notes" / "config.json").write_text("{}")
     export_pruned(tiny_llama(seed=9), model)
     assert not (model / "onnx").exists()
     assert (model / "notes" / "config.json").exists()
-    assert f"{model / 'onnx'}: removed, since it was made of the model that was here before" in caplog.text
+    assert f"{model / 'onnx'}: what was converted is removed, since it was made of the model that was" in caplog.text
     assert main(["export", str(model), "--for", "onnx"]) == 0
-    assert (model / "onnx" / "conversion.json").exists()
+    (model / "onnx" / "in_four_bits.onnx").write_text("the user's own")
+    (model / "kept.txt").write_text("outside")
+    record = json.loads((model / "onnx" / "conversion.json").read_text())
+    record["files"] += ["../kept.txt", str(model / "kept.txt")]
+    (model / "onnx" / "conversion.json").write_text(json.dumps(record))
+    export_pruned(tiny_llama(seed=7), model)
+    assert [path.name for path in (model / "onnx").iterdir()] == ["in_four_bits.onnx"]
+    assert (model / "kept.txt").exists()
+    assert "['in_four_bits.onnx'] may be of that one too" in caplog.text
 
 
 @pytest.mark.parametrize(
