@@ -52,6 +52,7 @@ HALF = "hesso, errors half alike"  # half of what counts is the same for all tok
 HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults
     "hesso, principal basis": {"stream_basis": "principal"},
+    "hesso, given basis": {"stream_basis": "given"},
     "hesso, without healing": {"healing": "off"},
     "hesso, even split": {"calibration_examples": 0},
     "hesso, without replay": {"replay_share": 0.0},

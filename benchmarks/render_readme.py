@@ -463,6 +463,7 @@ QUALITY_METHODS = {
     "hesso, healing": "HESSO, healing",
     "hesso, healing, replay": "HESSO, healing, a quarter replay",
     "hesso, principal basis": "HESSO, principal basis",
+    "hesso, given basis": "HESSO, given basis",
     "one-shot, magnitude": "one-shot, magnitude",
     "one-shot, first-order Taylor": "one-shot, first-order Taylor",
     "Wanda-sp": "Wanda-sp",
