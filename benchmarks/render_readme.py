@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +311,7 @@ def schedule(result: dict[str, Any]) -> str:
 
 def compaction(result: dict[str, Any]) -> str:
     """Seconds and losses of runs whose model stays whole, and of those whose model becomes the smaller one."""
-    rows, dense = [], result["medians"]["dense"]
+    rows, dense = [], result["medians"].get("dense")  # which older results don't have
     widths = {run["width"]: None for run in result["runs"] if "width" in run}
     for width in sorted(widths):
         kept = "sizes as measured" if width == 0 else f"{width} channels of the hidden state stay"
@@ -319,16 +319,17 @@ def compaction(result: dict[str, Any]) -> str:
         masked, small = (result["medians"][f"{name}, {arm}"] for arm in ("masked", "compacted"))
         for arm, found in (("with masks", masked), ("cut when pruning ends", small)):
             shares = [found[part] / masked[part] for part in ("recovery", "seconds")]
-            shares.append(found["seconds"] / dense["seconds"])
+            shares += [found["seconds"] / dense["seconds"]] if dense else []
             rows.append([f"{kept}, {arm}", *[f"{share:.2f}" for share in shares], f"{found['loss']:.3f}"])
     seeds = len({run["seed"] for run in result["runs"]})
+    beside = f", or of plain fine-tuning of the whole model (loss {dense['loss']:.3f})" if dense else ""
     note = (
-        f"Seconds as shares of those with masks, and of plain fine-tuning of the dense model on as many tokens (loss "
-        f"{dense['loss']:.3f}). {result['steps']} steps in all, {result['ratio']:.0%} removed, one thread of a CPU; "
-        f"held-out nats per token; medians of {_plural(seeds, 'seed')}."
+        f"Seconds as shares of those with masks{beside}, {result['steps']} steps in all, {result['ratio']:.0%} "
+        f"removed, one thread of a CPU; held-out nats per token; medians of {_plural(seeds, 'seed')}."
     )
     model = result["runs"][0]["model"]
-    header = [QUALITY_MODELS.get(model, model), "a step in recovery", "the whole run", "of plain fine-tuning", "loss"]
+    columns = ["a step in recovery", "the whole run", *(["of plain fine-tuning"] if dense else []), "loss"]
+    header = [QUALITY_MODELS.get(model, model), *columns]
     return _table(header, rows) + "\n\n" + _wrap(note)
 
 
@@ -472,7 +473,7 @@ QUALITY_METHODS = {
     "ShortGPT": "ShortGPT (whole layers)",
     "scratch": "HESSO's shape from scratch",
 }
-QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct", "small": "a Llama of 1.2M, untied"}
+QUALITY_MODELS = {"smollm2": "SmolLM2-135M-Instruct", "small": "Llama of 1.2M"}
 QUALITY_TEXTS = {
     "docs": "on held-out Python documentation, which is what was trained on / on WikiText-2's test split",
     "stories": "on held-out TinyStories, which are what was trained on / on Shakespeare's plays",
@@ -535,29 +536,32 @@ def zero_shot(result: dict[str, Any]) -> str:
         method = "the model as it comes" if run["method"] == "base" else QUALITY_METHODS[run["method"]]
         name = method + f", {run['ratio']:.0%} removed" * bool(run["ratio"])
         mean = f"{run['mean']:.1%} ± {run['error']:.1%}"
-        rows.append([name, mean, *[f"{run['tasks'][task]:.1%}" for task in names]])
+        others = statistics.mean(value for task, value in run["tasks"].items() if task != "boolq")
+        rows.append([name, mean, f"{others:.1%}", *[f"{run['tasks'][task]:.1%}" for task in names]])
     model = runs[0]["model"]
     tokens = {run["tokens"] for run in runs if run["tokens"]}
     note = (
         f"Accuracy, {result['limit']} examples of each task, the mean with its standard error; guessing gets "
         f"{result['chance']:.1%}. {', '.join(f'{count:,}' for count in sorted(tokens))} training tokens, one seed."
     )
-    header = [QUALITY_MODELS.get(model, model), "mean", *[task.replace("_", "-") for task in names]]
+    header = [QUALITY_MODELS.get(model, model), "mean", "but boolq", *[task.replace("_", "-") for task in names]]
     return _table(header, rows) + "\n\n" + _wrap(note)
 
 
 def quantised(result: dict[str, Any]) -> str:
     """Losses, and how far they rise as a model is quantised."""
-    rows = []
+    rows, kinds = [], next(iter(result["models"].values()))["rise"]
     for name, found in result["models"].items():
         parts = name.split("-")  # of a folder of quality.py: model, method, share, tokens, seed
         label = name if len(parts) < 5 else f"{QUALITY_METHODS[parts[1]]}, {float(parts[2]):.0%} removed"
-        rises = [f"{rise['in']:+.3f} / {rise['out']:+.3f}" for rise in found["rise"].values()]
+        rises = [
+            f"{found['rise'][kind]['in']:+.3f} / {found['rise'][kind]['out']:+.3f}" if kind in found["rise"] else "-"
+            for kind in kinds
+        ]
         rows.append([label, f"{found['in']:.3f} / {found['out']:.3f}", *rises])
-    kinds = next(iter(result["models"].values()))["rise"]
     note = (
-        f"Nats per token on held-out documentation / WikiText-2 ({result['blocks']} and {result['windows']} examples), "
-        "and the rise with torchao's quantisation of all linear layers but the output matrix, on the "
+        f"Nats per token {QUALITY_TEXTS[result['text']]} ({result['blocks']} and {result['windows']} examples), and "
+        "the rise with torchao's quantisation of all linear layers but the output matrix, on the "
         f"{result['device'].upper()}."
     )
     return _table([QUALITY_MODELS.get(result["model"], result["model"]), "fp32", *kinds], rows) + "\n\n" + _wrap(note)
@@ -573,24 +577,30 @@ def peers(result: dict[str, Any]) -> str:
     runs = result["runs"]
     found = {(run["model"], run["tokens"], run["ratio"]) for run in runs if run["method"] in PEER_METHODS[2:]}
     columns = sorted(found & {(run["model"], run["tokens"], run["ratio"]) for run in runs if run["method"] == "hesso"})
-    longest = {model: max(tokens for one, tokens, _ in columns if one == model) for model, _, _ in columns}
-    columns = [column for column in columns if column[1] == longest[column[0]]]
+    columns = [max(alike, key=lambda column: column[1]) for alike in _by_model_and_ratio(columns)]
+    columns.sort(key=lambda column: -result["base"][column[0]].get("parameters", 0))  # the largest model first
     cells = {(method, column): _peer_losses(result, method, *column) for method in PEER_METHODS for column in columns}
     best = {column: _lowest([cells[method, column] for method in PEER_METHODS[1:]]) for column in columns}
     rows = []
     for method in PEER_METHODS:
         shown = [_marked(cells[method, column], best[column] if method != "dense" else {}) or "-" for column in columns]
         rows.append([QUALITY_METHODS[method], *shown])
-    header = [f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" for model, _, ratio in columns]
+    lengths = {model: sorted({tokens for one, tokens, _ in columns if one == model}) for model, _, _ in columns}
+    header = [
+        f"{QUALITY_MODELS.get(model, model)}, {ratio:.0%} removed" + f", {tokens:,} tokens" * (len(lengths[model]) > 1)
+        for model, tokens, ratio in columns
+    ]
     notes = []
     for model in dict.fromkeys(model for model, _, _ in columns):
-        alike = [run for run in runs if (run["model"], run["tokens"]) == (model, longest[model])]
-        made = [(run["method"], run["ratio"]) for run in alike if run["method"] in PEER_METHODS]
+        keys = ("method", "ratio", "tokens")
+        alike = [run for run in runs if run["model"] == model and run["method"] in PEER_METHODS]
+        made = [tuple(run[key] for key in keys) for run in alike if run["tokens"] in lengths[model]]
         counts = {made.count(one) for one in made}
         before = " / ".join(f"{result['base'][model][side]:.3f}" for side in _sides(result, model))
         notes.append(
             f"{QUALITY_MODELS.get(model, model)}: {_peer_text(result, model)}, "
-            f"{longest[model]:,} training tokens each, {_seeds(counts)}, before training {before}"
+            f"{' or '.join(f'{tokens:,}' for tokens in lengths[model])} training tokens each, {_seeds(counts)}, before "
+            f"training {before}"
         )
     note = f"Nats per token, medians over seeds. {'; '.join(notes)}."
     return "\n".join([_table(["", *header], rows), "", _wrap(note)])
@@ -600,6 +610,11 @@ PEER_TEXTS = {
     "docs": "held-out documentation, which is what was trained on / WikiText-2",
     "stories": "held-out stories, which are what was trained on",
 }
+
+
+def _by_model_and_ratio(columns: list[tuple[str, int, float]]) -> Iterator[list[tuple[str, int, float]]]:
+    for key in sorted({(model, ratio) for model, _, ratio in columns}):
+        yield [column for column in columns if (column[0], column[2]) == key]
 
 
 def _peer_text(result: dict[str, Any], model: str) -> str:
@@ -650,6 +665,12 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),
+    "compaction_small": (
+        "compaction_small.json",
+        "python benchmarks/compaction.py --model small --widths 0 --seeds 0 1 "
+        "--output benchmarks/results/compaction_small.json",
+        compaction,
+    ),
     "export_scale": ("export_scale.json", "python benchmarks/export_scale.py", export_scale),
     "speed": ("speed.json", "python benchmarks/speed.py", speed),
     "ladder": ("ladder.json", "python benchmarks/ladder.py", ladder),
