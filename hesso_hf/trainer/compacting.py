@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..config import HessoConfig
+from ..distributed.collectives import from_all
 from ..engines.engine import Engine
 from ..errors import CheckpointMismatchError, HessoError
 from ..export.checkpoint_state import read_state
@@ -63,8 +64,8 @@ class Compacting:
             return "DataParallel copies it to several devices"
         if getattr(args, "use_vllm", False):
             return "`use_vllm` (True): vLLM takes weights of no other shapes than it began with"
-        if model is not None and (keeper := self._keeper_of_weights()):
-            return f"{keeper} keeps a copy of its weights, which would stay as large"
+        if model is not None and (keepers := [found for found in from_all(self._keeper_of_weights()) if found]):
+            return f"{keepers[0]} keeps a copy of its weights, which would stay as large"
         return self._engine().why_not_compact(base, model)
 
     def _keeper_of_weights(self) -> str:

@@ -278,6 +278,16 @@ def test_no_replay_where_processes_share_a_sequence(tmp_path: Path, monkeypatch:
         trainer(tmp_path, config=HessoConfig(**SHORT, replay_share=0.5))
 
 
+def test_a_copy_of_the_weights_that_another_process_keeps_counts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as an average on the main process alone: one that cut without the others would wait for them for ever."""
+    monkeypatch.setattr("hesso_hf.trainer.compacting.from_all", lambda own: [own, "Average (`average`)"])
+    run = trainer(tmp_path, config=hesso_config(compact="auto"))
+    run.train()
+    assert run.hesso_run.record()["compaction"] is None
+
+
 def test_a_model_that_vllm_serves_stays_whole(tmp_path: Path) -> None:
     run = trainer(tmp_path, config=hesso_config(compact="end"))
     run.args.use_vllm = True
