@@ -46,7 +46,7 @@ FLAGS: dict[str, tuple[str, dict[str, str]]] = {
             "target_sizes": 'or sizes to end with: {"hidden_size": 1536}',
             "round_to": "multiple that sizes keep to (128 or less)",
             "replay_share": "share of text that the base model wrote (auto)",
-            "distillation_alpha": "weight of what a teacher says, or auto (0)",
+            "distillation_alpha": "weight of what a teacher says (auto)",
             "cric": "put the lowest units on trial first (auto)",
         },
     ),

@@ -227,7 +227,7 @@ def refuse_what_trainers_do(config: HessoConfig) -> None:
 
 def _check_idle(config: HessoConfig) -> None:
     """Refuse choices that would have no effect."""
-    alpha = "with `distillation_alpha` (0); set that too, to 0.9 for example"
+    alpha = "with `distillation_alpha` (0); leave that out, or set it to 0.9 for example"
     idle: dict[str, str] = {}
     if config.budget_metric != "latency":
         idle["latency_tokens"] = f"with `budget_metric` ({config.budget_metric!r}); set that too, to 'latency'"

@@ -137,9 +137,9 @@ class HessoConfig:
         64, "Examples of each eval_dataset on which base model and smaller one are compared; 0 is without."
     )
     distillation_alpha: float | str | None = _option(
-        0.0,
+        "auto",
         "Weight of the divergence from a teacher in the loss on the user's data, in [0, 1]; 0 is without, auto takes "
-        "0.9 while the base model, which replay keeps, or `distill_from` predicts the data better than the student.",
+        "0.9 where the base model, which replay keeps, or `distill_from` knows the data, while it is ahead.",
     )
     distillation_temperature: float = _option(
         1.0, "What teacher's and student's logits are divided by before they are compared."
@@ -179,7 +179,7 @@ class HessoConfig:
         self.saliency = parse("saliency", self.saliency)
         self.replay_share = "auto" if self.replay_share is None else number(self.replay_share)
         self.cric = "auto" if self.cric is None else truth(self.cric)
-        self.distillation_alpha = 0.0 if self.distillation_alpha is None else number(self.distillation_alpha)
+        self.distillation_alpha = "auto" if self.distillation_alpha is None else number(self.distillation_alpha)
         check(self)
 
     @property

@@ -42,7 +42,7 @@ def card(report: Mapping[str, Any], picture: bool, page: bool) -> str:
         measured=_measured(report),
         checked=checked,
         tokens="" if tokens is None else _FEWER_TOKENS,
-        distilled=_DISTILLED.format(**distillation) if distillation else "",
+        distilled=_DISTILLED.format(**distillation) if distillation and distillation["alpha"] else "",
         replayed=_REPLAYED.format(**replay) if replay else "",
         zeros="" if compaction else " with its pruned units at zero",
         compacted=_COMPACTED.format(**compaction) if compaction else "",

@@ -19,86 +19,15 @@ from ..config import HessoConfig
 from ..config.names import AUTO_DISTILLATION_ALPHA
 from ..distributed.collectives import mean_over_ranks
 from ..errors import CheckpointMismatchError, HessoError
+from .divergence import IGNORED, divergence, lead, num_targets, surprise
 from .measure import Measurer
 from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
 
-IGNORED = -100
 STEPS_A_COMPARISON = 10  # for which it holds, with `distillation_alpha="auto"`
-
-
-class _DivergenceSum(torch.autograd.Function):
-    """Sum over positions of KL(teacher || student), both at a temperature.
-
-    The gradient for the student's logits is computed on the way, while a chunk of the teacher's is there. It is all
-    that is kept for the backward pass, and takes the place of the student's logits, which nothing else needs by then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: torch.Tensor, rows: Iterator[Any], ignored: torch.Tensor | None, temperature: float
-    ) -> torch.Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        flat, gradient = logits.flatten(0, 1), torch.zeros_like(logits)
-        total = torch.zeros((), dtype=dtype, device=logits.device)
-        for chunk, teacher in rows:
-            unread = None if ignored is None else ignored[chunk, None]
-            wanted, found = (_log_softmax(each.to(dtype) / temperature, unread) for each in (teacher, flat[chunk]))
-            total += nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
-            gradient.view_as(flat)[chunk] = ((found.exp_() - wanted.exp_()) / temperature).to(logits.dtype)
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None, None
-
-
-def _log_softmax(logits: torch.Tensor, unread: torch.Tensor | None) -> torch.Tensor:
-    """Return log-probabilities, uniform at positions that don't count: equal ones have no divergence, nor gradient."""
-    return (logits if unread is None else logits.masked_fill_(unread, 0.0)).log_softmax(-1)
-
-
-def divergence(
-    teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor | None, temperature: float
-) -> torch.Tensor:
-    """Return the sum of T^2 KL(teacher || student) over the positions that have a target; the host waits for nothing.
-
-    T^2 keeps the gradient's size whatever the temperature (Hinton et al. 2015, section 2).
-
-    Args:
-        logits: the student's, (B, T, V), with gradients.
-        targets: (B, T), -100 where nothing is to be learnt; None where all positions count.
-    """
-    ignored = None if targets is None else targets.flatten() == IGNORED
-    total: torch.Tensor = _DivergenceSum.apply(logits, teacher.rows(inputs), ignored, temperature)
-    return total * temperature**2
-
-
-def num_targets(targets: torch.Tensor) -> torch.Tensor:
-    """Return how many positions count, 1 at least."""
-    return (targets != IGNORED).sum().clamp(min=1)
-
-
-@torch.no_grad()
-def lead(teacher: Teacher, inputs: Mapping[str, Any], logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return by how many nats per token the teacher predicts a batch better than the student, the mean over processes.
-
-    Args:
-        logits: the student's, (B, T, V).
-        targets: (B, T), -100 where nothing is to be learnt.
-    """
-    flat, wanted = logits.flatten(0, 1), targets.flatten()
-    behind = torch.zeros((), device=logits.device)
-    for chunk, known in teacher.rows(inputs):
-        student, its = (
-            nn.functional.cross_entropy(each.float(), wanted[chunk], reduction="sum", ignore_index=IGNORED)
-            for each in (flat[chunk], known)
-        )
-        behind += student - its
-    return mean_over_ranks(behind / num_targets(targets), behind.device)
+KNOWN = 0.1  # nats per token: so little above what it expects is a teacher's loss on text that it knows
+KNOWN_TOKENS = 4096  # of the user's data, on which that is measured
 
 
 @contextlib.contextmanager
@@ -173,12 +102,18 @@ def _check_batch(trainer: Trainer, config: HessoConfig, batch: Mapping[str, Any]
         )
 
 
+def _has_label_for_each(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch has a label for every token that the model reads, as far as its shapes tell."""
+    ids, labels = batch.get("input_ids"), batch.get("shift_labels", batch.get("labels"))
+    return isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and ids.shape == labels.shape
+
+
 class Distillation:
     """The teacher of a run, the loss that it adds to the trainer's own, and what that was lately.
 
-    With `distillation_alpha="auto"` the teacher is compared with the student on the first micro-batch of every tenth
-    step, and learnt from until the next comparison where it was ahead: one that doesn't know the user's data would hold
-    the student back.
+    With `distillation_alpha="auto"` a teacher that doesn't know the user's data isn't learnt from (`knows`): it would
+    hold the student back. One that does is compared with the student on the first micro-batch of every tenth step, and
+    learnt from until the next comparison where it was ahead.
 
     Args:
         trainer: whose loss it is.
@@ -195,10 +130,25 @@ class Distillation:
         self.auto = config.distillation_alpha == "auto"
         self._alpha = AUTO_DISTILLATION_ALPHA if self.auto else float(config.distillation_alpha or 0.0)
         self._ahead, self._compared, self._impossible = not self.auto, -1, False
+        self._surprise: float | None = None
         self._added: torch.Tensor | None = None  # what the last micro-batch's loss has of the teacher
         self._last: torch.Tensor | None = None  # its divergence
         self._scaled = True  # whether these are shares of an accumulated batch already
         self._noted = StepMean(trainer)
+
+    def knows(self, measurer: Measurer) -> bool:
+        """Find out whether the teacher knows the user's data, where that decides and can be found out.
+
+        It does where its loss on them is about what it expects, the entropy of what it predicts (`surprise`). All
+        processes call it.
+        """
+        if not self.auto or measurer.why_none():
+            return True
+        examples = [batch for batch in measurer.tokens(KNOWN_TOKENS) if _has_label_for_each(batch)]
+        if not examples:  # which the first loss says
+            return True
+        self._surprise = surprise(self.teacher, ((batch, self._targets(batch)) for batch in examples))
+        return self._surprise <= KNOWN
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -330,7 +280,7 @@ class Distillation:
                 "`distill_from` is None, the teacher is the model that the trainer is made with: make it with the "
                 "original model, the checkpoint's weights are loaded on resuming"
             )
-        self._ahead = saved.get("ahead", True)
+        self._ahead, self._surprise = saved.get("ahead", True), saved.get("surprise")
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint and the report say about the teacher."""
@@ -338,6 +288,7 @@ class Distillation:
             "alpha": self._alpha,
             "auto": self.auto,
             "ahead": self._ahead,
+            "surprise": self._surprise,
             "temperature": self._config.distillation_temperature,
             "teacher": self.teacher.source,
             "dtype": str(self.teacher.model.dtype).removeprefix("torch."),

@@ -18,7 +18,7 @@ from ..distributed.collectives import from_all
 from ..distributed.passes import in_eval
 from ..engines.engine import Engine
 from ..pruning.weights.snapshot import kept_random_state
-from .distillation import IGNORED
+from .divergence import IGNORED
 from .measure import Measurer
 
 logger = logging.get_logger(__name__)

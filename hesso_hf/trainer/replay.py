@@ -26,7 +26,8 @@ from ..distributed.collectives import from_main, is_main_process
 from ..errors import CheckpointMismatchError, HessoError, counted
 from ..hf_models.tiny_model import attention_in_fp32
 from ..pruning.compaction import parallel_of
-from .distillation import StepMean, accumulated, divergence, is_scaled
+from .distillation import StepMean, accumulated, is_scaled
+from .divergence import divergence
 from .replay_text import Script, load_windows, order, read_windows, save_windows, write_windows
 from .teacher import Teacher
 

@@ -66,6 +66,9 @@ class Teacher:
         sharded: whether the processes put its layers together in every forward, so that all must make as many.
         source: what it is.
         fingerprint: of its weights before they were put in another dtype.
+
+    Attributes:
+        device: of the inputs.
     """
 
     def __init__(
@@ -77,9 +80,9 @@ class Teacher:
         fingerprint: int = 0,
     ) -> None:
         self.model, self.source, self.fingerprint = model.eval().requires_grad_(False), source, fingerprint
-        self._device, self._sharded = device or model.device, sharded
+        self.device, self._sharded = device or model.device, sharded
         with attention_in_fp32(model):
-            self._trunk = _separate_(model, self._device)
+            self._trunk = _separate_(model, self.device)
 
     @torch.no_grad()
     def rows(self, inputs: Mapping[str, Any]) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -136,7 +139,7 @@ class Teacher:
 
     def _in_step(self, parts: Sequence[_Part]) -> Iterator[_Part | None]:
         """Yield the parts; under sharding then None, until every process has had as many as any."""
-        most = max_over_ranks(len(parts), self._device) if self._sharded else len(parts)
+        most = max_over_ranks(len(parts), self.device) if self._sharded else len(parts)
         yield from parts
         yield from itertools.repeat(None, most - len(parts))
 

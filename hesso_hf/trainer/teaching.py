@@ -28,6 +28,10 @@ logger = logging.get_logger(__name__)
 
 _DEAR = "the run is so short that writing it would take more than a twentieth of the time"
 _ON_SOME = "; units are judged on a little of it all the same (windows: {})"
+_UNKNOWN = (
+    "{teacher} isn't learnt from on the user's data, which it doesn't know: its loss there is {surprise:.2f} nats per "
+    "token above what it expects (`distillation_alpha` 'auto')"
+)
 _OF_THE_TRAINER = ("every_n_layers", "offload")  # among the arguments of checkpointing, and not torch's
 
 
@@ -70,11 +74,12 @@ class Teaching:
         self.replay: Replay | None = None
         self.known: Known | None = None
         self._base: Teacher | None = None
+        self._unlearnt: dict[str, Any] | None = None  # a teacher that doesn't know the user's data
         alpha = config.distillation_alpha
         asks = config.distill_from is not None or alpha not in (0, "auto")  # else the base model, where replay has it
         if asks:
             check_labels(trainer, config, measurer)
-        if self._wants_replay(engine, model):
+        if _wants_replay(trainer, config, engine, model, tokenizer, measurer):
             self._base = make_teacher(None, model, tokenizer, engine, f"`replay_share` ({config.replay_share!r})")
         if asks:
             teacher = self._base if config.distill_from is None else None
@@ -82,33 +87,14 @@ class Teaching:
             teacher = teacher or make_teacher(config.distill_from, model, tokenizer, engine, asked)
             self.distillation = Distillation(trainer, config, teacher)
 
-    def _wants_replay(self, engine: Engine, model: PreTrainedModel) -> bool:
-        if not (share := self._config.replay_share):
-            return False
-        reason = why_not(model) or self._measurer.generates or _why_one_forward(self._trainer.args, engine)
-        reason = reason or _why_whole_sequences(self._trainer)
-        if share == "auto" and not reason:
-            reason = next(
-                filter(None, from_all(_hindrance(self._config, self._tokenizer, engine, model))), ""
-            )  # of all GPUs
-        if reason:
-            self._say_without(reason)
-        return not reason
-
-    def _say_without(self, reason: str) -> None:
-        if self._config.replay_share != "auto":
-            raise HessoError(f"`replay_share` ({self._config.replay_share}): {reason}; set it to 0")
-        logger.warning(
-            f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
-            "that this is meant"
-        )
-
     def begin(self, steps: int) -> None:
         """Have replay written for a run of so many optimizer steps; all processes call it."""
-        if self._base is None:
-            return
         self._learn_from(self._base)  # however short the run is
-        self._take(self._written(self._base, steps))
+        if self.distillation is not None and not self.distillation.knows(self._measurer):
+            self._unlearnt, self.distillation = self.distillation.record() | {"alpha": 0.0}, None
+            logger.info(_UNKNOWN.format(**self._unlearnt))
+        if self._base is not None:
+            self._take(self._written(self._base, steps))
 
     def _take(self, written: Replay | None) -> None:
         """Have what was written, and the base model no longer than it is learnt from."""
@@ -119,20 +105,20 @@ class Teaching:
 
     def _written(self, base: Teacher, steps: int) -> Replay | None:
         if reason := self._measurer.why_none():
-            self._say_without(reason)
+            _say_without(self._config, reason)
             return None
         tokens = self._measurer.tokens_per_micro_batch()
         batches = steps * self._trainer.args.gradient_accumulation_steps * world_size()
         sizes = ReplaySizes.of(share_of(self._config), tokens, batches, self._longest)
         if sizes.dear and self._config.replay_share == "auto" and self._config.replay_dataset is None:
             sizes, judges = sizes.to_judge(tokens * batches), self._config.reads_examples
-            self._say_without(_DEAR + judges * _ON_SOME.format(sizes.windows))
+            _say_without(self._config, _DEAR + judges * _ON_SOME.format(sizes.windows))
             if not judges:
                 return None
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
-    def _learn_from(self, base: Teacher) -> None:
-        if self.distillation is None and self._config.distillation_alpha == "auto":
+    def _learn_from(self, base: Teacher | None) -> None:
+        if base is not None and self.distillation is None and self._config.distillation_alpha == "auto":
             self.distillation = Distillation(self._trainer, self._config, base)
 
     def go_on(self, saved: Mapping[str, Any], folder: str, judges: bool) -> None:
@@ -146,7 +132,9 @@ class Teaching:
             CheckpointMismatchError: where they were others.
         """
         taught, replayed, known = (saved.get(name) for name in ("distillation", "replay", "known"))
-        if self._base is not None and taught is not None:
+        if taught is not None and not taught["alpha"]:  # it didn't know the data
+            self._unlearnt, self.distillation, taught = taught, None, None
+        elif taught is not None:
             self._learn_from(self._base)
         if self.distillation is not None:
             self.distillation.go_on(taught, folder)
@@ -230,7 +218,37 @@ class Teaching:
         """Return what checkpoints and the report say of them."""
         parts: dict[str, Distillation | Replay | None] = {"distillation": self.distillation, "replay": self.replay}
         found = {name: None if part is None else part.record() for name, part in parts.items()}
+        found["distillation"] = found["distillation"] or self._unlearnt
         return found | {"known": self.known.record if self.known is not None and self.replay is None else None}
+
+
+def _wants_replay(
+    trainer: Trainer, config: HessoConfig, engine: Engine, model: PreTrainedModel, tokenizer: Any, measurer: Measurer
+) -> bool:
+    """Whether there is to be replay; says so where it can't be.
+
+    Raises:
+        HessoError: where it can't be and was asked for.
+    """
+    if not config.replay_share:
+        return False
+    reason = why_not(model) or measurer.generates or _why_one_forward(trainer.args, engine)
+    reason = reason or _why_whole_sequences(trainer)
+    if config.replay_share == "auto" and not reason:
+        # of all GPUs
+        reason = next(filter(None, from_all(_hindrance(config, tokenizer, engine, model))), "")
+    if reason:
+        _say_without(config, reason)
+    return not reason
+
+
+def _say_without(config: HessoConfig, reason: str) -> None:
+    if config.replay_share != "auto":
+        raise HessoError(f"`replay_share` ({config.replay_share}): {reason}; set it to 0")
+    logger.warning(
+        f"no replay: {reason}. What the base model knew beside the training data isn't kept; `replay_share=0` says "
+        "that this is meant"
+    )
 
 
 def _hindrance(config: HessoConfig, tokenizer: Any, engine: Engine, model: PreTrainedModel) -> str:

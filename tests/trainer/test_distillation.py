@@ -17,17 +17,18 @@ from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTr
 
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
+from hesso_hf.config.names import AUTO_DISTILLATION_ALPHA
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.trainer import distillation
 from hesso_hf.trainer import teacher as teachers
-from hesso_hf.trainer.distillation import divergence, lead, num_targets
+from hesso_hf.trainer.divergence import divergence, lead, num_targets, surprise
 from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher
 from tests.support.checks import propagated
 from tests.support.tiny import MLP, VOCAB, tiny_gemma2, tiny_gpt2, tiny_llama, token_batches
-from tests.support.training import LENGTH, blocks, hesso_config, logged, trainer
+from tests.support.training import LENGTH, blocks, hesso_config, logged, said_by_the_dense_model, trainer
 
 ALPHA = 0.75
 
@@ -321,14 +322,46 @@ def test_the_lead_is_the_difference_of_the_losses_on_what_is_learnt() -> None:
     assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_surprise_is_the_loss_less_the_entropy_on_what_is_learnt() -> None:
+    batches, total, counted = [], torch.zeros((), dtype=torch.double), 0
+    original = tiny_llama(2).eval()
+    for ids in token_batches(2, shape=(3, 7)):
+        targets = masked_targets(ids)
+        with torch.no_grad():
+            log_p = original(input_ids=ids).logits.double().log_softmax(-1)
+        read = targets != -100
+        total -= log_p[read].gather(-1, targets[read][:, None]).sum()
+        total += (log_p.exp() * log_p).sum(-1)[read].sum()
+        counted += int(read.sum())
+        batches.append(({"input_ids": ids}, targets))
+    assert float(total) / counted > 1e-2
+    found = surprise(Teacher(frozen_copy(original, torch.float32)), batches)
+    assert found == pytest.approx(float(total) / counted, abs=1e-5)
+
+
+def test_a_text_as_a_model_writes_it_is_no_surprise() -> None:
+    model = tiny_llama(3).eval()
+    model.lm_head.weight.data.mul_(10)  # so that it is sure of something
+    torch.manual_seed(5)
+    start = torch.randint(3, VOCAB, (400, 1))
+    written = model.generate(start, do_sample=True, max_new_tokens=24, min_new_tokens=24)
+    teacher = Teacher(frozen_copy(model, torch.float32))
+    known, unknown = (
+        surprise(teacher, [({"input_ids": ids}, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))])
+        for ids in (written, torch.randint(3, VOCAB, written.shape))
+    )
+    assert abs(known) < distillation.KNOWN < unknown, "about 10,000 tokens"
+
+
 def automatic(folder: Path, teacher: Path, **changes: Any) -> HessoTrainer:
     """A run that learns from another model while that is ahead."""
     return trainer(folder, config=hesso_config(distillation_alpha="auto", distill_from=str(teacher)), **changes)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, leads: list[float]) -> list[float]:
-    """Have the teacher lead by so much at every comparison; return those that are left."""
+    """Have a teacher that knows the data lead by so much at every comparison; return those that are left."""
     left = list(leads)
+    monkeypatch.setattr(distillation, "KNOWN", math.inf)
     monkeypatch.setattr(distillation, "lead", lambda *args: left.pop(0))
     monkeypatch.setattr(distillation, "STEPS_A_COMPARISON", 4)
     return left
@@ -375,11 +408,12 @@ def test_auto_goes_on_as_it_was_between_two_comparisons(tmp_path: Path, monkeypa
 
 
 def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_have_no_labels(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Own(HessoMixin, _OwnLoss):
         pass
 
+    monkeypatch.setattr(distillation, "KNOWN", math.inf)
     tiny_llama(5).save_pretrained(tmp_path / "teacher")
     with propagated(caplog):
         run = automatic(tmp_path / "own", tmp_path / "teacher", trainer_class=Own)
@@ -389,6 +423,49 @@ def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_ha
     batch = {name: torch.tensor(blocks()[:4][name]) for name in ("input_ids", "labels")}
     del batch["labels"]
     assert "no label for every token" in run.distillation._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
+
+
+def knowing(model: PreTrainedModel, folder: Path, **changes: Any) -> HessoTrainer:
+    """A run with replay to judge on, and whatever is the default of distillation."""
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, 2
+    config = hesso_config(replay_share="auto", distillation_alpha=HessoConfig(pruning_ratio=0.5).distillation_alpha)
+    return trainer(folder, model, config=config, **changes)
+
+
+def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "lead", lambda *args: 1.0)
+    run = knowing(tiny_llama(), tmp_path / "known", data=said_by_the_dense_model())
+    run.train()
+    assert logged(run, "hesso/distillation_loss")
+    run.save_model(str(tmp_path / "small"))
+    record = json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"]
+    assert (record["auto"], record["alpha"]) == (True, AUTO_DISTILLATION_ALPHA)
+    assert record["surprise"] < 0
+
+
+def test_by_default_a_base_model_that_does_not_know_the_data_is_not_learnt_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "KNOWN", -math.inf)
+    options = {"save_strategy": "steps", "save_steps": 5}
+    run = knowing(tiny_llama(), tmp_path / "out", **options)
+    run.train()
+    assert run.distillation is None
+    assert not logged(run, "hesso/distillation_loss")
+    run.save_model(str(tmp_path / "small"))
+    report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
+    assert report["distillation"]["alpha"] == 0.0
+    assert "learnt from" not in (tmp_path / "small" / "README.md").read_text()
+    page = (tmp_path / "small" / "report.html").read_text()
+    assert f"{report['distillation']['surprise']:.2f} nats per token above what it expects" in page
+    monkeypatch.undo()  # what the checkpoint says holds
+    again = knowing(tiny_llama(), tmp_path / "out", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
+    assert again.distillation is None
+    for (name, one), other in zip(run.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_auto_has_no_teacher_where_none_is_at_hand(tmp_path: Path) -> None:
@@ -462,7 +539,10 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Pat
             {"distillation_alpha": 0, "distill_from": "a/teacher"},
             "`distill_from` .'a/teacher'. does nothing with `distillation_alpha`",
         ),
-        ({"distillation_temperature": 2.0}, "`distillation_temperature` .2.0. does nothing"),
+        (
+            {"distillation_alpha": 0, "distillation_temperature": 2.0},
+            "`distillation_temperature` .2.0. does nothing",
+        ),
         ({"distillation_alpha": 0.5, "distill_from": 3}, "`distill_from` .int. must name a folder or a Hub id"),
     ],
 )

@@ -52,7 +52,7 @@ def losses_by_share(reports: Sequence[Report]) -> dict[str, list[tuple[float, fl
 def _facts(report: Report) -> dict[str, str]:
     """Return what models are compared by."""
     counts, checked, config = report["parameters"], report["verification"], report.get("hesso_config") or {}
-    width = stored_bytes(checked["dtype"])
+    width, teacher = stored_bytes(checked["dtype"]), report.get("distillation") or {}
     facts = {
         "made from": report.get("base_model"),
         "parameters before": f"{counts['before']:,}",
@@ -64,7 +64,7 @@ def _facts(report: Report) -> dict[str, str]:
         "saliency": ", ".join(map(named, report.get("saliency") or {})),
         **{named(name): config.get(name) for name in ("stream_basis", "healing", "layer_widths")},
         "CRIC": extent_of(report["cric"]) if report.get("cric") else None,
-        "teacher": (report.get("distillation") or {}).get("teacher"),
+        "teacher": teacher.get("teacher") if teacher.get("alpha") else None,
         "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
         **{f"{logged(key)}, {when}": f"{found[when]['loss']:.4f}"
            for key, found in (report.get("quality") or {}).items() for when in ("before", "after") if when in found},

@@ -138,8 +138,14 @@ def _replay(replay: Mapping[str, Any] | None) -> str:
 def _teacher(teacher: Mapping[str, Any] | None) -> str:
     if not teacher:
         return "None."
+    if not teacher["alpha"]:
+        return (
+            f"None on the training data: {teacher['teacher']} doesn't know them. Its loss there is "
+            f"{teacher['surprise']:.2f} nats per token above what it expects."
+        )
+    ahead = ", while that predicted the training data better" if teacher.get("auto") else ""
     return (
-        f"It learnt from {teacher['teacher']} as well (weight {teacher['alpha']:g}, "
+        f"It learnt from {teacher['teacher']} as well{ahead} (weight {teacher['alpha']:g}, "
         f"temperature {teacher['temperature']:g})."
     )
 
