@@ -40,7 +40,7 @@ RUNS = (
 )  # fmt: skip
 WORKLOAD = Workload(
     batch_size=1, sequence_length=2048, gradient_checkpointing=True, accumulates=True, replay_share=AUTO_REPLAY_SHARE,
-    healing=True,
+    distillation=True, healing=True,
 )  # fmt: skip
 GPU_MEMORY = 80 * GB
 

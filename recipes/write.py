@@ -181,7 +181,7 @@ class Recipe:
     def plan(self) -> MemoryPlan:
         work = Workload(
             self.batch, self.model.length, self.model.checkpointing, accumulates=self.model.accumulation > 1,
-            lora_rank=32, replay_share=AUTO_REPLAY_SHARE, healing=True, distillation=self.variant == "distillation",
+            lora_rank=32, replay_share=AUTO_REPLAY_SHARE, healing=True, distillation=True,
         )  # fmt: skip
         return plan_memory(self.model.config, work, self.cluster, pace=TokenPace(self.tokens))
 
@@ -207,7 +207,6 @@ class Recipe:
             "--sequence-length": model.length if model.length != 2048 else None,
             "--gradient-checkpointing": "" if model.checkpointing else None,
             "--gradient-accumulation": "",
-            "--distillation": "" if self.variant == "distillation" else None,
             "--lora-rank": 32 if self.lora else None,
             "--tokens": f"{self.tokens:.3g}".replace("e+0", "e"),
         }
@@ -256,7 +255,7 @@ class Recipe:
         else:
             hesso["export_dtype"] = "bfloat16"
         if self.variant == "distillation":
-            hesso["distillation_alpha"] = "auto"
+            hesso["distillation_alpha"] = 0.9
         lora = {"dtype": "bfloat16", "peft": {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}}
         return {
             "model": model.hub,
@@ -273,7 +272,7 @@ class Recipe:
         sizes, gpus = self.plan.sizes, self.cluster.num_gpus
         left = sizes.parameters * (1 - self.percent / 100)
         found, lasting = self.plan.engines[self.engine], self.plan.hours[self.engine]
-        how = {"lora": ", by training adapters", "distillation": ", taught by the model as it was"}.get(
+        how = {"lora": ", by training adapters", "distillation": ", taught by the model as it was all along"}.get(
             self.variant, ""
         )
         what = (

@@ -99,7 +99,10 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
     )
-    parser.add_argument("--distillation", action="store_true", help="with the original model in bf16 as teacher")
+    parser.add_argument(
+        "--distillation", action=argparse.BooleanOptionalAction, default=True,
+        help="on the data too, as by default where the original model knows them",
+    )  # fmt: skip
     parser.add_argument("--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens; 0 for none")
     parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
     parser.add_argument("--healing-tokens", type=int, help="as in the run's config")

@@ -16,6 +16,7 @@ from ...pruning.fisher import TOKENS
 from ...pruning.healing import enough_tokens
 from ...pruning.token_rows import CHUNK
 from ...pruning.windows import LONGEST
+from ...trainer.teacher import CHUNK_LOGITS
 from .workload import COMPONENTS, GB, Cluster, EngineSpec, Parts, Sharded, Workload
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ DEEPSPEED_BUCKET = 5e8  # elements: the default of DeepSpeed's `reduce_bucket_si
 DEEPSPEED_LIVE = 1e9  # elements: the default of `stage3_max_live_parameters` and `sub_group_size`
 PROCESS = 4 * GB  # host memory of a process before any weight: Python, CUDA and NCCL (assumed)
 MAX_BATCH = 4096
+TAUGHT = 4  # bytes a logit that is learnt: its gradient (trainer/divergence.py)
+TAUGHT_CHUNK = 5 * 4 * CHUNK_LOGITS  # the teacher's logits, both log-softmaxes, the divergence, the difference
 SUM_BYTES = 4  # of a number of what healing sums up (pruning/refit.py), on a GPU
 TRIAL = 5 / 36  # of a matrix (C, C): what stands in for a sixth of its columns, of half of them in three periods
 
@@ -170,11 +173,12 @@ class EstimatedRun:
     def _at_loss(self, logits: float, cast_parameters: int) -> Parts:
         """The end of the forward or the start of the backward pass, with so many bytes a logit."""
         final = {"autocast": 10, "bfloat16": 8, "float32": 12}[self.kind]
-        # the teacher's logits, both log-softmaxes in fp32 and the divergence
-        logits += 14 if self.workload.distillation else 14 * self.workload.replay_share
+        # with a teacher the gradient for the student's logits, which is made a chunk of the teacher's at a time
+        taught = 1.0 if self.workload.distillation else self.workload.replay_share
+        logits += TAUGHT * taught
         return {
             "activations": self._stored(self.sizes.layers) + self.workload.tokens * self.sizes.hidden * final,
-            "logits": float(self.workload.tokens * self.sizes.vocabulary * logits),
+            "logits": float(self.workload.tokens * self.sizes.vocabulary * logits + TAUGHT_CHUNK * bool(taught)),
             "buffers": self._casts(cast_parameters) + self._gathered(backward=False),
             "gradients": self._gradients(0),
         }

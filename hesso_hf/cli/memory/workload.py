@@ -29,7 +29,7 @@ class Workload:
         dtype: that of the computation; the trained weights (LoRA's base aside) are fp32 masters in any case.
         accumulates: whether gradients of an earlier micro-batch lie in memory during the forward pass.
         cric: none, or where CRIC's snapshot of weights and optimizer state is kept.
-        distillation: whether a teacher, the original model in bf16, runs beside it.
+        distillation: whether a teacher, the original model in bf16, runs beside it on the user's data too.
         replay_share: of all tokens, on which the original model runs beside it; they come on top of the batch.
         healing: whether what goes is refitted into what stays, as far as the engine has whole matrices.
         healing_tokens: as in `HessoConfig`.
