@@ -56,7 +56,8 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, without healing": {"healing": "off"},
     "hesso, even split": {"calibration_examples": 0},
     "hesso, without replay": {"replay_share": 0.0},
-    "hesso, distillation": {"distillation_alpha": "auto"},
+    "hesso, without distillation": {"distillation_alpha": 0.0},
+    "hesso, distillation": {"distillation_alpha": 0.9},  # whatever the teacher knows
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     ALIKE: {},
     HALF: {},
