@@ -66,9 +66,9 @@ class Forecast:
         self._before_periods = 0.0  # seconds of pruning's own work
 
     def before(self) -> list[str]:
-        """Say what can be told of the vocabulary, tokens and memory before the first step, and when time can be."""
+        """Say what can be told of vocabulary, tokens, teacher, memory before the first step, and when time can be."""
         run = self._trainer.hesso_run
-        self._begun_at, lines = run.process.step, self._tokens()
+        self._begun_at, lines = run.process.step, self._tokens() + self._teacher()
         self._before_periods = self._trainer.hesso_optimizer.seconds
         if kept := run.kept_tokens:
             lines.insert(
@@ -103,6 +103,18 @@ class Forecast:
             *([f"plus {type(optimizer).__name__}'s state and activations"] if state is None else ["plus activations"]),
         ]
         return f"memory: about {', '.join(told)}"
+
+    def _teacher(self) -> list[str]:
+        """Say from whom the data are learnt beside their labels, or why not."""
+        teaching = self._trainer.hesso_run.teaching
+        found = teaching.record()["distillation"]
+        if found is None:
+            return []
+        if not found["alpha"]:
+            excess = f"its loss is {found['surprise']:.2f} nats per token above what it expects"
+            where = "none" if teaching.replay is None else "on replay alone"
+            return [f"teacher: {where}; {found['teacher']} doesn't know the data, {excess}"]
+        return [f"teacher: {found['teacher']}, on the data too{' while it is ahead' if found['auto'] else ''}"]
 
     def _tokens(self) -> list[str]:
         """Say how many there are where that takes a few rows of the data set, and nothing that training reads."""

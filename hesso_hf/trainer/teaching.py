@@ -28,10 +28,6 @@ logger = logging.get_logger(__name__)
 
 _DEAR = "the run is so short that writing it would take more than a twentieth of the time"
 _ON_SOME = "; units are judged on a little of it all the same (windows: {})"
-_UNKNOWN = (
-    "{teacher} isn't learnt from on the user's data, which it doesn't know: its loss there is {surprise:.2f} nats per "
-    "token above what it expects (`distillation_alpha` 'auto')"
-)
 _OF_THE_TRAINER = ("every_n_layers", "offload")  # among the arguments of checkpointing, and not torch's
 
 
@@ -92,7 +88,6 @@ class Teaching:
         self._learn_from(self._base)  # however short the run is
         if self.distillation is not None and not self.distillation.knows(self._measurer):
             self._unlearnt, self.distillation = self.distillation.record() | {"alpha": 0.0}, None
-            logger.info(_UNKNOWN.format(**self._unlearnt))
         if self._base is not None:
             self._take(self._written(self._base, steps))
 

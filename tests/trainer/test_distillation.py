@@ -25,6 +25,7 @@ from hesso_hf.pruning.plan import PruningPlan
 from hesso_hf.trainer import distillation
 from hesso_hf.trainer import teacher as teachers
 from hesso_hf.trainer.divergence import divergence, lead, num_targets, surprise
+from hesso_hf.trainer.forecast import Forecast
 from hesso_hf.trainer.teacher import Teacher, fingerprint, frozen_copy, load_teacher
 from tests.support.checks import propagated
 from tests.support.tiny import MLP, VOCAB, tiny_gemma2, tiny_gpt2, tiny_llama, token_batches
@@ -439,6 +440,7 @@ def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
     run = knowing(tiny_llama(), tmp_path / "known", data=said_by_the_dense_model())
     run.train()
     assert logged(run, "hesso/distillation_loss")
+    assert "teacher: the model before pruning, on the data too while it is ahead" in Forecast(run).before()
     run.save_model(str(tmp_path / "small"))
     record = json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"]
     assert (record["auto"], record["alpha"]) == (True, AUTO_DISTILLATION_ALPHA)
@@ -454,6 +456,9 @@ def test_by_default_a_base_model_that_does_not_know_the_data_is_not_learnt_from(
     run.train()
     assert run.distillation is None
     assert not logged(run, "hesso/distillation_loss")
+    assert any(
+        line.startswith("teacher: none; the model before pruning doesn't know") for line in Forecast(run).before()
+    )
     run.save_model(str(tmp_path / "small"))
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
     assert report["distillation"]["alpha"] == 0.0
