@@ -13,6 +13,7 @@ from ..config.names import DTYPE_NAMES
 from ..errors import HessoError
 from .printing import print_report
 
+GGUF = "gguf"  # the engine whose form an own program writes
 _OF_AN_EXPORT = ("dtype", "trust_pickles", "overwrite_base", "lora_export")  # flags that a conversion has no use for
 
 
@@ -32,7 +33,7 @@ def export_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--overwrite-base", action="store_true", help="OUTPUT may be the base model's folder")
     parser.add_argument(
-        "--for", nargs="+", dest="engines", choices=["onnx", "openvino", "gguf"], default=[], metavar="ENGINE",
+        "--for", nargs="+", dest="engines", choices=["onnx", "openvino", GGUF], default=[], metavar="ENGINE",
         help="write it for onnx (ONNX Runtime), openvino or gguf (llama.cpp) too, compared there; of a model that is "
         "exported already only this, in its own folder where no output is given",
     )  # fmt: skip
@@ -51,7 +52,7 @@ def export(arguments: argparse.Namespace) -> None:
         from ..export.convert import check_conversion
 
         for engine in arguments.engines:
-            check_conversion(engine, arguments.converter)
+            check_conversion(engine, _converter(engine, arguments.converter))
         _check_merged(checkpoint, arguments.lora_export)
     from ..export.storage import check_writable
 
@@ -72,7 +73,11 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def _check_flags(arguments: argparse.Namespace, checkpoint: Path) -> bool:
-    """Tell whether a model is only converted, as one that is exported already; refuse what that would ignore."""
+    """Tell whether a model is only converted, as one that is exported already; refuse what would be ignored."""
+    if arguments.converter is not None and GGUF not in arguments.engines:
+        raise HessoError(
+            f"`--converter` ({arguments.converter!r}) does nothing without `--for {GGUF}`: give that too"
+        )
     exported = not (checkpoint / STATE_NAME).exists()
     if arguments.output is None and not (arguments.engines and exported):
         raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")
@@ -87,6 +92,11 @@ def _check_flags(arguments: argparse.Namespace, checkpoint: Path) -> bool:
             "this out, or give the checkpoint-* folder that it came of, and an output"
         )
     return True
+
+
+def _converter(engine: str, given: str | None) -> str | None:
+    """Return what an engine takes of the flag that one of them needs."""
+    return given if engine == GGUF else None
 
 
 def _check_merged(checkpoint: Path, asked: str | None) -> None:
@@ -110,7 +120,7 @@ def _convert(model: Path, folder: Path, engines: list[str], converter: str | Non
     for engine in engines:
         from ..export.convert import convert
 
-        found = convert(model, engine, folder / engine, converter)
+        found = convert(model, engine, folder / engine, _converter(engine, converter))
         print(
             f"{found.folder}: {found.agreed} of {found.written} tokens as Transformers writes them, relative error of "
             f"the logits {found.error:.1e} in fp32"

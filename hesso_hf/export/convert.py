@@ -114,6 +114,8 @@ def check_conversion(engine: str, converter: str | None = None) -> None:
         )
     if engine == "gguf":
         _converter(converter)
+    elif converter is not None:
+        raise HessoError(f"`converter` ({converter!r}) is for gguf, and does nothing for {engine}: leave it out")
 
 
 def convert(folder: str | Path, engine: str, output: str | Path, converter: str | None = None) -> Conversion:

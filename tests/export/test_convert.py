@@ -86,6 +86,15 @@ def test_an_engine_that_fails_is_named_with_its_reason(part: str, model: Path, m
     assert not (model / "onnx").exists()
 
 
+def test_a_converter_that_no_engine_takes_is_refused_by_name(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--for", "onnx"], [str(model / "out")]):
+        assert main(["export", str(model), *flags, "--converter", "convert.py"]) == 2
+        assert "`--converter` ('convert.py') does nothing without `--for gguf`: give that" in capsys.readouterr().err
+    with pytest.raises(HessoError, match=r"`converter` \('convert.py'\) is for gguf, and does nothing for onnx"):
+        convert(model, "onnx", model / "onnx", "convert.py")
+    assert not (model / "onnx").exists()
+
+
 def test_packages_that_are_missing_are_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(
