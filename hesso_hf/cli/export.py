@@ -75,9 +75,7 @@ def export(arguments: argparse.Namespace) -> None:
 def _check_flags(arguments: argparse.Namespace, checkpoint: Path) -> bool:
     """Tell whether a model is only converted, as one that is exported already; refuse what would be ignored."""
     if arguments.converter is not None and GGUF not in arguments.engines:
-        raise HessoError(
-            f"`--converter` ({arguments.converter!r}) does nothing without `--for {GGUF}`: give that too"
-        )
+        raise HessoError(f"`--converter` ({arguments.converter!r}) does nothing without `--for {GGUF}`: give that too")
     exported = not (checkpoint / STATE_NAME).exists()
     if arguments.output is None and not (arguments.engines and exported):
         raise HessoError("`output` must be given: a folder for the smaller model of a checkpoint")

@@ -1,4 +1,7 @@
-"""A dense model that is saved as one: its config says so, and `save_pretrained` of the model in memory warns."""
+"""A dense model that is saved as one: its config says so, and `save_pretrained` of the model in memory warns.
+
+Nor does that replace the base model unasked.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ import contextlib
 import types
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from ..errors import HessoError
+from ..export.storage import check_not_base
 from ..pruning.process import PruningProcess
 from ..structures.cut import MARK
 
@@ -44,16 +51,25 @@ class WarningSave:
 
     Args:
         run: whose model it is; without it, once the trainer is gone, nothing tells that no unit is at zero.
+        overwrite_base: whether it may replace the base model, which an adapter that lies beside it doesn't.
     """
 
-    def __init__(self, run: PruningRun) -> None:
+    def __init__(self, run: PruningRun, overwrite_base: bool) -> None:
         self._owner, self._base, self._run = weakref.ref(run.whole), weakref.ref(run.model), weakref.ref(run)
+        self._spared = None if overwrite_base or run.whole is not run.model else run.base_folder
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._owner(), "save_pretrained")  # the class' own: what is being copied has no other yet
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Save; the trainer's own saving, which marks the config, says itself what it saves."""
+        """Save; the trainer's own saving, which marks the config, says itself what it saves.
+
+        Raises:
+            HessoError: where it would replace the base model.
+        """
+        folder = args[0] if args else kwargs.get("save_directory")
+        if folder is not None:
+            check_not_base(Path(folder), self._spared, asked=False)
         owner, base, run = self._owner(), self._base(), self._run()
         plain = types.MethodType(type(cast(Any, owner)).save_pretrained, owner)
         process = None if run is None else run.process
@@ -72,7 +88,30 @@ def _is_masked(process: PruningProcess) -> bool:
     return process.state.compaction is None and any(bool((scales == 0).any()) for scales in process.scales.values())
 
 
-def warn_where_saved(run: PruningRun) -> None:
-    """Have `save_pretrained` of a run's model warn while its pruned units are at zero."""
+def warn_where_saved(run: PruningRun, overwrite_base: bool) -> None:
+    """Have `save_pretrained` of a run's model warn while its pruned units are at zero, and spare the base model."""
     vars(run.model.config).pop(MARK, None)  # of a checkpoint that is the base of this run
-    setattr(run.whole, "save_pretrained", WarningSave(run))  # noqa: B010 - not what a type checker takes for a method
+    guarded = WarningSave(run, overwrite_base)
+    setattr(run.whole, "save_pretrained", guarded)  # noqa: B010 - not what a type checker takes for a method
+
+
+def check_checkpoints_spare(base: Path | None, training: TrainingArguments, asked: bool) -> None:
+    """Refuse to write checkpoints beside a base model that is one of them, which may replace it or let it go.
+
+    Args:
+        base: the folder that it was read from, None where that is no folder.
+        asked: that it be replaced.
+
+    Raises:
+        HessoError: naming the folder.
+    """
+    output_dir = Path(training.output_dir or "")
+    written = training.save_strategy != SaveStrategy.NO
+    if base is None or asked or not written or not base.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        return
+    if output_dir.exists() and base.parent.exists() and base.parent.samefile(output_dir):
+        raise HessoError(
+            f"`output_dir` ({str(output_dir)!r}) is where the base model lies, as {base.name}, which this run's "
+            "checkpoints would replace or `save_total_limit` remove: name another folder, or say that this is meant by "
+            "`HessoConfig(overwrite_base=True)`"
+        )

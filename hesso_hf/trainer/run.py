@@ -37,7 +37,7 @@ from ..vocabulary.keep import ROUND_TO, check_countable, keep_tokens
 from ..vocabulary.tokens import KeptTokens
 from .basis import settle_in_basis
 from .compacting import Compacting
-from .dense import warn_where_saved
+from .dense import check_checkpoints_spare, warn_where_saved
 from .ladder import Ladder
 from .measure import Measurer
 from .quality import Quality
@@ -137,8 +137,10 @@ class PruningRun:
         self.measurer.check_examples(self.measurer.why_none())
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
+        if self.resume_from is None or self.resume_from.absolute() != self.base_folder:  # which only goes on then
+            check_checkpoints_spare(self.base_folder, self._trainer.args, self._config.overwrite_base)
         process = self.process_on(self._settle())
-        warn_where_saved(self)
+        warn_where_saved(self, self._config.overwrite_base)
         if self._config.prune_vocabulary:
             self.kept_tokens = _fewer_tokens(self, self._trainer.train_dataset, self._config.round_to or ROUND_TO)
         return process

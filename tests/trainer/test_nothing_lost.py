@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -162,6 +163,63 @@ def test_the_base_is_not_replaced_unless_that_is_asked_for(
         with pytest.raises(HessoError, match=r"is the folder that the base model was read from.*overwrite_base=True"):
             other.save_model(str(name))
     assert (base / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("compact", ["never", "end"])
+def test_saving_the_model_in_memory_does_not_replace_the_base_unless_that_is_asked_for(
+    compact: str, base: Path, tmp_path: Path
+) -> None:
+    before = (base / "model.safetensors").read_bytes()
+    other = trainer(tmp_path, LlamaForCausalLM.from_pretrained(base), hesso_config(compact=compact))
+    other.train()
+    model = other.model
+    for folder in ({"save_directory": base}, {"save_directory": str(base)}):
+        with pytest.raises(HessoError, match=r"is the folder that the base model was read from.*overwrite_base=True"):
+            model.save_pretrained(**folder)
+    model.save_pretrained(tmp_path / "elsewhere")
+    del other
+    gc.collect()
+    with pytest.raises(HessoError, match="is the folder that the base model was read from"):
+        model.save_pretrained(base)
+    assert (base / "model.safetensors").read_bytes() == before
+    copied = shutil.copytree(base, tmp_path / "copied")
+    meant = trainer(tmp_path, LlamaForCausalLM.from_pretrained(copied), hesso_config(overwrite_base=True))
+    meant.create_optimizer_and_scheduler(12)
+    meant.model.save_pretrained(copied)
+
+
+def test_an_adapter_may_be_saved_beside_its_base(base: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(base, tmp_path / "copied")
+    tuned = lora_run(tmp_path / "x", LlamaForCausalLM.from_pretrained(copied))
+    tuned.create_optimizer_and_scheduler(12)
+    tuned.model.save_pretrained(copied)
+    assert (copied / "adapter_config.json").exists()
+    assert (copied / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+
+
+def test_checkpoints_are_not_written_where_the_base_is_one_of_them(base: Path, tmp_path: Path) -> None:
+    """They would replace it, or it would be removed as the oldest."""
+    earlier = shutil.copytree(base, tmp_path / "checkpoint-4")
+    before = (earlier / "model.safetensors").read_bytes()
+
+    def run(config: Any = None, **changes: Any) -> HessoTrainer:
+        options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "save_total_limit": 1}
+        model = LlamaForCausalLM.from_pretrained(earlier)
+        return trainer(tmp_path, model, config or hesso_config(warmup_steps=1), **(options | changes))
+
+    with pytest.raises(HessoError, match=r"is where the base model lies, as checkpoint-4, .*another folder.*overwrite"):
+        run().train()
+    run(save_strategy="no").train()
+    assert (earlier / "model.safetensors").read_bytes() == before
+    run(hesso_config(warmup_steps=1, overwrite_base=True), save_steps=2, save_total_limit=None).train()
+    with pytest.raises(HessoError, match="is where the base model lies, as checkpoint-4, "):
+        run(save_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = trainer(
+        tmp_path, LlamaForCausalLM.from_pretrained(earlier), hesso_config(warmup_steps=1), max_steps=9,
+        save_strategy="steps", save_steps=9,
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(earlier))
+    assert again.state.global_step == 9
 
 
 def test_an_export_does_not_replace_the_base_either_unless_that_is_asked_for(
