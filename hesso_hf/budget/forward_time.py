@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from ..errors import BudgetError, HessoError, first_line
 from ..hf_models.build import without_advice
 from ..hf_models.resize import resized_config
 from ..hf_models.sizes import VOCAB, get_size
-from ..hf_models.tiny_model import without_cache
+from ..hf_models.tiny_model import inputs_of
 from .latency import LatencyTable, wait_for
 from .solver import MEETS, UNREACHABLE, TargetSizes
 
@@ -160,10 +159,7 @@ def _on_host(model: PreTrainedModel, ids: torch.Tensor) -> float:
 
 @torch.no_grad()
 def _forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    inputs = {"input_ids": ids, **without_cache(model)}
-    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
-        inputs["decoder_input_ids"] = ids
-    model(**inputs)
+    model(**inputs_of(model, ids))
 
 
 def solve_by_time(solve: Solve, table: LatencyTable, times: ForwardTimes, ratio: float | None) -> list[TargetSizes]:

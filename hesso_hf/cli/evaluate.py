@@ -17,7 +17,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from ..budget.cost import build_cost
 from ..distributed.passes import in_eval
 from ..errors import HessoError, first_line
-from ..hf_models.build import load_config
+from ..hf_models.build import check_next_tokens, load_config
 from ..hf_models.loading import load_model
 from ..structures.groups import PruningGroups
 from ..structures.shape_probe import AxisMap, describe_parameters
@@ -56,6 +56,9 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
         how = {name: getattr(flags, name) for name in ("num_fewshot", "limit", "batch_size", "include_path")}
         tasks = Tasks(flags.tasks, "--tasks", **how)
     configs = {name: load_config(source, trust) for name, source in flags.models.items()}
+    if flags.dataset is not None or tasks is not None:
+        for name, config in configs.items():
+            check_next_tokens(config, name, "leave `--dataset` and `--tasks` out, which are measured by these")
     named = {f"`model` ({name!r})": config for name, config in configs.items()}
     joined = flags.joined or flags.dataset == WIKITEXT2
     block_size = block_size_within(flags.block_size, WINDOW if joined else BLOCK_SIZE, named)

@@ -6,12 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from ..config import HessoConfig
 from ..errors import HessoError, counted, first_line
 from ..export.storage import check_not_base, check_writable
+from ..hf_models.build import check_next_tokens, load_config
 from ..trainer.saving import checkpoint_bytes
 from ..trainer.teacher import check_teacher
 from .recipe import Recipe
@@ -39,6 +40,18 @@ def check_places(recipe: Recipe) -> None:
     check_teacher(recipe.hesso.distill_from)
     if recipe.training.push_to_hub and recipe.training.process_index == 0:
         check_hub(recipe.training)
+
+
+def config_of(recipe: Recipe) -> PretrainedConfig:
+    """Return the model's config.
+
+    Raises:
+        HessoError: where there is none, or the model isn't one to train on text.
+    """
+    run = recipe.run
+    config = load_config(run.model, run.trust_remote_code)
+    check_next_tokens(config, str(run.model), "train it in Python (`HessoTrainer`), with its own data")
+    return config
 
 
 def check_hub(training: TrainingArguments) -> None:

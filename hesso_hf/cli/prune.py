@@ -88,17 +88,16 @@ def prune(recipe: Recipe) -> None:
 
     from ..export.checkpoint_state import last_common_checkpoint
     from ..export.storage import check_room
-    from ..hf_models.build import load_config
     from ..hf_models.loading import load_model
     from .dry_run import dry_run, quiet
     from .origin import origin_of
-    from .preflight import check_places, disk_needs, output_of
+    from .preflight import check_places, config_of, disk_needs, output_of
 
     asked, run, output = recipe, recipe.run, output_of(recipe)
     recipe = quiet(asked) if run.dry_run else asked
     check_places(recipe)
+    config = config_of(recipe)
     tokenizer = read_tokenizer(str(run.model), run.chat_template, run.trust_remote_code)
-    config = load_config(run.model, run.trust_remote_code)
     stored, block_size = config.dtype, block_size_within(run.block_size, BLOCK_SIZE, {"`model`": config})
     if recipe.hesso.export_dtype is None and stored is not None:  # fp32 masters are no reason to store fp32
         recipe.hesso.export_dtype = str(stored).removeprefix("torch.")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.benchmark import timer
 
+from ..hf_models.tiny_model import inputs_of, reads_single_rows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -84,7 +86,8 @@ def _ids(model: PreTrainedModel, batch_size: int, length: int) -> torch.Tensor:
 
 @torch.no_grad()
 def _read(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    model(input_ids=ids, use_cache=False)
+    for rows in ids.split(1) if reads_single_rows(model) else (ids,):
+        model(**inputs_of(model, rows))
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from transformers.utils import CONFIG_NAME, logging
 
 from ..errors import HessoError, UnsupportedStructureError, first_line
 
+_GENERATING = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
 
 @contextlib.contextmanager
 def without_advice() -> Iterator[None]:
@@ -91,8 +93,42 @@ def auto_class_of(model_class: type[PreTrainedModel], config: PretrainedConfig) 
 
 
 def own_loader_of(config: PretrainedConfig) -> str:
-    """Return the name of the auto class that a config with code of its own model names."""
-    return next(name for name in config.auto_map if name.startswith(AutoModel.__name__))
+    """Return the name of the auto class that a config with code of its own model names: causal models' if it does."""
+    named = _own_loaders(config)
+    return AutoModelForCausalLM.__name__ if AutoModelForCausalLM.__name__ in named else named[0]
+
+
+def _own_loaders(config: PretrainedConfig) -> list[str]:
+    return [name for name in getattr(config, "auto_map", None) or () if name.startswith(AutoModel.__name__)]
+
+
+def loader_of(config: PretrainedConfig, trust_remote_code: bool) -> Any:
+    """Return what loads a config's model: the auto class that its own code is for, where that may run, or its class."""
+    if trust_remote_code and _own_loaders(config):
+        import transformers
+
+        return getattr(transformers, own_loader_of(config))
+    return model_class_of(config)
+
+
+def check_next_tokens(config: PretrainedConfig, source: str, remedy: str) -> None:
+    """Refuse a model that doesn't say of each token which one comes next; of own code the auto class tells it.
+
+    Args:
+        source: what the user named.
+        remedy: what to do instead.
+
+    Raises:
+        HessoError: naming the model and its class.
+    """
+    if _own_loaders(config):
+        name = own_loader_of(config)
+        predicts = name in (AutoModel.__name__, *_GENERATING)
+    else:
+        found = model_class_of(config)
+        name, predicts = found.__name__, not config.is_encoder_decoder and bool(found.can_generate())
+    if not predicts:
+        raise HessoError(f"`model` ({source!r}) is loaded as {name}, which predicts no next tokens: {remedy}")
 
 
 def own_class_of(config: PretrainedConfig, folder: str) -> type[PreTrainedModel]:

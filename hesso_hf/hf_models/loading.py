@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import str_to_bool
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from ..compat import build_model
 from ..errors import HessoError, first_line
-from .build import class_to_build, load_config, model_class_of
+from .build import class_to_build, load_config, loader_of
+
+_TRUSTED = {"trust_remote_code": True}
 
 
 @contextlib.contextmanager
@@ -32,7 +34,7 @@ def without_bars() -> Iterator[None]:
 
 
 def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """Load a causal language model in a dtype, through its stock class.
+    """Load a model in a dtype, through its stock class, or through the auto class that its own code is for.
 
     With `fsdp_cpu_ram_efficient_loading` one process reads the weights, and the others reserve memory that is never
     written: FSDP2 brings them their shards. (`from_pretrained` reads them on every process of a node.)
@@ -47,9 +49,9 @@ def load_model(source: str, dtype: torch.dtype, trust_remote_code: bool = False)
         if _weights_come_from_another():
             return _without_weights(source, config, dtype, trust_remote_code)
         with without_bars():
-            if trust_remote_code:
-                return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=True)
-            return model_class_of(config).from_pretrained(source, dtype=dtype)
+            loader = loader_of(config, trust_remote_code)
+            own_code = {} if issubclass(loader, PreTrainedModel) else _TRUSTED
+            return loader.from_pretrained(source, dtype=dtype, **own_code)
     except OSError as error:
         raise HessoError(f"`model` ({source!r}) can't be loaded: {first_line(error)}") from error
 
@@ -85,10 +87,11 @@ def _without_weights(
 ) -> PreTrainedModel:
     """Build the model with memory for its parameters that nothing is written to, so that no page of it is used."""
     with init_empty_weights(include_buffers=False), no_init_weights():
-        if trust_remote_code:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=True)
+        loader = loader_of(config, trust_remote_code)
+        if issubclass(loader, PreTrainedModel):
+            model = build_model(loader, config, dtype)
         else:
-            model = build_model(model_class_of(config), config, dtype)
+            model = loader.from_config(config, dtype=dtype, **_TRUSTED)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             # on the CPU, since Accelerate finds the optimizer's parameters again by their addresses

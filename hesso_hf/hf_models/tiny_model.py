@@ -78,9 +78,7 @@ def forward_logits(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Ten
     """
     if len(input_ids) > 1 and reads_single_rows(model):
         return torch.cat([forward_logits(model, row) for row in input_ids.split(1)])
-    inputs: dict[str, Any] = {"input_ids": input_ids, **without_cache(model)}
-    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
-        inputs["decoder_input_ids"] = input_ids
+    inputs = inputs_of(model, input_ids)
     with attention_in_fp32(model), ieee_fp32():
         # FSDP2 gathers in hooks on the call; Accelerate replaces `forward` on the instance, with autocast around it
         output = model(**inputs) if isinstance(model, FSDPModule) else type(model).forward(model, **inputs)
@@ -92,6 +90,14 @@ def reads_single_rows(model: PreTrainedModel) -> bool:
     """Whether a model refuses several rows, whose ends it can't tell: a classifier without a padding token."""
     pad = raw_value(model.config.get_text_config(), "pad_token_id")
     return pad is None and type(model).__name__.endswith("ForSequenceClassification")
+
+
+def inputs_of(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, Any]:
+    """Return what a forward pass without a cache takes: an encoder-decoder reads the ids on both sides."""
+    inputs: dict[str, Any] = {"input_ids": input_ids, **without_cache(model)}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
+        inputs["decoder_input_ids"] = input_ids
+    return inputs
 
 
 def without_cache(model: PreTrainedModel) -> dict[str, bool]:

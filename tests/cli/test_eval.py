@@ -18,7 +18,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from matplotlib.container import BarContainer
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hesso_hf.budget.cost import build_cost
 from hesso_hf.bundled import bundled_model_path
@@ -95,6 +101,23 @@ def test_two_models_are_measured_on_the_same_tokens(capsys: pytest.CaptureFixtur
         assert row["tokens_per_second"] > 0
     assert [row["dtype"] for row in found] == ["float32", "float32"], "speeds in different ones don't compare"
     assert "the models are stored in bfloat16 and float32; all are measured in float32 (`--dtype`" in printed.err
+
+
+def test_models_that_write_nothing_or_read_on_two_sides_have_sizes_and_speed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_llama(vocab_size=1024).config
+    config.pad_token_id = None  # of which a classifier reads single rows
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "decoder_start_token_id": 0}
+    T5ForConditionalGeneration(T5Config(vocab_size=1024, **sizes)).save_pretrained(tmp_path / "translator")
+    names = [str(tmp_path / name) for name in ("classifier", "translator")]
+    found = result([*names, "--block-size", "16", "--batch-size", "2", "--new-tokens", "2"], capsys)["models"]
+    for row in found:
+        assert row["tokens_per_second"] > 0
+        assert row["peak_memory"] > 0
+    assert found[0]["tokens_written_per_second"] is None
+    assert found[1]["tokens_written_per_second"] > 0
 
 
 @pytest.mark.parametrize("kind", ["pairs", "chat"])

@@ -18,6 +18,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import (
     AutoTokenizer,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -49,6 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(made / "untokenized")
     tiny_llama().config.save_pretrained(made / "weightless")
     tokenizer.save_pretrained(made / "weightless")
+    LlamaForSequenceClassification(tiny_llama(vocab_size=1024).config).save_pretrained(made / "classifier")
+    reads_first = T5ForConditionalGeneration(T5Config(vocab_size=1024, d_model=24, d_kv=6, d_ff=40, num_layers=2))
+    reads_first.save_pretrained(made / "translator")
+    for name in ("classifier", "translator"):
+        tokenizer.save_pretrained(made / name)
     for name, config in {"unknown": {"model_type": "frobnicator"}, "untyped": {"hidden_size": 60}}.items():
         (made / name).mkdir()
         (made / name / "config.json").write_text(json.dumps(config))
@@ -99,6 +107,17 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         r"`model` \('untokenized'\) has no tokenizer .* `tokenizer.save_pretrained\('untokenized'\)`",
     ),
     "no weights": ([*PRUNE, *RATIO, "--model", "weightless"], r"`model` \('weightless'\) can't be loaded: .*no file"),
+    "a classifier trained on text": (
+        [*PRUNE, *RATIO, "--model", "classifier"],
+        r"`model` \('classifier'\) is loaded as LlamaForSequenceClassification, which predicts no next tokens: train",
+    ),
+    "an encoder-decoder trained on text": (
+        [*PRUNE, *RATIO, "--model", "translator"], r"\('translator'\) is loaded as T5ForCond.*no next tokens: train it",
+    ),
+    "text read by a classifier": (
+        ["eval", "model", "classifier", "--dataset", "text.jsonl"],
+        r"\('classifier'\) is loaded as Llama.*, which predicts no next tokens: leave `--dataset` and `--tasks` out",
+    ),
     "tasks in a run that evaluates nothing": (
         [*RUN, "--eval_tasks", "piqa"], r"`eval_tasks` \('piqa'\) .*`eval_strategy` \(no\) says never: set `--eval_str",
     ),

@@ -7,11 +7,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import logging
 
+from hesso_hf import export_pruned
 from hesso_hf.errors import HessoError
+from hesso_hf.hf_models.build import check_next_tokens, load_config
 from hesso_hf.hf_models.loading import load_model
+from hesso_hf.structures.groups import KeptUnits
+from hesso_hf.structures.proof.prove import proved_groups
+from tests.support.families import zero_pruned_
 from tests.support.tiny import tiny_gpt2, tiny_llama
 
 WAITING = {
@@ -92,3 +97,26 @@ def test_no_bars_are_shown_while_weights_are_read_and_then_as_before(
         assert ("Loading weights" in capfd.readouterr().err) is shown
     finally:
         logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("model_class", [LlamaForCausalLM, LlamaForSequenceClassification])
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_model_whose_layers_differ_is_loaded_by_the_auto_class_of_its_kind(
+    model_class: type, waits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_class(tiny_llama().config)
+    groups = proved_groups(model_class, model.config, ("mlp_channels",))[0]
+    kept = KeptUnits({"mlp_channels": 44}, {"mlp_channels": (tuple(range(40)), tuple(range(9, 31)))})
+    zero_pruned_(model, groups, kept)
+    model.save_pretrained(tmp_path / "dense")
+    export_pruned(model, tmp_path / "small", groups=groups, kept_units=kept)
+    for name, value in WAITING.items() if waits else ():
+        monkeypatch.setenv(name, value)
+    found = load_model(str(tmp_path / "small"), torch.float32, trust_remote_code=True)
+    assert type(found).__name__ == f"Pruned{model_class.__name__}"
+    assert [layer.mlp.up_proj.out_features for layer in found.model.layers] == [40, 22]
+    dense = load_model(str(tmp_path / "dense"), torch.float32, trust_remote_code=True)
+    assert type(dense) is model_class, "without code of its own it is the class that the config names"
+    if model_class is LlamaForSequenceClassification:
+        with pytest.raises(HessoError, match="loaded as AutoModelForSequenceClassification, which predicts no next to"):
+            check_next_tokens(load_config(tmp_path / "small"), "small", "another")
