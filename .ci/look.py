@@ -23,8 +23,9 @@ from PyQt6.QtWebEngineCore import (
 from PyQt6.QtWebEngineWidgets import QWebEngineView
 from PyQt6.QtWidgets import QApplication
 
-WIDTHS, HEIGHT, TALLEST = (400, 1280), 1000, 6000  # pixels
+WIDTHS, HEIGHT, TALLEST = (400, 1280), 1000, 16_000  # pixels
 PATIENCE, SETTLED = 60_000, 500  # milliseconds that a page may take, and that it has to settle
+LOOKS = 40  # at a page at most, until it is painted: on a busy machine a taller window stays empty for a while
 FLAGS = "--no-sandbox --disable-gpu --blink-settings=preferredColorScheme={}"
 SCHEMES = ("dark", "light")
 SIZE = "[document.documentElement.scrollWidth, document.documentElement.scrollHeight]"
@@ -96,10 +97,27 @@ def look(path: Path, width: int, picture: Path) -> list[str]:
     if wide > width:
         errors.append(f"is {wide} pixels wide")
     view.resize(width, min(TALLEST, int(tall)))
-    rest()
-    view.grab().save(str(picture))
+    if not painted(view, picture):
+        errors.append("isn't painted to its end")
     view.close()
     return errors
+
+
+def painted(view: QWebEngineView, picture: Path) -> bool:
+    """Leave a picture of a page once two looks in a row show the same, as tall as the window is; tell whether they do.
+
+    Until the page knows of its window's height, what is below the old one is empty.
+    """
+    before = None
+    for _ in range(LOOKS):
+        rest()
+        knows = wait(lambda done: view.page().runJavaScript("window.innerHeight", done)) == view.height()
+        shown = view.grab().toImage()
+        shown.save(str(picture))
+        if knows and shown == before:
+            return True
+        before = shown
+    return False
 
 
 def look_at_all(folder: Path, pages: list[Path], scheme: str) -> int:
