@@ -262,7 +262,17 @@ def _check_keys(values: Mapping[str, Any], owner: type, where: str, *sections: s
     known = [*(item.name for item in dataclasses.fields(owner)), *sections]
     for key in values:
         if key not in known:
-            hint = nearest_name(str(key), known)
-            if "hesso" in sections and key in HessoConfig.__dataclass_fields__:
-                hint = "; it belongs under `hesso:`"
-            raise HessoError(f"unknown key `{key}` in {where}{hint}")
+            raise HessoError(f"unknown key `{key}` in {where}{_place_of(key) or nearest_name(str(key), known)}")
+
+
+def _place_of(key: str) -> str:
+    """Say where a key belongs that stands elsewhere, "" where it belongs nowhere."""
+    from transformers import TrainingArguments
+
+    places: dict[str, Any] = {
+        "under `hesso:`": HessoConfig,
+        "under `training:`": TrainingArguments,
+        "beside `model:`": RunArguments,
+    }
+    found = (place for place, owner in places.items() if key in owner.__dataclass_fields__)
+    return f"; it belongs {place}" if (place := next(found, None)) else ""

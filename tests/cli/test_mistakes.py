@@ -79,6 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (made / "strict.jinja").write_text("{{ raise_exception('no system prompt') }}")
     (made / "typo.yaml").write_text("hesso: {pruning_ration: 0.5}\n")
+    (made / "deep.yaml").write_text("model: model\ntraining: {dataset: text.jsonl}\n")
+    (made / "loose.yaml").write_text("model: model\noutput_dir: runs\n")
     (made / "flat.yaml").write_text("model: model\npruning_ratio: 0.5\n")
     return made
 
@@ -184,6 +186,12 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         r"unknown argument '--blocksize' \(did you mean '--block-size'\?\); see `hesso-hf eval --help`",
     ),
     "a recipe's key misspelt": (["prune", "typo.yaml"], r"`pruning_ration` in `hesso` \(did you mean 'pruning_ratio'"),
+    "an argument of training at the wrong place": (
+        ["prune", "loose.yaml"], r"unknown key `output_dir` in the recipe; it belongs under `training:`$",
+    ),
+    "data at the wrong place": (
+        ["prune", "deep.yaml"], r"unknown key `dataset` in `training`; it belongs beside `model:`$",
+    ),
     "a recipe's key at the wrong place": (["prune", "flat.yaml"], r"`pruning_ratio` in the recipe; it belongs under `"),
     "a percentage": ([*PRUNE, *MODEL, "--pruning_ratio", "50"], r"`pruning_ratio` \(50.0\) .*between 0 and 1: it is t"),
     "a name of a dtype": ([*RUN, "--dtype", "fp32"], r"`dtype` \('fp32'\) must be float32, bfloat16 or float16"),
