@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..export.page.quality import evaluation_rows, measured_on, quality_rows
-from ..export.page.words import extent_of, text_of
+from ..export.page.words import extent_of, text_of, tried_in
 
 
 def print_report(report: dict[str, Any], folder: str, tells_examples: bool = True) -> None:
@@ -28,8 +28,8 @@ def print_report(report: dict[str, Any], folder: str, tells_examples: bool = Tru
         print(f"serving: {said}")
     cric = report.get("cric")
     if cric:
-        corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in cric["structures"].items())
-        print(f"CRIC: {extent_of(cric)}; corrected: {corrected}")
+        corrected = ", ".join(f"{found['num_corrected']} {name}" for name, found in tried_in(cric).items())
+        print(f"CRIC: {extent_of(cric)}; corrected: {corrected or 'nothing'}")
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:

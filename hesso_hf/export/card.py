@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
 from transformers.utils import logging
 
-from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, REPORT_NAME
+from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, RECIPE_NAME, REPORT_NAME
 from .page.measures import OF_THE_MACHINE
 from .page.quality import evaluated_on, evaluation_rows, measured_on, quality_rows
 from .page.served import loader_of, serving_commands, serving_note
@@ -154,6 +154,9 @@ def _made(report: Mapping[str, Any]) -> str:
     names = report.get("datasets") or ()
     parts = [f"Trained on {', '.join(names)}.\n"] if names else []
     parts += [f"```bash\n{command}\n```\n"] if command else []
+    if report.get("recipe"):
+        parts.append(f"[{RECIPE_NAME}]({RECIPE_NAME}) has all that was asked for, as `hesso-hf prune` takes it.\n")
+    given = {"steps": report.get("steps"), **given} if given else {}
     parts += ["\n".join(f"- {name}: {value}" for name, value in given.items()) + "\n"] if given else []
     return "\n".join(["\n## How it was made\n", *parts]) if parts else ""
 

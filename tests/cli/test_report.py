@@ -16,6 +16,7 @@ import yaml
 from hesso_hf import HessoConfig
 from hesso_hf.cli.main import main
 from hesso_hf.cli.training_log import losses_in
+from hesso_hf.config.files import RECIPE_NAME
 from hesso_hf.config.names import SALIENCIES, STRUCTURES
 from hesso_hf.export.page import words
 from hesso_hf.export.page.compared import losses_by_share
@@ -330,6 +331,25 @@ def test_a_look_in_each_period_is_told_as_one_and_cycles_as_cycles() -> None:
     assert extent_of(path) == "2 cycles, 8 samples"
     assert extent_of(healed) == "a look in each of 5 periods"
     assert extent_of(healed | {"cycles": 1}) == "one look"
+
+
+def test_of_what_stays_whole_nothing_is_said_to_be_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = small_report()
+    none = {"first": 0, "violating": [0, 0], "num_corrected": 0, "corrected": {}, "replaced_by": {}, "paths": []}
+    report["cric"]["structures"] |= {"mlp_channels": none}
+    text = parsed(report).text
+    tried = text[text.index("Corrections by CRIC") : text.index("How exact it is")]
+    assert "attention heads" in tried
+    assert "MLP channels" not in tried
+    assert main(["report", str(saved(tmp_path / "small", report))]) == 0
+    assert "; corrected: 1 attention_heads\n" in capsys.readouterr().out
+
+
+def test_names_between_backticks_are_code_and_the_recipe_beside_is_named() -> None:
+    page = report_page([Model("x", small_report(serving=["It serves 6 (`target_sizes`), not <b>"]))])
+    assert "<li>It serves 6 (<code>target_sizes</code>), not &lt;b&gt;.</li>" in page
+    assert f"(<code>{RECIPE_NAME}</code> beside the model)" in page
+    assert RECIPE_NAME not in report_page([Model("x", small_report(recipe=None))])
 
 
 def test_the_config_on_it_is_the_run_s() -> None:

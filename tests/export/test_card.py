@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from hesso_hf.config.files import CARD_NAME, PAGE_NAME, REPORT_NAME
+from hesso_hf.config.files import CARD_NAME, PAGE_NAME, RECIPE_NAME, REPORT_NAME
 from hesso_hf.export.card import card, licence_of
 from hesso_hf.export.export import export_pruned
 from hesso_hf.export.report import add_evaluation
@@ -87,7 +87,9 @@ def test_its_table_has_before_and_after_and_every_number_is_in_the_report() -> N
         "| perplexity on held-out examples | 10.44 | 13.04 |",
         "| loss on other text (nats per token) | 3.1234 | – |",
         "| piqa acc | – | 0.6543 ± 0.0123 |",
+        "- steps: 40",
         "- learning_rate: 0.00123",
+        f"[{RECIPE_NAME}]({RECIPE_NAME}) has all that was asked for, as `hesso-hf prune` takes it.",
         "hesso-hf prune a.yaml --max_steps 40",
         "Trained on someone/text.",
         f"[{PAGE_NAME}]({PAGE_NAME})",

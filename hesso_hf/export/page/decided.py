@@ -8,7 +8,7 @@ from typing import Any
 
 from .figures import Line, chart, courses
 from .markup import Markup, element, joined, table, terms
-from .words import SALIENCIES, Report, amount, named, percent, scientific
+from .words import SALIENCIES, Report, amount, named, percent, scientific, tried_in
 
 _WIDE = 50.0  # scores of which the highest is so many times the lowest
 
@@ -156,7 +156,7 @@ def _cric(cric: Mapping[str, Any] | None) -> Markup:
         return Markup()
     rows = (
         (named(name), f"{found['first']:,}", f"{found['num_corrected']:,}", " → ".join(map(str, found["violating"])))
-        for name, found in cric["structures"].items()
+        for name, found in tried_in(cric).items()
     )
     how = (
         f"go part of that way in {cric['cycles']:,} cycles of {cric['samples_per_cycle']:,} looks each, and judged "
@@ -170,6 +170,6 @@ def _cric(cric: Mapping[str, Any] | None) -> Markup:
     return joined([
         element("h3", "Corrections by CRIC"),
         element("p", "A unit that looks unneeded may turn out to be needed on its way to zero. CRIC let the candidates "
-                     f"{how} Corrected units were candidates and stayed in the end; as many others went instead."),
+                     f"{how} Corrected units were candidates and stayed in the end; others went instead."),
         table(["", "candidates", "corrected", "tried for the first time in each cycle"], rows),
     ])  # fmt: skip

@@ -24,6 +24,11 @@ def joined(parts: Iterable[object]) -> Markup:
     return Markup("".join(part if isinstance(part, Markup) else escape(str(part)) for part in parts))
 
 
+def coded(text: str) -> Markup:
+    """Return text whose parts between backticks are code."""
+    return joined(element("code", part) if odd % 2 else part for odd, part in enumerate(text.split("`")))
+
+
 def breakable(name: object) -> Markup:
     """Return a name that may go on in the next line after each of its underscores."""
     return Markup(escape(str(name)).replace("_", "_<wbr>"))

@@ -10,10 +10,10 @@ from .compared import compared
 from .decided import how_it_was_decided
 from .figures import Line, Span, chart, colour, courses, strip
 from .losses import Losses, removed_until_the_end
-from .markup import Markup, element, joined, page, table, terms
+from .markup import Markup, coded, element, joined, page, table, terms
 from .quality import evaluated_on, gained_rows, measured_on, quality_rows
 from .served import loader_of, serving_commands, serving_note
-from .words import PHASES, STRUCTURES, VERIFIED, Report, logged, named, percent, scientific, sized
+from .words import PHASES, RECIPE, STRUCTURES, VERIFIED, Report, logged, named, percent, scientific, sized
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _to_load(report: Report) -> Markup:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/model")\n'
     )
     why = "Its layers differ in width, so it comes with a short modelling file of its own." if uneven else ""
-    engines = (element("li", f"{said}.") for said in report.get("serving") or ())
+    engines = (element("li", coded(f"{said}.")) for said in report.get("serving") or ())
     commands = "\n".join(serving_commands(report))
     served = element("pre", element("code", commands), class_="command") if commands else ""
     note = element("p", serving_note(uneven), class_="soft")
@@ -217,9 +217,11 @@ def _to_repeat(report: Report) -> Markup:
     if report.get("command"):
         found += [element("p", "The command:"), element("pre", element("code", report["command"]), class_="command")]
     if asked.get("hesso"):
+        beside = joined([" (", element("code", RECIPE), " beside the model)"]) if report.get("recipe") else ""
         recipe = yaml.safe_dump(asked, sort_keys=False, allow_unicode=True)
-        found += [element("p", "What was asked for, as a recipe of ", element("code", "hesso-hf prune"), " has it:"),
-                  element("pre", element("code", recipe))]  # fmt: skip
+        command = element("code", "hesso-hf prune")
+        found.append(element("p", "What was asked for, as a recipe of ", command, " has it", beside, ":"))
+        found.append(element("pre", element("code", recipe)))
     facts = {"model": report.get("base_model"), "class": report.get("model_class")}
     facts |= {f"{named(name)} (resolved)": value for name, value in (report.get("schedule") or {}).items()}
     facts |= {f"{named(name)} (training)": value for name, value in (report.get("hyperparameters") or {}).items()}

@@ -55,6 +55,8 @@ VERIFIED = {
     ),
 }
 
+RECIPE = "hesso_recipe.yaml"  # the file beside a model
+
 
 def named(name: str) -> str:
     """Return a name of the report in words."""
@@ -66,6 +68,11 @@ def extent_of(cric: Mapping[str, Any]) -> str:
     if cric["mode"] == "healed":
         return f"a look in each of {cric['cycles']:,} periods" if cric["cycles"] > 1 else "one look"
     return f"{cric['cycles']:,} cycles, {cric['samples']:,} samples"
+
+
+def tried_in(cric: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what CRIC found of each structure that it had candidates of: of what stays whole it looked at none."""
+    return {name: found for name, found in cric["structures"].items() if found["first"] or any(found["violating"])}
 
 
 def logged(key: str) -> str:
