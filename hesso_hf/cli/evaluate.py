@@ -70,6 +70,9 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     if flags.dataset is not None:
         _say(flags, f"reading {flags.dataset}{' as one text' * joined}")
         blocks = _common_blocks(flags, tokenizers, block_size, joined)
+    if tasks is not None:
+        _say(flags, f"fetching tasks {flags.tasks}")
+        tasks.fetch()
     dtype = getattr(torch, flags.dtype) if flags.dtype else _stored_dtype(configs)
     _say(flags, f"loading {', '.join(flags.models)}")
     models = {name: _load(name, source, dtype, trust) for name, source in flags.models.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import HessoError, nearest_name
+from ..errors import HessoError, first_line, nearest_name
 
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")  # its seven tasks
 
@@ -38,6 +38,7 @@ class Tasks:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise HessoError(f"`{argument}` needs lm-eval: pip install 'hesso_hf[eval]'") from error
+        self._argument = argument
         self._num_fewshot, self._limit, self._batch_size = num_fewshot, limit, batch_size
         self._manager = TaskManager(include_path=include_path)
         names = asked.replace(" ", "").split(",")
@@ -48,6 +49,21 @@ class Tasks:
                 raise HessoError(
                     f"`{argument}` ({name!r}): lm-eval has no such task{hint}; `lm-eval ls tasks` lists them"
                 )
+
+    def fetch(self) -> None:
+        """Have the data of all tasks here before anything is measured: what can't be had is told then.
+
+        Raises:
+            HessoError: naming the task.
+        """
+        manager = self._manager
+        load = manager.load if hasattr(manager, "load") else manager.load_task_or_group  # of lm-eval's older releases
+        for name in manager.match_tasks(self._names):
+            try:
+                load([name])
+            except Exception as error:  # no connection, no right, code of the task's own: of any type
+                said = f"{type(error).__name__}: {first_line(error)}"
+                raise HessoError(f"`{self._argument}` ({name!r}) can't be loaded ({said}); leave it out") from error
 
     def scores(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, dict[str, float | int]]:
         """Return the numbers of each task: values, and standard errors where lm-eval has some."""

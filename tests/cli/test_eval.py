@@ -467,6 +467,12 @@ def test_the_real_lm_eval_asks_a_task_of_a_folder(
     scores = result(["small", "--tasks", "own_choice", *flags], capsys)["tasks"]["own_choice"]
     assert scores["acc,none"] in (0.0, 1.0)
     assert "acc_stderr,none" in scores
+    (tmp_path / "own.jsonl").unlink()
+    monkeypatch.setattr(evaluate, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["eval", "small", "--tasks", "own_choice", *flags]) == 2
+    assert re.search(
+        r"`--tasks` \('own_choice'\) can't be loaded \(\w+Error: .*\); leave it out", capsys.readouterr().err
+    )
     assert main(["eval", "small", "--tasks", "own_choise", *flags]) == 2
     assert "lm-eval has no such task (did you mean 'own_choice'?)" in capsys.readouterr().err
 

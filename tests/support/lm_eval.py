@@ -20,7 +20,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def match_tasks(names: list[str]) -> list[str]:
             return [name for name in known if name in names]
 
-        return SimpleNamespace(include_path=include_path, all_tasks=known, match_tasks=match_tasks)
+        return SimpleNamespace(include_path=include_path, all_tasks=known, match_tasks=match_tasks, load=list)
 
     def simple_evaluate(**given: Any) -> dict[str, Any]:
         asked.append(given)
