@@ -24,7 +24,7 @@ from ..export.parameters import ParameterSource
 from ..export.report import PruningReport
 from ..export.write import DTYPES, Output, write_pruned
 from ..pruning.compaction import compact, compact_as, parallel_of, why_not_compact, why_not_refit_parallel
-from ..pruning.optimizer import HessoOptimizer
+from ..pruning.optimizer import HessoOptimizer, check_wrappable
 from ..pruning.process import PruningProcess
 from ..structures.groups import KeptUnits, PruningGroups
 from .checkpoint import load_pruning_alone, load_random_states, save_pruning_alone, save_random_states
@@ -235,6 +235,7 @@ class PlainEngine(Engine[HessoOptimizer]):
         """Put HESSO around an optimizer, once; Accelerate may have put something around both since."""
         if isinstance(getattr(base, "optimizer", base), HessoOptimizer):
             return base
+        check_wrappable(base)  # before the run measures anything
         run.compacting.check(base)
         self.steps, self._step_loss = HessoOptimizer(base, run.new_process()), None
         run.compacting.to_resume(self.steps.process, base)

@@ -37,7 +37,7 @@ class HessoOptimizer(Optimizer):
     """
 
     def __init__(self, base: Optimizer, process: PruningProcess) -> None:
-        _refuse(base)
+        check_wrappable(base)
         self.base, self.process = base, process
         state = base.state
         super().__init__(base.param_groups, base.defaults)  # also lands in `base`: both share groups and state
@@ -252,11 +252,16 @@ class Skips:
             )
 
 
-def _refuse(base: Optimizer) -> None:
+def check_wrappable(base: Optimizer) -> None:
+    """Refuse an optimizer whose step isn't the place where the weights change.
+
+    Raises:
+        HessoError: for one that evaluates the loss inside its step (LBFGS) or acts in backward hooks.
+    """
     if isinstance(base, torch.optim.LBFGS):
         raise HessoError("`optimizer` (LBFGS) evaluates the loss inside its step; use one that steps once per gradient")
-    if type(base).__name__ in ("LayerWiseDummyOptimizer", "LOMO", "AdaLomo"):
+    if type(base).__name__ in ("LayerWiseDummyOptimizer", "Lomo", "AdaLomo"):
         raise HessoError(
             f"`optim` ({type(base).__name__}) updates weights in backward hooks, before HESSO can see the gradient; "
-            "use the variant that is not layer-wise"
+            "use one that does it in its step (of GaLore and APOLLO the variant that isn't layer-wise)"
         )

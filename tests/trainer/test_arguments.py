@@ -309,6 +309,28 @@ def test_kernels_that_nothing_can_be_proved_with_are_refused_before_they_are_put
         run_of(HessoTrainer, tmp_path, {"use_liger_kernel": True}, PRUNED)
 
 
+class InBackward(torch.optim.Optimizer):
+    """Trains the whole model while gradients come, and has no step."""
+
+    def __init__(self, model: torch.nn.Module, lr: float = 1e-3) -> None:
+        super().__init__(model.parameters(), {"lr": lr})
+
+
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_acts_in_backward_hooks_is_refused_before_anything_is_measured(
+    optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = types.ModuleType("lomo_optim")
+    vars(package).update({name: type(name, (InBackward,), {}) for name in ("Lomo", "AdaLomo")})  # as Transformers asks
+    monkeypatch.setitem(sys.modules, "lomo_optim", package)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_lomo_available", lambda: True)
+    target = {"optim_target_modules": ["mlp"]} if "galore" in optim else {}
+    run = run_of(HessoTrainer, tmp_path, {"optim": optim, **target}, PRUNED)
+    monkeypatch.setattr(run.hesso_run, "new_process", lambda: pytest.fail("it measures first"))
+    with pytest.raises(HessoError, match=r"`optim` \((Lomo|AdaLomo|LayerWiseDummyOptimizer)\) .* in backward hooks"):
+        run.train()
+
+
 def test_a_checkpoint_before_there_is_an_optimizer_says_what_to_do(tmp_path: Path) -> None:
     run = run_of(HessoTrainer, tmp_path, {}, PRUNED)
     with pytest.raises(HessoError, match=r"call `train\(\)`, or, .*`create_optimizer_and_scheduler\("):
