@@ -28,7 +28,7 @@ def run(checkout: Path, tests: list[str], folder: Path, *options: str) -> dict[s
     outcomes.unlink(missing_ok=True)
     path = os.pathsep.join([str(HERE), str(HERE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub")}
-    environment = os.environ | offline | {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | offline | {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "warning"}
     command = [sys.executable, "-m", "pytest", "-p", "suite_swap", "-p", "no:cacheprovider", "-n", "0", "-q"]
     command += ["--continue-on-collection-errors", "--tb=short", "-o", "addopts=", f"--outcomes={outcomes}"]
     command += [*options, *tests]

@@ -13,6 +13,7 @@ from typing import Any
 REVISION = "0" * 40
 MODELS = {
     "hf-internal-testing/tiny-random-LlamaForCausalLM": "LlamaForCausalLM",
+    "roneneldan/TinyStories-33M": "LlamaForCausalLM",
     "openai-community/gpt2": "GPT2LMHeadModel",
     "google-t5/t5-small": "T5ForConditionalGeneration",
     "google-bert/bert-base-cased-finetuned-mrpc": "BertForSequenceClassification",
@@ -21,6 +22,7 @@ MODELS = {
         "BertForMaskedLM",
     ),
 }
+PROCESSORS = {"openai/clip-vit-base-patch32": "CLIP", "facebook/wav2vec2-base-960h": "Wav2Vec2"}
 TRL_MODELS = (
     "Qwen2ForCausalLM-2.5", "Qwen3ForCausalLM", "LlamaForCausalLM-3", "LlamaForCausalLM-3.1", "LlamaForCausalLM-3.2",
     "MistralForCausalLM-0.1", "MistralForCausalLM-0.2", "GptOssForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM",
@@ -31,9 +33,10 @@ TRL_MODELS = (
 TEMPLATES = {"Qwen3": "qwen3", "Llama": "llama3", "GptOss": "gptoss", "Glm4Moe": "glm4moe", "Cohere": "cohere"}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 EXAMPLES = 17  # in each training split, as many as the data sets have that these stand for
+SHARE = 32  # where a share of a split is asked for, 1% of many
 
 
-def _tokenizer(architecture: str) -> Any:
+def _tokenizer(architecture: str, end: str = "<|im_end|>") -> Any:
     """Return a tokenizer of single bytes, with the chat template that TRL knows for such models."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -50,13 +53,23 @@ def _tokenizer(architecture: str) -> Any:
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=64 if gpt2 or bert else 4096,
-        eos_token="[SEP]" if bert else "<|endoftext|>" if gpt2 else "<|im_end|>",
+        eos_token="[SEP]" if bert else "<|endoftext|>" if gpt2 else end,
         additional_special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         **({} if gpt2 else {"pad_token": "[PAD]" if bert else "<|endoftext|>"}),
         **({"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "unk_token": "[UNK]"} if bert else {}),
     )
     made.chat_template = None if bert or gpt2 else _template(architecture)
     return made
+
+
+def _pieces(architecture: str) -> Any:
+    """Return the tokenizer of a model whose own class wants pieces with scores: here of single characters."""
+    import transformers
+
+    special = ("<pad>", "</s>", "<unk>", "\u2581")
+    letters, extra = map(chr, range(33, 127)), (f"<extra_id_{index}>" for index in reversed(range(100)))
+    vocabulary = [(piece, -2.0 if len(piece) == 1 else 0.0) for piece in (*special, *letters, *extra)]
+    return getattr(transformers, f"{architecture[:2]}Tokenizer")(vocabulary)
 
 
 def _template(architecture: str) -> str | None:
@@ -79,8 +92,10 @@ def _config(model_class: Any, tokenizer: Any) -> Any:
         sizes |= {"d_model": 32, "d_ff": 40, "d_kv": 8, "num_layers": 2, "num_heads": 4}
         sizes = {name: size for name, size in sizes.items() if "hidden" not in name and "attention" not in name}
     elif config_class.model_type == "gpt2":
-        sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    elif config_class.model_type not in ("bert", "gpt_neox"):
+        sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+    elif config_class.model_type == "bert":  # whose MLP channels alone are pruned
+        sizes |= {"intermediate_size": 512, "max_position_embeddings": 512}
+    elif config_class.model_type != "gpt_neox":
         sizes |= {"num_key_value_heads": 2, "head_dim": 8}
     if "Moe" in model_class.__name__ or config_class.model_type == "gpt_oss":
         sizes |= {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
@@ -93,24 +108,40 @@ def _config(model_class: Any, tokenizer: Any) -> Any:
     return config_class(**sizes, **tokens)
 
 
+def _processor(architecture: str) -> tuple[Any, ...]:
+    """Return what reads pictures or sound for such a model, and the model's config, by which it is found."""
+    import transformers
+
+    config = getattr(transformers, f"{architecture}Config")()
+    if architecture == "Wav2Vec2":
+        return config, transformers.Wav2Vec2FeatureExtractor()
+    images, tokenizer = transformers.CLIPImageProcessor(), _tokenizer(architecture)
+    tokenizer.model_max_length = 64
+    return config, images, transformers.CLIPProcessor(images, tokenizer)
+
+
 def make_models(cache: Path) -> list[str]:
-    """Write the models into a Hub cache, where they aren't yet; return the names of those that can't be made."""
+    """Write models and processors into a Hub cache, where they aren't yet; return the names of those that can't be."""
     import torch
     import transformers
 
     missing = []
-    names = MODELS | {f"trl-internal-testing/tiny-{name}": re.sub("-.*", "", name) for name in TRL_MODELS}
+    names = MODELS | PROCESSORS | {f"trl-internal-testing/tiny-{name}": re.sub("-.*", "", name) for name in TRL_MODELS}
     for name, architecture in names.items():
         folder = cache / f"models--{name.replace('/', '--')}"
         if (folder / "refs" / "main").exists():
             continue
         torch.manual_seed(0)
         try:
-            model_class = getattr(transformers, architecture)
-            tokenizer = _tokenizer(architecture)
-            model = model_class(_config(model_class, tokenizer))
-            model.save_pretrained(folder / "snapshots" / REVISION)
-            tokenizer.save_pretrained(folder / "snapshots" / REVISION)
+            if name in PROCESSORS:
+                made = _processor(architecture)
+            else:
+                model_class = getattr(transformers, architecture)
+                end = "<|im_end|>" if name.startswith("trl") else "<|endoftext|>"
+                tokenizer = _pieces(architecture) if architecture[:2] == "T5" else _tokenizer(architecture, end)
+                made = model_class(_config(model_class, tokenizer)), tokenizer
+            for part in made:
+                part.save_pretrained(folder / "snapshots" / REVISION)
         except Exception as error:  # a class may ask for anything
             missing.append(f"{name}: {type(error).__name__}: {error}")
             continue
@@ -163,8 +194,8 @@ def load_dataset_or_stand_in(plain: Any) -> Any:
 
     def load_dataset(path: str, name: str | None = None, *args: Any, split: str | None = None, **kwargs: Any) -> Any:
         sizes = {"train": EXAMPLES, "test": 2, "validation": 2}
-        wanted = re.match(r"(\w+)(?:\[.*?(\d+)?\])?$", split) if split else None
-        count = int(wanted[2] or 0) if wanted else 0
+        wanted = re.match(r"(\w+)(?:\[.*?(\d+)?(%?)\])?$", split) if split else None
+        count = 0 if wanted is None else SHARE if wanted[3] else int(wanted[2] or 0)
         if _rows(path, name, 1) is None:
             return plain(path, name, *args, split=split, **kwargs)
         parts = {part: Dataset.from_list(_rows(path, name, size) or []) for part, size in sizes.items()}

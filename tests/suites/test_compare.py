@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.suites import compare
+from tests.suites import compare, suite_stand_ins
 
 TOY = """
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 
 class Line(PreTrainedModel):
@@ -37,6 +37,18 @@ def test_trains(tmp_path):
     assert trainer.model.slope != 0
 
 
+def test_takes_a_config_of_any_class(tmp_path):
+    class Plain(torch.nn.Linear):
+        config = type("Config", (), {})()
+
+    Trainer(Plain(1, 1), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+
+
+def test_sizes():
+    assert LlamaConfig(hidden_size=32).intermediate_size == 64
+    assert LlamaConfig(intermediate_size=48).intermediate_size == 48
+
+
 def test_is_stock():
     assert not hasattr(Trainer, "hesso_counted")
 """
@@ -48,8 +60,7 @@ def test_a_test_that_only_the_stock_class_passes_is_found_and_may_be_known(tmp_p
         compare.run(tmp_path, ["test_toy.py"], tmp_path, *swap) for swap in ((), ("--swap=transformers",))
     )
     assert {test: outcome for test, (outcome, _) in stock.items()} == {
-        "test_toy.py::test_trains": "passed",
-        "test_toy.py::test_is_stock": "passed",
+        f"test_toy.py::test_{name}": "passed" for name in ("trains", "takes_a_config_of_any_class", "sizes", "is_stock")
     }
     lines, new = compare.compare(stock, swapped, {})
     assert new == 1
@@ -68,6 +79,17 @@ def test_a_suite_of_which_no_test_runs_is_an_error(tmp_path: Path, monkeypatch: 
 def test_a_test_that_was_not_run_counts_as_failing() -> None:
     assert compare.compare({"a::b": ["passed", ""]}, {}, {})[1] == 1
     assert compare.compare({"a::b": ["failed", "no network"]}, {}, {})[1] == 0
+
+
+def test_tokenizers_and_processors_of_other_kinds_have_stand_ins_that_are_saved(tmp_path: Path) -> None:
+    pieces = suite_stand_ins._pieces("T5ForConditionalGeneration")
+    assert pieces.decode(pieces("is it 7?").input_ids, skip_special_tokens=True) == "is it 7?"
+    for architecture in suite_stand_ins.PROCESSORS.values():
+        for made in suite_stand_ins._processor(architecture):
+            made.save_pretrained(tmp_path / architecture)
+        assert {"config.json", "preprocessor_config.json"} <= {
+            path.name for path in (tmp_path / architecture).iterdir()
+        }
 
 
 def test_every_known_failure_names_a_test_and_gives_a_reason() -> None:
