@@ -646,6 +646,23 @@ def _marked(losses: dict[str, float], best: dict[str, float]) -> str:
     return " / ".join(f"**{loss:.3f}**" if loss == best.get(side) else f"{loss:.3f}" for side, loss in losses.items())
 
 
+def known(result: dict[str, Any]) -> str:
+    """By how much the loss of models on texts lies above what they expect."""
+    rows = []
+    for run in result["runs"]:
+        other = "documentation", "WikiText-2"
+        if run["text"] == "stories":
+            other = "stories", "Shakespeare's plays"
+        for text, parts in ((f"{other[0]}, trained on", "train"), (f"{other[0]}, held out", "in"), (other[1], "out")):
+            found = run[parts]
+            rows.append([
+                QUALITY_MODELS.get(run["model"], run["model"]), text, f"{found['loss']:.2f}",
+                f"{found['surprise']:+.2f}", "yes" if found["surprise"] <= result["known"] else "no",
+            ])  # fmt: skip
+    note = f"Nats per token, on {result['tokens']:,} tokens each; at most {result['known']} above counts as known."
+    return _table(["model", "text", "loss", "above what it expects", "known"], rows) + "\n\n" + _wrap(note)
+
+
 # name of the table: JSON file, command that makes it, what renders it
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "peers": ("quality.json", "make bench", peers),
@@ -663,6 +680,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "quality": ("quality.json", "python benchmarks/quality.py", quality),
     "zero_shot": ("zero_shot.json", "python benchmarks/zero_shot.py", zero_shot),
     "quantised": ("quantised.json", "python benchmarks/quantised.py", quantised),
+    "known": ("known.json", "python benchmarks/known.py", known),
     "replay": ("replay.json", "python benchmarks/replay.py", replay),
     "basis": ("basis.json", "python benchmarks/basis.py", basis),
     "compaction": ("compaction.json", "python benchmarks/compaction.py", compaction),

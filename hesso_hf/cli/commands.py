@@ -100,8 +100,8 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
         "--cric", nargs="?", choices=["cpu", "device"], const="cpu", help="with CRIC's snapshot kept there"
     )
     parser.add_argument(
-        "--distillation", action=argparse.BooleanOptionalAction, default=True,
-        help="on the data too, as by default where the original model knows them",
+        "--distillation", action=argparse.BooleanOptionalAction,
+        help="on the data too, as where there is replay and the original model knows them (default: with replay)",
     )  # fmt: skip
     parser.add_argument("--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens; 0 for none")
     parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
@@ -115,9 +115,10 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
 
 def plan(arguments: argparse.Namespace) -> None:
     """Estimate every engine, and print tables or JSON."""
+    taught = arguments.replay_share > 0 if arguments.distillation is None else arguments.distillation
     workload = Workload(
         arguments.batch_size, arguments.sequence_length, arguments.gradient_checkpointing, arguments.dtype,
-        arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", arguments.distillation,
+        arguments.optimizer, arguments.gradient_accumulation, arguments.cric or "none", taught,
         arguments.lora_rank, arguments.replay_share, arguments.healing != "off", arguments.healing_tokens,
     )  # fmt: skip
     for name in ("gpus", "gpu_memory", "gpus_per_node", "host_memory"):

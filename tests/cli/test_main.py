@@ -404,6 +404,7 @@ def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert abs(sum(engine["parts"].values()) - engine["peak_bytes"]) < 10
         assert engine["parts"]["teacher"] > 0, "a run has replay by default"
     assert found["workload"]["healing"]
+    assert found["workload"]["distillation"], "where the model knows the data it teaches them by default"
     assert found["pace"] == {"tokens": 1e9, "device_tflops": 989.0, "utilisation": 0.4}
     pace = ["--tokens", "2e9", "--device-tflops", "494.5", "--healing", "off"]
     assert main(["plan", str(bundled_model_path()), *flags, *pace, "--json"]) == 0

@@ -588,3 +588,24 @@ def test_every_part_of_gpu_works_in_a_dry_run(tmp_path: Path, monkeypatch: pytes
     assert "CRIC's probe" in parts["trainer_cric_probe"]["steps"]
     for name in ("full_determinism", "plain_determinism"):  # on a CPU both are
         assert (parts[name]["two runs differ by"], parts[name]["resumed differs by"]) == (0.0, 0.0)
+
+
+def test_what_a_model_wrote_it_knows_and_other_text_it_does_not(tmp_path: Path) -> None:
+    import known
+    import torch
+    from datasets import Dataset
+
+    from hesso_hf.trainer.teacher import Teacher
+
+    model = tiny_llama(3).eval()
+    model.lm_head.weight.data.mul_(10)
+    torch.manual_seed(5)
+    ids = torch.randint(3, model.config.vocab_size, (300, 1))
+    written = model.generate(ids, do_sample=True, max_new_tokens=24, min_new_tokens=24)
+    other = torch.randint(3, model.config.vocab_size, written.shape)
+    texts = [Dataset.from_dict({"input_ids": rows.tolist()}) for rows in (written, other)]
+    teacher = Teacher(model)
+    found = [known.measured(teacher, blocks) for blocks in texts]
+    assert found[0]["surprise"] <= known.KNOWN < found[1]["surprise"]
+    assert len(known.batches(texts[0], 10)) == 300, "fewer than KNOWN_TOKENS: all of it"
+    assert len(known.batches(texts[0], 25)) == -(-known.KNOWN_TOKENS // 25)
