@@ -58,6 +58,10 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, without replay": {"replay_share": 0.0},
     "hesso, without distillation": {"distillation_alpha": 0.0},
     "hesso, distillation": {"distillation_alpha": 0.9},  # whatever the teacher knows
+    "hesso, half distillation": {"distillation_alpha": 0.5},
+    "hesso, the teacher alone": {"distillation_alpha": 1.0},
+    "hesso, half the replay": {"replay_share": 0.125},
+    "hesso, a slow cut": {"warmup_steps": 0.05, "pruning_steps": 0.3},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     ALIKE: {},
     HALF: {},
