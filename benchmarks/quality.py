@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -36,6 +37,7 @@ from hesso_hf.export.report import versions
 from hesso_hf.pruning import fisher
 from hesso_hf.pruning.fisher import OutputFisher
 from hesso_hf.pruning.healing import HEALING_TOKENS, Healer
+from hesso_hf.trainer import distillation
 from hesso_hf.trainer.measure import Measurer
 from hesso_hf.trainer.replay import ReplaySizes, share_of
 
@@ -48,6 +50,7 @@ ALONE: dict[str, Any] = {
 }  # fmt: skip
 # For these there is no option: they are of no use but to be compared with.
 ALIKE = "hesso, all errors alike"  # not by how much the model minds them
+ANYHOW = "hesso, distillation"  # while the teacher is ahead, whatever it knows
 HALF = "hesso, errors half alike"  # half of what counts is the same for all tokens and outputs
 HESSO: dict[str, dict[str, Any]] = {
     "hesso": {},  # the defaults
@@ -57,7 +60,7 @@ HESSO: dict[str, dict[str, Any]] = {
     "hesso, even split": {"calibration_examples": 0},
     "hesso, without replay": {"replay_share": 0.0},
     "hesso, without distillation": {"distillation_alpha": 0.0},
-    "hesso, distillation": {"distillation_alpha": 0.9},  # whatever the teacher knows
+    ANYHOW: {},
     "hesso, half distillation": {"distillation_alpha": 0.5},
     "hesso, the teacher alone": {"distillation_alpha": 1.0},
     "hesso, half the replay": {"replay_share": 0.125},
@@ -191,6 +194,8 @@ def _changed(method: str) -> AbstractContextManager[Any]:
     """Have that be otherwise for which there is no option."""
     if method == ALIKE:
         return patch.object(Healer, "fisher", return_value=OutputFisher())
+    if method == ANYHOW:
+        return patch.object(distillation, "KNOWN", math.inf)
     return patch.object(fisher, "DAMPING", 1.0) if method == HALF else nullcontext()
 
 

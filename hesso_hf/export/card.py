@@ -14,7 +14,7 @@ from ..config.files import CARD_NAME, PAGE_NAME, PLOT_NAME, RECIPE_NAME, REPORT_
 from .page.measures import OF_THE_MACHINE
 from .page.quality import evaluated_on, evaluation_rows, measured_on, quality_rows
 from .page.served import loader_of, serving_commands, serving_note
-from .page.words import text_of
+from .page.words import taught_by, text_of
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ def card(report: Mapping[str, Any], picture: bool, page: bool) -> str:
         measured=_measured(report),
         checked=checked,
         tokens="" if tokens is None else _FEWER_TOKENS,
-        distilled=_DISTILLED.format(**distillation) if distillation and distillation["alpha"] else "",
+        distilled=_DISTILLED.format(**distillation) if distillation and taught_by(distillation) else "",
         replayed=_REPLAYED.format(**replay) if replay else "",
         zeros="" if compaction else " with its pruned units at zero",
         compacted=_COMPACTED.format(**compaction) if compaction else "",

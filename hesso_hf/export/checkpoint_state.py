@@ -227,13 +227,15 @@ _MOVED = (
     "stream_basis", "healing", "replay_share", "warmup_steps", "pruning_steps", "quality_examples", "compact",
     "distillation_alpha", "cric",
 )  # fmt: skip
+_DECIDED_FIRST = ("distillation_alpha", "cric")  # before a checkpoint is read: what was asked for is to be again
 
 
 def keep_defaults(saved: Mapping[str, Any], config: HessoConfig, folder: str) -> None:
     """Have a run go on with the defaults of its checkpoint's time, where it asks for nothing but today's."""
     for key in _MOVED:
         before = saved.get(key, _BEFORE[key])
-        if getattr(config, key) == HessoConfig.__dataclass_fields__[key].default != before:
+        asked = key in _DECIDED_FIRST and before != _BEFORE[key]
+        if getattr(config, key) == HessoConfig.__dataclass_fields__[key].default != before and not asked:
             logger.warning(f"{folder} was made with `{key}` = {before!r}, and the run goes on so")
             setattr(config, key, before)
 

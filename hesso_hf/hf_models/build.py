@@ -107,7 +107,12 @@ def loader_of(config: PretrainedConfig, trust_remote_code: bool) -> Any:
     if trust_remote_code and _own_loaders(config):
         import transformers
 
-        return getattr(transformers, own_loader_of(config))
+        name = own_loader_of(config)
+        if not hasattr(transformers, name):
+            raise HessoError(
+                f"the model's own code is for {name}, which Transformers {transformers.__version__} has not"
+            )
+        return getattr(transformers, name)
     return model_class_of(config)
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..distributed.collectives import mean_over_ranks
 from ..errors import CheckpointMismatchError, HessoError
 from .divergence import IGNORED, divergence, lead, num_targets, surprise
 from .measure import Measurer
+from .rows import tokens_of
 from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
@@ -102,9 +104,17 @@ def _check_batch(trainer: Trainer, config: HessoConfig, batch: Mapping[str, Any]
         )
 
 
+def _labels_of(batch: Mapping[str, Any]) -> Any:
+    return batch.get("shift_labels", batch.get("labels"))
+
+
+def _num_labels(batch: Mapping[str, Any]) -> int:
+    return int((_labels_of(batch) != IGNORED).sum())
+
+
 def _has_label_for_each(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch has a label for every token that the model reads, as far as its shapes tell."""
-    ids, labels = batch.get("input_ids"), batch.get("shift_labels", batch.get("labels"))
+    """Whether a batch has a label for every token that the model reads, by its shapes."""
+    ids, labels = batch.get("input_ids"), _labels_of(batch)
     return isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and ids.shape == labels.shape
 
 
@@ -131,24 +141,45 @@ class Distillation:
         self._alpha = AUTO_DISTILLATION_ALPHA if self.auto else float(config.distillation_alpha or 0.0)
         self._ahead, self._compared, self._impossible = not self.auto, -1, False
         self._surprise: float | None = None
+        self._learnt = False  # whether anything was, so far
         self._added: torch.Tensor | None = None  # what the last micro-batch's loss has of the teacher
         self._last: torch.Tensor | None = None  # its divergence
         self._scaled = True  # whether these are shares of an accumulated batch already
         self._noted = StepMean(trainer)
 
     def knows(self, measurer: Measurer) -> bool:
-        """Find out whether the teacher knows the user's data, where that decides and can be found out.
+        """Find out whether the base model knows the user's data, where that decides and can be found out.
 
-        It does where its loss on them is about what it expects, the entropy of what it predicts (`surprise`). All
-        processes call it.
+        It does where its loss on them is about what it expects, the entropy of what it predicts (`surprise`). A teacher
+        that was named needn't. All processes call it.
         """
-        if not self.auto or measurer.why_none():
+        if not self.auto or self._config.distill_from is not None or measurer.why_none():
             return True
-        examples = [batch for batch in measurer.tokens(KNOWN_TOKENS) if _has_label_for_each(batch)]
-        if not examples:  # which the first loss says
-            return True
+        examples = [batch for batch in self._examples(measurer) if _has_label_for_each(batch)]
+        if not examples:
+            self._say_without(f"{type(self._trainer).__name__}'s batches have no label for every token")
+            return False
+        if not any(map(_num_labels, examples)):
+            self._say_without(f"in {len(examples)} examples no token has a label")
+            return False
         self._surprise = surprise(self.teacher, ((batch, self._targets(batch)) for batch in examples))
         return self._surprise <= KNOWN
+
+    def _examples(self, measurer: Measurer) -> list[Any]:
+        """Take examples; more of them where few of their tokens are learnt."""
+        found = measurer.tokens(KNOWN_TOKENS)
+        read = sum(map(tokens_of, found))
+        learnt = sum(_num_labels(batch) for batch in found if _has_label_for_each(batch))
+        times = min(KNOWN_TOKENS / 4 / max(1, learnt), 16 * KNOWN_TOKENS / max(1, read))
+        return measurer.examples(math.ceil(times * len(found))) if times > 1 else found
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it turned out that the trainer's losses leave nothing to compare."""
+        return self._impossible
+
+    def _say_without(self, reason: str) -> None:
+        logger.warning(f"no distillation: {reason}; `distillation_alpha=0` says that this is meant")
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -176,7 +207,7 @@ class Distillation:
             result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         loss, outputs = result if return_outputs else (result, None)
         if self.auto and (reason := self._hindrance(batch, recorded)):
-            logger.warning(f"no distillation: {reason}; `distillation_alpha=0` says that this is meant")
+            self._say_without(reason)
             self._ahead, self._impossible = False, True
             return result
         targets = self._targets(batch)
@@ -189,7 +220,7 @@ class Distillation:
         summed = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)
         self._scaled, divisor = self._normalisation(targets, num_items)
         term = summed / divisor
-        mixed = (1 - self._alpha) * loss + self._alpha * term
+        mixed, self._learnt = (1 - self._alpha) * loss + self._alpha * term, True
         self._added, self._last = (mixed.detach() - loss.detach()).mean(), term.detach()
         return (mixed, outputs) if return_outputs else mixed
 
@@ -203,7 +234,9 @@ class Distillation:
 
     def _hindrance(self, batch: Mapping[str, Any], recorded: list[torch.Tensor]) -> str:
         """Return what stands against learning from a teacher that nobody asked for, "" where nothing does."""
-        name = type(self._trainer).__name__
+        name, labels = type(self._trainer).__name__, _labels_of(batch)
+        if isinstance(labels, torch.Tensor) and labels.dim() < 2:
+            return f"{name}'s batches have no label for every token"
         if not recorded:
             return f"{name}'s loss computes no logits, and a second forward and backward in every step is dear"
         try:
@@ -281,6 +314,7 @@ class Distillation:
                 "original model, the checkpoint's weights are loaded on resuming"
             )
         self._ahead, self._surprise = saved.get("ahead", True), saved.get("surprise")
+        self._learnt = saved.get("learnt", True)
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint and the report say about the teacher."""
@@ -289,6 +323,7 @@ class Distillation:
             "auto": self.auto,
             "ahead": self._ahead,
             "surprise": self._surprise,
+            "learnt": self._learnt,
             "temperature": self._config.distillation_temperature,
             "teacher": self.teacher.source,
             "dtype": str(self.teacher.model.dtype).removeprefix("torch."),

@@ -66,9 +66,9 @@ class Forecast:
         self._before_periods = 0.0  # seconds of pruning's own work
 
     def before(self) -> list[str]:
-        """Say what can be told of vocabulary, tokens, teacher, memory before the first step, and when time can be."""
+        """Say what can be told of the vocabulary, tokens and memory before the first step, and when time can be."""
         run = self._trainer.hesso_run
-        self._begun_at, lines = run.process.step, self._tokens() + self._teacher()
+        self._begun_at, lines = run.process.step, self._tokens()
         self._before_periods = self._trainer.hesso_optimizer.seconds
         if kept := run.kept_tokens:
             lines.insert(
@@ -111,6 +111,8 @@ class Forecast:
         if found is None:
             return []
         if not found["alpha"]:
+            if found["surprise"] is None:  # a warning said why
+                return []
             excess = f"its loss is {found['surprise']:.2f} nats per token above what it expects"
             where = "none" if teaching.replay is None else "on replay alone"
             return [f"teacher: {where}; {found['teacher']} doesn't know the data, {excess}"]
@@ -134,15 +136,17 @@ class Forecast:
         return [f"tokens: about {tokens:,} a step, {tokens * steps:,} in {counted(steps, 'step')}{replayed}"]
 
     def by_first_steps(self) -> list[str]:
-        """Say what the first steps tell of the time and memory of the whole run."""
+        """Say what the first steps tell of the teacher, and of the time and memory of the whole run."""
         device, process = self._trainer.args.device, self._trainer.hesso_run.process
         step, steps = self.pace.seconds or 0.0, process.schedule.total_steps
         own = self._seconds_of_periods(self._begun_at)
         judging = f", about {duration(own)} more to judge and heal" if own >= 0.5 else ""
         told = f"time: {step:.3g} s a step, {duration(step * steps)} in all{judging}, plus evaluations and saving"
         if device.type == "cuda":
-            return [told, f"memory: {shown(torch.cuda.max_memory_allocated(device))} at most on the GPU"]
-        return [told, f"memory: {shown(psutil.Process().memory_info().rss)} of main memory"]
+            memory = f"{shown(torch.cuda.max_memory_allocated(device))} at most on the GPU"
+        else:
+            memory = f"{shown(psutil.Process().memory_info().rss)} of main memory"
+        return [*self._teacher(), told, f"memory: {memory}"]
 
     def left(self, steps: int) -> str:
         """Return the time that the steps to come will take; "" where that can't be told yet."""

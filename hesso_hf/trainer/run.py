@@ -137,7 +137,8 @@ class PruningRun:
         self.measurer.check_examples(self.measurer.why_none())
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
-        if self.resume_from is None or self.resume_from.absolute() != self.base_folder:  # which only goes on then
+        base = self.base_folder
+        if self.resume_from is None or base is None or not self.resume_from.samefile(base):  # which only goes on then
             check_checkpoints_spare(self.base_folder, self._trainer.args, self._config.overwrite_base)
         process = self.process_on(self._settle())
         warn_where_saved(self, self._config.overwrite_base)

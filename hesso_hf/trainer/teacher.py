@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -81,6 +82,9 @@ class Teacher:
     ) -> None:
         self.model, self.source, self.fingerprint = model.eval().requires_grad_(False), source, fingerprint
         self.device, self._sharded = device or model.device, sharded
+        parameters = inspect.signature(type(model).forward).parameters
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+        self._accepted = None if takes_any else set(parameters)
         with attention_in_fp32(model):
             self._trunk = _separate_(model, self.device)
 
@@ -91,9 +95,18 @@ class Teacher:
         Which of them count isn't asked: the host would have to wait for the device to know how many. A model whose head
         can't be run alone computes the logits of a whole example at a time.
         """
-        inputs = {name: value for name, value in inputs.items() if name not in TARGETS} | {"use_cache": False}
+        inputs = {name: self._cast(value) for name, value in inputs.items() if self._reads(name)} | {"use_cache": False}
         yield from (self._rows_by_example if self._trunk is None else self._rows_by_chunk)(inputs)
         reshard(self.model)
+
+    def _reads(self, name: str) -> bool:
+        """Whether a part of a batch is for the model; the trainer's loss may take out others."""
+        return name not in TARGETS and (self._accepted is None or name in self._accepted)
+
+    def _cast(self, value: Any) -> Any:
+        """Bring images and the like into the teacher's dtype, which no autocast does."""
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(self.model.dtype) if floating else value
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:

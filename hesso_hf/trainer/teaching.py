@@ -113,7 +113,8 @@ class Teaching:
         return make_replay(self._trainer, base, self._config, sizes, self._tokenizer)
 
     def _learn_from(self, base: Teacher | None) -> None:
-        if base is not None and self.distillation is None and self._config.distillation_alpha == "auto":
+        wanted = self._config.distillation_alpha == "auto" and self._config.distill_from is None
+        if wanted and base is not None and self.distillation is None and self._unlearnt is None:
             self.distillation = Distillation(self._trainer, self._config, base)
 
     def go_on(self, saved: Mapping[str, Any], folder: str, judges: bool) -> None:
@@ -184,8 +185,12 @@ class Teaching:
         return (loss, *outputs) if return_outputs else loss
 
     def check_reached(self) -> None:
-        """After the first step: let teachers go that a subclass' own step or loss passes by; refuse those asked for."""
+        """After the first step: let teachers go that a subclass' own step or loss passes by; refuse those asked for.
+
+        A teacher goes too that nothing can be learnt from.
+        """
         no_replay, no_teacher = self._reached.passed_by(self.replay is not None, self.distillation)
+        no_teacher = no_teacher or (self.distillation is not None and self.distillation.impossible)
         if no_replay or no_teacher:
             self._base, self.replay = None, None if no_replay else self.replay
             self.distillation = None if no_teacher else self.distillation

@@ -19,6 +19,7 @@ from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.config.names import AUTO_DISTILLATION_ALPHA
 from hesso_hf.errors import CheckpointMismatchError, HessoError
+from hesso_hf.export.page.words import taught_by
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan
@@ -421,9 +422,10 @@ def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_ha
         run.train()
     assert "no distillation: Own's loss computes no logits" in caplog.text
     assert not logged(run, "hesso/distillation_loss")
-    batch = {name: torch.tensor(blocks()[:4][name]) for name in ("input_ids", "labels")}
-    del batch["labels"]
-    assert "no label for every token" in run.distillation._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
+    assert run.distillation is None, "what it took is free again"
+    batch = {"input_ids": torch.tensor(blocks()[:4]["input_ids"])}
+    new = automatic(tmp_path / "new", tmp_path / "teacher").distillation
+    assert "no label for every token" in new._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
 
 
 def knowing(model: PreTrainedModel, folder: Path, **changes: Any) -> HessoTrainer:
@@ -440,7 +442,7 @@ def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
     run = knowing(tiny_llama(), tmp_path / "known", data=said_by_the_dense_model())
     run.train()
     assert logged(run, "hesso/distillation_loss")
-    assert "teacher: the model before pruning, on the data too while it is ahead" in Forecast(run).before()
+    assert "teacher: the model before pruning, on the data too while it is ahead" in Forecast(run).by_first_steps()
     run.save_model(str(tmp_path / "small"))
     record = json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"]
     assert (record["auto"], record["alpha"]) == (True, AUTO_DISTILLATION_ALPHA)
@@ -456,9 +458,8 @@ def test_by_default_a_base_model_that_does_not_know_the_data_is_not_learnt_from(
     run.train()
     assert run.distillation is None
     assert not logged(run, "hesso/distillation_loss")
-    assert any(
-        line.startswith("teacher: none; the model before pruning doesn't know") for line in Forecast(run).before()
-    )
+    told = "teacher: none; the model before pruning doesn't know"
+    assert any(line.startswith(told) for line in Forecast(run).by_first_steps())
     run.save_model(str(tmp_path / "small"))
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
     assert report["distillation"]["alpha"] == 0.0
@@ -471,6 +472,97 @@ def test_by_default_a_base_model_that_does_not_know_the_data_is_not_learnt_from(
     assert again.distillation is None
     for (name, one), other in zip(run.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_by_default_a_teacher_that_is_never_ahead_is_not_said_to_have_taught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distillation, "lead", lambda *args: -1.0)
+    run = knowing(tiny_llama(), tmp_path / "out", data=said_by_the_dense_model())
+    run.train()
+    run.save_model(str(tmp_path / "small"))
+    assert json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"]["learnt"] is False
+    assert "learnt from" not in (tmp_path / "small" / "README.md").read_text()
+    assert "never predicted them better" in (tmp_path / "small" / "report.html").read_text()
+
+
+class OneLabel:
+    """Batches with one label an example."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": ids[:, -1]}
+
+
+def last_logits(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss on the last token."""
+    return torch.nn.functional.cross_entropy(outputs.logits[:, -1], labels)
+
+
+@pytest.mark.parametrize("loader_of_its_own", [False, True])
+def test_by_default_labels_of_whole_examples_are_learnt_without_a_teacher(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, loader_of_its_own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if loader_of_its_own:  # what its batches are like is seen in the first step
+        monkeypatch.setattr(distillation.Distillation, "knows", lambda *args: True)
+    options = {"data_collator": OneLabel(), "compute_loss_func": last_logits}
+    with propagated(caplog):
+        run = knowing(tiny_llama(), tmp_path / "out", options=options)
+        run.train()
+    assert "no distillation: HessoTrainer's batches have no label for every token" in caplog.text
+    assert run.distillation is None
+    run.save_model(str(tmp_path / "small"))
+    assert not taught_by(json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"])
+
+
+def test_where_few_tokens_have_labels_more_examples_tell_what_the_teacher_knows(tmp_path: Path) -> None:
+    data = blocks(2000)
+    sparse = data.map(lambda row: {"labels": [-100] * (LENGTH - 1) + row["labels"][-1:]})
+    run = trainer(tmp_path, data=sparse)
+    teacher = distillation.Distillation(run, HessoConfig(pruning_ratio=0.5), Teacher(tiny_llama(2)))
+    found = teacher._examples(run.hesso_run.measurer)
+    assert len(found) >= distillation.KNOWN_TOKENS // 4
+    assert teacher.knows(run.hesso_run.measurer) == (teacher.record()["surprise"] <= distillation.KNOWN)
+    none = trainer(tmp_path, data=data.map(lambda row: {"labels": [-100] * LENGTH}))
+    assert not teacher.knows(none.hesso_run.measurer)
+
+
+def test_a_checkpoint_with_a_weight_of_its_own_asks_for_it_again(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA), **options).train()
+    asked = HessoConfig(**(hesso_config().to_dict() | {"distillation_alpha": "auto"}))
+    with pytest.raises(CheckpointMismatchError, match=r"was made with `distillation_alpha` = 0.75"):
+        trainer(tmp_path, config=asked, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+
+
+def test_a_checkpoint_from_before_goes_on_without_a_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer(tmp_path, config=hesso_config(distillation_alpha=0.0), **options).train()
+    asked = HessoConfig(**(hesso_config().to_dict() | {"distillation_alpha": "auto"}))
+    again = trainer(tmp_path, config=asked, **options)
+    with propagated(caplog):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert "was made with `distillation_alpha` = 0.0, and the run goes on so" in caplog.text
+    assert again.distillation is None
+
+
+def test_a_teacher_reads_what_its_forward_takes_in_its_own_dtype() -> None:
+    class Seeing(type(tiny_llama())):  # type: ignore[misc]
+        """Takes pixels, and nothing that it doesn't name."""
+
+        def forward(self, input_ids: Any = None, pixels: Any = None, use_cache: Any = None, **_: Any) -> Any:
+            assert pixels is None or pixels.dtype == self.dtype
+            return super().forward(input_ids=input_ids, use_cache=False)
+
+    class Strict(Seeing):
+        def forward(self, input_ids: Any = None, pixels: Any = None, use_cache: Any = None) -> Any:
+            return super().forward(input_ids=input_ids, pixels=pixels)
+
+    (ids,) = token_batches(1, shape=(2, 7))
+    for kind in (Seeing, Strict):
+        model = kind(tiny_llama().config).to(torch.bfloat16)
+        rows = list(Teacher(model).rows({"input_ids": ids, "pixels": torch.ones(2, 3), "weights": torch.ones(2)}))
+        assert sum(len(logits) for _, logits in rows) == ids.numel()
 
 
 def test_auto_has_no_teacher_where_none_is_at_hand(tmp_path: Path) -> None:

@@ -7,7 +7,19 @@ from collections.abc import Iterator, Sequence
 from .figures import chart, courses
 from .markup import Markup, table
 from .quality import evaluation_rows
-from .words import VERIFIED, Report, extent_of, logged, named, percent, scientific, sized, stored_bytes, text_of
+from .words import (
+    VERIFIED,
+    Report,
+    extent_of,
+    logged,
+    named,
+    percent,
+    scientific,
+    sized,
+    stored_bytes,
+    taught_by,
+    text_of,
+)
 
 
 def compared(models: Sequence[tuple[str, Report]]) -> Iterator[Markup]:
@@ -64,7 +76,7 @@ def _facts(report: Report) -> dict[str, str]:
         "saliency": ", ".join(map(named, report.get("saliency") or {})),
         **{named(name): config.get(name) for name in ("stream_basis", "healing", "layer_widths")},
         "CRIC": extent_of(report["cric"]) if report.get("cric") else None,
-        "teacher": teacher.get("teacher") if teacher.get("alpha") else None,
+        "teacher": teacher["teacher"] if taught_by(teacher) else None,
         "replay": percent(report["replay"]["share"]) if report.get("replay") else None,
         **{f"{logged(key)}, {when}": f"{found[when]['loss']:.4f}"
            for key, found in (report.get("quality") or {}).items() for when in ("before", "after") if when in found},

@@ -139,10 +139,11 @@ def _teacher(teacher: Mapping[str, Any] | None) -> str:
     if not teacher:
         return "None."
     if not teacher["alpha"]:
-        return (
-            f"None on the training data: {teacher['teacher']} doesn't know them. Its loss there is "
-            f"{teacher['surprise']:.2f} nats per token above what it expects."
-        )
+        excess = teacher["surprise"]
+        told = "" if excess is None else f" Its loss there is {excess:.2f} nats per token above what it expects."
+        return f"None on the training data: {teacher['teacher']} doesn't know them, or can't be compared.{told}"
+    if not teacher.get("learnt", True):
+        return f"None on the training data: {teacher['teacher']} never predicted them better."
     ahead = ", while that predicted the training data better" if teacher.get("auto") else ""
     return (
         f"It learnt from {teacher['teacher']} as well{ahead} (weight {teacher['alpha']:g}, "

@@ -70,6 +70,11 @@ def extent_of(cric: Mapping[str, Any]) -> str:
     return f"{cric['cycles']:,} cycles, {cric['samples']:,} samples"
 
 
+def taught_by(teacher: Mapping[str, Any] | None) -> bool:
+    """Whether anything was learnt from a teacher on the training data; of earlier reports, whether there was one."""
+    return bool(teacher and teacher["alpha"] and teacher.get("learnt", True))
+
+
 def tried_in(cric: Mapping[str, Any]) -> dict[str, Any]:
     """Return what CRIC found of each structure that it had candidates of: of what stays whole it looked at none."""
     return {name: found for name, found in cric["structures"].items() if found["first"] or any(found["violating"])}
