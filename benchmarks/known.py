@@ -21,8 +21,8 @@ from texts import SETTINGS, SMALL, STORIES, Data, find_model, load_data, name_of
 from transformers import AutoModelForCausalLM
 
 from hesso_hf.export.report import versions
-from hesso_hf.trainer.distillation import KNOWN, KNOWN_TOKENS
 from hesso_hf.trainer.divergence import IGNORED, surprise
+from hesso_hf.trainer.knowledge import KNOWN, KNOWN_TOKENS
 from hesso_hf.trainer.teacher import Teacher
 
 RESULTS = Path(__file__).parent / "results" / "known.json"

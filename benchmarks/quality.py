@@ -37,7 +37,7 @@ from hesso_hf.export.report import versions
 from hesso_hf.pruning import fisher
 from hesso_hf.pruning.fisher import OutputFisher
 from hesso_hf.pruning.healing import HEALING_TOKENS, Healer
-from hesso_hf.trainer import distillation
+from hesso_hf.trainer import knowledge
 from hesso_hf.trainer.measure import Measurer
 from hesso_hf.trainer.replay import ReplaySizes, share_of
 
@@ -195,7 +195,7 @@ def _changed(method: str) -> AbstractContextManager[Any]:
     if method == ALIKE:
         return patch.object(Healer, "fisher", return_value=OutputFisher())
     if method == ANYHOW:
-        return patch.object(distillation, "KNOWN", math.inf)
+        return patch.object(knowledge, "KNOWN", math.inf)
     return patch.object(fisher, "DAMPING", 1.0) if method == HALF else nullcontext()
 
 

@@ -95,12 +95,15 @@ def warn_where_saved(run: PruningRun, overwrite_base: bool) -> None:
     setattr(run.whole, "save_pretrained", guarded)  # noqa: B010 - not what a type checker takes for a method
 
 
-def check_checkpoints_spare(base: Path | None, training: TrainingArguments, asked: bool) -> None:
+def check_checkpoints_spare(
+    base: Path | None, training: TrainingArguments, asked: bool, resumed: Path | None = None
+) -> None:
     """Refuse to write checkpoints beside a base model that is one of them, which may replace it or let it go.
 
     Args:
         base: the folder that it was read from, None where that is no folder.
         asked: that it be replaced.
+        resumed: the checkpoint that the run goes on from, which may be the base.
 
     Raises:
         HessoError: naming the folder.
@@ -108,6 +111,8 @@ def check_checkpoints_spare(base: Path | None, training: TrainingArguments, aske
     output_dir = Path(training.output_dir or "")
     written = training.save_strategy != SaveStrategy.NO
     if base is None or asked or not written or not base.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+        return
+    if resumed is not None and resumed.samefile(base):
         return
     if output_dir.exists() and base.parent.exists() and base.parent.samefile(output_dir):
         raise HessoError(

@@ -7,7 +7,6 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,16 +19,14 @@ from ..config import HessoConfig
 from ..config.names import AUTO_DISTILLATION_ALPHA
 from ..distributed.collectives import mean_over_ranks
 from ..errors import CheckpointMismatchError, HessoError
-from .divergence import IGNORED, divergence, lead, num_targets, surprise
+from .divergence import divergence, lead, num_targets
+from .knowledge import NO_LABELS, knowledge_of, labels_of, targets_of
 from .measure import Measurer
-from .rows import tokens_of
 from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
 
 STEPS_A_COMPARISON = 10  # for which it holds, with `distillation_alpha="auto"`
-KNOWN = 0.1  # nats per token: so little above what it expects is a teacher's loss on text that it knows
-KNOWN_TOKENS = 4096  # of the user's data, on which that is measured
 
 
 @contextlib.contextmanager
@@ -104,18 +101,8 @@ def _check_batch(trainer: Trainer, config: HessoConfig, batch: Mapping[str, Any]
         )
 
 
-def _labels_of(batch: Mapping[str, Any]) -> Any:
-    return batch.get("shift_labels", batch.get("labels"))
-
-
-def _num_labels(batch: Mapping[str, Any]) -> int:
-    return int((_labels_of(batch) != IGNORED).sum())
-
-
-def _has_label_for_each(batch: Mapping[str, Any]) -> bool:
-    """Whether a batch has a label for every token that the model reads, by its shapes."""
-    ids, labels = batch.get("input_ids"), _labels_of(batch)
-    return isinstance(ids, torch.Tensor) and isinstance(labels, torch.Tensor) and ids.shape == labels.shape
+def _say_without(reason: str) -> None:
+    logger.warning(f"no distillation: {reason}; `distillation_alpha=0` says that this is meant")
 
 
 class Distillation:
@@ -150,36 +137,20 @@ class Distillation:
     def knows(self, measurer: Measurer) -> bool:
         """Find out whether the base model knows the user's data, where that decides and can be found out.
 
-        It does where its loss on them is about what it expects, the entropy of what it predicts (`surprise`). A teacher
-        that was named needn't. All processes call it.
+        A teacher that was named needn't. All processes call it.
         """
         if not self.auto or self._config.distill_from is not None or measurer.why_none():
             return True
-        examples = [batch for batch in self._examples(measurer) if _has_label_for_each(batch)]
-        if not examples:
-            self._say_without(f"{type(self._trainer).__name__}'s batches have no label for every token")
-            return False
-        if not any(map(_num_labels, examples)):
-            self._say_without(f"in {len(examples)} examples no token has a label")
-            return False
-        self._surprise = surprise(self.teacher, ((batch, self._targets(batch)) for batch in examples))
-        return self._surprise <= KNOWN
-
-    def _examples(self, measurer: Measurer) -> list[Any]:
-        """Take examples; more of them where few of their tokens are learnt."""
-        found = measurer.tokens(KNOWN_TOKENS)
-        read = sum(map(tokens_of, found))
-        learnt = sum(_num_labels(batch) for batch in found if _has_label_for_each(batch))
-        times = min(KNOWN_TOKENS / 4 / max(1, learnt), 16 * KNOWN_TOKENS / max(1, read))
-        return measurer.examples(math.ceil(times * len(found))) if times > 1 else found
+        found = knowledge_of(self._trainer, self.teacher, measurer)
+        if found.hindrance:
+            _say_without(found.hindrance)
+        self._surprise = found.surprise
+        return found.is_known
 
     @property
     def impossible(self) -> bool:
         """Whether it turned out that the trainer's losses leave nothing to compare."""
         return self._impossible
-
-    def _say_without(self, reason: str) -> None:
-        logger.warning(f"no distillation: {reason}; `distillation_alpha=0` says that this is meant")
 
     # -- the loss -------------------------------------------------------------------------------------------------
 
@@ -207,7 +178,7 @@ class Distillation:
             result: Any = plain(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items)
         loss, outputs = result if return_outputs else (result, None)
         if self.auto and (reason := self._hindrance(batch, recorded)):
-            self._say_without(reason)
+            _say_without(reason)
             self._ahead, self._impossible = False, True
             return result
         targets = self._targets(batch)
@@ -234,26 +205,21 @@ class Distillation:
 
     def _hindrance(self, batch: Mapping[str, Any], recorded: list[torch.Tensor]) -> str:
         """Return what stands against learning from a teacher that nobody asked for, "" where nothing does."""
-        name, labels = type(self._trainer).__name__, _labels_of(batch)
+        name, labels = type(self._trainer).__name__, labels_of(batch)
         if isinstance(labels, torch.Tensor) and labels.dim() < 2:
-            return f"{name}'s batches have no label for every token"
+            return NO_LABELS.format(name)
         if not recorded:
             return f"{name}'s loss computes no logits, and a second forward and backward in every step is dear"
         try:
             self._check_shapes(recorded[-1], self._targets(batch))
         except HessoError:
-            return f"{name}'s batches have no label for every token"
+            return NO_LABELS.format(name)
         return ""
 
     def _targets(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Return for each position (B, T) the token to be predicted there, or -100."""
         _check_batch(self._trainer, self._config, batch)
-        if isinstance(batch.get("shift_labels"), torch.Tensor):
-            return batch["shift_labels"]
-        labels = batch["labels"]
-        if not self._trainer._loss_shifts_labels:
-            return labels
-        return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        return targets_of(self._trainer, batch)
 
     def _check_shapes(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
         if logits.shape[:-1] != targets.shape:

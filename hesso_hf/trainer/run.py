@@ -137,9 +137,7 @@ class PruningRun:
         self.measurer.check_examples(self.measurer.why_none())
         if self.plan.model is not self.model:  # `model_init` made a new one
             self.plan = _prepared(self._trainer, self.whole, self._config)
-        base = self.base_folder
-        if self.resume_from is None or base is None or not self.resume_from.samefile(base):  # which only goes on then
-            check_checkpoints_spare(self.base_folder, self._trainer.args, self._config.overwrite_base)
+        check_checkpoints_spare(self.base_folder, self._trainer.args, self._config.overwrite_base, self.resume_from)
         process = self.process_on(self._settle())
         warn_where_saved(self, self._config.overwrite_base)
         if self._config.prune_vocabulary:

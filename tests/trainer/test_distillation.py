@@ -23,7 +23,7 @@ from hesso_hf.export.page.words import taught_by
 from hesso_hf.hf_models.tiny_model import random_model
 from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.plan import PruningPlan
-from hesso_hf.trainer import distillation
+from hesso_hf.trainer import distillation, knowledge
 from hesso_hf.trainer import teacher as teachers
 from hesso_hf.trainer.divergence import divergence, lead, num_targets, surprise
 from hesso_hf.trainer.forecast import Forecast
@@ -352,7 +352,7 @@ def test_a_text_as_a_model_writes_it_is_no_surprise() -> None:
         surprise(teacher, [({"input_ids": ids}, torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100))])
         for ids in (written, torch.randint(3, VOCAB, written.shape))
     )
-    assert abs(known) < distillation.KNOWN < unknown, "about 10,000 tokens"
+    assert abs(known) < knowledge.KNOWN < unknown, "about 10,000 tokens"
 
 
 def automatic(folder: Path, teacher: Path, **changes: Any) -> HessoTrainer:
@@ -363,7 +363,7 @@ def automatic(folder: Path, teacher: Path, **changes: Any) -> HessoTrainer:
 def scripted(monkeypatch: pytest.MonkeyPatch, leads: list[float]) -> list[float]:
     """Have a teacher that knows the data lead by so much at every comparison; return those that are left."""
     left = list(leads)
-    monkeypatch.setattr(distillation, "KNOWN", math.inf)
+    monkeypatch.setattr(knowledge, "KNOWN", math.inf)
     monkeypatch.setattr(distillation, "lead", lambda *args: left.pop(0))
     monkeypatch.setattr(distillation, "STEPS_A_COMPARISON", 4)
     return left
@@ -415,7 +415,7 @@ def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_ha
     class Own(HessoMixin, _OwnLoss):
         pass
 
-    monkeypatch.setattr(distillation, "KNOWN", math.inf)
+    monkeypatch.setattr(knowledge, "KNOWN", math.inf)
     tiny_llama(5).save_pretrained(tmp_path / "teacher")
     with propagated(caplog):
         run = automatic(tmp_path / "own", tmp_path / "teacher", trainer_class=Own)
@@ -452,7 +452,7 @@ def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
 def test_by_default_a_base_model_that_does_not_know_the_data_is_not_learnt_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "KNOWN", -math.inf)
+    monkeypatch.setattr(knowledge, "KNOWN", -math.inf)
     options = {"save_strategy": "steps", "save_steps": 5}
     run = knowing(tiny_llama(), tmp_path / "out", **options)
     run.train()
@@ -520,9 +520,9 @@ def test_where_few_tokens_have_labels_more_examples_tell_what_the_teacher_knows(
     sparse = data.map(lambda row: {"labels": [-100] * (LENGTH - 1) + row["labels"][-1:]})
     run = trainer(tmp_path, data=sparse)
     teacher = distillation.Distillation(run, HessoConfig(pruning_ratio=0.5), Teacher(tiny_llama(2)))
-    found = teacher._examples(run.hesso_run.measurer)
-    assert len(found) >= distillation.KNOWN_TOKENS // 4
-    assert teacher.knows(run.hesso_run.measurer) == (teacher.record()["surprise"] <= distillation.KNOWN)
+    found = knowledge._examples(run.hesso_run.measurer)
+    assert len(found) >= knowledge.KNOWN_TOKENS // 4
+    assert teacher.knows(run.hesso_run.measurer) == (teacher.record()["surprise"] <= knowledge.KNOWN)
     none = trainer(tmp_path, data=data.map(lambda row: {"labels": [-100] * LENGTH}))
     assert not teacher.knows(none.hesso_run.measurer)
 

@@ -28,7 +28,7 @@ from transformers import (
 from hesso_hf import HessoConfig, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.errors import CheckpointMismatchError, HessoError
-from hesso_hf.trainer import distillation, hub, replay, replay_text, teaching
+from hesso_hf.trainer import hub, knowledge, replay, replay_text, teaching
 from hesso_hf.trainer.replay import FEWEST, JUDGED_SHARE, MOST_WRITTEN, Replay, ReplaySizes, why_not
 from hesso_hf.trainer.replay_text import MARK, Script, load_windows, order, read_windows, save_windows, write_windows
 from hesso_hf.trainer.teacher import Teacher, frozen_copy
@@ -499,7 +499,7 @@ def test_the_base_model_teaches_the_users_data_too_while_it_knows_them(tmp_path:
 
 
 def test_the_base_model_teaches_where_a_run_is_too_short_for_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(distillation, "KNOWN", math.inf)
+    monkeypatch.setattr(knowledge, "KNOWN", math.inf)
     config, options = hesso_config(replay_share="auto", distillation_alpha="auto"), {"save_strategy": "steps"}
     runs = [trainer(tmp_path, base(), config=config, save_steps=5, **options) for _ in range(2)]
     runs[0].train()

@@ -70,7 +70,7 @@ def test_replay_that_nobody_asked_for_is_let_go_there_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hesso_hf.trainer.replay.MOST_WRITTEN", 1e9)  # in so short a run
-    monkeypatch.setattr("hesso_hf.trainer.distillation.KNOWN", math.inf)
+    monkeypatch.setattr("hesso_hf.trainer.knowledge.KNOWN", math.inf)
     run = trainer(tmp_path, trainer_class=OwnLoss, config=HessoConfig(**SHORT), max_steps=8)
     with propagated(caplog):
         run.train()
