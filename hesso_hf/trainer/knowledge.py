@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..hf_models.tiny_model import attention_in_fp32
 from .divergence import IGNORED, surprise
 from .measure import Measurer
 from .rows import tokens_of
@@ -48,7 +49,8 @@ def knowledge_of(trainer: Trainer, teacher: Teacher, measurer: Measurer) -> Know
         return Knowledge(hindrance=NO_LABELS.format(type(trainer).__name__))
     if not any(map(_num_labels, examples)):
         return Knowledge(hindrance=f"in {len(examples)} examples no token has a label")
-    return Knowledge(surprise(teacher, ((batch, targets_of(trainer, batch)) for batch in examples)))
+    with attention_in_fp32(teacher.model):  # there is no autocast here
+        return Knowledge(surprise(teacher, ((batch, targets_of(trainer, batch)) for batch in examples)))
 
 
 def targets_of(trainer: Trainer, batch: Mapping[str, Any]) -> torch.Tensor:
