@@ -10,6 +10,7 @@ peft: {r: 16, target_modules: all-linear}                   # LoraConfig; withou
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from .examples import TEXT_COLUMN
 
 if TYPE_CHECKING:
     from transformers import HfArgumentParser, TrainingArguments
+
+SLIP = 0.9  # as alike as a key is to the one that was meant, where only a letter is wrong
 
 PREFIX = "hesso_"
 
@@ -262,7 +265,9 @@ def _check_keys(values: Mapping[str, Any], owner: type, where: str, *sections: s
     known = [*(item.name for item in dataclasses.fields(owner)), *sections]
     for key in values:
         if key not in known:
-            raise HessoError(f"unknown key `{key}` in {where}{_place_of(key) or nearest_name(str(key), known)}")
+            slip = difflib.get_close_matches(str(key), known, 1, SLIP)  # needs no look at what takes seconds to import
+            place = "" if slip else _place_of(key)
+            raise HessoError(f"unknown key `{key}` in {where}{place or nearest_name(str(key), known)}")
 
 
 def _place_of(key: str) -> str:

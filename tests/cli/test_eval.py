@@ -165,6 +165,7 @@ def test_a_line_on_stderr_says_which_stage_runs(
     said = [line.removeprefix("hesso-hf: ") for line in printed.err.splitlines() if line.startswith("hesso-hf: ")]
     assert said == [
         "reading text.jsonl",
+        "fetching tasks lambada",
         "loading bundled, small",
         "speed of reading, the models in turn, alone and 3 at once",
         "speed of writing 2 tokens, the same way",
