@@ -26,6 +26,7 @@ from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
 
+TIE = 1e-3  # nats per token: before pruning both are the same model but for rounding, which decides nothing
 STEPS_A_COMPARISON = 10  # for which it holds, with `distillation_alpha="auto"`
 
 
@@ -185,7 +186,7 @@ class Distillation:
         logits = recorded[-1] if recorded else self._second_forward(model, batch)
         self._check_shapes(logits, targets)
         if compares:
-            self._ahead = lead(self.teacher, batch, logits, targets) > 0
+            self._ahead = lead(self.teacher, batch, logits, targets) > TIE
             if not self._ahead:
                 return result
         summed = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)

@@ -428,6 +428,33 @@ def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_ha
     assert "no label for every token" in new._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
 
 
+def test_rounding_puts_no_teacher_ahead_and_a_named_one_need_not_know_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama(5).save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(knowledge, "KNOWN", -math.inf)
+    for lead_of_it, learnt in ((distillation.TIE / 10, False), (1.0, True)):
+        monkeypatch.setattr(distillation, "lead", lambda *args, found=lead_of_it: found)
+        run = automatic(tmp_path / str(learnt), tmp_path / "teacher")
+        run.train()
+        assert run.distillation is not None
+        assert bool(logged(run, "hesso/distillation_loss")) == learnt
+
+
+def test_a_teacher_that_did_not_know_the_data_is_not_asked_again_when_training_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knowledge, "KNOWN", -math.inf)
+    monkeypatch.setattr("hesso_hf.trainer.replay.MOST_WRITTEN", 1e9)  # in so short a run
+    run = knowing(tiny_llama(), tmp_path)
+    run.create_optimizer()
+    assert run.replay is not None, "the base model is still there"
+    monkeypatch.setattr(knowledge, "KNOWN", math.inf)
+    run.hesso_run.teaching.begin(12)
+    assert run.distillation is None
+    assert run.hesso_run.teaching.record()["distillation"]["alpha"] == 0.0
+
+
 def knowing(model: PreTrainedModel, folder: Path, **changes: Any) -> HessoTrainer:
     """A run with replay to judge on, and whatever is the default of distillation."""
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, 2
