@@ -33,9 +33,10 @@ def export_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--overwrite-base", action="store_true", help="OUTPUT may be the base model's folder")
     parser.add_argument(
-        "--for", nargs="+", dest="engines", choices=["onnx", "openvino", GGUF], default=[], metavar="ENGINE",
-        help="write it for onnx (ONNX Runtime), openvino or gguf (llama.cpp) too, compared there; of a model that is "
-        "exported already only this, in its own folder where no output is given",
+        "--for", nargs="+", dest="engines", choices=["onnx", "openvino", "aotinductor", GGUF], default=[],
+        metavar="ENGINE",
+        help="write it for onnx (ONNX Runtime), openvino, aotinductor (compiled by torch) or gguf (llama.cpp) too, "
+        "compared there; of a model that is exported already only this, in its own folder where no output is given",
     )  # fmt: skip
     parser.add_argument("--converter", help="llama.cpp's convert_hf_to_gguf.py; default: that on the PATH")
 

@@ -12,15 +12,10 @@ import importlib.util
 import io
 import json
 import logging
-import shutil
-import subprocess
-import sys
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -33,12 +28,11 @@ from ..hf_models.tiny_model import logits_of, relative_error
 from ..structures.lora import ADAPTER_CONFIG
 from .adapter import ADAPTER_FOLDER
 from .publish import staged_folder
+from .serving_engines import ENGINES, ServingEngine
 from .verify import random_tokens
 
 TOLERANCE = 1e-3  # relative, fp32: engines add up in other orders; a size that is misread moves logits by a tenth
 LENGTHS, WRITTEN = (11, 6), 16  # tokens of the prompts, and of what is written after each
-CONVERTER = "convert_hf_to_gguf.py"
-EXPORTERS = {"transformers.exporters": "'transformers>=5.23'"}  # older ones may lack it
 
 
 @dataclass(frozen=True)
@@ -66,39 +60,6 @@ class Conversion:
         (folder / CONVERSION_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-class ServingEngine(ABC):
-    """What was converted, as the engine runs it: one text at a time.
-
-    Attributes:
-        packages: that it takes, by their import names, with the names to install them by.
-    """
-
-    packages: ClassVar[Mapping[str, str]]
-
-    @classmethod
-    @abstractmethod
-    def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:
-        """Write a model in the engine's form.
-
-        Args:
-            model: in fp32.
-            source: the folder that it was read from.
-            converter: as `convert` takes it.
-        """
-
-    @abstractmethod
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        """Read what `write` has written of a model."""
-
-    @abstractmethod
-    def begin(self) -> None:
-        """Forget the text so far."""
-
-    @abstractmethod
-    def read(self, ids: list[int]) -> torch.Tensor:
-        """Return the logits of the token after the text so far and these, (V,)."""
-
-
 def check_conversion(engine: str, converter: str | None = None) -> None:
     """Refuse what can't be converted to, before any work.
 
@@ -112,10 +73,9 @@ def check_conversion(engine: str, converter: str | None = None) -> None:
         raise HessoError(
             f"`engine` ({engine!r}) needs packages that aren't here: pip install {' '.join(packages.values())}"
         )
-    if engine == "gguf":
-        _converter(converter)
-    elif converter is not None:
+    if converter is not None and not ENGINES[engine].converted:
         raise HessoError(f"`converter` ({converter!r}) is for gguf, and does nothing for {engine}: leave it out")
+    ENGINES[engine].check(converter)
 
 
 def convert(folder: str | Path, engine: str, output: str | Path, converter: str | None = None) -> Conversion:
@@ -123,7 +83,8 @@ def convert(folder: str | Path, engine: str, output: str | Path, converter: str 
 
     Args:
         folder: of a stock causal language model, such as `save_model` and `export_pruned` write.
-        engine: onnx (ONNX Runtime) or openvino, by Transformers' own exporters; gguf (llama.cpp), by its converter.
+        engine: onnx (ONNX Runtime), openvino or aotinductor (torch, compiled), by Transformers' own exporters;
+            gguf (llama.cpp), by its converter.
         output: folder; other files in it stay. A model that is written into the folder around it later removes what
             was converted.
         converter: llama.cpp's `convert_hf_to_gguf.py`; by default what is on the PATH under that name.
@@ -209,111 +170,3 @@ def _naming(what: str) -> Iterator[None]:
             raise HessoError(f"{what}: {first_line(error)}") from error
         finally:
             logging.disable(disabled)
-
-
-def _export(kind: str, model: PreTrainedModel, folder: Path) -> None:
-    """Write one graph that reads any number of tokens after any number of others, by Transformers' exporter."""
-    from transformers import exporters
-    from transformers.exporters.utils import decompose_for_generation
-
-    ids = torch.stack([torch.arange(9) % model.config.get_text_config().vocab_size] * 2)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    decoder, example = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
-    exporter, config = getattr(exporters, f"{kind}Exporter")(), getattr(exporters, f"{kind}Config")(dynamic=True)
-    exporter.export(decoder, example, config).save_pretrained(folder)
-
-
-class _OnnxRuntime(ServingEngine):
-    packages: ClassVar = {name: name for name in ("onnx", "onnxscript", "onnxruntime")} | EXPORTERS
-
-    @classmethod
-    def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:
-        _export("Onnx", model, folder)
-
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        from transformers.exporters import ExportedModel
-
-        self._model, self._exported = model, ExportedModel.from_pretrained(folder, device="cpu")
-        self.begin()
-
-    def begin(self) -> None:
-        self._past: Any = None
-        self._seen = 0
-
-    @torch.no_grad()
-    def read(self, ids: list[int]) -> torch.Tensor:
-        if self._past is None:  # the graph takes the layers' states, which Transformers makes with the first token
-            self._past = self._model(torch.tensor([ids[:1]]), use_cache=True).past_key_values
-            ids, self._seen = ids[1:], 1
-        places = torch.arange(self._seen, self._seen + len(ids))[None]
-        self._seen += len(ids)
-        found = self._exported(input_ids=torch.tensor([ids]), position_ids=places, past_key_values=self._past)
-        self._past = found.past_key_values
-        return found.logits[0, -1]
-
-
-class _OpenVINO(ServingEngine):
-    packages: ClassVar = {"openvino": "openvino"} | EXPORTERS
-
-    @classmethod
-    def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:
-        _export("OpenVINO", model, folder)
-
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        import openvino
-
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # by default it may compute in bf16
-        compiled = openvino.Core().compile_model(str(folder / "openvino_model.xml"), "CPU", exact)
-        self._names = {name for port in compiled.inputs for name in port.get_names()}
-        self._request, self._seen = compiled.create_infer_request(), 0
-
-    def begin(self) -> None:
-        self._request.reset_state()
-        self._seen = 0
-
-    def read(self, ids: list[int]) -> torch.Tensor:
-        places = torch.arange(self._seen, self._seen + len(ids))[None]
-        self._seen += len(ids)
-        given = {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": places,
-            "beam_idx": torch.zeros(1, dtype=torch.int32),
-        }
-        found = self._request.infer({name: given[name].numpy() for name in given if name in self._names})
-        return torch.from_numpy(found["logits"].copy())[0, -1]
-
-
-class _LlamaCpp(ServingEngine):
-    packages: ClassVar = {"gguf": "gguf", "sentencepiece": "sentencepiece", "llama_cpp": "llama-cpp-python"}
-
-    @classmethod
-    def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:
-        command = [sys.executable, _converter(converter), str(source), "--outfile", str(folder / "model.gguf")]
-        done = subprocess.run([*command, "--outtype", "f32"], capture_output=True, text=True)
-        if done.returncode:
-            said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-            raise HessoError(f"{CONVERTER} can't convert {str(source)!r}: {said[-1] if said else 'it says nothing'}")
-
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
-        from llama_cpp import Llama
-
-        exact = {"type_k": 0, "type_v": 0}  # a cache in fp32, not in fp16
-        self._llama: Any = Llama(str(folder / "model.gguf"), n_ctx=64, logits_all=True, verbose=False, **exact)
-
-    def begin(self) -> None:
-        self._llama.reset()
-
-    def read(self, ids: list[int]) -> torch.Tensor:
-        self._llama.eval(ids)
-        return torch.from_numpy(self._llama.scores[self._llama.n_tokens - 1].copy())
-
-
-def _converter(given: str | None) -> str:
-    found = shutil.which(CONVERTER) if given is None else given
-    if found is None or not Path(found).is_file():
-        where = "isn't on the PATH" if given is None else f"({given!r}) is no file"
-        raise HessoError(f"`converter` {where}: give the path of {CONVERTER}, which lies in llama.cpp's repository")
-    return found
-
-
-ENGINES: Mapping[str, type[ServingEngine]] = {"onnx": _OnnxRuntime, "openvino": _OpenVINO, "gguf": _LlamaCpp}

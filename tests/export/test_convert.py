@@ -15,7 +15,9 @@ from hesso_hf import export_pruned
 from hesso_hf.cli.main import main
 from hesso_hf.errors import HessoError, VerificationError
 from hesso_hf.export import convert as conversion
-from hesso_hf.export.convert import CONVERTER, WRITTEN, ServingEngine, check_conversion, convert
+from hesso_hf.export import serving_engines
+from hesso_hf.export.convert import WRITTEN, check_conversion, convert
+from hesso_hf.export.serving_engines import CONVERTER, ServingEngine
 from hesso_hf.hf_models.tiny_model import logits_of, relative_error
 from hesso_hf.structures.lora import base_of
 from tests.support.lora import lora_run
@@ -104,14 +106,27 @@ def test_packages_that_are_missing_are_named_before_any_work(monkeypatch: pytest
         check_conversion("onnx")
     with pytest.raises(HessoError, match=r"pip install gguf sentencepiece llama-cpp-python$"):
         check_conversion("gguf")
-    with pytest.raises(HessoError, match=r"`engine` \('tensorrt'\) must be one of \['onnx', 'openvino', 'gguf'\]"):
+    with pytest.raises(
+        HessoError, match=r"`engine` \('tensorrt'\) must be one of \['onnx', 'openvino', 'aotinductor', 'gguf'\]"
+    ):
         check_conversion("tensorrt")
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_conversion("aotinductor")
+
+    def none() -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    with pytest.raises(HessoError, match=r"`engine` \('aotinductor'\) compiles C\+\+, .* No working C\+\+ compiler"):
+        check_conversion("aotinductor")
 
 
 def test_the_converter_of_llama_cpp_is_found_or_asked_for(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion._LlamaCpp, "packages", {})
+    monkeypatch.setattr(serving_engines._LlamaCpp, "packages", {})
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HessoError, match=rf"`converter` isn't on the PATH: give the path of {CONVERTER}"):
         check_conversion("gguf")
@@ -121,7 +136,7 @@ def test_the_converter_of_llama_cpp_is_found_or_asked_for(
     (tmp_path / CONVERTER).chmod(0o755)
     check_conversion("gguf")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nNotImplementedError: architecture Foo\n")
-    monkeypatch.setattr(conversion.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(serving_engines.subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(
         HessoError, match=rf"{CONVERTER} can't convert '.*small': NotImplementedError: architecture Foo"
     ):
