@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from datasets import Dataset
+from known import RESULTS as KNOWN_RESULTS
 from peers import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, PEERS, cut
 from texts import SETTINGS, SMALL, STORIES, TOKENS, Data, Setting, find_model, load_data, name_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
@@ -63,7 +64,8 @@ HESSO: dict[str, dict[str, Any]] = {
     ANYHOW: {},
     "hesso, half distillation": {"distillation_alpha": 0.5},
     "hesso, the teacher alone": {"distillation_alpha": 1.0},
-    "hesso, half the replay": {"replay_share": 0.125},
+    "hesso, temperature 1": {"distillation_temperature": 1.0},
+    "hesso, twice the replay": {"replay_share": 0.25},
     "hesso, a slow cut": {"warmup_steps": 0.05, "pruning_steps": 0.3},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},
     ALIKE: {},
@@ -125,12 +127,18 @@ class Clock:
 
 
 def arguments(folder: Path, setting: Setting, tokens: int, seed: int, share: float) -> TrainingArguments:
-    """Training arguments that all methods share; replay takes the place of user tokens."""
+    """Training arguments that all methods share; replay takes the place of user tokens.
+
+    Raises:
+        SystemExit: where a step's examples can't be divided so.
+    """
+    if (rows := setting.batch * (1 - share)) != int(rows):
+        raise SystemExit(f"no {setting.batch} examples have a share of {share} for replay: give another --batch")
     steps = tokens // (setting.batch * setting.block)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=round(setting.batch * (1 - share)),
+        per_device_train_batch_size=int(rows),
         learning_rate=setting.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(2, steps // 30),
@@ -145,9 +153,21 @@ def arguments(folder: Path, setting: Setting, tokens: int, seed: int, share: flo
     )
 
 
-def replayed(config: HessoConfig, setting: Setting, tokens: int, model: PreTrainedModel) -> float:
+def is_taught(method: str, config: HessoConfig, name: str, text: str) -> bool:
+    """Tell whether the base model will teach what is trained on: `auto` has it where `known.py` found that it knows it.
+
+    The reading of it in training decides; a run that was counted otherwise is refused at its end.
+    """
+    if config.distillation_alpha != "auto":
+        return bool(config.distillation_alpha)
+    rows = json.loads(KNOWN_RESULTS.read_text(encoding="utf-8"))["runs"]
+    surprises = [row["train"]["surprise"] for row in rows if (row["model"], row["text"]) == (name, text)]
+    return method == ANYHOW or any(each <= knowledge.KNOWN for each in surprises)
+
+
+def replayed(config: HessoConfig, setting: Setting, tokens: int, model: PreTrainedModel, taught: bool) -> float:
     """Return the share of replay that a run will have: `auto` has none in a short run."""
-    share = share_of(config)
+    share = share_of(config, taught)
     steps, rows = tokens // (setting.batch * setting.block), round(setting.batch * (1 - share))
     sizes = ReplaySizes.of(share, rows * setting.block, steps, model.config.max_position_embeddings)
     return 0.0 if config.replay_share == "auto" and sizes.dear else share
@@ -170,7 +190,10 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         config = hesso_config(method, run["ratio"], setting)
     elif method in ONE_SHOTS:
         config = HessoConfig(target_sizes=sizes, **ONE_SHOTS[method])
-    share = replayed(config, setting, run["tokens"], model) if config is not None else 0.0
+    share = 0.0
+    if config is not None:
+        taught = is_taught(method, config, run["model"], setting.text)
+        share = replayed(config, setting, run["tokens"], model, taught)
     clock = StopAfter(options.minutes)
     common: dict[str, Any] = {
         "model": model, "args": arguments(out, setting, run["tokens"], run["seed"], share), "train_dataset": train_set,
@@ -183,8 +206,11 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         raise Unfinished
     trainer.save_model(str(folder / "small"))
     if config is not None:
-        if (trainer.replay is None) != (share == 0):
-            raise RuntimeError(f"{method}: replay was expected to be {share}: fewer or more tokens were trained on")
+        found = trainer.replay.sizes.share if trainer.replay is not None else 0.0
+        if found != share:
+            raise RuntimeError(
+                f"{method}: replay was expected to be {share}, not {found}: other tokens were trained on"
+            )
         options = {"dtype": torch.float32, "trust_remote_code": config.layer_widths == "per_layer"}
         model = AutoModelForCausalLM.from_pretrained(folder / "small", **options)
     return model, {name: model.config.to_dict()[name] for name in (HEADS, KV_HEADS, HIDDEN, MLP, LAYERS)}

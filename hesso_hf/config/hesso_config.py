@@ -142,7 +142,7 @@ class HessoConfig:
         "0.9 where the base model, which replay keeps, knows the data, or with `distill_from`, while it is ahead.",
     )
     distillation_temperature: float = _option(
-        1.0, "What teacher's and student's logits are divided by before they are compared."
+        2.0, "What teacher's and student's logits are divided by before they are compared."
     )
     distill_from: str | None = _option(
         None, "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."
@@ -150,7 +150,8 @@ class HessoConfig:
     replay_share: float | str | None = _option(
         "auto",
         "Share of the tokens trained on that is text written by the base model before training, on which the student "
-        "stays near the base model; 0 is without, auto takes 0.25 where there can be some.",
+        "stays near the base model; 0 is without, auto takes 0.25 where there can be some, 0.125 where the base model "
+        "teaches the user's data too.",
     )
     replay_dataset: str | None = _option(
         None, "Text for replay instead of what the model writes: a file, a folder or a Hub id."

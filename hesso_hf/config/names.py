@@ -27,6 +27,7 @@ SALIENCIES = (
 )  # fmt: skip
 DEFAULT_SALIENCY = "taylor_second_order"
 AUTO_REPLAY_SHARE = 0.25
+TAUGHT_REPLAY_SHARE = 0.125  # where the base model teaches the user's data too, which then keep some of it themselves
 AUTO_DISTILLATION_ALPHA = 0.9
 AUTO_CRIC = "healed"  # where units are judged by reconstruction
 CRIC_TRIALS = ("path", "probe")  # in which units go the way to zero, scored by gradients

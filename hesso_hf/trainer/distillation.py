@@ -26,7 +26,7 @@ from .teacher import TARGETS, Teacher
 
 logger = logging.get_logger(__name__)
 
-TIE = 1e-3  # nats per token: before pruning both are the same model but for rounding, which decides nothing
+TIE = 1e-3  # nats per token by which a teacher may be behind: before pruning both are the same model but for rounding
 STEPS_A_COMPARISON = 10  # for which it holds, with `distillation_alpha="auto"`
 
 
@@ -111,7 +111,7 @@ class Distillation:
 
     With `distillation_alpha="auto"` a teacher that doesn't know the user's data isn't learnt from (`knows`): it would
     hold the student back. One that does is compared with the student on the first micro-batch of every tenth step, and
-    learnt from until the next comparison where it was ahead.
+    learnt from until the next comparison where it wasn't behind. So the base model teaches from the first cut on.
 
     Args:
         trainer: whose loss it is.
@@ -186,7 +186,7 @@ class Distillation:
         logits = recorded[-1] if recorded else self._second_forward(model, batch)
         self._check_shapes(logits, targets)
         if compares:
-            self._ahead = lead(self.teacher, batch, logits, targets) > TIE
+            self._ahead = lead(self.teacher, batch, logits, targets) > -TIE
             if not self._ahead:
                 return result
         summed = divergence(self.teacher, batch, logits, targets, self._config.distillation_temperature)

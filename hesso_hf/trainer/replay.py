@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from ..compat import whole_rows
 from ..config import HessoConfig
-from ..config.names import AUTO_REPLAY_SHARE
+from ..config.names import AUTO_REPLAY_SHARE, TAUGHT_REPLAY_SHARE
 from ..distributed.collectives import from_main, is_main_process
 from ..errors import CheckpointMismatchError, HessoError, counted
 from ..hf_models.tiny_model import attention_in_fp32
@@ -177,9 +177,14 @@ def check_replay(saved: Mapping[str, Any], teacher: Teacher, folder: str) -> Non
         )
 
 
-def share_of(config: HessoConfig) -> float:
-    """Return the share of replay that is asked for."""
-    return AUTO_REPLAY_SHARE if config.replay_share == "auto" else float(config.replay_share or 0.0)
+def share_of(config: HessoConfig, taught: bool = False) -> float:
+    """Return the share of replay that is asked for.
+
+    Args:
+        taught: whether the base model teaches the user's data too.
+    """
+    automatic = TAUGHT_REPLAY_SHARE if taught else AUTO_REPLAY_SHARE
+    return automatic if config.replay_share == "auto" else float(config.replay_share or 0.0)
 
 
 def why_not(model: PreTrainedModel) -> str:

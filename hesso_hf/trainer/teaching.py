@@ -104,7 +104,8 @@ class Teaching:
             return None
         tokens = self._measurer.tokens_per_micro_batch()
         batches = steps * self._trainer.args.gradient_accumulation_steps * world_size()
-        sizes = ReplaySizes.of(share_of(self._config), tokens, batches, self._longest)
+        taught = self.distillation is not None and self.distillation.teacher is base
+        sizes = ReplaySizes.of(share_of(self._config, taught), tokens, batches, self._longest)
         if sizes.dear and self._config.replay_share == "auto" and self._config.replay_dataset is None:
             sizes, judges = sizes.to_judge(tokens * batches), self._config.reads_examples
             _say_without(self._config, _DEAR + judges * _ON_SOME.format(sizes.windows))

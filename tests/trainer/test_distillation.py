@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GraniteConfig, GraniteForCausalLM, PreTr
 
 from hesso_hf import HessoConfig, HessoMixin, HessoTrainer
 from hesso_hf.bundled import bundled_model_path
-from hesso_hf.config.names import AUTO_DISTILLATION_ALPHA
+from hesso_hf.config.names import AUTO_DISTILLATION_ALPHA, AUTO_REPLAY_SHARE, TAUGHT_REPLAY_SHARE
 from hesso_hf.errors import CheckpointMismatchError, HessoError
 from hesso_hf.export.page.words import taught_by
 from hesso_hf.hf_models.tiny_model import random_model
@@ -372,7 +372,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, leads: list[float]) -> list[float]
 def test_auto_learns_from_the_teacher_while_it_is_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama(5).save_pretrained(tmp_path / "teacher")
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
-    left = scripted(monkeypatch, [1.0, 0.0, 2.0])  # one comparison at steps 0, 4 and 8 each
+    left = scripted(monkeypatch, [1.0, -0.1, 2.0])  # one comparison at steps 0, 4 and 8 each
     run = automatic(tmp_path / "auto", tmp_path / "teacher", **options)
     run.train()
     assert left == []
@@ -387,7 +387,7 @@ def test_auto_learns_from_the_teacher_while_it_is_ahead(tmp_path: Path, monkeypa
         runs[alpha].train()
     assert logged(run, "grad_norm")[:4] == logged(runs[0.9], "grad_norm")[:4]
     assert logged(run, "loss")[4] == logged(runs[0.9], "loss")[4], "weights are the same so far"
-    scripted(monkeypatch, [-1.0, 0.0, 0.0])
+    scripted(monkeypatch, [-1.0, -0.1, -0.1])
     behind = automatic(tmp_path / "behind", tmp_path / "teacher", **options)
     behind.train()
     assert not logged(behind, "hesso/distillation_loss")
@@ -428,12 +428,12 @@ def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_ha
     assert "no label for every token" in new._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
 
 
-def test_rounding_puts_no_teacher_ahead_and_a_named_one_need_not_know_the_data(
+def test_rounding_puts_no_teacher_behind_and_a_named_one_need_not_know_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_llama(5).save_pretrained(tmp_path / "teacher")
     monkeypatch.setattr(knowledge, "KNOWN", -math.inf)
-    for lead_of_it, learnt in ((distillation.TIE / 10, False), (1.0, True)):
+    for lead_of_it, learnt in ((-2 * distillation.TIE, False), (-distillation.TIE / 10, True)):
         monkeypatch.setattr(distillation, "lead", lambda *args, found=lead_of_it: found)
         run = automatic(tmp_path / str(learnt), tmp_path / "teacher")
         run.train()
@@ -449,6 +449,7 @@ def test_a_teacher_that_did_not_know_the_data_is_not_asked_again_when_training_b
     run = knowing(tiny_llama(), tmp_path)
     run.create_optimizer()
     assert run.replay is not None, "the base model is still there"
+    assert run.replay.sizes.share == AUTO_REPLAY_SHARE
     monkeypatch.setattr(knowledge, "KNOWN", math.inf)
     run.hesso_run.teaching.begin(12)
     assert run.distillation is None
@@ -465,10 +466,12 @@ def knowing(model: PreTrainedModel, folder: Path, **changes: Any) -> HessoTraine
 def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "lead", lambda *args: 1.0)
+    monkeypatch.setattr("hesso_hf.trainer.replay.MOST_WRITTEN", 1e9)  # in so short a run
     run = knowing(tiny_llama(), tmp_path / "known", data=said_by_the_dense_model())
     run.train()
+    assert run.replay.sizes.share == TAUGHT_REPLAY_SHARE, "the user's data keep some of it too"
     assert logged(run, "hesso/distillation_loss")
+    assert next(entry["step"] for entry in run.state.log_history if "hesso/distillation_loss" in entry) == 1
     assert "teacher: the model before pruning, on the data too while it is ahead" in Forecast(run).by_first_steps()
     run.save_model(str(tmp_path / "small"))
     record = json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"]
@@ -562,6 +565,18 @@ def test_a_checkpoint_with_a_weight_of_its_own_asks_for_it_again(tmp_path: Path)
         trainer(tmp_path, config=asked, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
+def test_a_checkpoint_of_another_temperature_by_default_goes_on_with_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 5}
+    trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA, distillation_temperature=1.0), **options).train()
+    again = trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA), **options)
+    with propagated(caplog):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert "was made with `distillation_temperature` = 1.0, and the run goes on so" in caplog.text
+    assert again.distillation.record()["temperature"] == 1.0
+
+
 def test_a_checkpoint_from_before_goes_on_without_a_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"save_strategy": "steps", "save_steps": 5}
     trainer(tmp_path, config=hesso_config(distillation_alpha=0.0), **options).train()
@@ -607,7 +622,7 @@ def test_another_teacher_and_what_the_report_says(tmp_path: Path) -> None:
     run.save_model(str(tmp_path / "small"))
     text = (tmp_path / "small" / "pruning_report.json").read_text()
     record = json.loads(text)["distillation"]
-    expected = {"alpha": ALPHA, "temperature": 1.0, "teacher": "large", "dtype": "float32"}
+    expected = {"alpha": ALPHA, "temperature": 2.0, "teacher": "large", "dtype": "float32"}
     assert {name: record[name] for name in expected} == expected
     assert record["fingerprint"] == fingerprint(tiny_gpt2(5))
     assert json.loads(text)["hesso_config"]["distill_from"] == "large"
@@ -651,7 +666,7 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Pat
         ({"distillation_alpha": math.nan}, "distillation_alpha"),
         ({"distillation_alpha": "much"}, r"`distillation_alpha` \('much'\) must be 'auto' or lie in"),
         (
-            {"distillation_alpha": "auto", "distillation_temperature": 2.0, "replay_share": 0},
+            {"distillation_alpha": "auto", "distillation_temperature": 3.0, "replay_share": 0},
             "where no teacher is at hand",
         ),
         (
@@ -664,8 +679,8 @@ def test_a_teacher_with_another_vocabulary_or_tokenizer_is_refused(tmp_path: Pat
             "`distill_from` .'a/teacher'. does nothing with `distillation_alpha`",
         ),
         (
-            {"distillation_alpha": 0, "distillation_temperature": 2.0},
-            "`distillation_temperature` .2.0. does nothing",
+            {"distillation_alpha": 0, "distillation_temperature": 3.0},
+            "`distillation_temperature` .3.0. does nothing",
         ),
         ({"distillation_alpha": 0.5, "distill_from": 3}, "`distill_from` .int. must name a folder or a Hub id"),
     ],

@@ -492,7 +492,7 @@ def test_the_base_model_teaches_the_users_data_too_while_it_knows_them(tmp_path:
     run = trainer(tmp_path / "known", base(), config=config, data=data, max_steps=14, learning_rate=1e-4)
     run.train()
     assert run.distillation.teacher is run.replay.teacher
-    assert len(logged(run, "hesso/distillation_loss")) == 4, "pruned by step 10, the student is behind"
+    assert len(logged(run, "hesso/distillation_loss")) == 14, "before anything goes it isn't behind the student"
     run.save_model(str(tmp_path / "small"))
     report = json.loads((tmp_path / "small" / "pruning_report.json").read_text())
     assert (report["distillation"]["alpha"], report["distillation"]["ahead"]) == (0.9, True)
