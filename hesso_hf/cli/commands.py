@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -176,13 +177,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
     arguments.models = {name: model_source(name) for name in arguments.models}
     from .evaluate import measure_models, room_for_a_batch
 
-    with room_for_a_batch():
-        found = measure_models(arguments)
-    content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
-    title, header, rows = comparison_table(found)
+    found: list[dict[str, Any]] = []
+    try:
+        with room_for_a_batch():
+            measure_models(arguments, found)
+    except BaseException:
+        if found:
+            print("hesso-hf: eval breaks off; what was measured until then:", file=sys.stderr)
+            _tell(arguments, found)
+        raise
     if arguments.card:
         _add_to_cards(arguments, found)
-    if arguments.output is not None:
+    _tell(arguments, found)
+
+
+def _tell(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
+    """Print what was measured, and write it to the output."""
+    content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
+    title, header, rows = comparison_table(found)
+    if arguments.output is not None and not (len(found) == 1 and Path(arguments.output).suffix.lower() in PICTURES):
         _write(Path(arguments.output), found, content, markdown_table(title, header, rows))
     if arguments.json:
         print(content)

@@ -87,7 +87,7 @@ def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list
     """Return title, header and rows: a column for each model, in those after the first the change against it.
 
     Args:
-        models: what `measure_models` returned.
+        models: what `measure_models` found; a row that one of them lacks is left out.
     """
     base = models[0]
     title = f"on {base['device']}, batches of {base['batch_size']} x {base['block_size']} tokens"
@@ -95,10 +95,10 @@ def comparison_table(models: list[dict[str, Any]]) -> tuple[str, list[str], list
         title += ", text joined"
     rows = [["dtype", *[model["dtype"] for model in models]]]
     for key, measure in MEASURES.items():
-        if key in base:
+        if all(key in model for model in models):
             cells = [_cell(model[key], base[key], measure.form, measure.by_ratio) for model in models]
             rows.append([measure.label.format(base["batch_size"]), *cells])
-    for task, key, label in metrics_of(base):
+    for task, key, label in metrics_of(base) if all("tasks" in model for model in models) else ():
         error, found = key.replace(",", "_stderr,"), [model["tasks"][task] for model in models]
         rows.append([label, *[_cell(one[key], found[0][key], ".4f", False, one.get(error)) for one in found]])
     return title, ["measure", *short_names([model["model"] for model in models])], rows

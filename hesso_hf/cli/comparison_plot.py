@@ -27,7 +27,7 @@ def draw_comparison(models: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw models beside the first one.
 
     Args:
-        models: what `measure_models` returned, two or more.
+        models: what `measure_models` found, two or more.
     """
     base, names = models[0], short_names([model["model"] for model in models])
     sizes, speeds = _multiples(models, _SIZES), _multiples(models, _SPEEDS)

@@ -34,18 +34,17 @@ if TYPE_CHECKING:
 BLOCK_SIZE, WINDOW = 256, 2048  # tokens, where nothing is said and every context has as many; of joined text
 
 
-def measure_models(flags: Namespace) -> list[dict[str, Any]]:
+def measure_models(flags: Namespace, done: list[dict[str, Any]]) -> None:
     """Load every model before any is measured, so that what one lacks is told at once.
 
     They are measured in turns; where they don't fit on the device together, one after the other.
 
     Args:
         flags: those of `hesso-hf eval`; `models` has the sources by the names that they were given.
-
-    Returns:
-        For each model what was measured, and how: `bytes` is None without safetensors, `flops_per_token` where they
-        can't be told; how fast it writes, where tokens are to be written; `peak_memory` (bytes) there; `loss` (nats
-        per token), `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
+        done: gets for each model what was measured, and how: `bytes` is None without safetensors, `flops_per_token`
+            where they can't be told; how fast it writes, where tokens are to be written; `peak_memory` (bytes) there;
+            `loss` (nats per token), `perplexity` and `tokens` where there is a data set; `tasks` where there are tasks.
+            The last one has only a part of it where something fails.
 
     Raises:
         HessoError: naming the model or the flag.
@@ -76,18 +75,20 @@ def measure_models(flags: Namespace) -> list[dict[str, Any]]:
     dtype = getattr(torch, flags.dtype) if flags.dtype else _stored_dtype(configs)
     _say(flags, f"loading {', '.join(flags.models)}")
     models = {name: _load(name, source, dtype, trust) for name, source in flags.models.items()}
-    what = _Measured(flags, block_size, joined, blocks, tasks, tokenizers)
+    what = _Measured(flags, block_size, joined, blocks, tasks, tokenizers, done)
     try:
-        return what.rows(models, device)
+        return what.measure(models, device)
     except torch.OutOfMemoryError:
         if len(models) == 1:
             raise
+    done.clear()
     for model in models.values():
         model.to("cpu")
     torch.cuda.empty_cache()
     later = "" if flags.no_speed else ", at another moment than the others: compare their speeds with care"
     print(f"hesso-hf: the models don't fit on {device} together: each is measured alone{later}", file=sys.stderr)
-    return [row for name, model in models.items() for row in what.rows({name: model}, device)]
+    for name, model in models.items():
+        what.measure({name: model}, device)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class _Measured:
     Attributes:
         blocks: examples that all models read as the same tokens, or None.
         tokenizers: by the model's name, where there are tasks.
+        done: gets what was measured.
     """
 
     flags: Namespace
@@ -105,20 +107,21 @@ class _Measured:
     blocks: Any
     tasks: Tasks | None
     tokenizers: Mapping[str, Any]
+    done: list[dict[str, Any]]
 
-    def rows(self, models: Mapping[str, Any], device: torch.device) -> list[dict[str, Any]]:
+    def measure(self, models: Mapping[str, Any], device: torch.device) -> None:
         """Move models to the device, where they are measured in turns; where there are no others they leave it."""
         flags = self.flags
         for model in models.values():
             model.to(device)
         speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, self.block_size)
-        found = [self._row(name, model, speeds[name]) for name, model in models.items()]
+        for name, model in models.items():
+            self._measure(name, model, speeds[name])
         if len(models) < len(flags.models):
             for model in models.values():
                 model.to("cpu")
-        return found
 
-    def _row(self, name: str, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
+    def _measure(self, name: str, model: Any, speed: dict[str, Any]) -> None:
         flags, blocks, number = self.flags, self.blocks, list(self.flags.models).index(name) + 1
         of = f"model {number} of {len(flags.models)}, {name}: "
         row: dict[str, Any] = {
@@ -127,6 +130,7 @@ class _Measured:
             "bytes": _bytes_on_disk(flags.models[name]), "memory": model.get_memory_footprint(),
             "flops_per_token": flops_per_token(model), **speed,
         }  # fmt: skip
+        self.done.append(row)
         if model.device.type == "cuda" or not flags.no_speed:
             _say(flags, f"{of}peak memory")
             row["peak_memory"] = peak_memory(model, flags.batch_size, self.block_size, flags.new_tokens)
@@ -138,7 +142,6 @@ class _Measured:
         if self.tasks is not None:
             _say(flags, f"{of}tasks {flags.tasks}")
             row["tasks"] = self.tasks.scores(model, self.tokenizers[name])
-        return row
 
 
 @contextmanager

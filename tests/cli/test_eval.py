@@ -310,6 +310,24 @@ def test_models_that_do_not_fit_together_are_measured_one_after_the_other(
     assert all(row["tokens_per_second"] > 0 and row["loss"] > 0 for row in rows)
 
 
+def test_what_was_measured_before_a_later_model_fails_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([2.5])
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *_: next(losses, None) or sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        main(["eval", "bundled", "small", *SHORT, "--no-speed", "--output", "part.json"])
+    said = capsys.readouterr()
+    assert "eval breaks off; what was measured until then" in said.err
+    assert "parameters" in said.out, "of both"
+    assert [row.get("loss") for row in json.loads(Path("part.json").read_text())["models"]] == [2.5, None]
+    monkeypatch.setattr(evaluate, "held_out_loss", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        main(["eval", "bundled", "small", *SHORT, "--no-speed", "--output", "part.svg", "--json"])
+    assert json.loads(capsys.readouterr().out)["parameters"] > 0
+    assert not Path("part.svg").exists(), "it compares two models"
+
+
 def test_a_batch_that_does_not_fit_is_told_as_that(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
