@@ -333,6 +333,32 @@ def compaction(result: dict[str, Any]) -> str:
     return _table(header, rows) + "\n\n" + _wrap(note)
 
 
+def compaction_memory(result: dict[str, Any]) -> str:
+    """What a training step holds at most, before the cut and after it."""
+    by_arm = {run["arm"]: run for run in result["runs"]}
+    masked, cut = by_arm["masked"], by_arm["compacted"]
+    rows = [
+        ["parameters in memory", f"{cut['parameters_before']:,}", f"{masked['parameters_after']:,}",
+         f"{cut['parameters_after']:,}"],
+        ["highest moment of a step (MB)", *[f"{size / 1e6:,.0f}" for size in
+                                            (cut["before"], masked["after"], cut["after"])]],
+        ["of that before pruning", "1.00", f"{masked['after'] / masked['before']:.2f}",
+         f"{cut['after'] / cut['before']:.2f}"],
+    ]  # fmt: skip
+    counted = "" if result["device"] != "cpu" else ", its tensors counted"
+    note = (
+        f"Weights, gradients, AdamW's state and activations in float32, {result['tokens']:,} tokens a step, no "
+        f"teacher, on {_device(result)}{counted}."
+    )
+    header = [QUALITY_MODELS.get(result["model"], result["model"]), "before pruning", "after it, with masks",
+              "after the cut"]  # fmt: skip
+    return _table(header, rows) + "\n\n" + _wrap(note)
+
+
+def _device(result: dict[str, Any]) -> str:
+    return "a CPU" if result["device"] == "cpu" else result["device"]
+
+
 def export_scale(result: dict[str, Any]) -> str:
     """Seconds and memory of an export from a checkpoint's files, beside those of copying the file."""
     dense, found, copies = result["checkpoint"], result["export"], result["copy_seconds"]
@@ -695,6 +721,7 @@ TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
         "--output benchmarks/results/compaction_small.json",
         compaction,
     ),
+    "compaction_memory": ("compaction_memory.json", "python benchmarks/compaction_memory.py", compaction_memory),
     "export_scale": ("export_scale.json", "python benchmarks/export_scale.py", export_scale),
     "speed": ("speed.json", "python benchmarks/speed.py", speed),
     "ladder": ("ladder.json", "python benchmarks/ladder.py", ladder),

@@ -305,6 +305,23 @@ def test_split_measures_each_before_and_after_training(tmp_path: Path, monkeypat
 
 
 @pytest.mark.slow
+def test_the_cut_frees_memory_for_the_rest_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import compaction_memory
+    import render_readme
+    import torch
+
+    output = tmp_path / "memory.json"
+    monkeypatch.setattr(sys, "argv", ["compaction_memory.py", "--model", "bundled", "--output", str(output)])
+    assert compaction_memory.main() == 0
+    masked, cut = json.loads(output.read_text())["runs"]
+    assert masked["before"] == cut["before"], "they are the same until the cut"
+    fewer = cut["parameters_before"] - cut["parameters_after"]
+    assert masked["after"] - cut["after"] >= 4 * 4 * fewer, "weights, gradients, two moments, float32"
+    assert compaction_memory.size_of([torch.zeros(3), torch.zeros(2, dtype=torch.float64)]) == 28
+    assert "after the cut" in render_readme.compaction_memory(json.loads(output.read_text()))
+
+
+@pytest.mark.slow
 def test_compaction_trains_both_ways_to_the_same_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import compaction
     import texts
