@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, float]] = {
     "0.5": {"distillation_alpha": 0.5},
     "0.9": {"distillation_alpha": 0.9},
     "1.0": {"distillation_alpha": 1.0},
-    "0.9, T=1": {"distillation_alpha": 0.9, "distillation_temperature": 1.0},
+    "0.9, T=2": {"distillation_alpha": 0.9, "distillation_temperature": 2.0},
 }
 
 

@@ -64,7 +64,7 @@ HESSO: dict[str, dict[str, Any]] = {
     ANYHOW: {},
     "hesso, half distillation": {"distillation_alpha": 0.5},
     "hesso, the teacher alone": {"distillation_alpha": 1.0},
-    "hesso, temperature 1": {"distillation_temperature": 1.0},
+    "hesso, temperature 2": {"distillation_temperature": 2.0},
     "hesso, twice the replay": {"replay_share": 0.25},
     "hesso, a slow cut": {"warmup_steps": 0.05, "pruning_steps": 0.3},
     "hesso, without reconstruction": {"saliency": "taylor_second_order"},

@@ -479,7 +479,7 @@ QUALITY_METHODS = {
     "hesso, distillation": "HESSO, distillation all the same",
     "hesso, half distillation": "HESSO, `distillation_alpha` 0.5",
     "hesso, the teacher alone": "HESSO, `distillation_alpha` 1",
-    "hesso, temperature 1": "HESSO, `distillation_temperature` 1",
+    "hesso, temperature 2": "HESSO, `distillation_temperature` 2",
     "hesso, twice the replay": "HESSO, `replay_share` 0.25",
     "hesso, a slow cut": "HESSO, pruning for 0.3 of the run",
     "hesso, without reconstruction": "HESSO, by second-order Taylor",

@@ -142,7 +142,7 @@ class HessoConfig:
         "0.9 where the base model, which replay keeps, knows the data, or with `distill_from`, while it is ahead.",
     )
     distillation_temperature: float = _option(
-        2.0, "What teacher's and student's logits are divided by before they are compared."
+        1.0, "What teacher's and student's logits are divided by before they are compared."
     )
     distill_from: str | None = _option(
         None, "Teacher with the same tokenizer, a folder or Hub id; by default the model before pruning."

@@ -220,12 +220,12 @@ def _step_of(checkpoint: Path) -> int:
 _BEFORE = {
     "stream_basis": "given", "stream_basis_tolerance": 0.05, "healing": "off", "replay_share": 0.0,
     "warmup_steps": 0.05, "pruning_steps": 0.15, "quality_examples": 0, "compact": "never",
-    "ladder_recovery": 0.0, "distillation_alpha": 0.0, "distillation_temperature": 1.0, "cric": False,
+    "ladder_recovery": 0.0, "distillation_alpha": 0.0, "cric": False,
 }  # fmt: skip
 # keys whose default was another one
 _MOVED = (
     "stream_basis", "healing", "replay_share", "warmup_steps", "pruning_steps", "quality_examples", "compact",
-    "distillation_alpha", "distillation_temperature", "cric",
+    "distillation_alpha", "cric",
 )  # fmt: skip
 _DECIDED_FIRST = ("distillation_alpha", "cric")  # before a checkpoint is read: what was asked for is to be again
 

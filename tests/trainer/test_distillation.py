@@ -565,18 +565,6 @@ def test_a_checkpoint_with_a_weight_of_its_own_asks_for_it_again(tmp_path: Path)
         trainer(tmp_path, config=asked, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
-def test_a_checkpoint_of_another_temperature_by_default_goes_on_with_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = {"save_strategy": "steps", "save_steps": 5}
-    trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA, distillation_temperature=1.0), **options).train()
-    again = trainer(tmp_path, config=hesso_config(distillation_alpha=ALPHA), **options)
-    with propagated(caplog):
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    assert "was made with `distillation_temperature` = 1.0, and the run goes on so" in caplog.text
-    assert again.distillation.record()["temperature"] == 1.0
-
-
 def test_a_checkpoint_from_before_goes_on_without_a_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options = {"save_strategy": "steps", "save_steps": 5}
     trainer(tmp_path, config=hesso_config(distillation_alpha=0.0), **options).train()
@@ -622,7 +610,7 @@ def test_another_teacher_and_what_the_report_says(tmp_path: Path) -> None:
     run.save_model(str(tmp_path / "small"))
     text = (tmp_path / "small" / "pruning_report.json").read_text()
     record = json.loads(text)["distillation"]
-    expected = {"alpha": ALPHA, "temperature": 2.0, "teacher": "large", "dtype": "float32"}
+    expected = {"alpha": ALPHA, "temperature": 1.0, "teacher": "large", "dtype": "float32"}
     assert {name: record[name] for name in expected} == expected
     assert record["fingerprint"] == fingerprint(tiny_gpt2(5))
     assert json.loads(text)["hesso_config"]["distill_from"] == "large"
