@@ -119,6 +119,7 @@ PRIVATE_NAMES: Mapping[str, str] = {
     "_hp_mapping": "deepspeed.utils.tensor_fragment",
     "_loss_shifts_labels": "transformers.trainer",
     "_index_in_param_group": "deepspeed.utils.mixed_precision_linkage",
+    "_inductor": "torch._inductor.__init__",
     "_model_mapping": "transformers.models.auto.auto_factory",
     "_no_split_modules": "transformers.modeling_utils",
     "_optimizers": "accelerate.accelerator",
