@@ -169,7 +169,7 @@ def test_private_names_are_where_they_were(name: str) -> None:
     if importlib.util.find_spec(parts[0]) is None:
         pytest.skip(f"{parts[0]} isn't installed")
     folder = Path(str(importlib.util.find_spec(parts[0]).origin)).parent  # type: ignore[union-attr]
-    file = folder.joinpath(*[part for part in parts[1:] if part[0].islower()]).with_suffix(".py")
+    file = folder.joinpath(*[part for part in parts[1:] if not part[0].isupper()]).with_suffix(".py")
     assert name in file.read_text(encoding="utf-8")
 
 

@@ -108,7 +108,10 @@ def inspect_model(
     for ratio, budget in budgets.items() if groups.structures else ():
         try:
             target = solve_budget(budget, config, groups, counts, warns=False)
-            feasible[ratio] = {"sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio}
+            feasible[ratio] = {
+                "sizes": target.sizes, "parameters": target.parameters_after, "ratio": target.ratio,
+                "nearly_gone": target.nearly_gone,
+            }  # fmt: skip
         except HessoError as error:
             feasible[ratio] = {"reason": str(error)}
     untouched = untouched_models(build_meta(model_class, config), groups)

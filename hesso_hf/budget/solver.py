@@ -29,6 +29,7 @@ CLOSE_ENOUGH = 0.005  # of the model: splits this near to the ratio compete by e
 MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
 MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
+LITTLE = 0.2  # share of a structure's units: where less stays, the structure is named
 _NAMED = 3  # of the nearest sizes, in messages
 _NAMED_APART = {LAYERS: "layers", EXPERTS: "experts"}  # sizes of structures that 'all' doesn't stand for
 
@@ -58,6 +59,12 @@ class TargetSizes:
     def parameter_ratio(self) -> float:
         """Share of the parameters that is removed."""
         return 1.0 - self.parameters_after / self.parameters_before
+
+    @property
+    def nearly_gone(self) -> dict[str, float]:
+        """The structures of which so little stays that hardly anybody means it, and the share of units that does."""
+        left = {name: kept / self.num_units[name] for name, kept in self.kept_units.items()}
+        return {name: share for name, share in left.items() if share < LITTLE}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""

@@ -79,7 +79,10 @@ def _print_reasons(reasons: Mapping[str, str], of: str = "") -> None:
 
 def _sizes_line(option: dict[str, Any]) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in option["sizes"].items())
-    return f"{option['parameters']:,} parameters ({option['ratio']:.1%} removed): {sizes}"
+    line = f"{option['parameters']:,} parameters ({option['ratio']:.1%} removed): {sizes}"
+    if left := ", ".join(f"{share:.0%} of {name}" for name, share in option["nearly_gone"].items()):
+        line += f" - only {left} would stay, and the model would be of little use"
+    return line
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -104,7 +107,10 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
         "--distillation", action=argparse.BooleanOptionalAction,
         help="on the data too, as where there is replay and the original model knows them (default: with replay)",
     )  # fmt: skip
-    parser.add_argument("--replay-share", type=float, default=AUTO_REPLAY_SHARE, help="of all tokens; 0 for none")
+    parser.add_argument(
+        "--replay-share", type=float, default=AUTO_REPLAY_SHARE,
+        help="of all tokens; half of that where the model knows the data, 0 for none",
+    )  # fmt: skip
     parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
     parser.add_argument("--healing-tokens", type=int, help="as in the run's config")
     parser.add_argument("--lora-rank", type=int, default=16, help="of LoRA's adapters")

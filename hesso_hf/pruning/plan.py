@@ -44,8 +44,6 @@ logger = logging.get_logger(__name__)
 
 _NOTHING = "nothing is pruned: the sizes that meet the budget are the model's own"
 
-LITTLE = 0.2  # share of a structure's units: where less stays, a warning names it
-
 
 @dataclass
 class PruningPlan:
@@ -197,15 +195,13 @@ class PruningPlan:
         if self.target.kept_units == self.target.num_units:
             given = self.config.target_sizes
             logger.warning(f"`target_sizes` ({given}) are the model's own: nothing is pruned" if given else _NOTHING)
-        for name, units in self.target.num_units.items():
-            kept = self.target.kept_units[name]
-            if kept < LITTLE * units:
-                sizes = ", ".join(self.sizes_of(name))
-                logger.warning(
-                    f"{name}: {kept} of {units} units of a layer stay ({kept / units:.0%}; {sizes}); a "
-                    "model of such a shape learns little and serves badly: lower `pruning_ratio`, or pin sizes with "
-                    "`target_sizes`"
-                )
+        for name, share in self.target.nearly_gone.items():
+            kept, units = self.target.kept_units[name], self.target.num_units[name]
+            logger.warning(
+                f"{name}: {kept} of {units} units of a layer stay ({share:.0%}; {', '.join(self.sizes_of(name))}); a "
+                "model of such a shape learns little and serves badly: lower `pruning_ratio`, or pin sizes with "
+                "`target_sizes`"
+            )
 
     def process(self, schedule: Schedule) -> PruningProcess:
         """Build the pruning state over the model's parameters."""

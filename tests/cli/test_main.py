@@ -391,6 +391,18 @@ def test_inspect_says_each_reason_once(tmp_path: Path, capsys: pytest.CaptureFix
     assert unmet.startswith("ratio 0.2, 0.3, 0.5: `pruning_ratio` of parameters can't be met within 5% by")
 
 
+def test_inspect_names_a_size_of_which_little_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=300, architectures=["BertForSequenceClassification"], **sizes)
+    config.max_position_embeddings = 64
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--ratio", "0.3", "0.5"]) == 0
+    sparse, half = capsys.readouterr().out.splitlines()[-2:]
+    assert "intermediate_size" in sparse
+    assert "would stay" not in sparse
+    assert re.search(r"intermediate_size \d - only 3% of mlp_channels would stay", half)
+
+
 def test_plan_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--gpus", "2", "--gpu-memory", "24", "--batch-size", "3", "--sequence-length", "96", "--cric", "device"]
     assert main(["plan", str(bundled_model_path()), *flags, "--json"]) == 0

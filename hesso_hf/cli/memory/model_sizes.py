@@ -25,7 +25,8 @@ class ModelSizes:
         layers: modules that are wrapped, checkpointed and gathered as one (`_no_split_modules`).
         layer_parameters: elements of the largest such layer; `layer_matrices` those of its matrices.
         matrix_parameters: elements of all matrices that a product reads: the layers' and the output matrix.
-        embedding_parameters, head_parameters: of the input and the output matrix, the same one where they are tied.
+        embedding_parameters, head_parameters: of the input and the output matrix, the same one where they are tied; a
+            classifier's output isn't counted, a few rows that see one token of each example.
         untied_embedding: of an input matrix of its own, whose gradient comes last.
         largest_matrix: elements of the largest matrix.
         factored: sum of rows and columns of every matrix, and of all vectors: Adafactor's state.
@@ -33,6 +34,7 @@ class ModelSizes:
         query_width, kv_width: heads times head_dim, and key-value heads times head_dim.
         linear_inputs, lora_width: of one layer's matrices the input widths; of all layers', input and output widths.
         widest_input: of the linear layers in a layer, among which those are that healing refits.
+        vocabulary: outputs of a token; none for a classifier.
     """
 
     parameters: int
@@ -62,14 +64,17 @@ def model_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
     """Count a model's sizes from its config.
 
     Raises:
-        HessoError: where the config doesn't give a width of layers, heads or MLP, or the class has no layers.
+        HessoError: where the config doesn't give a width of layers, heads or MLP, or the class has no layers, or reads
+            no tokens.
     """
     model = build_meta(class_to_build(config, trust_remote_code), config)
     layers = _layers(model)
     embedding: Any = model.get_input_embeddings()
-    head: Any = model.get_output_embeddings()
-    if not layers or head is None:
-        raise HessoError(f"{type(model).__name__} has no decoder layers with an output matrix: its memory isn't known")
+    head: Any = model.get_output_embeddings()  # none: a classifier
+    if not layers or not isinstance(embedding, nn.Embedding):
+        raise HessoError(f"{type(model).__name__} has no layers that read tokens: its memory isn't known")
+    head_parameters = head.weight.numel() if head is not None else 0
+    tied = head is not None and head.weight is embedding.weight
     sizes, experts = ConfigSizes.of(config), num_experts(config)
     mlp = (sizes.get(EXPERT_MLP) if experts else None) or sizes.get(MLP)
     needed = {HIDDEN: sizes.get(HIDDEN), HEADS: sizes.get(HEADS), HEAD_DIM: sizes.head_dim, MLP: mlp}
@@ -88,10 +93,10 @@ def model_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
         layers=len(layers),
         layer_parameters=_elements(largest),
         layer_matrices=max(matrices),
-        matrix_parameters=sum(matrices) + head.weight.numel(),
+        matrix_parameters=sum(matrices) + head_parameters,
         embedding_parameters=embedding.weight.numel(),
-        head_parameters=head.weight.numel(),
-        untied_embedding=0 if head.weight is embedding.weight else embedding.weight.numel(),
+        head_parameters=head_parameters,
+        untied_embedding=0 if tied else embedding.weight.numel(),
         largest_matrix=max(math.prod(shape) for shape in shapes if len(shape) > 1),
         factored=sum(math.prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes),
         hidden=hidden,
@@ -100,7 +105,7 @@ def model_sizes(config: PretrainedConfig, trust_remote_code: bool = False) -> Mo
         heads=heads,
         query_width=heads * head_dim,
         kv_width=(sizes.get(KV_HEADS) or heads) * head_dim,
-        vocabulary=head.weight.shape[0],
+        vocabulary=head.weight.shape[0] if head is not None else 0,
         linear_inputs=max(sum(shape[1] for shape in shapes) for shapes in linear),
         lora_width=sum(sum(shape) for shapes in linear for shape in shapes),
         widest_input=max(filter(None, map(columns_of, largest.modules())), default=0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -123,6 +123,8 @@ class MemoryPlan:
             "(--device-tflops)."
         )
         notes = [advice, lasting, ASSUMED]
+        if not self.sizes.vocabulary:
+            notes.append("A classifier writes no text: it has no replay, and no teacher by default.")
         if self.workload.healing:
             healed = [ENGINES[name].title for name in self.engines if ENGINES[name].heals]
             notes.insert(
@@ -143,6 +145,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """Estimate a model's training from its config alone, under every engine that makes sense on the cluster.
 
+    A classifier writes no text, so it is estimated without replay and its teacher.
+
     Args:
         pace: by default a billion tokens on H100s.
 
@@ -156,6 +160,8 @@ def plan_memory(
     """
     config = load_config(source, trust_remote_code)
     sizes, pace = model_sizes(config, trust_remote_code), pace or TokenPace()
+    if not sizes.vocabulary:
+        workload = replace(workload, distillation=False, replay_share=0.0)
     runs = {
         name: EstimatedRun(sizes, engine, workload, cluster)
         for name, engine in ENGINES.items()

@@ -12,11 +12,13 @@ import torch
 from transformers import (
     Adafactor,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
     PretrainedConfig,
+    ViTConfig,
 )
 
 from hesso_hf import HessoConfig
@@ -96,6 +98,19 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert (found.mlp_width, found.query_width, found.kv_width) == (width, *heads)
 
 
+def test_a_classifier_has_no_output_matrix_no_replay_and_no_teacher() -> None:
+    config = LlamaConfig(**LLAMA, architectures=["LlamaForSequenceClassification"], num_labels=3)
+    plan = plan_memory(config, Workload(replay_share=0.25, distillation=True), Cluster(1, 80e9))
+    assert plan.sizes.parameters == AutoModelForSequenceClassification.from_config(config).num_parameters()
+    assert (plan.sizes.vocabulary, plan.sizes.head_parameters, plan.sizes.untied_embedding) == (0, 0, 67 * 60)
+    parts = {name: value for found in plan.engines.values() for name, value in found.parts.items() if value}
+    assert not {"teacher", "logits"} & set(parts)
+    assert (plan.workload.replay_share, plan.workload.tokens) == (0.0, 2048)
+    assert "A classifier writes no text: it has no replay, and no teacher by default." in plan.notes()
+    whole = plan_memory(LlamaConfig(**LLAMA), Workload(replay_share=0.25, distillation=True), Cluster(1, 80e9))
+    assert not any("classifier" in note for note in whole.notes())
+
+
 def test_lora_widths_are_those_of_peft(sizes: ModelSizes) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -109,6 +124,10 @@ def test_lora_widths_are_those_of_peft(sizes: ModelSizes) -> None:
 def test_a_model_without_the_sizes_is_refused_by_name() -> None:
     with pytest.raises(HessoError, match=r"MambaConfig has no integer `(num_attention_heads|head_dim)`"):
         model_sizes(MambaConfig(vocab_size=67, hidden_size=60, num_hidden_layers=2))
+    with pytest.raises(
+        HessoError, match="ViTForImageClassification has no layers that read tokens: its memory isn't known"
+    ):
+        model_sizes(ViTConfig(num_hidden_layers=2, architectures=["ViTForImageClassification"]))
 
 
 # -- what stays --------------------------------------------------------------------------------------------------------
