@@ -73,9 +73,10 @@ test-floor: ## the default tests with the oldest releases that pyproject.toml al
 	$(call pytest_of,$(FLOOR)) $(ARGS)
 
 # The converter for llama.cpp comes with the sources of its Python package, which is built here (some minutes).
-test-engines: ## small models in ONNX Runtime, OpenVINO, AOTInductor and llama.cpp, against Transformers, in .venv-engines
+test-engines: ## small models in ONNX Runtime, OpenVINO, AOTInductor and llama.cpp, optimizers in 8 bits, in .venv-engines
 	@$(PYTHON) -m venv $(ENGINES)
-	@$(ENGINES)/bin/python $(PIP_INSTALL) -e '.[dev]' onnx onnxruntime onnxscript openvino gguf sentencepiece
+	@$(ENGINES)/bin/python $(PIP_INSTALL) -e '.[dev]' onnx onnxruntime onnxscript openvino gguf sentencepiece \
+		bitsandbytes torchao
 	@$(ENGINES)/bin/python $(PIP_DOWNLOAD) --no-deps --no-binary llama-cpp-python -d $(ENGINES)/llama llama-cpp-python
 	@tar xzf $(ENGINES)/llama/*.tar.gz --strip-components 1 -C $(ENGINES)/llama
 	@$(ENGINES)/bin/python $(PIP_INSTALL) $(ENGINES)/llama/*.tar.gz

@@ -121,6 +121,7 @@ PRIVATE_NAMES: Mapping[str, str] = {
     "_index_in_param_group": "deepspeed.utils.mixed_precision_linkage",
     "_inductor": "torch._inductor.__init__",
     "_model_mapping": "transformers.models.auto.auto_factory",
+    "_new_buffer": "torchao.optim.adam",
     "_no_split_modules": "transformers.modeling_utils",
     "_optimizers": "accelerate.accelerator",
     "_save_checkpoint": "transformers.trainer",

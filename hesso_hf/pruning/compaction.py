@@ -5,7 +5,6 @@ It is the export's cut, verified as the export verifies it, put in the place of 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer, RMSprop
-from torch.optim import Adafactor as TorchAdafactor
-from transformers import Adafactor, PreTrainedModel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from ..compat import refit, why_not_refit
 from ..distributed.collectives import on_all, world_size
@@ -28,48 +26,43 @@ from ..export.in_training import note_cut
 from ..export.parameters import ParameterSource, WholeSource
 from ..export.verify import FOLD_TOLERANCE, Verifier
 from ..structures.cut import Cuts, cuts_by_tensor, zero_units_
-from ..structures.groups import Axis, KeptUnits
+from ..structures.groups import KeptUnits
 from ..structures.in_place import InPlace
 from ..structures.layers import full_names
 from ..structures.lora import Adapters, base_of, lora_layers, num_parameters, parameters_of
 from ..structures.router_gates import remove_gates
 from .optimizer import HessoOptimizer
+from .optimizer_state import (
+    MEANS,
+    cut_values,
+    factor_of,
+    numbers_of,
+    put_numbers,
+    state_powers,
+    why_not_cut_state,
+    why_not_one_of,
+)
 from .process import PruningProcess
 from .weights.snapshot import kept_random_state
 
-# The state of one value an element, by optimizer, with the power of the gradient that it goes by.
-_OF_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
-STATE_POWERS: Mapping[type[Optimizer], Mapping[str, int]] = {
-    Adam: _OF_ADAM,
-    AdamW: _OF_ADAM,
-    SGD: {"momentum_buffer": 1},
-    RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0},
-    Adagrad: {"sum": 2},
-    Muon: {"momentum_buffer": 1},
-    Adafactor: {"exp_avg": 0, "exp_avg_sq": 2, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2},
-    TorchAdafactor: {"variance": 2, "row_var": 2, "col_var": 2},
-}
-# What is a mean over a dimension, the last or the one before.
-MEANS = {"exp_avg_sq_row": -1, "row_var": -1, "exp_avg_sq_col": -2, "col_var": -2}
 _CUT = "cut the model in memory"
 
 
 def why_not_compact(
-    base: Optimizer | None, layer_widths: str, known_optimizers: Iterable[type[Optimizer]] = tuple(STATE_POWERS)
+    base: Optimizer | None, layer_widths: str, optimizers: Iterable[type[Optimizer]] | None = None
 ) -> str:
     """Return why a model that trains can't become the smaller one, "" where it can.
 
     Args:
         base: the optimizer that HESSO is around, where there is one already.
         layer_widths: as in `HessoConfig`.
-        known_optimizers: whose state can be cut.
+        optimizers: the only ones whose state can be cut; by default all that `state_powers` knows.
     """
     if layer_widths == "per_layer":
         return "`layer_widths` ('per_layer') has a model that no stock class is"
-    if base is not None and type(base) not in known_optimizers:
-        known = ", ".join(kind.__name__ for kind in known_optimizers)
-        return f"the state of {type(base).__module__}.{type(base).__name__} can't be cut ({known} of torch's can)"
-    return ""
+    if base is None:
+        return ""
+    return why_not_cut_state(base) if optimizers is None else why_not_one_of(base, optimizers)
 
 
 def parallel_of(model: nn.Module) -> DistributedDataParallel | None:
@@ -307,37 +300,7 @@ def _cut_state_(
     for name, parameter in parameters.items():
         state: dict[str, Any] = base.state.get(parameter, {})
         axes = cuts.get(name, ())
-        for key, power in STATE_POWERS.get(type(base), {}).items():
-            if isinstance(values := state.get(key), torch.Tensor) and axes:
-                state[key] = memory.cut_state(name, values, axes, MEANS.get(key), parameter) / factor_of(axes) ** power
-
-
-def factor_of(cuts: Cuts) -> float:
-    """Return the factor on a weight that is cut, by whose inverse its gradient is scaled."""
-    return math.prod(math.sqrt(len(units) / total) ** axis.power for axis, units, total in cuts)
-
-
-def cut_values(values: torch.Tensor, cuts: Cuts, dims: int, mean: int | None = None) -> torch.Tensor:
-    """Cut what an optimizer keeps of a parameter with so many dimensions, without a factor.
-
-    Args:
-        mean: the dimension that it is the mean over, None where it has all.
-    """
-    for axis, units, total in cuts:
-        values = _cut_values(values, axis, units, total, dims, mean)
-    return values
-
-
-def _cut_values(
-    values: torch.Tensor, axis: Axis, units: torch.Tensor, total: int, dims: int, mean: int | None
-) -> torch.Tensor:
-    """Cut what an optimizer keeps of a parameter with so many dimensions.
-
-    Args:
-        mean: the dimension that it is the mean over, in which pruned units were zeros; None where it has all.
-    """
-    indices = axis.layout.indices(units, total).to(values.device)
-    if mean is None or axis.dim != dims + mean:
-        before = mean is not None and values.dim() < dims and axis.dim > dims + mean
-        return values.index_select(axis.dim - before, indices)
-    return values * (axis.layout.size(total) / len(indices))
+        for key, power in state_powers(base).items():
+            if isinstance(state.get(key), torch.Tensor) and axes:
+                left = memory.cut_state(name, numbers_of(state, key), axes, MEANS.get(key), parameter)
+                put_numbers(base, parameter, state, key, left / factor_of(axes) ** power)

@@ -133,9 +133,12 @@ def test_a_model_is_cut_where_it_stands_and_computes_the_same(family: str) -> No
 
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(AdamW, {}), (Adam, {"amsgrad": True}), (SGD, {"momentum": 0.9}), (RMSprop, {"momentum": 0.5, "centered": True})],
-    ids=["AdamW", "amsgrad", "SGD", "RMSprop"],
-)
+    [
+        (AdamW, {}), (AdamW, {"fused": True}), (Adam, {"amsgrad": True}), (SGD, {"momentum": 0.9}),
+        (RMSprop, {"momentum": 0.5, "centered": True}),
+    ],
+    ids=["AdamW", "fused AdamW", "amsgrad", "SGD", "RMSprop"],
+)  # fmt: skip
 def test_where_nothing_takes_a_factor_the_run_goes_on_as_the_masked_one(
     make: type[Optimizer], options: dict[str, Any]
 ) -> None:

@@ -20,6 +20,8 @@ from hesso_hf.errors import CheckpointMismatchError, HessoError, VerificationErr
 from hesso_hf.export.checkpoint_state import read_state
 from hesso_hf.pruning.compaction import parallel_of
 from hesso_hf.structures.in_place import InPlace
+from tests.pruning.test_optimizer_state import SIZES as FEW_BITS
+from tests.pruning.test_optimizer_state import WIDE, is_in_few_bits
 from tests.support import ROOT
 from tests.support.checks import propagated
 from tests.support.tiny import tiny_llama
@@ -249,6 +251,25 @@ def test_it_works_under_other_settings(options: dict[str, Any], tmp_path: Path) 
     ours, theirs = (logged(done(tmp_path / c, c, max_steps=9, **options), "loss") for c in ("end", "never"))
     assert ours[:END] == theirs[:END]
     assert abs(ours[END] - theirs[END]) < (5e-3 if "bf16" in options else 1e-5)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "adamw_torch_8bit"])
+def test_a_state_in_few_bits_is_cut_and_goes_on_bit_for_bit(
+    optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # torchao's: a minute for each shape
+    config = hesso_config(target_sizes=FEW_BITS, pruning_ratio=None, compact="end")
+    options = {"config": config, "optim": optim, "save_strategy": "steps", "save_steps": 1}
+    whole = made(tmp_path / "whole", model=tiny_llama(**WIDE), **options)
+    whole.train()
+    assert whole.model.config.intermediate_size == FEW_BITS["intermediate_size"]
+    optimizer: Any = whole.optimizer
+    assert any(is_in_few_bits(value) for state in optimizer.optimizer.base.state.values() for value in state.values()
+               if isinstance(value, torch.Tensor))  # fmt: skip
+    again = resumed(whole, END, tmp_path / "again", model=tiny_llama(**WIDE), **options)
+    for ours, theirs in zip(again.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_what_cannot_be_had_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

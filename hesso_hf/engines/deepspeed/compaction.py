@@ -32,7 +32,8 @@ from ...distributed.passes import in_eval
 from ...errors import HessoError, VerificationError, first_line
 from ...export.decision import NOTHING_CUT, Compaction, Decision
 from ...export.verify import FOLD_TOLERANCE, Verifier, relative_error
-from ...pruning.compaction import STATE_POWERS, check_compactable, cut_values, factor_of
+from ...pruning.compaction import check_compactable
+from ...pruning.optimizer_state import STATE_POWERS, cut_values, factor_of
 from ...pruning.weights.snapshot import kept_random_state
 from ...structures.cut import cuts_by_tensor
 from ...structures.groups import PruningGroups
