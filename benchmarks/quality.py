@@ -27,6 +27,7 @@ import torch
 import transformers
 from datasets import Dataset
 from known import RESULTS as KNOWN_RESULTS
+from known import measured
 from peers import HEADS, HIDDEN, KV_HEADS, LAYERS, MLP, PEERS, cut
 from texts import SETTINGS, SMALL, STORIES, TOKENS, Data, Setting, find_model, load_data, name_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
@@ -41,6 +42,7 @@ from hesso_hf.pruning.healing import HEALING_TOKENS, Healer
 from hesso_hf.trainer import knowledge
 from hesso_hf.trainer.measure import Measurer
 from hesso_hf.trainer.replay import ReplaySizes, share_of
+from hesso_hf.trainer.teacher import Teacher
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 CACHE = Path(__file__).parent / ".cache"
@@ -105,6 +107,20 @@ class StopAfter(transformers.TrainerCallback):
             self.stopped = control.should_save = control.should_training_stop = True
 
 
+class CheckShare(transformers.TrainerCallback):
+    """Refuses a run that has another share of replay than it was counted with."""
+
+    def __init__(self, trainer: HessoTrainer, share: float) -> None:
+        self._trainer, self._share = trainer, share
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at what was written, or at what a checkpoint had."""
+        replay = self._trainer.replay
+        found = replay.sizes.share if replay is not None else 0.0
+        if found != self._share:
+            raise RuntimeError(f"replay was expected to be {self._share} of the tokens, not {found}")
+
+
 class Clock:
     """What a run takes from the start of its first call to the end of its last, cut, replay and save included.
 
@@ -127,18 +143,12 @@ class Clock:
 
 
 def arguments(folder: Path, setting: Setting, tokens: int, seed: int, share: float) -> TrainingArguments:
-    """Training arguments that all methods share; replay takes the place of user tokens.
-
-    Raises:
-        SystemExit: where a step's examples can't be divided so.
-    """
-    if (rows := setting.batch * (1 - share)) != int(rows):
-        raise SystemExit(f"no {setting.batch} examples have a share of {share} for replay: give another --batch")
+    """Training arguments that all methods share; replay takes the place of user tokens, and of whole examples."""
     steps = tokens // (setting.batch * setting.block)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=int(rows),
+        per_device_train_batch_size=round(setting.batch * (1 - share)),
         learning_rate=setting.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(2, steps // 30),
@@ -153,21 +163,25 @@ def arguments(folder: Path, setting: Setting, tokens: int, seed: int, share: flo
     )
 
 
-def is_taught(method: str, config: HessoConfig, name: str, text: str) -> bool:
-    """Tell whether the base model will teach what is trained on: `auto` has it where `known.py` found that it knows it.
+def is_taught(method: str, config: HessoConfig, name: str, text: str, model: PreTrainedModel, data: Dataset) -> bool:
+    """Tell whether the base model will teach what is trained on: `auto` has it where it knows it.
 
-    The reading of it in training decides; a run that was counted otherwise is refused at its end.
+    What `known.py` found says that, or the same is measured here. The reading of it in training decides; a run that was
+    counted otherwise is refused before its first step.
     """
     if config.distillation_alpha != "auto":
         return bool(config.distillation_alpha)
+    if method == ANYHOW:
+        return True
     rows = json.loads(KNOWN_RESULTS.read_text(encoding="utf-8"))["runs"]
-    surprises = [row["train"]["surprise"] for row in rows if (row["model"], row["text"]) == (name, text)]
-    return method == ANYHOW or any(each <= knowledge.KNOWN for each in surprises)
+    found = [row["train"]["surprise"] for row in rows if (row["model"], row["text"]) == (name, text)]
+    surprise = found[0] if found else measured(Teacher(model), data)["surprise"]
+    return bool(surprise <= knowledge.KNOWN)
 
 
 def replayed(config: HessoConfig, setting: Setting, tokens: int, model: PreTrainedModel, taught: bool) -> float:
-    """Return the share of replay that a run will have: `auto` has none in a short run."""
-    share = share_of(config, taught)
+    """Return the share of replay that a run will have, of whole examples: `auto` has none in a short run."""
+    share = math.ceil(setting.batch * share_of(config, taught) - 1e-6) / setting.batch
     steps, rows = tokens // (setting.batch * setting.block), round(setting.batch * (1 - share))
     sizes = ReplaySizes.of(share, rows * setting.block, steps, model.config.max_position_embeddings)
     return 0.0 if config.replay_share == "auto" and sizes.dear else share
@@ -192,25 +206,24 @@ def train(options: argparse.Namespace, folder: Path, train_set: Dataset, run: di
         config = HessoConfig(target_sizes=sizes, **ONE_SHOTS[method])
     share = 0.0
     if config is not None:
-        taught = is_taught(method, config, run["model"], setting.text)
+        taught = is_taught(method, config, run["model"], setting.text, model, train_set)
         share = replayed(config, setting, run["tokens"], model, taught)
+        if share and share != share_of(config, taught):  # half an example a step isn't to be had
+            config = replace(config, replay_share=share)
     clock = StopAfter(options.minutes)
     common: dict[str, Any] = {
         "model": model, "args": arguments(out, setting, run["tokens"], run["seed"], share), "train_dataset": train_set,
         "callbacks": [clock], "processing_class": AutoTokenizer.from_pretrained(options.folder),
     }  # fmt: skip
     trainer: Any = Trainer(**common) if config is None else HessoTrainer(**common, hesso_config=config)
+    if config is not None:
+        trainer.add_callback(CheckShare(trainer, share))
     with _changed(method):
         trainer.train(resume_from_checkpoint=last_checkpoint(out) is not None or None)
     if clock.stopped:
         raise Unfinished
     trainer.save_model(str(folder / "small"))
     if config is not None:
-        found = trainer.replay.sizes.share if trainer.replay is not None else 0.0
-        if found != share:
-            raise RuntimeError(
-                f"{method}: replay was expected to be {share}, not {found}: other tokens were trained on"
-            )
         options = {"dtype": torch.float32, "trust_remote_code": config.layer_widths == "per_layer"}
         model = AutoModelForCausalLM.from_pretrained(folder / "small", **options)
     return model, {name: model.config.to_dict()[name] for name in (HEADS, KV_HEADS, HIDDEN, MLP, LAYERS)}

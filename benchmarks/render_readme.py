@@ -546,12 +546,18 @@ def _quality_table(result: dict[str, Any], model: str, tokens: int) -> str:
 
 def _processor_time(runs: list[dict[str, Any]]) -> str:
     """Say what runs took from beginning to end, where it was noted."""
-    minutes: dict[str, list[int]] = {}
+    minutes: dict[str, list[float]] = {}
     for run in runs:
         if "cpu_seconds" in run:
-            minutes.setdefault(QUALITY_METHODS[run["method"]], []).append(round(run["cpu_seconds"] / 60))
-    found = [f"{name} {' to '.join(map(str, sorted({min(all_), max(all_)})))}" for name, all_ in minutes.items()]
-    return f" Minutes of one processor core, all in all: {', '.join(found)}." if len(found) > 1 else ""
+            minutes.setdefault(QUALITY_METHODS[run["method"]], []).append(run["cpu_seconds"] / 60)
+    ends = {name: dict.fromkeys(map(_minutes, (min(all_), max(all_)))) for name, all_ in minutes.items()}
+    found = [f"{name} {' to '.join(both)}" for name, both in ends.items()]
+    told = "Minutes of one processor core, all in all, not all on the same machine"
+    return f" {told}: {', '.join(found)}." if len(found) > 1 else ""
+
+
+def _minutes(value: float) -> str:
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
 def _seeds(counts: set[int]) -> str:

@@ -109,7 +109,7 @@ def plan_flags(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--replay-share", type=float, default=AUTO_REPLAY_SHARE,
-        help="of all tokens; half of that where the model knows the data, 0 for none",
+        help="of all tokens; 0: none. A run's own choice takes less where the model teaches the data too",
     )  # fmt: skip
     parser.add_argument("--healing", choices=["auto", "off"], default="auto", help="as in the run's config")
     parser.add_argument("--healing-tokens", type=int, help="as in the run's config")
@@ -139,6 +139,8 @@ def plan(arguments: argparse.Namespace) -> None:
     from .memory import plan_memory
 
     found = plan_memory(model, workload, cluster, arguments.trust_remote_code, arguments.model, pace)
+    if arguments.distillation and not found.sizes.vocabulary:
+        raise HessoError(f"`--distillation`: {arguments.model} writes no text, so the original model can't teach it")
     if arguments.json:
         print(json.dumps(found.to_dict(), indent=1))
         return
@@ -183,30 +185,32 @@ def evaluate(arguments: argparse.Namespace) -> None:
     arguments.models = {name: model_source(name) for name in arguments.models}
     from .evaluate import measure_models, room_for_a_batch
 
-    found: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
     try:
         with room_for_a_batch():
             measure_models(arguments, found)
     except BaseException:
         if found:
             print("hesso-hf: eval breaks off; what was measured until then:", file=sys.stderr)
-            _tell(arguments, found)
+            _tell(arguments, list(found.values()), complete=False)
         raise
+    _tell(arguments, list(found.values()))
     if arguments.card:
         _add_to_cards(arguments, found)
-    _tell(arguments, found)
 
 
-def _tell(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
-    """Print what was measured, and write it to the output."""
-    content = json.dumps(found[0] if len(found) == 1 else {"models": found}, indent=1)
+def _tell(arguments: argparse.Namespace, found: list[dict[str, Any]], complete: bool = True) -> None:
+    """Print what was measured, and write it to the output; where not all was, that says so."""
+    whole = found[0] if len(arguments.models) == 1 else {"models": found}
+    content = json.dumps(whole if complete else whole | {"complete": False}, indent=1)
     title, header, rows = comparison_table(found)
-    if arguments.output is not None and not (len(found) == 1 and Path(arguments.output).suffix.lower() in PICTURES):
-        _write(Path(arguments.output), found, content, markdown_table(title, header, rows))
+    title += "" if complete else "; broken off, not all was measured"
     if arguments.json:
         print(content)
-        return
-    print_table(title, header, rows)
+    else:
+        print_table(title, header, rows)
+    if arguments.output is not None and not (len(found) == 1 and Path(arguments.output).suffix.lower() in PICTURES):
+        _write(Path(arguments.output), found, content, markdown_table(title, header, rows))
 
 
 def _write(path: Path, found: list[dict[str, Any]], content: str, page: str) -> None:
@@ -219,11 +223,10 @@ def _write(path: Path, found: list[dict[str, Any]], content: str, page: str) -> 
         path.write_text((page if path.suffix.lower() == ".md" else content) + "\n", encoding="utf-8")
 
 
-def _add_to_cards(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
+def _add_to_cards(arguments: argparse.Namespace, measured: dict[str, dict[str, Any]]) -> None:
     """Write what was measured into the folders of smaller models, each compared with the first model."""
     from ..export.report import add_evaluation
 
-    measured = dict(zip(arguments.models, found, strict=True))
     base = next(iter(measured))
     for name in reported(measured):
         small = measured[name]

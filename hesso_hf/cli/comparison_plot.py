@@ -33,7 +33,7 @@ def draw_comparison(models: Sequence[Mapping[str, Any]]) -> Figure:
     sizes, speeds = _multiples(models, _SIZES), _multiples(models, _SPEEDS)
     perplexities = _finite({"": [model.get("perplexity") for model in models]})
     scores, errors = {}, {}
-    for task, key, label in metrics_of(base):
+    for task, key, label in metrics_of(base) if all("tasks" in model for model in models) else ():
         found = [model["tasks"][task] for model in models]
         scores[label] = [one.get(key) for one in found]
         errors[label] = [one.get(key.replace(",", "_stderr,")) or 0.0 for one in found]

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BLOCK_SIZE, WINDOW = 256, 2048  # tokens, where nothing is said and every context has as many; of joined text
 
 
-def measure_models(flags: Namespace, done: list[dict[str, Any]]) -> None:
+def measure_models(flags: Namespace, done: dict[str, dict[str, Any]]) -> None:
     """Load every model before any is measured, so that what one lacks is told at once.
 
     They are measured in turns; where they don't fit on the device together, one after the other.
@@ -81,7 +81,6 @@ def measure_models(flags: Namespace, done: list[dict[str, Any]]) -> None:
     except torch.OutOfMemoryError:
         if len(models) == 1:
             raise
-    done.clear()
     for model in models.values():
         model.to("cpu")
     torch.cuda.empty_cache()
@@ -98,7 +97,7 @@ class _Measured:
     Attributes:
         blocks: examples that all models read as the same tokens, or None.
         tokenizers: by the model's name, where there are tasks.
-        done: gets what was measured.
+        done: gets what was measured, by the model's name.
     """
 
     flags: Namespace
@@ -107,7 +106,7 @@ class _Measured:
     blocks: Any
     tasks: Tasks | None
     tokenizers: Mapping[str, Any]
-    done: list[dict[str, Any]]
+    done: dict[str, dict[str, Any]]
 
     def measure(self, models: Mapping[str, Any], device: torch.device) -> None:
         """Move models to the device, where they are measured in turns; where there are no others they leave it."""
@@ -116,21 +115,24 @@ class _Measured:
             model.to(device)
         speeds = {name: {} for name in models} if flags.no_speed else _speeds(models, flags, self.block_size)
         for name, model in models.items():
-            self._measure(name, model, speeds[name])
+            self.done.setdefault(name, {}).update(self._facts(name, model), **speeds[name])
+        for name, model in models.items():
+            self._measure(name, model, self.done[name])
         if len(models) < len(flags.models):
             for model in models.values():
                 model.to("cpu")
 
-    def _measure(self, name: str, model: Any, speed: dict[str, Any]) -> None:
+    def _facts(self, name: str, model: Any) -> dict[str, Any]:
+        return {
+            "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_size": self.flags.batch_size, "block_size": self.block_size, "parameters": model.num_parameters(),
+            "bytes": _bytes_on_disk(self.flags.models[name]), "memory": model.get_memory_footprint(),
+            "flops_per_token": flops_per_token(model),
+        }  # fmt: skip
+
+    def _measure(self, name: str, model: Any, row: dict[str, Any]) -> None:
         flags, blocks, number = self.flags, self.blocks, list(self.flags.models).index(name) + 1
         of = f"model {number} of {len(flags.models)}, {name}: "
-        row: dict[str, Any] = {
-            "model": name, "device": str(model.device), "dtype": str(model.dtype).removeprefix("torch."),
-            "batch_size": flags.batch_size, "block_size": self.block_size, "parameters": model.num_parameters(),
-            "bytes": _bytes_on_disk(flags.models[name]), "memory": model.get_memory_footprint(),
-            "flops_per_token": flops_per_token(model), **speed,
-        }  # fmt: skip
-        self.done.append(row)
         if model.device.type == "cuda" or not flags.no_speed:
             _say(flags, f"{of}peak memory")
             row["peak_memory"] = peak_memory(model, flags.batch_size, self.block_size, flags.new_tokens)

@@ -139,7 +139,8 @@ class HessoConfig:
     distillation_alpha: float | str | None = _option(
         "auto",
         "Weight of the divergence from a teacher in the loss on the user's data, in [0, 1]; 0 is without, auto takes "
-        "0.9 where the base model, which replay keeps, knows the data, or with `distill_from`, while it is ahead.",
+        "0.9 where the base model, which replay keeps, knows the data, or with `distill_from`, while the student isn't "
+        "ahead.",
     )
     distillation_temperature: float = _option(
         1.0, "What teacher's and student's logits are divided by before they are compared."

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import HessoError
+from ..errors import HessoError, first_line
 
 CONVERTER = "convert_hf_to_gguf.py"
 EXPORTERS = {"transformers.exporters": "'transformers>=5.23'"}  # older ones may lack it
@@ -127,7 +127,10 @@ class _AOTInductor(_GivenStates):
         try:
             get_cpp_compiler()
         except Exception as error:  # torch names the compilers that it looked for
-            raise HessoError(f"`engine` ('aotinductor') compiles C++, and there is no compiler: {error}") from error
+            raise HessoError(
+                f"`engine` ('aotinductor') compiles C++, and there is no compiler ({first_line(error)}): install g++, "
+                "or name one in the environment variable CXX"
+            ) from error
 
     @classmethod
     def write(cls, model: PreTrainedModel, source: Path, folder: Path, converter: str | None) -> None:

@@ -111,7 +111,7 @@ class Distillation:
 
     With `distillation_alpha="auto"` a teacher that doesn't know the user's data isn't learnt from (`knows`): it would
     hold the student back. One that does is compared with the student on the first micro-batch of every tenth step, and
-    learnt from until the next comparison where it wasn't behind. So the base model teaches from the first cut on.
+    learnt from until the next comparison where it wasn't behind. So the base model teaches from the first step on.
 
     Args:
         trainer: whose loss it is.
@@ -119,7 +119,7 @@ class Distillation:
         teacher: in its place.
 
     Attributes:
-        auto: whether it is learnt from only while it is ahead.
+        auto: whether it is learnt from only while it isn't behind.
         own_forward: whether the trainer's loss computes no logits, so that they take a second forward.
     """
 

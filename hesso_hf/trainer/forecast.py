@@ -116,7 +116,8 @@ class Forecast:
             excess = f"its loss is {found['surprise']:.2f} nats per token above what it expects"
             where = "none" if teaching.replay is None else "on replay alone"
             return [f"teacher: {where}; {found['teacher']} doesn't know the data, {excess}"]
-        return [f"teacher: {found['teacher']}, on the data too{' while it is ahead' if found['auto'] else ''}"]
+        until = " while the student isn't ahead" if found["auto"] else ""
+        return [f"teacher: {found['teacher']}, on the data too{until}"]
 
     def _tokens(self) -> list[str]:
         """Say how many there are where that takes a few rows of the data set, and nothing that training reads."""

@@ -195,6 +195,12 @@ class Teaching:
         if no_replay or no_teacher:
             self._base, self.replay = None, None if no_replay else self.replay
             self.distillation = None if no_teacher else self.distillation
+        share = self.replay.sizes.share if self.replay is not None else 0.0
+        if no_teacher and share and share < share_of(self._config):
+            logger.warning(
+                f"replay stays at {share:g} of the tokens, as beside a teacher; `distillation_alpha=0` takes "
+                f"{share_of(self._config):g} from the start"
+            )
 
     def users(self, loss: torch.Tensor) -> torch.Tensor:
         """Return what a mixed loss of a micro-batch was on the user's data, with what a subclass added to it."""

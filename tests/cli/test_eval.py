@@ -319,13 +319,51 @@ def test_what_was_measured_before_a_later_model_fails_is_told(
         main(["eval", "bundled", "small", *SHORT, "--no-speed", "--output", "part.json"])
     said = capsys.readouterr()
     assert "eval breaks off; what was measured until then" in said.err
-    assert "parameters" in said.out, "of both"
-    assert [row.get("loss") for row in json.loads(Path("part.json").read_text())["models"]] == [2.5, None]
+    assert re.search(r"measure +bundled +small", said.out)
+    assert "; broken off, not all was measured" in said.out
+    part = json.loads(Path("part.json").read_text())
+    assert part["complete"] is False
+    assert [row.get("loss") for row in part["models"]] == [2.5, None]
     monkeypatch.setattr(evaluate, "held_out_loss", lambda *_: sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
         main(["eval", "bundled", "small", *SHORT, "--no-speed", "--output", "part.svg", "--json"])
-    assert json.loads(capsys.readouterr().out)["parameters"] > 0
-    assert not Path("part.svg").exists(), "it compares two models"
+    part = json.loads(capsys.readouterr().out)
+    assert [row["parameters"] > 0 for row in part["models"]] == [True, True]
+    assert "loss" not in part["models"][0]
+    assert Path("part.svg").stat().st_size > 1000
+
+
+def test_a_picture_of_what_broke_off_leaves_out_what_one_model_lacks(
+    lm_eval: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = evaluate.Tasks.scores
+    monkeypatch.setattr(
+        evaluate.Tasks, "scores", lambda self, *given: sys.exit("killed") if lm_eval else scores(self, *given)
+    )
+    flags = ["--tasks", "lambada", "--no-speed", "--output", "part.svg"]
+    with pytest.raises(SystemExit, match="killed"):
+        main(["eval", "bundled", "small", *flags])
+    said = capsys.readouterr()
+    assert "parameters" in said.out
+    assert "lambada" not in said.out + Path("part.svg").read_text()
+
+
+def test_what_was_measured_together_stays_where_models_are_measured_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second doesn't fit beside the first, which is broken off when it is measured again."""
+    found: list[Any] = [2.5, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+
+    def held_out_loss(*given: Any) -> float:
+        value = found.pop(0) if found else sys.exit("killed")
+        if isinstance(value, Exception):
+            raise value
+        return float(value)
+
+    monkeypatch.setattr(evaluate, "held_out_loss", held_out_loss)
+    with pytest.raises(SystemExit, match="killed"):
+        main(["eval", "bundled", "small", *SHORT, "--no-speed", "--json"])
+    assert [row.get("loss") for row in json.loads(capsys.readouterr().out)["models"]] == [2.5, None]
 
 
 def test_a_batch_that_does_not_fit_is_told_as_that(

@@ -82,7 +82,8 @@ def results(folder: Path, processes: int = 2) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 3e-5) -> None:
+    """Weights and sums are the same but for rounding, which regressions and 16 steps make larger on some processors."""
     assert found["kept"] == expected["kept"]
     for name, weight in expected["weights"].items():
         error = (found["weights"][name] - weight).abs().max() / weight.abs().max()

@@ -428,6 +428,57 @@ def test_auto_goes_without_where_a_step_would_take_a_second_forward_or_tokens_ha
     assert "no label for every token" in new._hindrance(batch, [torch.zeros(4, LENGTH, VOCAB)])
 
 
+def test_replay_beside_a_teacher_that_goes_is_said_to_stay_as_short(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Own(HessoMixin, _OwnLoss):
+        pass
+
+    monkeypatch.setattr(knowledge, "KNOWN", math.inf)
+    monkeypatch.setattr("hesso_hf.trainer.replay.MOST_WRITTEN", 1e9)  # in so short a run
+    with propagated(caplog):
+        run = knowing(tiny_llama(), tmp_path / "auto", trainer_class=Own)
+        run.train()
+    assert run.distillation is None
+    assert run.replay.sizes.share == TAUGHT_REPLAY_SHARE
+    told = "replay stays at 0.125 of the tokens, as beside a teacher; `distillation_alpha=0` takes 0.25 from the start"
+    assert told in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ({"distillation_alpha": ALPHA}, TAUGHT_REPLAY_SHARE), ({"distillation_alpha": 0.0}, AUTO_REPLAY_SHARE),
+        ({"distillation_alpha": ALPHA, "distill_from": "teacher"}, AUTO_REPLAY_SHARE),
+        ({"distillation_alpha": ALPHA, "replay_share": 0.5}, 0.5),
+    ],
+    ids=["the base model", "no teacher", "another teacher", "a share that was given"],
+)  # fmt: skip
+def test_replay_is_halved_where_the_base_model_teaches(
+    options: dict[str, Any], share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hesso_hf.trainer.replay.MOST_WRITTEN", 1e9)  # in so short a run
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(5).save_pretrained("teacher")
+    run = knowing(tiny_llama(), tmp_path / "out", save_strategy="steps", save_steps=8, **options)
+    run.create_optimizer()
+    assert run.replay.sizes.share == share
+
+
+def test_a_run_goes_on_with_the_share_of_replay_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that an earlier version began: beside a teacher too it took a quarter."""
+    monkeypatch.setattr("hesso_hf.trainer.replay.MOST_WRITTEN", 1e9)
+    monkeypatch.setattr("hesso_hf.trainer.replay.TAUGHT_REPLAY_SHARE", AUTO_REPLAY_SHARE)
+    options = {"save_strategy": "steps", "save_steps": 8, "distillation_alpha": ALPHA}
+    knowing(tiny_llama(), tmp_path / "out", **options).train()
+    monkeypatch.setattr("hesso_hf.trainer.replay.TAUGHT_REPLAY_SHARE", TAUGHT_REPLAY_SHARE)
+    again = knowing(tiny_llama(), tmp_path / "out", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-8"))
+    assert again.replay.sizes.share == AUTO_REPLAY_SHARE
+
+
 def test_rounding_puts_no_teacher_behind_and_a_named_one_need_not_know_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,10 +508,11 @@ def test_a_teacher_that_did_not_know_the_data_is_not_asked_again_when_training_b
 
 
 def knowing(model: PreTrainedModel, folder: Path, **changes: Any) -> HessoTrainer:
-    """A run with replay to judge on, and whatever is the default of distillation."""
+    """A run with replay to judge on, and whatever is the default of distillation where nothing else is said."""
     model.generation_config.bos_token_id, model.generation_config.eos_token_id = 1, 2
-    config = hesso_config(replay_share="auto", distillation_alpha=HessoConfig(pruning_ratio=0.5).distillation_alpha)
-    return trainer(folder, model, config=config, **changes)
+    asked = {"replay_share": "auto", "distillation_alpha": HessoConfig(pruning_ratio=0.5).distillation_alpha}
+    asked |= {name: changes.pop(name) for name in (*asked, "distill_from") if name in changes}
+    return trainer(folder, model, config=hesso_config(**asked), **changes)
 
 
 def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
@@ -472,7 +524,8 @@ def test_by_default_the_base_model_is_learnt_from_where_it_knows_the_data(
     assert run.replay.sizes.share == TAUGHT_REPLAY_SHARE, "the user's data keep some of it too"
     assert logged(run, "hesso/distillation_loss")
     assert next(entry["step"] for entry in run.state.log_history if "hesso/distillation_loss" in entry) == 1
-    assert "teacher: the model before pruning, on the data too while it is ahead" in Forecast(run).by_first_steps()
+    told = "teacher: the model before pruning, on the data too while the student isn't ahead"
+    assert told in Forecast(run).by_first_steps()
     run.save_model(str(tmp_path / "small"))
     record = json.loads((tmp_path / "small" / "pruning_report.json").read_text())["distillation"]
     assert (record["auto"], record["alpha"]) == (True, AUTO_DISTILLATION_ALPHA)

@@ -124,7 +124,7 @@ class MemoryPlan:
         )
         notes = [advice, lasting, ASSUMED]
         if not self.sizes.vocabulary:
-            notes.append("A classifier writes no text: it has no replay, and no teacher by default.")
+            notes.append("A model without an output matrix writes no text: it has no replay, and no teacher.")
         if self.workload.healing:
             healed = [ENGINES[name].title for name in self.engines if ENGINES[name].heals]
             notes.insert(
@@ -145,7 +145,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Estimate a model's training from its config alone, under every engine that makes sense on the cluster.
 
-    A classifier writes no text, so it is estimated without replay and its teacher.
+    A classifier, which writes no text, is estimated without replay and a teacher.
 
     Args:
         pace: by default a billion tokens on H100s.

@@ -106,9 +106,9 @@ def test_a_classifier_has_no_output_matrix_no_replay_and_no_teacher() -> None:
     parts = {name: value for found in plan.engines.values() for name, value in found.parts.items() if value}
     assert not {"teacher", "logits"} & set(parts)
     assert (plan.workload.replay_share, plan.workload.tokens) == (0.0, 2048)
-    assert "A classifier writes no text: it has no replay, and no teacher by default." in plan.notes()
+    assert "A model without an output matrix writes no text: it has no replay, and no teacher." in plan.notes()
     whole = plan_memory(LlamaConfig(**LLAMA), Workload(replay_share=0.25, distillation=True), Cluster(1, 80e9))
-    assert not any("classifier" in note for note in whole.notes())
+    assert not any("output matrix" in note for note in whole.notes())
 
 
 def test_lora_widths_are_those_of_peft(sizes: ModelSizes) -> None:
