@@ -7,10 +7,11 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf import HessoConfig
@@ -446,6 +447,39 @@ def test_quality_leaves_out_a_variant_that_is_what_the_defaults_are(monkeypatch:
         monkeypatch.setitem(quality.HESSO, "hesso, healing", changes)
         assert quality.is_done(run, {"runs": []}, quality.SETTINGS["docs"]) is same
     assert quality.is_done(run, {"runs": [run]}, quality.SETTINGS["docs"])
+
+
+def test_quality_replays_whole_examples_and_refuses_another_share_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    import quality
+
+    model, config = tiny_llama(), HessoConfig(0.5, distillation_alpha=0.9)
+    long = 10**8  # tokens: no replay is dear
+    docs, stories = quality.SETTINGS["docs"], quality.SETTINGS["stories"]
+    assert quality.replayed(config, docs, long, model, taught=True) == 0.25  # of 4 examples half a one isn't to be had
+    assert quality.replayed(config, stories, long, model, taught=True) == 0.125
+    assert quality.replayed(config, stories, long, model, taught=False) == 0.25
+    assert quality.arguments(Path("out"), stories, long, 0, 0.125).per_device_train_batch_size == 7
+    run: Any = SimpleNamespace(replay=SimpleNamespace(sizes=SimpleNamespace(share=0.25)))
+    quality.CheckShare(run, 0.25).on_train_begin(None, None, None)
+    with pytest.raises(RuntimeError, match=r"expected to be 0\.125 of the tokens, not 0\.25"):
+        quality.CheckShare(run, 0.125).on_train_begin(None, None, None)
+
+
+@pytest.mark.parametrize(("surprise", "known"), [(0.05, True), (0.2, False)])
+def test_quality_measures_what_a_model_knows_that_was_not_measured_yet(
+    surprise: float, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quality
+
+    monkeypatch.setattr(quality, "measured", lambda *_: {"surprise": surprise})
+    auto, model, data = HessoConfig(0.5), tiny_llama(), Dataset.from_dict({"input_ids": [[1, 2]]})
+    assert quality.is_taught("hesso", auto, "a-folder", "stories", model, data) is known
+    assert quality.is_taught("hesso", auto, "small", "stories", model, data) is True, "that one was measured"
+    assert quality.is_taught("hesso", auto, "smollm2", "docs", model, data) is False
+    assert quality.is_taught(quality.ANYHOW, auto, "smollm2", "docs", model, data) is True
+    assert (
+        quality.is_taught("hesso", HessoConfig(0.5, distillation_alpha=0.0), "small", "stories", model, data) is False
+    )
 
 
 def test_quality_trains_on_stories_and_measures_both_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
