@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from .cost import Cost
     from .inspect import inspect_model
     from .latency import build_latency
-    from .solver import TargetSizes, solve_budget
+    from .solver import solve_budget
+    from .target_sizes import TargetSizes
 
 __all__ = ["Cost", "TargetSizes", "build_latency", "inspect_model", "solve_budget"]
 __getattr__ = hand_on(
     __name__,
     {
         "Cost": "cost",
-        "TargetSizes": "solver",
+        "TargetSizes": "target_sizes",
         "build_latency": "latency",
         "inspect_model": "inspect",
         "solve_budget": "solver",

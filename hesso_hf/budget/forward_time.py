@@ -22,7 +22,8 @@ from ..hf_models.resize import resized_config
 from ..hf_models.sizes import VOCAB, get_size
 from ..hf_models.tiny_model import inputs_of
 from .latency import LatencyTable, wait_for
-from .solver import MEETS, UNREACHABLE, TargetSizes
+from .solver import MEETS, UNREACHABLE
+from .target_sizes import TargetSizes
 
 logger = logging.get_logger(__name__)
 

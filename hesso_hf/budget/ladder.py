@@ -10,7 +10,8 @@ from ..config import HessoConfig
 from ..errors import BudgetError
 from ..structures.groups import PruningGroups
 from .cost import Cost
-from .solver import LossFunction, PriceFunction, TargetSizes, solve_budget
+from .solver import LossFunction, PriceFunction, solve_budget
+from .target_sizes import TargetSizes
 
 
 def solve_ladder(

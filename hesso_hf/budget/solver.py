@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -22,6 +21,7 @@ from ..hf_models.sizes import EXPERTS, LAYERS, ConfigSizes, canonical_name
 from ..structures.groups import PruningGroups, StructureGroups
 from .cost import Cost, Counts
 from .rounding import CHANNELS, MULTIPLES, allowed_counts
+from .target_sizes import TargetSizes
 
 logger = logging.get_logger(__name__)
 
@@ -29,51 +29,11 @@ CLOSE_ENOUGH = 0.005  # of the model: splits this near to the ratio compete by e
 MEETS = 0.01  # of the model: a nearest size farther off is named in a warning
 MOST_COMBINATIONS = 200_000
 UNREACHABLE = 0.05  # of the model: a nearest size farther off is an error
-LITTLE = 0.2  # share of a structure's units: where less stays, the structure is named
 _NAMED = 3  # of the nearest sizes, in messages
 _NAMED_APART = {LAYERS: "layers", EXPERTS: "experts"}  # sizes of structures that 'all' doesn't stand for
 
 PriceFunction = Callable[[Counts], np.ndarray]
 LossFunction = Callable[[Counts], np.ndarray]
-
-
-@dataclass(frozen=True)
-class TargetSizes:
-    """The decision of the budget: units kept a layer, the config sizes that follow, and what they cost."""
-
-    kept_units: dict[str, int]
-    num_units: dict[str, int]
-    sizes: dict[str, int]
-    metric: str
-    cost_before: float
-    cost_after: float
-    parameters_before: int
-    parameters_after: int
-
-    @property
-    def ratio(self) -> float:
-        """Share of the metric that is removed."""
-        return 1.0 - self.cost_after / self.cost_before
-
-    @property
-    def parameter_ratio(self) -> float:
-        """Share of the parameters that is removed."""
-        return 1.0 - self.parameters_after / self.parameters_before
-
-    @property
-    def nearly_gone(self) -> dict[str, float]:
-        """The structures of which so little stays that hardly anybody means it, and the share of units that does."""
-        left = {name: kept / self.num_units[name] for name, kept in self.kept_units.items()}
-        return {name: share for name, share in left.items() if share < LITTLE}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TargetSizes:
-        """Read what `to_dict` wrote."""
-        return cls(**values)
 
 
 def solve_budget(

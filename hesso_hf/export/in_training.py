@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..budget.solver import TargetSizes
+from ..budget.target_sizes import TargetSizes
 from ..errors import HessoError, StorageError
 from .decision import Compaction
 

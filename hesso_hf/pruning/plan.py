@@ -16,7 +16,8 @@ from ..budget.cost import Cost, build_cost
 from ..budget.forward_time import ForwardTimes, solve_on_main
 from ..budget.ladder import solve_ladder
 from ..budget.latency import LatencyTable, build_latency
-from ..budget.solver import LossFunction, PriceFunction, TargetSizes
+from ..budget.solver import LossFunction, PriceFunction
+from ..budget.target_sizes import TargetSizes
 from ..config import HessoConfig, structures_around
 from ..config.checks import refuse_what_trainers_do
 from ..distributed.parts import full_shape, named_parameters, stock_class

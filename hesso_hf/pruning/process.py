@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..budget.solver import TargetSizes
+from ..budget.target_sizes import TargetSizes
 from ..config import HessoConfig
 from ..export.decision import Compaction
 from ..structures.groups import KeptUnits, PruningGroups

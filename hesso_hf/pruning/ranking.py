@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..budget.solver import TargetSizes
+from ..budget.target_sizes import TargetSizes
 from ..config import HessoConfig
 from ..config.names import RECONSTRUCTION
 from ..distributed.collectives import broadcast_decisions_, is_main_process

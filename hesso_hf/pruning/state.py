@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..budget.solver import TargetSizes
+from ..budget.target_sizes import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import is_main_process
 from ..errors import CheckpointMismatchError, check_same

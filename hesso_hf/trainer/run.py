@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..budget.solver import TargetSizes
+from ..budget.target_sizes import TargetSizes
 from ..config import HessoConfig
 from ..distributed.collectives import from_main, world_size
 from ..distributed.parts import stock_class

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hesso_hf.budget.cost import build_cost
 from hesso_hf.budget.ladder import solve_ladder
-from hesso_hf.budget.solver import TargetSizes
+from hesso_hf.budget.target_sizes import TargetSizes
 from hesso_hf.config import HessoConfig
 from hesso_hf.errors import BudgetError
 from tests.budget.test_solver import CONFIGS, ONE_B, proved

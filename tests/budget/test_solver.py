@@ -22,7 +22,8 @@ from transformers import (
 from hesso_hf.budget.cost import CONTEXT, Cost, build_cost
 from hesso_hf.budget.latency import LatencyTable
 from hesso_hf.budget.rounding import allowed_counts, default_head_multiple, default_round_to
-from hesso_hf.budget.solver import TargetSizes, solve_budget
+from hesso_hf.budget.solver import solve_budget
+from hesso_hf.budget.target_sizes import TargetSizes
 from hesso_hf.config import HessoConfig, structures_around
 from hesso_hf.errors import BudgetError, HessoError, UnsupportedStructureError
 from hesso_hf.hf_models.build import build_meta, model_class_of

@@ -5,6 +5,7 @@ GGUF_CONVERTER is the path of llama.cpp's convert_hf_to_gguf.py.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hesso_hf.bundled import bundled_model_path
 from hesso_hf.export.convert import ENGINES, convert
+from tests.support import ROOT
 
 pytestmark = pytest.mark.engines
 # Sizes as pruning leaves them, and such as quantising kernels like.
@@ -68,3 +70,19 @@ def test_an_engine_writes_what_transformers_writes(engine: str, folder: Path) ->
     found = convert(folder, engine, folder / engine, str(folder / "converter.py") if engine == "gguf" else None)
     assert found.error < 5e-4  # llama.cpp looks its GELU up in a table
     assert found.agreed == found.written == 32
+
+
+@pytest.mark.parametrize("folder", [("llama", "odd", True)], indirect=True)
+def test_the_documented_code_runs_what_aotinductor_compiled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model in bfloat16: the graph is in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    convert(folder, "aotinductor", folder / "aotinductor", None)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```py\n(.*?)```", page, re.S) if "aoti_load_package" in block]
+    monkeypatch.chdir(folder.parent)
+    exec(compile(code, "serving.md", "exec"), {})
+    expected = model.float()(torch.tensor([[1, 15, 27]])).logits[0, -1].argmax()
+    assert capsys.readouterr().out.strip() == str(expected)

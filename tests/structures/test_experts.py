@@ -16,7 +16,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedModel, TrainerCallback
 
 from hesso_hf import HessoConfig, HessoError, export_pruned, inspect_model
 from hesso_hf.budget.cost import build_cost
-from hesso_hf.budget.solver import TargetSizes
+from hesso_hf.budget.target_sizes import TargetSizes
 from hesso_hf.errors import BudgetError, UnsupportedStructureError, VerificationError
 from hesso_hf.export.decision import Decision, kept_mask
 from hesso_hf.export.parameters import WholeSource

@@ -97,7 +97,7 @@ def _let_idle() -> None:
     from transformers import PreTrainedConfig
 
     from hesso_hf.budget.cost import Cost
-    from hesso_hf.budget.solver import TargetSizes
+    from hesso_hf.budget.target_sizes import TargetSizes
     from hesso_hf.pruning.plan import PruningPlan
     from hesso_hf.pruning.weights.bound_groups import BoundGroups
     from hesso_hf.structures.groups import PruningGroups

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hesso_hf import HessoConfig, HessoError, HessoTrainer, export_pruned
-from hesso_hf.budget.solver import TargetSizes
+from hesso_hf.budget.target_sizes import TargetSizes
 from hesso_hf.config.files import STATE_NAME
 from hesso_hf.errors import StorageError
 from hesso_hf.structures.groups import KeptUnits
