@@ -8,6 +8,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 ARGS ?=
 
+# Empty means off: where it is set, every process would compile torch and Transformers again, some ten seconds each.
+export PYTHONDONTWRITEBYTECODE :=
+
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGE := $(VENV)/.package
