@@ -22,6 +22,7 @@ from hesso_hf.pruning.optimizer import HessoOptimizer
 from hesso_hf.pruning.phases import PruningPeriod
 from hesso_hf.pruning.process import PruningProcess, keeps_zeros
 from hesso_hf.pruning.schedule import Schedule
+from tests.support.few_bits import Codes
 from tests.support.reference import GEMMA2_NORMS, ReferenceHesso, Structures, decoder_units, flat_weights, phi_units
 from tests.support.tiny import (
     KV_HEADS,
@@ -877,27 +878,6 @@ def test_a_reported_gradient_norm_decides() -> None:
     assert optimizer.process.step == 1
 
 
-class InFewBits(torch.Tensor):
-    """A stand-in for torchao's 8-bit state: codes and a scale that pass for a float tensor, without `masked_fill_`."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, values: torch.Tensor) -> InFewBits:
-        found = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
-        found.scale = values.abs().max().clamp_min(1e-12) / 127
-        found.codes = (values / found.scale).round().to(torch.int8)
-        return found
-
-    def values(self) -> torch.Tensor:
-        return self.codes * self.scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(f"{cls.__name__} dispatch: attempting to run {func}")
-
-
 class FewBits(Optimizer):
     """Momentum in few bits: as a tensor of torchao's kind or, as bitsandbytes has it, as bare codes."""
 
@@ -910,10 +890,10 @@ class FewBits(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state[parameter]
-                old = state["kept"].values() if state else torch.zeros_like(parameter)
-                state["kept"] = InFewBits(0.9 * old + parameter.grad)
-                state["momentum"] = state["kept"].codes.view(torch.uint8) if self.bare else state["kept"]
-                parameter.sub_(state["kept"].values(), alpha=group["lr"])
+                old = state["kept"].dequantize() if state else torch.zeros_like(parameter)
+                state["kept"] = Codes(0.9 * old + parameter.grad)
+                state["momentum"] = state["kept"].codes if self.bare else state["kept"]
+                parameter.sub_(state["kept"].dequantize(), alpha=group["lr"])
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -17,49 +17,13 @@ from hesso_hf.pruning.compaction import compact
 from hesso_hf.pruning.optimizer_state import cut_values, factor_of, numbers_of, state_powers
 from hesso_hf.structures.cut import cuts_by_tensor
 from tests.pruning.test_compaction import pruned, train
+from tests.support.few_bits import BLOCK, Codes, in_codes, in_numbers
 from tests.support.tiny import tiny_llama
 
 # An MLP's matrices, (128, 64) and (112, 48) when they are cut, are large enough for few bits, and whole blocks.
 WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128}
 SIZES = {"hidden_size": 48, "intermediate_size": 112}
-LARGE, BLOCK = 4096, 256
-
-
-class Codes(torch.Tensor):
-    """As torchao has it: codes and a scale for each block, which pass for a float tensor."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, values: torch.Tensor) -> Codes:
-        found = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype, device=values.device)
-        found.codes, found.scale = in_codes(values)
-        return found
-
-    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
-        return in_numbers(self.codes, self.scale)
-
-    def copy_(self, values: torch.Tensor) -> Codes:  # type: ignore[override]
-        self.codes, self.scale = in_codes(values)
-        return self
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise NotImplementedError(f"{cls.__name__} dispatch: attempting to run {func}")
-
-
-def in_codes(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return 8-bit codes of the shape of the values, and the scale of each block."""
-    flat = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
-    scales = flat.abs().amax(1).clamp_min(1e-30) / 127
-    codes = (flat / scales[:, None]).round().to(torch.int8).view(torch.uint8)
-    return codes.flatten()[: values.numel()].view(values.shape), scales
-
-
-def in_numbers(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    each = scales.repeat_interleave(BLOCK)[: codes.numel()]
-    return (codes.view(torch.int8).flatten() * each).view(codes.shape)
+LARGE = 4096
 
 
 class StandIn(Optimizer):
